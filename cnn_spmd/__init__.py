@@ -1,0 +1,1 @@
+"""AlexNet and its relatives on a (data, model) device mesh. Read placement.py, step.py, train.py, in that order."""

@@ -1,0 +1,101 @@
+"""What a config means: ranges of its fields, how it resolves on this machine and data, what a resumed run may change."""
+
+import math
+from typing import Any
+
+import jax
+import ml_collections
+
+from cnn_spmd.data.sources import Dataset
+from cnn_spmd.errors import UserError
+
+# Field: (lowest, highest or None, whether the highest is itself allowed). Names are checked by the module that knows them.
+RANGES = {
+    "seed": (0, 2**31, False),
+    "batch_size": (1, None, True),
+    "epochs": (0, None, True),
+    "steps": (0, None, True),
+    "steps_per_call": (0, None, True),
+    "label_smoothing": (0.0, 1.0, False),
+    "model.dropout": (0.0, 1.0, False),
+    "data.crop_pad": (0, None, True),
+    "data.fallback_epochs": (1, None, True),
+    "data.fallback_batch_size": (1, None, True),
+    "data.fallback_learning_rate": (0.0, None, True),
+    "optimizer.learning_rate": (0.0, None, True),
+    "optimizer.warmup": (0.0, 1.0, True),
+    "optimizer.momentum": (0.0, 1.0, False),
+    "optimizer.weight_decay": (0.0, None, True),
+    "eval.every_epochs": (0, None, True),
+    "checkpoint.every_epochs": (0, None, True),
+    "checkpoint.keep": (1, None, True),
+}
+DTYPES = ("auto", "float32", "bfloat16")
+
+# What a resumed run may change, because the numbers do not depend on it; steps and epochs may only grow.
+MAY_DIFFER = ("mesh", "parallelism", "steps_per_call", "eval", "checkpoint", "data.dir", "data.fallback",
+              "data.fallback_epochs", "data.fallback_batch_size", "data.fallback_learning_rate", "epochs", "steps")
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first field outside its range, naming it, its value and the range."""
+    for field, (low, high, inclusive) in RANGES.items():
+        value = _get(config, field)
+        too_high = high is not None and (value > high if inclusive else value >= high)
+        if not math.isfinite(value) or value < low or too_high:
+            expected = f"at least {low}" if high is None else f"from {low} to {'' if inclusive else 'below '}{high}"
+            raise UserError(f"{field}={value}: expected {expected}")
+    if config.dtype not in DTYPES:
+        raise UserError(f"dtype={config.dtype}: unknown, expected one of {', '.join(DTYPES)}")
+    if not config.epochs and not config.steps:
+        raise UserError("epochs=0, steps=0: expected a positive number in one of them")
+
+
+def resolve(config: ml_collections.ConfigDict, data: Dataset) -> ml_collections.ConfigDict:
+    """A copy with what was left open filled in: the data set there is, its batch size, learning rate, steps and dtype.
+
+    Raises UserError where the batch is larger than the data set or the crop does not fit the images.
+    """
+    config = ml_collections.ConfigDict(config.to_dict())
+    if data.fallback:
+        config.epochs, config.steps = config.data.fallback_epochs, 0
+        config.batch_size = config.data.fallback_batch_size
+        config.optimizer.learning_rate = config.data.fallback_learning_rate
+    config.data.name = data.name
+    if config.dtype == "auto":
+        config.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    examples, side = data.train_images.shape[:2]
+    if config.batch_size > examples:
+        raise UserError(f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected at most that")
+    if config.data.crop_pad >= side:
+        raise UserError(f"data.crop_pad={config.data.crop_pad}: images are {side} pixels wide, expected less than that")
+    per_epoch = examples // config.batch_size
+    config.steps = config.steps or config.epochs * per_epoch
+    config.epochs = 0  # steps says it from here on
+    if not config.steps_per_call:  # a CPU runs the body of a scan some fifty times slower than the bare step
+        config.steps_per_call = 1 if jax.default_backend() == "cpu" else math.ceil(per_epoch / math.ceil(per_epoch / 100))
+    return config
+
+
+def refuse_changes(old: dict, new: dict) -> None:
+    """Raises UserError naming each field in which two resolved configs differ, beyond what a resumed run may change."""
+    old, new = _flat(old), _flat(new)
+    differ = [f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
+              for field in sorted(old.keys() | new.keys())
+              if old.get(field) != new.get(field) and not any(f"{field}.".startswith(f"{free}.") for free in MAY_DIFFER)]
+    if differ:
+        raise UserError(f"this workdir holds a run with another config ({'; '.join(differ)}): give the same config or "
+                        "another --workdir")
+
+
+def _get(config: ml_collections.ConfigDict, field: str) -> Any:
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

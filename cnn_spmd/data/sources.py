@@ -1,0 +1,88 @@
+"""The data sets, as arrays in host memory: CIFAR-10, scikit-learn's digits, and random images for timing.
+
+Legend: N images, H rows, W columns, C = 3 channels (red, green, blue).
+"""
+
+import dataclasses
+import sys
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from cnn_spmd.data import cifar10_archive
+from cnn_spmd.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    name: str                     # what it really is: "digits" even where cifar10 was asked for
+    train_images: np.ndarray      # uint8 [N, H, W, C]
+    train_labels: np.ndarray      # int32 [N]
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+    mirror: bool                  # a mirrored image keeps its label (digits: no)
+    fallback: str | None = None   # the data set that was asked for, where this one stands in for it
+
+
+def load(data: ml_collections.ConfigDict) -> Dataset:
+    """The data set that config.data describes (name, dir, fallback, synthetic.*).
+
+    Raises UserError for an unknown name or fallback, a missing or damaged data.dir, sizes below 1, and where CIFAR-10
+    is not to be had and data.fallback is "".
+    """
+    loaders = {"cifar10": load_cifar10, "digits": load_digits, "synthetic": load_synthetic}
+    if data.name not in loaders:
+        raise UserError(f"data.name={data.name}: not a data set; choose from {', '.join(loaders)}")
+    return loaders[data.name](data)
+
+
+def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
+    """CIFAR-10, 50,000 + 10,000 images; or the digits, where it is not to be had and data.fallback says so."""
+    from cnn_spmd.data import cifar10  # imports TFDS, which takes a second: the other data sets need not wait for it
+
+    if data.fallback not in ("", "digits"):
+        raise UserError(f'data.fallback={data.fallback}: choose digits, or "" to make a missing CIFAR-10 an error')
+    try:
+        arrays = cifar10.load(data.dir)
+    except cifar10.Unreachable as error:
+        give = f"give {cifar10_archive.ARCHIVE} or the folder {cifar10_archive.FOLDER} by --config.data.dir=PATH"
+        if not data.fallback:
+            raise cifar10.Unreachable(f"data.name=cifar10: {error}; {give}") from error
+        lines = ["WARNING: THIS RUN DOES NOT USE CIFAR-10. It uses scikit-learn's 1,797 handwritten digits instead.",
+                 f"Why: {error}", f"To use CIFAR-10, {give}", 'To make this an error: --config.data.fallback=""']
+        print("", "!" * 110, *(f"!! {line}" for line in lines), "!" * 110, "", sep="\n", file=sys.stderr, flush=True)
+        return dataclasses.replace(load_digits(data), fallback="cifar10")
+    return Dataset(name="cifar10", **arrays, class_names=cifar10_archive.CLASS_NAMES, mirror=True)
+
+
+def load_digits(data: ml_collections.ConfigDict) -> Dataset:
+    """scikit-learn's 8x8 digits as 32x32x3 images: 1,437 to train on, 360 to test on, the same ones every time."""
+    from sklearn import datasets, model_selection  # another second
+
+    grey_NHW, labels = datasets.load_digits(return_X_y=True)
+    grey_NHW = np.round(grey_NHW.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # they count 0 to 16
+    images = np.stack([np.asarray(Image.fromarray(grey).resize((32, 32), Image.Resampling.BILINEAR))
+                       for grey in grey_NHW])
+    images = np.repeat(images[..., None], 3, axis=-1)
+    train, test = model_selection.train_test_split(np.arange(len(labels)), test_size=360, stratify=labels,
+                                                   random_state=0)
+    labels = labels.astype(np.int32)
+    return Dataset(name="digits", train_images=images[train], train_labels=labels[train], test_images=images[test],
+                   test_labels=labels[test], class_names=tuple("0123456789"), mirror=False)
+
+
+def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:
+    """Random images and labels of the sizes in data.synthetic, the same ones every time: for timing, not learning."""
+    sizes = data.synthetic
+    for field in ("image_size", "classes", "train_examples", "test_examples"):
+        if sizes[field] < 1:
+            raise UserError(f"data.synthetic.{field}={sizes[field]}: expected at least 1")
+    rng = np.random.Generator(np.random.Philox(0))
+    arrays = {}
+    for split, n in (("train", sizes.train_examples), ("test", sizes.test_examples)):
+        arrays[f"{split}_images"] = rng.integers(256, size=(n, sizes.image_size, sizes.image_size, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = rng.integers(sizes.classes, size=n, dtype=np.int32)
+    class_names = tuple(str(i) for i in range(sizes.classes))
+    return Dataset(name="synthetic", **arrays, class_names=class_names, mirror=True)

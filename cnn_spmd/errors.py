@@ -1,0 +1,5 @@
+"""The one exception that a user can put right."""
+
+
+class UserError(ValueError):
+    """Bad input: launch.py prints it as one line (field, value, what would be right) and exits with 2."""

@@ -1,0 +1,56 @@
+"""Stop on SIGTERM or Ctrl-C: the first signal asks the run to save and leave, a second one stops the process at once."""
+
+import os
+import signal
+import sys
+import threading
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupt:
+    """A context in which `requested()` tells whether a signal came.
+
+    A thread reads the signals off a pipe that C code writes to, so a second one works even while the main thread is
+    deep inside a compilation.
+    """
+
+    def __enter__(self) -> "Interrupt":
+        self._came = False
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        self._write = write
+        self._old_fd = signal.set_wakeup_fd(write)
+        self._old = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_fd)
+        os.close(self._write)  # ends the thread
+
+    def _watch(self) -> None:
+        while byte := os.read(self._read, 1):
+            if byte[0] not in _SIGNALS:
+                continue
+            name = signal.Signals(byte[0]).name
+            if self._came:
+                os.write(2, f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
+                os._exit(128 + byte[0])
+            self._came = True
+            print(f"\n{name}: saving after this step, then leaving; a second signal stops at once.", file=sys.stderr,
+                  flush=True)
+        os.close(self._read)
+
+    def requested(self) -> bool:
+        """True once a signal came; with several processes, once it came to any of them, and to all at the same step."""
+        if jax.process_count() == 1:
+            return self._came
+        return bool(multihost_utils.process_allgather(np.array(self._came)).any())

@@ -1,0 +1,163 @@
+"""What a run tells: metrics.jsonl (the source of truth), TensorBoard, a progress bar, and an honest clock."""
+
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from rich import progress as rich_progress
+from tensorboardX import SummaryWriter
+
+PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON whole or not at all: a kill in between leaves the old file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard of one run; resuming at `step` drops what was written after it.
+
+    identity: fields that each line carries, such as the data set; enabled: False on all processes but one.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, identity: dict, enabled: bool = True):
+        path = workdir / "metrics.jsonl"
+        self._identity, self._enabled = identity, enabled
+        kept = [row for row in read(path) if row["step"] <= step and row["split"] != "final"]
+        self.train_seconds = max((row["train_seconds"] for row in kept if row["split"] == "train"), default=0.0)
+        if not enabled:
+            return
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, split: str, **values: float) -> None:
+        """Appends one line {"step", "split", ...} and the same as TensorBoard scalars `split`/name."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps(dict(step=step, split=split, **values, **self._identity)) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._enabled:
+            self._file.close()
+            self._board.close()
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that was cut by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def provenance() -> dict:
+    """Versions of what computes, and this code's commit ("-dirty" where files differ from it, None outside of git)."""
+    names = dict(jax="jax", jaxlib="jaxlib", flax="flax", optax="optax", orbax="orbax-checkpoint")
+    versions = {name: importlib.metadata.version(package) for name, package in names.items()}
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent,
+                                check=False).stdout.strip() or None
+    return dict(versions=versions | dict(python=platform.python_version()), commit=commit)
+
+
+class Clock:
+    """Seconds of training steps, with compilation, evaluation and checkpoints left out.
+
+    Steps run ahead of the host, so a call's time is from the end of the call before it (or from `start`) to its own end.
+    """
+
+    def __init__(self):
+        self.calls: list[tuple[int, float]] = []  # steps, seconds
+        self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """Training goes on from here: what came since the last call is not training."""
+        self._since = time.perf_counter()
+
+    def tick(self, steps: int) -> float:
+        """A call of `steps` steps has just ended; returns its seconds."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self.calls.append((steps, seconds))
+        return seconds
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds in self.calls)
+
+    def steady(self) -> list[tuple[int, float]]:
+        """All calls but the first, which also fills caches and pipelines."""
+        return self.calls[1:] or self.calls
+
+    def step_milliseconds(self) -> dict[str, float] | None:
+        """Median, 10th and 90th percentile over steady calls of the mean step time within a call."""
+        if not self.calls:
+            return None
+        times = [1e3 * seconds / steps for steps, seconds in self.steady()]
+        return dict(zip(("p10", "median", "p90"), np.percentile(times, (10, 50, 90)).round(4).tolist(), strict=True))
+
+    def steps_per_second(self) -> float:
+        steady = self.steady()
+        return sum(steps for steps, _ in steady) / sum(seconds for _, seconds in steady) if steady else math.nan
+
+
+class Progress:
+    """A rich progress bar on a terminal, a plain line every PLAIN_SECONDS elsewhere; nothing where `show` is False.
+
+    The ETA is the remaining steps at the steady rate plus the evaluations to come at what the last one took.
+    """
+
+    def __init__(self, steps: int, show: bool = True):
+        self.steps, self.show = steps, show
+        self._line_at = -math.inf
+        self._bar = None
+        if show and sys.stdout.isatty():
+            self._bar = rich_progress.Progress(
+                rich_progress.TextColumn("step {task.completed}/{task.total}"), rich_progress.BarColumn(),
+                rich_progress.TextColumn("{task.fields[text]}"))
+            self._bar.start()
+            self._task = self._bar.add_task("", total=steps, text="")
+
+    def update(self, step: int, *, loss: float, accuracy: float, images_per_second: float, eta: float) -> None:
+        """loss in nats, accuracy from 0 to 1, eta in seconds."""
+        if not self.show:
+            return
+        minutes, seconds = divmod(round(eta), 60)
+        text = f"loss {loss:.4f}  accuracy {accuracy:6.2%}  {images_per_second:,.0f} images/s  ETA {minutes}:{seconds:02d}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif time.perf_counter() - self._line_at >= PLAIN_SECONDS or step == self.steps:
+            self._line_at = time.perf_counter()
+            print(f"step {step}/{self.steps}  {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self.show:
+            (self._bar.console.print if self._bar is not None else print)(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

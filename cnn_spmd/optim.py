@@ -1,0 +1,39 @@
+"""Learning-rate schedules and the optimizer."""
+
+import jax
+import optax
+
+from cnn_spmd.errors import UserError
+
+DECAYS = {
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+}
+
+
+def make_schedule(settings, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up over `warmup` (a share of all steps) to `learning_rate`, then `decay`.
+
+    Raises UserError for an unknown decay.
+    """
+    if settings.decay not in DECAYS:
+        raise UserError(f"optimizer.decay={settings.decay}: unknown, expected one of {', '.join(DECAYS)}")
+    warmup = round(settings.warmup * steps)
+    decay = DECAYS[settings.decay](settings.learning_rate, max(steps - warmup, 1))
+    if not warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, settings.learning_rate, warmup), decay], [warmup])
+
+
+def make_optimizer(settings, steps: int) -> optax.GradientTransformation:
+    """SGD with (Nesterov) momentum; weight decay on weights only, biases (one dimension) are left out.
+
+    As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: it is scaled by the learning rate and
+    passes through the momentum.
+    """
+    schedule = make_schedule(settings, steps)
+    return optax.chain(
+        optax.add_decayed_weights(settings.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.sgd(schedule, momentum=settings.momentum, nesterov=settings.nesterov),
+    )

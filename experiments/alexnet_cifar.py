@@ -1,0 +1,38 @@
+"""AlexNet on CIFAR-10: five convolutions, two 4096-wide dense layers, on whatever devices there are."""
+
+import ml_collections
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.experiment = "alexnet_cifar"
+    config.seed = 0
+
+    config.model = ml_collections.ConfigDict(dict(name="alexnet", dropout=0.5))
+    config.data = ml_collections.ConfigDict(dict(
+        name="cifar10",
+        dir="",
+        fallback="digits",
+        fallback_epochs=8,
+        fallback_batch_size=64,
+        fallback_learning_rate=0.02,
+        crop_pad=4,
+        flip=True,
+        synthetic=dict(image_size=32, classes=10, train_examples=4096, test_examples=1024),
+    ))
+
+    config.mesh = ml_collections.ConfigDict(dict(data=1, model=-1))
+    config.parallelism = "hybrid"
+    config.dtype = "auto"
+    config.steps_per_call = 0
+
+    config.batch_size = 512
+    config.epochs = 60
+    config.steps = 0
+    config.label_smoothing = 0.1
+    config.optimizer = ml_collections.ConfigDict(dict(
+        learning_rate=0.1, warmup=0.25, decay="linear", momentum=0.9, nesterov=True, weight_decay=5e-4))
+
+    config.eval = ml_collections.ConfigDict(dict(every_epochs=10, flip_average=True))
+    config.checkpoint = ml_collections.ConfigDict(dict(every_epochs=20, keep=2))
+    return config

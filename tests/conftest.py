@@ -1,0 +1,27 @@
+"""Every test runs on eight simulated CPU devices; a test that needs them and does not get them must fail, not skip."""
+
+import pathlib
+
+import jax
+import ml_collections
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+assert len(jax.devices()) == 8, jax.devices()
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config() -> ml_collections.ConfigDict:
+    """The shipped experiment, cut to seconds: simple_cnn on 64 random images, 4 steps an epoch, on one device."""
+    from experiments.alexnet_cifar import get_config
+
+    config = get_config()
+    config.update(dict(batch_size=16, epochs=2, parallelism="data", model=dict(name="simple_cnn")))
+    config.data.update(dict(name="synthetic", fallback="", synthetic=dict(train_examples=64, test_examples=40)))
+    config.mesh.update(dict(data=1, model=1))
+    config.optimizer.learning_rate = 0.01
+    config.eval.every_epochs = config.checkpoint.every_epochs = 1
+    return config
