@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
             config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
         workdir = WORKDIR.value
         if workdir is None and not DRY_RUN.value:
-            workdir = f"runs/{config.experiment}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
+            workdir = default_workdir(config.experiment)
         summary = train.run(config, workdir and pathlib.Path(workdir), DRY_RUN.value)
     except UserError as error:
         return refuse(error)
@@ -101,6 +101,17 @@ def main(argv: list[str]) -> int:
     print(f"Done: {summary['dataset']} test accuracy {summary['eval']['accuracy']:.2%} after {summary['steps']} steps, "
           f"{summary['train_seconds']:.1f} s of training. Files: {workdir}")
     return 0
+
+
+def default_workdir(experiment: str) -> str:
+    """runs/<experiment>-<UTC time to the millisecond>, the same on every process of a cluster."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    now = datetime.datetime.now(datetime.UTC)
+    digits = np.array([int(f"{now:%Y%m%d}"), int(f"{now:%H%M%S}"), now.microsecond // 1000], np.int32)
+    date, clock, milliseconds = multihost_utils.broadcast_one_to_all(digits)
+    return f"runs/{experiment}-{date:08d}-{clock:06d}-{milliseconds:03d}"
 
 
 def refuse(reason: object) -> int:

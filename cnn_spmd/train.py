@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from cnn_spmd import config as configs
 from cnn_spmd import mesh as meshes
@@ -42,6 +43,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, dry_run
     configs.validate(config)
     place = Placement(meshes.make(config.mesh.data, config.mesh.model), config.parallelism)
     data = sources.load(config.data)
+    if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
+        name = np.frombuffer(data.name.encode().ljust(16), np.uint8)
+        multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
     config = configs.resolve(config, data)
     config.mesh.data, config.mesh.model = place.mesh.shape.values()
     total, batch_size, examples = config.steps, config.batch_size, len(data.train_images)
@@ -73,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, dry_run
     # ---- Compile, and say what the program is.
     eval_every, save_every = config.eval.every_epochs * per_epoch, config.checkpoint.every_epochs * per_epoch
     stops = sorted({total}.union(*(range(every, total, every) for every in (eval_every, save_every) if every)))
-    calls = plan(start, total, stops, config.steps_per_call)
+    calls = plan(start, stops, config.steps_per_call)
     clock_compile = time.perf_counter()
     train_data = DeviceData(put(data.train_images, place.replicated), put(data.train_labels, place.replicated))
     test_data = DeviceData(put(data.test_images, place.replicated), put(data.test_labels, place.replicated))
@@ -176,7 +180,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, dry_run
             train_seconds=round(metrics.train_seconds + clock.seconds, 3),
             images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
             step_milliseconds=clock.step_milliseconds(), eval=evaluation, bytes_per_device=report["bytes_per_device"],
-            collectives=report["collectives"], **metrics_lib.provenance(), started=started, status=status)
+            collectives=report["collectives"], **metrics_lib.provenance(), started=started, status=status,
+            config=config.to_dict())
         if jax.process_index() == 0:
             metrics_lib.write_json(workdir / "summary.json", summary)
     return summary
@@ -222,12 +227,13 @@ def open_workdir(workdir: pathlib.Path, config: dict, total: int) -> dict:
         raise UserError(f"--workdir={workdir}: config.json or summary.json is damaged ({error}): give a new folder") from None
 
 
-def plan(start: int, total: int, stops: list[int], steps_per_call: int) -> list[int]:
-    """How many steps each call does, so that every stop falls on the end of a call."""
+def plan(start: int, stops: list[int], steps_per_call: int) -> list[int]:
+    """How many steps each call from step `start` on does, so that every stop (ascending) is the end of a call."""
     calls = []
-    while start < total:
-        calls.append(min(steps_per_call, next(stop for stop in stops if stop > start) - start))
-        start += calls[-1]
+    for stop in stops:
+        while start < stop:
+            calls.append(min(steps_per_call, stop - start))
+            start += calls[-1]
     return calls
 
 

@@ -22,6 +22,6 @@ def config() -> ml_collections.ConfigDict:
     config.update(dict(batch_size=16, epochs=2, parallelism="data", model=dict(name="simple_cnn")))
     config.data.update(dict(name="synthetic", fallback="", synthetic=dict(train_examples=64, test_examples=40)))
     config.mesh.update(dict(data=1, model=1))
-    config.optimizer.learning_rate = 0.01
+    config.optimizer.learning_rate = 0.001
     config.eval.every_epochs = config.checkpoint.every_epochs = 1
     return config

@@ -1,0 +1,201 @@
+"""The command line as a user types it, in processes of its own."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+SMALL = ["--config", "experiments/alexnet_cifar.py", "--config.model.name=simple_cnn", "--config.data.name=synthetic",
+         "--config.data.synthetic.train_examples=64", "--config.data.synthetic.test_examples=40", "--config.batch_size=16",
+         "--config.optimizer.learning_rate=0.001", "--config.epochs=1"]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts launch.py in a folder that looks like the repository but is the test's own; kills what is left over."""
+    for name in ("launch.py", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    started = []
+
+    def start(*arguments, **environment):
+        environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1") | environment
+        started.append(subprocess.Popen([sys.executable, "launch.py", *map(str, arguments)], cwd=tmp_path, env=environment,
+                                        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finished(process, code=0):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "--config is missing"),
+    (["--config", "experiments/nope.py"], "--config=experiments/nope.py: no such experiment, expected one of "
+                                          "experiments/alexnet_cifar.py"),
+    ([*SMALL, "--config.optimiser.learning_rate=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
+    ([*SMALL, "--config.batch_size=many"], "--config.batch_size=many: invalid literal"),
+    ([*SMALL, "--frobnicate"], "Unknown command line flag 'frobnicate'"),
+    ([*SMALL, "stray"], "unexpected argument 'stray'"),
+    ([*SMALL, "--mesh", "4by2"], "--mesh=4by2: expected DATAxMODEL"),
+    ([*SMALL, "--cpu_devices", "2", "--mesh", "4x2"], "mesh.data=4, mesh.model=2: needs 8 devices, but there are 2"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(start, arguments, message):
+    out, err = finished(start(*arguments), code=2)
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_help_shows_every_flag(start):
+    out, _ = finished(start("--help"), code=1)  # absl's code for --help
+    for flag in ("--config", "--mesh", "--cpu_devices", "--workdir", "--[no]dry_run", "Exit codes"):
+        assert flag in out
+
+
+def test_default_workdir_is_named_after_experiment_and_time(start, tmp_path):
+    out, _ = finished(start(*SMALL))
+    (workdir,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"alexnet_cifar-\d{8}-\d{6}-\d{3}", workdir.name)
+    assert f"Files: runs/{workdir.name}" in out
+    assert json.loads((workdir / "summary.json").read_text())["status"] == "completed"
+
+
+def test_dry_run_reports_and_writes_nothing(start, tmp_path):
+    out, _ = finished(start(*SMALL, "--dry_run", "--cpu_devices", 8, "--mesh", "4x2"))
+    for text in ("mesh data=4 x model=2", "fc3.kernel", "MB of optimizer state", "all-reduce", "compiled in"):
+        assert text in out
+    assert {path.name for path in tmp_path.iterdir()} == {"launch.py", "experiments"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_printed_command_resumes(start, number):
+    process = start(*SMALL, "--config.steps=1000000", "--config.optimizer.decay=constant", "--config.optimizer.warmup=0.0")
+    while not process.stdout.readline().startswith("step "):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    out, err = finished(process, code=75)
+    assert f"{number.name}: saving after this step" in err
+    step, command = re.search(r"saved at step (\d+)\. To resume: python launch\.py (.*)", out).groups()
+    command = command.replace("steps=1000000", f"steps={int(step) + 2}")
+    out, _ = finished(start(*shlex.split(command)))
+    assert f"at step {step} on mesh" in out
+    assert f"after {int(step) + 2} steps" in out
+
+
+def test_a_second_signal_stops_at_once():
+    code = """if True:
+        import time
+        from cnn_spmd.interrupt import Interrupt
+        with Interrupt():
+            print("on", flush=True)
+            time.sleep(60)"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "on\n"
+    process.send_signal(signal.SIGINT)
+    assert "SIGINT: saving" in process.stderr.readline() + process.stderr.readline()
+    assert process.poll() is None
+    since = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 128 + signal.SIGINT
+    assert time.monotonic() - since < 5
+    process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_train_one_network(start, tmp_path):
+    """Two processes of four devices give what one process of eight gives, to the last bit of what is logged."""
+    arguments = [*SMALL, "--mesh", "4x2", "--config.parallelism=hybrid"]
+    cluster = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2")
+    pair = [start(*arguments, "--cpu_devices", 4, "--workdir", "two", **cluster, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    one = start(*arguments, "--cpu_devices", 8, "--workdir", "one")
+    for process in (*pair, one):
+        finished(process)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert [summary["processes"] for summary in summaries] == [1, 2]
+    assert summaries[0]["eval"] == pytest.approx(summaries[1]["eval"], rel=1e-6)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+              for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    finished(start(*arguments, "--cpu_devices", 8, "--workdir", "two", "--config.epochs=2"))  # and one process resumes
+
+
+def test_a_process_that_cannot_join_its_cluster_fails(start, tmp_path):
+    process = start(*SMALL, JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1",
+                    JAX_INITIALIZATION_TIMEOUT="3")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, 2, 75)
+    assert err
+    assert "step" not in out
+    assert not (tmp_path / "runs").exists()
+    _, err = finished(start(*SMALL, JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="two"), code=1)
+    assert "JAX_NUM_PROCESSES and JAX_PROCESS_ID is no number" in err
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python launch.py")]
+
+
+def test_readme_commands_run(start, tmp_path):
+    """Each launch command of the README, as it stands there, on eight simulated devices and cut to a small run."""
+    commands = readme_commands()
+    assert len(commands) >= 6
+    for first in range(0, len(commands), 2):
+        pair = []
+        for command in commands[first:first + 2]:
+            arguments = shlex.split(command.replace("/shared", str(tmp_path)))[2:]
+            devices = [] if "--cpu_devices" in arguments else ["--cpu_devices", "8"]
+            pair.append(start(*arguments, *devices, *SMALL[2:]))
+        for process in pair:
+            finished(process)
+
+
+def test_makefile_runs_what_the_readme_says():
+    for target, command in (("train", "launch.py --config experiments/alexnet_cifar.py"), ("test", "-m pytest")):
+        out = subprocess.run(["make", "--dry-run", "--always-make", target, "ARGS=--mesh 1x1"], cwd=ROOT, capture_output=True,
+                             text=True, check=True).stdout
+        assert f".venv/bin/python {command} --mesh 1x1\n" in out
+        assert "--requirement requirements" in out
+
+
+def test_makefile_refuses_an_old_python(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        path = tmp_path / "bin" / name
+        path.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo Python 3.9.0\nexit 1\n")
+        path.chmod(0o755)
+    for name in ("Makefile", "requirements.txt", "requirements-cpu.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    result = subprocess.run(["make", "test"], cwd=tmp_path, capture_output=True, text=True, check=False,
+                            env=dict(os.environ, PATH=f"{tmp_path}/bin:/usr/bin:/bin"))
+    assert result.returncode != 0
+    assert "error: Python 3.11 or newer is needed; python3 is Python 3.9.0" in result.stderr
+
+
+def test_nothing_is_left_behind():
+    assert not (ROOT / "runs" / "a").exists()
+    assert pathlib.Path(ROOT / "LICENSE").read_text().lstrip().startswith("Apache License")

@@ -1,0 +1,50 @@
+"""The repository keeps its promises: ruff is clean, the README's table is what results/ says."""
+
+import json
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from cnn_spmd import report
+
+
+def test_ruff_is_clean():
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format=concise", "."], cwd=ROOT,
+                            capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_readme_table_is_what_the_results_say():
+    readme = (ROOT / "README.md").read_text()
+    table = re.search(r"<!-- results -->\n(.*?)\n?<!-- /results -->", readme, re.DOTALL)[1]
+    assert table == report.results_table()
+
+
+def test_results_say_where_they_come_from():
+    files = sorted((ROOT / "results").glob("*.json"))
+    assert files
+    for path in files:
+        run = json.loads(path.read_text())
+        assert run["status"] == "completed", path
+        assert run["device_kind"], path
+        assert re.fullmatch("[0-9a-f]{40}", run["commit"]), path
+        assert run["eval"]["examples"] == dict(cifar10=10_000, digits=360)[run["dataset"]], path
+        assert run["config"]["seed"] == run["seed"], path
+
+
+def test_table_on_known_runs(tmp_path):
+    def write(name, **changes):
+        run = dict(experiment="e", dataset="d", device_kind="GPU", devices=2, host_cores=4, mesh=dict(data=1, model=2),
+                   parallelism="hybrid", eval=dict(accuracy=0.9), train_seconds=10.0, compile_seconds=1.0,
+                   images_per_second=1000.0)
+        (tmp_path / name).write_text(json.dumps(run | changes))
+
+    write("a.json")
+    write("b.json", eval=dict(accuracy=0.92), train_seconds=12.0)
+    write("c.json", device_kind="cpu", parallelism="data")
+    rows = report.results_table(tmp_path).splitlines()[2:]
+    assert rows == [
+        "| e | d | 2 x GPU | 1x2 | hybrid | 2 | 91.00 ± 1.41 | 11.0 ± 1.4 | 1.0 ± 0.0 | 1,000 ± 0 |",
+        "| e | d | CPU, 4 cores | 1x2 | data | 1 | 90.00 | 10.0 | 1.0 | 1,000 |"]

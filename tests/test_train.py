@@ -1,0 +1,252 @@
+"""Runs, whole: resume equals uninterrupted, every test image counts, refusals come before anything is compiled."""
+
+import json
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from cnn_spmd import checkpoint, metrics, optim, train
+from cnn_spmd.errors import UserError
+
+
+def rows(workdir, split):
+    keys = ("step", "loss", "accuracy", "learning_rate", "examples")
+    return [{key: row[key] for key in keys if key in row} for row in metrics.read(workdir / "metrics.jsonl")
+            if row["split"] == split]
+
+
+def saved_state(workdir, step):
+    """The whole state in a checkpoint, by name, as Orbax itself reads it."""
+    with warnings.catch_warnings(action="ignore"):  # it says that the sharding is the saved one, as is meant here
+        tree = ocp.load(workdir / "checkpoints" / str(step), checkpointable_name="state")
+    return {name: np.asarray(leaf) for name, leaf in tree.items()}
+
+
+def test_files_of_a_run(config, tmp_path):
+    summary = train.run(config, tmp_path / "run")
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.json", "program.json", "metrics.jsonl", "summary.json", "checkpoints"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    assert summary.keys() >= {
+        "experiment", "dataset", "fallback", "model", "parallelism", "mesh", "devices", "device_kind", "processes",
+        "batch_size", "steps", "epochs", "seed", "dtype", "param_count", "compile_seconds", "train_seconds",
+        "images_per_second", "step_milliseconds", "eval", "bytes_per_device", "collectives", "versions", "commit", "started",
+        "status"}
+    assert summary["step_milliseconds"].keys() == {"median", "p10", "p90"}
+    assert (summary["status"], summary["steps"], summary["epochs"]) == ("completed", 8, 2.0)
+    assert summary["eval"]["examples"] == 40
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [4]
+    assert [row["step"] for row in rows(tmp_path / "run", "final")] == [8]
+    for line in metrics.read(tmp_path / "run/metrics.jsonl"):
+        assert (line["dataset"], line["fallback"]) == ("synthetic", None)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
+def test_evaluation_counts_every_image_once(config, tmp_path, shape):
+    """40 test images in batches of 16: the tail is padded, and the padding counts for nothing."""
+    config.update(dict(epochs=1, parallelism="hybrid", mesh=dict(data=shape[0], model=shape[1])))
+    summary = train.run(config, tmp_path / "a")
+    config.batch_size = 40
+    config.steps = 1
+    config.optimizer.learning_rate = 0.0
+    whole = train.run(config, tmp_path / "b")
+    config.batch_size = 16
+    padded = train.run(config, tmp_path / "c")
+    assert summary["eval"]["examples"] == whole["eval"]["examples"] == padded["eval"]["examples"] == 40
+    assert padded["eval"]["accuracy"] == whole["eval"]["accuracy"]
+    assert padded["eval"]["loss"] == pytest.approx(whole["eval"]["loss"], rel=1e-6)
+
+
+def test_evaluation_that_misses_an_image_is_an_error():
+    parts = [dict(loss=1.0, correct=3, top5=4, examples=16), dict(loss=1.0, correct=3, top5=4, examples=15)]
+    with pytest.raises(AssertionError, match="evaluated 31"):
+        train.evaluation_of(parts, 32)
+
+
+@pytest.mark.parametrize("resumed_on", [("data", 1, 1), ("hybrid", 4, 2), ("hybrid", 2, 4)])
+def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
+    """Stopped after step 4 of 8 and resumed from the checkpoint: bit for bit on the same mesh, 1e-5 on another."""
+    train.run(config, tmp_path / "whole")
+    stop_after(4, config, tmp_path / "parts")
+    parallelism, data, model = resumed_on
+    config.update(dict(parallelism=parallelism, mesh=dict(data=data, model=model)))
+    summary = train.run(config, tmp_path / "parts")
+    assert (summary["status"], summary["steps"]) == ("completed", 8)
+    whole, parts = saved_state(tmp_path / "whole", 8), saved_state(tmp_path / "parts", 8)
+    assert whole.keys() == parts.keys()
+    same_mesh = resumed_on == ("data", 1, 1)
+    for name, value in whole.items():
+        tolerance = 0 if same_mesh else 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(parts[name], value, rtol=0, atol=tolerance, err_msg=name)
+    for split in ("train", "eval", "final"):
+        assert len(rows(tmp_path / "parts", split)) == len(rows(tmp_path / "whole", split))
+        for got, expected in zip(rows(tmp_path / "parts", split), rows(tmp_path / "whole", split), strict=True):
+            assert got == expected if same_mesh else got == pytest.approx(expected, rel=1e-5)
+
+
+def stop_after(step, config, workdir):
+    """Runs until the checkpoint of `step` is whole, then dies as a killed process does."""
+    class Killed(BaseException):
+        pass
+
+    save = checkpoint.Checkpoints.save
+
+    def save_and_die(self, at, state, accuracy=None):
+        save(self, at, state, accuracy)
+        if at == step:
+            self.wait()
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint.Checkpoints, "save", save_and_die)
+        train.run(config, workdir)
+    assert json.loads((workdir / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_checkpoint_is_not_changed_by_the_steps_after_it(config, tmp_path):
+    """Saving is asynchronous and the state is donated to the next step: what is saved must still be this step's."""
+    config.checkpoint.keep = 10
+    train.run(config, tmp_path / "long")
+    config.epochs = 1
+    config.optimizer.decay = "constant"
+    config.optimizer.warmup = 0.0
+    train.run(config, tmp_path / "short")
+    config.epochs = 4
+    train.run(config, tmp_path / "longer")
+    for name, value in saved_state(tmp_path / "short", 4).items():
+        np.testing.assert_array_equal(saved_state(tmp_path / "longer", 4)[name], value, err_msg=name)
+
+
+def test_a_finished_run_is_left_alone_and_can_grow(config, tmp_path, capsys):
+    first = train.run(config, tmp_path)
+    assert train.run(config, tmp_path) == first
+    assert "Nothing to do" in capsys.readouterr().out
+    config.epochs = 3
+    assert train.run(config, tmp_path)["steps"] == 12
+    config.epochs = 1
+    with pytest.raises(UserError, match=r"steps=4: .* is at step 12 already"):
+        train.run(config, tmp_path)
+
+
+def test_metrics_cut_by_a_kill(config, tmp_path):
+    """A cut last line is dropped, and what was logged after the checkpoint is not told twice."""
+    stop_after(4, config, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "split": "train", "loss": 1.0, "train_seconds": 9}\n{"step": 6, "spl')
+    train.run(config, tmp_path)
+    assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 9))
+
+
+def overflow_in_step(step, monkeypatch):
+    """Makes the learning rate of this step infinite, so that its update ruins the parameters."""
+    monkeypatch.setattr(optim, "make_schedule", lambda *_: lambda at: jnp.where(at == step - 1, jnp.inf, 0.01))
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
+    overflow_in_step(5, monkeypatch)
+    with pytest.raises(train.NonFinite, match=r"loss is nan at step 6 .*the last good checkpoint is .*checkpoints.4$"):
+        train.run(config, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()] == ["4"]
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "non-finite"
+
+
+def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
+    overflow_in_step(4, monkeypatch)  # the loss of step 4 is still finite, and a checkpoint is due
+    with pytest.raises(train.NonFinite, match=r"parameters are not finite after step 4.*no checkpoint was saved"):
+        train.run(config, tmp_path)
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(parallelism="pipeline"), "parallelism=pipeline: unknown, expected one of data, hybrid"),
+    (dict(model=dict(name="lenet")), r"model\.name=lenet: unknown"),
+    (dict(data=dict(name="mnist")), r"data\.name=mnist"),
+    (dict(batch_size=12, mesh=dict(data=8)), r"batch_size \(12,\): conv_batch=12 does not divide by the 8 devices"),
+    (dict(model=dict(name="alexnet"), parallelism="hybrid", batch_size=15, mesh=dict(model=3)),
+     r"fc1\.\w+ \(4096,\): fc1_out=4096 does not divide by the 3 devices of mesh axis model"),
+    (dict(mesh=dict(data=3, model=5)), "mesh.data=3, mesh.model=5: needs 15 devices, but there are 8"),
+    (dict(batch_size=65), "batch_size=65: synthetic has 64 training images"),
+    (dict(batch_size=0), "batch_size=0: expected at least 1"),
+    (dict(epochs=0), "epochs=0, steps=0"),
+    (dict(dtype="float16"), "dtype=float16: unknown"),
+    (dict(model=dict(dropout=1.0)), r"model\.dropout=1\.0: expected from 0\.0 to below 1\.0"),
+    (dict(optimizer=dict(learning_rate=float("nan"))), r"optimizer\.learning_rate=nan: expected at least"),
+    (dict(optimizer=dict(decay="steps")), r"optimizer\.decay=steps: unknown"),
+    (dict(data=dict(crop_pad=32)), r"data\.crop_pad=32: images are 32 pixels wide"),
+    (dict(checkpoint=dict(keep=0)), r"checkpoint\.keep=0: expected at least 1"),
+])
+def test_refused_before_anything_is_compiled(config, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
+    config.update(changes)
+    with pytest.raises(UserError, match=message) as error:
+        train.run(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdirs_that_are_refused(config, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=re.escape(f"--workdir={workdir}: cannot be written")):
+            train.run(config, workdir)
+    assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        train.run(config, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_workdir_of_another_config_is_refused(config, tmp_path):
+    train.run(config, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    config.optimizer.learning_rate = 0.002
+    config.seed = 1
+    config.mesh.data = 2
+    with pytest.raises(UserError, match=r"\(optimizer\.learning_rate: 0\.001 -> 0\.002; seed: 0 -> 1\)"):
+        train.run(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+    (tmp_path / "config.json").write_text(before[:50])
+    with pytest.raises(UserError, match=r"config\.json or summary\.json is damaged"):
+        train.run(config, tmp_path)
+
+
+def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch):
+    from cnn_spmd.data import cifar10
+
+    def unreachable(*_):
+        raise cifar10.Unreachable("no way out")
+
+    monkeypatch.setattr(cifar10, "load", unreachable)
+    config.data.update(dict(name="cifar10", fallback="digits", fallback_epochs=1, fallback_batch_size=512))
+    summary = train.run(config, tmp_path)
+    assert (summary["batch_size"], summary["steps"], summary["eval"]["examples"]) == (512, 2, 360)
+    for name in ("config.json", "program.json", "summary.json"):
+        content = json.loads((tmp_path / name).read_text())
+        assert (content["dataset"], content["fallback"]) == ("digits", "cifar10"), name
+    for line in metrics.read(tmp_path / "metrics.jsonl"):
+        assert (line["dataset"], line["fallback"]) == ("digits", "cifar10")
+
+
+def test_calls_end_at_every_stop():
+    assert train.plan(0, [4, 8, 10], 3) == [3, 1, 3, 1, 2]
+    assert train.plan(5, [4, 8, 10], 100) == [3, 2]
+    assert train.plan(10, [10], 3) == []
+
+
+def test_clock_leaves_out_what_is_not_training(monkeypatch):
+    now = iter([0.0, 10.0, 12.0, 13.0, 50.0, 51.0])  # made, started, call, call, started after an evaluation, call
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    clock = metrics.Clock()
+    clock.start()
+    assert [clock.tick(10), clock.tick(10)] == [2.0, 1.0]
+    clock.start()
+    clock.tick(10)
+    assert clock.seconds == 4.0
+    assert clock.steps_per_second() == 10.0  # the first call warms up
+    assert clock.step_milliseconds() == dict(p10=100.0, median=100.0, p90=100.0)
