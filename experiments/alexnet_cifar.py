@@ -1,4 +1,18 @@
-"""AlexNet on CIFAR-10: five convolutions, two 4096-wide dense layers, on whatever devices there are."""
+"""AlexNet on CIFAR-10: five convolutions, two 4096-wide dense layers with dropout, on whatever devices there are.
+
+  python launch.py --config experiments/alexnet_cifar.py
+
+AlexNet's layers with 3x3 windows, for 32x32 images; there is no published table of this network. For comparison: cuda-convnet's
+CIFAR-10 nets (Krizhevsky 2012) reach 89% with random 24x24 crops and ten test views (11pct), AlexNet's own paper 89% (LRN,
+four layers). The recipe is today's: reflected crops, mirroring, label smoothing, Nesterov momentum, a one-cycle schedule.
+
+Measured on the real CIFAR-10, all 10,000 test images and their mirrors, bfloat16; mean of 3 seeds (results/, README.md):
+
+  1 x H200, mesh 1x1             91.38%   11.5 s of training   (and 11 s of compilation)
+  2 x H200, mesh 2x1, data       91.46%   10.0 s
+  2 x H200, mesh 1x2, hybrid     91.44%    9.4 s
+  2 CPU cores, no network        99.44% of the digits that stand in for it, 114 s
+"""
 
 import ml_collections
 

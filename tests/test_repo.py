@@ -22,6 +22,12 @@ def test_readme_table_is_what_the_results_say():
     assert table == report.results_table()
 
 
+def test_readme_says_how_long_make_train_took():
+    run = json.loads((ROOT / "results" / "alexnet_cifar-cpu-make_train.json").read_text())
+    assert f"took {run['make_train_seconds']:.0f} s in all" in (ROOT / "README.md").read_text()
+    assert run["host_cores"] == 2
+
+
 def test_results_say_where_they_come_from():
     files = sorted((ROOT / "results").glob("*.json"))
     assert files
