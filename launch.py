@@ -6,6 +6,7 @@
   python launch.py --config ... --cpu_devices 8                                simulate 8 devices on the CPU
   python launch.py --config ... --workdir runs/a                               the same workdir again resumes
   python launch.py --config ... --dry_run                                      compile, print the report, stop
+  python launch.py --config ... --dry_run --target h100:64x8                   the same for 64 hosts of 8 GPUs each
 
 Several hosts: the same command on each, with JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID set,
 or under Slurm's srun or Open MPI's mpirun.
@@ -16,6 +17,8 @@ Exit codes: 0 done; 1 a crash; 2 bad input; 3 the loss is not finite; 75 interru
 import datetime
 import os
 import pathlib
+import shlex
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -27,9 +30,11 @@ MESH = flags.DEFINE_string("mesh", None, "Mesh shape DATAxMODEL, such as 4x2; se
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate this many devices on the CPU.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; an existing run resumes. Default: "
                               "runs/<experiment>-<UTC time>.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print placement, memory and collectives, and stop.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print placement, memory and collectives, and stop; with "
+                            "--workdir, also write them there as program.json.")
+TARGET = flags.DEFINE_string("target", None, "With --dry_run: compile for GPUs that are not here, such as h100:64x8.")
 
-BAD_INPUT, NON_FINITE = 2, 3
+BAD_INPUT, NON_FINITE, INTERRUPTED = 2, 3, 75  # 75 is EX_TEMPFAIL of sysexits.h
 
 
 def start_cluster() -> None:
@@ -58,12 +63,28 @@ def start_cluster() -> None:
 
 
 def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # until the run takes over
+    try:
+        return launch(argv)
+    except KeyboardInterrupt:
+        print("Interrupted outside of the training loop: nothing to save.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def launch(argv: list[str]) -> int:
+    if TARGET.value:  # both before jax is imported
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of each save in thirty lines
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
+    if WORKDIR.value == "":
+        return refuse("--workdir=: is empty, expected a folder")
+    if TARGET.value and not DRY_RUN.value:
+        return refuse(f"--target={TARGET.value}: those GPUs are not here, expected --dry_run with it")
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
@@ -73,31 +94,27 @@ def main(argv: list[str]) -> int:
         logging.error("Cannot join the cluster: %s", error)
         return 1
 
-    from cnn_spmd import mesh, train
+    from cnn_spmd import mesh, target, train
     from cnn_spmd.errors import UserError
-    from cnn_spmd.interrupt import EXIT_CODE
     try:
         config = CONFIG.value
-        if MESH.value:
+        if MESH.value is not None:
             config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
-        workdir = WORKDIR.value
-        if workdir is None and not DRY_RUN.value:
-            workdir = default_workdir(config.experiment)
-        summary = train.run(config, workdir and pathlib.Path(workdir), DRY_RUN.value)
+        workdir = WORKDIR.value and pathlib.Path(WORKDIR.value).expanduser()
+        if DRY_RUN.value:
+            train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
+            return 0
+        workdir = workdir or pathlib.Path(default_workdir(config.experiment))
+        summary = train.run(config, workdir)
     except UserError as error:
         return refuse(error)
     except train.NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return NON_FINITE
-    except KeyboardInterrupt:
-        print("Interrupted before the first step: nothing to save.", file=sys.stderr)
-        return EXIT_CODE
-    if DRY_RUN.value:
-        return 0
     if summary["status"] == "interrupted":
-        again = " ".join(sys.argv) if WORKDIR.value else f"{' '.join(sys.argv)} --workdir {workdir}"
-        print(f"Interrupted and saved at step {summary['steps']}. To resume: python {again}")
-        return EXIT_CODE
+        again = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(workdir)]
+        print(f"Interrupted and saved at step {summary['steps']}. To resume: python {shlex.join(again)}")
+        return INTERRUPTED
     print(f"Done: {summary['dataset']} test accuracy {summary['eval']['accuracy']:.2%} after {summary['steps']} steps, "
           f"{summary['train_seconds']:.1f} s of training. Files: {workdir}")
     return 0
@@ -128,12 +145,18 @@ def parse(argv: list[str]) -> list[str]:
             raise flags.Error("--config is missing: give an experiment, such as --config experiments/alexnet_cifar.py")
         flags.FLAGS.config.experiment  # noqa: B018  (a config file that is not there raises at its first use)
     except OSError:
-        known = ", ".join(sorted(str(path) for path in pathlib.Path("experiments").glob("*.py")))
+        folder = pathlib.Path(__file__).parent / "experiments"
+        known = ", ".join(sorted(f"experiments/{path.name}" for path in folder.glob("*.py")))
         sys.exit(refuse(f"--config={flags.FLAGS['config'].config_filename}: no such experiment, expected one of {known}"))
-    except KeyError as error:
-        sys.exit(refuse("unknown config field " + " ".join(error.args[0].split())))
-    except (flags.Error, AttributeError, TypeError, ValueError) as error:
-        sys.exit(refuse(" ".join(str(error).split())))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        text = str(error.args[0] if error.args else error).strip()
+        if "Error whilst parsing config file" in text:  # a traceback, with the reason last
+            text = text.splitlines()[-1].removeprefix("ValueError: ")
+        elif isinstance(error, KeyError | AttributeError):
+            text = "no such config field: " + text
+        sys.exit(refuse(" ".join(text.split())))
     return rest
 
 

@@ -87,7 +87,7 @@ class Checkpoints:
     def _set_broken_aside(self) -> None:
         if jax.process_index() == 0 and self.directory.exists():
             for directory in sorted(self.directory.iterdir()):
-                if directory.name.isdecimal() and (reason := _what_is_wrong(directory)):
+                if directory.name.isdecimal() and directory.is_dir() and (reason := _what_is_wrong(directory)):
                     _set_aside(directory, reason)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints verified")
@@ -113,19 +113,25 @@ def _hashes(directory: pathlib.Path) -> dict[str, str]:
 def _what_is_wrong(directory: pathlib.Path) -> str:
     """Why a step cannot be trusted, or "" where it can."""
     manifest = directory / MANIFEST
+    if not any(directory.iterdir()):
+        return "is empty"
     if not manifest.exists():
-        if not any(directory.iterdir()):
-            return "is empty"
-        logging.warning("Checkpoint %s has no %s (the run was killed just after saving it): not verified.", directory, MANIFEST)
+        if not (directory / "_CHECKPOINT_METADATA").exists():
+            return "is half there"
+        logging.warning("Checkpoint %s has no %s (the run was killed while saving or removing it): not verified.",
+                        directory, MANIFEST)
         return ""
     try:
         wanted = json.loads(manifest.read_text())
-    except (OSError, ValueError) as error:
-        return f"has an unreadable {MANIFEST} ({_first_line(error)})"
+    except ValueError:
+        wanted = None
+    if not isinstance(wanted, dict) or not wanted:
+        return f"has an unreadable {MANIFEST}"
     found = _hashes(directory)
-    changed = sorted(name for name in wanted if found.get(name) != wanted[name])
+    changed = sorted(name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name))
     if changed:
-        return f"is damaged: {changed[0]} is {'changed' if changed[0] in found else 'missing'}"
+        what = "missing" if changed[0] not in found else "not from this save" if changed[0] not in wanted else "changed"
+        return f"is damaged: {changed[0]} is {what}"
     return ""
 
 

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import jax
 import ml_collections
 
 from cnn_spmd.data.sources import Dataset
@@ -13,11 +12,17 @@ from cnn_spmd.errors import UserError
 RANGES = {
     "seed": (0, 2**31, False),
     "batch_size": (1, None, True),
-    "epochs": (0, None, True),
-    "steps": (0, None, True),
+    "epochs": (0, 10**7, True),
+    "steps": (0, 10**7, True),
     "steps_per_call": (0, None, True),
+    "dense_microbatch": (0, None, True),
     "label_smoothing": (0.0, 1.0, False),
+    "model.width": (1, None, True),
     "model.dropout": (0.0, 1.0, False),
+    "data.synthetic.image_size": (1, 4096, True),
+    "data.synthetic.classes": (1, 10**6, True),
+    "data.synthetic.train_examples": (1, 10**7, True),
+    "data.synthetic.test_examples": (1, 10**7, True),
     "data.crop_pad": (0, None, True),
     "data.fallback_epochs": (1, None, True),
     "data.fallback_batch_size": (1, None, True),
@@ -30,11 +35,12 @@ RANGES = {
     "checkpoint.every_epochs": (0, None, True),
     "checkpoint.keep": (1, None, True),
 }
-DTYPES = ("auto", "float32", "bfloat16")
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum")}
 
 # What a resumed run may change, because the numbers do not depend on it; steps and epochs may only grow.
-MAY_DIFFER = ("mesh", "parallelism", "steps_per_call", "eval", "checkpoint", "data.dir", "data.fallback",
-              "data.fallback_epochs", "data.fallback_batch_size", "data.fallback_learning_rate", "epochs", "steps")
+MAY_DIFFER = ("mesh", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint", "data.dir",
+              "data.fallback", "data.fallback_epochs", "data.fallback_batch_size", "data.fallback_learning_rate",
+              "epochs", "steps")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -45,16 +51,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if not math.isfinite(value) or value < low or too_high:
             expected = f"at least {low}" if high is None else f"from {low} to {'' if inclusive else 'below '}{high}"
             raise UserError(f"{field}={value}: expected {expected}")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype={config.dtype}: unknown, expected one of {', '.join(DTYPES)}")
+    for field, choices in CHOICES.items():
+        if config[field] not in choices:
+            raise UserError(f"{field}={config[field]}: unknown, expected one of {', '.join(choices)}")
     if not config.epochs and not config.steps:
         raise UserError("epochs=0, steps=0: expected a positive number in one of them")
 
 
-def resolve(config: ml_collections.ConfigDict, data: Dataset) -> ml_collections.ConfigDict:
+def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str) -> ml_collections.ConfigDict:
     """A copy with what was left open filled in: the data set there is, its batch size, learning rate, steps and dtype.
 
-    Raises UserError where the batch is larger than the data set or the crop does not fit the images.
+    platform: of the devices, "cpu" or another. Raises UserError where the batch is larger than the data set or the crop
+    does not fit the images.
     """
     config = ml_collections.ConfigDict(config.to_dict())
     if data.fallback:
@@ -63,7 +71,7 @@ def resolve(config: ml_collections.ConfigDict, data: Dataset) -> ml_collections.
         config.optimizer.learning_rate = config.data.fallback_learning_rate
     config.data.name = data.name
     if config.dtype == "auto":
-        config.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        config.dtype = "float32" if platform == "cpu" else "bfloat16"
     examples, side = data.train_images.shape[:2]
     if config.batch_size > examples:
         raise UserError(f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected at most that")
@@ -71,9 +79,11 @@ def resolve(config: ml_collections.ConfigDict, data: Dataset) -> ml_collections.
         raise UserError(f"data.crop_pad={config.data.crop_pad}: images are {side} pixels wide, expected less than that")
     per_epoch = examples // config.batch_size
     config.steps = config.steps or config.epochs * per_epoch
+    if config.steps > 10**7:
+        raise UserError(f"epochs={config.epochs}: makes {config.steps} steps, expected at most 10000000")
     config.epochs = 0  # steps says it from here on
     if not config.steps_per_call:  # a CPU runs the body of a scan some fifty times slower than the bare step
-        config.steps_per_call = 1 if jax.default_backend() == "cpu" else math.ceil(per_epoch / math.ceil(per_epoch / 100))
+        config.steps_per_call = 1 if platform == "cpu" else math.ceil(per_epoch / math.ceil(per_epoch / 100))
     return config
 
 

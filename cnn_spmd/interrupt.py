@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import numpy as np
+from absl import logging
 from rich import progress as rich_progress
 from tensorboardX import SummaryWriter
 
@@ -22,7 +23,7 @@ PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON whole or not at all: a kill in between leaves the old file."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
 
 
@@ -35,6 +36,8 @@ class Metrics:
     def __init__(self, workdir: pathlib.Path, step: int, identity: dict, enabled: bool = True):
         path = workdir / "metrics.jsonl"
         self._identity, self._enabled = identity, enabled
+        if not step and enabled and path.exists():
+            os.replace(path, path.with_name("metrics.jsonl.old"))
         kept = [row for row in read(path) if row["step"] <= step and row["split"] != "final"]
         self.train_seconds = max((row["train_seconds"] for row in kept if row["split"] == "train"), default=0.0)
         if not enabled:
@@ -49,7 +52,8 @@ class Metrics:
         """Appends one line {"step", "split", ...} and the same as TensorBoard scalars `split`/name."""
         if not self._enabled:
             return
-        self._file.write(json.dumps(dict(step=step, split=split, **values, **self._identity)) + "\n")
+        row = dict(step=step, split=split, **values, **self._identity)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
@@ -60,13 +64,16 @@ class Metrics:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that was cut by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The lines of a metrics.jsonl. A last line that was cut by a kill is left out; a damaged one elsewhere, with a warning."""
+    rows, lines = [], path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            row["step"], row["split"]
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                logging.warning("%s: line %d is damaged and left out.", path, number)
     return rows
 
 
@@ -154,13 +161,17 @@ class Progress:
             self._bar.update(self._task, completed=step, text=text)
         elif time.perf_counter() - self._line_at >= PLAIN_SECONDS or step == self.steps:
             self._line_at = time.perf_counter()
-            print(f"step {step}/{self.steps}  {text}", flush=True)
+            self.say(f"step {step}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
-        if self.show:
-            (self._bar.console.print if self._bar is not None else print)(text)
-            sys.stdout.flush()
+        try:
+            if self.show:
+                (self._bar.console.print if self._bar is not None else print)(text)
+                sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads on (a pipe into head): the run goes on, silent
+            self.show = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         if self._bar is not None:

@@ -26,14 +26,14 @@ def make_schedule(settings, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, settings.learning_rate, warmup), decay], [warmup])
 
 
-def make_optimizer(settings, steps: int) -> optax.GradientTransformation:
+def make_optimizer(settings, steps: int, parts: int = 1) -> optax.GradientTransformation:
     """SGD with (Nesterov) momentum; weight decay on weights only, biases (one dimension) are left out.
 
     As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: it is scaled by the learning rate and
-    passes through the momentum.
+    passes through the momentum. parts: updates in a step, each at 1/parts of the learning rate.
     """
     schedule = make_schedule(settings, steps)
     return optax.chain(
         optax.add_decayed_weights(settings.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
-        optax.sgd(schedule, momentum=settings.momentum, nesterov=settings.nesterov),
+        optax.sgd(lambda count: schedule(count // parts) / parts, momentum=settings.momentum, nesterov=settings.nesterov),
     )

@@ -6,6 +6,7 @@ of the mesh, and what it does not name is replicated. Changing where an array li
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,18 +18,31 @@ from cnn_spmd.errors import UserError
 
 BOTH = ("data", "model")
 
-# Activations have a batch axis: of the convolutions, of the dense layers, of the output layer (logits, labels and loss).
-# Weights have an input (rows) and an output (columns) axis a layer; a dense layer's activations are split as its kernel
-# is. fc1 and fc2 are the 4096-wide layers, fc3 is the output layer.
+# Activations have a batch axis: of the convolutions, of the hidden dense layers, of the output layer (logits, labels and
+# loss). Weights have an input (rows) and an output (columns) axis a layer; a layer's input is split as its kernel's rows
+# are, its output as its columns. fc1 and fc2 are the 4096-wide layers, fc3 is the output layer. `group` axes are the
+# channels of a grouped convolution, which fall into towers: split, each device works on towers of its own.
 TABLE: dict[str, dict[str, Any]] = {
     # Every device holds all weights and its share of the batch; gradients are all-reduced.
     "data": dict(conv_batch=BOTH, dense_batch=BOTH, output_batch=BOTH),
-    # One weird trick (Krizhevsky 2014, scheme a): convolutions as above; the dense layers, which hold ~95% of the
-    # weights and do ~5% of the work, are split by columns, and their input is gathered along `model` instead.
+    # Every layer's columns are split; each layer's input is gathered along `model`.
+    "model": dict(conv_batch="data", dense_batch="data", output_batch="data",
+                  conv_out="model", group_out="model", fc1_out="model", fc2_out="model", fc3_out="model"),
+    # One weird trick (Krizhevsky 2014, scheme a): convolutions as in `data`; the dense layers, which hold ~95% of the
+    # weights and do ~5% of the work, are split by columns, and their input is gathered along `model` instead. The output
+    # layer takes fc2's columns as they lie, by rows: a few logits are summed, instead of 4096 activations gathered.
     "hybrid": dict(conv_batch=BOTH, dense_batch="data", output_batch="data",
-                   fc1_out="model", fc2_out="model", fc3_out="model"),
+                   fc1_out="model", fc2_out="model", fc3_in="model"),
+    # fc1 by columns, fc2 by rows: nothing moves between the two (PaSE, IPDPS 2021; Megatron). fc2's partial sums are
+    # reduced straight back to a batch over both axes, where the small output layer is data parallel.
+    "hybrid_alternating": dict(conv_batch=BOTH, dense_batch="data", output_batch=BOTH,
+                               fc1_out="model", fc2_in="model"),
+    # AlexNet's two GPUs (2012): a tower each, which meet in conv3 and the dense layers only.
+    "two_tower": dict(conv_batch="data", dense_batch="data", output_batch="data",
+                      conv_out="model", group_in="model", group_out="model",
+                      fc1_out="model", fc2_out="model", fc3_out="model"),
 }
-LOGICAL_AXES = ("conv_batch", "dense_batch", "output_batch", "conv_in", "conv_out",
+LOGICAL_AXES = ("conv_batch", "dense_batch", "output_batch", "conv_in", "conv_out", "group_in", "group_out",
                 "fc1_in", "fc1_out", "fc2_in", "fc2_out", "fc3_in", "fc3_out")
 
 # CIFAR-10's 10 classes divide by few model axes. The output layer is small, so it is replicated then, and the placement
@@ -38,48 +52,93 @@ MAY_REPLICATE = ("fc3_out",)
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """One row of the table on one mesh. Called as `place(x, "conv_batch", None, ...)`, it constrains an activation."""
+    """One row of the table on one mesh. Called as `place(x, "conv_batch", None, ...)`, it constrains an activation.
+
+    `own_rows` are further rows by their names, from a config; `record` is called with (name, axes, shape) of every named
+    activation as it is traced.
+    """
 
     mesh: Mesh
     parallelism: str
+    own_rows: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    record: Callable[[str, tuple, tuple], None] | None = None
 
     def __post_init__(self):
-        if self.parallelism not in TABLE:
-            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {', '.join(TABLE)}")
+        """Raises UserError for an unknown row, and for a row that names an axis there is none of."""
+        rows = {**TABLE, **self.own_rows}
+        if self.parallelism not in rows:
+            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {', '.join(rows)}")
+        for name, row in self.own_rows.items():
+            if name in TABLE:
+                raise UserError(f"placement.{name}: is a built-in row, choose another name")
+            for axis, mesh_axes in row.items():
+                field = f"placement.{name}.{axis}={mesh_axes}"
+                if axis not in LOGICAL_AXES:
+                    raise UserError(f"{field}: no such logical axis, expected one of {', '.join(LOGICAL_AXES)}")
+                if mesh_axes is not None and (not set(_names(mesh_axes)) <= set(BOTH) or
+                                              len(set(_names(mesh_axes))) != len(_names(mesh_axes))):
+                    raise UserError(f"{field}: expected 'data', 'model', ('data', 'model') or None")
 
-    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "activation") -> P:
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """Logical axis -> mesh axes."""
+        return {**TABLE, **self.own_rows}[self.parallelism]
+
+    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> P:
         """The PartitionSpec of an array whose dimensions carry the logical `axes`; None is replicated.
 
-        Raises UserError, naming the array, its shape and the axis, where a dimension does not divide by its mesh axes:
-        jax.lax.with_sharding_constraint would replicate in silence instead.
+        Raises UserError, naming the array, its shape and the axis, where a dimension does not divide by its mesh axes
+        (jax.lax.with_sharding_constraint would replicate in silence), or two dimensions are split on the same mesh axis.
         """
-        row, spec = TABLE[self.parallelism], []
+        spec, where = [], f"(mesh {self.shape}, parallelism={self.parallelism})"
         for axis, size in zip(axes, shape, strict=True):
             if axis is not None and axis not in LOGICAL_AXES:
                 raise KeyError(f"{name}: logical axis {axis!r} is not one of {LOGICAL_AXES}")
-            mesh_axes = row.get(axis)
+            mesh_axes = self.row.get(axis)
             parts = self.parts(mesh_axes)
             if size % parts and axis in MAY_REPLICATE:
                 mesh_axes = None
             elif size % parts:
                 raise UserError(f"{name} {shape}: {axis}={size} does not divide by the {parts} devices of mesh axis "
-                                f"{mesh_axes} (mesh {self.shape}, parallelism={self.parallelism}): change the mesh or "
+                                f"{'+'.join(_names(mesh_axes))} {where}: change the mesh or "
                                 f"{'batch_size' if axis.endswith('batch') else 'the parallelism'}")
-            spec.append(mesh_axes)
+            spec.append(tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes)
+        used = [mesh_axis for mesh_axes in spec for mesh_axis in _names(mesh_axes)]
+        if len(used) != len(set(used)):
+            raise UserError(f"{name} {shape}: two of its axes {axes} are split on the same mesh axis {where}")
         return P(*spec)
 
     def parts(self, mesh_axes: str | tuple[str, ...] | None) -> int:
         """Into how many parts a dimension on these mesh axes is split."""
-        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-        return math.prod(self.mesh.shape[name] for name in names)
+        return math.prod(self.mesh.shape[name] for name in _names(mesh_axes))
 
-    def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "activation") -> NamedSharding:
+    def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> NamedSharding:
         """The NamedSharding of `spec`, with its errors."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
-    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Constrains `x` inside a jitted function to where the table puts its logical axes."""
-        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+    def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
+        """Constrains `x` inside a jitted function to where the table puts its logical axes; `name` is for people."""
+        if name and self.record:
+            self.record(name, axes, x.shape)
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
+
+    def towers(self, f: Callable, groups: int, *arrays: tuple[jax.Array, tuple], out: tuple, name: str) -> jax.Array:
+        """f(part, *arrays) of an operation in `groups` towers; each array comes with its logical axes, `out` are f's.
+
+        Where the row splits the channels of the result, the last of `out`, each device computes its own (`part` counts
+        them) from what it holds of `arrays`, and nothing moves between towers; else part is 0 and the arrays are whole.
+        Raises UserError where the mesh axis and the towers do not divide.
+        """
+        mesh_axes = self.row.get(out[-1])
+        if mesh_axes is None:
+            return f(0, *(array for array, _ in arrays))
+        parts = self.parts(mesh_axes)
+        if groups % parts and (parts % groups or self.row.get("group_in")):
+            raise UserError(f"{name}: its {groups} towers do not divide by the {parts} devices of mesh axis "
+                            f"{'+'.join(_names(mesh_axes))} (mesh {self.shape}, parallelism={self.parallelism})")
+        specs = tuple(self.spec(axes, array.shape, name) for array, axes in arrays)
+        return jax.shard_map(lambda *local: f(jax.lax.axis_index(mesh_axes), *local), mesh=self.mesh, in_specs=specs,
+                             out_specs=P(*(self.row.get(axis) for axis in out)))(*(array for array, _ in arrays))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -102,23 +161,29 @@ class Placement:
             return self.replicated
         return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
-    def report(self, params: nnx.State) -> list[dict]:
-        """A JSON-ready row a parameter: name, shape, logical axes, mesh axes, bytes, bytes a device, note.
+    def report(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], itemsize: int) -> dict:
+        """A JSON-ready row for one array: name, shape, logical axes, mesh axes, bytes, bytes a device, note.
 
         `note` says which axis the table asked to split and could not (MAY_REPLICATE), else it is empty.
         """
-        rows = []
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
-            sharding = self.sharding(leaf.axes, leaf.shape, name_of(path))
-            missed = [f"{axis}={size} does not divide by {TABLE[self.parallelism][axis]}: replicated"
-                      for axis, size, got in zip(leaf.axes, leaf.shape, sharding.spec, strict=True)
-                      if got is None and TABLE[self.parallelism].get(axis) is not None]
-            size = leaf.dtype.itemsize
-            rows.append(dict(name=name_of(path), shape=list(leaf.shape), logical_axes=list(leaf.axes),
-                             mesh_axes=[list(a) if isinstance(a, tuple) else a for a in sharding.spec],
-                             bytes=math.prod(leaf.shape) * size,
-                             bytes_per_device=math.prod(sharding.shard_shape(leaf.shape)) * size, note="; ".join(missed)))
-        return rows
+        sharding = self.sharding(axes, shape, name)
+        missed = [f"{axis}={size} does not divide by {'+'.join(_names(self.row[axis]))}={self.parts(self.row[axis])}: "
+                  "replicated"
+                  for axis, size, got in zip(axes, shape, sharding.spec, strict=True)
+                  if got is None and self.row.get(axis) is not None]
+        return dict(name=name, shape=list(shape), logical_axes=list(axes),
+                    mesh_axes=[list(a) if isinstance(a, tuple) else a for a in sharding.spec],
+                    bytes=math.prod(shape) * itemsize,
+                    bytes_per_device=math.prod(sharding.shard_shape(shape)) * itemsize, note="; ".join(missed))
+
+
+def _names(mesh_axes: Any) -> tuple[str, ...]:
+    return () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+
+
+def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension, () where it is whole."""
+    return [_names(mesh_axes) for mesh_axes in spec]
 
 
 def name_of(path: tuple) -> str:

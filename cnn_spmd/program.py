@@ -253,25 +253,31 @@ def report(compiled, mesh: jax.sharding.Mesh) -> dict:
 
 def as_text(report: dict) -> str:
     """The report of a run as lines for a person: mesh, placement, bytes a device, collectives, memory, compile time."""
+    def table(title: str, rows: list[dict]) -> list[str]:
+        lines = [f"  {title:<14}{'shape':<20}{'logical axes':<38}{'mesh axes':<26}{'MB a device':>12}"]
+        for row in rows:
+            logical, mesh = (", ".join("-" if axis is None else "+".join(axis) if isinstance(axis, list) else axis
+                                       for axis in row[column]) for column in ("logical_axes", "mesh_axes"))
+            lines.append(f"  {row['name']:<14}{'x'.join(map(str, row['shape'])):<20}{logical:<38}{mesh:<26}"
+                         f"{row['bytes_per_device'] / 1e6:>12.3f}" + (f"  NOTE: {row['note']}" if row["note"] else ""))
+        return lines
+
     mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
-    lines = [f"mesh {mesh}, {report['devices']} x {report['device_kind']}, parallelism {report['parallelism']}, "
-             f"global batch {report['batch_size']}, {report['param_count']:,} parameters, data {report['dataset']}"
-             + (f" (fallback for {report['fallback']})" if report["fallback"] else "")]
-    lines.append(f"  {'parameter':<14}{'shape':<20}{'logical axes':<34}{'mesh axes':<30}{'MB a device':>12}")
-    for row in report["placement"]:
-        named = {column: ", ".join("-" if axis is None else "+".join(axis) if isinstance(axis, list) else axis
-                                   for axis in row[column]) for column in ("logical_axes", "mesh_axes")}
-        lines.append(f"  {row['name']:<14}{'x'.join(map(str, row['shape'])):<20}{named['logical_axes']:<34}"
-                     f"{named['mesh_axes']:<30}{row['bytes_per_device'] / 1e6:>12.3f}"
-                     + (f"  NOTE: {row['note']}" if row["note"] else ""))
-    held = report["bytes_per_device"]
-    lines.append(f"a device holds {held['parameters'] / 1e6:.1f} MB of parameters and {held['optimizer'] / 1e6:.1f} MB of "
-                 f"optimizer state; compiled memory: " + ", ".join(f"{name} {size / 1e6:.1f} MB"
-                                                                   for name, size in report["memory"].items() if size))
+    stands_in = f" (fallback for {report['fallback']})" if report["fallback"] else ""
+    held, compiler = report["bytes_per_device"], report["compiler"]
+    memory = ", ".join(f"{name.removesuffix('_bytes')} {size / 1e6:.1f}" for name, size in report["memory"].items() if size)
+    lines = [f"mesh {mesh}, {report['devices']} x {compiler['device_kind']}, parallelism {report['parallelism']}, global batch "
+             f"{report['batch_size']}, {report['param_count']:,} parameters, data {report['dataset']}{stands_in}",
+             *table("parameter", report["placement"]), *table("activation", report["activations"]),
+             f"a device holds {held['parameters'] / 1e6:.1f} MB of parameters and {held['optimizer'] / 1e6:.1f} MB of "
+             f"optimizer state; memory of the compiled step in MB: {memory}"]
     for row in report["collectives"]:
         lines.append(f"  {row['count']:>3} {row['operation']:<20} over {'+'.join(row['axes']):<12}{row['phase']:<10}"
                      f"{row['bytes'] / 1e6:>10.3f} MB, {row['ring_bytes'] / 1e6:.3f} MB sent a device and step")
     if not report["collectives"]:
         lines.append("  no collectives")
-    lines.append(f"compiled in {report['compile_seconds']:.1f} s")
+    for row in report["communication"]:
+        lines.append(f"  {row['kind']} over {'+'.join(row['axes'])}: {row['compiled_bytes'] / 1e6:.3f} MB compiled, "
+                     f"{row['closed_form_bytes'] / 1e6:.3f} MB in theory")
+    lines.append(f"compiled for {compiler['platform']} (jaxlib {compiler['jaxlib']}) in {report['compile_seconds']:.1f} s")
     return "\n".join(lines)

@@ -32,6 +32,11 @@ class DeviceData(NamedTuple):
     labels: jax.Array  # int32 [N]
 
 
+def is_dense(path: tuple, _) -> bool:
+    """Whether a parameter belongs to the dense layers."""
+    return path[0].startswith("fc")
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The pure functions of one run: model, optimizer and placement, with the settings that they close over."""
@@ -39,6 +44,8 @@ class Steps:
     make_model: Any  # (nnx.Rngs) -> nnx.Module
     optimizer: optax.GradientTransformation
     place: Placement
+    dense_optimizer: optax.GradientTransformation | None  # for dense_updates="each"
+    dense_microbatch: int  # 0: the whole batch at once
     mean_C: Any  # of the training set, in pixels
     std_C: Any
     seed: int
@@ -50,32 +57,47 @@ class Steps:
     def init(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
         params = nnx.state(self.make_model(nnx.Rngs(self.seed)), nnx.Param)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+        if self.dense_optimizer is None:
+            optimizer = self.optimizer.init(params)
+        else:
+            dense, conv = nnx.split_state(params, is_dense, ...)
+            optimizer = dict(conv=self.optimizer.init(conv), dense=self.dense_optimizer.init(dense))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """The model without its arrays."""
         return nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(self.seed))))[0]
 
-    def loss(self, params: nnx.State, images_NHWC: jax.Array, labels_B: jax.Array, key: jax.Array | None):
-        """Mean softmax cross-entropy over the global batch (nats, labels smoothed), and the logits [B, C]."""
-        model = nnx.merge(self.graph, params)
-        logits_BC = model(images_NHWC, place=self.place, dropout_key=key).astype(jnp.float32)
-        targets_BC = optax.smooth_labels(jax.nn.one_hot(labels_B, logits_BC.shape[-1]), self.label_smoothing)
-        targets_BC = self.place(targets_BC, "output_batch", "fc3_out")
-        return optax.softmax_cross_entropy(logits_BC, targets_BC).mean(), logits_BC
-
-    def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array) -> tuple[dict, nnx.State]:
-        """loss and accuracy [] on the examples `indices_B`, and the loss's gradient by each parameter.
+    def batch(self, data: DeviceData, step: jax.Array, indices_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Images [N, H, W, C], labels [B] and a dropout key.
 
         Crops, flips and dropout masks are a function of (seed, step), the same on every mesh.
         """
-        crop_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.step))
+        crop_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), step))
         images = batches.crop_and_flip(data.images, indices_B, crop_key, pad=self.crop_pad, flip=self.flip)
         images = self.place(batches.normalise(images, self.mean_C, self.std_C), "conv_batch", None, None, None)
-        labels_B = self.place(data.labels[indices_B], "output_batch")
-        (loss, logits_BC), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, images, labels_B, dropout_key)
-        return dict(loss=loss, accuracy=(logits_BC.argmax(-1) == labels_B).mean()), grads
+        return images, self.place(data.labels[indices_B], "output_batch"), dropout_key
+
+    def features(self, params: nnx.State, images_NHWC: jax.Array) -> jax.Array:
+        """What the convolutions make of the images; [B, F]."""
+        return nnx.merge(self.graph, params).features(images_NHWC, self.place)
+
+    def loss(self, params: nnx.State, x_BF: jax.Array, labels_B: jax.Array, dropout_key: jax.Array | None):
+        """Of the features: mean softmax cross-entropy (nats, labels smoothed); and loss and accuracy as metrics."""
+        logits_BC = nnx.merge(self.graph, params).classify(x_BF, self.place, dropout_key)
+        logits_BC = logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32))
+        targets_BC = optax.smooth_labels(jax.nn.one_hot(labels_B, logits_BC.shape[-1]), self.label_smoothing)
+        targets_BC = self.place(targets_BC, "output_batch", "fc3_out")
+        loss = optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
+        return loss, dict(loss=loss, accuracy=(logits_BC.argmax(-1) == labels_B).mean())
+
+    def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array) -> tuple[dict, nnx.State]:
+        """loss and accuracy [] on the examples `indices_B`, and the loss's gradient by each parameter."""
+        images, labels_B, key = self.batch(data, state.step, indices_B)
+        grads, metrics = jax.grad(lambda params: self.loss(params, self.features(params, images), labels_B, key),
+                                  has_aux=True)(state.params)
+        return metrics, grads
 
     def update(self, state: TrainState, grads: nnx.State) -> TrainState:
         """The state after the optimizer's step along `grads`."""
@@ -84,9 +106,61 @@ class Steps:
             return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer)
 
     def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array) -> tuple[TrainState, dict]:
-        """One SGD step on the examples `indices_B`; returns the new state, loss and accuracy."""
+        """One step on the examples `indices_B`; returns the new state, loss and accuracy."""
+        if self.dense_microbatch:
+            return self.variable_batch_step(data, state, indices_B)
         metrics, grads = self.gradients(data, state, indices_B)
         return self.update(state, grads), metrics
+
+    def variable_batch_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array) -> tuple[TrainState, dict]:
+        """One step in which the dense layers see the batch in parts of `dense_microbatch` examples, one after another.
+
+        dense_updates="each": the dense weights are updated after each part's backward pass, at 1/parts of the learning
+        rate; the convolutions once, at the end (Krizhevsky 2014, section 4: no longer exact SGD). dense_updates="sum":
+        the parts' gradients are averaged first, which is plain SGD.
+
+        Each device gives every part its share of examples, so that a part's activations are gathered from all: this is
+        the paper's scheme (c), whose communication is spread evenly. Scheme (b), a worker's own 128 examples a part,
+        would leave all but one worker's links idle; scheme (a) is the whole batch at once. The parts follow each other
+        in a scan; a part's gather feeds its first product, and what XLA overlaps with it is within that part.
+        """
+        images, labels_B, key = self.batch(data, state.step, indices_B)
+        x_BF, backward = jax.vjp(lambda params: self.features(params, images), state.params)
+        parts = len(indices_B) // self.dense_microbatch
+        dense, conv = nnx.split_state(state.params, is_dense, ...)
+
+        def in_parts(x, *axes):  # [B, ...] -> [parts, B / parts, ...]
+            x = self.place(x.reshape(self.dense_microbatch, parts, *x.shape[1:]), axes[0], None, *axes[1:])
+            return x.swapaxes(0, 1)
+
+        def part(carry, inputs):
+            dense, optimizer, total = carry
+            (_, metrics), (grads, x_gradient) = jax.value_and_grad(
+                lambda dense, x, *rest: self.loss(nnx.merge_state(dense, conv), x, *rest), argnums=(0, 1), has_aux=True)(
+                    dense, *inputs)
+            if self.dense_optimizer is None:
+                total = jax.tree.map(jnp.add, total, grads)
+            else:
+                with jax.named_scope("update"):
+                    updates, optimizer = self.dense_optimizer.update(grads, optimizer, dense)
+                    dense = optax.apply_updates(dense, updates)
+            return (dense, optimizer, total), (metrics, x_gradient)
+
+        each = self.dense_optimizer is not None
+        inputs = in_parts(x_BF, "conv_batch", None), in_parts(labels_B, "output_batch"), jax.random.split(key, parts)
+        carry = (dense, state.optimizer["dense"], None) if each else (dense, None, jax.tree.map(jnp.zeros_like, dense))
+        (dense, optimizer, total), (metrics, gradient) = jax.lax.scan(part, carry, inputs)
+
+        gradient = self.place(gradient.swapaxes(0, 1).reshape(x_BF.shape) / parts, "conv_batch", None)
+        _, conv_grads = nnx.split_state(backward(gradient.astype(x_BF.dtype))[0], is_dense, ...)
+        metrics = jax.tree.map(jnp.mean, metrics)
+        if not each:
+            grads = jax.tree.map(lambda g: g / parts, total)
+            return self.update(state, nnx.merge_state(grads, conv_grads)), metrics
+        with jax.named_scope("update"):
+            updates, conv_optimizer = self.optimizer.update(conv_grads, state.optimizer["conv"], conv)
+            params = nnx.merge_state(dense, optax.apply_updates(conv, updates))
+        return TrainState(state.step + 1, params, dict(conv=conv_optimizer, dense=optimizer)), metrics
 
     def train_steps(self, state: TrainState, data: DeviceData, indices_SB: jax.Array) -> tuple[TrainState, dict]:
         """S steps in one program; metrics are [S]. One step stays outside a scan, which the CPU backend runs slowly."""
@@ -102,11 +176,14 @@ class Steps:
         model = nnx.merge(self.graph, params)
         views = [images, images[:, :, ::-1]] if self.flip_average else [images]
         views = [self.place(view, "conv_batch", None, None, None) for view in views]
-        logits_BC = sum(model(view, place=self.place).astype(jnp.float32) for view in views) / len(views)
+        logits_BC = sum(model.classify(model.features(view, self.place), self.place).astype(jnp.float32)
+                        for view in views) / len(views)
         labels_B, mask_B = (self.place(x, "output_batch") for x in (data.labels[indices_B], mask_B))
         losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
         own_B1 = jnp.take_along_axis(logits_BC, labels_B[:, None], axis=-1)
-        rank_B = (logits_BC > own_B1).sum(-1)  # how many classes score higher than the label
+        before_BC = jnp.arange(logits_BC.shape[-1]) < labels_B[:, None]
+        # How many classes come before the label: of equal scores the first, and a NaN comes last.
+        rank_B = (~(own_B1 >= logits_BC) | ((own_B1 == logits_BC) & before_BC)).sum(-1)
         return dict(loss=jnp.where(mask_B, losses_B, 0).sum(), correct=(mask_B & (rank_B == 0)).sum(),
                     top5=(mask_B & (rank_B < 5)).sum(), examples=mask_B.sum())
 
@@ -116,6 +193,18 @@ class Steps:
         state = jax.eval_shape(self.init)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
                             self.place.of_state(state))
+
+    def activations(self, batch_size: int, image_size: int) -> list[tuple[str, tuple, tuple]]:
+        """(name, logical axes, shape) of each layer's input and output, in the order of the network.
+
+        Raises UserError where the table cannot be met.
+        """
+        seen = []
+        place = dataclasses.replace(self.place, record=lambda *activation: seen.append(activation))
+        model = nnx.eval_shape(lambda: self.make_model(nnx.Rngs(self.seed)))
+        nnx.eval_shape(lambda model, x: model.classify(model.features(x, place), place), model,
+                       jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32))
+        return seen
 
     def jit_init(self):
         """() -> TrainState, created already sharded: no device ever holds the whole of a split array."""

@@ -18,11 +18,13 @@ import ml_collections
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant:
+        raise ValueError(f"experiments/alexnet_cifar.py:{variant}: unknown variant, there is none but the plain one")
     config = ml_collections.ConfigDict()
     config.experiment = "alexnet_cifar"
     config.seed = 0
 
-    config.model = ml_collections.ConfigDict(dict(name="alexnet", dropout=0.5))
+    config.model = ml_collections.ConfigDict(dict(name="alexnet", width=4096, dropout=0.5))
     config.data = ml_collections.ConfigDict(dict(
         name="cifar10",
         dir="",
@@ -37,10 +39,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.mesh = ml_collections.ConfigDict(dict(data=1, model=-1))
     config.parallelism = "hybrid"
+    config.placement = ml_collections.ConfigDict()  # rows of your own: cnn_spmd/placement.py, TABLE
     config.dtype = "auto"
     config.steps_per_call = 0
 
     config.batch_size = 512
+    config.dense_microbatch = 0  # one weird trick's variable batch: the dense layers see this many examples at a time
+    config.dense_updates = "each"  # ... and are updated after each of them; "sum": once, which is plain SGD
     config.epochs = 60
     config.steps = 0
     config.label_smoothing = 0.1

@@ -1,6 +1,11 @@
 """Every test runs on eight simulated CPU devices; a test that needs them and does not get them must fail, not skip."""
 
+import os
 import pathlib
+
+# Most of the time goes into compiling small programs, here and in the processes that tests start: LLVM may hurry. What the
+# tests are about, how XLA partitions a program, happens before it.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 import jax
 import ml_collections

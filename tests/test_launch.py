@@ -48,7 +48,13 @@ def finished(process, code=0):
     ([], "--config is missing"),
     (["--config", "experiments/nope.py"], "--config=experiments/nope.py: no such experiment, expected one of "
                                           "experiments/alexnet_cifar.py"),
+    (["--config", "experiments/alexnet_cifar.py:fast"], "experiments/alexnet_cifar.py:fast: unknown variant"),
     ([*SMALL, "--config.optimiser.learning_rate=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
+    ([*SMALL, "--config.foo=1"], "no such config field: foo"),
+    ([*SMALL, "--workdir="], "--workdir=: is empty"),
+    ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
+    ([*SMALL, "--target", "h100:1x8"], "--target=h100:1x8: those GPUs are not here, expected --dry_run"),
+    ([*SMALL, "--dry_run", "--target", "b300:8"], "--target=b300:8: expected CARD:HOSTSxGPUS with a card of h100"),
     ([*SMALL, "--config.batch_size=many"], "--config.batch_size=many: invalid literal"),
     ([*SMALL, "--frobnicate"], "Unknown command line flag 'frobnicate'"),
     ([*SMALL, "stray"], "unexpected argument 'stray'"),

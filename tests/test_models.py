@@ -10,45 +10,123 @@ from cnn_spmd.models import layers
 
 
 def make(name, image_size, classes):
-    return models.make(name, image_size=image_size, classes=classes, dropout=0.5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return models.make(name, image_size=image_size, classes=classes, width=4096, dropout=0.5, dtype=jnp.float32,
+                       rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(("name", "image_size", "classes", "count"), [
     ("alexnet", 224, 1000, 61_100_840),  # Krizhevsky 2014, as torchvision counts it
+    ("alexnet_2012", 224, 1000, 60_965_224),  # Krizhevsky 2014, section 5: 0.2% fewer than the one-tower net
     ("alexnet", 32, 10, 35_855_178),
     ("simple_cnn", 32, 10, 3 * 3 * 3 * 32 + 32 + 16 * 16 * 32 * 10 + 10)])
 def test_parameter_count_and_shapes(name, image_size, classes, count):
     model = nnx.eval_shape(lambda: make(name, image_size, classes))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
-    logits = nnx.eval_shape(lambda model, x: model(x), model, jnp.zeros((2, image_size, image_size, 3)))
+    logits = nnx.eval_shape(lambda model, x: model.classify(model.features(x)), model,
+                            jnp.zeros((2, image_size, image_size, 3)))
     assert logits.shape == (2, classes)
 
 
 def test_every_parameter_names_its_axes():
-    for name, image_size in (("alexnet", 32), ("simple_cnn", 32)):
+    for name, image_size in (("alexnet", 32), ("alexnet_2012", 64), ("simple_cnn", 32)):
         state = nnx.state(nnx.eval_shape(lambda name=name, size=image_size: make(name, size, 10)), nnx.Param)
         for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
             assert len(leaf.axes) == leaf.ndim
 
 
-@pytest.mark.parametrize(("name", "size"), [("alexnet", 31), ("simple_cnn", 31), ("lenet", 32)])
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 31), ("alexnet_2012", 32), ("simple_cnn", 31), ("lenet", 32)])
 def test_refuses(name, size):
     with pytest.raises(UserError, match=r"model\.name="):
         make(name, size, 10)
 
 
-@pytest.mark.parametrize(("size", "window", "strides"), [(8, 2, 2), (9, 3, 3), (9, 3, 2), (7, 2, 2)])
-def test_max_pool_against_numpy(size, window, strides):
+def pool_windows(size, window, strides, ceil):
+    """Start and end of each window along one dimension, clipped at the edge; written from the definition."""
+    starts = [start for start in range(0, size, strides) if start + window <= size]
+    if ceil and starts[-1] + window < size:
+        starts.append(starts[-1] + strides)
+    return [(start, min(start + window, size)) for start in starts]
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize(("size", "window", "strides"), [(8, 2, 2), (9, 3, 3), (9, 3, 2), (7, 2, 2), (8, 3, 2), (32, 3, 2)])
+def test_max_pool_against_numpy(size, window, strides, ceil):
     x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
-    side = (size - window) // strides + 1
-    expected, gradient = np.empty((2, side, side, 3), np.float32), np.zeros_like(x)
-    for i, j in np.ndindex(side, side):
-        patch = x[:, i * strides:i * strides + window, j * strides:j * strides + window]
-        expected[:, i, j] = patch.max((1, 2))
-        gradient[:, i * strides:i * strides + window, j * strides:j * strides + window] += (
-            patch == expected[:, i, j][:, None, None])
-    np.testing.assert_array_equal(layers.max_pool(x, window, strides), expected)
-    np.testing.assert_array_equal(jax.grad(lambda x: layers.max_pool(x, window, strides).sum())(x), gradient)
+    windows = pool_windows(size, window, strides, ceil)
+    expected, gradient = np.empty((2, len(windows), len(windows), 3), np.float32), np.zeros_like(x)
+    for i, (top, bottom) in enumerate(windows):
+        for j, (left, right) in enumerate(windows):
+            patch = x[:, top:bottom, left:right]
+            expected[:, i, j] = patch.max((1, 2))
+            gradient[:, top:bottom, left:right] += patch == expected[:, i, j][:, None, None]
+    np.testing.assert_array_equal(layers.max_pool(x, window, strides, ceil), expected)
+    np.testing.assert_array_equal(jax.grad(lambda x: layers.max_pool(x, window, strides, ceil).sum())(x), gradient)
+
+
+@pytest.mark.parametrize(("size", "window", "strides"), [(8, 3, 2), (9, 3, 2), (32, 3, 2), (5, 2, 2)])
+def test_average_pool_divides_by_the_area_inside(size, window, strides):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, size, size, 3)).astype(np.float32)
+    windows = pool_windows(size, window, strides, ceil=True)
+    weight = rng.normal(size=(2, len(windows), len(windows), 3)).astype(np.float32)
+    expected, gradient = np.empty_like(weight), np.zeros_like(x)
+    for i, (top, bottom) in enumerate(windows):
+        for j, (left, right) in enumerate(windows):
+            expected[:, i, j] = x[:, top:bottom, left:right].mean((1, 2))
+            gradient[:, top:bottom, left:right] += weight[:, i, j][:, None, None] / ((bottom - top) * (right - left))
+    np.testing.assert_allclose(layers.average_pool(x, window, strides), expected, rtol=1e-5, atol=1e-6)
+    got = jax.grad(lambda x: (layers.average_pool(x, window, strides) * weight).sum())(x)
+    np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("within_map", [False, True])
+@pytest.mark.parametrize(("size", "alpha", "beta", "k"), [(5, 2e-5, 0.75, 2.0), (5, 0.3, 0.75, 1.0), (3, 0.5, 0.5, 1.5)])
+def test_response_norm_against_numpy(size, alpha, beta, k, within_map):
+    """Forward from the formula of AlexNet 2012, section 3.3, in loops; backward from its derivative, by hand."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(2, 2, 6, 5, 7))
+    half = size // 2
+
+    def neighbours(i, j, c):
+        if within_map:
+            return [(a, b, c) for a in range(max(0, i - half), min(6, i + half + 1))
+                    for b in range(max(0, j - half), min(5, j + half + 1))]
+        return [(i, j, d) for d in range(max(0, c - half), min(7, c + half + 1))]
+
+    expected, gradient = np.empty_like(x), np.zeros_like(x)
+    for n, i, j, c in np.ndindex(x.shape):
+        base = k + alpha * sum(x[n][at] ** 2 for at in neighbours(i, j, c))
+        expected[n, i, j, c] = x[n, i, j, c] / base**beta
+        gradient[n, i, j, c] += weight[n, i, j, c] / base**beta
+        for at in neighbours(i, j, c):
+            gradient[n][at] -= weight[n, i, j, c] * x[n, i, j, c] * beta * base ** (-beta - 1) * 2 * alpha * x[n][at]
+
+    def norm(x):
+        return layers.response_norm(x, size=size, alpha=alpha, beta=beta, k=k, within_map=within_map)
+
+    x = x.astype(np.float32)
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: (norm(x) * weight).sum())(x), gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_towers_do_not_see_each_other():
+    """AlexNet 2012 up to conv2, conv4 and conv5: a tower's channels depend on its own half of the input alone."""
+    model = make("alexnet_2012", 64, 10)
+    x = np.random.default_rng(0).normal(size=(1, 5, 5, 96)).astype(np.float32)
+    other = np.concatenate([x[..., :48], -x[..., 48:]], -1)
+    for f in (lambda x: layers.conv_relu("conv2", model.conv2, x, layers.UNPLACED),
+              lambda x: layers.response_norm_of_towers(x, 2, layers.UNPLACED, "norm1", size=5, alpha=1.0, beta=0.75, k=2.0)):
+        a, b = np.asarray(f(x)), np.asarray(f(other))
+        half = a.shape[-1] // 2
+        np.testing.assert_array_equal(a[..., :half], b[..., :half])
+        assert not np.array_equal(a[..., half:], b[..., half:])
+
+
+def test_grouped_convolution_against_xla():
+    model = make("alexnet_2012", 64, 10)
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 96)).astype(np.float32)
+    got = layers.conv_relu("conv2", model.conv2, x, layers.UNPLACED)
+    np.testing.assert_allclose(got, nnx.relu(model.conv2(x)), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout():

@@ -1,12 +1,15 @@
 """Runs, whole: resume equals uninterrupted, every test image counts, refusals come before anything is compiled."""
 
+import fcntl
 import json
 import re
+import shutil
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
@@ -145,8 +148,10 @@ def test_metrics_cut_by_a_kill(config, tmp_path):
 
 
 def overflow_in_step(step, monkeypatch):
-    """Makes the learning rate of this step infinite, so that its update ruins the parameters."""
-    monkeypatch.setattr(optim, "make_schedule", lambda *_: lambda at: jnp.where(at == step - 1, jnp.inf, 0.01))
+    """Makes this step's update infinite, so that it ruins the parameters."""
+    make = optim.make_optimizer
+    ruin = optax.scale_by_schedule(lambda at: jnp.where(at == step - 1, jnp.inf, 1.0))
+    monkeypatch.setattr(optim, "make_optimizer", lambda *settings: optax.chain(make(*settings), ruin))
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
@@ -165,7 +170,7 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(parallelism="pipeline"), "parallelism=pipeline: unknown, expected one of data, hybrid"),
+    (dict(parallelism="pipeline"), "parallelism=pipeline: unknown, expected one of data, model, hybrid"),
     (dict(model=dict(name="lenet")), r"model\.name=lenet: unknown"),
     (dict(data=dict(name="mnist")), r"data\.name=mnist"),
     (dict(batch_size=12, mesh=dict(data=8)), r"batch_size \(12,\): conv_batch=12 does not divide by the 8 devices"),
@@ -176,6 +181,11 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     (dict(batch_size=0), "batch_size=0: expected at least 1"),
     (dict(epochs=0), "epochs=0, steps=0"),
     (dict(dtype="float16"), "dtype=float16: unknown"),
+    (dict(steps=10**12), r"steps=1000000000000: expected from 0 to 10000000"),
+    (dict(parallelism="two_tower"), r"parallelism=two_tower: splits towers, but model\.name=simple_cnn has one"),
+    (dict(dense_updates="twice"), "dense_updates=twice: unknown, expected one of each, sum"),
+    (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=16"),
+    (dict(dense_microbatch=4, mesh=dict(data=8)), r"dense_microbatch \(4,\): conv_batch=4 does not divide by the 8"),
     (dict(model=dict(dropout=1.0)), r"model\.dropout=1\.0: expected from 0\.0 to below 1\.0"),
     (dict(optimizer=dict(learning_rate=float("nan"))), r"optimizer\.learning_rate=nan: expected at least"),
     (dict(optimizer=dict(decay="steps")), r"optimizer\.decay=steps: unknown"),
@@ -211,8 +221,71 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path):
     with pytest.raises(UserError, match=r"\(optimizer\.learning_rate: 0\.001 -> 0\.002; seed: 0 -> 1\)"):
         train.run(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
-    (tmp_path / "config.json").write_text(before[:50])
-    with pytest.raises(UserError, match=r"config\.json or summary\.json is damaged"):
+    for damaged in (before[:50], "[]", ""):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"config\.json is damaged"):
+            train.run(config, tmp_path)
+
+
+def test_a_damaged_summary_is_made_anew(config, tmp_path):
+    first = train.run(config, tmp_path)
+    (tmp_path / "summary.json").write_text("[]")
+    assert train.run(config, tmp_path)["eval"] == first["eval"]
+
+
+def test_refusals_and_dry_runs_leave_a_run_as_it_is(config, tmp_path):
+    train.run(config, tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config.mesh.data = 2
+    with pytest.raises(UserError, match="holds a run"):
+        train.dry_run(config, tmp_path)
+    train.run(config, tmp_path)  # complete: nothing to do
+    config.epochs = 1
+    with pytest.raises(UserError, match="the number of steps may grow"):
+        train.run(config, tmp_path)
+    config.eval.flip_average = False
+    with pytest.raises(UserError, match=r"eval\.flip_average: True -> False"):
+        train.run(config, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_dry_run_writes_its_report_where_a_run_may_follow(config, tmp_path):
+    report = train.dry_run(config, tmp_path)
+    assert json.loads((tmp_path / "program.json").read_text())["placement"] == report["placement"]
+    assert train.run(config, tmp_path)["status"] == "completed"
+
+
+def test_two_runs_in_one_workdir(config, tmp_path):
+    train.run(config, tmp_path)
+    with (tmp_path / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is using it"):
+            train.run(config, tmp_path)
+
+
+def test_starting_again_without_checkpoints_keeps_the_old_metrics(config, tmp_path, capsys):
+    train.run(config, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "summary.json").unlink()
+    train.run(config, tmp_path)
+    assert "has no checkpoint to go on from: starting again at step 0" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl.old").read_text() == before
+    assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 9))
+
+
+def test_damaged_lines_of_metrics(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(metrics.logging, "warning", lambda *message: said.append(message))
+    good = '{"step": 1, "split": "train"}'
+    (tmp_path / "m").write_text(f"{good}\ngarbage\n5\n{good}\n{{\"st")
+    assert len(metrics.read(tmp_path / "m")) == 2
+    assert [message[2] for message in said] == [2, 3]
+
+
+def test_a_network_that_gives_nan_is_never_right(config, tmp_path, monkeypatch):
+    overflow_in_step(8, monkeypatch)  # of the last step: only the final evaluation meets what it did
+    with pytest.raises(train.NonFinite, match="test loss is nan after step 8"):
         train.run(config, tmp_path)
 
 

@@ -1,16 +1,19 @@
-"""The networks. Each is an nnx.Module called as model(x_NHWC, place=..., dropout_key=...) -> logits_BC."""
+"""The networks. Each is an nnx.Module in two parts: features(x_NHWC, place) -> x_BF, the convolutions, and
+classify(x_BF, place, dropout_key) -> logits_BC, the dense layers; `towers` is how many groups its convolutions have.
+"""
 
 from flax import nnx
 
 from cnn_spmd.errors import UserError
 from cnn_spmd.models.alexnet import AlexNet
+from cnn_spmd.models.alexnet_2012 import AlexNet2012
 from cnn_spmd.models.simple_cnn import SimpleCNN
 
-MODELS = {"alexnet": AlexNet, "simple_cnn": SimpleCNN}
+MODELS = {"alexnet": AlexNet, "alexnet_2012": AlexNet2012, "simple_cnn": SimpleCNN}
 
 
 def make(name: str, **settings) -> nnx.Module:
-    """A model by its name; `settings`: image_size, classes, dropout, dtype, rngs.
+    """A model by its name; `settings`: image_size, classes, width (of the hidden dense layers), dropout, dtype, rngs.
 
     Raises UserError for an unknown name, or an image size that the model has no sizes for.
     """

@@ -20,60 +20,56 @@ class Sizes:
     conv1: dict
     conv2: dict
     pool: dict
-    flat: int  # features that reach fc1: 256 channels times the last pool's area
+    side: int  # pixels of what reaches fc1
 
 
 SIZES = {
     224: Sizes(conv1=dict(window=11, strides=4, padding=2), conv2=dict(window=5, padding=2),
-               pool=dict(window=3, strides=2), flat=256 * 6 * 6),  # 224 -> 55 -> 27 -> 13 -> 6
+               pool=dict(window=3, strides=2), side=6),  # 224 -> 55 -> 27 -> 13 -> 6
     32: Sizes(conv1=dict(window=3), conv2=dict(window=3),
-              pool=dict(window=2, strides=2), flat=256 * 4 * 4),  # 32 -> 16 -> 8 -> 4
+              pool=dict(window=2, strides=2), side=4),  # 32 -> 16 -> 8 -> 4
 }
 CHANNELS = (64, 192, 384, 256, 256)
-WIDTH = 4096
 
 
 class AlexNet(nnx.Module):
-    """Five convolutions, three max pools, two 4096-wide dense layers with dropout, an output layer.
+    """Five convolutions, three max pools, two dense layers with dropout, an output layer.
 
-    61,100,840 parameters at 224x224 and 1000 classes; 35,855,178 at 32x32 and 10 classes.
+    With `width` 4096, 61,100,840 parameters at 224x224 and 1000 classes; 35,855,178 at 32x32 and 10 classes.
     """
 
-    def __init__(self, *, image_size: int, classes: int, dropout: float, dtype, rngs: nnx.Rngs):
+    towers = 1
+
+    def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs):
         if image_size not in SIZES:
             raise UserError(f"model.name=alexnet: images of {image_size}x{image_size}, expected a side of "
                             f"{' or '.join(str(side) for side in sorted(SIZES))}")
-        self.sizes, self.dropout, self.dtype = SIZES[image_size], dropout, dtype
+        self.sizes, self.dropout = SIZES[image_size], dropout
         common = dict(dtype=dtype, rngs=rngs)
         self.conv1 = layers.conv(3, CHANNELS[0], **self.sizes.conv1, **common)
         self.conv2 = layers.conv(CHANNELS[0], CHANNELS[1], **self.sizes.conv2, **common)
         self.conv3 = layers.conv(CHANNELS[1], CHANNELS[2], 3, **common)
         self.conv4 = layers.conv(CHANNELS[2], CHANNELS[3], 3, **common)
         self.conv5 = layers.conv(CHANNELS[3], CHANNELS[4], 3, **common)
-        self.fc1 = layers.dense("fc1", self.sizes.flat, WIDTH, **common)
-        self.fc2 = layers.dense("fc2", WIDTH, WIDTH, **common)
-        self.fc3 = layers.dense("fc3", WIDTH, classes, kernel_init=layers.SMALL, **common)
+        self.fc1 = layers.dense("fc1", CHANNELS[4] * self.sizes.side**2, width, **common)
+        self.fc2 = layers.dense("fc2", width, width, **common)
+        self.fc3 = layers.dense("fc3", width, classes, kernel_init=layers.SMALL, **common)
 
-    def __call__(self, x_NHWC: jax.Array, *, place=layers.unplaced, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Logits [B, classes] of images [N, side, side, 3] of zero mean and unit scale; no key: no dropout."""
-        def conv(layer, x_NHWC):
-            return place(nnx.relu(layer(x_NHWC)), "conv_batch", None, None, "conv_out")
-
+    def features(self, x_NHWC: jax.Array, place=layers.UNPLACED) -> jax.Array:
+        """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
         def pool(x_NHWC):
-            return layers.max_pool(x_NHWC, **self.sizes.pool)
+            return layers.pool(x_NHWC, place, "conv_out", **self.sizes.pool)
 
-        def hidden(name, x_BF, key):
-            x_BF = nnx.relu(getattr(self, name)(place(x_BF, "dense_batch", f"{name}_in")))
-            x_BF = layers.dropout(x_BF, self.dropout, key)
-            return place(x_BF, "dense_batch", f"{name}_out")  # after dropout: else the mask, too, is gathered
+        x_NHWC = pool(layers.conv_relu("conv1", self.conv1, x_NHWC, place))
+        x_NHWC = pool(layers.conv_relu("conv2", self.conv2, x_NHWC, place))
+        x_NHWC = layers.conv_relu("conv3", self.conv3, x_NHWC, place)
+        x_NHWC = layers.conv_relu("conv4", self.conv4, x_NHWC, place)
+        x_NHWC = pool(layers.conv_relu("conv5", self.conv5, x_NHWC, place))
+        return layers.flatten(x_NHWC, place)
 
+    def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Logits [B, classes] of the features; no key: no dropout."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x_NHWC = pool(conv(self.conv1, x_NHWC))
-        x_NHWC = pool(conv(self.conv2, x_NHWC))
-        x_NHWC = conv(self.conv3, x_NHWC)
-        x_NHWC = conv(self.conv4, x_NHWC)
-        x_NHWC = pool(conv(self.conv5, x_NHWC))
-        x_BF = x_NHWC.reshape(len(x_NHWC), -1)
-        x_BF = hidden("fc1", x_BF, keys[0])
-        x_BF = hidden("fc2", x_BF, keys[1])
-        return place(self.fc3(place(x_BF, "output_batch", "fc3_in")), "output_batch", "fc3_out")
+        x_BF = layers.hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])
+        x_BF = layers.hidden("fc2", self.fc2, x_BF, place, self.dropout, keys[1])
+        return layers.logits("fc3", self.fc3, x_BF, place)

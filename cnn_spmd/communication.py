@@ -1,0 +1,93 @@
+"""Closed-form communication of a train step: what theory says that a placement moves, beside what the compiler made of it.
+
+The rules are those of Gholami et al. 2018 (1712.04432, equations 3, 4 and 8), a layer at a time and for any row of the
+placement table; with W a layer's weights, d the width of its input, B the global batch, Pr model and Pc data devices:
+
+  weights split over Pr   gradients are all-reduced over the devices that share the batch     2 (Pc-1)/Pc W/Pr
+  columns split over Pr   the input is all-gathered going forward                               (Pr-1)/Pr B d/Pc
+                          and its gradient, a partial sum on each device, all-reduced         2 (Pr-1)/Pr B d/Pc
+  rows split over Pr      the output is a partial sum on each device and is all-reduced       2 (Pr-1)/Pr B d'/Pc
+
+An all-reduce whose result is only kept in part is a reduce-scatter, at half the cost: so it is wherever the gathered input
+lay split over the same devices, which that paper does not count. Scalars, labels and the softmax's sums are left out.
+"""
+
+from collections.abc import Sequence
+
+from flax import nnx
+
+from cnn_spmd.placement import Placement, mesh_axes_of
+
+
+def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]], params: Sequence[tuple[str, nnx.Param]],
+                itemsize: int) -> list[dict]:
+    """JSON-ready rows: what, operation, axes, phase, bytes (payload of one device) and ring_bytes, as in program.py.
+
+    activations: name ("conv1 input", "conv1 output"), logical axes and shape of each, in the order of the network;
+    params: name ("conv1.kernel") and abstract variable; itemsize: bytes of an element of the compute dtype, in which
+    activations and gradients move.
+    """
+    rows, previous, reduced, batch_axes = [], None, None, {}
+    kernels = {name.split(".")[0]: mesh_axes_of(place.spec(param.axes, param.shape, name))
+               for name, param in params if name.endswith(".kernel")}
+
+    def move(what: str, operation: str, axes: set[str], phase: str, payload: float) -> dict:
+        axes = [axis for axis, size in place.mesh.shape.items() if axis in axes and size > 1]
+        row = dict(what=what, operation=operation, axes=axes, phase=phase, bytes=round(payload))
+        if axes:
+            rows.append(row)
+        return row
+
+    for name, axes, shape in activations:
+        layer, _, end = name.partition(" ")
+        dims = mesh_axes_of(place.spec(axes, shape, name))
+        held = itemsize
+        for size, dim in zip(shape, dims, strict=True):
+            held *= size / place.parts(dim)
+        inputs, outputs = (set(dim) for dim in kernels[layer][-2:]) if layer in kernels else (set(), set())
+        if end == "output":
+            reduced = move(name, "all-reduce", inputs, "forward", held)
+        else:
+            batch_axes[layer] = dims[0]
+            before = set() if previous is None else {axis for dim in previous for axis in dim}
+            after = {axis for dim in dims for axis in dim}
+            if previous is not None:
+                gathered, sliced = before - after, after - before
+                outputs -= set(dims[-1])  # a device that holds whole towers has the whole gradient of their channels
+                move(name, "all-gather", gathered, "forward", held)
+                operation = "reduce-scatter" if gathered and outputs <= gathered else "all-reduce"
+                move(name, operation, outputs, "backward", held)
+                move(name, "all-gather", sliced, "backward", held * place.parts(tuple(sliced)))
+                if reduced and sliced >= set(reduced["axes"]):
+                    reduced["operation"] = "reduce-scatter"
+                turned = {axis for a, b in zip((previous[0], previous[-1]), (dims[0], dims[-1]), strict=True)
+                          for axis in set(a) - set(b) if axis in after}
+                for phase in ("forward", "backward"):
+                    move(name, "all-to-all", turned, phase, held)
+        previous = dims
+
+    for name, param in params:
+        parts = 1
+        for dim in mesh_axes_of(place.spec(param.axes, param.shape, name)):
+            parts *= place.parts(dim)
+        move(name, "all-reduce", set(batch_axes[name.split(".")[0]]), "backward", param.size * itemsize / parts)
+
+    for row in rows:
+        devices = place.parts(row["axes"])
+        row["ring_bytes"] = round(row["bytes"] * (devices - 1) / devices * (2 if row["operation"] == "all-reduce" else 1))
+    return rows
+
+
+def compare(compiled: Sequence[dict], theory: Sequence[dict]) -> list[dict]:
+    """Rows a set of mesh axes and kind (gather, reduce, or a kind of its own): payload compiled, payload in theory.
+
+    All-reduce and reduce-scatter are one kind: their payload is the same, and the CPU compiler knows the former only.
+    """
+    kinds = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}
+    totals: dict[tuple, list[int]] = {}
+    for column, rows in enumerate((compiled, theory)):
+        for row in rows:
+            key = kinds.get(row["operation"], row["operation"]), tuple(row["axes"])
+            totals.setdefault(key, [0, 0])[column] += row["bytes"]
+    return [dict(kind=kind, axes=list(axes), compiled_bytes=got, closed_form_bytes=expected)
+            for (kind, axes), (got, expected) in sorted(totals.items())]

@@ -1,0 +1,64 @@
+"""A run's folder: made or checked, locked against a second run, its config remembered."""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+
+from cnn_spmd import config as configs
+from cnn_spmd.errors import UserError
+
+LOCK = ".lock"
+OURS = {LOCK, "program.json"}  # what may be in a folder that holds no run yet: a lock, and what a dry run wrote
+
+
+@contextlib.contextmanager
+def opened(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
+    """The folder of a run of this resolved config, for this process alone; yields its old summary, {} where there is none.
+
+    Raises UserError for a folder that cannot be written, is in use, is not a run's, or whose run had another config.
+    Nothing in it is changed.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = {path.name for path in workdir.iterdir()}
+        lock = (workdir / LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}): give another folder") from None
+    with lock:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--workdir={workdir}: another run is using it: wait for it, or give another folder") from None
+            except OSError as error:
+                logging.warning("%s cannot be locked (%s): make sure that no other run uses it.", workdir, error.strerror)
+        if content <= OURS:
+            yield {}
+            return
+        if "config.json" not in content:
+            (workdir / LOCK).unlink()
+            raise UserError(f"--workdir={workdir}: is not empty and holds no run (no config.json): give a new folder")
+        old = read(workdir / "config.json")
+        if old is None:
+            raise UserError(f"--workdir={workdir}: config.json is damaged, so nobody knows what ran here: give a new folder")
+        configs.refuse_changes(old, config)
+        yield read(workdir / "summary.json") or {}
+
+
+def read(path: pathlib.Path) -> dict | None:
+    """The JSON object in a file; None, with a warning, where there is no such thing in it."""
+    try:
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        pass
+    logging.warning("%s is damaged and not used.", path)
+    return None
