@@ -8,9 +8,9 @@ four layers). The recipe is today's: reflected crops, mirroring, label smoothing
 
 Measured on the real CIFAR-10, all 10,000 test images and their mirrors, bfloat16; mean of 3 seeds (results/, README.md):
 
-  1 x H200, mesh 1x1             91.38%   11.5 s of training   (and 11 s of compilation)
-  2 x H200, mesh 2x1, data       91.46%   10.0 s
-  2 x H200, mesh 1x2, hybrid     91.44%    9.4 s
+  1 x H200, mesh 1x1             91.40%   11.2 s of training   (and 13 s of compilation)
+  2 x H200, mesh 2x1, data       91.48%    9.7 s
+  2 x H200, mesh 1x2, hybrid     91.48%    8.5 s
   2 CPU cores, no network        99.44% of the digits that stand in for it, 114 s
 """
 

@@ -76,6 +76,15 @@ def unreadable_manifest(directory):
     (directory / checkpoint.MANIFEST).write_text("{")
 
 
+def empty_manifest(directory):
+    (directory / checkpoint.MANIFEST).write_text("{}")
+
+
+def half_removed(directory):
+    (directory / checkpoint.MANIFEST).unlink()
+    (directory / "_CHECKPOINT_METADATA").unlink()
+
+
 def cut_and_unverified(directory):
     cut(directory)
     (directory / checkpoint.MANIFEST).unlink()
@@ -83,7 +92,9 @@ def cut_and_unverified(directory):
 
 @pytest.mark.parametrize(("damage", "reason"), [
     (flip_bytes, "is damaged: .* is changed"), (cut, "is damaged: .* is changed"), (remove, "is damaged: .* is missing"),
-    (empty, "is empty"), (unreadable_manifest, "has an unreadable"), (cut_and_unverified, "does not load")])
+    (empty, "is empty"),
+    (unreadable_manifest, "has an unreadable"), (empty_manifest, "has an unreadable"), (half_removed, "is half there"),
+    (cut_and_unverified, "does not load")])
 def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
     saved(tmp_path, state, [1, 2, 3])
     damage(tmp_path / "3")
@@ -111,4 +122,19 @@ def test_a_step_without_its_hashes_is_used_and_said(tmp_path, state, warnings):
 def test_a_save_that_was_killed_half_way_is_ignored(tmp_path, state):
     saved(tmp_path, state, [1])
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "3").write_text("not a folder")
     assert restored(tmp_path, state) == 1
+    assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
+
+
+def test_a_save_that_fails_is_an_error(tmp_path, state, monkeypatch):
+    def full(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "_hashes", full)
+    for name, after in (("save", lambda c: c.save(2, state)), ("close", lambda c: c.close())):
+        checkpoints = checkpoint.Checkpoints(tmp_path / name, 2)
+        checkpoints.restore(state)
+        checkpoints.save(1, state)
+        with pytest.raises(OSError, match="disk full"):
+            after(checkpoints)

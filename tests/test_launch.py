@@ -105,6 +105,19 @@ def test_a_signal_saves_and_the_printed_command_resumes(start, number):
     assert f"after {int(step) + 2} steps" in out
 
 
+def test_non_finite_loss_has_an_exit_code_of_its_own(start):
+    _, err = finished(start(*SMALL, "--config.optimizer.warmup=0.0", "--config.optimizer.learning_rate=1e38"), code=3)
+    assert err.startswith("error: ")
+
+
+def test_sigterm_before_training_is_told(start):
+    process = start(*SMALL, "--config.data.name=digits", "--config.model.name=alexnet")
+    assert "no effect" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, err = finished(process, code=75)
+    assert "nothing to save" in err or "saving after this step" in err
+
+
 def test_a_second_signal_stops_at_once():
     code = """if True:
         import time
