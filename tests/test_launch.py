@@ -50,7 +50,7 @@ def finished(process, code=0):
                                           "experiments/alexnet_cifar.py"),
     (["--config", "experiments/alexnet_cifar.py:fast"], "experiments/alexnet_cifar.py:fast: unknown variant"),
     ([*SMALL, "--config.optimiser.learning_rate=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
-    ([*SMALL, "--config.foo=1"], "no such config field: foo"),
+    ([*SMALL, "--config.foo=1"], "no such config field: 'foo'"),
     ([*SMALL, "--workdir="], "--workdir=: is empty"),
     ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
     ([*SMALL, "--target", "h100:1x8"], "--target=h100:1x8: those GPUs are not here, expected --dry_run"),
@@ -85,7 +85,8 @@ def test_default_workdir_is_named_after_experiment_and_time(start, tmp_path):
 
 def test_dry_run_reports_and_writes_nothing(start, tmp_path):
     out, _ = finished(start(*SMALL, "--dry_run", "--cpu_devices", 8, "--mesh", "4x2"))
-    for text in ("mesh data=4 x model=2", "fc3.kernel", "MB of optimizer state", "all-reduce", "compiled in"):
+    for text in ("mesh data=4 x model=2", "fc3.kernel", "conv1 output", "MB of optimizer state",
+                 "all-reduce", "in theory", "compiled for cpu"):
         assert text in out
     assert {path.name for path in tmp_path.iterdir()} == {"launch.py", "experiments"}
 
@@ -186,7 +187,7 @@ def test_readme_commands_run(start, tmp_path):
     for first in range(0, len(commands), 2):
         pair = []
         for command in commands[first:first + 2]:
-            arguments = shlex.split(command.replace("/shared", str(tmp_path)))[2:]
+            arguments = shlex.split(command.replace("/shared", str(tmp_path / "shared")))[2:]
             devices = [] if "--cpu_devices" in arguments else ["--cpu_devices", "8"]
             pair.append(start(*arguments, *devices, *SMALL[2:]))
         for process in pair:
