@@ -48,6 +48,14 @@ class Interrupt:
                   flush=True)
         os.close(self._read)
 
+    def check(self) -> None:
+        """Raises KeyboardInterrupt where a signal came before there is anything to save.
+
+        Python's own KeyboardInterrupt would be lost where it is raised inside a callback of XLA.
+        """
+        if self.requested():
+            raise KeyboardInterrupt
+
     def requested(self) -> bool:
         """True once a signal came; with several processes, once it came to any of them, and to all at the same step."""
         if jax.process_count() == 1:

@@ -1,6 +1,7 @@
-"""Tables from measured runs. `python -m cnn_spmd.report` prints the README's results table from results/*.json.
+"""Tables from measured runs. `python -m cnn_spmd.report` prints the README's tables from results/.
 
-A file in results/ is the summary.json of a run, copied there: config, commit, versions, hardware and figures.
+results/*.json are each the summary.json of a run, copied there: config, commit, versions, hardware and figures.
+results/programs/*.json are reports of compiled programs, written by benchmarks/programs.py.
 """
 
 import collections
@@ -30,6 +31,24 @@ def results_table(folder: pathlib.Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def programs_table(folder: pathlib.Path = RESULTS / "programs") -> str:
+    """A Markdown table, one row a compiled program: what a device holds, and what a step moves (MB of 1e6 bytes)."""
+    runs = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    runs.sort(key=lambda run: (run["image_size"], run["devices"], run["compiler"]["platform"], run["model"],
+                               list(run["mesh"].values()), run["parallelism"]))
+    lines = ["| network | compiled for | mesh | parallelism | batch | parameters, MB a device | collectives | ring MB a step "
+             "| theory |", "|---|---|---|---|---|---|---|---|---|"]
+    for run in runs:
+        counts = ", ".join(f"{sum(row['count'] for row in run['collectives'] if row['operation'] == operation)} {operation}"
+                           for operation in sorted({row["operation"] for row in run["collectives"]}))
+        lines.append(
+            f"| {run['model']}, {run['image_size']}x{run['image_size']} | {run['devices']} x {run['compiler']['device_kind']} "
+            f"| {run['mesh']['data']}x{run['mesh']['model']} | {run['parallelism']} | {run['batch_size']} "
+            f"| {run['bytes_per_device']['parameters'] / 1e6:.1f} | {counts} | {run['totals']['ring_bytes'] / 1e6:.1f} "
+            f"| {run['closed_form_ring_bytes'] / 1e6:.1f} |")
+    return "\n".join(lines)
+
+
 def mean(values: list[float], digits: int) -> str:
     """The mean with thousands separated, and ± the sample standard deviation where there are several values."""
     text = f"{statistics.mean(values):,.{digits}f}"
@@ -37,4 +56,4 @@ def mean(values: list[float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    print(results_table())
+    print(results_table(), programs_table(), sep="\n\n")

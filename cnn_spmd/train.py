@@ -44,17 +44,24 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 
     Raises UserError for bad input before anything is compiled, NonFinite where training diverges.
     """
-    setup = prepare(config)
+    with Interrupt() as interrupt:
+        setup = prepare(config)
+        interrupt.check()
+        return run_in(setup, workdir, interrupt)
+
+
+def run_in(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
+    """The run in its workdir, unless it is complete already; returns its summary."""
     identity = dict(dataset=setup.data.name, fallback=setup.data.fallback)
     with workdirs.opened(workdir, setup.config.to_dict() | identity) as old_summary:
         if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:
             say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy "
                 f"{old_summary['eval']['accuracy']:.2%}. Nothing to do.")
             return old_summary
-        return train(setup, workdir, identity)
+        return train(setup, workdir, identity, interrupt)
 
 
-def train(setup: Setup, workdir: pathlib.Path, identity: dict) -> dict:
+def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interrupt) -> dict:
     """The run itself, in a workdir that is ours; `identity` (data set, fallback) goes into each of its files."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     config, data, place, steps = setup
@@ -86,6 +93,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict) -> dict:
     eval_program = steps.jit_eval().lower(steps.abstract_state.params, test_data, *eval_batches[0]).compile()
     report = report_of(setup, programs[config.steps_per_call], time.perf_counter() - since)
     say(program.as_text(report))
+    interrupt.check()
 
     # ---- The loop: calls of some steps each; evaluation and checkpoints fall between two calls.
     train_data = DeviceData(put(data.train_images, place.replicated), put(data.train_labels, place.replicated))
@@ -149,30 +157,29 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict) -> dict:
     status = "failed"
     try:
         summarise("running")
-        with Interrupt() as interrupt:
-            clock.start()
-            for n in calls:
-                indices = batches.train_indices(config.seed, step, n, batch_size, examples)
-                state, values = programs[n](state, train_data, put(indices, indices_sharding(setup, n)))
-                step += n
-                record(np.asarray(values["loss"]), np.asarray(values["accuracy"]))
-                interrupted = interrupt.requested()
-                if step == total or (step not in stops and not interrupted):
-                    continue
-                evaluation = evaluate("eval") if eval_every and step % eval_every == 0 and not interrupted else None
-                if interrupted or (save_every and step % save_every == 0):
-                    save(evaluation["accuracy"] if evaluation else None)
-                if interrupted:
-                    checkpoints.close()
-                    status = "interrupted"
-                    break
-                clock.start()
-            else:
-                evaluation = evaluate("final")
-                if step > start:
-                    save(evaluation["accuracy"])
+        clock.start()
+        for n in calls:
+            indices = batches.train_indices(config.seed, step, n, batch_size, examples)
+            state, values = programs[n](state, train_data, put(indices, indices_sharding(setup, n)))
+            step += n
+            record(np.asarray(values["loss"]), np.asarray(values["accuracy"]))
+            interrupted = interrupt.requested()
+            if step == total or (step not in stops and not interrupted):
+                continue
+            evaluation = evaluate("eval") if eval_every and step % eval_every == 0 and not interrupted else None
+            if interrupted or (save_every and step % save_every == 0):
+                save(evaluation["accuracy"] if evaluation else None)
+            if interrupted:
                 checkpoints.close()
-                status = "completed"
+                status = "interrupted"
+                break
+            clock.start()
+        else:
+            evaluation = evaluate("final")
+            if step > start:
+                save(evaluation["accuracy"])
+            checkpoints.close()
+            status = "completed"
     except NonFinite as error:
         checkpoints.close()
         status = "non-finite"
