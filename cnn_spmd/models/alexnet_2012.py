@@ -61,7 +61,4 @@ class AlexNet2012(nnx.Module):
 
     def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [B, classes] of the features; no key: no dropout."""
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x_BF = layers.hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])
-        x_BF = layers.hidden("fc2", self.fc2, x_BF, place, self.dropout, keys[1])
-        return layers.logits("fc3", self.fc3, x_BF, place)
+        return layers.dense_head(self, x_BF, place, self.dropout, dropout_key)

@@ -91,6 +91,14 @@ def hidden(name: str, layer: nnx.Linear, x_BF: jax.Array, place, rate: float, ke
     return place(dropout(x_BF, rate, key), "dense_batch", f"{name}_out")  # before the next gather, which else takes the mask
 
 
+def dense_head(model: nnx.Module, x_BF: jax.Array, place, rate: float, key: jax.Array | None) -> jax.Array:
+    """AlexNet's end: the hidden layers fc1 and fc2, each with a dropout mask of its own, and the output layer fc3."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    x_BF = hidden("fc1", model.fc1, x_BF, place, rate, keys[0])
+    x_BF = hidden("fc2", model.fc2, x_BF, place, rate, keys[1])
+    return logits("fc3", model.fc3, x_BF, place)
+
+
 def logits(name: str, layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
     """The output `layer`, called `name`."""
     x_BF = place(x_BF, "output_batch", f"{name}_in", name=f"{name} input")
