@@ -1,9 +1,14 @@
-"""What a config means: ranges of its fields, how it resolves on this machine and data, what a resumed run may change."""
+"""What a config means: from the command line, ranges of its fields, how it resolves, what a resumed run may change."""
 
+import json
 import math
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
 from cnn_spmd.data.sources import Dataset
 from cnn_spmd.errors import UserError
@@ -15,6 +20,7 @@ RANGES = {
     "epochs": (0, 10**7, True),
     "steps": (0, 10**7, True),
     "steps_per_call": (0, None, True),
+    "profile": (0, 10**6, True),
     "dense_microbatch": (0, None, True),
     "label_smoothing": (0.0, 1.0, False),
     "model.width": (1, None, True),
@@ -29,6 +35,7 @@ RANGES = {
     "data.fallback_learning_rate": (0.0, None, True),
     "optimizer.learning_rate": (0.0, None, True),
     "optimizer.warmup": (0.0, 1.0, True),
+    "optimizer.stage_factor": (0.0, 1.0, True),
     "optimizer.momentum": (0.0, 1.0, False),
     "optimizer.weight_decay": (0.0, None, True),
     "eval.every_epochs": (0, None, True),
@@ -37,10 +44,45 @@ RANGES = {
 }
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum")}
 
+EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
+
 # What a resumed run may change, because the numbers do not depend on it; steps and epochs may only grow.
 MAY_DIFFER = ("mesh", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint", "data.dir",
               "data.fallback", "data.fallback_epochs", "data.fallback_batch_size", "data.fallback_learning_rate",
-              "epochs", "steps")
+              "epochs", "steps", "profile")
+
+
+def parse_flags(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
+    """absl's flag parser, which returns what is no flag; known_only leaves unknown flags in it.
+
+    Raises UserError, a line each, for unknown flags and fields, wrong types, missing experiments.
+    """
+    try:
+        rest = values(argv, known_only)
+        if values.config is None:
+            raise flags.Error("--config is missing: give an experiment, such as --config experiments/alexnet_cifar.py")
+        values.config.experiment  # noqa: B018  (a config file that is not there raises at its first use)
+    except OSError:
+        known = ", ".join(sorted(f"experiments/{path.name}" for path in EXPERIMENTS.glob("*.py")))
+        raise UserError(f"--config={values['config'].config_filename}: no such experiment, expected one of {known}") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        text = str(error.args[0] if error.args else error).strip()
+        if "Error whilst parsing config file" in text:  # a traceback, with the reason last
+            text = text.splitlines()[-1].removeprefix("ValueError: ")
+        elif isinstance(error, KeyError | AttributeError):
+            text = "no such config field: " + text
+        raise UserError(" ".join(text.split())) from None
+    return rest
+
+
+def parsed(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config that launch.py's arguments give; their other flags count for nothing. Raises UserError as parse_flags."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=["", *arguments])
+    parse_flags(values, ["", *arguments], known_only=True)
+    return values.config
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -85,6 +127,11 @@ def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str) -> 
     if not config.steps_per_call:  # a CPU runs the body of a scan some fifty times slower than the bare step
         config.steps_per_call = 1 if platform == "cpu" else math.ceil(per_epoch / math.ceil(per_epoch / 100))
     return config
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict:
+    """The config as its JSON file reads back: tuples are lists."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def refuse_changes(old: dict, new: dict) -> None:

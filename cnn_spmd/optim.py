@@ -5,22 +5,27 @@ import optax
 
 from cnn_spmd.errors import UserError
 
-DECAYS = {
-    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
-    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
-    "constant": lambda peak, steps: optax.constant_schedule(peak),
+DECAYS = {  # (settings, steps after the warm-up)
+    "linear": lambda settings, steps: optax.linear_schedule(settings.learning_rate, 0.0, steps),
+    "cosine": lambda settings, steps: optax.cosine_decay_schedule(settings.learning_rate, steps),
+    "constant": lambda settings, steps: optax.constant_schedule(settings.learning_rate),
+    "staged": lambda settings, steps: optax.piecewise_constant_schedule(
+        settings.learning_rate, {round(share * steps): settings.stage_factor for share in settings.stages}),
 }
 
 
 def make_schedule(settings, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up over `warmup` (a share of all steps) to `learning_rate`, then `decay`.
 
-    Raises UserError for an unknown decay.
+    "staged" multiplies by `stage_factor` at each of `stages`, ascending shares of the steps after the warm-up.
+    Raises UserError for an unknown decay, and for stages that are no such shares.
     """
     if settings.decay not in DECAYS:
         raise UserError(f"optimizer.decay={settings.decay}: unknown, expected one of {', '.join(DECAYS)}")
+    if list(settings.stages) != sorted({x for x in settings.stages if isinstance(x, float) and 0 < x < 1}):
+        raise UserError(f"optimizer.stages={settings.stages}: expected ascending shares of the steps, such as (0.25, 0.5)")
     warmup = round(settings.warmup * steps)
-    decay = DECAYS[settings.decay](settings.learning_rate, max(steps - warmup, 1))
+    decay = DECAYS[settings.decay](settings, max(steps - warmup, 1))
     if not warmup:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, settings.learning_rate, warmup), decay], [warmup])

@@ -17,26 +17,36 @@ OURS = {LOCK, "program.json"}  # what may be in a folder that holds no run yet: 
 
 
 @contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[set[str]]:
+    """The folder, made where it is missing, for this process alone; yields the names of what is in it.
+
+    Raises UserError where it cannot be written or is in use.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {path.name for path in folder.iterdir()}
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"--workdir={folder}: cannot be written ({error.strerror}): give another folder") from None
+    with lock:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--workdir={folder}: another run is using it: wait for it, or give another folder") from None
+            except OSError as error:
+                logging.warning("%s cannot be locked (%s): make sure that no other run uses it.", folder, error.strerror)
+        yield content
+
+
+@contextlib.contextmanager
 def opened(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
     """The folder of a run of this resolved config, for this process alone; yields its old summary, {} where there is none.
 
     Raises UserError for a folder that cannot be written, is in use, is not a run's, or whose run had another config.
     Nothing in it is changed.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        content = {path.name for path in workdir.iterdir()}
-        lock = (workdir / LOCK).open("a")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}): give another folder") from None
-    with lock:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--workdir={workdir}: another run is using it: wait for it, or give another folder") from None
-            except OSError as error:
-                logging.warning("%s cannot be locked (%s): make sure that no other run uses it.", workdir, error.strerror)
+    with locked(workdir) as content:
         if content <= OURS:
             yield {}
             return

@@ -42,6 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.placement = ml_collections.ConfigDict()  # rows of your own: cnn_spmd/placement.py, TABLE
     config.dtype = "auto"
     config.steps_per_call = 0
+    config.profile = 0  # steps to trace after the last one
 
     config.batch_size = 512
     config.dense_microbatch = 0  # one weird trick's variable batch: the dense layers see this many examples at a time
@@ -50,7 +51,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.steps = 0
     config.label_smoothing = 0.1
     config.optimizer = ml_collections.ConfigDict(dict(
-        learning_rate=0.1, warmup=0.25, decay="linear", momentum=0.9, nesterov=True, weight_decay=5e-4))
+        learning_rate=0.1, warmup=0.25, decay="linear", stages=(), stage_factor=0.1,  # "staged": times this at these shares
+        momentum=0.9, nesterov=True, weight_decay=5e-4))
 
     config.eval = ml_collections.ConfigDict(dict(every_epochs=10, flip_average=True))
     config.checkpoint = ml_collections.ConfigDict(dict(every_epochs=20, keep=2))

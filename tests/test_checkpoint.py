@@ -1,5 +1,6 @@
 """What is broken is set aside and said, and the run goes on from the newest step that is whole."""
 
+import gc
 import re
 
 import jax
@@ -94,7 +95,9 @@ def cut_and_unverified(directory):
     (flip_bytes, "is damaged: .* is changed"), (cut, "is damaged: .* is changed"), (remove, "is damaged: .* is missing"),
     (empty, "is empty"),
     (unreadable_manifest, "has an unreadable"), (empty_manifest, "has an unreadable"), (half_removed, "is half there"),
-    (cut_and_unverified, "does not load")])
+    # Orbax leaves the reads of the other arrays behind, which complain when they are collected.
+    pytest.param(cut_and_unverified, "does not load",
+                 marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))])
 def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
     saved(tmp_path, state, [1, 2, 3])
     damage(tmp_path / "3")
@@ -103,6 +106,7 @@ def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
     assert (tmp_path / "broken-3").exists()
     assert not (tmp_path / "3").exists()
     assert restored(tmp_path, state) == 2  # and is not looked at again
+    gc.collect()
 
 
 def test_all_broken(tmp_path, state, warnings):

@@ -6,17 +6,24 @@ from cnn_spmd import optim
 from cnn_spmd.errors import UserError
 
 
-@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant", "staged"])
 def test_schedule(config, decay):
-    config.optimizer.update(dict(learning_rate=0.4, warmup=0.25, decay=decay))
+    config.optimizer.update(dict(learning_rate=0.4, warmup=0.25, decay=decay, stages=(0.3, 0.7), stage_factor=0.5))
     rates = [float(optim.make_schedule(config.optimizer, 100)(step)) for step in (0, 10, 25, 62.5, 100)]
-    later = dict(linear=[0.2, 0], cosine=[0.2, 0], constant=[0.4, 0.4])[decay]
+    later = dict(linear=[0.2, 0], cosine=[0.2, 0], constant=[0.4, 0.4], staged=[0.2, 0.1])[decay]
     np.testing.assert_allclose(rates, [0, 0.16, 0.4, *later], atol=1e-6)
 
 
 def test_schedule_refuses(config):
     config.optimizer.decay = "steps"
     with pytest.raises(UserError, match=r"optimizer\.decay=steps"):
+        optim.make_schedule(config.optimizer, 100)
+
+
+@pytest.mark.parametrize("stages", [(0.5, 0.25), (0.5, 0.5), (0.0,), (1.5,), ("half",)])
+def test_stages_that_are_refused(config, stages):
+    config.optimizer.stages = stages
+    with pytest.raises(UserError, match=r"optimizer\.stages=.* expected ascending shares"):
         optim.make_schedule(config.optimizer, 100)
 
 
