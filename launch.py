@@ -2,6 +2,8 @@
 
   python launch.py --config experiments/alexnet_cifar.py                       train, on every device there is
   python launch.py --config experiments/alexnet_cifar.py --mesh 4x2            data=4, model=2
+  python launch.py --config ... --mesh all --sweep parallelism=data,hybrid     a sweep; 8x1,4x2 is one, too
+  python launch.py --config ... --mesh 1x1,4x1 --batch_per_device 32,128       a sweep of global batches that grow with the mesh
   python launch.py --config ... --config.optimizer.learning_rate=0.02          any field
   python launch.py --config ... --cpu_devices 8                                simulate 8 devices on the CPU
   python launch.py --config ... --workdir runs/a                               the same workdir again resumes
@@ -11,7 +13,8 @@
 Several hosts: the same command on each, with JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID set,
 or under Slurm's srun or Open MPI's mpirun.
 
-Exit codes: 0 done; 1 a crash; 2 bad input; 3 the loss is not finite; 75 interrupted and saved, the same command resumes.
+Exit codes: 0 done; 1 a crash, or a sweep of which not every run is completed; 2 bad input; 3 the loss is not finite;
+75 interrupted and saved, the same command resumes.
 """
 
 import datetime
@@ -19,14 +22,25 @@ import os
 import pathlib
 import shlex
 import signal
+import subprocess
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cnn_spmd import config as configs
+from cnn_spmd.errors import UserError
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: experiments/NAME.py, or NAME.py:VARIANT. Its fields are "
                                          "set with --config.FIELD=VALUE.", lock_config=True)
-MESH = flags.DEFINE_string("mesh", None, "Mesh shape DATAxMODEL, such as 4x2; sets config.mesh.")
+MESH = flags.DEFINE_string("mesh", None, "Mesh shape DATAxMODEL, such as 4x2; sets config.mesh. Several, joined by commas, are "
+                           "a sweep; 'all' is 1x1 and every shape of all the devices.")
+SWEEP = flags.DEFINE_multi_string("sweep", [], "A config field and its values, such as parallelism=data,hybrid or seed=0,1,2; "
+                                  "several are crossed with each other and with the meshes.")
+BATCH_PER_DEVICE = flags.DEFINE_string("batch_per_device", None, "Sweep config.batch_size as these numbers, joined by commas, "
+                                       "times the devices of the mesh.")
+PROFILE = flags.DEFINE_integer("profile", None, "After the last step, trace this many more (whole calls, whose results are "
+                               "thrown away): top kernels and communication go to profile.json.", lower_bound=1)
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate this many devices on the CPU.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; an existing run resumes. Default: "
                               "runs/<experiment>-<UTC time>.")
@@ -88,6 +102,12 @@ def launch(argv: list[str]) -> int:
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # the report reads a program's op_names
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnn_spmd"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    if SWEEP.value or BATCH_PER_DEVICE.value is not None or "," in (MESH.value or "") or MESH.value == "all":
+        return launch_sweep()
     try:
         start_cluster()
     except Exception as error:
@@ -95,11 +115,11 @@ def launch(argv: list[str]) -> int:
         return 1
 
     from cnn_spmd import mesh, target, train
-    from cnn_spmd.errors import UserError
     try:
         config = CONFIG.value
         if MESH.value is not None:
             config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
+        config.profile = PROFILE.value or config.profile
         workdir = WORKDIR.value and pathlib.Path(WORKDIR.value).expanduser()
         if DRY_RUN.value:
             train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
@@ -120,6 +140,54 @@ def launch(argv: list[str]) -> int:
     return 0
 
 
+def launch_sweep() -> int:
+    """A sweep over what the flags name; 0 where every run is completed."""
+    import jax
+
+    from cnn_spmd import report, sweep
+    if DRY_RUN.value:
+        return refuse("--dry_run: expected a single mesh with it, and no --sweep")
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        return refuse("JAX_COORDINATOR_ADDRESS is set: a sweep runs on one host, expected a single run")
+    count = CPU_DEVICES.value
+    if not count:  # counted in a process that ends: this one must leave the devices to the runs
+        counted = subprocess.run([sys.executable, "-c", "import jax; print(jax.device_count())"], stdout=subprocess.PIPE,
+                                 text=True, check=True)
+        count = int(counted.stdout)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    folder = pathlib.Path(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep")).expanduser()
+    try:
+        combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, count)
+        shared = without(sys.argv[1:], {"mesh", "sweep", "batch_per_device", "workdir"})
+        result = sweep.run(CONFIG.value.experiment, shared, combos, jax.devices(), CPU_DEVICES.value, folder)
+        for path in report.write([folder]):
+            print(path)
+    except UserError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        again = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(folder)]
+        print(f"Interrupted. To go on: python {shlex.join(again)}")
+        return INTERRUPTED
+    statuses = [run["status"] for run in result["runs"]]
+    print(f"{statuses.count('completed')} of {len(statuses)} runs are completed. Files: {folder}")
+    return 0 if set(statuses) == {"completed"} else BAD_INPUT if set(statuses) == {"refused"} else 1
+
+
+def without(arguments: list[str], names: set[str]) -> list[str]:
+    """The arguments without the flags of these names and their values."""
+    kept, value_follows = [], False
+    for argument in arguments:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if value_follows:
+            value_follows = False
+        elif argument.startswith("-") and name in names:
+            value_follows = not equals
+        else:
+            kept.append(argument)
+    return kept
+
+
 def default_workdir(experiment: str) -> str:
     """runs/<experiment>-<UTC time to the millisecond>, the same on every process of a cluster."""
     import numpy as np
@@ -138,26 +206,11 @@ def refuse(reason: object) -> int:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's flag parser, with every refusal as one line: unknown flags and fields, wrong types, missing experiments."""
+    """The flags of the command line; bad ones end the program with one line."""
     try:
-        rest = flags.FLAGS(argv)
-        if flags.FLAGS.config is None:
-            raise flags.Error("--config is missing: give an experiment, such as --config experiments/alexnet_cifar.py")
-        flags.FLAGS.config.experiment  # noqa: B018  (a config file that is not there raises at its first use)
-    except OSError:
-        folder = pathlib.Path(__file__).parent / "experiments"
-        known = ", ".join(sorted(f"experiments/{path.name}" for path in folder.glob("*.py")))
-        sys.exit(refuse(f"--config={flags.FLAGS['config'].config_filename}: no such experiment, expected one of {known}"))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        text = str(error.args[0] if error.args else error).strip()
-        if "Error whilst parsing config file" in text:  # a traceback, with the reason last
-            text = text.splitlines()[-1].removeprefix("ValueError: ")
-        elif isinstance(error, KeyError | AttributeError):
-            text = "no such config field: " + text
-        sys.exit(refuse(" ".join(text.split())))
-    return rest
+        return configs.parse_flags(flags.FLAGS, argv)
+    except UserError as error:
+        sys.exit(refuse(error))
 
 
 if __name__ == "__main__":

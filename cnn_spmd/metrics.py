@@ -12,12 +12,19 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from rich import progress as rich_progress
 from tensorboardX import SummaryWriter
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+def say(text: str) -> None:
+    """Prints a line on one process of a cluster."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

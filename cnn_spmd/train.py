@@ -1,42 +1,31 @@
 """A run, top to bottom: mesh, data, state, compile report, loop, final evaluation."""
 
 import datetime
-import functools
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from cnn_spmd import communication, models, optim, program
 from cnn_spmd import config as configs
-from cnn_spmd import mesh as meshes
 from cnn_spmd import metrics as metrics_lib
+from cnn_spmd import optim, profile, program
 from cnn_spmd import workdir as workdirs
 from cnn_spmd.checkpoint import Checkpoints
-from cnn_spmd.data import batches, sources
+from cnn_spmd.data import batches
 from cnn_spmd.errors import UserError
 from cnn_spmd.interrupt import Interrupt
-from cnn_spmd.placement import Placement, name_of
-from cnn_spmd.step import DeviceData, Steps
+from cnn_spmd.metrics import say
+from cnn_spmd.setup import Setup, compile_train, indices_sharding, prepare, put, report_of
+from cnn_spmd.step import DeviceData
 
 
 class NonFinite(RuntimeError):
     """The loss or the parameters are no longer finite: the run stops and keeps its last good checkpoint."""
-
-
-class Setup(NamedTuple):
-    """What is trained, on what, where: a resolved config and what it stands for."""
-
-    config: ml_collections.ConfigDict
-    data: sources.Dataset
-    place: Placement
-    steps: Steps
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
@@ -53,7 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 def run_in(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     """The run in its workdir, unless it is complete already; returns its summary."""
     identity = dict(dataset=setup.data.name, fallback=setup.data.fallback)
-    with workdirs.opened(workdir, setup.config.to_dict() | identity) as old_summary:
+    with workdirs.opened(workdir, configs.as_json(setup.config) | identity) as old_summary:
         if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:
             say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy "
                 f"{old_summary['eval']['accuracy']:.2%}. Nothing to do.")
@@ -136,6 +125,23 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
             raise NonFinite(f"parameters are not finite after step {step}")
         checkpoints.save(step, state, accuracy)
 
+    def write_profile() -> None:
+        """profile.json, from further calls whose results are thrown away; the state is used up."""
+        n = config.steps_per_call
+        indices = put(batches.train_indices(config.seed, 0, n, batch_size, examples), indices_sharding(setup, n))
+
+        def call() -> dict:
+            nonlocal state
+            state, values = programs[n](state, train_data, indices)
+            return values
+
+        try:
+            traced = profile.trace(call, -(-config.profile // n), n, workdir / "profile" / str(jax.process_index()))
+            if is_main:
+                metrics_lib.write_json(workdir / "profile.json", traced)
+        except (ValueError, RuntimeError) as error:  # the run itself is whole
+            progress.say(f"WARNING: there is no profile: {error}")
+
     def summarise(status: str) -> dict:
         summary = dict(
             experiment=config.experiment, **identity, model=config.model.name, parallelism=config.parallelism,
@@ -146,13 +152,13 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
             images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
             step_milliseconds=clock.step_milliseconds(), eval=evaluation, bytes_per_device=report["bytes_per_device"],
             collectives=report["collectives"], **metrics_lib.provenance(), started=started, status=status,
-            config=config.to_dict())
+            config=configs.as_json(config))
         if is_main:
             metrics_lib.write_json(workdir / "summary.json", summary)
         return summary
 
     if is_main:
-        metrics_lib.write_json(workdir / "config.json", config.to_dict() | identity)
+        metrics_lib.write_json(workdir / "config.json", configs.as_json(config) | identity)
         metrics_lib.write_json(workdir / "program.json", identity | report)
     status = "failed"
     try:
@@ -179,6 +185,8 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
             if step > start:
                 save(evaluation["accuracy"])
             checkpoints.close()
+            if config.profile:
+                write_profile()
             status = "completed"
     except NonFinite as error:
         checkpoints.close()
@@ -202,101 +210,11 @@ def dry_run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, dev
     say(program.as_text(report))
     if workdir:
         identity = dict(dataset=setup.data.name, fallback=setup.data.fallback)
-        with workdirs.opened(workdir, setup.config.to_dict() | identity):
+        with workdirs.opened(workdir, configs.as_json(setup.config) | identity):
             if (workdir / "config.json").exists():
                 raise UserError(f"--workdir={workdir}: holds a run, which a dry run leaves alone: give a new folder")
             metrics_lib.write_json(workdir / "program.json", identity | report)
     return report
-
-
-def prepare(config: ml_collections.ConfigDict, devices: list | None = None) -> Setup:
-    """Mesh, data, model and step functions of a config. Every UserError but the workdir's is raised here."""
-    configs.validate(config)
-    place = Placement(meshes.make(config.mesh.data, config.mesh.model, devices), config.parallelism,
-                      config.placement.to_dict())
-    data = sources.load(config.data)
-    if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
-        name = np.frombuffer(data.name.encode().ljust(16), np.uint8)
-        multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
-    config = configs.resolve(config, data, place.mesh.devices.flat[0].platform)
-    config.mesh.data, config.mesh.model = place.mesh.shape.values()
-    if data.fallback:
-        say(f"For {data.name}: batch_size={config.batch_size}, optimizer.learning_rate={config.optimizer.learning_rate}, "
-            f"steps={config.steps}, from data.fallback_*.")
-    place.spec(("conv_batch",), (config.batch_size,), "batch_size")
-    setup = Setup(config, data, place, make_steps(config, data, place))
-    setup.steps.activations(config.batch_size, data.train_images.shape[1])
-    setup.steps.abstract_state  # noqa: B018  (placed here for its errors)
-    return setup
-
-
-def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: Placement) -> Steps:
-    """The step functions of a resolved config. Raises UserError for what does not go together."""
-    if place.row.get("group_in") and getattr(models.MODELS.get(config.model.name), "towers", None) == 1:
-        raise UserError(f"parallelism={place.parallelism}: splits towers, but model.name={config.model.name} has one: "
-                        "expected alexnet_2012 or another parallelism")
-    if config.data.flip and not data.mirror:
-        say(f"data.flip=True has no effect: a mirrored image of {data.name} is another class, or none.")
-    dense_optimizer = None
-    if config.dense_microbatch:
-        parts, rest = divmod(config.batch_size, config.dense_microbatch)
-        if rest:
-            raise UserError(f"dense_microbatch={config.dense_microbatch}: does not divide batch_size={config.batch_size}")
-        place.spec(("conv_batch",), (config.dense_microbatch,), "dense_microbatch")
-        if config.dense_updates == "each":
-            dense_optimizer = optim.make_optimizer(config.optimizer, config.steps, parts)
-    make_model = functools.partial(
-        models.make, config.model.name, image_size=data.train_images.shape[1], classes=len(data.class_names),
-        width=config.model.width, dropout=config.model.dropout, dtype=jnp.dtype(config.dtype))
-    mean_C, std_C = batches.channel_statistics(data.train_images)
-    return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean_C=mean_C, std_C=std_C,
-                 optimizer=optim.make_optimizer(config.optimizer, config.steps), dense_optimizer=dense_optimizer,
-                 dense_microbatch=config.dense_microbatch, seed=config.seed,
-                 label_smoothing=config.label_smoothing, crop_pad=config.data.crop_pad,
-                 flip=config.data.flip and data.mirror, flip_average=config.eval.flip_average and data.mirror)
-
-
-def indices_sharding(setup: Setup, n: int) -> jax.sharding.NamedSharding:
-    """Where the indices [n steps, batch] of a call live."""
-    return setup.place.sharding((None, "conv_batch"), (n, setup.config.batch_size))
-
-
-def compile_train(setup: Setup, n: int) -> jax.stages.Compiled:
-    """The program of n train steps, from shapes alone."""
-    def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.place.replicated)
-
-    data = DeviceData(abstract(setup.data.train_images), abstract(setup.data.train_labels))
-    indices = jax.ShapeDtypeStruct((n, setup.config.batch_size), jnp.int32, sharding=indices_sharding(setup, n))
-    return setup.steps.jit_train().lower(setup.steps.abstract_state, data, indices).compile()
-
-
-def report_of(setup: Setup, compiled: jax.stages.Compiled, compile_seconds: float) -> dict:
-    """What a compiled program holds and moves, JSON-ready: placement, memory, collectives, and theory beside them."""
-    config, data, place, steps = setup
-    abstract = steps.abstract_state
-    leaves = jax.tree_util.tree_leaves_with_path(abstract.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    params = [(name_of(path), leaf) for path, leaf in leaves]
-    activations = steps.activations(config.batch_size, data.train_images.shape[1])
-    itemsize = jnp.dtype(config.dtype).itemsize
-    report = program.report(compiled, place.mesh)
-    theory = [] if config.dense_microbatch else communication.closed_form(place, activations, params, itemsize)
-    return dict(
-        parallelism=config.parallelism, devices=place.mesh.size, model=config.model.name, batch_size=config.batch_size,
-        dtype=config.dtype, dataset=data.name, fallback=data.fallback, param_count=sum(leaf.size for _, leaf in params),
-        placement=[place.report(name, leaf.axes, leaf.shape, leaf.dtype.itemsize) for name, leaf in params],
-        activations=[place.report(*activation, itemsize) for activation in activations],
-        bytes_per_device=dict(parameters=program.bytes_per_device(abstract.params),
-                              optimizer=program.bytes_per_device(abstract.optimizer)),
-        closed_form=theory, communication=communication.compare(report["collectives"], theory) if theory else [],
-        closed_form_ring_bytes=sum(row["ring_bytes"] for row in theory),
-        compile_seconds=round(compile_seconds, 2)) | report
-
-
-def say(text: str) -> None:
-    """Prints a line on one process of a cluster."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def plan(start: int, stops: list[int], steps_per_call: int) -> list[int]:
@@ -307,11 +225,6 @@ def plan(start: int, stops: list[int], steps_per_call: int) -> list[int]:
             calls.append(min(steps_per_call, stop - start))
             start += calls[-1]
     return calls
-
-
-def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The host's array on the devices of any process; every process gives the same array."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def evaluation_of(parts: list[dict], examples: int) -> dict[str, Any]:

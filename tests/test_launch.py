@@ -47,7 +47,7 @@ def finished(process, code=0):
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "--config is missing"),
     (["--config", "experiments/nope.py"], "--config=experiments/nope.py: no such experiment, expected one of "
-                                          "experiments/alexnet_cifar.py"),
+                                          "experiments/alexnet_2012_imagenet.py, experiments/alexnet_cifar.py"),
     (["--config", "experiments/alexnet_cifar.py:fast"], "experiments/alexnet_cifar.py:fast: unknown variant"),
     ([*SMALL, "--config.optimiser.learning_rate=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
     ([*SMALL, "--config.foo=1"], "no such config field: 'foo'"),
@@ -71,7 +71,8 @@ def test_bad_input_is_one_line_and_exit_code_2(start, arguments, message):
 
 def test_help_shows_every_flag(start):
     out, _ = finished(start("--help"), code=1)  # absl's code for --help
-    for flag in ("--config", "--mesh", "--cpu_devices", "--workdir", "--[no]dry_run", "Exit codes"):
+    for flag in ("--config", "--mesh", "--sweep", "--batch_per_device", "--profile", "--cpu_devices", "--workdir",
+                 "--[no]dry_run", "Exit codes"):
         assert flag in out
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from cnn_spmd import config as configs
 from cnn_spmd import mesh, program, train
+from cnn_spmd import setup as setups
 from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
 from cnn_spmd.models import alexnet, alexnet_2012, layers
@@ -43,7 +44,7 @@ def narrow(request, monkeypatch):
         monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
 
 
-def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> train.Setup:
+def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> setups.Setup:
     """The shipped experiment with narrow dense layers and few random images, in float64."""
     config = get_config()
     config.update(dict(batch_size=BATCH, steps=10, dtype="float64", parallelism=parallelism,
@@ -55,7 +56,7 @@ def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> 
     data = sources.load(config.data)
     place = Placement(mesh.make(*shape), parallelism, OWN)
     config = configs.resolve(config, data, "cpu")
-    return train.Setup(config, data, place, train.make_steps(config, data, place))
+    return setups.Setup(config, data, place, setups.make_steps(config, data, place))
 
 
 @functools.cache
@@ -76,8 +77,8 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
             return steps.update(state, gradients), metrics, gradients
 
         shardings = place.of_state(steps.abstract_state)
-        train_data = DeviceData(*(train.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = [train.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in batches.train_indices(0, 0, 2, BATCH, 64)]
+        train_data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+        indices = [setups.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in batches.train_indices(0, 0, 2, BATCH, 64)]
         compiled = jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params)).lower(
             steps.abstract_state, train_data, indices[0]).compile()
         state, _, _ = compiled(jax.device_put(initial(model), shardings), train_data, indices[0])
@@ -85,7 +86,7 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
         held = {name_of(path).removesuffix(".value"): leaf.addressable_shards[0].data.nbytes
                 for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
         return dict(loss=float(metrics["loss"]), accuracy=float(metrics["accuracy"]), gradients=gather(gradients), held=held,
-                    params=gather(state.params), report=train.report_of(setup, compiled, 0.0))
+                    params=gather(state.params), report=setups.report_of(setup, compiled, 0.0))
 
 
 def gather(tree) -> dict[str, np.ndarray]:
@@ -218,8 +219,8 @@ def test_shipped_size_on_a_mesh():
     for parallelism, shape in (("data", (1, 1)), ("hybrid", (4, 2))):
         setup = setup_of("alexnet", parallelism, shape, dtype="float32", model=dict(width=4096))
         place, steps = setup.place, setup.steps
-        data = DeviceData(*(train.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = train.put(batches.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
+        data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+        indices = setups.put(batches.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
         state = steps.jit_init()() if state is None else jax.device_put(state, place.of_state(steps.abstract_state))
         metrics, gradients = jax.jit(steps.gradients)(data, state, indices)
         got[shape] = float(metrics["loss"]), gather(gradients)
@@ -239,14 +240,14 @@ def test_state_is_created_sharded_and_the_same_on_every_mesh():
     assert not np.array_equal(other.params["fc1"]["kernel"][...], state.params["fc1"]["kernel"][...])
 
 
-def trained(setup: train.Setup, calls: list[int]) -> tuple[list[float], dict]:
+def trained(setup: setups.Setup, calls: list[int]) -> tuple[list[float], dict]:
     """Losses and parameters after calls of so many steps each."""
     place, steps = setup.place, setup.steps
-    data = DeviceData(*(train.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+    data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
     state, jitted, losses, step = steps.jit_init()(), steps.jit_train(), [], 0
     for n in calls:
         indices = batches.train_indices(0, step, n, setup.config.batch_size, 64)
-        state, metrics = jitted(state, data, train.put(indices, train.indices_sharding(setup, n)))
+        state, metrics = jitted(state, data, setups.put(indices, setups.indices_sharding(setup, n)))
         losses += metrics["loss"].tolist()
         step += n
     assert int(state.step) == step
@@ -363,7 +364,7 @@ def initial_f32(setup):
     return setup.steps.init()
 
 
-def on_one(name: str, **changes) -> tuple[train.Setup, DeviceData]:
+def on_one(name: str, **changes) -> tuple[setups.Setup, DeviceData]:
     setup = setup_of(name, "data", (1, 1), dtype="float32", **changes)
     return setup, DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
 
@@ -476,7 +477,7 @@ def test_bfloat16_computes_on_float32_parameters():
 
 def test_the_state_is_donated_and_stays_where_it_is():
     setup = setup_of("simple_cnn", "hybrid", (4, 2), dtype="float32")
-    compiled = train.compile_train(setup, 1)
+    compiled = setups.compile_train(setup, 1)
     assert program.memory(compiled)["alias_bytes"] >= program.bytes_per_device(setup.steps.abstract_state)
     placed = jax.tree.map(lambda got, leaf: got.is_equivalent_to(leaf.sharding, leaf.ndim), compiled.output_shardings[0],
                           setup.steps.abstract_state)

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from cnn_spmd import checkpoint, mesh, metrics, optim, train
 from cnn_spmd import config as configs
+from cnn_spmd import setup as setups
 from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
 from cnn_spmd.placement import Placement
@@ -403,7 +404,7 @@ def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, mon
 @pytest.mark.parametrize("mirror", [True, False])
 def test_augmentation_is_what_config_and_data_allow(config, mirror):
     data = dataclasses.replace(sources.load(config.data), mirror=mirror)
-    steps = train.make_steps(configs.resolve(config, data, "cpu"), data, Placement(mesh.make(1, 1), "data"))
+    steps = setups.make_steps(configs.resolve(config, data, "cpu"), data, Placement(mesh.make(1, 1), "data"))
     assert (steps.crop_pad, steps.flip, steps.flip_average) == (4, mirror, mirror)
 
 

@@ -1,0 +1,168 @@
+"""Sweeps: combinations, refusals, runs that fail in every way, going on, and one real sweep from the command line."""
+
+import json
+import signal
+
+import jax
+import pytest
+from conftest import ROOT
+from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
+
+from cnn_spmd import report, sweep
+from cnn_spmd.errors import UserError
+
+SHARED = SMALL[:2]
+# Stands in for launch.py: what a run does is its seed.
+FAKE = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+seed = next(arg.split("=")[1] for arg in sys.argv if arg.startswith("--config.seed="))
+with open(folder.parent / "started", "a") as file:
+    file.write(seed + "\\n")
+if (folder.parent / "repaired").exists() or seed == "0":
+    folder.mkdir(exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(dict(status="completed", device_kind="card", host_cores=2, versions={},
+                                                         commit="c")))
+elif seed == "1":
+    sys.exit("error: seed=1: is refused by the run itself")
+elif seed == "2":
+    print("one\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory\\nat the end", file=sys.stderr)
+    sys.exit(1)
+elif seed == "3":
+    os.kill(os.getpid(), signal.SIGKILL)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("meshes", "batches", "fields", "count"), [
+    ("8x1,4x2", None, [], 2), ("all", None, [], 5), ("8x1", "32,128", ["parallelism=data,hybrid", "config.seed=0,1"], 8),
+    (None, None, ["seed=0,1,1"], 2)])
+def test_combinations(meshes, batches, fields, count):
+    combos = sweep.combinations(meshes, batches, fields, 8)
+    assert len(combos) == count
+    assert len({json.dumps(combo) for combo in combos}) == count
+    if meshes == "all":
+        assert [combo["mesh"] for combo in combos] == ["1x1", "8x1", "4x2", "2x4", "1x8"]
+
+
+@pytest.mark.parametrize(("meshes", "batches", "fields", "message"), [
+    ("8x1,", None, [], "--mesh=8x1,: has an empty value"),
+    (",", None, [], "--mesh=,: has an empty value"),
+    ("8x1,4by2", None, [], "--mesh=4by2: expected DATAxMODEL"),
+    (None, "32,-1", [], "--batch_per_device=32,-1: -1 is not a positive integer"),
+    (None, "", [], "--batch_per_device=: has an empty value"),
+    (None, None, ["seed"], "--sweep=seed: expected FIELD=VALUE,VALUE"),
+    (None, None, ["seed="], "--sweep=seed=: has an empty value"),
+    (None, None, ["seed=1", "config.seed=2"], "seed is given twice"),
+    (None, "32", ["batch_size=1"], "--sweep=batch_size=1: set by --batch_per_device"),
+    (None, None, ["mesh.data=1,2"], "set by --mesh")])
+def test_lists_that_are_refused(meshes, batches, fields, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        sweep.combinations(meshes, batches, fields, 8)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
+def test_what_cannot_work_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    combos = [dict(mesh="3x5"), dict(mesh="4x2", seed="x"), dict(mesh="4x2", nope="1"), dict(parallelism="towers"),
+              dict(mesh="4x2", batch_per_device="9"), dict(mesh="4x2", batch_per_device="8"), dict(seed="0")]
+    rows = list(sweep.plan(combos, SMALL, jax.devices()))
+    assert [row["status"] for row in rows] == ["refused"] * 5 + ["pending"] * 2
+    for row, reason in zip(rows, ("needs 15 devices, but there are 8", "--config.seed=x: invalid literal", "nope",
+                                  "parallelism=towers: unknown", "batch_size=72: synthetic has 64"), strict=False):
+        assert reason in row["reason"]
+        assert "\n" not in row["reason"]
+    assert rows[5]["command"].startswith("python launch.py --config experiments/alexnet_cifar.py")
+    assert rows[5]["command"].endswith("--config.data.fallback= --mesh=4x2 --config.batch_size=64")
+    assert rows[5]["name"] == "4x2,batch_per_device=8"
+
+
+def test_a_sweep_may_fall_back_only_where_it_is_told_to(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert sweep.arguments_of({}, [*SHARED, "--config.data.fallback_epochs=1"], 8)[-1] == "--config.data.fallback="
+    assert sweep.arguments_of({}, [*SHARED, "--config.data.fallback=digits"], 8)[-1] == "--config.data.fallback=digits"
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Sweeps over seeds whose runs are FAKE."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sweep, "LAUNCH", tmp_path / "fake.py")
+    monkeypatch.setattr(report, "figures_of", lambda folder: dict(images_per_second=1.0, step_milliseconds=dict(median=1.0),
+                                                                  ring_bytes=0, accuracy=0.5))
+    monkeypatch.setattr(sweep, "plan", lambda combos, shared, devices: [
+        dict(name=f"seed={combo['seed']}", mesh=None, settings=combo, status="pending", reason="", seconds=None, figures={},
+             command=f"python launch.py --config.seed={combo['seed']}") for combo in combos])
+    return lambda *seeds: sweep.run("e", SHARED, [dict(seed=seed) for seed in seeds], jax.devices(), None, tmp_path / "s")
+
+
+def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
+    result = fake(0, 1, 2, 3)
+    assert result == json.loads((tmp_path / "s/sweep.json").read_text())
+    got = {run["name"]: (run["status"], run["reason"]) for run in result["runs"]}
+    assert got == {
+        "seed=0": ("completed", ""), "seed=1": ("failed", "seed=1: is refused by the run itself"),
+        "seed=2": ("failed", "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory"),
+        "seed=3": ("failed", "killed by SIGKILL; said nothing")}
+    assert result["hardware"]["device_kind"] == "card"
+    assert "seed=2  failed" in capsys.readouterr().out
+
+    (tmp_path / "s/repaired").touch()
+    result = fake(2, 3)  # the others are kept: seed 0 as it is, and what failed and is not asked for again is gone
+    assert [(run["name"], run["status"]) for run in result["runs"]] == [
+        ("seed=0", "completed"), ("seed=2", "completed"), ("seed=3", "completed")]
+    assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]
+    fake(0, 2)
+    assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]  # what is done is not run again
+
+
+def test_ctrl_c_lets_the_run_save_and_the_sweep_goes_on_later(fake, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fake(0, 4, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    statuses = {run["name"]: run["status"] for run in json.loads((tmp_path / "s/sweep.json").read_text())["runs"]}
+    assert statuses == {"seed=0": "completed", "seed=4": "interrupted", "seed=1": "pending"}
+    (tmp_path / "s/repaired").touch()
+    assert {run["status"] for run in fake(0, 4, 1)["runs"]} == {"completed"}
+
+
+@pytest.mark.parametrize(("prepare", "message"), [
+    (lambda folder: (folder / "other").mkdir(parents=True), "is not empty and holds no sweep"),
+    (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text('{"runs": ['), "no whole sweep.json"),
+    (lambda folder: folder.write_text("a file"), "cannot be written"),
+    (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text(json.dumps(dict(
+        arguments=["--config", "other.py"], devices=8, cpu_devices=None, runs=[]))), "a sweep with other arguments")])
+def test_folders_that_are_refused(fake, tmp_path, prepare, message):
+    prepare(tmp_path / "s")
+    with pytest.raises(UserError, match=message):
+        fake(0)
+    assert not (tmp_path / "s/started").exists()
+
+
+def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
+    arguments = [*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1,3x1", "--workdir", "s", "--profile", "2"]
+    out, _ = finished(start(*arguments), code=1)  # not every combination worked
+    assert "2 of 3 runs are completed" in out
+    assert "3x1  refused  mesh.data=3, mesh.model=1: needs 3 devices, but there are 2" in out
+    runs = json.loads((tmp_path / "s/sweep.json").read_text())["runs"]
+    page = (tmp_path / "s/report.html").read_text()
+    for run in runs[:2]:
+        assert run["status"] == "completed"
+        assert f"{run['figures']['images_per_second']:,.0f}" in page
+        assert (run["figures"]["profile"]["communication_milliseconds"] > 0) == (run["mesh"] == "2x1")
+    assert {"report.md", "report.csv", "1x1", "1x1.log"} <= {path.name for path in (tmp_path / "s").iterdir()}
+    out, _ = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "3x1,5x1", "--workdir", "t"), code=2)  # none can
+
+
+def test_sweeps_that_are_refused_at_once(start):  # noqa: F811
+    for more, message in ((["--dry_run"], "--dry_run: expected a single mesh"), (["--mesh", "1x1,"], "has an empty value")):
+        _, err = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1", *more), code=2)
+        assert err.startswith("error: ")
+        assert message in err
