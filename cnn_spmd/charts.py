@@ -112,7 +112,7 @@ def split_of(group: dict) -> tuple[str, dict[str, float]]:
     part = {name: average(group, "profile", f"{name}_milliseconds") for name in ("compute", "communication", "exposed", "idle")}
     if None not in part.values():
         hidden = part["communication"] - part["exposed"]
-        return "profile", dict(zip(SPLIT, (part["compute"], hidden, part["exposed"], part["idle"]), strict=False))
+        return "profile", dict(zip(SPLIT, (part["compute"] - hidden, hidden, part["exposed"], part["idle"]), strict=False))
     figures, step = group["runs"][0]["figures"], average(group, "step_milliseconds", "median") or 0.0
     link, ring = papers.LINKS.get(figures["device_kind"]), average(group, "ring_bytes")
     if link is None or ring is None or figures.get("processes", 1) > 1:

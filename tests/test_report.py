@@ -1,0 +1,361 @@
+"""The report on runs and sweeps: its numbers are theirs, and half-written folders, failed runs and bad input are told."""
+
+import csv
+import html
+import json
+import pathlib
+import re
+
+import pytest
+
+from cnn_spmd import charts, compare, papers, plots, report
+
+TOP = [dict(name=f"kernel<{n}>" + "_long" * 10 * (n == 3), milliseconds=0.5 / n, count=n, communication=n == 2)
+       for n in range(1, 15)]
+PROFILE = dict(steps=20, devices=8, step_milliseconds=4.0, compute_milliseconds=2.75, communication_milliseconds=1.5,
+               exposed_milliseconds=0.875, idle_milliseconds=0.375, top=TOP)
+
+
+@pytest.fixture
+def drawn():
+    """For the tests that look at the pictures: the others go without, which is much faster."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(plots, "svg", lambda fig, label: "<svg></svg>")
+
+
+def a_run(mesh="1x1", speed=1000.0, parallelism="data", batch=128, seed=0, *, settings=None, status="completed", reason="",
+          **more):
+    """An entry of sweep.json with invented numbers, all different; batch a device."""
+    data, model = map(int, mesh.split("x"))
+    size = batch * data * model
+    step = 1e3 * size / speed
+    figures = dict(
+        model="alexnet", mesh=dict(data=data, model=model), parallelism=parallelism, batch_size=size, dataset="synthetic",
+        seed=seed, dtype="bfloat16", steps=100, images_per_second=speed, steady_calls=9, train_seconds=12.5 + seed,
+        compile_seconds=3.25, param_count=1000,
+        step_milliseconds=dict(p10=0.9 * step, median=step, p90=1.2 * step), accuracy=0.5 + 0.01 * seed, loss=1.25 + seed,
+        bytes_per_device=dict(parameters=143_400_000 // model, optimizer=143_400_000 // model),
+        peak_bytes=400_000_000, ring_bytes=3_000_000 * data + 70_000 * model, closed_form_ring_bytes=3_100_000 * data,
+        collectives=[
+            dict(operation="all-reduce", axes=["data"], phase="backward", count=1, bytes=9, ring_bytes=3_000_000 * data),
+            dict(operation="all-gather", axes=["model"], phase="forward", count=2, bytes=9, ring_bytes=70_000 * model)],
+        device_kind="NVIDIA H200", processes=1, profile=None)
+    settings = dict(parallelism=parallelism, batch_per_device=batch, seed=seed) | (settings or {})
+    name = ",".join([mesh, *(f"{key}={value}" for key, value in settings.items())])
+    return dict(name=name, mesh=mesh, settings=settings, status=status, reason=reason, command="python launch.py",
+                seconds=31.25, figures=figures | more if status == "completed" else {})
+
+
+def metrics() -> str:
+    rows = [dict(step=step, split="train", loss=2.0 - step / 100, accuracy=step / 200) for step in (20, 40, 60, 80, 100)]
+    return "".join(json.dumps(row) + "\n" for row in [*rows, dict(step=100, split="final", loss=1.25, accuracy=0.5)])
+
+
+def write_sweep(folder: pathlib.Path, runs: list[dict], device_kind="NVIDIA H200", **more) -> pathlib.Path:
+    folder.mkdir(parents=True)
+    hardware = dict(device_kind=device_kind, host_cores=32, versions=dict(jax="0.11.2", python="3.11.7"), commit="c" * 40)
+    sweep = dict(experiment="alexnet_cifar", arguments=["--config", "experiments/alexnet_cifar.py"], devices=8,
+                 cpu_devices=None, started="2026-01-02T03:04:05+00:00", hardware=hardware, runs=runs) | more
+    (folder / "sweep.json").write_text(json.dumps(sweep))
+    for run in runs:
+        if run["status"] == "completed":
+            (folder / run["name"]).mkdir()
+            (folder / run["name"] / "metrics.jsonl").write_text(metrics())
+    return folder
+
+
+def write_run(folder: pathlib.Path, mesh="1x1", speed=1000.0, seed=0, status="completed", batch_size=128, rate=0.1):
+    """A run folder, as train.py writes it (the fields that the report reads); returns it."""
+    figures = a_run(mesh, speed, seed=seed)["figures"] | dict(batch_size=batch_size)
+    config = dict(experiment="e", seed=seed, parallelism="data", batch_size=batch_size, mesh=figures["mesh"],
+                  optimizer=dict(learning_rate=rate))
+    summary = {name: value for name, value in figures.items() if name not in ("accuracy", "loss", "peak_bytes", "ring_bytes")}
+    summary |= dict(experiment="e", devices=8, host_cores=4, versions=dict(jax="0.11.2"), commit="d" * 40, started="now",
+                    status=status, config=config, eval=dict(accuracy=figures["accuracy"], loss=figures["loss"]))
+    program = dict(memory=dict(peak_bytes=figures["peak_bytes"]), totals=dict(ring_bytes=figures["ring_bytes"]),
+                   closed_form_ring_bytes=figures["closed_form_ring_bytes"])
+    folder.mkdir(parents=True)
+    for name, content in dict(config=config, program=program, summary=summary).items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "metrics.jsonl").write_text(metrics())
+    return folder
+
+
+def written(capsys, *folders) -> tuple[str, str, list[dict], str]:
+    """report.md, report.html as text, the rows of report.csv, and stderr."""
+    assert report.main(list(map(str, folders))) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-3:] == [str(folders[0] / f"report.{kind}") for kind in ("md", "csv", "html")]
+    page, table = ((folders[0] / f"report.{kind}").read_text() for kind in ("html", "csv"))
+    return (folders[0] / "report.md").read_text(), page, list(csv.DictReader(table.splitlines())), printed.err
+
+
+def cells_of(page: str) -> list[list[str]]:
+    """The rows of all tables of an HTML page."""
+    return [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+            for row in re.findall(r"<tr>(.*?)</tr>", page)]
+
+
+def row_of(page: str, *start: str) -> list[str]:
+    rows = [row for row in cells_of(page) if row[:len(start)] == list(start)]
+    assert len(rows) == 1, (start, rows)
+    return rows[0]
+
+
+RUNS = [a_run("1x1", 1000.0), a_run("8x1", 5000.0, seed=0), a_run("8x1", 6000.0, seed=1), a_run("4x2", 7123.4, "hybrid"),
+        a_run("1x1", 250.0, batch=32), a_run("8x1", 1500.5, batch=32), a_run("8x1", 99.5, batch=64)]
+BROKEN = [a_run("1x8", parallelism="two_tower", status="refused", reason="two towers | need <2> devices"),
+          a_run("2x4", status="failed", reason="RESOURCE_EXHAUSTED: out of memory"), a_run("2x2", status="pending")]
+
+
+def test_a_sweeps_numbers_are_in_all_three_files(tmp_path, capsys):
+    folder = write_sweep(tmp_path / "s", RUNS + BROKEN, command="python launch.py --mesh all")
+    markdown, page, rows, errors = written(capsys, folder)
+    assert not errors
+    for run, row in zip(RUNS, rows, strict=False):
+        got = run["figures"]
+        rate = f"{got['images_per_second']:,.0f}" if got["images_per_second"] >= 100 else "99.5"
+        times = [f"{got['step_milliseconds'][name]:,.3f}" for name in ("p10", "median", "p90")]
+        expected = [run["name"], "completed", rate, *times, f"{100 * got['accuracy']:.2f}", f"{got['loss']:.4f}",
+                    f"{got['train_seconds']:.1f}", "3.2", str(got["seed"]), ""]
+        assert row_of(page, run["name"]) == expected
+        assert "| " + " | ".join(expected) + " |" in markdown
+        assert row["name"] == run["name"]
+        assert float(row["images_per_second"]) == got["images_per_second"]
+        assert float(row["step_milliseconds.p90"]) == got["step_milliseconds"]["p90"]
+        assert int(row["ring_bytes.all-reduce"]) == 3_000_000 * got["mesh"]["data"]
+    for run in BROKEN:
+        assert row_of(page, run["name"])[1::10] == [run["status"], run["reason"]]
+    assert "| two towers \\| need <2> devices |" in markdown
+    assert [row["reason"] for row in rows[len(RUNS):]] == [run["reason"] for run in BROKEN]
+    for text in ("8 x NVIDIA H200, 32 host cores", "python launch.py --mesh all", "jax 0.11.2", "c" * 40):
+        assert text in page
+        assert text in markdown
+
+
+def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_path, capsys):
+    markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", RUNS))
+    assert row_of(page, "8x1", "data", "batch 128 a device")[3:5] == ["2", "5,500 ± 707"]
+    assert row_of(page, "8x1", "data", "batch 128 a device")[6:8] == ["5.50 ± 0.71", "68.8"]
+    assert row_of(page, "4x2", "hybrid", "batch 128 a device")[6:8] == ["7.12", "89.0"]  # over data's one device
+    assert row_of(page, "8x1", "data", "batch 32 a device")[6:8] == ["6.00", "75.0"]
+    assert row_of(page, "1x1", "data", "batch 32 a device")[6:8] == ["1.00", "100.0"]
+    assert row_of(page, "8x1", "data", "batch 64 a device")[6:8] == ["", ""]
+    assert "No one-device run, so no speedup: batch 64 a device." in markdown
+    assert [float(row["speedup"] or 0) for row in rows] == pytest.approx([1, 5, 6, 7.1234, 1, 6.002, 0])
+    assert rows[1]["efficiency"] == "0.625"
+    assert rows[6]["speedup"] == rows[6]["efficiency"] == ""
+
+
+def test_a_fixed_batch_compares_with_the_same_batch_and_scheme(tmp_path):
+    one, other = (dict(parallelism=name, batch_size=512) for name in ("data", "hybrid"))
+    runs = [a_run("1x1", 100.0, settings=one), a_run("1x1", 200.0, "hybrid", settings=other), a_run("2x1", 300.0, settings=one),
+            a_run("1x2", 300.0, "hybrid", settings=other), a_run("2x1", 300.0, settings=dict(one, batch_size=256))]
+    for run in runs:
+        run["settings"].pop("batch_per_device")
+        run["figures"]["batch_size"] = run["settings"]["batch_size"]
+    gains = {(group["mesh"], group["panel"]): compare.speedups(group) for group in compare.groups_of(runs)}
+    assert gains == {((1, 1), "batch 512"): [1.0], ((2, 1), "batch 512"): [3.0], ((1, 2), "batch 512"): [1.5],
+                     ((2, 1), "batch 256"): []}
+
+
+@pytest.mark.usefixtures("drawn")
+def test_charts_say_what_they_show_and_what_is_left_out(tmp_path, capsys):
+    _, page, *_ = written(capsys, write_sweep(tmp_path / "s", RUNS + BROKEN))
+    figures = dict(re.findall(r"<h3>([^<]*)</h3>\n<figure>(.*?)</figure>", page, re.DOTALL))
+    assert list(figures) == ["Throughput", "Speedup", "Step time", "Bytes moved by collectives", "Memory a device",
+                             "Loss and accuracy"]
+    for title, chart in figures.items():
+        caption = html.unescape(chart.split("<figcaption>")[1])
+        assert "8 x NVIDIA H200" in caption, title
+        assert "n = 1" in caption, title
+        assert "Left out" in caption, title
+        assert BROKEN[1]["name"] in caption, title
+        assert chart.count("<svg") == (2 if title == "Speedup" else 3), title
+    for title in ("Throughput", "Speedup", "Step time"):
+        assert "n = 1 to 2 runs (seeds) a point, averaged, each over 9 steady calls" in figures[title]
+        assert f"refused (two towers | need &lt;2&gt; devices): {BROKEN[0]['name']}" in figures[title]
+        assert f"runs failed (RESOURCE_EXHAUSTED: out of memory): {BROKEN[1]['name']}; runs pending:" in figures[title]
+    assert "no ideal and no speedup, with: batch 64 a device" in figures["Speedup"]
+    assert "Krizhevsky 2014, arXiv 1404.5997v2, 8 K20, PCIe 2.0, batch 128 a GPU" in figures["Speedup"]
+    assert ">8x1 data</text>" in figures["Memory a device"]
+    assert ">286.8</text>" in figures["Memory a device"]  # parameters and optimizer
+    assert ">12.1</text>" in figures["Bytes moved by collectives"]  # of 4x2
+
+
+@pytest.mark.usefixtures("drawn")
+def test_the_page_needs_nothing_else(tmp_path, capsys):
+    _, page, *_ = written(capsys, write_sweep(tmp_path / "s", RUNS[:2], experiment="<b>&"))
+    assert not re.search(r"<script|<img|<link|@import|\bsrc=|url\((?!#)|href=\"(?!#)", page)
+    assert "<b>&" not in page
+    assert len(page) < 400_000
+    referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert referred <= set(re.findall(r' id="([^"]+)"', page))
+    assert 'id="figure_1"' not in page  # the same in every picture
+
+
+def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):
+    runs = [a_run("1x1", 1000.0), a_run("4x2", 4000.0, profile=PROFILE)]
+    markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", runs))
+    assert "measured by a profile of 20 steps" in page
+    assert "Marked (model), not measured" in page  # the run without a profile
+    expected = [runs[1]["name"], "20", "4.000", "2.750", "1.500", "0.625", "0.875", "0.375", "37.5", "21.9"]
+    assert row_of(page, *expected[:2]) == expected
+    assert row_of(page, runs[1]["name"], "kernel<1>")[2:] == ["0.500", "12.5", "1", ""]
+    assert row_of(page, "", "kernel<2>")[2:] == ["0.250", "6.2", "2", "yes"]
+    assert not re.search(r"kernel<\d", page)
+    assert "kernel<10>" in markdown
+    assert "kernel<11>" not in markdown
+    assert rows[1]["profile.exposed_milliseconds"] == "0.875"
+
+
+def test_error_bars_are_the_percentiles_of_the_step_time():
+    below, above = plots.spread(compare.groups_of([a_run("4x2", 4000.0)]), [4000.0])
+    assert (below, above) == (pytest.approx([4000 - 4000 / 1.2]), pytest.approx([4000 / 0.9 - 4000]))
+
+
+def test_step_time_split():
+    def split(**more):
+        return charts.split_of(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
+
+    kind, parts = split(profile=PROFILE)
+    assert (kind, list(parts.values())) == ("profile", [2.125, 0.625, 0.875, 0.375])
+    assert sum(parts.values()) == PROFILE["step_milliseconds"]
+    kind, parts = split(ring_bytes=450_000_000)  # a millisecond over NVLink
+    assert (kind, list(parts.values())) == ("model", [1.0, 255.0])
+    assert split(device_kind="cpu") == split(processes=2) == ("", {"step, not split": 256.0})
+
+
+def test_on_a_cpu_nothing_is_split_and_papers_do_not_compare(tmp_path, capsys):
+    runs = [a_run(mesh, 100.0, device_kind="cpu") for mesh in ("1x1", "2x1")]
+    _, page, *_ = written(capsys, write_sweep(tmp_path / "s", runs, device_kind="cpu"))
+    assert "8 devices simulated on one CPU, 32 cores" in page
+    assert "Grey bars are not split" in page
+    assert "Published curves are left out" in page
+    assert "Krizhevsky" not in page
+
+
+def test_published_curves():
+    assert papers.speedups(papers.CURVES[0])[8] == 6.25
+    by_name = {(curve["paper"][:7], curve["scheme"]): papers.speedups(curve) for curve in papers.CURVES}
+    assert by_name["OptCNN,", "layer-wise"][16] == pytest.approx(12.15, abs=0.01)
+    assert by_name["FlexFlo", "FlexFlow"][16] == pytest.approx(11.12, abs=0.01)
+    assert by_name["TensorF", "data"][8] == pytest.approx(5.97, abs=0.01)  # as REFERENCES and the source say
+
+
+def test_a_lone_run_and_several(tmp_path, capsys):
+    one = write_run(tmp_path / "one", "1x1", 1000.0)
+    (one / "profile.json").write_text(json.dumps(PROFILE))
+    _, page, rows, errors = written(capsys, one)
+    assert not errors
+    assert row_of(page, "one", "completed")[2] == "1,000"
+    assert "kernel&lt;1&gt;" in page
+    assert rows[0]["peak_bytes"] == "400000000"
+    seeds = [write_run(tmp_path / name, "2x1", speed, seed) for name, speed, seed in (("a", 1500.0, 0), ("b", 1700.0, 1))]
+    changed = write_run(tmp_path / "c", "2x1", 900.0, rate=0.2)
+    _, page, *_ = written(capsys, one, *seeds, changed)
+    assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.1")[3:5] == ["2", "1,600 ± 141"]
+    assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.1")[6] == "1.60 ± 0.14"
+    assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.2")[3:7:3] == ["1", ""]
+
+
+def test_figures_of_a_run(tmp_path):
+    folder = write_run(tmp_path / "run", "4x2", 4000.0, batch_size=1024)
+    assert report.figures_of(folder) == a_run("4x2", 4000.0)["figures"]
+    (folder / "profile.json").write_text(json.dumps(PROFILE))
+    assert report.figures_of(folder)["profile"] == PROFILE
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (lambda run: (run / "summary.json").unlink(), "summary.json: No such file or directory"),
+    (lambda run: (run / "summary.json").write_text('{"status": "compl'), "summary.json: damaged JSON (Unterminated string"),
+    (lambda run: (run / "program.json").write_text("[]"), "program.json: damaged JSON (not an object)"),
+    (lambda run: (run / "profile.json").write_text(""), "profile.json: damaged JSON"),
+    (lambda run: (run / "summary.json").write_text('{"status": "running"}'), "summary.json says running"),
+    (lambda run: (run / "summary.json").write_text('{"status": "completed"}'), "summary.json or program.json lacks 'eval'"),
+])
+def test_a_half_written_run_is_unfinished_and_the_others_are_reported(tmp_path, capsys, damage, reason):
+    broken, whole = write_run(tmp_path / "broken"), write_run(tmp_path / "whole", speed=4321.0)
+    damage(broken)
+    markdown, page, rows, errors = written(capsys, broken, whole)
+    assert errors.startswith(f"warning: {broken}: unfinished: {reason}")
+    assert errors.count("\n") == 1
+    assert row_of(page, "broken")[1] == "unfinished"
+    assert row_of(page, "broken")[-1].startswith(reason)
+    assert f"unfinished: {reason}" in html.unescape(page)
+    assert row_of(page, "whole")[2] == "4,321"
+    assert [row["status"] for row in rows] == ["unfinished", "completed"]
+    assert "unfinished" in markdown
+    assert "having no metrics: no run" in page  # its curves, as far as they go, are drawn
+
+
+def test_a_run_folder_with_nothing_whole_but_its_name(tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text("{")
+    _, page, _, errors = written(capsys, tmp_path / "r")
+    assert [line.split(": ")[0] for line in errors.splitlines()] == ["warning", "warning"]
+    assert row_of(page, "r")[1] == "unfinished"
+
+
+def test_a_killed_sweep_finds_the_run_that_had_finished(tmp_path, capsys):
+    runs = [a_run("1x1", 1000.0), dict(a_run("2x1", 1900.0), status="running", figures={}),
+            dict(a_run("4x1", 1900.0), status="running", figures={})]
+    folder = write_sweep(tmp_path / "s", runs)
+    write_run(folder / runs[1]["name"], "2x1", 1900.0)
+    _, page, _, errors = written(capsys, folder)
+    assert row_of(page, runs[1]["name"])[1:3] == ["completed", "1,900"]
+    assert row_of(page, runs[2]["name"])[1] == "unfinished"
+    assert errors == f"warning: {folder / runs[2]['name']}: unfinished: summary.json: No such file or directory\n"
+
+
+def test_a_cut_last_line_of_metrics_is_told_and_the_rest_kept(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    _, page, _, errors = written(capsys, folder)
+    assert errors == f"warning: {path}: 1 damaged line left out, 5 read\n"
+    assert "1 damaged line left out, 5 read" in page
+    assert "<h3>Loss and accuracy</h3>" in page
+
+
+def test_a_run_that_stopped_says_where(tmp_path, capsys):
+    _, page, *_ = written(capsys, write_run(tmp_path / "run", status="interrupted"))
+    assert row_of(page, "run")[1::10] == ["interrupted", "stopped after step 100"]
+    assert "<h3>Throughput</h3>" not in page
+    assert "<h3>Loss and accuracy</h3>" in page
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    def refused(folder):
+        assert report.main([str(folder)]) == 2
+        printed = capsys.readouterr()
+        assert not printed.out
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    assert refused(tmp_path / "none") == f"error: {tmp_path / 'none'}: does not exist\n"
+    assert "holds neither a sweep (sweep.json) nor a run" in refused(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in refused(tmp_path / "file")
+    for text, reason in (("{", "damaged JSON"), ('{"runs": []}', "not a sweep")):
+        (tmp_path / "sweep.json").write_text(text)
+        assert reason in refused(tmp_path)
+    folder = write_run(tmp_path / "run")
+    (folder / "report.md").mkdir()
+    assert refused(folder) == f"error: {folder / 'report.md'}: cannot be written: Is a directory\n"
+
+
+def test_the_readmes_table_of_sweeps(tmp_path):
+    write_sweep(tmp_path / "s", [*RUNS[:3], BROKEN[0]])
+    assert report.sweeps_table(tmp_path / "s").splitlines()[2:] == [
+        "| alexnet_cifar | synthetic | 8 x NVIDIA H200, 32 host cores | 1x1 | data | batch 128 a device | 1 | 1,000 | 128.000 "
+        "(115.200 to 153.600) | 1.00 | 100.0 | 286.8 | 3.1 | 3.1 | 50.00 |",
+        "| alexnet_cifar | synthetic | 8 x NVIDIA H200, 32 host cores | 8x1 | data | batch 128 a device | 2 | 5,500 ± 707 | "
+        "187.733 (168.960 to 225.280) | 5.50 ± 0.71 | 68.8 | 286.8 | 24.1 | 24.8 | 50.50 ± 0.71 |",
+        "| alexnet_cifar |  | 8 x NVIDIA H200, 32 host cores | 1x8 | two_tower | batch 128 a device | 0 | refused: two towers "
+        "\\| need <2> devices |  |  |  |  |  |  |  |"]
+    assert report.sweeps_table(tmp_path / "none").count("\n") == 1
