@@ -47,8 +47,8 @@ CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 # What a resumed run may change, because the numbers do not depend on it; steps and epochs may only grow.
-MAY_DIFFER = ("mesh", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint", "data.dir",
-              "data.fallback", "data.fallback_epochs", "data.fallback_batch_size", "data.fallback_learning_rate",
+MAY_DIFFER = ("mesh", "model.levers", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint",
+              "data.dir", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size", "data.fallback_learning_rate",
               "epochs", "steps", "profile")
 
 

@@ -140,6 +140,14 @@ class Placement:
         return jax.shard_map(lambda *local: f(jax.lax.axis_index(mesh_axes), *local), mesh=self.mesh, in_specs=specs,
                              out_specs=P(*(self.row.get(axis) for axis in out)))(*(array for array, _ in arrays))
 
+    def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> jax.Array:
+        """f(*arrays) of what each device holds; arrays and result have the same logical axes, and nothing moves.
+
+        For kernels that XLA cannot partition. Not to be differentiated: use it within a derivative rule.
+        """
+        spec = self.spec(axes, arrays[0].shape)
+        return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
     @property
     def replicated(self) -> NamedSharding:
         """Every device holds the whole array."""

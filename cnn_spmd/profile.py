@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
+TOP = 15  # kernels that a summary names
 CPU_NOTE = ("Simulated devices share the CPU's cores: an operation lasts until it is done, waiting for a core included, and a "
             "collective waits for the slowest device. The figures tell what ran, not what an accelerator would gain.")
 
@@ -80,7 +81,7 @@ def summarise(data: ProfileData | pathlib.Path, steps: int, devices: int) -> dic
 
     window = devices * (max(event.end for event in events) - min(event.start for event in events))
     compute, either = total_busy(False), total_busy(False, True)
-    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:15]
+    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:TOP]
     return dict(
         steps=steps, devices=devices, step_milliseconds=milliseconds(window), compute_milliseconds=milliseconds(compute),
         communication_milliseconds=milliseconds(total_busy(True)), exposed_milliseconds=milliseconds(either - compute),

@@ -70,7 +70,8 @@ def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: 
             dense_optimizer = optim.make_optimizer(config.optimizer, config.steps, parts)
     make_model = functools.partial(
         models.make, config.model.name, image_size=data.train_images.shape[1], classes=len(data.class_names),
-        width=config.model.width, dropout=config.model.dropout, dtype=jnp.dtype(config.dtype))
+        width=config.model.width, dropout=config.model.dropout, dtype=jnp.dtype(config.dtype),
+        levers=tuple(config.model.levers))
     mean_C, std_C = batches.channel_statistics(data.train_images)
     return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean_C=mean_C, std_C=std_C,
                  optimizer=optim.make_optimizer(config.optimizer, config.steps), dense_optimizer=dense_optimizer,

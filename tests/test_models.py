@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ from flax import nnx
 
 from cnn_spmd import models
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import layers
+from cnn_spmd.models import alexnet, alexnet_2012, layers
 
 
 def make(name, image_size, classes):
@@ -48,19 +50,71 @@ def pool_windows(size, window, strides, ceil):
     return [(start, min(start + window, size)) for start in starts]
 
 
+@pytest.mark.parametrize("levers", [(), ("pool_index",)])
 @pytest.mark.parametrize("ceil", [False, True])
-@pytest.mark.parametrize(("size", "window", "strides"), [(8, 2, 2), (9, 3, 3), (9, 3, 2), (7, 2, 2), (8, 3, 2), (32, 3, 2)])
-def test_max_pool_against_numpy(size, window, strides, ceil):
+@pytest.mark.parametrize(("size", "window", "strides"), [(8, 2, 2), (9, 3, 3), (9, 3, 2), (7, 2, 2), (8, 3, 2), (32, 3, 2),
+                                                         (12, 5, 2), (8, 2, 3)])
+def test_max_pool_against_numpy(size, window, strides, ceil, levers):
     x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     windows = pool_windows(size, window, strides, ceil)
-    expected, gradient = np.empty((2, len(windows), len(windows), 3), np.float32), np.zeros_like(x)
+    expected = np.empty((2, len(windows), len(windows), 3), np.float32)
     for i, (top, bottom) in enumerate(windows):
         for j, (left, right) in enumerate(windows):
-            patch = x[:, top:bottom, left:right]
-            expected[:, i, j] = patch.max((1, 2))
-            gradient[:, top:bottom, left:right] += patch == expected[:, i, j][:, None, None]
-    np.testing.assert_array_equal(layers.max_pool(x, window, strides, ceil), expected)
-    np.testing.assert_array_equal(jax.grad(lambda x: layers.max_pool(x, window, strides, ceil).sum())(x), gradient)
+            expected[:, i, j] = x[:, top:bottom, left:right].max((1, 2))
+    np.testing.assert_array_equal(layers.max_pool(x, window, strides, ceil, levers=levers), expected)
+    weight = np.arange(expected.size, dtype=np.float32).reshape(expected.shape) % 7 + 1
+    gradient = np.zeros_like(x)
+    for (i, (top, bottom)), (j, (left, right)) in itertools.product(enumerate(windows), repeat=2):
+        largest = x[:, top:bottom, left:right] == expected[:, i, j][:, None, None]
+        gradient[:, top:bottom, left:right] += largest * weight[:, i, j][:, None, None]
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: (layers.max_pool(x, window, strides, ceil, levers=levers) * weight).sum())(x), gradient)
+
+
+def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan():
+    x = jnp.ones((1, 5, 5, 1))
+    gradient = jax.grad(lambda x: layers.max_pool(x, 3, 2).sum())(x)[0, :, :, 0]
+    np.testing.assert_array_equal(gradient, np.pad([[1, 0, 1], [0, 0, 0], [1, 0, 1]], ((0, 2), (0, 2))))
+    for at in np.ndindex(3, 3):
+        assert jnp.isnan(layers.max_pool(x.at[0, *at, 0].set(jnp.nan), 3, 2)[0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 224), ("alexnet", 32), ("alexnet_2012", 70), ("simple_cnn", 32)])
+@pytest.mark.parametrize("lever", layers.LEVERS)
+def test_levers_change_nothing(name, size, lever, monkeypatch):
+    """Logits and every gradient with one lever are those of the plain network, in float64."""
+    monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
+    monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
+    with jax.enable_x64(True):
+        got = []
+        for levers in ((), (lever,)):
+            model = models.make(name, image_size=size, classes=5, width=16, dropout=0.0, dtype=jnp.float64, levers=levers,
+                                rngs=nnx.Rngs(0))
+            graph, params = nnx.split(model)
+            x = jax.random.normal(jax.random.key(0), (2, size, size, 3), jnp.float64)
+
+            @jax.jit
+            def value(params, x, graph=graph):
+                return jax.value_and_grad(lambda p: (nnx.merge(graph, p).classify(nnx.merge(graph, p).features(x)) ** 2).sum())(
+                    params)
+
+            got.append(jax.tree.leaves(value(params, x)))
+        for plain, fast in zip(*got, strict=True):
+            assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()  # float32 parameters have float32 gradients
+
+
+def test_a_lever_is_used():
+    """Each changes the program, where there is something for it: else the test above would compare like with like."""
+    programs = set()
+    for levers in ((), *((lever,) for lever in layers.LEVERS)):
+        model = nnx.eval_shape(lambda levers=levers: models.make(
+            "alexnet", image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32, levers=levers, rngs=nnx.Rngs(0)))
+        graph, params = nnx.split(model)
+        gradient = jax.grad(lambda p, x, graph=graph: nnx.merge(graph, p).features(x).sum())
+        programs.add(str(jax.make_jaxpr(gradient)(params, jnp.zeros((1, 224, 224, 3)))))
+    assert len(programs) == 4
+    with pytest.raises(UserError, match=r"model\.levers=magic: unknown"):
+        models.make("alexnet", levers=("magic",))
 
 
 @pytest.mark.parametrize(("size", "window", "strides"), [(8, 3, 2), (9, 3, 2), (32, 3, 2), (5, 2, 2)])

@@ -116,8 +116,10 @@ def test_scheme(model, parallelism, shape):
     assert_close(many["params"], one["params"])
 
     assert many["report"]["communication"]
+    # The gradient of AlexNet 2012's conv1 is reduced as that of a 12x12 kernel ("space_to_depth"), and then cut to 11x11.
+    padded = (12**2 - 11**2) * 3 * 16 * 8 if model == "alexnet_2012" else 0
     for row in many["report"]["communication"]:  # a kind that theory does not have may not be there at all
-        assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], rel=0.02, abs=2000), row
+        assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], rel=0.02, abs=2000 + padded), row
 
     assert {row["name"]: row["bytes_per_device"] for row in many["report"]["placement"]} == many["held"]
     row, (data, columns) = {**TABLE, **OWN}[parallelism], shape

@@ -7,16 +7,19 @@ from flax import nnx
 from cnn_spmd.errors import UserError
 from cnn_spmd.models.alexnet import AlexNet
 from cnn_spmd.models.alexnet_2012 import AlexNet2012
+from cnn_spmd.models.layers import LEVERS
 from cnn_spmd.models.simple_cnn import SimpleCNN
 
 MODELS = {"alexnet": AlexNet, "alexnet_2012": AlexNet2012, "simple_cnn": SimpleCNN}
 
 
 def make(name: str, **settings) -> nnx.Module:
-    """A model by its name; `settings`: image_size, classes, width (of the hidden dense layers), dropout, dtype, rngs.
+    """A model by its name; `settings`: image_size, classes, width (of the hidden dense layers), dropout, dtype, levers, rngs.
 
-    Raises UserError for an unknown name, or an image size that the model has no sizes for.
+    Raises UserError for an unknown name or lever, or an image size that the model has no sizes for.
     """
     if name not in MODELS:
         raise UserError(f"model.name={name}: unknown, expected one of {', '.join(MODELS)}")
+    if unknown := [lever for lever in settings.get("levers", ()) if lever not in LEVERS]:
+        raise UserError(f"model.levers={unknown[0]}: unknown, expected some of {', '.join(LEVERS)}")
     return MODELS[name](**settings)

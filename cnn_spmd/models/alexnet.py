@@ -24,7 +24,7 @@ class Sizes:
 
 
 SIZES = {
-    224: Sizes(conv1=dict(window=11, strides=4, padding=2), conv2=dict(window=5, padding=2),
+    224: Sizes(conv1=dict(window=11, strides=4, padding=(2, 2)), conv2=dict(window=5),
                pool=dict(window=3, strides=2), side=6),  # 224 -> 55 -> 27 -> 13 -> 6
     32: Sizes(conv1=dict(window=3), conv2=dict(window=3),
               pool=dict(window=2, strides=2), side=4),  # 32 -> 16 -> 8 -> 4
@@ -40,11 +40,12 @@ class AlexNet(nnx.Module):
 
     towers = 1
 
-    def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs,
+                 levers: tuple[str, ...] = layers.LEVERS):
         if image_size not in SIZES:
             raise UserError(f"model.name=alexnet: images of {image_size}x{image_size}, expected a side of "
                             f"{' or '.join(str(side) for side in sorted(SIZES))}")
-        self.sizes, self.dropout = SIZES[image_size], dropout
+        self.sizes, self.dropout, self.levers = SIZES[image_size], dropout, levers
         common = dict(dtype=dtype, rngs=rngs)
         self.conv1 = layers.conv(3, CHANNELS[0], **self.sizes.conv1, **common)
         self.conv2 = layers.conv(CHANNELS[0], CHANNELS[1], **self.sizes.conv2, **common)
@@ -57,14 +58,11 @@ class AlexNet(nnx.Module):
 
     def features(self, x_NHWC: jax.Array, place=layers.UNPLACED) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
-        def pool(x_NHWC):
-            return layers.pool(x_NHWC, place, "conv_out", **self.sizes.pool)
-
-        x_NHWC = pool(layers.conv_relu("conv1", self.conv1, x_NHWC, place))
-        x_NHWC = pool(layers.conv_relu("conv2", self.conv2, x_NHWC, place))
-        x_NHWC = layers.conv_relu("conv3", self.conv3, x_NHWC, place)
-        x_NHWC = layers.conv_relu("conv4", self.conv4, x_NHWC, place)
-        x_NHWC = pool(layers.conv_relu("conv5", self.conv5, x_NHWC, place))
+        x_NHWC = layers.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers, self.sizes.pool)
+        x_NHWC = layers.conv_relu("conv2", self.conv2, x_NHWC, place, self.levers, self.sizes.pool)
+        x_NHWC = layers.conv_relu("conv3", self.conv3, x_NHWC, place, self.levers)
+        x_NHWC = layers.conv_relu("conv4", self.conv4, x_NHWC, place, self.levers)
+        x_NHWC = layers.conv_relu("conv5", self.conv5, x_NHWC, place, self.levers, self.sizes.pool)
         return layers.flatten(x_NHWC, place)
 
     def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:

@@ -12,6 +12,7 @@ from cnn_spmd.models import layers
 CHANNELS = (96, 256, 384, 384, 256)
 # Section 3.3: k=2, n=5, alpha=1e-4, beta=.75. The authors' code divides alpha by n (layers.response_norm): 2e-5 a term.
 RESPONSE_NORM = dict(size=5, alpha=1e-4 / 5, beta=0.75, k=2.0)
+POOL = dict(window=3, strides=2)  # overlapping, section 3.4
 
 
 class AlexNet2012(nnx.Module):
@@ -24,16 +25,17 @@ class AlexNet2012(nnx.Module):
 
     towers = 2
 
-    def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs,
+                 levers: tuple[str, ...] = layers.LEVERS):
         if image_size < 64:
             raise UserError(f"model.name=alexnet_2012: images of {image_size}x{image_size}, expected a side of at least 64 "
                             "(published: 224)")
-        self.dropout = dropout
+        self.dropout, self.levers = dropout, levers
         common = dict(dtype=dtype, rngs=rngs, kernel_init=layers.SMALL)
         one = dict(bias_init=layers.ONES)
         # 224 pixels and windows of 11 by strides of 4 make 55 if the last window may reach over the edge (cuda-convnet).
         overhang = -(image_size - 11) % 4
-        self.conv1 = layers.conv(3, CHANNELS[0], 11, strides=4, padding=((0, overhang), (0, overhang)), **common)
+        self.conv1 = layers.conv(3, CHANNELS[0], 11, strides=4, padding=(0, overhang), **common)
         self.conv2 = layers.conv(CHANNELS[0], CHANNELS[1], 5, groups=2, **one, **common)
         self.conv3 = layers.conv(CHANNELS[1], CHANNELS[2], 3, **common)
         self.conv4 = layers.conv(CHANNELS[2], CHANNELS[3], 3, groups=2, **one, **common)
@@ -49,14 +51,13 @@ class AlexNet2012(nnx.Module):
         """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
         def norm_pool(name, x_NHWC):
             x_NHWC = layers.response_norm_of_towers(x_NHWC, self.towers, place, name, **RESPONSE_NORM)
-            return layers.pool(x_NHWC, place, "group_in", window=3, strides=2)
+            return layers.max_pool(x_NHWC, **POOL, place=place, channels="group_in", levers=self.levers)
 
-        x_NHWC = norm_pool("norm1", layers.conv_relu("conv1", self.conv1, x_NHWC, place))
-        x_NHWC = norm_pool("norm2", layers.conv_relu("conv2", self.conv2, x_NHWC, place))
-        x_NHWC = layers.conv_relu("conv3", self.conv3, x_NHWC, place)
-        x_NHWC = layers.conv_relu("conv4", self.conv4, x_NHWC, place)
-        x_NHWC = layers.conv_relu("conv5", self.conv5, x_NHWC, place)
-        x_NHWC = layers.pool(x_NHWC, place, "group_out", window=3, strides=2)
+        x_NHWC = norm_pool("norm1", layers.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers))
+        x_NHWC = norm_pool("norm2", layers.conv_relu("conv2", self.conv2, x_NHWC, place, self.levers))
+        x_NHWC = layers.conv_relu("conv3", self.conv3, x_NHWC, place, self.levers)
+        x_NHWC = layers.conv_relu("conv4", self.conv4, x_NHWC, place, self.levers)
+        x_NHWC = layers.conv_relu("conv5", self.conv5, x_NHWC, place, self.levers, POOL)
         return layers.flatten(x_NHWC, place)
 
     def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:

@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cnn_spmd.models import unpool
+
 HE = nnx.initializers.he_normal()  # keeps the variance through a ReLU (He et al. 2015, 1502.01852, eq. 10)
 SMALL = nnx.initializers.normal(0.01)  # of AlexNet 2012 (section 5), and of output layers: training starts from even odds
 ONES = nnx.initializers.ones
+# What makes a step faster and changes nothing but rounding; config.model.levers chooses. Each is told where it is used.
+LEVERS = ("space_to_depth", "pool_first", "pool_index")
 
 
 class Unplaced:
@@ -25,19 +29,26 @@ class Unplaced:
     def towers(self, f, groups, *arrays, out, name=""):
         return f(0, *(array for array, _ in arrays))
 
+    def local(self, axes, f, *arrays):
+        return f(*arrays)
+
 
 UNPLACED = Unplaced()
 
 
-def conv(channels_in: int, channels_out: int, window: int, *, strides: int = 1, padding="SAME", groups: int = 1,
-         dtype, rngs, kernel_init=HE, bias_init=nnx.initializers.zeros) -> nnx.Conv:
+def conv(channels_in: int, channels_out: int, window: int, *, strides: int = 1, padding: tuple[int, int] | None = None,
+         groups: int = 1, dtype, rngs, kernel_init=HE, bias_init=nnx.initializers.zeros) -> nnx.Conv:
     """A square 2-D convolution, NHWC by HWIO, with bias; float32 parameters, computed in `dtype`.
+
+    padding: zeros before and after, in both directions; None keeps the size of what stride 1 goes over.
 
     groups > 1: the channels fall into towers that do not see each other (AlexNet 2012, figure 2); stride 1, SAME.
     """
     rows, columns = ("conv_in", "conv_out") if groups == 1 else (None, "group_out")
-    return nnx.Conv(channels_in, channels_out, (window, window), strides, padding=padding, feature_group_count=groups,
-                    dtype=dtype, kernel_init=kernel_init, kernel_metadata={"axes": (None, None, rows, columns)},
+    padding = [((window - 1) // 2, window // 2) if padding is None else padding] * 2
+    return nnx.Conv(channels_in, channels_out, (window, window), (strides, strides), padding=padding,
+                    feature_group_count=groups, dtype=dtype,
+                    kernel_init=kernel_init, kernel_metadata={"axes": (None, None, rows, columns)},
                     bias_init=bias_init, bias_metadata={"axes": (columns,)}, rngs=rngs)
 
 
@@ -49,16 +60,57 @@ def dense(name: str, features_in: int, features_out: int, *, dtype, rngs, kernel
                       bias_init=bias_init, bias_metadata={"axes": (f"{name}_out",)}, rngs=rngs)
 
 
-def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
-    """The convolution `layer`, called `name`, and a ReLU."""
-    if layer.feature_group_count > 1:
-        return nnx.relu(_grouped(name, layer, x_NHWC, place))
-    x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{name} input")
-    return place(nnx.relu(layer(x_NHWC)), "conv_batch", None, None, "conv_out", name=f"{name} output")
+def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVERS,
+              pool: dict | None = None) -> jax.Array:
+    """The convolution `layer`, called `name`, its bias, a ReLU and, with `pool`, a max pool of these settings.
+
+    Bias and ReLU grow with their argument and are the same everywhere in a map, so they change places with the pool to the
+    last bit ("pool_first"): they, and the sum that is the bias's gradient, then go over a quarter of the numbers.
+    """
+    group = layer.feature_group_count > 1
+    axes = ("conv_batch", None, None, "group_out" if group else "conv_out")
+    if group:
+        x_NHWC = _grouped(name, layer, x_NHWC, place)
+    else:
+        x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{name} input")
+        x_NHWC = _products(layer, x_NHWC, levers)
+    x_NHWC = place(x_NHWC, *axes, name=f"{name} output")
+    if pool and "pool_first" in levers:
+        x_NHWC = max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers)
+    x_NHWC = place(nnx.relu(x_NHWC + layer.bias[...].astype(x_NHWC.dtype)), *axes)
+    if pool and "pool_first" not in levers:
+        x_NHWC = max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers)
+    return x_NHWC
+
+
+def _products(layer: nnx.Conv, x_NHWC: jax.Array, levers) -> jax.Array:
+    """The convolution `layer` without its bias.
+
+    "space_to_depth": one with stride s is one of stride 1 over s x s pixels as channels, with zeros in the kernel's last
+    rows and columns where s does not divide the window; AlexNet's 11x11 on 3 channels, which GPUs do badly, is 3x3 on 48.
+    """
+    x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
+    padding, (stride, _) = layer.padding, layer.strides
+    if stride > 1 and "space_to_depth" in levers:
+        window, _, channels, columns = kernel_HWIO.shape
+        blocks, widths = -(-window // stride), []
+        for size, (low, high) in zip(x_NHWC.shape[1:3], padding, strict=True):
+            out = (size + low + high - window) // stride + 1
+            widths.append((low, (out + blocks - 1) * stride - size - low, 0))
+        zero, more = np.zeros((), x_NHWC.dtype), (0, blocks * stride - window, 0)
+        x_NHWC = jax.lax.pad(x_NHWC, zero, [(0, 0, 0), *widths, (0, 0, 0)])
+        batch, height, width = (size // part for size, part in zip(x_NHWC.shape, (1, stride, stride), strict=False))
+        x_NHWC = x_NHWC.reshape(batch, height, stride, width, stride, channels).transpose(0, 1, 3, 2, 4, 5)
+        x_NHWC = x_NHWC.reshape(batch, height, width, stride * stride * channels)
+        kernel = jax.lax.pad(kernel_HWIO, zero, [more, more, (0, 0, 0), (0, 0, 0)])
+        kernel = kernel.reshape(blocks, stride, blocks, stride, channels, columns).transpose(0, 2, 1, 3, 4, 5)
+        kernel_HWIO, padding, stride = kernel.reshape(blocks, blocks, stride * stride * channels, columns), "VALID", 1
+    return jax.lax.conv_general_dilated(x_NHWC, kernel_HWIO, (stride, stride), padding,
+                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _grouped(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
-    """A convolution in groups, as one convolution a group: XLA partitions a grouped one by gathering the whole batch."""
+    """A grouped convolution without its bias, as one a group: XLA partitions a grouped one by gathering the whole batch."""
     inputs, outputs = ("conv_batch", None, None, "group_in"), ("conv_batch", None, None, "group_out")
 
     def convolve(part, x_NHWC, kernel_HWIO):  # the columns that this device holds: some groups, or a part of one
@@ -72,10 +124,9 @@ def _grouped(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
             for x, kernel in zip(jnp.split(x_NHWC, groups, -1), jnp.split(kernel_HWIO, groups, -1), strict=True)], -1)
 
     x_NHWC = place(x_NHWC, *inputs, name=f"{name} input")
-    kernel, bias = (array.astype(layer.dtype) for array in (layer.kernel[...], layer.bias[...]))
-    x_NHWC = place.towers(convolve, layer.feature_group_count, (x_NHWC, inputs), (kernel, layer.kernel.axes),
-                          out=outputs, name=name)
-    return place(x_NHWC + bias, *outputs, name=f"{name} output")
+    kernel = layer.kernel[...].astype(layer.dtype)
+    return place.towers(convolve, layer.feature_group_count, (x_NHWC, inputs), (kernel, layer.kernel.axes), out=outputs,
+                        name=name)
 
 
 def flatten(x_NHWC: jax.Array, place) -> jax.Array:
@@ -105,34 +156,86 @@ def logits(name: str, layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
     return place(layer(x_BF), "output_batch", f"{name}_out", name=f"{name} output")
 
 
-def pool(x_NHWC: jax.Array, place, channels: str, **settings) -> jax.Array:
-    """max_pool, its result placed as its input is: else XLA may gather the larger input for what comes next."""
-    return place(max_pool(x_NHWC, **settings), "conv_batch", None, None, channels)
-
-
-def max_pool(x_NHWC: jax.Array, window: int, strides: int, ceil: bool = False) -> jax.Array:
+def max_pool(x_NHWC: jax.Array, window: int, strides: int, ceil: bool = False, *, place=UNPLACED, channels: str = "conv_out",
+             levers=LEVERS) -> jax.Array:
     """Max over square windows; windows wider than the stride overlap (Krizhevsky et al. 2012, section 3.4).
 
-    ceil: a last window that reaches over the edge counts, as in cuda-convnet; else it is left out.
+    ceil: a last window that reaches over the edge counts, as in cuda-convnet; else it is left out. channels: their logical
+    axis; the result is placed as the input is, else XLA may gather the larger input for what comes next.
     Windows that neither overlap nor leave a gap are a reshape and a max: its gradient fuses into elementwise code, where
     that of a general pool is a scatter (CIFAR-size AlexNet's step on an H200, batch 512: 1.86 ms against 2.35 ms). Among
-    equal maxima of a window the gradient is then shared, instead of given to the first. Others are two maxima in a row.
+    equal maxima of a window the gradient is then shared, instead of given to the first. Others remember where the first
+    maximum was ("pool_index"): a byte an output is all that the gradient needs. Else they are two maxima in a row.
     """
+    axes = ("conv_batch", None, None, channels)
     height, width = x_NHWC.shape[1:3]
     if window == strides and height % window == 0 and width % window == 0:
-        batch, channels = len(x_NHWC), x_NHWC.shape[-1]
-        return x_NHWC.reshape(batch, height // window, window, width // window, window, channels).max((2, 4))
-    return _max_along(1, _max_along(2, x_NHWC, window, strides, ceil), window, strides, ceil)
+        parts = height // window, window, width // window, window
+        x_NHWC = x_NHWC.reshape(len(x_NHWC), *parts, x_NHWC.shape[-1]).max((2, 4))
+    elif "pool_index" in levers:
+        x_NHWC = _indexed_max_pool(x_NHWC, window, strides, ceil, (height, width), functools.partial(place.local, axes))
+    else:
+        x_NHWC = _max_along(1, _max_along(2, x_NHWC, window, strides, ceil), window, strides, ceil)
+    return place(x_NHWC, *axes)
 
 
 def _max_along(dimension: int, x: jax.Array, window: int, strides: int, ceil: bool) -> jax.Array:
     """Max over windows of one dimension: elementwise maxima of strided slices, which any partitioning leaves in place."""
+    return functools.reduce(jnp.maximum, _taps(dimension, x, window, strides, ceil))
+
+
+def _taps(dimension: int, x: jax.Array, window: int, strides: int, ceil: bool) -> list[jax.Array]:
+    """The first, second, ... element of every window along a dimension."""
     overhang = _overhang(x.shape[dimension], window, strides) if ceil else 0
     if overhang:
         x = jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), [(0, overhang if i == dimension else 0, 0) for i in range(x.ndim)])
     last = (x.shape[dimension] - window) // strides * strides
-    return functools.reduce(jnp.maximum, (jax.lax.slice_in_dim(x, start, start + last + 1, strides, dimension)
-                                          for start in range(window)))
+    return [jax.lax.slice_in_dim(x, start, start + last + 1, strides, dimension) for start in range(window)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
+def _indexed_max_pool(x_NHWC, window, strides, ceil, sizes, local):
+    return _max_and_index(x_NHWC, window, strides, ceil, sizes, local)[0]
+
+
+def _max_and_index(x_NHWC, window, strides, ceil, sizes, local):
+    """The maxima and, as uint8 and to be kept for the gradient, where in its window each was: row * window + column."""
+    taps = [tap for rows in _taps(1, x_NHWC, window, strides, ceil) for tap in _taps(2, rows, window, strides, ceil)]
+    largest, index = taps[0], jnp.zeros(taps[0].shape, jnp.uint8)
+    for code, tap in enumerate(taps[1:], 1):
+        larger = (tap > largest) | jnp.isnan(tap)
+        largest, index = jnp.where(larger, tap, largest), jnp.where(larger, jnp.uint8(code), index)
+    return largest, index
+
+
+def _unpool(window, strides, ceil, sizes, local, index, gradient):
+    """Each pixel's gradient: of the few windows that hold it, those whose maximum it was."""
+    settings = dict(window=window, strides=strides, sizes=sizes)
+
+    def choose(index, gradient):
+        return jax.lax.platform_dependent(index, gradient, cuda=functools.partial(unpool.unpool, **settings),
+                                          default=functools.partial(_plain_unpool, **settings))
+
+    return (local(choose, index, gradient),)
+
+
+def _plain_unpool(index, gradient, window, strides, sizes):
+    blocks, reach, total = [-(-size // strides) for size in sizes], -(-window // strides), 0
+    for row, column in np.ndindex(reach, reach):  # of the window that starts so many blocks before the pixel's own
+        def shifted(x, value, by=(row, column)):
+            widths = [(low, of - size - low, 0) for of, size, low in zip(blocks, x.shape[1:3], by, strict=True)]
+            x = jax.lax.pad(x, np.array(value, x.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+            return x[:, :, None, :, None]
+
+        rows, columns = np.arange(strides) + strides * row, np.arange(strides) + strides * column
+        codes = np.where((rows[:, None] < window) & (columns < window), rows[:, None] * window + columns, 255).astype(np.uint8)
+        here = shifted(index, 254) == codes[None, None, :, None, :, None]
+        total = total + jnp.where(here, shifted(gradient, 0), 0)
+    batch, channels = len(gradient), gradient.shape[-1]
+    return total.reshape(batch, *(count * strides for count in blocks), channels)[:, : sizes[0], : sizes[1]]
+
+
+_indexed_max_pool.defvjp(_max_and_index, _unpool)
 
 
 def average_pool(x_NHWC: jax.Array, window: int, strides: int) -> jax.Array:

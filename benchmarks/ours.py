@@ -1,0 +1,85 @@
+"""Times our training step as a run takes it: python benchmarks/ours.py --batch 512 --mesh 1x1
+
+The config of experiments/alexnet_cifar.py on synthetic images of 224x224 and 1000 classes: random crops and mirroring from
+the data set on the device, dropout, smoothed labels, loss and optimizer, each step on other examples; bfloat16 on GPUs.
+Milliseconds a step by the host's clock around at least 30 steps, 5 times, after at least 8 steps of warm-up; the host waits for
+the devices at the end of each time. Prints one line of JSON.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+WARMUP, REPEATS, STEPS = 8, 5, 30
+CLASSES = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, required=True, help="images a device")
+    parser.add_argument("--mesh", default="1x1", help="DATAxMODEL")
+    parser.add_argument("--parallelism", default="hybrid", help="a row of cnn_spmd/placement.py")
+    parser.add_argument("--steps_per_call", type=int, default=0, help="0: as the config resolves it")
+    parser.add_argument("--image_size", type=int, default=224, help="32 tries this script on a CPU")
+    args = parser.parse_args()
+
+    sys.path.insert(0, str(ROOT))
+    import jax
+
+    from cnn_spmd import mesh
+    from cnn_spmd.data import batches
+    from cnn_spmd.setup import compile_train, indices_sharding, prepare, put
+    from cnn_spmd.step import DeviceData
+    from experiments.alexnet_cifar import get_config
+
+    config = get_config()
+    data, model = mesh.parse(args.mesh)
+    batch_size = args.batch * data * model
+    examples = max(config.data.synthetic.train_examples, batch_size)
+    config.update(dict(mesh=dict(data=data, model=model), parallelism=args.parallelism, batch_size=batch_size,
+                       steps_per_call=args.steps_per_call, steps=1000))  # steps: more than are taken; sets the schedule
+    config.data.update(dict(name="synthetic", synthetic=dict(image_size=args.image_size, classes=CLASSES,
+                                                             train_examples=examples, test_examples=1)))
+    config.optimizer.learning_rate = 0.01  # as the peer's; 0.1 is for small images
+    setup = prepare(config)
+    n, seed = setup.config.steps_per_call, setup.config.seed
+    since = time.perf_counter()
+    program = compile_train(setup, n)
+    compile_seconds = time.perf_counter() - since
+    train_data = DeviceData(*(put(x, setup.place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+    state, step = setup.steps.jit_init()(), 0
+
+    def milliseconds(at_least: int) -> float:
+        """Trains for whole calls of `at_least` steps or more; returns the milliseconds a step."""
+        nonlocal state, step
+        first = step
+        jax.block_until_ready((state, train_data))
+        since = time.perf_counter()
+        for _ in range(-(-at_least // n)):
+            indices = batches.train_indices(seed, step, n, batch_size, examples)
+            state, values = program(state, train_data, put(indices, indices_sharding(setup, n)))
+            step += n
+        jax.block_until_ready((state, values))
+        seconds = time.perf_counter() - since
+        loss = float(values["loss"][-1])
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"loss is {loss}")
+        losses.append(round(loss, 4))
+        return round(1e3 * seconds / (step - first), 4)
+
+    losses: list[float] = []
+    milliseconds(WARMUP)
+    times = [milliseconds(STEPS) for _ in range(REPEATS)]
+    param_count = sum(x.size for x in jax.tree.leaves(setup.steps.abstract_state.params))
+    print(json.dumps(dict(
+        mesh=args.mesh, parallelism=args.parallelism, gpus=data * model, batch_per_gpu=args.batch, image_size=args.image_size,
+        dtype=setup.config.dtype, param_count=param_count, steps_per_call=n, step_milliseconds=times, loss=losses[-1],
+        compile_seconds=round(compile_seconds, 2))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

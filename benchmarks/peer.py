@@ -1,0 +1,97 @@
+"""Times PyTorch's training step of the same AlexNet: python benchmarks/peer.py --batch 512 --mode compile
+
+Needs torch (pip install torch) and an NVIDIA GPU. Several GPUs, data parallel (DDP), --batch is of each of them:
+  torchrun --nproc-per-node 4 benchmarks/peer.py --batch 128 --mode max --bf16_grads
+
+channels_last, bfloat16 autocast, fused SGD, TF32 allowed for what stays float32, cuDNN's autotuner; the loss is compiled with
+the network. The images lie on the GPU, ready and the same at each step. Milliseconds a step from CUDA events around 30 steps,
+5 times, after 8 steps of warm-up (which compile). Prints one line of JSON.
+"""
+
+import argparse
+import json
+import math
+import os
+
+import torch
+from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+WARMUP, REPEATS, STEPS = 8, 5, 30
+CLASSES, SIDE = 1000, 224
+COMPILERS = {"eager": lambda net: net, "compile": torch.compile, "max": lambda net: torch.compile(net, mode="max-autotune")}
+
+
+class AlexNet(nn.Sequential):
+    """torchvision's layers, 61,100,840 parameters; gives the mean cross-entropy of images and labels."""
+
+    def __init__(self):
+        def conv(*sizes: int, **window: int) -> tuple[nn.Module, ...]:
+            return nn.Conv2d(*sizes, **window), nn.ReLU(inplace=True)
+
+        def dense(*sizes: int) -> tuple[nn.Module, ...]:
+            return nn.Dropout(0.5), nn.Linear(*sizes), nn.ReLU(inplace=True)
+
+        super().__init__(
+            *conv(3, 64, 11, stride=4, padding=2), nn.MaxPool2d(3, 2), *conv(64, 192, 5, padding=2), nn.MaxPool2d(3, 2),
+            *conv(192, 384, 3, padding=1), *conv(384, 256, 3, padding=1), *conv(256, 256, 3, padding=1), nn.MaxPool2d(3, 2),
+            nn.Flatten(), *dense(9216, 4096), *dense(4096, 4096), nn.Linear(4096, CLASSES))
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(super().forward(images), labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times PyTorch's training step of AlexNet.")
+    parser.add_argument("--batch", type=int, required=True, help="images a GPU")
+    parser.add_argument("--mode", choices=COMPILERS, default="compile", help="max: torch.compile's max-autotune")
+    parser.add_argument("--bf16_grads", action="store_true", help="DDP's hook that sends gradients as bfloat16")
+    args = parser.parse_args()
+
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    net = AlexNet().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    if gpus > 1:
+        distributed.init_process_group("nccl")
+        net = nn.parallel.DistributedDataParallel(net, device_ids=[device.index], gradient_as_bucket_view=True)
+        if args.bf16_grads:
+            net.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    net = COMPILERS[args.mode](net)
+    images = torch.randn(args.batch, 3, SIDE, SIDE, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (args.batch,), device=device)
+
+    def train(steps: int) -> torch.Tensor:
+        for _ in range(steps):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = net(images, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    train(WARMUP)
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        loss = train(STEPS)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(round(start.elapsed_time(end) / STEPS, 4))
+    if not math.isfinite(loss := float(loss)):
+        raise ArithmeticError(f"loss is {loss}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        versions = dict(torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+        print(json.dumps(dict(mode=args.mode, bf16_grads=args.bf16_grads, gpus=gpus, batch_per_gpu=args.batch,
+                              step_milliseconds=times, loss=round(loss, 4), versions=versions)), flush=True)
+    if gpus > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
