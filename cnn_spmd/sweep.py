@@ -123,8 +123,8 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
             raise UserError(f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give a new folder")
         same = dict(arguments=list(shared), devices=len(devices), cpu_devices=cpu_devices)
         for field, value in same.items():
-            if old and old[field] != value:
-                raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({old[field]}, now {value}): give the "
+            if old and old.get(field) != value:
+                raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({old.get(field)}, now {value}): give the "
                                 "same or another --workdir")
         rows = list(plan(combos, shared, devices))
         done = {row["name"]: row for row in old["runs"]} if old else {}
@@ -132,14 +132,14 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
             before = done.pop(row["name"], None)
             if before and before["status"] == "completed" and workdirs.read(folder / row["name"] / "summary.json"):
                 rows[i] = before
-        kept = [row for row in done.values() if row["status"] == "completed"]
+        kept = list(done.values())
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         sweep = dict(experiment=experiment, **same, started=old["started"] if old else now, hardware=old and old["hardware"])
         return _run_all(sweep, rows, kept, folder)
 
 
 def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Path) -> dict:
-    """Runs the pending rows one after another; `kept` are runs of an earlier command that is not this one."""
+    """Runs the pending rows one after another; `kept` are those of an earlier command that this one does not name."""
     def write() -> dict:
         whole = sweep | dict(runs=[*kept, *rows])
         metrics.write_json(folder / "sweep.json", whole)

@@ -64,6 +64,8 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     start = 0 if state is None else int(state.step)
     if start > total:
         raise UserError(f"steps={total}: {workdir} is at step {start} already; the number of steps may grow, not shrink")
+    if is_main:  # before anything takes long: a run that is stopped now can be started again
+        metrics_lib.write_json(workdir / "config.json", configs.as_json(config) | identity)
     if start:
         say(f"Resumed {workdir} at step {start} on mesh {place.shape}.")
     elif (workdir / "metrics.jsonl").exists():
@@ -150,7 +152,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
             seed=config.seed, dtype=config.dtype, param_count=report["param_count"], compile_seconds=report["compile_seconds"],
             train_seconds=round(metrics.train_seconds + clock.seconds, 3),
             images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
-            step_milliseconds=clock.step_milliseconds(), eval=evaluation, bytes_per_device=report["bytes_per_device"],
+            step_milliseconds=clock.step_milliseconds(), steady_calls=len(clock.steady()), eval=evaluation, bytes_per_device=report["bytes_per_device"],
             collectives=report["collectives"], **metrics_lib.provenance(), started=started, status=status,
             config=configs.as_json(config))
         if is_main:
@@ -158,7 +160,6 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
         return summary
 
     if is_main:
-        metrics_lib.write_json(workdir / "config.json", configs.as_json(config) | identity)
         metrics_lib.write_json(workdir / "program.json", identity | report)
     status = "failed"
     try:

@@ -112,9 +112,9 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     assert "seed=2  failed" in capsys.readouterr().out
 
     (tmp_path / "s/repaired").touch()
-    result = fake(2, 3)  # the others are kept: seed 0 as it is, and what failed and is not asked for again is gone
+    result = fake(2, 3)  # the others stay as they are
     assert [(run["name"], run["status"]) for run in result["runs"]] == [
-        ("seed=0", "completed"), ("seed=2", "completed"), ("seed=3", "completed")]
+        ("seed=0", "completed"), ("seed=1", "failed"), ("seed=2", "completed"), ("seed=3", "completed")]
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]
     fake(0, 2)
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]  # what is done is not run again

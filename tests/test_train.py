@@ -349,6 +349,16 @@ def test_checkpoints_and_evaluations_have_intervals_of_their_own(config, tmp_pat
     assert [row["step"] for row in rows(tmp_path, "eval")] == [8]
 
 
+def test_a_run_stopped_while_it_compiles_can_be_started_again(config, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "compile_train", stop)
+        train.run(config, tmp_path / "run")
+    assert train.run(config, tmp_path / "run")["status"] == "completed"
+
+
 def test_several_steps_a_call_log_the_same_run(config, tmp_path, monkeypatch):
     config.steps_per_call = 3
     train.run(config, tmp_path / "a")
