@@ -124,8 +124,8 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
         same = dict(arguments=list(shared), devices=len(devices), cpu_devices=cpu_devices)
         for field, value in same.items():
             if old and old.get(field) != value:
-                raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({old.get(field)}, now {value}): give the "
-                                "same or another --workdir")
+                raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({old.get(field)}, now {value}): give "
+                                "the same or another --workdir")
         rows = list(plan(combos, shared, devices))
         done = {row["name"]: row for row in old["runs"]} if old else {}
         for i, row in enumerate(rows):

@@ -152,9 +152,9 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
             seed=config.seed, dtype=config.dtype, param_count=report["param_count"], compile_seconds=report["compile_seconds"],
             train_seconds=round(metrics.train_seconds + clock.seconds, 3),
             images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
-            step_milliseconds=clock.step_milliseconds(), steady_calls=len(clock.steady()), eval=evaluation, bytes_per_device=report["bytes_per_device"],
-            collectives=report["collectives"], **metrics_lib.provenance(), started=started, status=status,
-            config=configs.as_json(config))
+            step_milliseconds=clock.step_milliseconds(), steady_calls=len(clock.steady()), eval=evaluation,
+            bytes_per_device=report["bytes_per_device"], collectives=report["collectives"], **metrics_lib.provenance(),
+            started=started, status=status, config=configs.as_json(config))
         if is_main:
             metrics_lib.write_json(workdir / "summary.json", summary)
         return summary
