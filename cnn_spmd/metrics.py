@@ -87,16 +87,16 @@ def read(path: pathlib.Path) -> list[dict]:
 def provenance() -> dict:
     """Versions of what computes, the host's cores, and this code's commit.
 
-    The commit ends in -dirty where tracked files differ from it. Where the code was copied without its git folder, it is
-    what the environment variable COMMIT says, or None.
+    The commit is what the environment variable COMMIT says, for code that was copied without its history; else git's, which
+    ends in -dirty where tracked files differ from it; else None.
     """
     names = dict(jax="jax", jaxlib="jaxlib", flax="flax", optax="optax", orbax="orbax-checkpoint")
     versions = {name: importlib.metadata.version(package) for name, package in names.items()}
     commit = os.environ.get("COMMIT")
-    if shutil.which("git"):
+    if not commit and shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent,
-                                check=False).stdout.strip() or commit
+                                check=False).stdout.strip() or None
     return dict(versions=versions | dict(python=platform.python_version()), host_cores=os.cpu_count(), commit=commit)
 
 

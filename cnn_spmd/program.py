@@ -279,5 +279,7 @@ def as_text(report: dict) -> str:
     for row in report["communication"]:
         lines.append(f"  {row['kind']} over {'+'.join(row['axes'])}: {row['compiled_bytes'] / 1e6:.3f} MB compiled, "
                      f"{row['closed_form_bytes'] / 1e6:.3f} MB in theory")
-    lines.append(f"compiled for {compiler['platform']} (jaxlib {compiler['jaxlib']}) in {report['compile_seconds']:.1f} s")
+    cached = report.get("programs_from_cache")
+    lines.append(f"compiled for {compiler['platform']} (jaxlib {compiler['jaxlib']}) in {report['compile_seconds']:.1f} s"
+                 + (f", {cached} programs from the cache" if cached else ""))
     return "\n".join(lines)

@@ -23,6 +23,11 @@ from cnn_spmd.metrics import say
 from cnn_spmd.setup import Setup, compile_train, indices_sharding, prepare, put, report_of
 from cnn_spmd.step import DeviceData
 
+# One entry a program that came from JAX's persistent cache instead of being compiled.
+CACHE_HITS: list[str] = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: CACHE_HITS.append(event) if event == "/jax/compilation_cache/cache_hits" else None)
+
 
 class NonFinite(RuntimeError):
     """The loss or the parameters are no longer finite: the run stops and keeps its last good checkpoint."""
@@ -76,13 +81,14 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     eval_every, save_every = config.eval.every_epochs * per_epoch, config.checkpoint.every_epochs * per_epoch
     stops = sorted({total}.union(*(range(every, total, every) for every in (eval_every, save_every) if every)))
     calls = plan(start, stops, config.steps_per_call)
-    since = time.perf_counter()
+    since, hits = time.perf_counter(), len(CACHE_HITS)
     programs = {n: compile_train(setup, n) for n in {config.steps_per_call, *calls}}
     test_data = DeviceData(put(data.test_images, place.replicated), put(data.test_labels, place.replicated))
     eval_batches = [tuple(put(x, place.sharding(("conv_batch",), x.shape)) for x in pair)
                     for pair in zip(*batches.eval_indices(batch_size, len(data.test_images)), strict=True)]
     eval_program = steps.jit_eval().lower(steps.abstract_state.params, test_data, *eval_batches[0]).compile()
-    report = report_of(setup, programs[config.steps_per_call], time.perf_counter() - since)
+    report = report_of(setup, programs[config.steps_per_call], time.perf_counter() - since) | dict(
+        programs_from_cache=len(CACHE_HITS) - hits)
     say(program.as_text(report))
     interrupt.check()
 
@@ -150,7 +156,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
             mesh=dict(place.mesh.shape), devices=place.mesh.size, device_kind=report["compiler"]["device_kind"],
             processes=jax.process_count(), batch_size=batch_size, steps=step, epochs=round(step / per_epoch, 3),
             seed=config.seed, dtype=config.dtype, param_count=report["param_count"], compile_seconds=report["compile_seconds"],
-            train_seconds=round(metrics.train_seconds + clock.seconds, 3),
+            programs_from_cache=report["programs_from_cache"], train_seconds=round(metrics.train_seconds + clock.seconds, 3),
             images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
             step_milliseconds=clock.step_milliseconds(), steady_calls=len(clock.steady()), eval=evaluation,
             bytes_per_device=report["bytes_per_device"], collectives=report["collectives"], **metrics_lib.provenance(),

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from cnn_spmd import report
+from cnn_spmd import tables
 
 
 def test_ruff_is_clean():
@@ -17,7 +17,7 @@ def test_ruff_is_clean():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(("name", "table"), [("results", report.results_table), ("programs", report.programs_table)])
+@pytest.mark.parametrize(("name", "table"), tables.TABLES.items())
 def test_readme_tables_are_what_the_results_say(name, table):
     readme = (ROOT / "README.md").read_text()
     assert re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", readme, re.DOTALL)[1] == table()
@@ -52,6 +52,16 @@ def test_results_say_where_they_come_from():
         assert run["config"]["seed"] == run["seed"], path
 
 
+def test_measured_sweeps_and_speeds_say_where_they_come_from():
+    sweeps, speeds = (sorted((ROOT / "results" / name).glob("*.json")) for name in ("sweeps", "speed"))
+    assert sweeps
+    assert speeds
+    sweeps, speeds = ([json.loads(path.read_text()) for path in paths] for paths in (sweeps, speeds))
+    for run in [sweep["hardware"] for sweep in sweeps] + speeds:
+        assert re.fullmatch("[0-9a-f]{40}", run["commit"])
+        assert run["versions"].keys() >= {"jax", "flax", "python"}
+
+
 def test_table_on_known_runs(tmp_path):
     def write(name, **changes):
         run = dict(experiment="e", dataset="d", device_kind="GPU", devices=2, host_cores=4, mesh=dict(data=1, model=2),
@@ -62,7 +72,7 @@ def test_table_on_known_runs(tmp_path):
     write("a.json")
     write("b.json", eval=dict(accuracy=0.92), train_seconds=12.0)
     write("c.json", device_kind="cpu", parallelism="data")
-    rows = report.results_table(tmp_path).splitlines()[2:]
+    rows = tables.results_table(tmp_path).splitlines()[2:]
     assert rows == [
         "| e | d | 2 x GPU | 1x2 | hybrid | 2 | 91.00 ± 1.41 | 11.0 ± 1.4 | 1.0 ± 0.0 | 1,000 ± 0 |",
         "| e | d | CPU, 4 cores | 1x2 | data | 1 | 90.00 | 10.0 | 1.0 | 1,000 |"]

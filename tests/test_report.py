@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from cnn_spmd import charts, compare, papers, plots, report
+from cnn_spmd import charts, compare, papers, plots, report, tables
 
 TOP = [dict(name=f"kernel<{n}>" + "_long" * 10 * (n == 3), milliseconds=0.5 / n, count=n, communication=n == 2)
        for n in range(1, 15)]
@@ -351,11 +351,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 def test_the_readmes_table_of_sweeps(tmp_path):
     write_sweep(tmp_path / "s", [*RUNS[:3], BROKEN[0]])
-    assert report.sweeps_table(tmp_path / "s").splitlines()[2:] == [
+    assert tables.sweeps_table(tmp_path / "s").splitlines()[2:] == [
         "| alexnet_cifar | synthetic | 8 x NVIDIA H200, 32 host cores | 1x1 | data | batch 128 a device | 1 | 1,000 | 128.000 "
         "(115.200 to 153.600) | 1.00 | 100.0 | 286.8 | 3.1 | 3.1 | 50.00 |",
         "| alexnet_cifar | synthetic | 8 x NVIDIA H200, 32 host cores | 8x1 | data | batch 128 a device | 2 | 5,500 ± 707 | "
         "187.733 (168.960 to 225.280) | 5.50 ± 0.71 | 68.8 | 286.8 | 24.1 | 24.8 | 50.50 ± 0.71 |",
         "| alexnet_cifar |  | 8 x NVIDIA H200, 32 host cores | 1x8 | two_tower | batch 128 a device | 0 | refused: two towers "
         "\\| need <2> devices |  |  |  |  |  |  |  |"]
-    assert report.sweeps_table(tmp_path / "none").count("\n") == 1
+    assert tables.sweeps_table(tmp_path / "none").count("\n") == 1

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
 
 from cnn_spmd import checkpoint, mesh, metrics, optim, train
@@ -347,6 +348,24 @@ def test_checkpoints_and_evaluations_have_intervals_of_their_own(config, tmp_pat
     train.run(config, tmp_path)
     assert checkpointed(tmp_path) == {12, 16}
     assert [row["step"] for row in rows(tmp_path, "eval")] == [8]
+
+
+def test_programs_from_the_cache_are_told(config, tmp_path, capsys):
+    """The second of two equal runs does not compile its steps, and says so."""
+    changes = dict(jax_compilation_cache_dir=str(tmp_path / "cache"), jax_persistent_cache_min_compile_time_secs=0.0)
+    before = {name: getattr(jax.config, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        first, second = (train.run(config, tmp_path / name)["programs_from_cache"] for name in ("a", "b"))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert first == 0
+    assert second >= 2  # the train and the evaluation step
+    assert f"{second} programs from the cache" in capsys.readouterr().out
 
 
 def test_a_run_stopped_while_it_compiles_can_be_started_again(config, tmp_path, monkeypatch):
