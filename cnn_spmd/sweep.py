@@ -112,7 +112,7 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
 
 def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices: Sequence, cpu_devices: int | None,
         folder: pathlib.Path) -> dict:
-    """Runs, or goes on with, the sweep in `folder`, which gets sweep.json, a folder and a log a run, and the report.
+    """Runs, or goes on with, the sweep in `folder`, which gets sweep.json, and a folder and a log a run.
 
     shared: launch.py's arguments that all runs have; devices: as many as there are, to check the combinations on.
     Returns what sweep.json holds. Raises UserError for a folder that is not to be had, or holds another sweep.
@@ -208,9 +208,12 @@ def table_of(rows: Sequence[dict], caption: str = "") -> table.Table:
 
 def _cells(row: dict) -> list[str]:
     cells, got = [row["name"], row["status"]], row["figures"]
-    cells += [f"{got['images_per_second']:,.0f}", f"{got['step_milliseconds']['median']:.2f}", f"{got['ring_bytes'] / 1e6:.1f}",
-              f"{got['accuracy']:.2%}"] if got else [""] * 4
-    return [*cells, "" if row["seconds"] is None else f"{row['seconds']:.0f}", row["reason"]]
+    times = got.get("step_milliseconds") or {}  # none where a resumed run had no step left to do
+    for value, form in ((got.get("images_per_second"), "{:,.0f}"), (times.get("median"), "{:.2f}"),
+                        (got.get("ring_bytes", 0) / 1e6 if got else None, "{:.1f}"), (got.get("accuracy"), "{:.2%}"),
+                        (row["seconds"], "{:.0f}")):
+        cells.append("" if value is None else form.format(value))
+    return [*cells, row["reason"]]
 
 
 class _Lines:

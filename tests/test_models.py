@@ -79,8 +79,9 @@ def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan(
         assert jnp.isnan(layers.max_pool(x.at[0, *at, 0].set(jnp.nan), 3, 2)[0, 0, 0, 0])
 
 
-@pytest.mark.parametrize(("name", "size"), [("alexnet", 224), ("alexnet", 32), ("alexnet_2012", 70), ("simple_cnn", 32)])
-@pytest.mark.parametrize("lever", layers.LEVERS)
+@pytest.mark.parametrize(("name", "size", "lever"), [
+    *(("alexnet", 224, lever) for lever in layers.LEVERS), ("alexnet", 32, "pool_first"),
+    ("alexnet_2012", 70, "space_to_depth")])
 def test_levers_change_nothing(name, size, lever, monkeypatch):
     """Logits and every gradient with one lever are those of the plain network, in float64."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))

@@ -1,13 +1,15 @@
 """Every scheme on every mesh computes what one device computes, and moves what theory says, to the byte or nearly.
 
 Tolerances against one device, computing in float64, where a difference is not rounding: loss 1e-9 relative; each gradient
-and each parameter after two updates, 1e-6 of the array's largest element (parameters are float32). Dropout, crops and
-flips are on. The compiled program's bytes are within 2% of the closed form (and 2 kB: scalars, labels, softmax sums).
+and each parameter after two updates, 1e-6 of the array's largest element (parameters are float32). Dropout is on, and for
+simple_cnn crops and flips. The compiled program's bytes are within 2% of the closed form (and 2 kB: scalars, labels, softmax
+sums).
 """
 
 import dataclasses
 import functools
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +29,12 @@ from experiments.alexnet_cifar import get_config
 
 BATCH = 16
 LOSS_TOLERANCE, TOLERANCE = 1e-9, 1e-6
-MESHES = [(8, 1), (4, 2), (2, 4), (1, 8), (4, 1), (2, 2), (1, 4), (2, 1), (1, 2)]
+MESHES = [(8, 1), (4, 2), (2, 4), (1, 8), (2, 2), (1, 2)]
+MORE = [(4, 1), (1, 4), (2, 1)]  # the rest of 4 and 2 devices: for the cheapest network, and for all with ALL_MESHES=1
 IMAGE_SIZE = {"alexnet": 32, "alexnet_2012": 68, "simple_cnn": 32}
 OWN = {"mine": dict(conv_batch=("data", "model"), dense_batch="data", output_batch="data", fc1_out="model", fc2_in="model")}
 CASES = [(model, parallelism, shape) for model in IMAGE_SIZE for parallelism in (*TABLE, "mine")
-         for shape in MESHES
+         for shape in MESHES + MORE * (model == "simple_cnn" or "ALL_MESHES" in os.environ)
          if parallelism != "two_tower" or (model == "alexnet_2012" and shape[1] <= 2)
          if parallelism != "mine" or (model == "alexnet" and shape == (4, 2))]
 
@@ -50,6 +53,8 @@ def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> 
     config.update(dict(batch_size=BATCH, steps=10, dtype="float64", parallelism=parallelism,
                        mesh=dict(data=shape[0], model=shape[1]), model=dict(name=name, width=64),
                        optimizer=dict(warmup=0.0, learning_rate=0.02)))
+    if name != "simple_cnn":  # crops and flips are the same for all networks
+        config.data.update(dict(crop_pad=0, flip=False))
     config.data.update(dict(name="synthetic", synthetic=dict(image_size=IMAGE_SIZE[name], classes=16, train_examples=64,
                                                              test_examples=8)))
     config.update(changes)

@@ -120,6 +120,12 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]  # what is done is not run again
 
 
+def test_a_run_that_had_no_step_left_has_no_speed(fake, monkeypatch):
+    monkeypatch.setattr(report, "figures_of", lambda folder: dict(images_per_second=None, step_milliseconds=None,
+                                                                  ring_bytes=0, accuracy=0.5))
+    assert fake(0)["runs"][0]["status"] == "completed"
+
+
 def test_ctrl_c_lets_the_run_save_and_the_sweep_goes_on_later(fake, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
     try:

@@ -448,7 +448,7 @@ def test_what_auto_means(config, platform, dtype, steps):
 def test_what_a_resumed_run_may_change(config):
     free = {"mesh.data", "mesh.model", "parallelism", "steps_per_call", "eval.every_epochs", "checkpoint.every_epochs",
             "checkpoint.keep", "data.dir", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
-            "data.fallback_learning_rate", "epochs", "steps", "profile"}
+            "data.fallback_learning_rate", "epochs", "steps", "profile", "model.levers"}
     old = configs.as_json(config)
     for field in configs._flat(old):
         new = json.loads(json.dumps(old))
