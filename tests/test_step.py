@@ -293,9 +293,10 @@ def test_variable_batch_against_a_plain_loop():
         setup = setup_of("alexnet", "data", (1, 1), dense_microbatch=4, model=dict(width=64, dropout=0.0))
         steps, rate = setup.steps, setup.config.optimizer.learning_rate
         decay, momentum = setup.config.optimizer.weight_decay, setup.config.optimizer.momentum
-        state, data = steps.init(), DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
+        state = steps.jit_init()()
+        data = DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
         indices = jnp.asarray(batches.train_indices(0, 0, 1, BATCH, 64)[0])
-        images, labels, _ = steps.batch(data, state.step, indices)
+        images, labels, _ = jax.jit(steps.batch)(data, state.step, indices)
         params = jax.tree.map(jnp.asarray, state.params)
         momenta = jax.tree.map(jnp.zeros_like, params)
 
