@@ -136,7 +136,7 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
 
 def refuse_changes(old: dict, new: dict) -> None:
     """Raises UserError naming each field in which two resolved configs differ, beyond what a resumed run may change."""
-    old, new = _flat(old), _flat(new)
+    old, new = flat(old), flat(new)
     differ = [f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
               for field in sorted(old.keys() | new.keys())
               if old.get(field) != new.get(field) and not any(f"{field}.".startswith(f"{free}.") for free in MAY_DIFFER)]
@@ -151,8 +151,9 @@ def _get(config: ml_collections.ConfigDict, field: str) -> Any:
     return config
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, with dotted names."""
+    found = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

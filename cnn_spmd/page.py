@@ -9,6 +9,7 @@ import io
 import re
 
 from cnn_spmd import compare
+from cnn_spmd.config import flat
 
 RUN_COLUMNS = ["run", "status", "images/s", "step, ms: p10", "median", "p90", "test accuracy, %", "loss", "train, s",
                "compile, s", "seed", "reason"]
@@ -176,11 +177,3 @@ def as_csv(sweeps: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested objects as one, with dotted names."""
-    found = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd import page, tables
+from cnn_spmd.config import flat
 from cnn_spmd.errors import UserError
 
 # ---- Runs
@@ -92,7 +93,7 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         try:
             if run["figures"]:
                 made_by.append(read_json(folder / "summary.json"))
-            own = page.flat(made_by[-1]["config"] if run["figures"] else read_json(folder / "config.json"))
+            own = flat(made_by[-1]["config"] if run["figures"] else read_json(folder / "config.json"))
         except UserError as error:
             notes.append(str(error))
             own = {}

@@ -450,7 +450,7 @@ def test_what_a_resumed_run_may_change(config):
             "checkpoint.keep", "data.dir", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
             "data.fallback_learning_rate", "epochs", "steps", "profile", "model.levers"}
     old = configs.as_json(config)
-    for field in configs._flat(old):
+    for field in configs.flat(old):
         new = json.loads(json.dumps(old))
         *parents, last = field.split(".")
         inner = new
