@@ -112,6 +112,10 @@ class Placement:
         """Into how many parts a dimension on these mesh axes is split."""
         return math.prod(self.mesh.shape[name] for name in _names(mesh_axes))
 
+    def parts_of(self, axis: str) -> int:
+        """Into how many parts the table splits a logical axis."""
+        return self.parts(self.row.get(axis))
+
     def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> NamedSharding:
         """The NamedSharding of `spec`, with its errors."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
@@ -140,13 +144,14 @@ class Placement:
         return jax.shard_map(lambda *local: f(jax.lax.axis_index(mesh_axes), *local), mesh=self.mesh, in_specs=specs,
                              out_specs=P(*(self.row.get(axis) for axis in out)))(*(array for array, _ in arrays))
 
-    def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> jax.Array:
-        """f(*arrays) of what each device holds; arrays and result have the same logical axes, and nothing moves.
+    def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> Any:
+        """f(*arrays) of what each device holds; nothing moves. The first array and the results have these logical axes, an
+        array of fewer dimensions the last of them.
 
         For kernels that XLA cannot partition. Not to be differentiated: use it within a derivative rule.
         """
-        spec = self.spec(axes, arrays[0].shape)
-        return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+        specs = tuple(self.spec(axes[-array.ndim:], array.shape) for array in arrays)
+        return jax.shard_map(f, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
     @property
     def replicated(self) -> NamedSharding:

@@ -73,10 +73,12 @@ def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: 
         width=config.model.width, dropout=config.model.dropout, dtype=jnp.dtype(config.dtype),
         levers=tuple(config.model.levers))
     mean_C, std_C = batches.channel_statistics(data.train_images)
+    narrow = config.dtype == "bfloat16" and "cast_once" in config.model.levers
+    copy_dtype = jnp.dtype(config.dtype) if narrow else None
     return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean_C=mean_C, std_C=std_C,
                  optimizer=optim.make_optimizer(config.optimizer, config.steps), dense_optimizer=dense_optimizer,
                  dense_microbatch=config.dense_microbatch, seed=config.seed,
-                 label_smoothing=config.label_smoothing, crop_pad=config.data.crop_pad,
+                 label_smoothing=config.label_smoothing, crop_pad=config.data.crop_pad, copy_dtype=copy_dtype,
                  flip=config.data.flip and data.mirror, flip_average=config.eval.flip_average and data.mirror)
 
 

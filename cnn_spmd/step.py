@@ -53,6 +53,7 @@ class Steps:
     crop_pad: int
     flip: bool  # mirror training images at random
     flip_average: bool  # evaluate on the image and its mirror
+    copy_dtype: Any = None  # "cast_once": the steps of a call hand on a copy of the weights in this dtype; None: no copy
 
     def init(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
@@ -92,12 +93,20 @@ class Steps:
         loss = optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
         return loss, dict(loss=loss, accuracy=(logits_BC.argmax(-1) == labels_B).mean())
 
-    def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array) -> tuple[dict, nnx.State]:
+    def copy(self, params: nnx.State) -> nnx.State | None:
+        """The weights as the layers cast them ("cast_once"), or None. Made where the optimizer writes them, it costs 2 bytes
+        a weight; cast by each step again, 6."""
+        if self.copy_dtype is None or self.dense_microbatch:
+            return None
+        return jax.tree.map(lambda p: p.astype(self.copy_dtype), params)
+
+    def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array,
+                  copy: nnx.State | None = None) -> tuple[dict, nnx.State]:
         """loss and accuracy [] on the examples `indices_B`, and the loss's gradient by each parameter."""
         images, labels_B, key = self.batch(data, state.step, indices_B)
         grads, metrics = jax.grad(lambda params: self.loss(params, self.features(params, images), labels_B, key),
-                                  has_aux=True)(state.params)
-        return metrics, grads
+                                  has_aux=True)(state.params if copy is None else copy)
+        return metrics, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
 
     def update(self, state: TrainState, grads: nnx.State) -> TrainState:
         """The state after the optimizer's step along `grads`."""
@@ -105,11 +114,12 @@ class Steps:
             updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
             return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer)
 
-    def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array) -> tuple[TrainState, dict]:
-        """One step on the examples `indices_B`; returns the new state, loss and accuracy."""
+    def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array,
+                   copy: nnx.State | None = None) -> tuple[TrainState, dict]:
+        """One step on the examples `indices_B`; returns the new state, loss and accuracy. copy: of the weights, if any."""
         if self.dense_microbatch:
             return self.variable_batch_step(data, state, indices_B)
-        metrics, grads = self.gradients(data, state, indices_B)
+        metrics, grads = self.gradients(data, state, indices_B, copy)
         return self.update(state, grads), metrics
 
     def variable_batch_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array) -> tuple[TrainState, dict]:
@@ -166,10 +176,14 @@ class Steps:
 
     def train_steps(self, state: TrainState, data: DeviceData, indices_SB: jax.Array) -> tuple[TrainState, dict]:
         """S steps in one program; metrics are [S]. One step stays outside a scan, which the CPU backend runs slowly."""
-        step = functools.partial(self.train_step, data)
+        def step(carry, indices_B):
+            state, metrics = self.train_step(data, carry[0], indices_B, carry[1])
+            return (state, self.copy(state.params)), metrics
+
         if len(indices_SB) > 1:
-            return jax.lax.scan(step, state, indices_SB)
-        state, metrics = step(state, indices_SB[0])
+            (state, _), metrics = jax.lax.scan(step, (state, self.copy(state.params)), indices_SB)
+            return state, metrics
+        state, metrics = self.train_step(data, state, indices_SB[0])
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     def eval_step(self, params: nnx.State, data: DeviceData, indices_B: jax.Array, mask_B: jax.Array) -> dict:

@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict(dict(
         name="alexnet", width=4096, dropout=0.5,
-        levers=("space_to_depth", "pool_first", "pool_index"),  # faster, same numbers: cnn_spmd/models/layers.py
+        levers=("space_to_depth", "pool_first", "pool_index", "cast_once", "column_pairs"),  # faster, same numbers: cnn_spmd/models/layers.py
     ))
     config.data = ml_collections.ConfigDict(dict(
         name="cifar10",

@@ -5,19 +5,22 @@ Shapes: N batch, H height, W width, C channels; B batch and F features of a dens
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cnn_spmd.models import unpool
+from cnn_spmd.models import pool as kernels
 
 HE = nnx.initializers.he_normal()  # keeps the variance through a ReLU (He et al. 2015, 1502.01852, eq. 10)
 SMALL = nnx.initializers.normal(0.01)  # of AlexNet 2012 (section 5), and of output layers: training starts from even odds
 ONES = nnx.initializers.ones
-# What makes a step faster and changes nothing but rounding; config.model.levers chooses. Each is told where it is used.
-LEVERS = ("space_to_depth", "pool_first", "pool_index")
+# What makes a step faster and changes nothing but rounding; config.model.levers chooses. Each is told where it is used (the
+# cast_once in step.py).
+LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_pairs")
 
 
 class Unplaced:
@@ -31,6 +34,9 @@ class Unplaced:
 
     def local(self, axes, f, *arrays):
         return f(*arrays)
+
+    def parts_of(self, axis):
+        return 1
 
 
 UNPLACED = Unplaced()
@@ -73,40 +79,73 @@ def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVER
         x_NHWC = _grouped(name, layer, x_NHWC, place)
     else:
         x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{name} input")
-        x_NHWC = _products(layer, x_NHWC, levers)
-    x_NHWC = place(x_NHWC, *axes, name=f"{name} output")
+        width = (x_NHWC.shape[2] + sum(layer.padding[1]) - layer.kernel_size[1]) // layer.strides[1] + 1
+        x_NHWC = _products(layer, x_NHWC, levers, place.parts_of("conv_out") > 1)
+        if not (pool and (x_NHWC.shape[2] - pool["window"]) // pool["strides"] == (width - pool["window"]) // pool["strides"]):
+            x_NHWC = x_NHWC[:, :, :width]  # else the pool does not look at what is more
+    x_NHWC, bias_C = place(x_NHWC, *axes, name=f"{name} output"), layer.bias[...].astype(x_NHWC.dtype)
     if pool and "pool_first" in levers:
-        x_NHWC = max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers)
-    x_NHWC = place(nnx.relu(x_NHWC + layer.bias[...].astype(x_NHWC.dtype)), *axes)
-    if pool and "pool_first" not in levers:
-        x_NHWC = max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers)
-    return x_NHWC
+        return max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers, bias_C=bias_C)
+    x_NHWC = place(bias_relu(x_NHWC, bias_C), *axes)
+    return max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers) if pool else x_NHWC
 
 
-def _products(layer: nnx.Conv, x_NHWC: jax.Array, levers) -> jax.Array:
-    """The convolution `layer` without its bias.
+@jax.custom_vjp
+def bias_relu(x: jax.Array, bias_C: jax.Array) -> jax.Array:
+    """relu(x + bias_C), the bias along the last axis; its gradient is summed in float32.
+
+    The gradient looks at the result, which the next layer keeps anyway. What jax.nn.relu looks at, x + bias_C, is then never
+    written: cuDNN makes one kernel of a convolution, its bias and the ReLU. (Not "> 0", which XLA traces back to x + bias_C.)
+    """
+    return jnp.maximum(x + bias_C, 0)
+
+
+def _bias_relu_gradient(kept, gradient):
+    result, bias_C = kept
+    gradient = jnp.where(result != 0, gradient, 0)
+    return gradient, _sum_to(bias_C, gradient)
+
+
+bias_relu.defvjp(lambda x, bias_C: (bias_relu(x, bias_C), (bias_relu(x, bias_C), bias_C)), _bias_relu_gradient)
+
+
+def _sum_to(bias_C: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The bias's gradient."""
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    return gradient.sum(tuple(range(gradient.ndim - 1)), dtype=wide).astype(bias_C.dtype)
+
+
+def _products(layer: nnx.Conv, x_NHWC: jax.Array, levers, split: bool) -> jax.Array:
+    """The convolution `layer` without its bias; of a strided one, the map may be followed by a column that means nothing.
 
     "space_to_depth": one with stride s is one of stride 1 over s x s pixels as channels, with zeros in the kernel's last
     rows and columns where s does not divide the window; AlexNet's 11x11 on 3 channels, which GPUs do badly, is 3x3 on 48.
+    "column_pairs": over s x 2s pixels, two columns of the map at a time as channels: 3x2 on 96, and 128 wide instead of 64.
+    Not where the channels are `split` over devices, as those of a pair are.
     """
     x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
     padding, (stride, _) = layer.padding, layer.strides
-    if stride > 1 and "space_to_depth" in levers:
-        window, _, channels, columns = kernel_HWIO.shape
-        blocks, widths = -(-window // stride), []
-        for size, (low, high) in zip(x_NHWC.shape[1:3], padding, strict=True):
-            out = (size + low + high - window) // stride + 1
-            widths.append((low, (out + blocks - 1) * stride - size - low, 0))
-        zero, more = np.zeros((), x_NHWC.dtype), (0, blocks * stride - window, 0)
-        x_NHWC = jax.lax.pad(x_NHWC, zero, [(0, 0, 0), *widths, (0, 0, 0)])
-        batch, height, width = (size // part for size, part in zip(x_NHWC.shape, (1, stride, stride), strict=False))
-        x_NHWC = x_NHWC.reshape(batch, height, stride, width, stride, channels).transpose(0, 1, 3, 2, 4, 5)
-        x_NHWC = x_NHWC.reshape(batch, height, width, stride * stride * channels)
-        kernel = jax.lax.pad(kernel_HWIO, zero, [more, more, (0, 0, 0), (0, 0, 0)])
-        kernel = kernel.reshape(blocks, stride, blocks, stride, channels, columns).transpose(0, 2, 1, 3, 4, 5)
-        kernel_HWIO, padding, stride = kernel.reshape(blocks, blocks, stride * stride * channels, columns), "VALID", 1
-    return jax.lax.conv_general_dilated(x_NHWC, kernel_HWIO, (stride, stride), padding,
-                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    if stride == 1 or "space_to_depth" not in levers:
+        return jax.lax.conv_general_dilated(x_NHWC, kernel_HWIO, (stride, stride), padding,
+                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    (window, _, channels, columns), zero = kernel_HWIO.shape, np.zeros((), x_NHWC.dtype)
+    steps = (stride, stride if split or "column_pairs" not in levers else 2 * stride)  # of a block of pixels, down and right
+    many = steps[1] // stride
+    blocks = [-(-(window + step - stride) // step) for step in steps]
+    out = [(size + sum(pads) - window) // stride + 1 for size, pads in zip(x_NHWC.shape[1:3], padding, strict=True)]
+    widths = [(low, (-(-count * stride // step) + block - 1) * step - size - low, 0) for size, (low, _), count, step, block
+              in zip(x_NHWC.shape[1:3], padding, out, steps, blocks, strict=True)]
+    x_NHWC = jax.lax.pad(x_NHWC, zero, [(0, 0, 0), *widths, (0, 0, 0)])
+    batch, height, width = (size // part for size, part in zip(x_NHWC.shape, (1, *steps), strict=False))
+    x_NHWC = x_NHWC.reshape(batch, height, steps[0], width, steps[1], channels).transpose(0, 1, 3, 2, 4, 5)
+    rows, across = (block * step - window for block, step in zip(blocks, steps, strict=True))
+    kernel = jnp.stack([jax.lax.pad(kernel_HWIO, zero, [(0, rows, 0), (shift, across - shift, 0), (0, 0, 0), (0, 0, 0)])
+                        for shift in range(0, steps[1], stride)], axis=3)
+    kernel = kernel.reshape(blocks[0], steps[0], blocks[1], steps[1], channels, many * columns).transpose(0, 2, 1, 3, 4, 5)
+    x_NHWC = jax.lax.conv_general_dilated(
+        x_NHWC.reshape(batch, height, width, -1), kernel.reshape(*blocks, -1, many * columns), (1, 1), "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return x_NHWC.reshape(batch, out[0], -1, columns)
 
 
 def _grouped(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
@@ -157,11 +196,12 @@ def logits(name: str, layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
 
 
 def max_pool(x_NHWC: jax.Array, window: int, strides: int, ceil: bool = False, *, place=UNPLACED, channels: str = "conv_out",
-             levers=LEVERS) -> jax.Array:
+             levers=LEVERS, bias_C: jax.Array | None = None) -> jax.Array:
     """Max over square windows; windows wider than the stride overlap (Krizhevsky et al. 2012, section 3.4).
 
     ceil: a last window that reaches over the edge counts, as in cuda-convnet; else it is left out. channels: their logical
-    axis; the result is placed as the input is, else XLA may gather the larger input for what comes next.
+    axis; the result is placed as the input is, else XLA may gather the larger input for what comes next. bias_C: is added to
+    the maxima, with a ReLU on top.
     Windows that neither overlap nor leave a gap are a reshape and a max: its gradient fuses into elementwise code, where
     that of a general pool is a scatter (CIFAR-size AlexNet's step on an H200, batch 512: 1.86 ms against 2.35 ms). Among
     equal maxima of a window the gradient is then shared, instead of given to the first. Others remember where the first
@@ -173,10 +213,12 @@ def max_pool(x_NHWC: jax.Array, window: int, strides: int, ceil: bool = False, *
         parts = height // window, window, width // window, window
         x_NHWC = x_NHWC.reshape(len(x_NHWC), *parts, x_NHWC.shape[-1]).max((2, 4))
     elif "pool_index" in levers:
-        x_NHWC = _indexed_max_pool(x_NHWC, window, strides, ceil, (height, width), functools.partial(place.local, axes))
+        settings = Pool(window, strides, ceil, (height, width), functools.partial(place.local, axes))
+        return place(_indexed_max_pool(x_NHWC, bias_C, settings), *axes)
     else:
         x_NHWC = _max_along(1, _max_along(2, x_NHWC, window, strides, ceil), window, strides, ceil)
-    return place(x_NHWC, *axes)
+    x_NHWC = place(x_NHWC, *axes)
+    return x_NHWC if bias_C is None else place(bias_relu(x_NHWC, bias_C), *axes)
 
 
 def _max_along(dimension: int, x: jax.Array, window: int, strides: int, ceil: bool) -> jax.Array:
@@ -193,30 +235,58 @@ def _taps(dimension: int, x: jax.Array, window: int, strides: int, ceil: bool) -
     return [jax.lax.slice_in_dim(x, start, start + last + 1, strides, dimension) for start in range(window)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
-def _indexed_max_pool(x_NHWC, window, strides, ceil, sizes, local):
-    return _max_and_index(x_NHWC, window, strides, ceil, sizes, local)[0]
+class Pool(NamedTuple):
+    """A max pool that remembers its maxima: its settings, the size of what it pools, and `place.local` for its kernels."""
+
+    window: int
+    strides: int
+    ceil: bool
+    sizes: tuple[int, int]
+    local: Callable
 
 
-def _max_and_index(x_NHWC, window, strides, ceil, sizes, local):
-    """The maxima and, as uint8 and to be kept for the gradient, where in its window each was: row * window + column."""
-    taps = [tap for rows in _taps(1, x_NHWC, window, strides, ceil) for tap in _taps(2, rows, window, strides, ceil)]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _indexed_max_pool(x_NHWC, bias_C, pool):
+    return _max_and_index(x_NHWC, bias_C, pool)[0]
+
+
+def _max_and_index(x_NHWC, bias_C, pool):
+    """The maxima (with a bias: relu(maximum + bias)), and what the gradient needs: where in its window each was."""
+    counts = tuple((size + (_overhang(size, pool.window, pool.strides) if pool.ceil else 0) - pool.window) // pool.strides + 1
+                   for size in pool.sizes)
+
+    def choose(*arrays):
+        return jax.lax.platform_dependent(
+            *arrays, default=functools.partial(_plain_max_and_index, pool),
+            cuda=functools.partial(kernels.max_and_index, window=pool.window, strides=pool.strides, counts=counts))
+
+    largest, index = pool.local(choose, x_NHWC, *(() if bias_C is None else (bias_C,)))
+    return largest, (index, bias_C)
+
+
+def _plain_max_and_index(pool, x_NHWC, *bias_C):
+    settings = pool.window, pool.strides, pool.ceil
+    taps = [tap for rows in _taps(1, x_NHWC, *settings) for tap in _taps(2, rows, *settings)]
     largest, index = taps[0], jnp.zeros(taps[0].shape, jnp.uint8)
     for code, tap in enumerate(taps[1:], 1):
         larger = (tap > largest) | jnp.isnan(tap)
         largest, index = jnp.where(larger, tap, largest), jnp.where(larger, jnp.uint8(code), index)
+    if bias_C:
+        largest = jnp.maximum(largest + bias_C[0], 0)
+        index = jnp.where(largest > 0, index, jnp.uint8(kernels.NONE))
     return largest, index
 
 
-def _unpool(window, strides, ceil, sizes, local, index, gradient):
-    """Each pixel's gradient: of the few windows that hold it, those whose maximum it was."""
-    settings = dict(window=window, strides=strides, sizes=sizes)
+def _unpool(pool, kept, gradient):
+    """Each pixel's gradient: of the few windows that hold it, those whose maximum it was; and the bias's."""
+    (index, bias_C), settings = kept, dict(window=pool.window, strides=pool.strides, sizes=pool.sizes)
 
     def choose(index, gradient):
-        return jax.lax.platform_dependent(index, gradient, cuda=functools.partial(unpool.unpool, **settings),
+        return jax.lax.platform_dependent(index, gradient, cuda=functools.partial(kernels.unpool, **settings),
                                           default=functools.partial(_plain_unpool, **settings))
 
-    return (local(choose, index, gradient),)
+    bias_gradient = None if bias_C is None else _sum_to(bias_C, jnp.where(index == kernels.NONE, 0, gradient))
+    return pool.local(choose, index, gradient), bias_gradient
 
 
 def _plain_unpool(index, gradient, window, strides, sizes):
@@ -229,7 +299,7 @@ def _plain_unpool(index, gradient, window, strides, sizes):
 
         rows, columns = np.arange(strides) + strides * row, np.arange(strides) + strides * column
         codes = np.where((rows[:, None] < window) & (columns < window), rows[:, None] * window + columns, 255).astype(np.uint8)
-        here = shifted(index, 254) == codes[None, None, :, None, :, None]
+        here = shifted(index, kernels.NONE) == codes[None, None, :, None, :, None]
         total = total + jnp.where(here, shifted(gradient, 0), 0)
     batch, channels = len(gradient), gradient.shape[-1]
     return total.reshape(batch, *(count * strides for count in blocks), channels)[:, : sizes[0], : sizes[1]]
