@@ -16,6 +16,8 @@ Measured on the real CIFAR-10, all 10,000 test images and their mirrors, bfloat1
 
 import ml_collections
 
+from cnn_spmd.models import layers
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant:
@@ -26,7 +28,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict(dict(
         name="alexnet", width=4096, dropout=0.5,
-        levers=("space_to_depth", "pool_first", "pool_index", "cast_once", "column_pairs"),  # faster, same numbers: cnn_spmd/models/layers.py
+        levers=layers.LEVERS,  # faster, same numbers
     ))
     config.data = ml_collections.ConfigDict(dict(
         name="cifar10",

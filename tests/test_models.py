@@ -8,7 +8,7 @@ from flax import nnx
 
 from cnn_spmd import models
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import alexnet, alexnet_2012, layers
+from cnn_spmd.models import alexnet, alexnet_2012, kernels, layers
 
 
 def make(name, image_size, classes):
@@ -80,15 +80,15 @@ def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan(
 
 
 @pytest.mark.parametrize(("name", "size", "lever"), [
-    *(("alexnet", 224, lever) for lever in layers.LEVERS), ("alexnet", 32, "pool_first"),
-    ("alexnet_2012", 70, "space_to_depth")])
+    *(("alexnet", 224, lever) for lever in ("space_to_depth", "pool_first", "pool_index", "column_pairs")),
+    ("alexnet", 32, "pool_first"), ("alexnet_2012", 70, "space_to_depth"), ("alexnet_2012", 70, "norm_kernel")])
 def test_levers_change_nothing(name, size, lever, monkeypatch):
     """Logits and every gradient with one lever are those of the plain network, in float64."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
     with jax.enable_x64(True):
         got = []
-        for levers in ((), (lever,)):
+        for levers in ((), ("space_to_depth", lever)):
             model = models.make(name, image_size=size, classes=5, width=16, dropout=0.0, dtype=jnp.float64, levers=levers,
                                 rngs=nnx.Rngs(0))
             graph, params = nnx.split(model)
@@ -104,18 +104,56 @@ def test_levers_change_nothing(name, size, lever, monkeypatch):
             assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()  # float32 parameters have float32 gradients
 
 
-def test_a_lever_is_used():
+@pytest.mark.parametrize(("name", "levers"), [
+    ("alexnet", ["space_to_depth", "pool_first", "pool_index", "column_pairs"]), ("alexnet_2012", ["norm_kernel"])])
+def test_a_lever_is_used(name, levers):
     """Each changes the program, where there is something for it: else the test above would compare like with like."""
     programs = set()
-    for levers in ((), *((lever,) for lever in layers.LEVERS)):
-        model = nnx.eval_shape(lambda levers=levers: models.make(
-            "alexnet", image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32, levers=levers, rngs=nnx.Rngs(0)))
+    for used in range(len(levers) + 1):
+        model = nnx.eval_shape(lambda used=used: models.make(
+            name, image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32, levers=tuple(levers[:used]),
+            rngs=nnx.Rngs(0)))
         graph, params = nnx.split(model)
         gradient = jax.grad(lambda p, x, graph=graph: nnx.merge(graph, p).features(x).sum())
         programs.add(str(jax.make_jaxpr(gradient)(params, jnp.zeros((1, 224, 224, 3)))))
-    assert len(programs) == 4
+    assert len(programs) == len(levers) + 1
     with pytest.raises(UserError, match=r"model\.levers=magic: unknown"):
         models.make("alexnet", levers=("magic",))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """GPU kernels, run by Pallas's interpreter."""
+    call = kernels.pl.pallas_call
+    monkeypatch.setattr(kernels.pl, "pallas_call", lambda *args, compiler_params, **settings: call(
+        *args, interpret=True, **settings))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("bias", [(), (jnp.linspace(-3, 1, 16),)])
+@pytest.mark.parametrize(("size", "window", "strides", "ceil"), [(9, 3, 2, False), (8, 3, 2, True), (7, 5, 2, True)])
+def test_pool_kernels_against_the_plain_form(size, window, strides, ceil, bias):
+    pool = layers.Pool(window, strides, ceil, (size, size), lambda f, *arrays: f(*arrays))
+    x = jax.random.normal(jax.random.key(0), (2, size, size, 16))
+    expected, index = layers._plain_max_and_index(pool, x, *bias)
+    got = kernels.max_and_index(x, *bias, window=window, strides=strides, counts=expected.shape[1:3])
+    np.testing.assert_array_equal(got[0], expected)
+    np.testing.assert_array_equal(got[1], index)
+    gradient = jax.random.normal(jax.random.key(1), expected.shape)
+    settings = dict(window=window, strides=strides, sizes=(size, size))
+    np.testing.assert_allclose(kernels.unpool(index, gradient, **settings),
+                               layers._plain_unpool(index, gradient, **settings), atol=1e-6)
+    assert bool((index == kernels.NONE).any()) == bool(bias)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("channels", "width", "size"), [(16, 16, 5), (96, 48, 5), (32, 32, 9), (16, 8, 4)])
+def test_norm_kernel_against_the_plain_form(channels, width, size):
+    settings = dict(size=size, alpha=0.2, beta=0.75, k=1.5)
+    x, gradient = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, channels))
+    expected, backward = jax.vjp(layers.Norm(tuple(settings.items()), width, None).plain, x)
+    np.testing.assert_allclose(kernels.response_norm(x, **settings, width=width), expected, atol=1e-6)
+    np.testing.assert_allclose(kernels.response_norm(x, gradient, **settings, width=width), backward(gradient)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "window", "strides"), [(8, 3, 2), (9, 3, 2), (32, 3, 2), (5, 2, 2)])

@@ -272,6 +272,19 @@ def test_several_steps_a_call_equal_single_steps():
     assert losses[0] != losses[1] != losses[2]
 
 
+def test_a_copy_of_the_weights_changes_nothing():
+    """The steps of a call that hand on bfloat16 weights ("cast_once") are those that cast them again; on a mesh."""
+    got = []
+    for levers in ((), ("cast_once",)):
+        setup = setup_of("alexnet", "hybrid", (2, 2), dtype="bfloat16", model=dict(levers=levers, width=64))
+        assert (setup.steps.copy_dtype is not None) == bool(levers)
+        losses, params = trained(setup, [3])
+        got.append((losses, params, program.report(setups.compile_train(setup, 3), setup.place.mesh)["totals"]["bytes"]))
+    np.testing.assert_array_equal(got[0][0], got[1][0])
+    assert_close(got[1][1], got[0][1], 1e-6)
+    assert got[1][2] <= got[0][2]
+
+
 def test_variable_batch():
     """Summed updates of the parts are plain SGD; updates after each part are other numbers, the same on every mesh."""
     with jax.enable_x64(True):
