@@ -121,6 +121,19 @@ def test_a_lever_is_used(name, levers):
         models.make("alexnet", levers=("magic",))
 
 
+@pytest.mark.parametrize(("size", "window", "padding"), [(27, 5, (2, 2)), (9, 4, (1, 2)), (7, 3, (0, 0))])
+def test_gradient_in_pairs(size, window, padding):
+    """Of columns, by autodiff and by two at a time; in float64."""
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (2, size, size, 6), jnp.float64)
+        kernel = jax.random.normal(jax.random.key(1), (window, window, 6, 10), jnp.float64)
+        expected, plain = jax.vjp(lambda *at: layers._convolve(*at, [padding] * 2), x, kernel)
+        got, paired = jax.vjp(lambda *at: layers._paired_gradient(*at, padding), x, kernel)
+        gradient = jax.random.normal(jax.random.key(2), got.shape, jnp.float64)
+        for one, other in zip((got, *paired(gradient)), (expected, *plain(gradient)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """GPU kernels, run by Pallas's interpreter."""

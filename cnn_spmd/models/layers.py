@@ -121,14 +121,15 @@ def _products(layer: nnx.Conv, x_NHWC: jax.Array, levers, split: bool) -> jax.Ar
 
     "space_to_depth": one with stride s is one of stride 1 over s x s pixels as channels, with zeros in the kernel's last
     rows and columns where s does not divide the window; AlexNet's 11x11 on 3 channels, which GPUs do badly, is 3x3 on 48.
-    "column_pairs": over s x 2s pixels, two columns of the map at a time as channels: 3x2 on 96, and 128 wide instead of 64.
-    Not where the channels are `split` over devices, as those of a pair are.
+    "column_pairs": over s x 2s pixels, two columns of the map at a time as channels: 3x2 on 96, and 128 wide instead of 64;
+    and the same for the gradient by an input of up to 64 maps of odd width. Not where the channels are `split` over devices.
     """
     x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
     padding, (stride, _) = layer.padding, layer.strides
+    if stride == 1 and "column_pairs" in levers and not split and kernel_HWIO.shape[2] <= 64 and x_NHWC.shape[2] % 2:
+        return _paired_gradient(x_NHWC, kernel_HWIO, tuple(padding[0]))
     if stride == 1 or "space_to_depth" not in levers:
-        return jax.lax.conv_general_dilated(x_NHWC, kernel_HWIO, (stride, stride), padding,
-                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return _convolve(x_NHWC, kernel_HWIO, padding, (stride, stride))
     (window, _, channels, columns), zero = kernel_HWIO.shape, np.zeros((), x_NHWC.dtype)
     steps = (stride, stride if split or "column_pairs" not in levers else 2 * stride)  # of a block of pixels, down and right
     many = steps[1] // stride
@@ -143,10 +144,37 @@ def _products(layer: nnx.Conv, x_NHWC: jax.Array, levers, split: bool) -> jax.Ar
     kernel = jnp.stack([jax.lax.pad(kernel_HWIO, zero, [(0, rows, 0), (shift, across - shift, 0), (0, 0, 0), (0, 0, 0)])
                         for shift in range(0, steps[1], stride)], axis=3)
     kernel = kernel.reshape(blocks[0], steps[0], blocks[1], steps[1], channels, many * columns).transpose(0, 2, 1, 3, 4, 5)
-    x_NHWC = jax.lax.conv_general_dilated(
-        x_NHWC.reshape(batch, height, width, -1), kernel.reshape(*blocks, -1, many * columns), (1, 1), "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x_NHWC = _convolve(x_NHWC.reshape(batch, height, width, -1), kernel.reshape(*blocks, -1, many * columns), "VALID")
     return x_NHWC.reshape(batch, out[0], -1, columns)
+
+
+def _convolve(x_NHWC: jax.Array, kernel_HWIO: jax.Array, padding, strides: tuple[int, int] = (1, 1)) -> jax.Array:
+    return jax.lax.conv_general_dilated(x_NHWC, kernel_HWIO, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _paired_gradient(x_NHWC: jax.Array, kernel_HWIO: jax.Array, padding: tuple[int, int]) -> jax.Array:
+    """A convolution of stride 1 over maps of odd width, whose gradient by a narrow x is made two columns at a time.
+
+    An odd width, since cuDNN pads both sides alike.
+    """
+    return _convolve(x_NHWC, kernel_HWIO, [padding] * 2)
+
+
+def _gradient_in_pairs(padding, kept, gradient_NHWO):
+    x_NHWC, kernel_HWIO = kept
+    _, by_kernel = jax.vjp(lambda kernel_HWIO: _convolve(x_NHWC, kernel_HWIO, [padding] * 2), kernel_HWIO)
+    (batch, height, _, channels), window, zero = x_NHWC.shape, len(kernel_HWIO), np.zeros((), x_NHWC.dtype)
+    turned_HWOI = kernel_HWIO[::-1, ::-1].transpose(0, 1, 3, 2)
+    pair = jnp.stack([jax.lax.pad(turned_HWOI, zero, [(0, 0, 0), (shift, 1 - shift, 0), (0, 0, 0), (0, 0, 0)])
+                      for shift in range(2)], axis=3)
+    low, high = (window - 1 - pad for pad in padding)
+    by_x = _convolve(gradient_NHWO, pair.reshape(window, window + 1, -1, 2 * channels),
+                     [(low, high), (low + 1, high + 1)], (1, 2))  # the first pair starts a column before the map
+    return by_x.reshape(batch, height, -1, channels)[:, :, 1:], *by_kernel(gradient_NHWO)
+
+
+_paired_gradient.defvjp(lambda x, kernel, padding: (_paired_gradient(x, kernel, padding), (x, kernel)), _gradient_in_pairs)
 
 
 def _grouped(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
