@@ -55,7 +55,12 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
 
 def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: Placement) -> Steps:
     """The step functions of a resolved config. Raises UserError for what does not go together."""
-    if place.row.get("group_in") and getattr(models.MODELS.get(config.model.name), "towers", None) == 1:
+    make_model = functools.partial(
+        models.make, config.model.name, image_size=data.train_images.shape[1], classes=len(data.class_names),
+        width=config.model.width, dropout=config.model.dropout, dtype=jnp.dtype(config.dtype),
+        levers=tuple(config.model.levers))
+    model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0)))
+    if place.row.get("group_in") and model.towers == 1:
         raise UserError(f"parallelism={place.parallelism}: splits towers, but model.name={config.model.name} has one: "
                         "expected alexnet_2012 or another parallelism")
     if config.data.flip and not data.mirror:
@@ -68,10 +73,6 @@ def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: 
         place.spec(("conv_batch",), (config.dense_microbatch,), "dense_microbatch")
         if config.dense_updates == "each":
             dense_optimizer = optim.make_optimizer(config.optimizer, config.steps, parts)
-    make_model = functools.partial(
-        models.make, config.model.name, image_size=data.train_images.shape[1], classes=len(data.class_names),
-        width=config.model.width, dropout=config.model.dropout, dtype=jnp.dtype(config.dtype),
-        levers=tuple(config.model.levers))
     mean_C, std_C = batches.channel_statistics(data.train_images)
     return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean_C=mean_C, std_C=std_C,
                  optimizer=optim.make_optimizer(config.optimizer, config.steps), dense_optimizer=dense_optimizer,
