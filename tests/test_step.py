@@ -400,11 +400,32 @@ def test_eval_step_against_numpy():
     mask, labels, images = np.arange(8) < 5, setup.data.test_labels, setup.data.test_images
     got = setup.steps.jit_eval()(initial_f32(setup).params, DeviceData(images, labels), np.arange(8), mask)
     x = normal(setup.data, images)
-    logits = (logits_of(setup, x) + logits_of(setup, x[:, :, ::-1])) / 2
-    rank = (logits > logits[np.arange(8), labels][:, None]).sum(1)
-    loss = -np.asarray(jax.nn.log_softmax(logits))[np.arange(8), labels]
+    chances = (jax.nn.softmax(logits_of(setup, x)) + jax.nn.softmax(logits_of(setup, x[:, :, ::-1]))) / 2
+    rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
+    loss = -np.log(chances)[np.arange(8), labels]
     assert got["loss"] == pytest.approx(loss[mask].sum(), rel=1e-4)
     assert [got["correct"], got["top5"], got["examples"]] == [(rank[mask] == 0).sum(), (rank[mask] < 5).sum(), 5]
+
+
+def test_ten_views_of_a_crop_against_numpy():
+    """cuda-convnet's testing: crops less the middle of the mean image, and the mean of the ten softmax outputs."""
+    setup, data = on_one("simple_cnn", data=dict(crop=24, crop_pad=0, normalise="pixel_mean"), eval=dict(views="ten"))
+    labels, images = setup.data.test_labels, setup.data.test_images.astype(np.float32)
+    params = initial_f32(setup).params
+    params["fc3"]["kernel"][...] *= 0.01  # pixels are large, and so would the logits be
+    model = nnx.merge(setup.steps.graph, params)
+    got = setup.steps.jit_eval()(params, DeviceData(setup.data.test_images, labels), np.arange(8), np.ones(8, bool))
+    mean = setup.data.train_images.astype(np.float64).mean(0)[4:28, 4:28].astype(np.float32)
+    views = [images[:, i:i + 24, j:j + 24] for i, j in ((4, 4), (0, 0), (0, 8), (8, 0), (8, 8))]
+    views += [view[:, :, ::-1] for view in views]
+    chances = np.mean([jax.nn.softmax(model.classify(model.features(view - mean))) for view in views], 0)
+    rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
+    assert got["loss"] == pytest.approx(-np.log(chances)[np.arange(8), labels].sum(), rel=1e-4)
+    assert [got["correct"], got["top5"], got["examples"]] == [(rank == 0).sum(), (rank < 5).sum(), 8]
+    batch, _, _ = setup.steps.batch(data, jnp.int32(0), jnp.arange(BATCH))
+    assert batch.shape == (BATCH, 24, 24, 3)
+    pixels = np.asarray(batch + mean)
+    np.testing.assert_allclose(pixels, pixels.round(), atol=1e-4)  # neither scaled nor off centre
 
 
 @pytest.mark.parametrize("label", range(10))
