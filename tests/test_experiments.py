@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cnn_spmd import config as configs
 from cnn_spmd import optim, setup
 from cnn_spmd.data import sources
-from experiments import alexnet_cifar, cuda_convnet_cifar
+from experiments import alexnet_cifar, claims_2012_cifar, cuda_convnet_cifar, deeper_cifar
 
 
 @pytest.fixture(scope="module")
@@ -45,5 +46,27 @@ def test_recipes_of_cuda_convnet(variant, few):
             assert step == 0 or float(schedule(step - 1)) == pytest.approx(10 * rate)
     config.data.held_out = 0  # these images are too few
     steps = setup.prepare(config, data=few).steps
-    got = {layer: config.optimizer.weight_decays.get(layer, config.optimizer.weight_decay) for layer in steps.abstract_state.params}
+    settings = config.optimizer
+    got = {layer: settings.weight_decays.get(layer, settings.weight_decay) for layer in steps.abstract_state.params}
     assert got == decays
+
+
+@pytest.mark.parametrize(("experiment", "variant"), [
+    *((claims_2012_cifar, variant) for variant in claims_2012_cifar.VARIANTS),
+    *((deeper_cifar, variant) for variant in deeper_cifar.VARIANTS)])
+def test_variants_can_be_set_up(experiment, variant, few):
+    config = experiment.get_config(variant)
+    assert variant in config.experiment
+    setup.prepare(config, data=few)
+
+
+def test_variants_differ_from_their_control_in_what_they_say():
+    """The experiment's name apart: in the network, or where that is the same in its dropout."""
+    base = configs.flat(claims_2012_cifar.get_config("base").to_dict())
+    for variant in claims_2012_cifar.VARIANTS[1:8]:
+        config = configs.flat(claims_2012_cifar.get_config(variant).to_dict())
+        what = "model.dropout" if variant == "no_dropout" else "model.name"
+        assert {field for field in base if config[field] != base[field]} == {"experiment", what}, variant
+    relu, tanh = (configs.flat(claims_2012_cifar.get_config(variant).to_dict()) for variant in ("relu", "tanh"))
+    differ = {field for field in relu if relu[field] != tanh[field]}
+    assert {"experiment", "model.name"} <= differ <= {"experiment", "model.name", "optimizer.learning_rate"}

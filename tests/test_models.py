@@ -26,7 +26,12 @@ def make(name, image_size, classes):
     ("cuda_convnet_18pct", 32, 10, 89_578),
     ("cuda_convnet_13pct", 24, 10, 1_116_490),
     ("cuda_convnet_11pct", 24, 10, 2_112_970),
-    ("cuda_convnet_11pct_no_lrn", 24, 10, 2_112_970)])
+    ("cuda_convnet_11pct_no_lrn", 24, 10, 2_112_970),
+    ("alexnet_2012_small", 32, 10, 35_708_810),
+    ("alexnet_2012_small_one_tower", 32, 10, 34_656_330),
+    ("fully_connected", 32, 10, 3072 * 4096 + 4096 + 4096 * 10 + 10),
+    ("vgg_11", 32, 10, 28_144_010),
+    ("vgg_16", 32, 10, 14_714_688 + 512 * 4096 + 4096 + 4096**2 + 4096 + 4096 * 10 + 10)])  # torchvision's convolutions
 def test_parameter_count_and_shapes(name, image_size, classes, count):
     model = nnx.eval_shape(lambda: make(name, image_size, classes))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
@@ -261,7 +266,7 @@ def test_activations_dropout_and_first_weights_of_a_stack():
     assert [spec.dropout for _, spec in model.hidden] == [0.25, 0.5]
     assert float(model.conv1.kernel[...].std()) == pytest.approx(0.5, rel=0.2)
     assert (model.conv1.bias[...] == 1).all()
-    assert (cuda_convnet.NETS["80sec"][0].std, cuda_convnet.NETS["80sec"][-1].std) == (1e-4, 0.1)
+    assert [cuda_convnet.NETS["cuda_convnet_80sec"][i].std for i in (0, -1)] == [1e-4, 0.1]
 
 
 def test_dropout():

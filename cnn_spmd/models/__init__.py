@@ -7,14 +7,14 @@ import functools
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import cuda_convnet
+from cnn_spmd.models import alexnet_2012_small, cuda_convnet, vgg
 from cnn_spmd.models.alexnet import AlexNet
 from cnn_spmd.models.alexnet_2012 import AlexNet2012
 from cnn_spmd.models.layers import LEVERS
 from cnn_spmd.models.simple_cnn import SimpleCNN
 from cnn_spmd.models.stack import Stack
 
-STACKS = {f"cuda_convnet_{name}": net for name, net in cuda_convnet.NETS.items()}
+STACKS = cuda_convnet.NETS | alexnet_2012_small.NETS | vgg.NETS
 MODELS = {"alexnet": AlexNet, "alexnet_2012": AlexNet2012, "simple_cnn": SimpleCNN,
           **{name: functools.partial(Stack, name, net) for name, net in STACKS.items()}}
 

@@ -25,10 +25,10 @@ def local(channels: int, norm: Sequence[ResponseNorm] = ()) -> tuple:
 
 
 NETS = {
-    "80sec": shallow(Hidden(64, dropout=0.0, std=0.1), Output(0.1)),
-    "19pct": shallow(Output(0.01)),
-    "18pct": shallow(Output(0.01), norm=[WITHIN]),
-    "13pct": local(32),
-    "11pct": local(64, norm=[ACROSS]),
-    "11pct_no_lrn": local(64),  # what the 11pct net would be without response norms: no net of cuda-convnet's
+    "cuda_convnet_80sec": shallow(Hidden(64, dropout=0.0, std=0.1), Output(0.1)),
+    "cuda_convnet_19pct": shallow(Output(0.01)),
+    "cuda_convnet_18pct": shallow(Output(0.01), norm=[WITHIN]),
+    "cuda_convnet_13pct": local(32),
+    "cuda_convnet_11pct": local(64, norm=[ACROSS]),
+    "cuda_convnet_11pct_no_lrn": local(64),  # what the 11pct net would be without response norms: no net of cuda-convnet's
 }
