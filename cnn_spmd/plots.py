@@ -173,7 +173,7 @@ def depth(networks: list[tuple[str, int, list[float]]]) -> str:
     axes = fig.add_subplot(xlabel="layers with weights", ylabel="test accuracy, %")
     for name, layers, accuracies in networks:
         axes.plot([layers] * len(accuracies), accuracies, "o", color="#0072B2", markersize=5, alpha=0.7)
-        axes.annotate(name, (layers, max(accuracies)), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(name, (layers, max(accuracies)), xytext=(5, 0), textcoords="offset points", fontsize=8, va="center")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.margins(x=0.15, y=0.1)
     return svg(fig, "Test accuracy by depth")
