@@ -29,20 +29,28 @@ RANGES = {
     "data.synthetic.classes": (1, 10**6, True),
     "data.synthetic.train_examples": (1, 10**7, True),
     "data.synthetic.test_examples": (1, 10**7, True),
+    "data.crop": (0, None, True),
     "data.crop_pad": (0, None, True),
+    "data.held_out": (0, None, True),
+    "data.held_out_steps": (0, None, True),
     "data.fallback_epochs": (1, None, True),
     "data.fallback_batch_size": (1, None, True),
     "data.fallback_learning_rate": (0.0, None, True),
     "optimizer.learning_rate": (0.0, None, True),
+    "optimizer.scaling": (0.0, 1.0, True),
+    "optimizer.bias_rate": (0.0, None, True),
     "optimizer.warmup": (0.0, 1.0, True),
     "optimizer.stage_factor": (0.0, 1.0, True),
     "optimizer.momentum": (0.0, 1.0, False),
     "optimizer.weight_decay": (0.0, None, True),
+    "optimizer.weight_decays": (0.0, None, True),
+    "optimizer.layer_rates": (0.0, None, True),
     "eval.every_epochs": (0, None, True),
     "checkpoint.every_epochs": (0, None, True),
     "checkpoint.keep": (1, None, True),
 }
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum")}
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum"),
+           "data.normalise": ("channel", "pixel_mean"), "eval.views": ("one", "mirrored", "ten")}
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
@@ -89,13 +97,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first field outside its range, naming it, its value and the range."""
     for field, (low, high, inclusive) in RANGES.items():
         value = _get(config, field)
-        too_high = high is not None and (value > high if inclusive else value >= high)
-        if not math.isfinite(value) or value < low or too_high:
-            expected = f"at least {low}" if high is None else f"from {low} to {'' if inclusive else 'below '}{high}"
-            raise UserError(f"{field}={value}: expected {expected}")
+        values = {f"{field}.{name}": each for name, each in value.items()} if hasattr(value, "items") else {field: value}
+        for name, each in values.items():  # a number, or one a layer
+            fine = isinstance(each, int | float) and math.isfinite(each) and each >= low
+            if not fine or (high is not None and (each > high if inclusive else each >= high)):
+                expected = f"at least {low}" if high is None else f"from {low} to {'' if inclusive else 'below '}{high}"
+                raise UserError(f"{name}={each}: expected {expected}")
     for field, choices in CHOICES.items():
-        if config[field] not in choices:
-            raise UserError(f"{field}={config[field]}: unknown, expected one of {', '.join(choices)}")
+        if (value := _get(config, field)) not in choices:
+            raise UserError(f"{field}={value}: unknown, expected one of {', '.join(choices)}")
     if not config.epochs and not config.steps:
         raise UserError("epochs=0, steps=0: expected a positive number in one of them")
 
@@ -119,6 +129,13 @@ def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str) -> 
         raise UserError(f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected at most that")
     if config.data.crop_pad >= side:
         raise UserError(f"data.crop_pad={config.data.crop_pad}: images are {side} pixels wide, expected less than that")
+    if config.data.crop > side:
+        raise UserError(f"data.crop={config.data.crop}: images are {side} pixels wide, expected at most that")
+    if config.eval.views == "ten" and config.data.crop in (0, side):
+        raise UserError(f"eval.views=ten: data.crop={config.data.crop} leaves no corners, expected a crop below {side} pixels")
+    if config.data.held_out_steps and examples - config.data.held_out < config.batch_size:
+        raise UserError(f"data.held_out={config.data.held_out}: leaves {max(examples - config.data.held_out, 0)} of {examples} "
+                        f"training images, expected at least batch_size={config.batch_size}")
     per_epoch = examples // config.batch_size
     config.steps = config.steps or config.epochs * per_epoch
     if config.steps > 10**7:

@@ -167,6 +167,18 @@ def curves(runs: list[dict]) -> list[str]:
     return pictures
 
 
+def depth(networks: list[tuple[str, int, list[float]]]) -> str:
+    """Test accuracy, %, by the number of layers with weights: a dot a run of each (name, layers, accuracies)."""
+    fig = Figure(figsize=(WIDTH, 3.2))
+    axes = fig.add_subplot(xlabel="layers with weights", ylabel="test accuracy, %")
+    for name, layers, accuracies in networks:
+        axes.plot([layers] * len(accuracies), accuracies, "o", color="#0072B2", markersize=5, alpha=0.7)
+        axes.annotate(name, (layers, max(accuracies)), xytext=(5, 0), textcoords="offset points", fontsize=8, va="center")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.margins(x=0.15, y=0.1)
+    return svg(fig, "Test accuracy by depth")
+
+
 def schemes_of(groups: list[dict]) -> list[str]:
     """The schemes of some groups, in the table's order; rows of one's own last."""
     found = {group["parallelism"] for group in groups}

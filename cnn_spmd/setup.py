@@ -48,16 +48,32 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
             f"steps={config.steps}, from data.fallback_*.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_steps(config, data, place))
-    setup.steps.activations(config.batch_size, data.train_images.shape[1])
+    setup.steps.activations(config.batch_size, image_size(config, data))
     setup.steps.abstract_state  # noqa: B018  (placed here for its errors)
     return setup
 
 
+def image_size(config: ml_collections.ConfigDict, data: sources.Dataset) -> int:
+    """The side of what the network sees of an image, in pixels."""
+    return config.data.crop or data.train_images.shape[1]
+
+
 def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: Placement) -> Steps:
     """The step functions of a resolved config. Raises UserError for what does not go together."""
-    if place.row.get("group_in") and getattr(models.MODELS.get(config.model.name), "towers", None) == 1:
+    make_model = functools.partial(
+        models.make, config.model.name, image_size=image_size(config, data), classes=len(data.class_names),
+        width=config.model.width, dropout=config.model.dropout, dtype=jnp.dtype(config.dtype),
+        levers=tuple(config.model.levers))
+    model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0)))
+    if place.row.get("group_in") and model.towers == 1:
         raise UserError(f"parallelism={place.parallelism}: splits towers, but model.name={config.model.name} has one: "
                         "expected alexnet_2012 or another parallelism")
+    layers = nnx.state(model, nnx.Param)
+    for field in ("weight_decays", "layer_rates"):
+        for layer in config.optimizer[field]:
+            if layer not in layers:
+                raise UserError(f"optimizer.{field}.{layer}: model.name={config.model.name} has no such layer, "
+                                f"expected some of {', '.join(layers)}")
     if config.data.flip and not data.mirror:
         say(f"data.flip=True has no effect: a mirrored image of {data.name} is another class, or none.")
     dense_optimizer = None
@@ -67,19 +83,18 @@ def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: 
             raise UserError(f"dense_microbatch={config.dense_microbatch}: does not divide batch_size={config.batch_size}")
         place.spec(("conv_batch",), (config.dense_microbatch,), "dense_microbatch")
         if config.dense_updates == "each":
-            dense_optimizer = optim.make_optimizer(config.optimizer, config.steps, parts)
-    make_model = functools.partial(
-        models.make, config.model.name, image_size=data.train_images.shape[1], classes=len(data.class_names),
-        width=config.model.width, dropout=config.model.dropout, dtype=jnp.dtype(config.dtype),
-        levers=tuple(config.model.levers))
-    mean_C, std_C = batches.channel_statistics(data.train_images)
+            dense_optimizer = optim.make_optimizer(config.optimizer, config.steps, config.batch_size, parts)
+    if config.data.normalise == "channel":
+        mean, std = batches.channel_statistics(data.train_images)
+    else:
+        mean, std = batches.mean_image(data.train_images, config.data.crop), 1.0
     narrow = config.dtype == "bfloat16" and "cast_once" in config.model.levers
-    copy_dtype = jnp.dtype(config.dtype) if narrow else None
-    return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean_C=mean_C, std_C=std_C,
-                 optimizer=optim.make_optimizer(config.optimizer, config.steps), dense_optimizer=dense_optimizer,
-                 dense_microbatch=config.dense_microbatch, seed=config.seed,
-                 label_smoothing=config.label_smoothing, crop_pad=config.data.crop_pad, copy_dtype=copy_dtype,
-                 flip=config.data.flip and data.mirror, flip_average=config.eval.flip_average and data.mirror)
+    return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean=mean, std=std,
+                 optimizer=optim.make_optimizer(config.optimizer, config.steps, config.batch_size),
+                 dense_optimizer=dense_optimizer, dense_microbatch=config.dense_microbatch, seed=config.seed,
+                 label_smoothing=config.label_smoothing, crop=config.data.crop, crop_pad=config.data.crop_pad,
+                 flip=config.data.flip and data.mirror, views=config.eval.views, mirror=data.mirror,
+                 copy_dtype=jnp.dtype(config.dtype) if narrow else None)
 
 
 def indices_sharding(setup: Setup, n: int) -> jax.sharding.NamedSharding:
@@ -103,7 +118,7 @@ def report_of(setup: Setup, compiled: jax.stages.Compiled, compile_seconds: floa
     abstract = steps.abstract_state
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     params = [(name_of(path), leaf) for path, leaf in leaves]
-    activations = steps.activations(config.batch_size, data.train_images.shape[1])
+    activations = steps.activations(config.batch_size, image_size(config, data))
     itemsize = jnp.dtype(config.dtype).itemsize
     report = program.report(compiled, place.mesh)
     theory = [] if config.dense_microbatch else communication.closed_form(place, activations, params, itemsize)

@@ -46,13 +46,15 @@ class Steps:
     place: Placement
     dense_optimizer: optax.GradientTransformation | None  # for dense_updates="each"
     dense_microbatch: int  # 0: the whole batch at once
-    mean_C: Any  # of the training set, in pixels
-    std_C: Any
+    mean: Any  # [C] or [H, W, C], of the training set, in pixels
+    std: Any  # [C] or []
     seed: int
     label_smoothing: float
+    crop: int  # side of what the network sees of an image; 0: all of it
     crop_pad: int
     flip: bool  # mirror training images at random
-    flip_average: bool  # evaluate on the image and its mirror
+    views: str  # of a test image: "one", "mirrored" or "ten"
+    mirror: bool  # whether a mirrored test image keeps its class
     copy_dtype: Any = None  # "cast_once": the steps of a call hand on a copy of the weights in this dtype; None: no copy
 
     def init(self) -> TrainState:
@@ -76,8 +78,8 @@ class Steps:
         Crops, flips and dropout masks are a function of (seed, step), the same on every mesh.
         """
         crop_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), step))
-        images = batches.crop_and_flip(data.images, indices_B, crop_key, pad=self.crop_pad, flip=self.flip)
-        images = self.place(batches.normalise(images, self.mean_C, self.std_C), "conv_batch", None, None, None)
+        images = batches.crop_and_flip(data.images, indices_B, crop_key, side=self.crop, pad=self.crop_pad, flip=self.flip)
+        images = self.place(batches.normalise(images, self.mean, self.std), "conv_batch", None, None, None)
         return images, self.place(data.labels[indices_B], "output_batch"), dropout_key
 
     def features(self, params: nnx.State, images_NHWC: jax.Array) -> jax.Array:
@@ -187,20 +189,23 @@ class Steps:
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     def eval_step(self, params: nnx.State, data: DeviceData, indices_B: jax.Array, mask_B: jax.Array) -> dict:
-        """Sums over the unmasked examples: loss (nats, no smoothing), correct, correct among the top five, examples."""
-        images = batches.normalise(data.images[indices_B], self.mean_C, self.std_C)
+        """Sums over the unmasked examples: loss (nats, no smoothing), correct, correct among the top five, examples.
+
+        Of several views of an image the softmax outputs are averaged, as in cuda-convnet and in AlexNet 2012 (section 4.1).
+        """
+        views = batches.eval_views(data.images[indices_B], self.crop, self.views, self.mirror)
+        images = batches.normalise(views.reshape(-1, *views.shape[2:]), self.mean, self.std)  # an image's views stay together
+        images = self.place(images, "conv_batch", None, None, None)
         model = nnx.merge(self.graph, params)
-        views = [images, images[:, :, ::-1]] if self.flip_average else [images]
-        views = [self.place(view, "conv_batch", None, None, None) for view in views]
-        logits_BC = sum(model.classify(model.features(view, self.place), self.place).astype(jnp.float32)
-                        for view in views) / len(views)
+        logits = model.classify(model.features(images, self.place), self.place).astype(jnp.float32)
+        logits_BVC = self.place(logits.reshape(*views.shape[:2], -1), "output_batch", None, "fc3_out")
+        scores_BC = jax.nn.logsumexp(jax.nn.log_softmax(logits_BVC), 1, b=1 / views.shape[1])  # log of the mean probability
         labels_B, mask_B = (self.place(x, "output_batch") for x in (data.labels[indices_B], mask_B))
-        losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
-        own_B1 = jnp.take_along_axis(logits_BC, labels_B[:, None], axis=-1)
-        before_BC = jnp.arange(logits_BC.shape[-1]) < labels_B[:, None]
+        own_B1 = jnp.take_along_axis(scores_BC, labels_B[:, None], axis=-1)
+        before_BC = jnp.arange(scores_BC.shape[-1]) < labels_B[:, None]
         # How many classes come before the label: of equal scores the first, and a NaN comes last.
-        rank_B = (~(own_B1 >= logits_BC) | ((own_B1 == logits_BC) & before_BC)).sum(-1)
-        return dict(loss=jnp.where(mask_B, losses_B, 0).sum(), correct=(mask_B & (rank_B == 0)).sum(),
+        rank_B = (~(own_B1 >= scores_BC) | ((own_B1 == scores_BC) & before_BC)).sum(-1)
+        return dict(loss=-jnp.where(mask_B, own_B1[:, 0], 0).sum(), correct=(mask_B & (rank_B == 0)).sum(),
                     top5=(mask_B & (rank_B < 5)).sum(), examples=mask_B.sum())
 
     @functools.cached_property

@@ -1,6 +1,7 @@
 """A run, top to bottom: mesh, data, state, compile report, loop, final evaluation."""
 
 import datetime
+import functools
 import pathlib
 import time
 from typing import Any
@@ -62,6 +63,8 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     is_main = jax.process_index() == 0
     total, batch_size, examples = config.steps, config.batch_size, len(data.train_images)
     per_epoch = examples // batch_size
+    indices_of = functools.partial(batches.train_indices, batch_size=batch_size, examples=examples,
+                                   held_out=config.data.held_out, held_out_steps=config.data.held_out_steps)
 
     # ---- State: restored where there is a checkpoint (on whatever mesh it was saved), else new; created sharded.
     checkpoints = Checkpoints(workdir.resolve() / "checkpoints", config.checkpoint.keep)
@@ -95,7 +98,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     # ---- The loop: calls of some steps each; evaluation and checkpoints fall between two calls.
     train_data = DeviceData(put(data.train_images, place.replicated), put(data.train_labels, place.replicated))
     state = state if state is not None else steps.jit_init()()
-    schedule = optim.make_schedule(config.optimizer, total)
+    schedule = optim.make_schedule(config.optimizer, total, batch_size)
     float(schedule(start))  # compiled here, not within the first call
     metrics = metrics_lib.Metrics(workdir, start, identity, enabled=is_main)
     progress = metrics_lib.Progress(total, show=is_main)
@@ -136,7 +139,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     def write_profile() -> None:
         """profile.json, from further calls whose results are thrown away; the state is used up."""
         n = config.steps_per_call
-        indices = put(batches.train_indices(config.seed, 0, n, batch_size, examples), indices_sharding(setup, n))
+        indices = put(indices_of(config.seed, 0, n), indices_sharding(setup, n))
 
         def call() -> dict:
             nonlocal state
@@ -172,8 +175,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
         summarise("running")
         clock.start()
         for n in calls:
-            indices = batches.train_indices(config.seed, step, n, batch_size, examples)
-            state, values = programs[n](state, train_data, put(indices, indices_sharding(setup, n)))
+            state, values = programs[n](state, train_data, put(indices_of(config.seed, step, n), indices_sharding(setup, n)))
             step += n
             record(np.asarray(values["loss"]), np.asarray(values["accuracy"]))
             interrupted = interrupt.requested()

@@ -31,5 +31,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.label_smoothing = 0.0
     config.optimizer.update(dict(learning_rate=0.01, warmup=0.0, decay="staged", stages=(0.25, 0.5, 0.75), stage_factor=0.1,
                                  momentum=0.9, nesterov=False, weight_decay=5e-4))
-    config.eval.flip_average = False
+    config.eval.views = "one"
     return config

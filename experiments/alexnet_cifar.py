@@ -37,8 +37,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         fallback_epochs=8,
         fallback_batch_size=64,
         fallback_learning_rate=0.02,
+        crop=0,  # side of the random crop that the network sees, 0: the image's
         crop_pad=4,
         flip=True,
+        normalise="channel",  # to zero mean and unit deviation; "pixel_mean": only less the mean image
+        held_out=0, held_out_steps=0,  # the last so many training images are not used in the first so many steps
         synthetic=dict(image_size=32, classes=10, train_examples=4096, test_examples=1024),
     ))
 
@@ -57,8 +60,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.label_smoothing = 0.1
     config.optimizer = ml_collections.ConfigDict(dict(
         learning_rate=0.1, warmup=0.25, decay="linear", stages=(), stage_factor=0.1,  # "staged": times this at these shares
-        momentum=0.9, nesterov=True, weight_decay=5e-4))
+        scaling=0.0,  # the rate is for batch 128, and grows with (batch_size / 128) to this power; 0: it is as given
+        bias_rate=1.0, layer_rates={},  # multiples of the learning rate: of all biases, and of layers, such as {"fc1": 0.25}
+        momentum=0.9, nesterov=True, weight_decay=5e-4, weight_decays={}))  # of some layers another decay
 
-    config.eval = ml_collections.ConfigDict(dict(every_epochs=10, flip_average=True))
+    config.eval = ml_collections.ConfigDict(dict(every_epochs=10, views="mirrored"))
     config.checkpoint = ml_collections.ConfigDict(dict(every_epochs=20, keep=2))
     return config

@@ -8,7 +8,7 @@ from flax import nnx
 
 from cnn_spmd import models
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import alexnet, alexnet_2012, kernels, layers
+from cnn_spmd.models import alexnet, alexnet_2012, cuda_convnet, kernels, layers, local, stack
 
 
 def make(name, image_size, classes):
@@ -20,7 +20,18 @@ def make(name, image_size, classes):
     ("alexnet", 224, 1000, 61_100_840),  # Krizhevsky 2014, as torchvision counts it
     ("alexnet_2012", 224, 1000, 60_965_224),  # Krizhevsky 2014, section 5: 0.2% fewer than the one-tower net
     ("alexnet", 32, 10, 35_855_178),
-    ("simple_cnn", 32, 10, 3 * 3 * 3 * 32 + 32 + 16 * 16 * 32 * 10 + 10)])
+    ("simple_cnn", 32, 10, 3 * 3 * 3 * 32 + 32 + 16 * 16 * 32 * 10 + 10),
+    ("cuda_convnet_80sec", 32, 10, 145_578),  # as cuda-convnet's layer files make them
+    ("cuda_convnet_19pct", 32, 10, 89_578),
+    ("cuda_convnet_18pct", 32, 10, 89_578),
+    ("cuda_convnet_13pct", 24, 10, 1_116_490),
+    ("cuda_convnet_11pct", 24, 10, 2_112_970),
+    ("cuda_convnet_11pct_no_lrn", 24, 10, 2_112_970),
+    ("alexnet_2012_small", 32, 10, 35_708_810),
+    ("alexnet_2012_small_one_tower", 32, 10, 34_656_330),
+    ("fully_connected", 32, 10, 3072 * 4096 + 4096 + 4096 * 10 + 10),
+    ("vgg_11", 32, 10, 28_144_010),
+    ("vgg_16", 32, 10, 14_714_688 + 512 * 4096 + 4096 + 4096**2 + 4096 + 4096 * 10 + 10)])  # torchvision's convolutions
 def test_parameter_count_and_shapes(name, image_size, classes, count):
     model = nnx.eval_shape(lambda: make(name, image_size, classes))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
@@ -30,13 +41,14 @@ def test_parameter_count_and_shapes(name, image_size, classes, count):
 
 
 def test_every_parameter_names_its_axes():
-    for name, image_size in (("alexnet", 32), ("alexnet_2012", 64), ("simple_cnn", 32)):
+    for name, image_size in (("alexnet", 32), ("alexnet_2012", 64), ("simple_cnn", 32), ("cuda_convnet_11pct", 24)):
         state = nnx.state(nnx.eval_shape(lambda name=name, size=image_size: make(name, size, 10)), nnx.Param)
         for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
             assert len(leaf.axes) == leaf.ndim
 
 
-@pytest.mark.parametrize(("name", "size"), [("alexnet", 31), ("alexnet_2012", 32), ("simple_cnn", 31), ("lenet", 32)])
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 31), ("alexnet_2012", 32), ("simple_cnn", 31), ("lenet", 32),
+                                            ("cuda_convnet_80sec", 1)])
 def test_refuses(name, size):
     with pytest.raises(UserError, match=r"model\.name="):
         make(name, size, 10)
@@ -233,6 +245,79 @@ def test_grouped_convolution_against_xla():
     x = np.random.default_rng(0).normal(size=(2, 6, 6, 96)).astype(np.float32)
     got = layers.conv_relu("conv2", model.conv2, x, layers.UNPLACED)
     np.testing.assert_allclose(got, nnx.relu(model.conv2(x)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "padding", "zeros", "side"), [(3, None, (1, 1), 5), (4, None, (1, 2), 5),
+                                                                  (3, (0, 0), (0, 0), 3)])
+def test_local_against_a_plain_loop(window, padding, zeros, side):
+    layer = local.Local(5, 3, 4, window, padding=padding, dtype=jnp.float32, rngs=nnx.Rngs(0),
+                        bias_init=nnx.initializers.normal(1.0))
+    kernel, bias = (np.asarray(x[...]) for x in (layer.kernel, layer.bias))
+    assert (kernel.shape, bias.shape) == ((side, side, window**2, 3, 4), (side, side, 4))
+    assert kernel.std() == pytest.approx((2 / (window**2 * 3)) ** 0.5, rel=0.1)  # He et al.: of the inputs of one output
+    x = np.random.default_rng(0).normal(size=(2, 5, 5, 3)).astype(np.float32)
+    padded, expected = np.pad(x, ((0, 0), zeros, zeros, (0, 0))), np.empty((2, side, side, 4), np.float32)
+    for n, i, j, d in np.ndindex(expected.shape):
+        inputs = padded[n, i:i + window, j:j + window]
+        expected[n, i, j, d] = (inputs * kernel[i, j, ..., d].reshape(window, window, 3)).sum() + bias[i, j, d]
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stack_is_the_network_written_out(monkeypatch):
+    """AlexNet's list of layers gives AlexNet's numbers to the last bit, dropout too."""
+    monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
+    pool = stack.MaxPool(2, 2)
+    net = (stack.Conv(8, 3), pool, stack.Conv(16, 3), pool, stack.Conv(24, 3), stack.Conv(16, 3), stack.Conv(16, 3), pool,
+           stack.Hidden(), stack.Hidden(), stack.Output())
+    settings = dict(image_size=32, classes=5, width=64, dropout=0.5, dtype=jnp.float32)
+    written, listed = models.make("alexnet", **settings, rngs=nnx.Rngs(0)), stack.Stack("s", net, **settings, rngs=nnx.Rngs(0))
+    x, key = jax.random.normal(jax.random.key(0), (2, 32, 32, 3)), jax.random.key(1)
+    got, expected = (model.classify(model.features(x), dropout_key=key) for model in (listed, written))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("name", "size"), [("18pct", 32), ("11pct", 24)])
+def test_order_of_cuda_convnets_layers(name, size):
+    """The nets with norms, step by step; with the first weights larger, so that the norms matter."""
+    model = make(f"cuda_convnet_{name}", size, 10)
+    model.conv1.kernel[...] *= 1000
+    x = h = 50 * jax.random.normal(jax.random.key(0), (2, size, size, 3))
+
+    def maximum(h):
+        return layers.max_pool(h, 3, 2, ceil=True)
+
+    def norm(h):
+        settings = (dict(size=3, alpha=5e-5 / 9, within_map=True) if name == "18pct" else dict(size=9, alpha=0.001 / 9))
+        return layers.response_norm(h, beta=0.75, k=1.0, **settings)
+
+    def average(h):
+        return layers.average_pool(h, 3, 2)
+
+    if name == "18pct":
+        h = norm(nnx.relu(maximum(model.conv1(h))))
+        h = norm(average(nnx.relu(model.conv2(h))))
+        h = average(nnx.relu(model.conv3(h)))
+    else:
+        h = norm(maximum(nnx.relu(model.conv1(h))))
+        h = maximum(norm(nnx.relu(model.conv2(h))))
+        h = nnx.relu(model.local4(nnx.relu(model.local3(h))))
+    np.testing.assert_allclose(model.classify(model.features(x)), model.fc3(h.reshape(2, -1)), rtol=1e-4, atol=1e-5)
+
+
+def test_activations_dropout_and_first_weights_of_a_stack():
+    net = (stack.Conv(4, 3, std=0.5, bias=1.0, activation=jnp.tanh), stack.Hidden(8, dropout=0.25, activation=jnp.tanh),
+           stack.Hidden(), stack.Output(0.5))
+    model = stack.Stack("s", net, image_size=16, classes=3, width=32, dropout=0.5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    features = jnp.tanh(model.conv1(x)).reshape(2, -1)
+    np.testing.assert_allclose(model.features(x), features, rtol=1e-5, atol=1e-6)
+    hidden = nnx.relu(model.fc2(jnp.tanh(model.fc1(features))))
+    np.testing.assert_allclose(model.classify(features), model.fc3(hidden), rtol=1e-5, atol=1e-5)
+    assert (model.fc1.kernel.shape[1], model.fc2.kernel.shape[1]) == (8, 32)
+    assert [spec.dropout for _, spec in model.hidden] == [0.25, 0.5]
+    assert float(model.conv1.kernel[...].std()) == pytest.approx(0.5, rel=0.2)
+    assert (model.conv1.bias[...] == 1).all()
+    assert [cuda_convnet.NETS["cuda_convnet_80sec"][i].std for i in (0, -1)] == [1e-4, 0.1]
 
 
 def test_dropout():

@@ -1,5 +1,7 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cnn_spmd import optim
@@ -25,6 +27,41 @@ def test_stages_that_are_refused(config, stages):
     config.optimizer.stages = stages
     with pytest.raises(UserError, match=r"optimizer\.stages=.* expected ascending shares"):
         optim.make_schedule(config.optimizer, 100)
+
+
+def test_stages_are_exact_epochs(config):
+    """Shares of the steps say 120 and 130 of 140 epochs of 390 steps, to the step."""
+    config.optimizer.update(dict(learning_rate=1.0, warmup=0.0, decay="staged", stages=(120 / 140, 130 / 140),
+                                 stage_factor=0.1))
+    schedule = optim.make_schedule(config.optimizer, 140 * 390)
+    rates = [float(schedule(step)) for epoch in (120, 130) for step in (epoch * 390 - 1, epoch * 390)]
+    np.testing.assert_allclose(rates, [1, 0.1, 0.1, 0.01], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scaling", "times"), [(0.0, 1), (0.5, 2), (1.0, 4)])
+def test_the_rate_grows_with_the_batch(config, scaling, times):
+    """Krizhevsky 2014, section 5: by k or its root for a batch k times 128, in the warm-up and in what follows."""
+    config.optimizer.update(dict(learning_rate=0.1, warmup=0.5, decay="linear", scaling=scaling))
+    schedule = optim.make_schedule(config.optimizer, 100, 4 * 128)
+    np.testing.assert_allclose([float(schedule(step)) for step in (25, 50, 75)], np.array([0.05, 0.1, 0.05]) * times, rtol=1e-6)
+
+
+def test_rates_and_decays_of_layers_and_biases(config):
+    """cuda-convnet's epsB = 2 epsW and wc a layer: by hand, two steps; a bias is one by its name, whatever its shape."""
+    config.optimizer.update(dict(learning_rate=0.1, warmup=0.0, decay="constant", momentum=0.5, nesterov=False,
+                                 weight_decay=0.01, weight_decays=dict(fc3=0.2), bias_rate=2.0, layer_rates=dict(fc3=0.25)))
+    optimizer = optim.make_optimizer(config.optimizer, 100)
+    params = {layer: dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full((2, 2), 3.0)) for layer in ("local1", "fc3")}
+    state, ones = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
+    for _ in range(2):
+        updates, state = optimizer.update(ones, state, params)
+        params = optax.apply_updates(params, updates)
+    for layer, name, rate, decay in (("local1", "kernel", 0.1, 0.01), ("local1", "bias", 0.2, 0.0),
+                                     ("fc3", "kernel", 0.025, 0.2), ("fc3", "bias", 0.05, 0.0)):
+        first = 1 + decay * 3
+        weight = 3 - rate * first
+        weight -= rate * (0.5 * first + 1 + decay * weight)
+        np.testing.assert_allclose(params[layer][name], weight, rtol=1e-6, err_msg=f"{layer} {name}")
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -18,11 +18,11 @@ import pytest
 from flax import nnx
 
 from cnn_spmd import config as configs
-from cnn_spmd import mesh, program, train
+from cnn_spmd import mesh, models, program, train
 from cnn_spmd import setup as setups
 from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import alexnet, alexnet_2012, layers
+from cnn_spmd.models import alexnet, alexnet_2012, layers, stack
 from cnn_spmd.placement import TABLE, Placement, name_of
 from cnn_spmd.step import DeviceData
 from experiments.alexnet_cifar import get_config
@@ -32,11 +32,16 @@ LOSS_TOLERANCE, TOLERANCE = 1e-9, 1e-6
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8), (2, 2), (1, 2)]
 MORE = [(4, 1), (1, 4), (2, 1)]  # the rest of 4 and 2 devices: for the cheapest network, and for all with ALL_MESHES=1
 IMAGE_SIZE = {"alexnet": 32, "alexnet_2012": 68, "simple_cnn": 32}
+# A network by models/stack.py that has each kind of layer.
+STACK = (stack.Conv(8, 3), stack.MaxPool(3, 2, ceil=True), stack.ResponseNorm(5, 0.1, 0.75, 1.0),
+         stack.Conv(16, 5, groups=2), stack.ResponseNorm(3, 0.1, 0.75, 1.0, within_map=True), stack.AveragePool(3, 2),
+         stack.Conv(8, 3, tied=False, activation=jnp.tanh), stack.Hidden(), stack.Output())
 OWN = {"mine": dict(conv_batch=("data", "model"), dense_batch="data", output_batch="data", fc1_out="model", fc2_in="model")}
 CASES = [(model, parallelism, shape) for model in IMAGE_SIZE for parallelism in (*TABLE, "mine")
          for shape in MESHES + MORE * (model == "simple_cnn" or "ALL_MESHES" in os.environ)
          if parallelism != "two_tower" or (model == "alexnet_2012" and shape[1] <= 2)
          if parallelism != "mine" or (model == "alexnet" and shape == (4, 2))]
+CASES += [("stack", "data", (4, 1)), ("stack", "hybrid", (2, 2)), ("stack", "model", (2, 2))]
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +50,7 @@ def narrow(request, monkeypatch):
     if not request.node.name.startswith("test_shipped"):
         monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
         monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
+    monkeypatch.setitem(models.MODELS, "stack", functools.partial(stack.Stack, "stack", STACK))
 
 
 def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> setups.Setup:
@@ -55,7 +61,7 @@ def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> 
                        optimizer=dict(warmup=0.0, learning_rate=0.02)))
     if name != "simple_cnn":  # crops and flips are the same for all networks
         config.data.update(dict(crop_pad=0, flip=False))
-    config.data.update(dict(name="synthetic", synthetic=dict(image_size=IMAGE_SIZE[name], classes=16, train_examples=64,
+    config.data.update(dict(name="synthetic", synthetic=dict(image_size=IMAGE_SIZE.get(name, 16), classes=16, train_examples=64,
                                                              test_examples=8)))
     config.update(changes)
     data = sources.load(config.data)
@@ -123,8 +129,10 @@ def test_scheme(model, parallelism, shape):
     assert many["report"]["communication"]
     # The gradient of AlexNet 2012's conv1 is reduced as that of a 12x12 kernel ("space_to_depth"), and then cut to 11x11.
     padded = (12**2 - 11**2) * 3 * 16 * 8 if model == "alexnet_2012" else 0
+    # That of a local layer's input is summed over devices before its 3x3 windows are, where columns are split.
+    taps = (3 * 3 - 1) * BATCH // shape[0] * 4 * 4 * 16 * 8 if (model, parallelism) == ("stack", "model") else 0
     for row in many["report"]["communication"]:  # a kind that theory does not have may not be there at all
-        assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], rel=0.02, abs=2000 + padded), row
+        assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], rel=0.02, abs=2000 + padded + taps), row
 
     assert {row["name"]: row["bytes_per_device"] for row in many["report"]["placement"]} == many["held"]
     row, (data, columns) = {**TABLE, **OWN}[parallelism], shape
@@ -405,11 +413,32 @@ def test_eval_step_against_numpy():
     mask, labels, images = np.arange(8) < 5, setup.data.test_labels, setup.data.test_images
     got = setup.steps.jit_eval()(initial_f32(setup).params, DeviceData(images, labels), np.arange(8), mask)
     x = normal(setup.data, images)
-    logits = (logits_of(setup, x) + logits_of(setup, x[:, :, ::-1])) / 2
-    rank = (logits > logits[np.arange(8), labels][:, None]).sum(1)
-    loss = -np.asarray(jax.nn.log_softmax(logits))[np.arange(8), labels]
+    chances = (jax.nn.softmax(logits_of(setup, x)) + jax.nn.softmax(logits_of(setup, x[:, :, ::-1]))) / 2
+    rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
+    loss = -np.log(chances)[np.arange(8), labels]
     assert got["loss"] == pytest.approx(loss[mask].sum(), rel=1e-4)
     assert [got["correct"], got["top5"], got["examples"]] == [(rank[mask] == 0).sum(), (rank[mask] < 5).sum(), 5]
+
+
+def test_ten_views_of_a_crop_against_numpy():
+    """cuda-convnet's testing: crops less the middle of the mean image, and the mean of the ten softmax outputs."""
+    setup, data = on_one("simple_cnn", data=dict(crop=24, crop_pad=0, normalise="pixel_mean"), eval=dict(views="ten"))
+    labels, images = setup.data.test_labels, setup.data.test_images.astype(np.float32)
+    params = initial_f32(setup).params
+    params["fc3"]["kernel"][...] *= 0.01  # pixels are large, and so would the logits be
+    model = nnx.merge(setup.steps.graph, params)
+    got = setup.steps.jit_eval()(params, DeviceData(setup.data.test_images, labels), np.arange(8), np.ones(8, bool))
+    mean = setup.data.train_images.astype(np.float64).mean(0)[4:28, 4:28].astype(np.float32)
+    views = [images[:, i:i + 24, j:j + 24] for i, j in ((4, 4), (0, 0), (0, 8), (8, 0), (8, 8))]
+    views += [view[:, :, ::-1] for view in views]
+    chances = np.mean([jax.nn.softmax(model.classify(model.features(view - mean))) for view in views], 0)
+    rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
+    assert got["loss"] == pytest.approx(-np.log(chances)[np.arange(8), labels].sum(), rel=1e-4)
+    assert [got["correct"], got["top5"], got["examples"]] == [(rank == 0).sum(), (rank < 5).sum(), 8]
+    batch, _, _ = setup.steps.batch(data, jnp.int32(0), jnp.arange(BATCH))
+    assert batch.shape == (BATCH, 24, 24, 3)
+    pixels = np.asarray(batch + mean)
+    np.testing.assert_allclose(pixels, pixels.round(), atol=1e-4)  # neither scaled nor off centre
 
 
 @pytest.mark.parametrize("label", range(10))

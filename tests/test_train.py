@@ -98,6 +98,19 @@ def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
             assert got == expected if same_mesh else got == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_run_of_two_stages_and_crops_resumes(config, tmp_path):
+    """cuda-convnet's recipe, small: 40 of 64 images for 6 steps, 2 an epoch, in crops; stopped after step 4 and resumed."""
+    config.data.update(dict(crop=24, crop_pad=0, normalise="pixel_mean", held_out=24, held_out_steps=6))
+    config.optimizer.update(dict(bias_rate=2.0, weight_decays=dict(fc3=0.1), learning_rate=1e-6))
+    config.update(dict(steps=8, eval=dict(views="ten")))
+    whole = train.run(config, tmp_path / "whole")
+    stop_after(4, config, tmp_path / "parts")
+    assert train.run(config, tmp_path / "parts")["eval"] == whole["eval"]
+    for name, value in saved_state(tmp_path / "whole", 8).items():
+        np.testing.assert_array_equal(saved_state(tmp_path / "parts", 8)[name], value, err_msg=name)
+    assert whole["param_count"] == 3 * 9 * 32 + 32 + 12 * 12 * 32 * 10 + 10  # a network for 24x24
+
+
 def stop_after(step, config, workdir):
     """Runs until the checkpoint of `step` is whole, then dies as a killed process does."""
     class Killed(BaseException):
@@ -196,6 +209,21 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     (dict(optimizer=dict(learning_rate=float("nan"))), r"optimizer\.learning_rate=nan: expected at least"),
     (dict(optimizer=dict(decay="steps")), r"optimizer\.decay=steps: unknown"),
     (dict(data=dict(crop_pad=32)), r"data\.crop_pad=32: images are 32 pixels wide"),
+    (dict(data=dict(crop=33)), r"data\.crop=33: images are 32 pixels wide"),
+    (dict(data=dict(crop=-1)), r"data\.crop=-1: expected at least 0"),
+    (dict(eval=dict(views="ten")), r"eval\.views=ten: data\.crop=0 leaves no corners"),
+    (dict(eval=dict(views="two")), r"eval\.views=two: unknown, expected one of one, mirrored, ten"),
+    (dict(data=dict(normalise="unit")), r"data\.normalise=unit: unknown, expected one of channel, pixel_mean"),
+    (dict(data=dict(held_out=49, held_out_steps=1)), r"data\.held_out=49: leaves 15 of 64 training images"),
+    (dict(data=dict(held_out=-1)), r"data\.held_out=-1: expected at least 0"),
+    (dict(data=dict(held_out_steps=-1)), r"data\.held_out_steps=-1: expected at least 0"),
+    (dict(optimizer=dict(bias_rate=-1.0)), r"optimizer\.bias_rate=-1\.0: expected at least"),
+    (dict(optimizer=dict(scaling=2.0)), r"optimizer\.scaling=2\.0: expected from 0\.0 to 1\.0"),
+    (dict(optimizer=dict(weight_decays=dict(conv1=-1.0))), r"optimizer\.weight_decays\.conv1=-1\.0: expected at least"),
+    (dict(optimizer=dict(weight_decays=dict(conv1="much"))), r"optimizer\.weight_decays\.conv1=much: expected at least"),
+    (dict(optimizer=dict(weight_decays=dict(fc9=1.0))),
+     r"optimizer\.weight_decays\.fc9: model\.name=simple_cnn has no such layer, expected some of conv1, fc3"),
+    (dict(optimizer=dict(layer_rates=dict(conv2=1.0))), r"optimizer\.layer_rates\.conv2: .* has no such layer"),
     (dict(checkpoint=dict(keep=0)), r"checkpoint\.keep=0: expected at least 1"),
 ])
 def test_refused_before_anything_is_compiled(config, tmp_path, monkeypatch, changes, message):
@@ -249,8 +277,8 @@ def test_refusals_and_dry_runs_leave_a_run_as_it_is(config, tmp_path):
     config.epochs = 1
     with pytest.raises(UserError, match="the number of steps may grow"):
         train.run(config, tmp_path)
-    config.eval.flip_average = False
-    with pytest.raises(UserError, match=r"eval\.flip_average: True -> False"):
+    config.eval.views = "one"
+    with pytest.raises(UserError, match=r"eval\.views: mirrored -> one"):
         train.run(config, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
@@ -422,10 +450,11 @@ def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeyp
 
 def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(batches, "train_indices", lambda *a, old=batches.train_indices: calls.append(a) or old(*a))
+    monkeypatch.setattr(batches, "train_indices", lambda *a, old=batches.train_indices, **k: calls.append((*a, *k.values()))
+                        or old(*a, **k))
     config.seed = 7
     train.run(config, tmp_path)
-    assert {(call[0], *call[3:]) for call in calls} == {(7, 16, 64)}
+    assert {(call[0], *call[3:]) for call in calls} == {(7, 16, 64, 0, 0)}
     schedule = optim.make_schedule(config.optimizer, 8)
     assert [row["learning_rate"] for row in rows(tmp_path, "train")] == pytest.approx([float(schedule(i)) for i in range(8)])
 
@@ -434,7 +463,7 @@ def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, mon
 def test_augmentation_is_what_config_and_data_allow(config, mirror):
     data = dataclasses.replace(sources.load(config.data), mirror=mirror)
     steps = setups.make_steps(configs.resolve(config, data, "cpu"), data, Placement(mesh.make(1, 1), "data"))
-    assert (steps.crop_pad, steps.flip, steps.flip_average) == (4, mirror, mirror)
+    assert (steps.crop, steps.crop_pad, steps.flip, steps.views, steps.mirror) == (0, 4, mirror, "mirrored", mirror)
 
 
 @pytest.mark.parametrize(("platform", "dtype", "steps"), [("cpu", "float32", 1), ("gpu", "bfloat16", 4)])

@@ -17,15 +17,18 @@ def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(examples).astype(np.int32)
 
 
-def train_indices(seed: int, step: int, steps: int, batch_size: int, examples: int) -> np.ndarray:
+def train_indices(seed: int, step: int, steps: int, batch_size: int, examples: int, held_out: int = 0,
+                  held_out_steps: int = 0) -> np.ndarray:
     """Which examples the `steps` steps from `step` on see; int32 [S, B].
 
     Each epoch is a new permutation of the data set; the rest that does not fill a batch is left out of that epoch.
+    held_out: the last so many examples are not in the data set of the first `held_out_steps` steps; after these, an epoch of
+    the whole begins.
     """
-    steps_per_epoch = examples // batch_size
     def one(step):
-        epoch, at = divmod(step, steps_per_epoch)
-        return _epoch_order(seed, epoch, examples)[at * batch_size:(at + 1) * batch_size]
+        begin, size = (0, examples - held_out) if step < held_out_steps else (held_out_steps, examples)
+        epoch, at = divmod(step - begin, size // batch_size)
+        return _epoch_order(seed, begin + epoch, size)[at * batch_size:(at + 1) * batch_size]
     return np.stack([one(s) for s in range(step, step + steps)])
 
 
@@ -36,18 +39,21 @@ def eval_indices(batch_size: int, examples: int) -> tuple[np.ndarray, np.ndarray
     return np.minimum(flat, examples - 1).reshape(steps, batch_size), (flat < examples).reshape(steps, batch_size)
 
 
-def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array, key: jax.Array, *, pad: int, flip: bool) -> jax.Array:
+def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array, key: jax.Array, *, side: int = 0, pad: int,
+                  flip: bool) -> jax.Array:
     """Gathers images_NHWC[indices_B], each under a random crop of the reflection-padded image and a random mirroring.
 
-    pad: pixels of reflection on each side (the crop keeps H and W); flip: mirror half of the images.
-    Returns [B, H, W, C] of the input's dtype, in one gather: the padded image never exists in memory.
+    side: of the crop, 0 keeps H and W; pad: pixels of reflection on each side; flip: mirror half of the images.
+    Returns [B, side, side, C] of the input's dtype, in one gather: the padded image never exists in memory.
     """
     height, width = images_NHWC.shape[1:3]
+    high, wide = side or height, side or width
     batch = len(indices_B)
     crop_key, flip_key = jax.random.split(key)
-    shift_B2 = jax.random.randint(crop_key, (batch, 2), -pad, pad + 1)
-    rows_BH = _reflect(jnp.arange(height) + shift_B2[:, :1], height)
-    columns_BW = _reflect(jnp.arange(width) + shift_B2[:, 1:], width)
+    room = np.array([height - high, width - wide])
+    shift_B2 = jax.random.randint(crop_key, (batch, 2), -pad, room + pad + 1)
+    rows_BH = _reflect(jnp.arange(high) + shift_B2[:, :1], height)
+    columns_BW = _reflect(jnp.arange(wide) + shift_B2[:, 1:], width)
     if flip:
         mirrored_B1 = jax.random.bernoulli(flip_key, 0.5, (batch, 1))
         columns_BW = jnp.where(mirrored_B1, width - 1 - columns_BW, columns_BW)
@@ -59,9 +65,30 @@ def _reflect(position: jax.Array, size: int) -> jax.Array:
     return (size - 1) - abs((size - 1) - abs(position))
 
 
-def normalise(images_BHWC: jax.Array, mean_C: jax.Array, std_C: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 of zero mean and unit standard deviation a channel (of the training set, in pixels)."""
-    return (images_BHWC.astype(jnp.float32) - mean_C) / std_C
+def eval_views(images_BHWC: jax.Array, side: int, views: str, mirror: bool) -> jax.Array:
+    """The crops of `side` pixels (0: H and W) that a test image is seen in; [B, V, side, side, C].
+
+    "one": the centre; "mirrored": the centre and its mirror; "ten": the centre and the four corners, and their mirrors
+    (Krizhevsky et al. 2012, section 4.1). mirror=False: a mirrored image would be another class, so there are none.
+    """
+    height, width = images_BHWC.shape[1:3]
+    high, wide = side or height, side or width
+    down, right = height - high, width - wide
+    corners = [(0, 0), (0, right), (down, 0), (down, right)] if views == "ten" else []
+    crops = [images_BHWC[:, top:top + high, left:left + wide] for top, left in [(down // 2, right // 2), *corners]]
+    return jnp.stack(crops + [crop[:, :, ::-1] for crop in crops] if mirror and views != "one" else crops, 1)
+
+
+def normalise(images_BHWC: jax.Array, mean: jax.Array, std: jax.Array | float) -> jax.Array:
+    """uint8 pixels less `mean`, a channel's or a pixel's, over `std`; float32."""
+    return (images_BHWC.astype(jnp.float32) - mean) / std
+
+
+def mean_image(images_NHWC: np.ndarray, side: int) -> np.ndarray:
+    """The mean of the images, in pixels, and of it the centre of `side` pixels (0: all of it); float32 [side, side, C]."""
+    mean_HWC = images_NHWC.mean(0, dtype=np.float64).astype(np.float32)
+    top, left = ((size - (side or size)) // 2 for size in mean_HWC.shape[:2])
+    return mean_HWC[top:top + side, left:left + side] if side else mean_HWC
 
 
 def channel_statistics(images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

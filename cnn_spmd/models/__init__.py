@@ -2,15 +2,21 @@
 classify(x_BF, place, dropout_key) -> logits_BC, the dense layers; `towers` is how many groups its convolutions have.
 """
 
+import functools
+
 from flax import nnx
 
 from cnn_spmd.errors import UserError
+from cnn_spmd.models import alexnet_2012_small, cuda_convnet, vgg
 from cnn_spmd.models.alexnet import AlexNet
 from cnn_spmd.models.alexnet_2012 import AlexNet2012
 from cnn_spmd.models.layers import LEVERS
 from cnn_spmd.models.simple_cnn import SimpleCNN
+from cnn_spmd.models.stack import Stack
 
-MODELS = {"alexnet": AlexNet, "alexnet_2012": AlexNet2012, "simple_cnn": SimpleCNN}
+STACKS = cuda_convnet.NETS | alexnet_2012_small.NETS | vgg.NETS
+MODELS = {"alexnet": AlexNet, "alexnet_2012": AlexNet2012, "simple_cnn": SimpleCNN,
+          **{name: functools.partial(Stack, name, net) for name, net in STACKS.items()}}
 
 
 def make(name: str, **settings) -> nnx.Module:

@@ -111,15 +111,18 @@ def response_norm(x_NHWC: jax.Array, *gradient_NHWC: jax.Array, size: int, alpha
         where = row, pl.program_id(1) * width + maps[None]
         mask = (row < pixels) & (maps < width)[None]
         apart = maps[:, None] - maps[None]  # row: of what is summed; column: of the sum
-        window = ((apart >= -((size - 1) // 2)) & (apart <= size // 2)).astype(jnp.float32)
+        left, right = (size - 1) // 2, size // 2
+
+        def sum_over(values, before, after):
+            return values @ ((apart >= -before) & (apart <= after)).astype(jnp.float32)
 
         x = triton.load(x_ref.at[where], mask=mask, other=0).astype(jnp.float32)
-        s = k + alpha * pl.dot(x * x, window)
+        s = k + alpha * sum_over(x * x, left, right)
         if not gradient_NHWC:
             result = x * jnp.exp2(jnp.log2(s) * -beta)
         else:
             part = triton.load(refs[0].at[where], mask=mask, other=0) * jnp.exp2(jnp.log2(s) * (-beta - 1))
-            result = part * s - 2 * alpha * beta * x * pl.dot(part * x, window, trans_b=True)
+            result = part * s - 2 * alpha * beta * x * sum_over(part * x, right, left)
         triton.store(refs[-1].at[where], result.astype(x_NHWC.dtype), mask=mask)
 
     out = jax.ShapeDtypeStruct((pixels, channels), x_NHWC.dtype)

@@ -67,9 +67,9 @@ def dense(name: str, features_in: int, features_out: int, *, dtype, rngs, kernel
                       bias_init=bias_init, bias_metadata={"axes": (f"{name}_out",)}, rngs=rngs)
 
 
-def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVERS,
-              pool: dict | None = None) -> jax.Array:
-    """The convolution `layer`, called `name`, its bias, a ReLU and, with `pool`, a max pool of these settings.
+def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVERS, pool: dict | None = None,
+              activation=nnx.relu) -> jax.Array:
+    """The convolution `layer`, called `name`, its bias, its activation and, with `pool`, a max pool of these settings.
 
     Bias and ReLU grow with their argument and are the same everywhere in a map, so they change places with the pool to the
     last bit ("pool_first"): they, and the sum that is the bias's gradient, then go over a quarter of the numbers.
@@ -85,9 +85,9 @@ def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVER
         if not (pool and (x_NHWC.shape[2] - pool["window"]) // pool["strides"] == (width - pool["window"]) // pool["strides"]):
             x_NHWC = x_NHWC[:, :, :width]  # else the pool does not look at what is more
     x_NHWC, bias_C = place(x_NHWC, *axes, name=f"{name} output"), layer.bias[...].astype(x_NHWC.dtype)
-    if pool and "pool_first" in levers:
+    if pool and "pool_first" in levers and activation is nnx.relu:
         return max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers, bias_C=bias_C)
-    x_NHWC = place(bias_relu(x_NHWC, bias_C), *axes)
+    x_NHWC = place(bias_relu(x_NHWC, bias_C) if activation is nnx.relu else activation(x_NHWC + bias_C), *axes)
     return max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers) if pool else x_NHWC
 
 
@@ -203,10 +203,11 @@ def flatten(x_NHWC: jax.Array, place) -> jax.Array:
     return x_NHWC.reshape(len(x_NHWC), -1)
 
 
-def hidden(name: str, layer: nnx.Linear, x_BF: jax.Array, place, rate: float, key: jax.Array | None) -> jax.Array:
-    """The dense `layer`, called `name`, a ReLU and dropout."""
+def hidden(name: str, layer: nnx.Linear, x_BF: jax.Array, place, rate: float, key: jax.Array | None,
+           activation=nnx.relu) -> jax.Array:
+    """The dense `layer`, called `name`, its activation and dropout."""
     x_BF = place(x_BF, "dense_batch", f"{name}_in", name=f"{name} input")
-    x_BF = place(nnx.relu(layer(x_BF)), "dense_batch", f"{name}_out", name=f"{name} output")
+    x_BF = place(activation(layer(x_BF)), "dense_batch", f"{name}_out", name=f"{name} output")
     return place(dropout(x_BF, rate, key), "dense_batch", f"{name}_out")  # before the next gather, which else takes the mask
 
 

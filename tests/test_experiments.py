@@ -1,0 +1,72 @@
+"""Every experiment and variant can be set up, and the recipes are those of the papers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cnn_spmd import config as configs
+from cnn_spmd import optim, setup
+from cnn_spmd.data import sources
+from experiments import alexnet_cifar, claims_2012_cifar, cuda_convnet_cifar, deeper_cifar
+
+
+@pytest.fixture(scope="module")
+def few() -> sources.Dataset:
+    """CIFAR-10 by its shape and classes, with few images, and they random."""
+    config = alexnet_cifar.get_config()
+    config.data.synthetic.update(dict(train_examples=640, test_examples=16))
+    data = dataclasses.replace(sources.load_synthetic(config.data), name="cifar10")
+    assert (data.train_images.shape[1:], len(data.class_names)) == ((32, 32, 3), 10)
+    return data
+
+
+EPOCHS = {  # variant: epochs without batch 5, with it, at a tenth of the rate, at a hundredth; test views; weight decays
+    "80sec": (0, 8, 2, 0, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc1=0.03, fc3=0.03)),
+    "19pct": (0, 120, 10, 10, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc3=3)),
+    "18pct": (0, 120, 10, 10, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc3=1)),
+    "13pct": (100, 40, 10, 10, "ten", dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.004)),
+    "11pct": (350, 150, 10, 10, "ten", dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.01)),
+    "11pct_no_lrn": (350, 150, 10, 10, "ten", dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.01)),
+}
+
+
+@pytest.mark.parametrize("variant", EPOCHS)
+def test_recipes_of_cuda_convnet(variant, few):
+    without, full, tenth, hundredth, views, decays = EPOCHS[variant]
+    config = cuda_convnet_cifar.get_config(variant)
+    assert (config.data.held_out, config.data.held_out_steps) == ((10_000, without * 312) if without else (0, 0))
+    assert (config.eval.views, config.data.crop, config.data.crop_pad) == (views, 24 if views == "ten" else 0, 0)
+    changes = [0, without * 312 + full * 390, tenth * 390, hundredth * 390]
+    assert config.steps == sum(changes)
+    schedule = optim.make_schedule(config.optimizer, config.steps, config.batch_size)
+    for step, rate in zip(np.cumsum(changes)[:3], (1e-3, 1e-4, 1e-5), strict=True):
+        if step < config.steps:
+            assert float(schedule(step)) == pytest.approx(rate)
+            assert step == 0 or float(schedule(step - 1)) == pytest.approx(10 * rate)
+    config.data.held_out = 0  # these images are too few
+    steps = setup.prepare(config, data=few).steps
+    settings = config.optimizer
+    got = {layer: settings.weight_decays.get(layer, settings.weight_decay) for layer in steps.abstract_state.params}
+    assert got == decays
+
+
+@pytest.mark.parametrize(("experiment", "variant"), [
+    *((claims_2012_cifar, variant) for variant in claims_2012_cifar.VARIANTS),
+    *((deeper_cifar, variant) for variant in deeper_cifar.VARIANTS)])
+def test_variants_can_be_set_up(experiment, variant, few):
+    config = experiment.get_config(variant)
+    assert variant in config.experiment
+    setup.prepare(config, data=few)
+
+
+def test_variants_differ_from_their_control_in_what_they_say():
+    """The experiment's name apart: in the network, or where that is the same in its dropout."""
+    base = configs.flat(claims_2012_cifar.get_config("base").to_dict())
+    for variant in claims_2012_cifar.VARIANTS[1:8]:
+        config = configs.flat(claims_2012_cifar.get_config(variant).to_dict())
+        what = "model.dropout" if variant == "no_dropout" else "model.name"
+        assert {field for field in base if config[field] != base[field]} == {"experiment", what}, variant
+    relu, tanh = (configs.flat(claims_2012_cifar.get_config(variant).to_dict()) for variant in ("relu", "tanh"))
+    differ = {field for field in relu if relu[field] != tanh[field]}
+    assert {"experiment", "model.name"} <= differ <= {"experiment", "model.name", "optimizer.learning_rate"}
