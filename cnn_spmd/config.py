@@ -25,6 +25,7 @@ RANGES = {
     "label_smoothing": (0.0, 1.0, False),
     "model.width": (1, None, True),
     "model.dropout": (0.0, 1.0, False),
+    "data.image_size": (1, 4096, True),
     "data.synthetic.image_size": (1, 4096, True),
     "data.synthetic.classes": (1, 10**6, True),
     "data.synthetic.train_examples": (1, 10**7, True),
@@ -121,7 +122,7 @@ def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str) -> 
         config.epochs, config.steps = config.data.fallback_epochs, 0
         config.batch_size = config.data.fallback_batch_size
         config.optimizer.learning_rate = config.data.fallback_learning_rate
-    config.data.name = data.name
+        config.data.name = data.name
     if config.dtype == "auto":
         config.dtype = "float32" if platform == "cpu" else "bfloat16"
     examples, side = data.train_images.shape[:2]

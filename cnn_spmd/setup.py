@@ -39,7 +39,7 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
                       config.placement.to_dict())
     data = data or sources.load(config.data)
     if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
-        name = np.frombuffer(data.name.encode().ljust(16), np.uint8)
+        name = np.frombuffer(data.name.encode().ljust(64)[:64], np.uint8)
         multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
     config = configs.resolve(config, data, place.mesh.devices.flat[0].platform)
     config.mesh.data, config.mesh.model = place.mesh.shape.values()

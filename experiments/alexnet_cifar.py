@@ -31,6 +31,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict(dict(
         name="cifar10",
         dir="",
+        image_size=256,  # of photographs (data.name=folder, imagenet2012, imagenette): their central square, rescaled
         fallback="digits",
         fallback_epochs=8,
         fallback_batch_size=64,
