@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         name="cifar10",
         dir="",
         image_size=256,  # of photographs (data.name=folder, imagenet2012, imagenette): their central square, rescaled
+        resident="auto",  # on every device, "yes", where it fits; "no": each call's images are streamed from the host
         fallback="digits",
         fallback_epochs=8,
         fallback_batch_size=64,

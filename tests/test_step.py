@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 from cnn_spmd import config as configs
-from cnn_spmd import mesh, models, program, train
+from cnn_spmd import feed, mesh, models, program, train
 from cnn_spmd import setup as setups
 from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
@@ -88,8 +88,8 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
             return steps.update(state, gradients), metrics, gradients
 
         shardings = place.of_state(steps.abstract_state)
-        train_data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = [setups.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in batches.train_indices(0, 0, 2, BATCH, 64)]
+        train_data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+        indices = [feed.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in batches.train_indices(0, 0, 2, BATCH, 64)]
         compiled = jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params)).lower(
             steps.abstract_state, train_data, indices[0]).compile()
         state, _, _ = compiled(jax.device_put(initial(model), shardings), train_data, indices[0])
@@ -234,8 +234,8 @@ def test_shipped_size_on_a_mesh():
     for parallelism, shape in (("data", (1, 1)), ("hybrid", (4, 2))):
         setup = setup_of("alexnet", parallelism, shape, dtype="float32", model=dict(width=4096))
         place, steps = setup.place, setup.steps
-        data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = setups.put(batches.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
+        data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+        indices = feed.put(batches.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
         state = steps.jit_init()() if state is None else jax.device_put(state, place.of_state(steps.abstract_state))
         metrics, gradients = jax.jit(steps.gradients)(data, state, indices)
         got[shape] = float(metrics["loss"]), gather(gradients)
@@ -257,15 +257,13 @@ def test_state_is_created_sharded_and_the_same_on_every_mesh():
 
 def trained(setup: setups.Setup, calls: list[int]) -> tuple[list[float], dict]:
     """Losses and parameters after calls of so many steps each."""
-    place, steps = setup.place, setup.steps
-    data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-    state, jitted, losses, step = steps.jit_init()(), steps.jit_train(), [], 0
-    for n in calls:
-        indices = batches.train_indices(0, step, n, setup.config.batch_size, 64)
-        state, metrics = jitted(state, data, setups.put(indices, setups.indices_sharding(setup, n)))
+    steps, (train_feed, _) = setup.steps, setups.feeds(setup)
+    train_feed.load()
+    state, jitted, losses, order = steps.jit_init()(), steps.jit_train(), [], batches.train_indices(0, 0, sum(calls), BATCH, 64)
+    for inputs in train_feed.calls(np.split(order, np.cumsum(calls)[:-1])):
+        state, metrics = jitted(state, *inputs)
         losses += metrics["loss"].tolist()
-        step += n
-    assert int(state.step) == step
+    assert int(state.step) == sum(calls)
     return losses, gather(state.params)
 
 
@@ -278,6 +276,30 @@ def test_several_steps_a_call_equal_single_steps():
     np.testing.assert_allclose(scanned_losses, losses, rtol=1e-6)
     assert_close(scanned, params)
     assert losses[0] != losses[1] != losses[2]
+
+
+def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
+    """To the last bit, of training (crops, flips and dropout included) and of evaluation."""
+    got = {}
+    for resident in ("yes", "no"):
+        setup = setup_of("simple_cnn", "hybrid", (4, 2), dtype="float32", data=dict(resident=resident))
+        report = program.report(setups.compile_train(setup, 2), setup.place.mesh)
+        moved = [(row["operation"], row["axes"], row["count"], row["bytes"]) for row in report["collectives"]]
+        _, test_feed = setups.feeds(setup)
+        test_feed.load()
+        indices, mask = (x[0] for x in batches.eval_indices(BATCH, 8))
+        (inputs,) = test_feed.calls([indices])
+        mask = feed.put(mask, setup.place.sharding(("conv_batch",), mask.shape))
+        sums = setup.steps.jit_eval()(setup.steps.jit_init()().params, *inputs, mask)
+        losses, params = trained(setup, [2])
+        got[resident] = params | gather(sums) | dict(losses=np.array(losses)), moved
+    (expected, moved), (streamed, streamed_moved) = got["yes"], got["no"]
+    assert expected["['examples']"] == 8
+    assert streamed.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(streamed[name], value, err_msg=name)
+    assert streamed_moved
+    assert all(row in moved for row in streamed_moved), (streamed_moved, moved)
 
 
 def test_variable_batch():

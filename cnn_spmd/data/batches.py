@@ -1,7 +1,8 @@
 """Batches: a pure function of (seed, step), whatever the mesh and the number of processes.
 
-The host chooses which examples a step sees; the devices, which hold the whole data set, gather, crop and flip them
-inside the jitted step. Shapes: N examples of the data set, B batch, S steps, H height, W width, C channels.
+The host chooses which examples a step sees; the devices, which hold the whole data set or are given a call's examples
+(feed.py), gather, crop and flip them inside the jitted step. Shapes: N examples of the data set, B batch, S steps, H height,
+W width, C channels.
 """
 
 import functools
@@ -39,16 +40,17 @@ def eval_indices(batch_size: int, examples: int) -> tuple[np.ndarray, np.ndarray
     return np.minimum(flat, examples - 1).reshape(steps, batch_size), (flat < examples).reshape(steps, batch_size)
 
 
-def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array, key: jax.Array, *, side: int = 0, pad: int,
+def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array | None, key: jax.Array, *, side: int = 0, pad: int,
                   flip: bool) -> jax.Array:
     """Gathers images_NHWC[indices_B], each under a random crop of the reflection-padded image and a random mirroring.
 
-    side: of the crop, 0 keeps H and W; pad: pixels of reflection on each side; flip: mirror half of the images.
+    indices_B: None takes the images as they come, each where it is; side: of the crop, 0 keeps H and W; pad: pixels of
+    reflection on each side; flip: mirror half of the images.
     Returns [B, side, side, C] of the input's dtype, in one gather: the padded image never exists in memory.
     """
     height, width = images_NHWC.shape[1:3]
     high, wide = side or height, side or width
-    batch = len(indices_B)
+    batch = len(images_NHWC if indices_B is None else indices_B)
     crop_key, flip_key = jax.random.split(key)
     room = np.array([height - high, width - wide])
     shift_B2 = jax.random.randint(crop_key, (batch, 2), -pad, room + pad + 1)
@@ -57,6 +59,9 @@ def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array, key: jax.Array, 
     if flip:
         mirrored_B1 = jax.random.bernoulli(flip_key, 0.5, (batch, 1))
         columns_BW = jnp.where(mirrored_B1, width - 1 - columns_BW, columns_BW)
+    if indices_B is None:  # as a map over the images, which XLA partitions along them: nothing moves
+        return jax.vmap(lambda image_HWC, rows_H, columns_W: image_HWC[rows_H[:, None], columns_W])(
+            images_NHWC, rows_BH, columns_BW)
     return images_NHWC[indices_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
 
 
