@@ -48,6 +48,7 @@ def test_a_call_takes_what_its_program_was_compiled_for(resident, shape):
             continue
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
         assert got.sharding == expected.sharding
+        assert resident or got.sharding.shard_shape(got.shape)[:len(shape)] == (*shape[:-1], 1 if got.ndim > 2 else 2)
     if not resident:
         np.testing.assert_array_equal(call[0].images, IMAGES[order])
         np.testing.assert_array_equal(call[0].labels, LABELS[order])
