@@ -31,6 +31,7 @@ RANGES = {
     "data.synthetic.train_examples": (1, 10**7, True),
     "data.synthetic.test_examples": (1, 10**7, True),
     "data.crop": (0, None, True),
+    "data.colour_noise": (0.0, None, True),
     "data.crop_pad": (0, None, True),
     "data.held_out": (0, None, True),
     "data.held_out_steps": (0, None, True),

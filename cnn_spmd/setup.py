@@ -98,15 +98,17 @@ def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: 
         place.spec(("conv_batch",), (config.dense_microbatch,), "dense_microbatch")
         if config.dense_updates == "each":
             dense_optimizer = optim.make_optimizer(config.optimizer, config.steps, config.batch_size, parts)
+    sample = batches.sample(data.train_images)
     if config.data.normalise == "channel":
-        mean, std = batches.channel_statistics(data.train_images)
+        mean, std = batches.channel_statistics(sample)
     else:
-        mean, std = batches.mean_image(data.train_images, config.data.crop), 1.0
+        mean, std = batches.mean_image(sample, config.data.crop), 1.0
+    colour_CC = config.data.colour_noise * batches.colour_axes(sample) if config.data.colour_noise else None
     return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean=mean, std=std,
                  optimizer=optim.make_optimizer(config.optimizer, config.steps, config.batch_size),
                  dense_optimizer=dense_optimizer, dense_microbatch=config.dense_microbatch, seed=config.seed,
                  label_smoothing=config.label_smoothing, crop=config.data.crop, crop_pad=config.data.crop_pad,
-                 flip=config.data.flip and data.mirror, views=config.eval.views, mirror=data.mirror)
+                 colour_CC=colour_CC, flip=config.data.flip and data.mirror, views=config.eval.views, mirror=data.mirror)
 
 
 def feeds(setup: Setup) -> tuple[Feed, Feed]:

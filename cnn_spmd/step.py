@@ -57,6 +57,7 @@ class Steps:
     label_smoothing: float
     crop: int  # side of what the network sees of an image; 0: all of it
     crop_pad: int
+    colour_CC: Any  # colour noise along these axes, in pixels; None: none
     flip: bool  # mirror training images at random
     views: str  # of a test image: "one", "mirrored" or "ten"
     mirror: bool  # whether a mirrored test image keeps its class
@@ -79,10 +80,13 @@ class Steps:
     def batch(self, data: DeviceData, step: jax.Array, indices_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Images [N, H, W, C], labels [B] and a dropout key.
 
-        Crops, flips and dropout masks are a function of (seed, step), the same on every mesh.
+        Crops, flips, colour noise and dropout masks are a function of (seed, step), the same on every mesh.
         """
-        crop_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), step))
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        crop_key, dropout_key = jax.random.split(key)
         images = batches.crop_and_flip(data.images, indices_B, crop_key, side=self.crop, pad=self.crop_pad, flip=self.flip)
+        if self.colour_CC is not None:
+            images = images + batches.colour_noise(jax.random.fold_in(key, 2), len(images), self.colour_CC)[:, None, None]
         images = self.place(batches.normalise(images, self.mean, self.std), "conv_batch", None, None, None)
         return images, self.place(labels_of(data, indices_B), "output_batch"), dropout_key
 

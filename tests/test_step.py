@@ -2,8 +2,8 @@
 
 Tolerances against one device, computing in float64, where a difference is not rounding: loss 1e-9 relative; each gradient
 and each parameter after two updates, 1e-6 of the array's largest element (parameters are float32). Dropout is on, and for
-simple_cnn crops and flips. The compiled program's bytes are within 2% of the closed form (and 2 kB: scalars, labels, softmax
-sums).
+simple_cnn crops, flips and colour noise. The compiled program's bytes are within 2% of the closed form (and 2 kB: scalars,
+labels, softmax sums).
 """
 
 import dataclasses
@@ -59,7 +59,9 @@ def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> 
     config.update(dict(batch_size=BATCH, steps=10, dtype="float64", parallelism=parallelism,
                        mesh=dict(data=shape[0], model=shape[1]), model=dict(name=name, width=64),
                        optimizer=dict(warmup=0.0, learning_rate=0.02)))
-    if name != "simple_cnn":  # crops and flips are the same for all networks
+    if name == "simple_cnn":  # crops, flips and noise are the same for all networks
+        config.data.colour_noise = 0.1
+    else:
         config.data.update(dict(crop_pad=0, flip=False))
     config.data.update(dict(name="synthetic", synthetic=dict(image_size=IMAGE_SIZE.get(name, 16), classes=16, train_examples=64,
                                                              test_examples=8)))
@@ -300,6 +302,27 @@ def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
         np.testing.assert_array_equal(streamed[name], value, err_msg=name)
     assert streamed_moved
     assert all(row in moved for row in streamed_moved), (streamed_moved, moved)
+
+
+def test_colour_noise_against_numpy():
+    """Each image's pixels get alpha_i sigma_i v_i, of its own alpha ~ N(0, .1) and the training pixels' covariance."""
+    with jax.enable_x64(True):
+        noisy, plain = (setup_of("simple_cnn", "data", (1, 1), data=dict(colour_noise=noise)) for noise in (0.1, 0.0))
+        data = DeviceData(noisy.data.train_images * np.uint8([1, 0, 0]) + noisy.data.train_images[..., ::-1] // 2,
+                          noisy.data.train_labels)
+        axes = batches.colour_axes(data.images)
+        steps = dataclasses.replace(noisy.steps, colour_CC=0.1 * axes)
+        indices = jnp.arange(BATCH)
+        added = [(steps.batch(data, step, indices)[0] - plain.steps.batch(data, step, indices)[0]) * steps.std
+                 for step in range(2)]
+        alpha = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 2), (BATCH, 3, 1)))
+    variances, vectors = np.linalg.eigh(np.cov(data.images.reshape(-1, 3).astype(float), rowvar=False))
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
+    expected = vectors @ (0.1 * alpha * np.sqrt(variances)[:, None])  # [B, 3, 1]
+    assert np.abs(expected).max(1).min() > 1
+    np.testing.assert_allclose(added[1], np.broadcast_to(expected[:, None, None, :, 0], added[1].shape), atol=1e-3)
+    assert np.abs(added[0] - added[1]).max() > 1  # other steps, other noise
+    np.testing.assert_allclose(noisy.steps.colour_CC, 0.1 * batches.colour_axes(noisy.data.train_images))
 
 
 def test_variable_batch():

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SAMPLE_BYTES, CHUNK_BYTES = 2**30, 2**26  # of images that statistics are taken from, in all and at a time
+
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
@@ -70,6 +72,16 @@ def _reflect(position: jax.Array, size: int) -> jax.Array:
     return (size - 1) - abs((size - 1) - abs(position))
 
 
+def colour_noise(key: jax.Array, batch: int, axes_CC: jax.Array) -> jax.Array:
+    """What is added to all pixels of each image, along the principal axes of colour; float32 [B, C], in pixels.
+
+    Krizhevsky et al. 2012, section 4.1: alpha times the eigenvalue along each eigenvector of the covariance of RGB values.
+    A variance added to values would hang on their unit; the authors' code (cuda-convnet2, convdata.py) takes the standard
+    deviation, as here. axes_CC: colour_axes times the standard deviation of alpha, .1 in the paper.
+    """
+    return (jax.random.normal(key, (batch, len(axes_CC), 1)) * axes_CC).sum(1)
+
+
 def eval_views(images_BHWC: jax.Array, side: int, views: str, mirror: bool) -> jax.Array:
     """The crops of `side` pixels (0: H and W) that a test image is seen in; [B, V, side, side, C].
 
@@ -89,6 +101,12 @@ def normalise(images_BHWC: jax.Array, mean: jax.Array, std: jax.Array | float) -
     return (images_BHWC.astype(jnp.float32) - mean) / std
 
 
+def sample(images_NHWC: np.ndarray) -> np.ndarray:
+    """The images that statistics of a training set are taken from: all, or SAMPLE_BYTES of them, evenly spaced."""
+    every = -(-images_NHWC.nbytes // SAMPLE_BYTES)
+    return images_NHWC[::every] if every > 1 else images_NHWC
+
+
 def mean_image(images_NHWC: np.ndarray, side: int) -> np.ndarray:
     """The mean of the images, in pixels, and of it the centre of `side` pixels (0: all of it); float32 [side, side, C]."""
     mean_HWC = images_NHWC.mean(0, dtype=np.float64).astype(np.float32)
@@ -99,8 +117,31 @@ def mean_image(images_NHWC: np.ndarray, side: int) -> np.ndarray:
 def channel_statistics(images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation a channel of uint8 images, exact from their histograms; float32 [C] each, in pixels."""
     values = np.arange(256)
-    counts_CV = np.stack([np.bincount(images_NHWC[..., c].ravel(), minlength=256) for c in range(images_NHWC.shape[-1])])
+    counts_CV = sum(np.stack([np.bincount(chunk[..., c].ravel(), minlength=256) for c in range(chunk.shape[-1])])
+                    for chunk in _chunks(images_NHWC))
     total = counts_CV.sum(1)
     mean_C = counts_CV @ values / total
     std_C = np.sqrt(np.maximum(counts_CV @ values**2 / total - mean_C**2, 1.0))
     return mean_C.astype(np.float32), std_C.astype(np.float32)
+
+
+def colour_axes(images_NHWC: np.ndarray) -> np.ndarray:
+    """The principal axes of the pixels' colours, as rows as long as the standard deviation along each; float32 [C, C].
+
+    Eigenvectors of the covariance of all pixels; of an axis's two directions, the one whose largest component is positive.
+    """
+    channels = images_NHWC.shape[-1]
+    pixels, total_C, products_CC = images_NHWC.size // channels, 0.0, 0.0
+    for chunk in _chunks(images_NHWC):
+        flat_PC = chunk.reshape(-1, channels).astype(np.float64)
+        total_C, products_CC = total_C + flat_PC.sum(0), products_CC + flat_PC.T @ flat_PC
+    mean_C = total_C / pixels
+    variances_C, vectors = np.linalg.eigh(products_CC / pixels - np.outer(mean_C, mean_C))
+    axes_CC = np.sqrt(np.maximum(variances_C, 0))[:, None] * vectors.T
+    largest_C = np.take_along_axis(axes_CC, np.abs(axes_CC).argmax(1)[:, None], 1)
+    return (axes_CC * np.where(largest_C < 0, -1, 1)).astype(np.float32)
+
+
+def _chunks(images_NHWC: np.ndarray) -> list[np.ndarray]:
+    """The images in parts, so that wider numbers made of them fit into memory."""
+    return np.array_split(images_NHWC, -(-images_NHWC.nbytes // CHUNK_BYTES))
