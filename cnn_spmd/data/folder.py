@@ -97,7 +97,8 @@ def from_tfds(name: str, root: Path) -> Source:
     """
     manual = ("; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org into MANUAL"
               if name == "imagenet2012" else "")
-    build = (f"prepare it, where TensorFlow is installed too, by: tfds build {name} --file_format=array_record "
+    config = "/full-size-v2" if name == "imagenette" else ""  # one of six
+    build = (f"prepare it, where TensorFlow is installed too, by: tfds build {name}{config} --file_format=array_record "
              f"--data_dir={root}{' --manual_dir=MANUAL' if manual else ''}{manual}; or give its images in class folders by "
              "--config.data.dir=DIR (train/CLASS/*, val/CLASS/*)")
     found = sorted(path.parent for path in (root / name).rglob("dataset_info.json"))
