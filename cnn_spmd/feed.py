@@ -6,6 +6,7 @@ Shapes: N examples of a split, S steps a call, B global batch, H height, W width
 import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 
 from cnn_spmd.placement import Placement
 from cnn_spmd.step import DeviceData
+
+READERS, MIN_PART = concurrent.futures.ThreadPoolExecutor(os.cpu_count()), 16  # examples that are worth a thread
 
 
 @dataclasses.dataclass
@@ -75,7 +78,15 @@ def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def gather(array: np.ndarray, indices: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """array[indices] on the devices; a process reads what its own devices hold, once."""
-    read = functools.cache(lambda start, stop: array[indices[..., start:stop]])
     batch = indices.ndim - 1
+    read = functools.cache(lambda start, stop: taken(array, indices[..., start:stop]))
     return jax.make_array_from_callback((*indices.shape, *array.shape[1:]), sharding,
                                         lambda index: read(index[batch].start, index[batch].stop))
+
+
+def taken(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """array[indices] for the first axis, by many threads: NumPy copies without Python's lock, and a disk likes company."""
+    flat, found = indices.ravel(), np.empty((indices.size, *array.shape[1:]), array.dtype)
+    part = max(MIN_PART, -(-indices.size // os.cpu_count()))
+    list(READERS.map(lambda at: array.take(flat[at:at + part], 0, found[at:at + part], "clip"), range(0, len(flat), part)))
+    return found.reshape(*indices.shape, *array.shape[1:])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnn_spmd import mesh
-from cnn_spmd.feed import Feed, gather
+from cnn_spmd.feed import Feed, gather, taken
 from cnn_spmd.placement import Placement
 
 
@@ -14,11 +14,11 @@ class Recorded:
     """An array that remembers which examples were read."""
 
     def __init__(self, array: np.ndarray):
-        self.array, self.shape, self.read = array, array.shape, []
+        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
 
-    def __getitem__(self, indices):
+    def take(self, indices, *how):
         self.read.append(indices)
-        return self.array[indices]
+        return self.array.take(indices, *how)
 
 
 IMAGES = np.random.default_rng(0).integers(256, size=(20, 4, 4, 3), dtype=np.uint8)
@@ -31,8 +31,17 @@ def test_each_example_is_read_once(parallelism):
     indices = np.random.default_rng(1).permutation(20)[:16].reshape(2, 8).astype(np.int32)
     got = gather(images, indices, place.sharding((None, "conv_batch", None, None, None), (2, 8, 4, 4, 3)))
     np.testing.assert_array_equal(got, IMAGES[indices])
-    np.testing.assert_array_equal(np.concatenate(images.read, 1), indices)
+    assert sorted(np.concatenate(images.read)) == sorted(indices.ravel())
     assert len(images.read) == (8 if parallelism == "data" else 4)
+
+
+def test_many_readers_of_a_file(tmp_path):
+    """Labels and images that are mapped from disk, in parts of 16 and a rest, in one thread or several."""
+    images = np.random.default_rng(0).integers(256, size=(300, 2, 2, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    indices = np.random.default_rng(1).integers(300, size=(3, 59))
+    for array in (np.load(tmp_path / "images.npy", mmap_mode="r"), images, np.arange(300)):
+        np.testing.assert_array_equal(taken(array, indices), np.asarray(array)[indices])
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -70,7 +79,7 @@ def test_the_next_call_is_made_while_this_one_runs():
 
 def test_what_goes_wrong_while_reading_is_raised():
     class Damaged(Recorded):
-        def __getitem__(self, indices):
+        def take(self, *_):
             raise OSError("Input/output error")
 
     calls = Feed(Placement(mesh.make(1, 1), "data"), Damaged(IMAGES), LABELS, resident=False).calls([np.arange(2)] * 3)
