@@ -32,8 +32,7 @@ def main() -> None:
 
     from cnn_spmd import mesh
     from cnn_spmd.data import batches
-    from cnn_spmd.setup import compile_train, indices_sharding, prepare, put
-    from cnn_spmd.step import DeviceData
+    from cnn_spmd.setup import compile_train, feeds, prepare
     from experiments.alexnet_cifar import get_config
 
     config = get_config()
@@ -50,18 +49,19 @@ def main() -> None:
     since = time.perf_counter()
     program = compile_train(setup, n)
     compile_seconds = time.perf_counter() - since
-    train_data = DeviceData(*(put(x, setup.place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+    train_feed, _ = feeds(setup)
+    train_feed.load()
     state, step = setup.steps.jit_init()(), 0
 
     def milliseconds(at_least: int) -> float:
         """Trains for whole calls of `at_least` steps or more; returns the milliseconds a step."""
         nonlocal state, step
         first = step
-        jax.block_until_ready((state, train_data))
+        jax.block_until_ready((state, train_feed.whole))
         since = time.perf_counter()
-        for _ in range(-(-at_least // n)):
-            indices = batches.train_indices(seed, step, n, batch_size, examples)
-            state, values = program(state, train_data, put(indices, indices_sharding(setup, n)))
+        starts = range(first, first + at_least, n)
+        for inputs in train_feed.calls(batches.train_indices(seed, start, n, batch_size, examples) for start in starts):
+            state, values = program(state, *inputs)
             step += n
         jax.block_until_ready((state, values))
         seconds = time.perf_counter() - since

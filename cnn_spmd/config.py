@@ -25,11 +25,13 @@ RANGES = {
     "label_smoothing": (0.0, 1.0, False),
     "model.width": (1, None, True),
     "model.dropout": (0.0, 1.0, False),
+    "data.image_size": (1, 4096, True),
     "data.synthetic.image_size": (1, 4096, True),
     "data.synthetic.classes": (1, 10**6, True),
     "data.synthetic.train_examples": (1, 10**7, True),
     "data.synthetic.test_examples": (1, 10**7, True),
     "data.crop": (0, None, True),
+    "data.colour_noise": (0.0, None, True),
     "data.crop_pad": (0, None, True),
     "data.held_out": (0, None, True),
     "data.held_out_steps": (0, None, True),
@@ -49,15 +51,19 @@ RANGES = {
     "checkpoint.every_epochs": (0, None, True),
     "checkpoint.keep": (1, None, True),
 }
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum"),
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum"), "data.resident": ("auto", "yes", "no"),
            "data.normalise": ("channel", "pixel_mean"), "eval.views": ("one", "mirrored", "ten")}
+
+# data.resident="auto": a data set lives on the devices where it takes at most this share of their memory, or so many bytes
+# where nobody knows that; else it is streamed, by default in calls of at most so many bytes of images, or one step.
+RESIDENT_SHARE, RESIDENT_BYTES, CALL_BYTES = 0.4, 4e9, 1e9
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 # What a resumed run may change, because the numbers do not depend on it; steps and epochs may only grow.
 MAY_DIFFER = ("mesh", "model.levers", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint",
-              "data.dir", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size", "data.fallback_learning_rate",
-              "epochs", "steps", "profile")
+              "data.dir", "data.resident", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
+              "data.fallback_learning_rate", "epochs", "steps", "profile")
 
 
 def parse_flags(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
@@ -110,18 +116,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError("epochs=0, steps=0: expected a positive number in one of them")
 
 
-def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str) -> ml_collections.ConfigDict:
-    """A copy with what was left open filled in: the data set there is, its batch size, learning rate, steps and dtype.
+def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str,
+            memory: float | None = None) -> ml_collections.ConfigDict:
+    """A copy with what was left open filled in: the data set there is, where it lives, batch size, learning rate, steps, dtype.
 
-    platform: of the devices, "cpu" or another. Raises UserError where the batch is larger than the data set or the crop
-    does not fit the images.
+    platform: of the devices, "cpu" or another; memory: bytes that each of them can hold, where that is known. Raises
+    UserError where the batch is larger than the data set or the crop does not fit the images.
     """
     config = ml_collections.ConfigDict(config.to_dict())
     if data.fallback:
         config.epochs, config.steps = config.data.fallback_epochs, 0
         config.batch_size = config.data.fallback_batch_size
         config.optimizer.learning_rate = config.data.fallback_learning_rate
-    config.data.name = data.name
+        config.data.name = data.name
     if config.dtype == "auto":
         config.dtype = "float32" if platform == "cpu" else "bfloat16"
     examples, side = data.train_images.shape[:2]
@@ -141,8 +148,14 @@ def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str) -> 
     if config.steps > 10**7:
         raise UserError(f"epochs={config.epochs}: makes {config.steps} steps, expected at most 10000000")
     config.epochs = 0  # steps says it from here on
+    if config.data.resident == "auto":
+        size = data.train_images.nbytes + data.test_images.nbytes
+        config.data.resident = "yes" if size <= (RESIDENT_SHARE * memory if memory else RESIDENT_BYTES) else "no"
     if not config.steps_per_call:  # a CPU runs the body of a scan some fifty times slower than the bare step
         config.steps_per_call = 1 if platform == "cpu" else math.ceil(per_epoch / math.ceil(per_epoch / 100))
+        if config.data.resident == "no":
+            batch_bytes = config.batch_size * data.train_images[0].nbytes
+            config.steps_per_call = min(config.steps_per_call, max(1, int(CALL_BYTES / batch_bytes)))
     return config
 
 

@@ -267,7 +267,8 @@ def as_text(report: dict) -> str:
     held, compiler = report["bytes_per_device"], report["compiler"]
     memory = ", ".join(f"{name.removesuffix('_bytes')} {size / 1e6:.1f}" for name, size in report["memory"].items() if size)
     lines = [f"mesh {mesh}, {report['devices']} x {compiler['device_kind']}, parallelism {report['parallelism']}, global batch "
-             f"{report['batch_size']}, {report['param_count']:,} parameters, data {report['dataset']}{stands_in}",
+             f"{report['batch_size']}, {report['param_count']:,} parameters, data {report['dataset']}{stands_in}, "
+             + ("whole on every device" if report["data_on_device"] else "streamed from the host"),
              *table("parameter", report["placement"]), *table("activation", report["activations"]),
              f"a device holds {held['parameters'] / 1e6:.1f} MB of parameters and {held['optimizer'] / 1e6:.1f} MB of "
              f"optimizer state; memory of the compiled step in MB: {memory}"]

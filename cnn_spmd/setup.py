@@ -1,5 +1,6 @@
 """From a config to what is trained, on what and where; the compiled train step, and the report on it."""
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ from cnn_spmd import config as configs
 from cnn_spmd import mesh as meshes
 from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
+from cnn_spmd.feed import Feed
 from cnn_spmd.metrics import say
 from cnn_spmd.placement import Placement, name_of
-from cnn_spmd.step import DeviceData, Steps
+from cnn_spmd.step import Steps
 
 
 class Setup(NamedTuple):
@@ -39,9 +41,9 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
                       config.placement.to_dict())
     data = data or sources.load(config.data)
     if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
-        name = np.frombuffer(data.name.encode().ljust(16), np.uint8)
+        name = np.frombuffer(data.name.encode().ljust(64)[:64], np.uint8)
         multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
-    config = configs.resolve(config, data, place.mesh.devices.flat[0].platform)
+    config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, device_memory(place))
     config.mesh.data, config.mesh.model = place.mesh.shape.values()
     if data.fallback:
         say(f"For {data.name}: batch_size={config.batch_size}, optimizer.learning_rate={config.optimizer.learning_rate}, "
@@ -56,6 +58,18 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
 def image_size(config: ml_collections.ConfigDict, data: sources.Dataset) -> int:
     """The side of what the network sees of an image, in pixels."""
     return config.data.crop or data.train_images.shape[1]
+
+
+def device_memory(place: Placement) -> float | None:
+    """Bytes that each device of the mesh can hold; None where that is not told."""
+    stats = None
+    with contextlib.suppress(RuntimeError):  # of devices that are not here
+        device = next(device for device in place.mesh.devices.flat if device.process_index == jax.process_index())
+        stats = device.memory_stats()
+    memory = float((stats or {}).get("bytes_limit", 0))
+    if jax.process_count() > 1:  # all must come to the same
+        memory = multihost_utils.process_allgather(np.float32(memory)).min()
+    return memory or None
 
 
 def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: Placement) -> Steps:
@@ -84,32 +98,32 @@ def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: 
         place.spec(("conv_batch",), (config.dense_microbatch,), "dense_microbatch")
         if config.dense_updates == "each":
             dense_optimizer = optim.make_optimizer(config.optimizer, config.steps, config.batch_size, parts)
+    sample = batches.sample(data.train_images)
     if config.data.normalise == "channel":
-        mean, std = batches.channel_statistics(data.train_images)
+        mean, std = batches.channel_statistics(sample)
     else:
-        mean, std = batches.mean_image(data.train_images, config.data.crop), 1.0
+        mean, std = batches.mean_image(sample, config.data.crop), 1.0
+    colour_CC = config.data.colour_noise * batches.colour_axes(sample) if config.data.colour_noise else None
     narrow = config.dtype == "bfloat16" and "cast_once" in config.model.levers
     return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean=mean, std=std,
                  optimizer=optim.make_optimizer(config.optimizer, config.steps, config.batch_size),
                  dense_optimizer=dense_optimizer, dense_microbatch=config.dense_microbatch, seed=config.seed,
                  label_smoothing=config.label_smoothing, crop=config.data.crop, crop_pad=config.data.crop_pad,
-                 flip=config.data.flip and data.mirror, views=config.eval.views, mirror=data.mirror,
+                 colour_CC=colour_CC, flip=config.data.flip and data.mirror, views=config.eval.views, mirror=data.mirror,
                  copy_dtype=jnp.dtype(config.dtype) if narrow else None)
 
 
-def indices_sharding(setup: Setup, n: int) -> jax.sharding.NamedSharding:
-    """Where the indices [n steps, batch] of a call live."""
-    return setup.place.sharding((None, "conv_batch"), (n, setup.config.batch_size))
+def feeds(setup: Setup) -> tuple[Feed, Feed]:
+    """The training and the test split, as the programs take them."""
+    data, resident = setup.data, setup.config.data.resident == "yes"
+    return (Feed(setup.place, data.train_images, data.train_labels, resident),
+            Feed(setup.place, data.test_images, data.test_labels, resident))
 
 
 def compile_train(setup: Setup, n: int) -> jax.stages.Compiled:
     """The program of n train steps, from shapes alone."""
-    def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.place.replicated)
-
-    data = DeviceData(abstract(setup.data.train_images), abstract(setup.data.train_labels))
-    indices = jax.ShapeDtypeStruct((n, setup.config.batch_size), jnp.int32, sharding=indices_sharding(setup, n))
-    return setup.steps.jit_train().lower(setup.steps.abstract_state, data, indices).compile()
+    inputs = feeds(setup)[0].shapes(n, setup.config.batch_size)
+    return setup.steps.jit_train().lower(setup.steps.abstract_state, *inputs).compile()
 
 
 def report_of(setup: Setup, compiled: jax.stages.Compiled, compile_seconds: float) -> dict:
@@ -124,7 +138,8 @@ def report_of(setup: Setup, compiled: jax.stages.Compiled, compile_seconds: floa
     theory = [] if config.dense_microbatch else communication.closed_form(place, activations, params, itemsize)
     return dict(
         parallelism=config.parallelism, devices=place.mesh.size, model=config.model.name, batch_size=config.batch_size,
-        dtype=config.dtype, dataset=data.name, fallback=data.fallback, param_count=sum(leaf.size for _, leaf in params),
+        dtype=config.dtype, dataset=data.name, fallback=data.fallback,
+        data_on_device=config.data.resident == "yes", param_count=sum(leaf.size for _, leaf in params),
         placement=[place.report(name, leaf.axes, leaf.shape, leaf.dtype.itemsize) for name, leaf in params],
         activations=[place.report(*activation, itemsize) for activation in activations],
         bytes_per_device=dict(parameters=program.bytes_per_device(abstract.params),
@@ -132,8 +147,3 @@ def report_of(setup: Setup, compiled: jax.stages.Compiled, compile_seconds: floa
         closed_form=theory, communication=communication.compare(report["collectives"], theory) if theory else [],
         closed_form_ring_bytes=sum(row["ring_bytes"] for row in theory),
         compile_seconds=round(compile_seconds, 2)) | report
-
-
-def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The host's array on the devices of any process; every process gives the same array."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

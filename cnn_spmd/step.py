@@ -26,10 +26,15 @@ class TrainState(NamedTuple):
 
 
 class DeviceData(NamedTuple):
-    """A split of the data set, whole on every device."""
+    """A split of the data set, whole on every device; or, streamed, the examples of a call, split along their batch."""
 
-    images: jax.Array  # uint8 [N, H, W, 3]
-    labels: jax.Array  # int32 [N]
+    images: jax.Array  # uint8 [N, H, W, 3] or [S, B, H, W, 3]
+    labels: jax.Array  # int32 [N] or [S, B]
+
+
+def labels_of(data: DeviceData, indices_B: jax.Array | None) -> jax.Array:
+    """The labels of the examples `indices_B`; None: `data` are these examples."""
+    return data.labels if indices_B is None else data.labels[indices_B]
 
 
 def is_dense(path: tuple, _) -> bool:
@@ -52,6 +57,7 @@ class Steps:
     label_smoothing: float
     crop: int  # side of what the network sees of an image; 0: all of it
     crop_pad: int
+    colour_CC: Any  # colour noise along these axes, in pixels; None: none
     flip: bool  # mirror training images at random
     views: str  # of a test image: "one", "mirrored" or "ten"
     mirror: bool  # whether a mirrored test image keeps its class
@@ -72,15 +78,18 @@ class Steps:
         """The model without its arrays."""
         return nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(self.seed))))[0]
 
-    def batch(self, data: DeviceData, step: jax.Array, indices_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def batch(self, data: DeviceData, step: jax.Array, indices_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Images [N, H, W, C], labels [B] and a dropout key.
 
-        Crops, flips and dropout masks are a function of (seed, step), the same on every mesh.
+        Crops, flips, colour noise and dropout masks are a function of (seed, step), the same on every mesh.
         """
-        crop_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), step))
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        crop_key, dropout_key = jax.random.split(key)
         images = batches.crop_and_flip(data.images, indices_B, crop_key, side=self.crop, pad=self.crop_pad, flip=self.flip)
+        if self.colour_CC is not None:
+            images = images + batches.colour_noise(jax.random.fold_in(key, 2), len(images), self.colour_CC)[:, None, None]
         images = self.place(batches.normalise(images, self.mean, self.std), "conv_batch", None, None, None)
-        return images, self.place(data.labels[indices_B], "output_batch"), dropout_key
+        return images, self.place(labels_of(data, indices_B), "output_batch"), dropout_key
 
     def features(self, params: nnx.State, images_NHWC: jax.Array) -> jax.Array:
         """What the convolutions make of the images; [B, F]."""
@@ -102,7 +111,7 @@ class Steps:
             return None
         return jax.tree.map(lambda p: p.astype(self.copy_dtype), params)
 
-    def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array,
+    def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None,
                   copy: nnx.State | None = None) -> tuple[dict, nnx.State]:
         """loss and accuracy [] on the examples `indices_B`, and the loss's gradient by each parameter."""
         images, labels_B, key = self.batch(data, state.step, indices_B)
@@ -116,7 +125,7 @@ class Steps:
             updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
             return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer)
 
-    def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array,
+    def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None,
                    copy: nnx.State | None = None) -> tuple[TrainState, dict]:
         """One step on the examples `indices_B`; returns the new state, loss and accuracy. copy: of the weights, if any."""
         if self.dense_microbatch:
@@ -124,7 +133,7 @@ class Steps:
         metrics, grads = self.gradients(data, state, indices_B, copy)
         return self.update(state, grads), metrics
 
-    def variable_batch_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array) -> tuple[TrainState, dict]:
+    def variable_batch_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None) -> tuple[TrainState, dict]:
         """One step in which the dense layers see the batch in parts of `dense_microbatch` examples, one after another.
 
         dense_updates="each": the dense weights are updated after each part's backward pass, at 1/parts of the learning
@@ -140,7 +149,7 @@ class Steps:
         """
         images, labels_B, key = self.batch(data, state.step, indices_B)
         x_BF, backward = jax.vjp(lambda params: self.features(params, images), state.params)
-        parts = len(indices_B) // self.dense_microbatch
+        parts = len(labels_B) // self.dense_microbatch
         dense, conv = nnx.split_state(state.params, is_dense, ...)
 
         def in_parts(x, *axes):  # [B, ...] -> [parts, B / parts, ...]
@@ -176,31 +185,37 @@ class Steps:
             params = nnx.merge_state(dense, optax.apply_updates(conv, updates))
         return TrainState(state.step + 1, params, dict(conv=conv_optimizer, dense=optimizer)), metrics
 
-    def train_steps(self, state: TrainState, data: DeviceData, indices_SB: jax.Array) -> tuple[TrainState, dict]:
-        """S steps in one program; metrics are [S]. One step stays outside a scan, which the CPU backend runs slowly."""
-        def step(carry, indices_B):
-            state, metrics = self.train_step(data, carry[0], indices_B, carry[1])
+    def train_steps(self, state: TrainState, data: DeviceData, indices_SB: jax.Array | None) -> tuple[TrainState, dict]:
+        """S steps in one program; metrics are [S]. One step stays outside a scan, which the CPU backend runs slowly.
+
+        indices_SB: None where `data` are the examples themselves, [S, B, ...].
+        """
+        def step(carry, inputs):
+            (state, copy), (data_of_step, indices_B) = carry, inputs if indices_SB is None else (data, inputs)
+            state, metrics = self.train_step(data_of_step, state, indices_B, copy)
             return (state, self.copy(state.params)), metrics
 
-        if len(indices_SB) > 1:
-            (state, _), metrics = jax.lax.scan(step, (state, self.copy(state.params)), indices_SB)
+        inputs = (data, None) if indices_SB is None else indices_SB
+        if len(jax.tree.leaves(inputs)[0]) > 1:
+            (state, _), metrics = jax.lax.scan(step, (state, self.copy(state.params)), inputs)
             return state, metrics
-        state, metrics = self.train_step(data, state, indices_SB[0])
+        (state, _), metrics = step((state, None), jax.tree.map(lambda x: x[0], inputs))
         return state, jax.tree.map(lambda x: x[None], metrics)
 
-    def eval_step(self, params: nnx.State, data: DeviceData, indices_B: jax.Array, mask_B: jax.Array) -> dict:
+    def eval_step(self, params: nnx.State, data: DeviceData, indices_B: jax.Array | None, mask_B: jax.Array) -> dict:
         """Sums over the unmasked examples: loss (nats, no smoothing), correct, correct among the top five, examples.
 
         Of several views of an image the softmax outputs are averaged, as in cuda-convnet and in AlexNet 2012 (section 4.1).
         """
-        views = batches.eval_views(data.images[indices_B], self.crop, self.views, self.mirror)
+        images = data.images if indices_B is None else data.images[indices_B]
+        views = batches.eval_views(images, self.crop, self.views, self.mirror)
         images = batches.normalise(views.reshape(-1, *views.shape[2:]), self.mean, self.std)  # an image's views stay together
         images = self.place(images, "conv_batch", None, None, None)
         model = nnx.merge(self.graph, params)
         logits = model.classify(model.features(images, self.place), self.place).astype(jnp.float32)
         logits_BVC = self.place(logits.reshape(*views.shape[:2], -1), "output_batch", None, "fc3_out")
         scores_BC = jax.nn.logsumexp(jax.nn.log_softmax(logits_BVC), 1, b=1 / views.shape[1])  # log of the mean probability
-        labels_B, mask_B = (self.place(x, "output_batch") for x in (data.labels[indices_B], mask_B))
+        labels_B, mask_B = (self.place(x, "output_batch") for x in (labels_of(data, indices_B), mask_B))
         own_B1 = jnp.take_along_axis(scores_BC, labels_B[:, None], axis=-1)
         before_BC = jnp.arange(scores_BC.shape[-1]) < labels_B[:, None]
         # How many classes come before the label: of equal scores the first, and a NaN comes last.

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import itertools
 import pathlib
 import time
 from typing import Any
@@ -19,10 +20,10 @@ from cnn_spmd import workdir as workdirs
 from cnn_spmd.checkpoint import Checkpoints
 from cnn_spmd.data import batches
 from cnn_spmd.errors import UserError
+from cnn_spmd.feed import put
 from cnn_spmd.interrupt import Interrupt
 from cnn_spmd.metrics import say
-from cnn_spmd.setup import Setup, compile_train, indices_sharding, prepare, put, report_of
-from cnn_spmd.step import DeviceData
+from cnn_spmd.setup import Setup, compile_train, feeds, prepare, report_of
 
 # One entry a program that came from JAX's persistent cache instead of being compiled.
 CACHE_HITS: list[str] = []
@@ -86,17 +87,18 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     calls = plan(start, stops, config.steps_per_call)
     since, hits = time.perf_counter(), len(CACHE_HITS)
     programs = {n: compile_train(setup, n) for n in {config.steps_per_call, *calls}}
-    test_data = DeviceData(put(data.test_images, place.replicated), put(data.test_labels, place.replicated))
-    eval_batches = [tuple(put(x, place.sharding(("conv_batch",), x.shape)) for x in pair)
-                    for pair in zip(*batches.eval_indices(batch_size, len(data.test_images)), strict=True)]
-    eval_program = steps.jit_eval().lower(steps.abstract_state.params, test_data, *eval_batches[0]).compile()
+    train_feed, test_feed = feeds(setup)
+    test_indices, masks = batches.eval_indices(batch_size, len(data.test_images))
+    masks = [put(mask, place.sharding(("conv_batch",), mask.shape)) for mask in masks]
+    eval_program = steps.jit_eval().lower(steps.abstract_state.params, *test_feed.shapes(batch_size), masks[0]).compile()
     report = report_of(setup, programs[config.steps_per_call], time.perf_counter() - since) | dict(
         programs_from_cache=len(CACHE_HITS) - hits)
     say(program.as_text(report))
     interrupt.check()
 
     # ---- The loop: calls of some steps each; evaluation and checkpoints fall between two calls.
-    train_data = DeviceData(put(data.train_images, place.replicated), put(data.train_labels, place.replicated))
+    train_feed.load()
+    test_feed.load()
     state = state if state is not None else steps.jit_init()()
     schedule = optim.make_schedule(config.optimizer, total, batch_size)
     float(schedule(start))  # compiled here, not within the first call
@@ -121,7 +123,10 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     def evaluate(split: str) -> dict:
         nonlocal eval_seconds
         since = time.perf_counter()
-        parts = [eval_program(state.params, test_data, *batch) for batch in eval_batches]
+        parts = []
+        for inputs, mask in zip(test_feed.calls(test_indices), masks, strict=True):
+            parts.append(eval_program(state.params, *inputs, mask))
+            jax.block_until_ready(parts[-2:][0])  # or all the images of the split would pile up on the devices
         result = evaluation_of(parts, len(data.test_images))
         eval_seconds = time.perf_counter() - since
         if not np.isfinite(result["loss"]):
@@ -139,11 +144,11 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     def write_profile() -> None:
         """profile.json, from further calls whose results are thrown away; the state is used up."""
         n = config.steps_per_call
-        indices = put(indices_of(config.seed, 0, n), indices_sharding(setup, n))
+        inputs = train_feed.calls(indices_of(config.seed, at, n) for at in itertools.count(0, n))
 
         def call() -> dict:
             nonlocal state
-            state, values = programs[n](state, train_data, indices)
+            state, values = programs[n](state, *next(inputs))
             return values
 
         try:
@@ -155,11 +160,12 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
 
     def summarise(status: str) -> dict:
         summary = dict(
-            experiment=config.experiment, **identity, model=config.model.name, parallelism=config.parallelism,
-            mesh=dict(place.mesh.shape), devices=place.mesh.size, device_kind=report["compiler"]["device_kind"],
-            processes=jax.process_count(), batch_size=batch_size, steps=step, epochs=round(step / per_epoch, 3),
-            seed=config.seed, dtype=config.dtype, param_count=report["param_count"], compile_seconds=report["compile_seconds"],
-            programs_from_cache=report["programs_from_cache"], train_seconds=round(metrics.train_seconds + clock.seconds, 3),
+            experiment=config.experiment, **identity, data_on_device=report["data_on_device"], model=config.model.name,
+            parallelism=config.parallelism, mesh=dict(place.mesh.shape), devices=place.mesh.size,
+            device_kind=report["compiler"]["device_kind"], processes=jax.process_count(), batch_size=batch_size, steps=step,
+            epochs=round(step / per_epoch, 3), seed=config.seed, dtype=config.dtype, param_count=report["param_count"],
+            compile_seconds=report["compile_seconds"], programs_from_cache=report["programs_from_cache"],
+            train_seconds=round(metrics.train_seconds + clock.seconds, 3),
             images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
             step_milliseconds=clock.step_milliseconds(), steady_calls=len(clock.steady()), eval=evaluation,
             bytes_per_device=report["bytes_per_device"], collectives=report["collectives"], **metrics_lib.provenance(),
@@ -174,8 +180,10 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     try:
         summarise("running")
         clock.start()
-        for n in calls:
-            state, values = programs[n](state, train_data, put(indices_of(config.seed, step, n), indices_sharding(setup, n)))
+        indices = (indices_of(config.seed, at, n)
+                   for at, n in zip(itertools.accumulate(calls, initial=start), calls, strict=False))
+        for n, inputs in zip(calls, train_feed.calls(indices), strict=True):
+            state, values = programs[n](state, *inputs)
             step += n
             record(np.asarray(values["loss"]), np.asarray(values["accuracy"]))
             interrupted = interrupt.requested()

@@ -33,6 +33,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict(dict(
         name="cifar10",
         dir="",
+        image_size=256,  # of photographs (data.name=folder, imagenet2012, imagenette): their central square, rescaled
+        resident="auto",  # on every device, "yes", where it fits; "no": each call's images are streamed from the host
         fallback="digits",
         fallback_epochs=8,
         fallback_batch_size=64,
@@ -40,6 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         crop=0,  # side of the random crop that the network sees, 0: the image's
         crop_pad=4,
         flip=True,
+        colour_noise=0.0,  # of training images, along the principal axes of colour, in standard deviations; AlexNet 2012: .1
         normalise="channel",  # to zero mean and unit deviation; "pixel_mean": only less the mean image
         held_out=0, held_out_steps=0,  # the last so many training images are not used in the first so many steps
         synthetic=dict(image_size=32, classes=10, train_examples=4096, test_examples=1024),

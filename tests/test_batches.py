@@ -104,3 +104,20 @@ def test_normalise():
     normal = np.asarray(batches.normalise(jnp.asarray(images), mean, std))
     np.testing.assert_allclose(normal.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(normal.std((0, 1, 2)), 1, atol=1e-5)
+
+
+def test_statistics_of_large_sets_come_from_evenly_spaced_images(monkeypatch):
+    images = np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1)
+    assert batches.sample(images) is images
+    for size, kept in ((28, [0, 1, 2, 3, 4, 5, 6]), (27, [0, 2, 4, 6]), (14, [0, 2, 4, 6]), (13, [0, 3, 6])):
+        monkeypatch.setattr(batches, "SAMPLE_BYTES", size)
+        np.testing.assert_array_equal(batches.sample(images), images[kept])
+
+
+def test_statistics_in_parts(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
+    whole = [*batches.channel_statistics(images), batches.colour_axes(images)]
+    monkeypatch.setattr(batches, "CHUNK_BYTES", 2 * images[0].nbytes)
+    parts = [*batches.channel_statistics(images), batches.colour_axes(images)]
+    for got, expected in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)

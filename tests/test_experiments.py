@@ -2,13 +2,21 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from cnn_spmd import config as configs
 from cnn_spmd import optim, setup
 from cnn_spmd.data import sources
-from experiments import alexnet_cifar, claims_2012_cifar, cuda_convnet_cifar, deeper_cifar
+from experiments import (
+    alexnet_2012_imagenet,
+    alexnet_cifar,
+    claims_2012_cifar,
+    cuda_convnet_cifar,
+    deeper_cifar,
+    owt_imagenet,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +78,41 @@ def test_variants_differ_from_their_control_in_what_they_say():
     relu, tanh = (configs.flat(claims_2012_cifar.get_config(variant).to_dict()) for variant in ("relu", "tanh"))
     differ = {field for field in relu if relu[field] != tanh[field]}
     assert {"experiment", "model.name"} <= differ <= {"experiment", "model.name", "optimizer.learning_rate"}
+
+
+@pytest.fixture(scope="module")
+def photographs() -> sources.Dataset:
+    """ImageNet by its shape and classes, with few images, and they random."""
+    config = alexnet_2012_imagenet.get_config()
+    config.data.synthetic.update(dict(train_examples=32, test_examples=1))
+    return sources.load_synthetic(config.data)
+
+
+@pytest.mark.parametrize(("experiment", "variant", "parameters"), [
+    (alexnet_2012_imagenet, "", 60_965_224), (alexnet_2012_imagenet, "imagenette", 60_965_224 - 990 * 4097),
+    (owt_imagenet, "", 61_100_840), (owt_imagenet, "variable", 61_100_840),
+    (owt_imagenet, "imagenette", 61_100_840 - 990 * 4097), (owt_imagenet, "imagenette,variable", 61_100_840 - 990 * 4097)])
+def test_imagenet(experiment, variant, parameters, photographs):
+    """The published counts of parameters on 224x224 crops of 256x256 images; a tenth of the rates thrice, or 1/250 in all."""
+    config = experiment.get_config(variant)
+    assert config.data.name == ("imagenette" if "imagenette" in variant else "imagenet2012")
+    assert (config.dense_microbatch, config.batch_size) == (128 if "variable" in variant else 0, 128)
+    config.batch_size, config.mesh.data, config.mesh.model = 32, 1, 2
+    config.dense_microbatch //= 4
+    classes = 10 if "imagenette" in variant else 1000
+    data = dataclasses.replace(photographs, class_names=photographs.class_names[:classes])
+    got = setup.prepare(config, data=data)
+    assert sum(x.size for x in jax.tree.leaves(got.steps.abstract_state.params)) == parameters
+    assert got.steps.colour_CC is not None
+    assert (got.steps.crop, got.steps.crop_pad, got.steps.flip) == (224, 0, True)
+    settings, k = config.optimizer, 4 if experiment is owt_imagenet else 1  # a batch k times 128: k times the rate
+    schedule = optim.make_schedule(settings, 1000, 128 * 4)
+    rates = [float(schedule(step)) / 0.01 / k for step in (0, 249, 250, 500, 750, 999)]
+    factor = 250 ** (-1 / 3) if experiment is owt_imagenet else 0.1
+    assert rates == pytest.approx([1, 1, factor, factor**2, factor**3, factor**3])
+
+
+@pytest.mark.parametrize("experiment", [alexnet_2012_imagenet, owt_imagenet])
+def test_unknown_variants_of_imagenet(experiment):
+    with pytest.raises(ValueError, match=r"imagenet.py:fast: unknown variant, expected .*imagenette"):
+        experiment.get_config("fast")

@@ -147,19 +147,26 @@ def free_port() -> int:
 
 
 def test_two_processes_train_one_network(start, tmp_path):
-    """Two processes of four devices give what one process of eight gives, to the last bit of what is logged."""
+    """Two processes of four devices give what one process of eight gives, to the last bit of what is logged; streamed, too."""
     arguments = [*SMALL, "--mesh", "4x2", "--config.parallelism=hybrid"]
-    cluster = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2")
-    pair = [start(*arguments, "--cpu_devices", 4, "--workdir", "two", **cluster, JAX_PROCESS_ID=str(i)) for i in range(2)]
+
+    def pair(workdir, *more):
+        cluster = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2")
+        return [start(*arguments, *more, "--cpu_devices", 4, "--workdir", workdir, **cluster, JAX_PROCESS_ID=str(i))
+                for i in range(2)]
+
+    names = ("one", "two", "streamed")
     one = start(*arguments, "--cpu_devices", 8, "--workdir", "one")
-    for process in (*pair, one):
+    for process in (one, *pair("two"), *pair("streamed", "--config.data.resident=no")):
         finished(process)
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
-    assert [summary["processes"] for summary in summaries] == [1, 2]
-    assert summaries[0]["eval"] == pytest.approx(summaries[1]["eval"], rel=1e-6)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in names]
+    assert [summary["processes"] for summary in summaries] == [1, 2, 2]
+    assert [summary["data_on_device"] for summary in summaries] == [True, True, False]
     losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-              for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+              for name in names]
+    for i in (1, 2):
+        assert summaries[0]["eval"] == pytest.approx(summaries[i]["eval"], rel=1e-6)
+        assert losses[0] == pytest.approx(losses[i], rel=1e-6)
     finished(start(*arguments, "--cpu_devices", 8, "--workdir", "two", "--config.epochs=2"))  # and one process resumes
 
 

@@ -2,8 +2,8 @@
 
 Tolerances against one device, computing in float64, where a difference is not rounding: loss 1e-9 relative; each gradient
 and each parameter after two updates, 1e-6 of the array's largest element (parameters are float32). Dropout is on, and for
-simple_cnn crops and flips. The compiled program's bytes are within 2% of the closed form (and 2 kB: scalars, labels, softmax
-sums).
+simple_cnn crops, flips and colour noise. The compiled program's bytes are within 2% of the closed form (and 2 kB: scalars,
+labels, softmax sums).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 from cnn_spmd import config as configs
-from cnn_spmd import mesh, models, program, train
+from cnn_spmd import feed, mesh, models, program, train
 from cnn_spmd import setup as setups
 from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
@@ -59,7 +59,9 @@ def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> 
     config.update(dict(batch_size=BATCH, steps=10, dtype="float64", parallelism=parallelism,
                        mesh=dict(data=shape[0], model=shape[1]), model=dict(name=name, width=64),
                        optimizer=dict(warmup=0.0, learning_rate=0.02)))
-    if name != "simple_cnn":  # crops and flips are the same for all networks
+    if name == "simple_cnn":  # crops, flips and noise are the same for all networks
+        config.data.colour_noise = 0.1
+    else:
         config.data.update(dict(crop_pad=0, flip=False))
     config.data.update(dict(name="synthetic", synthetic=dict(image_size=IMAGE_SIZE.get(name, 16), classes=16, train_examples=64,
                                                              test_examples=8)))
@@ -88,8 +90,8 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
             return steps.update(state, gradients), metrics, gradients
 
         shardings = place.of_state(steps.abstract_state)
-        train_data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = [setups.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in batches.train_indices(0, 0, 2, BATCH, 64)]
+        train_data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+        indices = [feed.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in batches.train_indices(0, 0, 2, BATCH, 64)]
         compiled = jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params)).lower(
             steps.abstract_state, train_data, indices[0]).compile()
         state, _, _ = compiled(jax.device_put(initial(model), shardings), train_data, indices[0])
@@ -234,8 +236,8 @@ def test_shipped_size_on_a_mesh():
     for parallelism, shape in (("data", (1, 1)), ("hybrid", (4, 2))):
         setup = setup_of("alexnet", parallelism, shape, dtype="float32", model=dict(width=4096))
         place, steps = setup.place, setup.steps
-        data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = setups.put(batches.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
+        data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
+        indices = feed.put(batches.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
         state = steps.jit_init()() if state is None else jax.device_put(state, place.of_state(steps.abstract_state))
         metrics, gradients = jax.jit(steps.gradients)(data, state, indices)
         got[shape] = float(metrics["loss"]), gather(gradients)
@@ -257,15 +259,13 @@ def test_state_is_created_sharded_and_the_same_on_every_mesh():
 
 def trained(setup: setups.Setup, calls: list[int]) -> tuple[list[float], dict]:
     """Losses and parameters after calls of so many steps each."""
-    place, steps = setup.place, setup.steps
-    data = DeviceData(*(setups.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-    state, jitted, losses, step = steps.jit_init()(), steps.jit_train(), [], 0
-    for n in calls:
-        indices = batches.train_indices(0, step, n, setup.config.batch_size, 64)
-        state, metrics = jitted(state, data, setups.put(indices, setups.indices_sharding(setup, n)))
+    steps, (train_feed, _) = setup.steps, setups.feeds(setup)
+    train_feed.load()
+    state, jitted, losses, order = steps.jit_init()(), steps.jit_train(), [], batches.train_indices(0, 0, sum(calls), BATCH, 64)
+    for inputs in train_feed.calls(np.split(order, np.cumsum(calls)[:-1])):
+        state, metrics = jitted(state, *inputs)
         losses += metrics["loss"].tolist()
-        step += n
-    assert int(state.step) == step
+    assert int(state.step) == sum(calls)
     return losses, gather(state.params)
 
 
@@ -291,6 +291,51 @@ def test_a_copy_of_the_weights_changes_nothing():
     np.testing.assert_array_equal(got[0][0], got[1][0])
     assert_close(got[1][1], got[0][1], 1e-6)
     assert got[1][2] <= got[0][2]
+
+
+def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
+    """To the last bit, of training (crops, flips and dropout included) and of evaluation."""
+    got = {}
+    for resident in ("yes", "no"):
+        setup = setup_of("simple_cnn", "hybrid", (4, 2), dtype="float32", data=dict(resident=resident))
+        report = program.report(setups.compile_train(setup, 2), setup.place.mesh)
+        moved = [(row["operation"], row["axes"], row["count"], row["bytes"]) for row in report["collectives"]]
+        _, test_feed = setups.feeds(setup)
+        test_feed.load()
+        indices, mask = (x[0] for x in batches.eval_indices(BATCH, 8))
+        (inputs,) = test_feed.calls([indices])
+        mask = feed.put(mask, setup.place.sharding(("conv_batch",), mask.shape))
+        sums = setup.steps.jit_eval()(setup.steps.jit_init()().params, *inputs, mask)
+        losses, params = trained(setup, [2])
+        got[resident] = params | gather(sums) | dict(losses=np.array(losses)), moved
+    (expected, moved), (streamed, streamed_moved) = got["yes"], got["no"]
+    assert expected["['examples']"] == 8
+    assert streamed.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(streamed[name], value, err_msg=name)
+    assert streamed_moved
+    assert all(row in moved for row in streamed_moved), (streamed_moved, moved)
+
+
+def test_colour_noise_against_numpy():
+    """Each image's pixels get alpha_i sigma_i v_i, of its own alpha ~ N(0, .1) and the training pixels' covariance."""
+    with jax.enable_x64(True):
+        noisy, plain = (setup_of("simple_cnn", "data", (1, 1), data=dict(colour_noise=noise)) for noise in (0.1, 0.0))
+        data = DeviceData(noisy.data.train_images * np.uint8([1, 0, 0]) + noisy.data.train_images[..., ::-1] // 2,
+                          noisy.data.train_labels)
+        axes = batches.colour_axes(data.images)
+        steps = dataclasses.replace(noisy.steps, colour_CC=0.1 * axes)
+        indices = jnp.arange(BATCH)
+        added = [(steps.batch(data, step, indices)[0] - plain.steps.batch(data, step, indices)[0]) * steps.std
+                 for step in range(2)]
+        alpha = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 2), (BATCH, 3, 1)))
+    variances, vectors = np.linalg.eigh(np.cov(data.images.reshape(-1, 3).astype(float), rowvar=False))
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
+    expected = vectors @ (0.1 * alpha * np.sqrt(variances)[:, None])  # [B, 3, 1]
+    assert np.abs(expected).max(1).min() > 1
+    np.testing.assert_allclose(added[1], np.broadcast_to(expected[:, None, None, :, 0], added[1].shape), atol=1e-3)
+    assert np.abs(added[0] - added[1]).max() > 1  # other steps, other noise
+    np.testing.assert_allclose(noisy.steps.colour_CC, 0.1 * batches.colour_axes(noisy.data.train_images))
 
 
 def test_variable_batch():

@@ -77,18 +77,20 @@ def test_evaluation_that_misses_an_image_is_an_error():
         train.evaluation_of(parts, 32)
 
 
-@pytest.mark.parametrize("resumed_on", [("data", 1, 1), ("hybrid", 4, 2), ("hybrid", 2, 4)])
+@pytest.mark.parametrize("resumed_on", [("data", 1, 1), ("hybrid", 4, 2), ("hybrid", 2, 4), ("data", 1, 1, "streamed")])
 def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
     """Stopped after step 4 of 8 and resumed from the checkpoint: bit for bit on the same mesh, 1e-5 on another."""
     train.run(config, tmp_path / "whole")
     stop_after(4, config, tmp_path / "parts")
-    parallelism, data, model = resumed_on
-    config.update(dict(parallelism=parallelism, mesh=dict(data=data, model=model)))
+    parallelism, data, model, *streamed = resumed_on
+    config.update(dict(parallelism=parallelism, mesh=dict(data=data, model=model),
+                       data=dict(resident="no" if streamed else "yes")))
     summary = train.run(config, tmp_path / "parts")
     assert (summary["status"], summary["steps"]) == ("completed", 8)
+    assert summary["data_on_device"] is not bool(streamed)
     whole, parts = saved_state(tmp_path / "whole", 8), saved_state(tmp_path / "parts", 8)
     assert whole.keys() == parts.keys()
-    same_mesh = resumed_on == ("data", 1, 1)
+    same_mesh = (data, model) == (1, 1)
     for name, value in whole.items():
         tolerance = 0 if same_mesh else 1e-5 * np.abs(value).max()
         np.testing.assert_allclose(parts[name], value, rtol=0, atol=tolerance, err_msg=name)
@@ -208,6 +210,7 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     (dict(model=dict(dropout=1.0)), r"model\.dropout=1\.0: expected from 0\.0 to below 1\.0"),
     (dict(optimizer=dict(learning_rate=float("nan"))), r"optimizer\.learning_rate=nan: expected at least"),
     (dict(optimizer=dict(decay="steps")), r"optimizer\.decay=steps: unknown"),
+    (dict(data=dict(resident="maybe")), r"data\.resident=maybe: unknown, expected one of auto, yes, no"),
     (dict(data=dict(crop_pad=32)), r"data\.crop_pad=32: images are 32 pixels wide"),
     (dict(data=dict(crop=33)), r"data\.crop=33: images are 32 pixels wide"),
     (dict(data=dict(crop=-1)), r"data\.crop=-1: expected at least 0"),
@@ -474,9 +477,21 @@ def test_what_auto_means(config, platform, dtype, steps):
     assert (got.dtype, got.steps_per_call, got.optimizer.learning_rate) == (dtype, steps, config.data.fallback_learning_rate)
 
 
+@pytest.mark.parametrize(("memory", "resident", "steps"), [(None, "yes", 2), (1e6, "yes", 2), (0.7e6, "no", 1)])
+def test_what_does_not_fit_is_streamed(config, memory, resident, steps, monkeypatch):
+    """104 images of 3,072 bytes are 319,488: more than 0.4 x 0.7 MB; and then a call is given at most so many bytes."""
+    monkeypatch.setattr(configs, "CALL_BYTES", 2 * 32 * 3072 - 1)
+    config.batch_size = 32
+    got = configs.resolve(config, sources.load(config.data), "gpu", memory)
+    assert (got.data.resident, got.steps_per_call) == (resident, steps)
+    monkeypatch.setattr(configs, "RESIDENT_BYTES", 319_487)
+    got = configs.resolve(config, sources.load(config.data), "gpu")
+    assert (got.data.resident, got.steps_per_call) == ("no", 1)
+
+
 def test_what_a_resumed_run_may_change(config):
     free = {"mesh.data", "mesh.model", "parallelism", "steps_per_call", "eval.every_epochs", "checkpoint.every_epochs",
-            "checkpoint.keep", "data.dir", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
+            "checkpoint.keep", "data.dir", "data.resident", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
             "data.fallback_learning_rate", "epochs", "steps", "profile", "model.levers"}
     old = configs.as_json(config)
     for field in configs.flat(old):

@@ -1,7 +1,8 @@
 """Batches: a pure function of (seed, step), whatever the mesh and the number of processes.
 
-The host chooses which examples a step sees; the devices, which hold the whole data set, gather, crop and flip them
-inside the jitted step. Shapes: N examples of the data set, B batch, S steps, H height, W width, C channels.
+The host chooses which examples a step sees; the devices, which hold the whole data set or are given a call's examples
+(feed.py), gather, crop and flip them inside the jitted step. Shapes: N examples of the data set, B batch, S steps, H height,
+W width, C channels.
 """
 
 import functools
@@ -9,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+SAMPLE_BYTES, CHUNK_BYTES = 2**30, 2**26  # of images that statistics are taken from, in all and at a time
 
 
 @functools.lru_cache(maxsize=2)
@@ -39,16 +42,17 @@ def eval_indices(batch_size: int, examples: int) -> tuple[np.ndarray, np.ndarray
     return np.minimum(flat, examples - 1).reshape(steps, batch_size), (flat < examples).reshape(steps, batch_size)
 
 
-def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array, key: jax.Array, *, side: int = 0, pad: int,
+def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array | None, key: jax.Array, *, side: int = 0, pad: int,
                   flip: bool) -> jax.Array:
     """Gathers images_NHWC[indices_B], each under a random crop of the reflection-padded image and a random mirroring.
 
-    side: of the crop, 0 keeps H and W; pad: pixels of reflection on each side; flip: mirror half of the images.
+    indices_B: None takes the images as they come, each where it is; side: of the crop, 0 keeps H and W; pad: pixels of
+    reflection on each side; flip: mirror half of the images.
     Returns [B, side, side, C] of the input's dtype, in one gather: the padded image never exists in memory.
     """
     height, width = images_NHWC.shape[1:3]
     high, wide = side or height, side or width
-    batch = len(indices_B)
+    batch = len(images_NHWC if indices_B is None else indices_B)
     crop_key, flip_key = jax.random.split(key)
     room = np.array([height - high, width - wide])
     shift_B2 = jax.random.randint(crop_key, (batch, 2), -pad, room + pad + 1)
@@ -57,12 +61,25 @@ def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array, key: jax.Array, 
     if flip:
         mirrored_B1 = jax.random.bernoulli(flip_key, 0.5, (batch, 1))
         columns_BW = jnp.where(mirrored_B1, width - 1 - columns_BW, columns_BW)
+    if indices_B is None:  # as a map over the images, which XLA partitions along them: nothing moves
+        return jax.vmap(lambda image_HWC, rows_H, columns_W: image_HWC[rows_H[:, None], columns_W])(
+            images_NHWC, rows_BH, columns_BW)
     return images_NHWC[indices_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
 
 
 def _reflect(position: jax.Array, size: int) -> jax.Array:
     """Folds positions in [-(size-1), 2(size-1)] back into [0, size): the edge pixel is not repeated."""
     return (size - 1) - abs((size - 1) - abs(position))
+
+
+def colour_noise(key: jax.Array, batch: int, axes_CC: jax.Array) -> jax.Array:
+    """What is added to all pixels of each image, along the principal axes of colour; float32 [B, C], in pixels.
+
+    Krizhevsky et al. 2012, section 4.1: alpha times the eigenvalue along each eigenvector of the covariance of RGB values.
+    A variance added to values would hang on their unit; the authors' code (cuda-convnet2, convdata.py) takes the standard
+    deviation, as here. axes_CC: colour_axes times the standard deviation of alpha, .1 in the paper.
+    """
+    return (jax.random.normal(key, (batch, len(axes_CC), 1)) * axes_CC).sum(1)
 
 
 def eval_views(images_BHWC: jax.Array, side: int, views: str, mirror: bool) -> jax.Array:
@@ -84,6 +101,12 @@ def normalise(images_BHWC: jax.Array, mean: jax.Array, std: jax.Array | float) -
     return (images_BHWC.astype(jnp.float32) - mean) / std
 
 
+def sample(images_NHWC: np.ndarray) -> np.ndarray:
+    """The images that statistics of a training set are taken from: all, or SAMPLE_BYTES of them, evenly spaced."""
+    every = -(-images_NHWC.nbytes // SAMPLE_BYTES)
+    return images_NHWC[::every] if every > 1 else images_NHWC
+
+
 def mean_image(images_NHWC: np.ndarray, side: int) -> np.ndarray:
     """The mean of the images, in pixels, and of it the centre of `side` pixels (0: all of it); float32 [side, side, C]."""
     mean_HWC = images_NHWC.mean(0, dtype=np.float64).astype(np.float32)
@@ -94,8 +117,31 @@ def mean_image(images_NHWC: np.ndarray, side: int) -> np.ndarray:
 def channel_statistics(images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation a channel of uint8 images, exact from their histograms; float32 [C] each, in pixels."""
     values = np.arange(256)
-    counts_CV = np.stack([np.bincount(images_NHWC[..., c].ravel(), minlength=256) for c in range(images_NHWC.shape[-1])])
+    counts_CV = sum(np.stack([np.bincount(chunk[..., c].ravel(), minlength=256) for c in range(chunk.shape[-1])])
+                    for chunk in _chunks(images_NHWC))
     total = counts_CV.sum(1)
     mean_C = counts_CV @ values / total
     std_C = np.sqrt(np.maximum(counts_CV @ values**2 / total - mean_C**2, 1.0))
     return mean_C.astype(np.float32), std_C.astype(np.float32)
+
+
+def colour_axes(images_NHWC: np.ndarray) -> np.ndarray:
+    """The principal axes of the pixels' colours, as rows as long as the standard deviation along each; float32 [C, C].
+
+    Eigenvectors of the covariance of all pixels; of an axis's two directions, the one whose largest component is positive.
+    """
+    channels = images_NHWC.shape[-1]
+    pixels, total_C, products_CC = images_NHWC.size // channels, 0.0, 0.0
+    for chunk in _chunks(images_NHWC):
+        flat_PC = chunk.reshape(-1, channels).astype(np.float64)
+        total_C, products_CC = total_C + flat_PC.sum(0), products_CC + flat_PC.T @ flat_PC
+    mean_C = total_C / pixels
+    variances_C, vectors = np.linalg.eigh(products_CC / pixels - np.outer(mean_C, mean_C))
+    axes_CC = np.sqrt(np.maximum(variances_C, 0))[:, None] * vectors.T
+    largest_C = np.take_along_axis(axes_CC, np.abs(axes_CC).argmax(1)[:, None], 1)
+    return (axes_CC * np.where(largest_C < 0, -1, 1)).astype(np.float32)
+
+
+def _chunks(images_NHWC: np.ndarray) -> list[np.ndarray]:
+    """The images in parts, so that wider numbers made of them fit into memory."""
+    return np.array_split(images_NHWC, -(-images_NHWC.nbytes // CHUNK_BYTES))

@@ -1,4 +1,4 @@
-"""The data sets, as arrays in host memory: CIFAR-10, scikit-learn's digits, and random images for timing.
+"""The data sets, as arrays on the host: CIFAR-10, scikit-learn's digits, photographs, and random images for timing.
 
 Legend: N images, H rows, W columns, C = 3 channels (red, green, blue).
 """
@@ -17,7 +17,7 @@ from cnn_spmd.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     name: str                     # what it really is: "digits" even where cifar10 was asked for
-    train_images: np.ndarray      # uint8 [N, H, W, C]
+    train_images: np.ndarray      # uint8 [N, H, W, C]; in memory, or photographs as np.memmap
     train_labels: np.ndarray      # int32 [N]
     test_images: np.ndarray
     test_labels: np.ndarray
@@ -27,12 +27,13 @@ class Dataset:
 
 
 def load(data: ml_collections.ConfigDict) -> Dataset:
-    """The data set that config.data describes (name, dir, fallback, synthetic.*).
+    """The data set that config.data describes (name, dir, fallback, image_size, synthetic.*).
 
     Raises UserError for an unknown name or fallback, a missing or damaged data.dir, sizes below 1, and where CIFAR-10
     is not to be had and data.fallback is "".
     """
-    loaders = {"cifar10": load_cifar10, "digits": load_digits, "synthetic": load_synthetic}
+    loaders = {"cifar10": load_cifar10, "digits": load_digits, "synthetic": load_synthetic, "folder": load_photographs,
+               "imagenet2012": load_photographs, "imagenette": load_photographs}
     if data.name not in loaders:
         raise UserError(f"data.name={data.name}: not a data set; choose from {', '.join(loaders)}")
     return loaders[data.name](data)
@@ -71,6 +72,14 @@ def load_digits(data: ml_collections.ConfigDict) -> Dataset:
     labels = labels.astype(np.int32)
     return Dataset(name="digits", train_images=images[train], train_labels=labels[train], test_images=images[test],
                    test_labels=labels[test], class_names=tuple("0123456789"), mirror=False)
+
+
+def load_photographs(data: ml_collections.ConfigDict) -> Dataset:
+    """Photographs in class folders, or those of a TFDS data set, as squares of data.image_size pixels; read from disk."""
+    from cnn_spmd.data import folder  # imports TFDS, as above
+
+    name, arrays, class_names = folder.load(data.name, data.dir, data.image_size)
+    return Dataset(name=name, **arrays, class_names=class_names, mirror=True)
 
 
 def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:

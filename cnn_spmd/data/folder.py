@@ -1,0 +1,123 @@
+"""Data sets of photographs: class folders (DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg), or what TFDS has prepared."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from cnn_spmd.data import prepared
+from cnn_spmd.data.prepared import Source, Split
+from cnn_spmd.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+LAYOUT = "expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png) and val/CLASS/* (or test/CLASS/*)"
+CLASSES = dict(imagenet2012=1000, imagenette=10)  # TFDS's data sets, and how many classes they have
+FORM = "1"  # of the prepared files; another one prepares them anew
+
+
+def load(name: str, data_dir: str, size: int) -> tuple[str, dict[str, np.ndarray], tuple[str, ...]]:
+    """The data set's name, its arrays (prepared.arrays_of, images of size x size) and the names of its classes.
+
+    name: "folder", or one of CLASSES; data_dir: class folders, or for the latter also TFDS's data directory ("": the usual
+    one). The first call prepares the arrays in TFDS's data directory ($TFDS_DATA_DIR or ~/tensorflow_datasets); later calls
+    find them by the names, sizes and times of the files.
+
+    Raises UserError, in one line, for what is missing, damaged or of another form.
+    """
+    root = Path(tfds.core.constants.get_default_data_dir()).expanduser()
+    given = Path(data_dir).expanduser() if data_dir else root
+    if name == "folder" and not data_dir:
+        raise UserError(f"data.dir=: is empty, {LAYOUT}")
+    source = from_folders(given) if name == "folder" or (given / "train").is_dir() else from_tfds(name, given)
+    found, expected = len(source.class_names), CLASSES.get(name)
+    if expected not in (None, found):
+        raise UserError(f"data.dir={data_dir}: holds {found} classes, but data.name={name} has {expected}: give another "
+                        "folder, or data.name=folder")
+    arrays = prepared.arrays_of(source, size, root / "cnn_spmd_photographs")
+    return name if name in CLASSES else source.name, arrays, source.class_names
+
+
+def from_folders(root: Path) -> Source:
+    """The class folders in `root`: train/CLASS/* to train on, val/CLASS/* (or else test/CLASS/*) to test on.
+
+    It is called by the folder's name and by a digest of names and sizes that a copy keeps, so that a run can go on with a
+    copy and with nothing else. Raises UserError naming what is missing or empty, or a class that only one of the two has.
+    """
+    where = f"data.dir={root}"
+    try:
+        if not root.is_dir():
+            raise UserError(f"{where}: is no folder, {LAYOUT}")
+        folders = [next((root / name for name in names if (root / name).is_dir()), None)
+                   for names in (("train",), ("val", "test"))]
+        if None in folders:
+            raise UserError(f"{where}: holds no {'val/ or test/' if folders[0] else 'train/'}, {LAYOUT}")
+        classes, others = ({entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."}
+                           for folder in folders)
+        for name in sorted(classes ^ others):
+            has, lacks = folders if name in classes else folders[::-1]
+            raise UserError(f"{where}: class {name} is in {has.name}/ but not in {lacks.name}/, expected the same in both")
+        if not classes:
+            raise UserError(f"{where}: {folders[0].name}/ and {folders[1].name}/ hold no class folders, {LAYOUT}")
+        content, times, splits, other = hashlib.sha256(), hashlib.sha256(FORM.encode()), {}, []
+        for split, folder in zip(("train", "test"), folders, strict=True):
+            files, labels = [], []
+            for label, name in enumerate(sorted(classes)):
+                before = len(files)
+                for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name):
+                    if entry.name[0] == "." or not entry.is_file():
+                        continue
+                    if not entry.name.lower().endswith(SUFFIXES):
+                        other.append(entry.path)
+                        continue
+                    files.append(entry.path)
+                    content.update(os.fsencode(f"{split}/{name}/{entry.name}\0{entry.stat().st_size}\0"))
+                    times.update(f"{entry.stat().st_mtime_ns} ".encode())
+                labels += [label] * (len(files) - before)
+                if len(files) == before:
+                    raise UserError(f"{where}: {folder.name}/{name}/ holds no image ({', '.join(SUFFIXES)}), expected at least "
+                                    "one in each class")
+            splits[split] = Split(len(files), lambda i, files=files, labels=labels: (files[i], Path(files[i]), labels[i]))
+    except OSError as error:
+        raise UserError(f"{where}: {error.filename}: {error.strerror}, expected readable folders and files") from error
+    if other:
+        logging.warning("%s: %d files other than %s are left out, such as %s.", where, len(other), "/".join(SUFFIXES), other[0])
+    times.update(content.digest())
+    name = f"{root.resolve().name}-{content.hexdigest()[:8]}"
+    return Source(name, splits, tuple(sorted(classes)), times.hexdigest()[:16])
+
+
+def from_tfds(name: str, root: Path) -> Source:
+    """TFDS's data set `name` as `tfds build` has prepared it in `root`; of several versions the last.
+
+    Raises UserError, with the command that prepares it, where it is missing, damaged or in files without random access.
+    """
+    manual = ("; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org into MANUAL"
+              if name == "imagenet2012" else "")
+    config = "/full-size-v2" if name == "imagenette" else ""  # one of six
+    build = (f"prepare it, where TensorFlow is installed too, by: tfds build {name}{config} --file_format=array_record "
+             f"--data_dir={root}{' --manual_dir=MANUAL' if manual else ''}{manual}; or give its images in class folders by "
+             "--config.data.dir=DIR (train/CLASS/*, val/CLASS/*)")
+    found = sorted(path.parent for path in (root / name).rglob("dataset_info.json"))
+    if not found:
+        raise UserError(f"data.name={name}: {root / name} holds no prepared data set: {build}")
+    try:
+        builder = tfds.builder_from_directory(found[-1])
+        examples = [builder.as_data_source(split, decoders=dict(image=tfds.decode.SkipDecoding()))
+                    for split in ("train", "validation")]
+        class_names = tuple(builder.info.features["label"].names)
+    except Exception as error:  # TFDS raises many kinds for another file format, a missing split, a damaged file
+        raise UserError(f"data.name={name}: {found[-1]} cannot be read ({prepared.one_line(error)}): {build}") from error
+
+    def split(split_name, examples):
+        def read(i: int) -> tuple[str, io.BytesIO, int]:
+            example = examples[i]
+            return f"{split_name}[{i}]", io.BytesIO(example["image"]), int(example["label"])
+        return Split(len(examples), read)
+
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(found[-1].iterdir())]
+    return Source(str(found[-1]), dict(train=split("train", examples[0]), test=split("validation", examples[1])), class_names,
+                  hashlib.sha256(f"{FORM} {found[-1]} {files}".encode()).hexdigest()[:16])

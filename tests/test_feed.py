@@ -1,0 +1,87 @@
+"""Images on their way to the devices: each process reads what its devices hold, once, and a call ahead."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from cnn_spmd import mesh
+from cnn_spmd.feed import Feed, gather, taken
+from cnn_spmd.placement import Placement
+
+
+class Recorded:
+    """An array that remembers which examples were read."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
+
+    def take(self, indices, *how):
+        self.read.append(indices)
+        return self.array.take(indices, *how)
+
+
+IMAGES = np.random.default_rng(0).integers(256, size=(20, 4, 4, 3), dtype=np.uint8)
+LABELS = np.arange(20, dtype=np.int32)
+
+
+@pytest.mark.parametrize("parallelism", ["data", "model"])  # the batch over 8 devices; over 4, each part on two of them
+def test_each_example_is_read_once(parallelism):
+    place, images = Placement(mesh.make(4, 2), parallelism), Recorded(IMAGES)
+    indices = np.random.default_rng(1).permutation(20)[:16].reshape(2, 8).astype(np.int32)
+    got = gather(images, indices, place.sharding((None, "conv_batch", None, None, None), (2, 8, 4, 4, 3)))
+    np.testing.assert_array_equal(got, IMAGES[indices])
+    assert sorted(np.concatenate(images.read)) == sorted(indices.ravel())
+    assert len(images.read) == (8 if parallelism == "data" else 4)
+
+
+def test_many_readers_of_a_file(tmp_path):
+    """Labels and images that are mapped from disk, in parts of 16 and a rest, in one thread or several."""
+    images = np.random.default_rng(0).integers(256, size=(300, 2, 2, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    indices = np.random.default_rng(1).integers(300, size=(3, 59))
+    for array in (np.load(tmp_path / "images.npy", mmap_mode="r"), images, np.arange(300)):
+        np.testing.assert_array_equal(taken(array, indices), np.asarray(array)[indices])
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("shape", [(8,), (3, 8)])
+def test_a_call_takes_what_its_program_was_compiled_for(resident, shape):
+    feed = Feed(Placement(mesh.make(4, 2), "hybrid"), IMAGES, LABELS, resident)
+    feed.load()
+    order = np.arange(8 * len(shape) ** 2)[:np.prod(shape)].reshape(shape).astype(np.int32) % 20
+    (call,) = feed.calls([order])
+    for (expected, got) in zip((*feed.shapes(*shape)[0], feed.shapes(*shape)[1]), (*call[0], call[1]), strict=True):
+        if expected is None:
+            assert got is None
+            continue
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        assert got.sharding == expected.sharding
+        assert resident or got.sharding.shard_shape(got.shape)[:len(shape)] == (*shape[:-1], 1 if got.ndim > 2 else 2)
+    if not resident:
+        np.testing.assert_array_equal(call[0].images, IMAGES[order])
+        np.testing.assert_array_equal(call[0].labels, LABELS[order])
+
+
+def test_the_next_call_is_made_while_this_one_runs():
+    place, made = Placement(mesh.make(1, 1), "data"), [threading.Event() for _ in range(4)]
+
+    def indices():
+        for event in made:
+            yield np.arange(2, dtype=np.int32)
+            event.set()  # asked for the one after it
+
+    calls = Feed(place, IMAGES, LABELS, resident=False).calls(indices())
+    next(calls)
+    assert [event.is_set() for event in made] == [True, False, False, False]  # the second is on its way, no more
+    assert len(list(calls)) == 3
+
+
+def test_what_goes_wrong_while_reading_is_raised():
+    class Damaged(Recorded):
+        def take(self, *_):
+            raise OSError("Input/output error")
+
+    calls = Feed(Placement(mesh.make(1, 1), "data"), Damaged(IMAGES), LABELS, resident=False).calls([np.arange(2)] * 3)
+    with pytest.raises(OSError, match="Input/output error"):
+        next(calls)

@@ -1,0 +1,340 @@
+"""Photographs in class folders and from TFDS: what the prepared arrays hold, what is refused, how they are kept."""
+
+import concurrent.futures
+import os
+import shutil
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cnn_spmd.data import prepared, sources
+from cnn_spmd.errors import UserError
+
+SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+
+
+def colours(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth image, which JPEG and rescaling change little: colours that run across it."""
+    start, end = np.random.default_rng(seed).integers(256, size=(2, 3))
+    along = np.add.outer(np.linspace(0, 1, height), np.linspace(0, 1, width))[..., None] / 2
+    return (start * (1 - along) + end * along).astype(np.uint8)
+
+
+def write(path: Path, image: np.ndarray | Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(path, "png" if path.suffix == ".png" else "jpeg", **({} if path.suffix == ".png" else dict(quality=95)))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Two classes: 3 + 2 images to train on, 1 + 1 to test on."""
+    names = ["train/dog/b.jpg", "train/dog/a.JPEG", "train/cat/c.png", "train/cat/d.jpeg", "train/cat/e.jpg",
+             "val/cat/a.jpg", "val/dog/a.jpg"]
+    for seed, name in enumerate(names):
+        write(tmp_path / "pets" / name, colours(40, 30, seed))
+    return tmp_path / "pets"
+
+
+def load(root: Path | str, name: str = "folder", size: int = SIZE) -> sources.Dataset:
+    return sources.load(ml_collections.ConfigDict(dict(name=name, dir=str(root), image_size=size)))
+
+
+def caches(tmp_path: Path) -> list[Path]:
+    return sorted(path for path in (tmp_path / "tfds/cnn_spmd_photographs").glob("*") if path.suffix != ".lock")
+
+
+def test_classes_and_images_in_their_order(root, tmp_path):
+    (root / "train/cat/notes.txt").write_text("no image")
+    (root / "train/.hidden").mkdir()
+    (root / "test/other").mkdir(parents=True)  # val/ comes first
+    data = load(root)
+    assert data.class_names == ("cat", "dog")
+    assert data.name.startswith("pets-")
+    assert (data.mirror, data.fallback) == (True, None)
+    assert data.train_labels.tolist() == [0, 0, 0, 1, 1]
+    assert data.test_labels.tolist() == [0, 1]
+    assert {x.dtype for x in (data.train_labels, data.test_labels)} == {np.dtype(np.int32)}
+    assert isinstance(data.train_images, np.memmap)
+    assert data.train_images.shape == (5, SIZE, SIZE, 3)
+    assert data.train_images.dtype == np.uint8
+    for image, seed in zip([*data.train_images, *data.test_images], [2, 3, 4, 1, 0, 5, 6], strict=True):
+        expected = colours(40, 30, seed)[5:35]
+        np.testing.assert_allclose(image.mean((0, 1)), expected.mean((0, 1)), atol=3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 401), (401, 300), (256, 256), (100, 80), (512, 768), (768, 512)])
+def test_shorter_side_rescaled_and_centre_cropped(tmp_path, height, width):
+    """Against the paper's own order: rescale to a shorter side of 256, then cut out the centre."""
+    image = colours(height, width)
+    if min(height, width) == 512:  # rescaled by a whole number, so the two orders agree on noise too
+        image = np.random.default_rng(0).integers(256, size=image.shape, dtype=np.uint8)
+    image = Image.fromarray(image)
+    write(tmp_path / "image.png", image)
+    scale = 256 / min(height, width)
+    rescaled = np.asarray(image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR), int)
+    top, left = ((side - 256) // 2 for side in rescaled.shape[:2])
+    got = prepared.decoded(tmp_path / "image.png", 256)
+    assert got.shape == (256, 256, 3)
+    assert np.abs(got - rescaled[top:top + 256, left:left + 256]).max() <= 2
+
+
+def png16(path: Path, values_HWC: np.ndarray) -> None:
+    """A PNG of 16-bit grey (one channel) or colour (three), which pillow reads and cannot write."""
+    height, width, channels = values_HWC.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HWC)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def transparent_palette() -> Image.Image:
+    image = Image.fromarray(colours(SIZE, SIZE)).quantize(256)
+    image.info["transparency"] = bytes(range(256))
+    return image
+
+
+KINDS = {
+    "grey.jpg": lambda image: image.convert("L"), "grey.png": lambda image: image.convert("L"),
+    "cmyk.jpg": lambda image: image.convert("CMYK"), "palette.png": lambda image: image.quantize(256),
+    "transparent.png": lambda image: image.convert("RGBA"), "transparent_palette.png": lambda image: transparent_palette(),
+    "transparent_grey.png": lambda image: image.convert("LA"), "bits.png": lambda image: image.convert("1")}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_image_becomes_rgb(tmp_path, name):
+    image = Image.fromarray(colours(SIZE, SIZE))
+    write(tmp_path / name, KINDS[name](image))
+    got = prepared.decoded(tmp_path / name, SIZE).astype(int)
+    assert got.shape == (SIZE, SIZE, 3)
+    expected = np.asarray(image.convert("L" if "grey" in name else "1" if "bits" in name else "RGB").convert("RGB"), int)
+    assert np.abs(got - expected).max() <= (12 if "palette" in name or ".jpg" in name else 0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_eight(tmp_path, channels):
+    values = np.random.default_rng(0).integers(1 << 16, size=(SIZE, SIZE, channels))
+    png16(tmp_path / "deep.png", values)
+    np.testing.assert_array_equal(prepared.decoded(tmp_path / "deep.png", SIZE), np.broadcast_to(values >> 8, (SIZE, SIZE, 3)))
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 2])
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def a_text(path: Path) -> None:
+    path.write_text("<html>Not found</html>")
+
+
+@pytest.mark.parametrize("spoil", [cut, nothing, a_text])
+@pytest.mark.parametrize("name", ["train/cat/c.png", "val/dog/a.jpg"])
+def test_an_image_that_cannot_be_read_is_named(root, tmp_path, name, spoil):
+    spoil(root / name)
+    with pytest.raises(UserError, match=rf"^pets-\w+: cannot read .*{name} \(.*\): mend") as refusal:
+        load(root)
+    assert "\n" not in str(refusal.value)
+    assert caches(tmp_path) == []
+
+
+def test_of_many_images_three_are_named(root):
+    for path in (root / "train").rglob("*.*"):
+        nothing(path)
+    with pytest.raises(UserError, match=r"train/cat/c.png .*train/cat/d.jpeg .*train/cat/e.jpg .* and 2 more: mend"):
+        load(root)
+
+
+LACKING = {
+    "an empty class": (lambda root: (root / "val/cat/a.jpg").unlink(), "val/cat/ holds no image"),
+    "a class without images": (lambda root: (root / "val/cat/a.jpg").rename(root / "val/cat/a.gif"), "val/cat/ holds no image"),
+    "a class to train on only": (lambda root: shutil.rmtree(root / "val/dog"), "class dog is in train/ but not in val/"),
+    "a class to test on only": (lambda root: shutil.rmtree(root / "train/cat"), "class cat is in val/ but not in train/"),
+    "no val": (lambda root: shutil.rmtree(root / "val"), "holds no val/ or test/"),
+    "no train": (lambda root: shutil.rmtree(root / "train"), "holds no train/"),
+    "no class": (lambda root: [shutil.rmtree(path) for path in root.glob("*/*")], "train/ and val/ hold no class folders"),
+    "nothing": (shutil.rmtree, "is no folder"),
+}
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_what_is_lacking_is_named(root, tmp_path, what):
+    spoil, message = LACKING[what]
+    spoil(root)
+    with pytest.raises(UserError, match=rf"^data.dir={root}: {message}.*expected") as refusal:
+        load(root)
+    assert "\n" not in str(refusal.value)
+    assert caches(tmp_path) == []
+
+
+def test_the_folder_must_be_given():
+    with pytest.raises(UserError, match=r"data.dir=: is empty, expected a folder that holds train/CLASS"):
+        load("")
+
+
+def test_where_there_is_no_room_it_says_so(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepared.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 7 * SIZE * SIZE * 3 - 1))
+    with pytest.raises(UserError, match=rf"TFDS_DATA_DIR={tmp_path}/tfds: has 0.0 GB free, but 7 images of 16x16 need"):
+        load(root)
+    (tmp_path / "tfds").rename(tmp_path / "gone")
+    (tmp_path / "tfds").write_text("a file")
+    with pytest.raises(UserError, match=rf"TFDS_DATA_DIR={tmp_path}/tfds: cannot keep the prepared images there"):
+        load(root)
+
+
+def test_files_that_are_left_out_are_told(root, caplog):
+    (root / "train/cat/a.gif").write_text("an image of another kind")
+    load(root)
+    assert f"1 files other than .jpg/.jpeg/.png are left out, such as {root}/train/cat/a.gif" in caplog.text
+
+
+# -------------------------------------------------------------------------------------------------- the prepared files
+
+
+def test_prepared_once(root, tmp_path, monkeypatch, capsys):
+    first = load(root)
+    assert "preparing 7 images of pets-" in capsys.readouterr().err
+    shutil.copytree(root, tmp_path / "copy/pets")  # copies have times of their own, but are the same data set
+    os.utime(tmp_path / "copy/pets/train/cat/c.png", (1, 1))
+    assert load(tmp_path / "copy/pets").name == first.name
+    monkeypatch.setattr(prepared, "prepare", None)
+    second = load(root)
+    np.testing.assert_array_equal(second.train_images, first.train_images)
+    assert second.name == first.name
+
+
+def test_a_changed_file_is_prepared_anew(root, tmp_path):
+    before = load(root)
+    os.utime(root / "val/dog/a.jpg", (1, 1))  # another file of the same size
+    assert load(root).name == before.name
+    assert len(caches(tmp_path)) == 2
+    write(root / "val/dog/a.jpg", colours(50, 50, 99))
+    after = load(root)
+    assert after.name != before.name
+    np.testing.assert_array_equal(after.train_images, before.train_images)
+    assert not np.array_equal(after.test_images[1], before.test_images[1])
+    assert load(root, size=8).train_images.shape == (5, 8, 8, 3)
+
+
+def test_an_interrupted_preparation_leaves_nothing(root, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepared.np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        load(root)
+    assert caches(tmp_path) == []
+    load(root)
+    (cache,) = caches(tmp_path)
+    cache.rename(cache.with_suffix(".part"))  # as a killed process leaves it
+    load(root)
+    assert caches(tmp_path) == [cache]
+
+
+def test_one_prepares_while_another_waits(root, monkeypatch):
+    calls = []
+
+    def slow(*arguments, prepare=prepared.prepare):
+        calls.append(arguments)
+        time.sleep(0.2)
+        prepare(*arguments)
+
+    monkeypatch.setattr(prepared, "prepare", slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(load, [root] * 2)
+    np.testing.assert_array_equal(first.train_images, second.train_images)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("damage", [cut, nothing, Path.unlink])
+@pytest.mark.parametrize("name", ["train_images.npy", "test_labels.npy"])
+def test_damaged_prepared_files_are_made_anew(root, tmp_path, caplog, name, damage):
+    data = load(root)
+    expected, labels = np.array(data.train_images), data.test_labels  # a copy: damage shows through a memory map
+    (cache,) = caches(tmp_path)
+    damage(cache / name)
+    found = load(root)
+    assert f"{cache} is damaged" in caplog.text
+    np.testing.assert_array_equal(found.train_images, expected)
+    np.testing.assert_array_equal(found.test_labels, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------- TFDS
+
+
+class Imagenette(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What TFDS's own prepares, small: JPEG bytes and labels of ten classes."""
+
+    name = "imagenette"
+    VERSION = tfds.core.Version("1.0.0")
+    splits = (("train", 12), ("validation", 11))
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(names=[f"n{i}" for i in range(10)])}), disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split, n) for split, n in self.splits}
+
+    def _generate_examples(self, split, n):
+        for i in range(n):
+            path = Path(self.data_dir).parent / f"{i}.jpg"
+            write(path, colours(20, 30, i + 100 * (split != "train")))
+            yield i, dict(image=path.read_bytes(), label=i % 10)
+
+
+def build(tmp_path: Path, builder: type, file_format: str = "array_record") -> None:
+    builder(data_dir=tmp_path / "tfds", file_format=file_format).download_and_prepare()
+
+
+def test_a_prepared_tfds_data_set(tmp_path, monkeypatch):
+    build(tmp_path, Imagenette)
+    data = load("", "imagenette")
+    assert (data.name, data.class_names[3], len(data.class_names)) == ("imagenette", "n3", 10)
+    assert data.train_labels.tolist() == [*range(10), 0, 1]
+    assert data.test_labels.tolist() == [*range(10), 0]
+    for seed, image in [*enumerate(data.train_images), *enumerate(data.test_images, 100)]:
+        np.testing.assert_allclose(image.mean((0, 1)), colours(20, 30, seed)[:, 5:25].mean((0, 1)), atol=3)
+    monkeypatch.setattr(prepared, "prepare", None)
+    np.testing.assert_array_equal(load(tmp_path / "tfds", "imagenette").train_images, data.train_images)
+
+
+@pytest.mark.parametrize("name", ["imagenet2012", "imagenette"])
+def test_a_tfds_data_set_that_is_not_there_says_how_to_get_it(tmp_path, name):
+    with pytest.raises(UserError, match=f"data.name={name}: {tmp_path}/tfds/{name} holds no prepared data set: .*tfds build "
+                                        f"{name}.* --file_format=array_record .*--config.data.dir=DIR") as refusal:
+        load("", name)
+    assert ("ILSVRC2012_img_train.tar" in str(refusal.value)) == (name == "imagenet2012")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tfds_data_set_of_another_form_is_refused(tmp_path):
+    class Trained(Imagenette, skip_registration=True):
+        name, splits = "imagenette", (("train", 1),)
+
+    build(tmp_path, Trained)
+    with pytest.raises(UserError, match=r"imagenette/1.0.0 cannot be read \(.*validation.*tfds build") as refusal:
+        load("", "imagenette")
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_classes_are_counted(root):
+    with pytest.raises(UserError, match=r"holds 2 classes, but data.name=imagenette has 10"):
+        load(root, "imagenette")
