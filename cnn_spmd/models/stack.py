@@ -12,8 +12,8 @@ from flax import nnx
 from cnn_spmd.errors import UserError
 from cnn_spmd.models import layers, local
 
-# Of a layer with weights: `std` of the normal distribution that they start from (None: He et al. 2015), `bias` that all of
-# its biases start with, and `activation`, which must grow with its argument: a max pool may go before it.
+# Of a layer with weights: `std` of the normal distribution that they start from (None: He et al. 2015), and `bias` that all of
+# its biases start with.
 
 
 @dataclasses.dataclass(frozen=True)
