@@ -467,7 +467,8 @@ def test_eval_step_against_numpy():
 
 def test_ten_views_of_a_crop_against_numpy():
     """cuda-convnet's testing: crops less the middle of the mean image, and the mean of the ten softmax outputs."""
-    setup, data = on_one("simple_cnn", data=dict(crop=24, crop_pad=0, normalise="pixel_mean"), eval=dict(views="ten"))
+    setup, data = on_one("simple_cnn", eval=dict(views="ten"),
+                         data=dict(crop=24, crop_pad=0, normalise="pixel_mean", colour_noise=0.0))
     labels, images = setup.data.test_labels, setup.data.test_images.astype(np.float32)
     params = initial_f32(setup).params
     params["fc3"]["kernel"][...] *= 0.01  # pixels are large, and so would the logits be
