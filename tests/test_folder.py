@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import shutil
 import struct
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -23,6 +24,7 @@ SIZE = 16
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # TFDS leaves an empty temporary folder a builder
 
 
 def colours(height: int, width: int, seed: int = 0) -> np.ndarray:
