@@ -445,7 +445,7 @@ def on_one(name: str, **changes) -> tuple[setups.Setup, DeviceData]:
 
 def test_train_loss_against_numpy():
     setup, data = on_one("simple_cnn")
-    plain = dataclasses.replace(setup.steps, crop_pad=0, flip=False)
+    plain = dataclasses.replace(setup.steps, crop_pad=0, flip=False, colour_CC=None)
     got, _ = plain.gradients(data, initial_f32(setup), jnp.arange(BATCH))
     logits = logits_of(setup, normal(setup.data, setup.data.train_images[:BATCH]))
     targets = 0.9 * np.eye(16)[setup.data.train_labels[:BATCH]] + 0.1 / 16
