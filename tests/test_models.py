@@ -93,7 +93,7 @@ def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan(
 
 @pytest.mark.parametrize(("name", "size", "lever"), [
     *(("alexnet", 224, lever) for lever in ("space_to_depth", "pool_first", "pool_index", "column_pairs")),
-    ("alexnet", 32, "pool_first"), ("alexnet_2012", 70, "space_to_depth"), ("alexnet_2012", 70, "norm_kernel")])
+    ("alexnet", 32, "pool_first"), ("alexnet_2012", 70, "space_to_depth")])
 def test_levers_change_nothing(name, size, lever, monkeypatch):
     """Logits and every gradient with one lever are those of the plain network, in float64."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
@@ -116,14 +116,12 @@ def test_levers_change_nothing(name, size, lever, monkeypatch):
             assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()  # float32 parameters have float32 gradients
 
 
-@pytest.mark.parametrize(("name", "levers"), [
-    ("alexnet", ["space_to_depth", "pool_first", "pool_index", "column_pairs"]), ("alexnet_2012", ["norm_kernel"])])
-def test_a_lever_is_used(name, levers):
+def test_a_lever_is_used():
     """Each changes the program, where there is something for it: else the test above would compare like with like."""
-    programs = set()
+    levers, programs = ("space_to_depth", "pool_first", "pool_index", "column_pairs"), set()
     for used in range(len(levers) + 1):
         model = nnx.eval_shape(lambda used=used: models.make(
-            name, image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32, levers=tuple(levers[:used]),
+            "alexnet", image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32, levers=levers[:used],
             rngs=nnx.Rngs(0)))
         graph, params = nnx.split(model)
         gradient = jax.grad(lambda p, x, graph=graph: nnx.merge(graph, p).features(x).sum())
@@ -169,16 +167,6 @@ def test_pool_kernels_against_the_plain_form(size, window, strides, ceil, bias):
     np.testing.assert_allclose(kernels.unpool(index, gradient, **settings),
                                layers._plain_unpool(index, gradient, **settings), atol=1e-6)
     assert bool((index == kernels.NONE).any()) == bool(bias)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("channels", "width", "size"), [(16, 16, 5), (96, 48, 5), (32, 32, 9), (16, 8, 4)])
-def test_norm_kernel_against_the_plain_form(channels, width, size):
-    settings = dict(size=size, alpha=0.2, beta=0.75, k=1.5)
-    x, gradient = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, channels))
-    expected, backward = jax.vjp(layers.Norm(tuple(settings.items()), width, None).plain, x)
-    np.testing.assert_allclose(kernels.response_norm(x, **settings, width=width), expected, atol=1e-6)
-    np.testing.assert_allclose(kernels.response_norm(x, gradient, **settings, width=width), backward(gradient)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "window", "strides"), [(8, 3, 2), (9, 3, 2), (32, 3, 2), (5, 2, 2)])

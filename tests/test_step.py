@@ -129,8 +129,9 @@ def test_scheme(model, parallelism, shape):
     assert_close(many["params"], one["params"])
 
     assert many["report"]["communication"]
-    # The gradient of AlexNet 2012's conv1 is reduced as that of a 12x12 kernel ("space_to_depth"), and then cut to 11x11.
-    padded = (12**2 - 11**2) * 3 * 16 * 8 if model == "alexnet_2012" else 0
+    # The gradient of AlexNet 2012's conv1 is reduced as that of two 12x16 kernels ("column_pairs"; one of 12x12 where channels
+    # are split), and then cut to 11x11.
+    padded = (2 * 12 * 16 - 11**2) * 3 * 16 * 8 if model == "alexnet_2012" else 0
     # That of a local layer's input is summed over devices before its 3x3 windows are, where columns are split.
     taps = (3 * 3 - 1) * BATCH // shape[0] * 4 * 4 * 16 * 8 if (model, parallelism) == ("stack", "model") else 0
     for row in many["report"]["communication"]:  # a kind that theory does not have may not be there at all

@@ -2,11 +2,9 @@
 
 A max pool that remembers where its maxima were, and its gradient: XLA keeps masks for the nine pixels of a window instead of
 one number, and its own code for the gradient takes 3 to 4 times what the bytes cost (an H100, 512 maps of 55x55x64: 0.39 ms;
-this kernel 0.10 ms; reading and writing each number once, 0.09 ms). Response normalization across maps, and its gradient.
+this kernel 0.10 ms; reading and writing each number once, 0.09 ms).
 What a mask leaves out is neither read nor written, wherever its index points.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -92,43 +90,6 @@ def unpool(index_NKKC: jax.Array, gradient_NKKC: jax.Array, window: int, strides
     out = jax.ShapeDtypeStruct((batch, height, width, channels), gradient_NKKC.dtype)
     return pl.pallas_call(kernel, out_shape=out, grid=(batch, rows, channels // lanes), name="unpool",
                           compiler_params=WARPS)(index_NKKC, gradient_NKKC)
-
-
-def response_norm(x_NHWC: jax.Array, *gradient_NHWC: jax.Array, size: int, alpha: float, beta: float, k: float,
-                  width: int) -> jax.Array:
-    """x / (k + alpha * sum of x^2 over `size` neighbouring maps) ** beta, towers of `width` maps by themselves.
-
-    With the gradient by this result, the gradient by x:  g s^-beta - 2 alpha beta x sum of (g x s^(-beta-1)), s being what the
-    power is taken of, and the sum over the maps in whose windows this one lies. A program makes some pixels of a tower; the
-    sums are products with a matrix of ones along the diagonal.
-    """
-    shape, channels = x_NHWC.shape, x_NHWC.shape[-1]
-    pixels, lanes, rows = math.prod(shape[:-1]), max(16, pl.next_power_of_2(width)), 64
-
-    def kernel(x_ref, *refs):
-        row = (pl.program_id(0) * rows + jnp.arange(rows))[:, None]
-        maps = jnp.arange(lanes)
-        where = row, pl.program_id(1) * width + maps[None]
-        mask = (row < pixels) & (maps < width)[None]
-        apart = maps[:, None] - maps[None]  # row: of what is summed; column: of the sum
-        left, right = (size - 1) // 2, size // 2
-
-        def sum_over(values, before, after):
-            return values @ ((apart >= -before) & (apart <= after)).astype(jnp.float32)
-
-        x = triton.load(x_ref.at[where], mask=mask, other=0).astype(jnp.float32)
-        s = k + alpha * sum_over(x * x, left, right)
-        if not gradient_NHWC:
-            result = x * jnp.exp2(jnp.log2(s) * -beta)
-        else:
-            part = triton.load(refs[0].at[where], mask=mask, other=0) * jnp.exp2(jnp.log2(s) * (-beta - 1))
-            result = part * s - 2 * alpha * beta * x * sum_over(part * x, right, left)
-        triton.store(refs[-1].at[where], result.astype(x_NHWC.dtype), mask=mask)
-
-    out = jax.ShapeDtypeStruct((pixels, channels), x_NHWC.dtype)
-    arrays = (array.reshape(pixels, channels) for array in (x_NHWC, *gradient_NHWC))
-    return pl.pallas_call(kernel, out_shape=out, grid=(-(-pixels // rows), channels // width), name="response_norm",
-                          compiler_params=WARPS)(*arrays).reshape(shape)
 
 
 def _lanes(channels: int) -> int:

@@ -20,8 +20,7 @@ SMALL = nnx.initializers.normal(0.01)  # of AlexNet 2012 (section 5), and of out
 ONES = nnx.initializers.ones
 # What makes a step faster and changes nothing but rounding; config.model.levers chooses. Each is told where it is used (the
 # cast_once in step.py).
-LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_pairs",
-          "norm_kernel")
+LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_pairs")
 
 
 class Unplaced:
@@ -368,45 +367,15 @@ def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k:
     return (x_NHWC * (k + alpha * sums) ** -beta).astype(x_NHWC.dtype)
 
 
-class Norm(NamedTuple):
-    """A response norm across maps: response_norm's settings, the maps of a tower, and `place.local` for its kernel."""
+def response_norm_of_towers(x_NHWC: jax.Array, groups: int, place, name: str, **settings) -> jax.Array:
+    """response_norm across the maps of each of `groups` towers by itself, as AlexNet's two GPUs did: nothing crosses."""
+    axes, width = ("conv_batch", None, None, "group_in"), x_NHWC.shape[-1] // groups
 
-    settings: tuple[tuple[str, float], ...]
-    width: int
-    local: Callable
+    def norm(_, x_NHWC):
+        towers = jnp.split(x_NHWC, x_NHWC.shape[-1] // width, -1)
+        return jnp.concatenate([response_norm(x, **settings) for x in towers], -1)
 
-    def plain(self, x_NHWC: jax.Array) -> jax.Array:
-        towers = jnp.split(x_NHWC, x_NHWC.shape[-1] // self.width, -1)
-        return jnp.concatenate([response_norm(x, **dict(self.settings)) for x in towers], -1)
-
-    def __call__(self, plain: Callable, *arrays: jax.Array) -> jax.Array:
-        kernel = functools.partial(kernels.response_norm, width=self.width, **dict(self.settings))
-        return self.local(lambda *local: jax.lax.platform_dependent(*local, cuda=kernel, default=plain), *arrays)
-
-
-def response_norm_of_towers(x_NHWC: jax.Array, groups: int, place, name: str, levers=LEVERS, **settings) -> jax.Array:
-    """response_norm across the maps of each of `groups` towers by itself, as AlexNet's two GPUs did: nothing crosses.
-
-    "norm_kernel": one kernel each way on GPUs, instead of XLA's several.
-    """
-    axes = ("conv_batch", None, None, "group_in")
-    x_NHWC = place(x_NHWC, *axes, name=f"{name} input")
-    norm = Norm(tuple(settings.items()), x_NHWC.shape[-1] // groups, functools.partial(place.local, axes))
-    if "norm_kernel" in levers:
-        return place(_norm(x_NHWC, norm), *axes)
-    return place.towers(lambda _, x_NHWC: norm.plain(x_NHWC), groups, (x_NHWC, axes), out=axes, name=name)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _norm(x_NHWC, norm):
-    return norm(norm.plain, x_NHWC)
-
-
-def _norm_gradient(norm, x_NHWC, gradient):
-    return (norm(lambda x, gradient: jax.vjp(norm.plain, x)[1](gradient)[0], x_NHWC, gradient),)
-
-
-_norm.defvjp(lambda x_NHWC, norm: (_norm(x_NHWC, norm), x_NHWC), _norm_gradient)
+    return place.towers(norm, groups, (place(x_NHWC, *axes, name=f"{name} input"), axes), out=axes, name=name)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -158,7 +158,7 @@ class Stack(nnx.Module):
                                        channels)
                     else:
                         channels = "group_in"
-                        x_NHWC = layers.response_norm_of_towers(x_NHWC, spec.groups, place, label, self.levers, **settings)
+                        x_NHWC = layers.response_norm_of_towers(x_NHWC, spec.groups, place, label, **settings)
         return layers.flatten(x_NHWC, place)
 
     def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
