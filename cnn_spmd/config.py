@@ -45,6 +45,7 @@ RANGES = {
     "optimizer.stage_factor": (0.0, 1.0, True),
     "optimizer.momentum": (0.0, 1.0, False),
     "optimizer.weight_decay": (0.0, None, True),
+    "optimizer.clip_norm": (0.0, None, True),
     "optimizer.weight_decays": (0.0, None, True),
     "optimizer.layer_rates": (0.0, None, True),
     "eval.every_epochs": (0, None, True),

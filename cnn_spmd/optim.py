@@ -38,7 +38,8 @@ def make_optimizer(settings, steps: int, batch_size: int = 128, parts: int = 1) 
 
     As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: it is scaled by the learning rate and
     passes through the momentum. `weight_decays` has other decays for some layers, `layer_rates` multiples of the learning
-    rate, and `bias_rate` is a further multiple for all biases. parts: updates in a step, each at 1/parts of the rate.
+    rate, and `bias_rate` is a further multiple for all biases. A gradient longer than `clip_norm`, over all parameters, is
+    scaled down to it first. parts: updates in a step, each at 1/parts of the rate.
     """
     schedule = make_schedule(settings, steps, batch_size)
 
@@ -50,8 +51,9 @@ def make_optimizer(settings, steps: int, batch_size: int = 128, parts: int = 1) 
         layer, bias = _layer_and_bias(path)
         return update * (settings.layer_rates.get(layer, 1.0) * (settings.bias_rate if bias else 1.0))
 
+    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     return optax.chain(
-        optax.stateless(lambda grads, params: jax.tree_util.tree_map_with_path(decayed, grads, params)),
+        *clip, optax.stateless(lambda grads, params: jax.tree_util.tree_map_with_path(decayed, grads, params)),
         optax.sgd(lambda count: schedule(count // parts) / parts, momentum=settings.momentum, nesterov=settings.nesterov),
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)),
     )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -21,6 +22,7 @@ class TrainState(NamedTuple):
     """All that a run carries from step to step, and all that a checkpoint holds."""
 
     step: jax.Array  # int32 []: steps done
+    seed: jax.Array  # uint32 []; here, and not a constant of the program, so that another seed compiles nothing again
     params: nnx.State  # float32
     optimizer: Any  # optax state; a momentum a parameter
 
@@ -63,27 +65,28 @@ class Steps:
     mirror: bool  # whether a mirrored test image keeps its class
     copy_dtype: Any = None  # "cast_once": the steps of a call hand on a copy of the weights in this dtype; None: no copy
 
-    def init(self) -> TrainState:
-        """The state at step 0, a function of the seed alone."""
-        params = nnx.state(self.make_model(nnx.Rngs(self.seed)), nnx.Param)
+    def init(self, seed: jax.Array) -> TrainState:
+        """The state at step 0, a function of the seed [] alone."""
+        params = nnx.state(self.make_model(nnx.Rngs(jax.random.key(seed))), nnx.Param)
         if self.dense_optimizer is None:
             optimizer = self.optimizer.init(params)
         else:
             dense, conv = nnx.split_state(params, is_dense, ...)
             optimizer = dict(conv=self.optimizer.init(conv), dense=self.dense_optimizer.init(dense))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+        return TrainState(jnp.zeros((), jnp.int32), seed, params, optimizer)
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """The model without its arrays."""
-        return nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(self.seed))))[0]
+        return nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0))))[0]
 
-    def batch(self, data: DeviceData, step: jax.Array, indices_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def batch(self, data: DeviceData, state: TrainState,
+              indices_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Images [N, H, W, C], labels [B] and a dropout key.
 
         Crops, flips, colour noise and dropout masks are a function of (seed, step), the same on every mesh.
         """
-        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         crop_key, dropout_key = jax.random.split(key)
         images = batches.crop_and_flip(data.images, indices_B, crop_key, side=self.crop, pad=self.crop_pad, flip=self.flip)
         if self.colour_CC is not None:
@@ -114,7 +117,7 @@ class Steps:
     def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None,
                   copy: nnx.State | None = None) -> tuple[dict, nnx.State]:
         """loss and accuracy [] on the examples `indices_B`, and the loss's gradient by each parameter."""
-        images, labels_B, key = self.batch(data, state.step, indices_B)
+        images, labels_B, key = self.batch(data, state, indices_B)
         grads, metrics = jax.grad(lambda params: self.loss(params, self.features(params, images), labels_B, key),
                                   has_aux=True)(state.params if copy is None else copy)
         return metrics, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
@@ -123,7 +126,7 @@ class Steps:
         """The state after the optimizer's step along `grads`."""
         with jax.named_scope("update"):
             updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-            return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer)
+            return TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), optimizer)
 
     def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None,
                    copy: nnx.State | None = None) -> tuple[TrainState, dict]:
@@ -147,7 +150,7 @@ class Steps:
         backward the reduce-scatter of a layer's input gradient runs under the product of its weight gradient; the next
         part's gather does not start early, so nothing of (b)'s hiding of one part's communication behind another's.
         """
-        images, labels_B, key = self.batch(data, state.step, indices_B)
+        images, labels_B, key = self.batch(data, state, indices_B)
         x_BF, backward = jax.vjp(lambda params: self.features(params, images), state.params)
         parts = len(labels_B) // self.dense_microbatch
         dense, conv = nnx.split_state(state.params, is_dense, ...)
@@ -183,7 +186,7 @@ class Steps:
         with jax.named_scope("update"):
             updates, conv_optimizer = self.optimizer.update(conv_grads, state.optimizer["conv"], conv)
             params = nnx.merge_state(dense, optax.apply_updates(conv, updates))
-        return TrainState(state.step + 1, params, dict(conv=conv_optimizer, dense=optimizer)), metrics
+        return TrainState(state.step + 1, state.seed, params, dict(conv=conv_optimizer, dense=optimizer)), metrics
 
     def train_steps(self, state: TrainState, data: DeviceData, indices_SB: jax.Array | None) -> tuple[TrainState, dict]:
         """S steps in one program; metrics are [S]. One step stays outside a scan, which the CPU backend runs slowly.
@@ -226,7 +229,7 @@ class Steps:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state. Raises UserError where the table cannot be met."""
-        state = jax.eval_shape(self.init)
+        state = jax.eval_shape(self.init, np.uint32(self.seed))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
                             self.place.of_state(state))
 
@@ -237,14 +240,15 @@ class Steps:
         """
         seen = []
         place = dataclasses.replace(self.place, record=lambda *activation: seen.append(activation))
-        model = nnx.eval_shape(lambda: self.make_model(nnx.Rngs(self.seed)))
+        model = nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0)))
         nnx.eval_shape(lambda model, x: model.classify(model.features(x, place), place), model,
                        jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32))
         return seen
 
     def jit_init(self):
         """() -> TrainState, created already sharded: no device ever holds the whole of a split array."""
-        return jax.jit(self.init, out_shardings=self.place.of_state(self.abstract_state))
+        jitted = jax.jit(self.init, out_shardings=self.place.of_state(self.abstract_state))
+        return functools.partial(jitted, np.uint32(self.seed))
 
     def jit_train(self):
         """train_steps, with the state donated: the new one takes the old one's memory."""

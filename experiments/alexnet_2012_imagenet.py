@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"experiments/alexnet_2012_imagenet.py:{variant}: unknown variant, expected imagenette or none")
     config = alexnet_cifar.get_config()
     config.experiment = f"alexnet_2012_{variant or 'imagenet'}"
-    config.model.name = "alexnet_2012"
+    config.model.update(dict(name="alexnet_2012", dropout=0.5))
     config.data.update(dict(name=variant or "imagenet2012", fallback="", image_size=256, crop=224, crop_pad=0, colour_noise=0.1,
                             normalise="pixel_mean"))
     config.data.synthetic.update(dict(image_size=256, classes=1000, train_examples=8192, test_examples=1024))

@@ -38,8 +38,8 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.eval.every_epochs = config.checkpoint.every_epochs = 0
     config.epochs = 30
     config.model.name = "alexnet_2012_small" + ("" if variant in ("base", "no_dropout") else f"_{variant}")
-    if variant == "no_dropout":
-        config.model.dropout = 0.0
+    config.model.dropout = 0.0 if variant == "no_dropout" else 0.5
+    config.optimizer.learning_rate = 0.1
     if variant in RATES:
         config.model.update(dict(name=f"four_layers_{variant}", dropout=0.0))
         config.data.update(dict(crop_pad=0, flip=False))

@@ -43,6 +43,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.experiment = f"owt_{data.removesuffix('2012')}" + "_variable" * ("variable" in variants)
     config.data.update(dict(name=data, fallback="", image_size=256, crop=224, crop_pad=0, colour_noise=0.1))
     config.data.synthetic.update(dict(image_size=256, classes=1000, train_examples=8192, test_examples=1024))
+    config.model.dropout = 0.5
     config.parallelism = "hybrid"
     config.batch_size = 128
     config.dense_microbatch = 128 if "variable" in variants else 0

@@ -24,7 +24,7 @@ from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
 from cnn_spmd.models import alexnet, alexnet_2012, layers, stack
 from cnn_spmd.placement import TABLE, Placement, name_of
-from cnn_spmd.step import DeviceData
+from cnn_spmd.step import DeviceData, TrainState
 from experiments.alexnet_cifar import get_config
 
 BATCH = 16
@@ -327,8 +327,9 @@ def test_colour_noise_against_numpy():
         axes = batches.colour_axes(data.images)
         steps = dataclasses.replace(noisy.steps, colour_CC=0.1 * axes)
         indices = jnp.arange(BATCH)
-        added = [(steps.batch(data, step, indices)[0] - plain.steps.batch(data, step, indices)[0]) * steps.std
-                 for step in range(2)]
+        states = [TrainState(step, 0, None, None) for step in range(2)]
+        added = [(steps.batch(data, state, indices)[0] - plain.steps.batch(data, state, indices)[0]) * steps.std
+                 for state in states]
         alpha = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 2), (BATCH, 3, 1)))
     variances, vectors = np.linalg.eigh(np.cov(data.images.reshape(-1, 3).astype(float), rowvar=False))
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
@@ -363,7 +364,7 @@ def test_variable_batch_against_a_plain_loop():
         state = steps.jit_init()()
         data = DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
         indices = jnp.asarray(batches.train_indices(0, 0, 1, BATCH, 64)[0])
-        images, labels, _ = jax.jit(steps.batch)(data, state.step, indices)
+        images, labels, _ = jax.jit(steps.batch)(data, state, indices)
         params = jax.tree.map(jnp.asarray, state.params)
         momenta = jax.tree.map(jnp.zeros_like, params)
 
@@ -436,7 +437,7 @@ def logits_of(setup, images):
 
 
 def initial_f32(setup):
-    return setup.steps.init()
+    return setup.steps.init(jnp.uint32(0))
 
 
 def on_one(name: str, **changes) -> tuple[setups.Setup, DeviceData]:
@@ -482,7 +483,7 @@ def test_ten_views_of_a_crop_against_numpy():
     rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
     assert got["loss"] == pytest.approx(-np.log(chances)[np.arange(8), labels].sum(), rel=1e-4)
     assert [got["correct"], got["top5"], got["examples"]] == [(rank == 0).sum(), (rank < 5).sum(), 8]
-    batch, _, _ = setup.steps.batch(data, jnp.int32(0), jnp.arange(BATCH))
+    batch, _, _ = setup.steps.batch(data, TrainState(0, 0, None, None), jnp.arange(BATCH))
     assert batch.shape == (BATCH, 24, 24, 3)
     pixels = np.asarray(batch + mean)
     np.testing.assert_allclose(pixels, pixels.round(), atol=1e-4)  # neither scaled nor off centre
@@ -514,12 +515,22 @@ def test_randomness_is_a_function_of_seed_and_step(name):
     changes = dict(crop_pad=0, flip=False) if name == "alexnet" else {}  # what is left is dropout
 
     def loss(seed, step):
-        steps = dataclasses.replace(setup.steps, seed=seed, **changes)
-        state = initial_f32(setup)._replace(step=jnp.int32(step))
+        steps = dataclasses.replace(setup.steps, **changes)
+        state = initial_f32(setup)._replace(step=jnp.int32(step), seed=jnp.uint32(seed))
         return float(jax.jit(lambda state: steps.gradients(data, state, jnp.arange(BATCH))[0]["loss"])(state))
 
     assert loss(0, 3) == loss(0, 3)
     assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3
+
+
+def test_another_seed_is_the_same_program():
+    """It starts from other parameters, but nothing is compiled again."""
+    setups_ = [setup_of("simple_cnn", "data", (2, 2), seed=seed) for seed in (0, 1)]
+    texts = {setup.steps.jit_train().lower(setup.steps.abstract_state, *setups.feeds(setup)[0].shapes(2, BATCH)).as_text()
+             for setup in setups_}
+    assert len(texts) == 1
+    first, second = (setup.steps.jit_init()().params["fc3"]["kernel"][...] for setup in setups_)
+    assert not np.array_equal(first, second)
 
 
 def test_each_dense_layer_has_a_dropout_mask_of_its_own(monkeypatch):
@@ -566,7 +577,7 @@ def test_bfloat16_computes_on_float32_parameters():
     data = DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
     abstract = setup.steps.abstract_state
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract.params)} == {jnp.dtype("float32")}
-    jaxpr = jax.make_jaxpr(lambda state: setup.steps.gradients(data, state, jnp.arange(4)))(setup.steps.init())
+    jaxpr = jax.make_jaxpr(lambda state: setup.steps.gradients(data, state, jnp.arange(4)))(initial_f32(setup))
     assert set(dtypes_of_products(jaxpr.jaxpr)) == {jnp.dtype("bfloat16")}
     metrics, grads = jax.eval_shape(lambda state: setup.steps.gradients(data, state, jnp.arange(4)), abstract)
     assert {x.dtype for x in jax.tree.leaves((metrics, grads))} == {jnp.dtype("float32")}
