@@ -7,8 +7,27 @@ in nothing but mesh and parallelism, the ones that one chart compares.
 
 import statistics
 
+from cnn_spmd.config import flat
+
 COLUMNS = ["mesh", "parallelism", "batch and settings", "n", "images/s", "step, ms (p10 to p90)", "speedup", "efficiency, %",
            "parameters and optimizer, MB a device", "ring MB a step", "theory", "test accuracy, %"]
+
+# Fields of a config that change no number but the speed, or that a table shows anyway: runs that differ in these are averaged.
+NOT_THE_RECIPE = ("seed", "mesh.", "steps_per_call", "profile", "model.levers", "data.dir", "data.resident", "data.fallback",
+                  "checkpoint.", "eval.every_epochs")
+
+
+def recipe(run: dict) -> str:
+    """What the summary.json of two runs must share for their figures to be averaged: the config but for NOT_THE_RECIPE."""
+    fields = flat(run["config"])
+    return repr(sorted((name, str(value)) for name, value in fields.items() if not name.startswith(NOT_THE_RECIPE)))
+
+
+def machine(run: dict) -> str:
+    """The devices of a run, from its summary.json, in words."""
+    if run["device_kind"] == "cpu":
+        return f"CPU, {run['host_cores']} cores"
+    return f"{run['devices']} x {run['device_kind']}"
 
 
 def panel_of(run: dict) -> str:

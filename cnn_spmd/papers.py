@@ -1,10 +1,23 @@
-"""Published throughput of AlexNet on several GPUs, as data, and the speed of the links between GPUs we know.
+"""What papers published, as data, beside what was measured here: `python -m cnn_spmd.papers` prints every table.
 
-All are AlexNet on 224x224 images (ILSVRC-2012), and in all the global batch grows with the number of GPUs (weak scaling).
-Digitised figures are read off a paper's vector figure: OptCNN's to about 1%, FlexFlow's to about 20 images/s a GPU.
+Measured figures come from results/*.json and results/claims/*.json, each the summary.json of a run, copied there; speedups from
+results/sweeps/*.json. The README's table of papers has the rows that were measured.
 """
 
-# Each curve: number of GPUs -> speedup, images/s, or images/s a GPU, as the source gives it.
+import argparse
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+
+from cnn_spmd import claims, compare, page
+
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
+
+# ---- Throughput on several GPUs. All are AlexNet on 224x224 images (ILSVRC-2012), and in all the global batch grows with the
+# number of GPUs (weak scaling). Digitised figures are read off a paper's vector figure: OptCNN's to about 1%, FlexFlow's to
+# about 20 images/s a GPU. Each curve: number of GPUs -> speedup, images/s, or images/s a GPU, as the source gives it.
+
 OWT = dict(paper="Krizhevsky 2014, arXiv 1404.5997v2", hardware="8 K20, PCIe 2.0", batch="128 a GPU")
 OPTCNN = dict(paper="OptCNN, Jia et al. 2018, arXiv 1802.04924, digitised", hardware="4 nodes of 4 P100", batch="32 a GPU")
 FLEXFLOW = dict(paper="FlexFlow, Jia et al. 2019 (SysML), digitised", hardware="P100", batch="256 a GPU")
@@ -28,3 +41,202 @@ def speedups(curve: dict) -> dict[int, float]:
     """Number of GPUs -> throughput relative to one GPU."""
     values, each = curve["values"], curve["unit"].endswith("a GPU")
     return {gpus: value * (gpus if each else 1) / values[1] for gpus, value in values.items()}
+
+
+# ---- Figures. Each: name, published (a number, or words), measure (MEASURES), where (what the fields of a run must be),
+# configs (of the commands that make the runs), source; control: the experiment that the run of the same seed is held against.
+
+def cuda_convnet(variant: str, error: float, seconds: float, source: str) -> list[dict]:
+    shared = dict(where=dict(experiment=f"cuda_convnet_{variant}", dataset="cifar10"),
+                  configs=[f"cuda_convnet_cifar.py:{variant}"])
+    return [dict(shared, name=f"{variant}: test error, %", published=error, measure="error", source=source),
+            dict(shared, name=f"{variant}: training, s", published=seconds, measure="seconds", source=f"{source}; one GTX 580")]
+
+
+def claim(variant: str, name: str, published: float | str, place: str) -> dict:
+    return dict(name=f"{name}: test error, points more", published=published, measure="error", control="claims_2012_base",
+                where=dict(experiment=f"claims_2012_{variant}", dataset="cifar10"),
+                configs=[f"claims_2012_cifar.py:{variant}", "claims_2012_cifar.py:base"],
+                source=f"AlexNet 2012, {place}, on ImageNet")
+
+
+def one_weird_trick(gpus: int, dense_batch: int, error: float, hours: float, speedup: float) -> list[dict]:
+    """A row of table 1 (PALEO's table 4 copies two hours wrongly: 98.95 and 16.68). Its speedups are those of the hours."""
+    batch, variable = 128 * gpus, gpus > 1 and dense_batch == 128
+    experiment = "owt_imagenet" + "_variable" * variable
+    name = f"{gpus} GPU{'s' * (gpus > 1)}, batches ({batch}, {dense_batch})"
+    source = f"{OWT['paper']}, table 1; {OWT['hardware']}"
+    whole = dict(where=dict(experiment=experiment, dataset="imagenet2012", devices=gpus, batch_size=batch, epochs=90.0),
+                 source=source,
+                 configs=[f"owt_imagenet.py{':variable' * variable} --mesh 1x{gpus} --config.batch_size={batch}"])
+    return [dict(whole, name=f"{name}: top-1 error, %", published=error, measure="error"),
+            dict(whole, name=f"{name}: hours", published=hours, measure="hours"),
+            *([scaling(f"{name}: speedup", speedup, "hybrid", gpus, 128, source, variable)] if gpus > 1 else [])]
+
+
+def scaling(name: str, published: float, scheme: str, gpus: int, batch: int, source: str, variable: bool = False) -> dict:
+    """A speedup over one GPU, each GPU with `batch` images; of AlexNet for 224x224 images and 1000 classes."""
+    mesh = dict(data=gpus, model=1) if scheme == "data" else dict(data=1, model=gpus)
+    return dict(name=name, published=published, measure="speedup", source=source,
+                where=dict(model="alexnet", param_count=61_100_840, parallelism=scheme, mesh=mesh, devices=gpus,
+                           batch_size=batch * gpus, variable=variable),
+                configs=[f"owt_imagenet.py{':variable' * variable} --config.data.name=synthetic --config.steps=220 "
+                         "--config.steps_per_call=20 --config.eval.every_epochs=0 --config.checkpoint.every_epochs=0 "
+                         f"--config.parallelism={scheme} --mesh 1x1,{mesh['data']}x{mesh['model']} --batch_per_device {batch}"])
+
+
+WHOLE_IMAGENET = dict(where=dict(experiment="alexnet_2012_imagenet", dataset="imagenet2012", epochs=90.0),
+                      configs=["alexnet_2012_imagenet.py"],
+                      source="AlexNet 2012, table 2, 1 CNN, validation, ten crops; two GTX 580")
+EXAMPLE_LAYERS = "cuda-convnet: example-layers (github.com/dnouri/cuda-convnet), wiki (github.com/mbrukman/cuda-convnet)"
+SCHEMES = {"data": "data", "one weird trick": "hybrid"}
+FIGURES: dict[str, list[dict]] = {
+    "cuda-convnet's CIFAR-10 nets": [
+        *cuda_convnet("80sec", 26, 80, EXAMPLE_LAYERS),
+        *cuda_convnet("19pct", 19, 20 * 60, EXAMPLE_LAYERS),
+        *cuda_convnet("18pct", 18, 20 * 60, EXAMPLE_LAYERS),
+        *cuda_convnet("13pct", 12.6, 21.7 * 60, f"{EXAMPLE_LAYERS}; logged, the front page says 13%, 25 min"),
+        *cuda_convnet("11pct", 11, 75 * 60, EXAMPLE_LAYERS),
+    ],
+    "Claims of AlexNet 2012, on CIFAR-10": [
+        dict(name="tanh: epochs to 25% training error, times ReLU's", published=6, measure="epochs", control="claims_2012_relu",
+             where=dict(experiment="claims_2012_tanh", dataset="cifar10"), source="AlexNet 2012, figure 1, on CIFAR-10",
+             configs=["claims_2012_cifar.py:tanh", "claims_2012_cifar.py:relu"]),
+        dict(name="11pct without response norms: test error, points more", published=2, measure="error",
+             control="cuda_convnet_11pct", where=dict(experiment="cuda_convnet_11pct_no_lrn", dataset="cifar10"),
+             configs=["cuda_convnet_cifar.py:11pct_no_lrn", "cuda_convnet_cifar.py:11pct"],
+             source="AlexNet 2012, 3.3, on CIFAR-10: 13% without, 11% with"),
+        claim("no_lrn", "without response norms", 1.4, "3.3"),
+        claim("plain_pool", "pools that do not overlap", 0.4, "3.4"),
+        claim("no_dropout", "without dropout", "overfits substantially", "4.2"),
+        claim("no_conv2", "without conv2", 2, "7 (about)"),
+        claim("no_conv3", "without conv3", 2, "7 (about)"),
+        claim("no_conv4", "without conv4", 2, "7 (about)"),
+        claim("one_tower", "one tower of half the maps", 1.7, "3.2"),
+    ],
+    "AlexNet 2012 on ImageNet": [
+        dict(WHOLE_IMAGENET, name="alexnet_2012: top-1 error, %", published=40.7, measure="error"),
+        dict(WHOLE_IMAGENET, name="alexnet_2012: top-5 error, %", published=18.2, measure="top-5 error"),
+    ],
+    "One weird trick": [
+        *one_weird_trick(1, 128, 42.33, 98.05, 1),
+        *one_weird_trick(2, 256, 42.63, 50.24, 1.95),
+        *one_weird_trick(2, 128, 42.27, 50.90, 1.93),
+        *one_weird_trick(4, 512, 42.59, 26.20, 3.74),
+        *one_weird_trick(4, 128, 42.44, 26.78, 3.66),
+        *one_weird_trick(8, 1024, 43.28, 15.68, 6.25),
+        *one_weird_trick(8, 128, 42.86, 15.91, 6.16),
+    ],
+    "Speedup over one GPU": [
+        scaling(f"{curve['scheme']}, batch {curve['batch']}, {gpus} GPUs: speedup", round(speedups(curve)[gpus], 2),
+                SCHEMES[curve["scheme"]], gpus, int(curve["batch"].split()[0]), f"{curve['paper']}; {curve['hardware']}")
+        for curve in CURVES[1:] if curve["scheme"] in SCHEMES for gpus in (2, 4, 8)],
+}
+
+# ---- Measured
+
+# Measure: decimals, and its value in a run. Of a run and its control: the ratio of epochs, else the difference.
+MEASURES = {
+    "error": (2, lambda run: 100 * (1 - run["eval"]["accuracy"])),
+    "top-5 error": (2, lambda run: 100 * (1 - run["eval"]["top5"])),
+    "seconds": (1, lambda run: run["train_seconds"]),
+    "hours": (2, lambda run: run["train_seconds"] / 3600),
+    "speedup": (2, lambda run: run["speedup"]),
+    "epochs": (1, lambda run: run["epochs_to_error"]),
+}
+HEADER = ["figure", "published", "measured", "n", "difference", "hardware", "command", "source"]
+LEGEND = """\
+Difference: measured less published. n: runs that differ in nothing but their seed; mean ± one sample standard deviation.
+"Points more" and "times" are of a run and its control of the same seed, whose two means are in brackets. Speedups are measured
+on random images. A command takes seed 0 (--config.seed) and downloads the data, or finds it in --config.data.dir."""
+
+
+def read(folder: pathlib.Path) -> list[dict]:
+    """Every run in results/ and results/claims, as its summary.json has it, and every run of a sweep that has a speedup."""
+    runs = claims.read(folder) + claims.read(folder / "claims")
+    for path in sorted((folder / "sweeps").glob("*.json")):
+        sweep = json.loads(path.read_text())
+        for group in compare.groups_of(sweep["runs"]):
+            for run, speedup in zip(group["runs"], compare.speedups(group), strict=False):  # none where there is no base
+                runs.append(run["figures"] | dict(
+                    devices=group["devices"], host_cores=sweep["hardware"]["host_cores"], speedup=speedup,
+                    command=run["command"], config=dict(run["settings"], experiment=sweep["experiment"]),
+                    variable=run["figures"]["closed_form_ring_bytes"] is None))  # the variable batch has no closed form
+    return runs
+
+
+def matches(where: dict, run: dict) -> bool:
+    return all(run.get(name) == value for name, value in where.items())
+
+
+def shows(run: dict) -> bool:
+    """Whether one of the tables is about a run, or holds others against it."""
+    return any(matches(where, run) for figures in FIGURES.values() for figure in figures
+               for where in (figure["where"], figure["where"] | dict(experiment=figure.get("control"))))
+
+
+def rows(figure: dict, runs: Sequence[dict]) -> list[list[str]]:
+    """A figure's rows under HEADER: one for the runs that differ in nothing but their seed; or one that says "not measured"."""
+    groups: dict[tuple, list[list[dict]]] = {}
+    for run in runs:
+        if not matches(figure["where"], run):
+            continue
+        pair = [run]
+        if "control" in figure:
+            same = {name: run[name] for name in ("seed", "dataset", "epochs", "devices", "device_kind")}
+            pair += [other for other in runs if matches(same | dict(experiment=figure["control"]), other)][:1]
+        if len(pair) == 1 + ("control" in figure):
+            key = (compare.machine(run), str(run["mesh"]), compare.recipe(run))
+            groups.setdefault(key, []).append(pair)
+    published = figure["published"] if isinstance(figure["published"], str) else f"{figure['published']:,.10g}"
+    command = "; ".join(f"python launch.py --config experiments/{config}" for config in figure["configs"])
+    if not groups:
+        return [[figure["name"], published, "not measured", "0", "", "", command, figure["source"]]]
+    return [[figure["name"], published, *cells(figure, pairs), machine, pairs[0][0].get("command", command), figure["source"]]
+            for (machine, *_), pairs in sorted(groups.items())]
+
+
+def cells(figure: dict, pairs: Sequence[list[dict]]) -> list[str]:
+    """Measured, n, and measured less published; of runs [run], or of runs and their controls [run, control]."""
+    digits, measure = MEASURES[figure["measure"]]
+    values = [value for pair in pairs if None not in (value := tuple(map(measure, pair)))]
+    missed, note, published = len(pairs) - len(values), "", figure["published"]
+    if not values:
+        return ["not reached", "0", ""]
+    numbers = [value for value, *_ in values]
+    if "control" in figure:
+        first, second = map(statistics.mean, zip(*values, strict=True))
+        note = f" ({first:.{digits}f}, not {second:.{digits}f})"
+        numbers = [value / other if figure["measure"] == "epochs" else value - other for value, other in values]
+    difference = "" if isinstance(published, str) else f"{statistics.mean(numbers) - published:+,.{digits}f}"
+    return [compare.mean(numbers, digits) + note + (f"; {missed} not reached" if missed else ""), str(len(numbers)), difference]
+
+
+def tables(folder: pathlib.Path = RESULTS) -> dict[str, list[list[str]]]:
+    """The rows of each table of FIGURES by its title."""
+    runs = read(folder)
+    return {title: [row for figure in figures for row in rows(figure, runs)] for title, figures in FIGURES.items()}
+
+
+def measured_table(folder: pathlib.Path = RESULTS) -> str:
+    """A Markdown table of the figures that were measured."""
+    return page.markdown_table(HEADER, [row for found in tables(folder).values() for row in found if row[2] != "not measured"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cnn_spmd.papers", description=(
+        "Prints published figures beside measured ones (from results/), and accuracy by depth."))
+    parser.add_argument("--depth_plot", type=pathlib.Path, metavar="FILE.svg", help="also draw accuracy by depth")
+    picture = parser.parse_args(argv).depth_plot
+    for title, found in tables().items():
+        print(f"{title}\n\n{page.markdown_table(HEADER, found)}\n")
+    runs = claims.read(RESULTS / "claims")
+    print(f"{LEGEND}\n\nAccuracy by depth, on CIFAR-10 (experiments/deeper_cifar.py)\n\n{claims.depth_table(runs)}\n\n"
+          f"A neuron that sees a whole image has {claims.weights_of_a_neuron(32):,} weights at 32x32x3, "
+          f"{claims.weights_of_a_neuron(200):,} at 200x200x3.")
+    if picture:
+        picture.write_text(claims.depth_plot(runs))
+
+
+if __name__ == "__main__":
+    main()

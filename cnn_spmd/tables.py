@@ -9,29 +9,34 @@ import collections
 import json
 import pathlib
 
-from cnn_spmd import compare, page
+from cnn_spmd import compare, page, papers
 from cnn_spmd.compare import mean
-
-RESULTS = pathlib.Path(__file__).parent.parent / "results"
+from cnn_spmd.papers import RESULTS
 
 
 def results_table(folder: pathlib.Path = RESULTS) -> str:
-    """A Markdown table, one row for the runs that differ in nothing but their seed; mean, and ± sample deviation."""
+    """A Markdown table, one row for the runs that differ in nothing but their seed; mean, and ± sample deviation.
+
+    Runs that are held against a paper's figure are in the papers' table instead.
+    """
     groups = collections.defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text())
-        mesh = f"{run['mesh']['data']}x{run['mesh']['model']}"
-        cpu = run["device_kind"] == "cpu"
-        hardware = f"CPU, {run['host_cores']} cores" if cpu else f"{run['devices']} x {run['device_kind']}"
-        groups[run["experiment"], run["dataset"], hardware, mesh, run["parallelism"]].append(run)
-    lines = ["| experiment | data | hardware | mesh | parallelism | n | test accuracy, % | train, s | compile, s | images/s |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
-    for key, runs in sorted(groups.items()):
-        accuracy = mean([100 * run["eval"]["accuracy"] for run in runs], 2)
-        seconds, compiling, rate = (mean([run[name] for run in runs], digits) for name, digits in
-                                    (("train_seconds", 1), ("compile_seconds", 1), ("images_per_second", 0)))
-        lines.append(f"| {' | '.join(key)} | {len(runs)} | {accuracy} | {seconds} | {compiling} | {rate} |")
-    return "\n".join(lines)
+        if not papers.shows(run):
+            mesh = run["mesh"]
+            key = (run["experiment"], run["dataset"], run["device_kind"], run["devices"], -mesh["data"], run["parallelism"],
+                   run["epochs"], compare.machine(run), compare.recipe(run))
+            groups[key].append(run)
+    rows = []
+    for _, runs in sorted(groups.items()):
+        run = runs[0]
+        rows.append([run["experiment"], run["dataset"], compare.machine(run), f"{run['mesh']['data']}x{run['mesh']['model']}",
+                     run["parallelism"], f"{run['epochs']:g}", str(len(runs)),
+                     mean([100 * run["eval"]["accuracy"] for run in runs], 2),
+                     *(mean([run[name] for run in runs], digits) for name, digits in
+                       (("train_seconds", 1), ("compile_seconds", 1), ("images_per_second", 0)))])
+    return page.markdown_table(["experiment", "data", "hardware", "mesh", "parallelism", "epochs", "n", "test accuracy, %",
+                                "train, s", "compile, s", "images/s"], rows)
 
 
 def programs_table(folder: pathlib.Path = RESULTS / "programs") -> str:
@@ -50,6 +55,7 @@ def programs_table(folder: pathlib.Path = RESULTS / "programs") -> str:
             f"| {run['bytes_per_device']['parameters'] / 1e6:.1f} | {counts} | {run['totals']['ring_bytes'] / 1e6:.1f} "
             f"| {run['closed_form_ring_bytes'] / 1e6:.1f} |")
     return "\n".join(lines)
+
 
 def sweeps_table(folder: pathlib.Path = RESULTS / "sweeps") -> str:
     """A Markdown table of sweeps: a row for the runs that differ in nothing but their seed, and for each that did not work."""
@@ -81,4 +87,5 @@ def speed_table(folder: pathlib.Path = RESULTS / "speed") -> str:
                                 "ours, % of the matrix rate", "PyTorch, %"], rows)
 
 
-TABLES = {"results": results_table, "programs": programs_table, "sweeps": sweeps_table, "speed": speed_table}
+TABLES = {"results": results_table, "papers": papers.measured_table, "programs": programs_table, "sweeps": sweeps_table,
+          "speed": speed_table}

@@ -17,7 +17,7 @@ noise .1, softmax outputs averaged over ten crops. Section 5: batch 128, learnin
 validation error stood still; here at a quarter, half and three quarters), momentum .9, weight decay .0005. Whether biases decay
 is not said; here they do not. eval.accuracy and eval.top5 are one minus the errors. One crop: --config.eval.views=one.
 
-Measured: nothing yet. What is not set here is as in experiments/alexnet_cifar.py.
+Not measured yet. What is not set here is as in experiments/alexnet_cifar.py.
 """
 
 import ml_collections

@@ -13,11 +13,11 @@
   one_tower             base    3.2: two towers against one of half as many maps but in the last layer: 1.7 points
 
 base is AlexNet 2012 scaled to 32x32 (cnn_spmd/models/alexnet_2012_small.py) under the recipe of alexnet_cifar.py for half as
-many epochs: no claim is about the recipe. `python -m cnn_spmd.claims` makes the table of the runs in results/claims.
+many epochs: no claim is about the recipe. `python -m cnn_spmd.papers` has the table of the runs in results/claims.
 
 Learning rates of relu and tanh, by `--sweep optimizer.learning_rate=.005,.01,.02,.05,.1 --config.epochs=20`:
 
-  TODO(lead): epochs to 25% training error by rate
+  Not measured yet.
 """
 
 import ml_collections

@@ -25,7 +25,7 @@ dense layer gets in a step has 1/k of the rate.
 What differs: a softmax, not 1000 logistic units (so the paper's cross-entropies are not comparable); no response norms; weights
 drawn by He et al.'s rule and channels scaled to unit deviation, not the mean image subtracted; biases in the same schedule.
 
-Measured: nothing yet. What is not set here is as in experiments/alexnet_cifar.py.
+Not measured yet. What is not set here is as in experiments/alexnet_cifar.py.
 """
 
 import ml_collections
