@@ -48,7 +48,7 @@ def finished(process, code=0):
     ([], "--config is missing"),
     (["--config", "experiments/nope.py"], "--config=experiments/nope.py: no such experiment, expected one of "
                                           "experiments/alexnet_2012_imagenet.py, experiments/alexnet_cifar.py"),
-    (["--config", "experiments/alexnet_cifar.py:fast"], "experiments/alexnet_cifar.py:fast: unknown variant"),
+    (["--config", "experiments/alexnet_cifar.py:slow"], "experiments/alexnet_cifar.py:slow: unknown variant"),
     ([*SMALL, "--config.optimiser.learning_rate=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
     ([*SMALL, "--config.foo=1"], "no such config field: 'foo'"),
     ([*SMALL, "--workdir="], "--workdir=: is empty"),

@@ -8,7 +8,8 @@ from flax import nnx
 
 from cnn_spmd import models
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import alexnet, alexnet_2012, cuda_convnet, kernels, layers, local, stack
+from cnn_spmd.models import alexnet, alexnet_2012, convolutions, cuda_convnet, kernels, layers, local, stack
+from experiments import alexnet_cifar
 
 
 def make(name, image_size, classes):
@@ -127,6 +128,7 @@ def test_a_lever_is_used():
         gradient = jax.grad(lambda p, x, graph=graph: nnx.merge(graph, p).features(x).sum())
         programs.add(str(jax.make_jaxpr(gradient)(params, jnp.zeros((1, 224, 224, 3)))))
     assert len(programs) == len(levers) + 1
+    assert alexnet_cifar.get_config().model.levers == layers.LEVERS  # a run takes them all
     with pytest.raises(UserError, match=r"model\.levers=magic: unknown"):
         models.make("alexnet", levers=("magic",))
 
@@ -137,8 +139,8 @@ def test_gradient_in_pairs(size, window, padding):
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (2, size, size, 6), jnp.float64)
         kernel = jax.random.normal(jax.random.key(1), (window, window, 6, 10), jnp.float64)
-        expected, plain = jax.vjp(lambda *at: layers._convolve(*at, [padding] * 2), x, kernel)
-        got, paired = jax.vjp(lambda *at: layers._paired_gradient(*at, padding), x, kernel)
+        expected, plain = jax.vjp(lambda *at: convolutions.convolve(*at, [padding] * 2), x, kernel)
+        got, paired = jax.vjp(lambda *at: convolutions.paired_gradient(*at, padding), x, kernel)
         gradient = jax.random.normal(jax.random.key(2), got.shape, jnp.float64)
         for one, other in zip((got, *paired(gradient)), (expected, *plain(gradient)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)

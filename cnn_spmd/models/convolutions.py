@@ -1,0 +1,92 @@
+"""Convolutions in the forms that GPUs and XLA's partitioner do well.
+
+Shapes: N batch, H height, W width, C channels; a kernel is HWIO, I channels in and O out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+def products(layer: nnx.Conv, x_NHWC: jax.Array, levers, split: bool) -> jax.Array:
+    """The convolution `layer` without its bias; of a strided one, the map may be followed by a column that means nothing.
+
+    "space_to_depth": one with stride s is one of stride 1 over s x s pixels as channels, with zeros in the kernel's last
+    rows and columns where s does not divide the window; AlexNet's 11x11 on 3 channels, which GPUs do badly, is 3x3 on 48.
+    "column_pairs": over s x 2s pixels, two columns of the map at a time as channels: 3x2 on 96, and 128 wide instead of 64;
+    and the same for the gradient by an input of up to 64 maps of odd width. Not where the channels are `split` over devices.
+    """
+    x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
+    padding, (stride, _) = layer.padding, layer.strides
+    if stride == 1 and "column_pairs" in levers and not split and kernel_HWIO.shape[2] <= 64 and x_NHWC.shape[2] % 2:
+        return paired_gradient(x_NHWC, kernel_HWIO, tuple(padding[0]))
+    if stride == 1 or "space_to_depth" not in levers:
+        return convolve(x_NHWC, kernel_HWIO, padding, (stride, stride))
+    (window, _, channels, columns), zero = kernel_HWIO.shape, np.zeros((), x_NHWC.dtype)
+    steps = (stride, stride if split or "column_pairs" not in levers else 2 * stride)  # of a block of pixels, down and right
+    many = steps[1] // stride
+    blocks = [-(-(window + step - stride) // step) for step in steps]
+    out = [(size + sum(pads) - window) // stride + 1 for size, pads in zip(x_NHWC.shape[1:3], padding, strict=True)]
+    widths = [(low, (-(-count * stride // step) + block - 1) * step - size - low, 0) for size, (low, _), count, step, block
+              in zip(x_NHWC.shape[1:3], padding, out, steps, blocks, strict=True)]
+    x_NHWC = jax.lax.pad(x_NHWC, zero, [(0, 0, 0), *widths, (0, 0, 0)])
+    batch, height, width = (size // part for size, part in zip(x_NHWC.shape, (1, *steps), strict=False))
+    x_NHWC = x_NHWC.reshape(batch, height, steps[0], width, steps[1], channels).transpose(0, 1, 3, 2, 4, 5)
+    rows, across = (block * step - window for block, step in zip(blocks, steps, strict=True))
+    kernel = jnp.stack([jax.lax.pad(kernel_HWIO, zero, [(0, rows, 0), (shift, across - shift, 0), (0, 0, 0), (0, 0, 0)])
+                        for shift in range(0, steps[1], stride)], axis=3)
+    kernel = kernel.reshape(blocks[0], steps[0], blocks[1], steps[1], channels, many * columns).transpose(0, 2, 1, 3, 4, 5)
+    x_NHWC = convolve(x_NHWC.reshape(batch, height, width, -1), kernel.reshape(*blocks, -1, many * columns), "VALID")
+    return x_NHWC.reshape(batch, out[0], -1, columns)
+
+
+def convolve(x_NHWC: jax.Array, kernel_HWIO: jax.Array, padding, strides: tuple[int, int] = (1, 1)) -> jax.Array:
+    return jax.lax.conv_general_dilated(x_NHWC, kernel_HWIO, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def paired_gradient(x_NHWC: jax.Array, kernel_HWIO: jax.Array, padding: tuple[int, int]) -> jax.Array:
+    """A convolution of stride 1 over maps of odd width, whose gradient by a narrow x is made two columns at a time.
+
+    An odd width, since cuDNN pads both sides alike.
+    """
+    return convolve(x_NHWC, kernel_HWIO, [padding] * 2)
+
+
+def _gradient_in_pairs(padding, kept, gradient_NHWO):
+    x_NHWC, kernel_HWIO = kept
+    _, by_kernel = jax.vjp(lambda kernel_HWIO: convolve(x_NHWC, kernel_HWIO, [padding] * 2), kernel_HWIO)
+    (batch, height, _, channels), window, zero = x_NHWC.shape, len(kernel_HWIO), np.zeros((), x_NHWC.dtype)
+    turned_HWOI = kernel_HWIO[::-1, ::-1].transpose(0, 1, 3, 2)
+    pair = jnp.stack([jax.lax.pad(turned_HWOI, zero, [(0, 0, 0), (shift, 1 - shift, 0), (0, 0, 0), (0, 0, 0)])
+                      for shift in range(2)], axis=3)
+    low, high = (window - 1 - pad for pad in padding)
+    by_x = convolve(gradient_NHWO, pair.reshape(window, window + 1, -1, 2 * channels),
+                     [(low, high), (low + 1, high + 1)], (1, 2))  # the first pair starts a column before the map
+    return by_x.reshape(batch, height, -1, channels)[:, :, 1:], *by_kernel(gradient_NHWO)
+
+
+paired_gradient.defvjp(lambda x, kernel, padding: (paired_gradient(x, kernel, padding), (x, kernel)), _gradient_in_pairs)
+
+
+def grouped(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
+    """A grouped convolution without its bias, as one a group: XLA partitions a grouped one by gathering the whole batch."""
+    inputs, outputs = ("conv_batch", None, None, "group_in"), ("conv_batch", None, None, "group_out")
+
+    def convolve(part, x_NHWC, kernel_HWIO):  # the columns that this device holds: some groups, or a part of one
+        rows, columns = kernel_HWIO.shape[2:]
+        of_a_group = layer.out_features // layer.feature_group_count
+        groups = max(1, columns // of_a_group)
+        if x_NHWC.shape[-1] > groups * rows:  # all channels are here
+            x_NHWC = jax.lax.dynamic_slice_in_dim(x_NHWC, part * columns // of_a_group * rows, groups * rows, -1)
+        return jnp.concatenate([
+            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            for x, kernel in zip(jnp.split(x_NHWC, groups, -1), jnp.split(kernel_HWIO, groups, -1), strict=True)], -1)
+
+    x_NHWC = place(x_NHWC, *inputs, name=f"{name} input")
+    kernel = layer.kernel[...].astype(layer.dtype)
+    return place.towers(convolve, layer.feature_group_count, (x_NHWC, inputs), (kernel, layer.kernel.axes), out=outputs,
+                        name=name)
