@@ -173,7 +173,7 @@ def filter_grid(filters_KHWC: np.ndarray, towers: int) -> Figure:
             block[top:top + side, left:left + side] = pixels
         blocks.append(block)
     width, heights = plots.WIDTH, [len(block) for block in blocks]
-    fig = Figure(figsize=(width, width * sum(heights) / blocks[0].shape[1] + 0.25 * (towers > 1) * towers))
+    fig = Figure(figsize=(width, width * sum(heights) / blocks[0].shape[1] + (0.3 * towers if towers > 1 else 0.06)))
     for number, (block, axes) in enumerate(zip(blocks, fig.subplots(towers, squeeze=False, height_ratios=heights)[:, 0],
                                                strict=True)):
         axes.imshow(block, interpolation="nearest")
@@ -197,8 +197,8 @@ def prediction_bars(data: sources.Dataset, predicted: list[dict]) -> Figure:
             bars.barh(at, share, 0.82, color=RIGHT if right else OTHER)
             style = dict(fontsize=7, va="center", weight="bold" if right else "normal")
             bars.text(0.02, at, short(data.class_names[label], 14), **style)
-            bars.text(1.0, at, f"{100 * share:.0f}", ha="right", **style)
-        bars.set(xlim=(0, 1), ylim=(TOP - 0.5, -0.5))
+            bars.text(1.18, at, f"{100 * share:.0f}", ha="right", **style)
+        bars.set(xlim=(0, 1.18), ylim=(TOP - 0.5, -0.5))
     return fig
 
 

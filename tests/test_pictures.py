@@ -12,7 +12,7 @@ from flax import nnx
 from PIL import Image
 
 from cnn_spmd import config as configs
-from cnn_spmd import pictures, report, train
+from cnn_spmd import pictures, report, train, workdir
 from cnn_spmd import setup as setups
 
 NAMES = ("filters.png", "top5.png", "neighbours.png")
@@ -78,6 +78,17 @@ def test_what_reaches_the_output_layer_where_none_is_hidden(config):
     params = run.steps.init().params
     images = run.data.test_images[:4]
     np.testing.assert_allclose(pictures.activations(run.steps, params, images), features_of(run, params, images), atol=1e-5)
+
+
+def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, monkeypatch):
+    """Of 64 training images in batches of 24, the last fills up a batch."""
+    monkeypatch.setattr(pictures, "BATCH", 24)
+    run = setups.prepare(config)
+    run = run._replace(data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1]))
+    (near,) = pictures.neighbours(run, run.steps.init().params, np.array([0]))
+    assert (near["train_images"][0], near["distances"][0]) == (63, pytest.approx(0, abs=1e-3))
+    assert len({*near["train_images"]}) == 6
+    assert near["distances"][1] > 1
 
 
 @pytest.mark.parametrize(("count", "towers"), [(1, 1), (40, 1), (96, 2)])
@@ -178,6 +189,9 @@ def test_what_is_no_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'}: damaged JSON")
+    with workdir.locked(tmp_path):  # as a run that is going on does, whose half-made checkpoint must not be cleaned away
+        assert report.main(["--pictures", str(tmp_path)]) == 2
+    assert "another run is using it" in capsys.readouterr().err
     for arguments in (["--pictures"], ["--data_dir", "x", str(tmp_path)]):
         with pytest.raises(SystemExit, match="2"):
             report.main(arguments)
