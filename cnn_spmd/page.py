@@ -1,8 +1,10 @@
 """A report's pages: one list of blocks, written as Markdown (tables only) and as one HTML file with the charts in it.
 
-A block is ("heading", level, text), ("text", text), ("table", header, rows) or ("chart", title, pictures, caption).
+A block is ("heading", level, text), ("text", text), ("table", header, rows) or ("chart", title, pictures, caption), a picture
+being an element of HTML.
 """
 
+import base64
 import csv
 import html
 import io
@@ -34,9 +36,9 @@ td.long { min-width: 20rem; white-space: normal; overflow-wrap: anywhere }
 .one .pictures { flex: 1 1 22rem } .one figcaption { flex: 1 1 20rem }
 figure { margin: 0 }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: .5rem 1.5rem }
-.pictures svg { width: 100%; max-width: 34rem; height: auto }
+.pictures svg, .pictures img { width: 100%; max-width: 34rem; height: auto }
 figcaption { font-size: .84rem; color: #444; max-width: 75em }
-@media print { body { max-width: none; font-size: 10pt; padding: 0 } svg, tr { break-inside: avoid }
+@media print { body { max-width: none; font-size: 10pt; padding: 0 } svg, img, tr { break-inside: avoid }
   h2, h3 { break-after: avoid } .pictures { grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)) }
   .scroll { overflow: visible } table { font-size: 6.5pt } th, td { padding: .1rem .25rem }
   td, td.long { white-space: normal; min-width: 0 } td.n, .facts td:first-child { white-space: nowrap }
@@ -65,7 +67,15 @@ def document(sweeps: list[dict], notes: list[str]) -> list[tuple]:
             blocks.append(("text", f"No one-device run, so no speedup: {'; '.join(alone)}."))
         shares, kernels = profile_tables(sweep["runs"])
         blocks += [*shares, ("heading", 3, "All runs"), ("table", RUN_COLUMNS, list(map(run_cells, sweep["runs"]))), *kernels]
+        blocks += [block for run in sweep["runs"] for block in learned(run)]
     return blocks
+
+
+def learned(run: dict) -> list[tuple]:
+    """Blocks of the pictures of what a run learned."""
+    return [("chart", f"{title}: {run['name']}", [f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
+                                                  f'{base64.b64encode(png).decode()}">'], caption)
+            for title, png, caption in run["pictures"]]
 
 
 def run_cells(run: dict) -> list[str]:

@@ -54,14 +54,14 @@ MAY_REPLICATE = ("fc3_out",)
 class Placement:
     """One row of the table on one mesh. Called as `place(x, "conv_batch", None, ...)`, it constrains an activation.
 
-    `own_rows` are further rows by their names, from a config; `record` is called with (name, axes, shape) of every named
+    `own_rows` are further rows by their names, from a config; `record` is called with (name, axes, array) of every named
     activation as it is traced.
     """
 
     mesh: Mesh
     parallelism: str
     own_rows: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    record: Callable[[str, tuple, tuple], None] | None = None
+    record: Callable[[str, tuple, jax.Array], None] | None = None
 
     def __post_init__(self):
         """Raises UserError for an unknown row, and for a row that names an axis there is none of."""
@@ -123,7 +123,7 @@ class Placement:
     def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
         """Constrains `x` inside a jitted function to where the table puts its logical axes; `name` is for people."""
         if name and self.record:
-            self.record(name, axes, x.shape)
+            self.record(name, axes, x)
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
     def towers(self, f: Callable, groups: int, *arrays: tuple[jax.Array, tuple], out: tuple, name: str) -> jax.Array:

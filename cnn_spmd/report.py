@@ -1,6 +1,7 @@
 """Reports from measured runs: `python -m cnn_spmd.report RUN_OR_SWEEP...` writes report.md, report.csv and report.html.
 
-They lie in the folder given, or in the first of several. Without arguments it prints the README's tables (tables.py).
+They lie in the folder given, or in the first of several. `--pictures RUN` first draws what the run learned (pictures.py).
+Without arguments it prints the README's tables (tables.py).
 Neither jax nor matplotlib is imported before a report is drawn: sweep.py imports this file.
 """
 
@@ -51,7 +52,8 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def load(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
-    """The sweeps in `folders`, as in sweep.json, and one more of all lone runs; each run with its metrics (lines).
+    """The sweeps in `folders`, as in sweep.json, and one more of all lone runs; each run with its metrics (lines)
+    and pictures.
 
     notes gets a line for each run that is unfinished and each damaged line. Raises UserError for what is no such folder.
     """
@@ -80,6 +82,7 @@ def read_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
         if run["status"] in ("running", "completed") and not run["figures"]:
             finish(run, folder / run["name"], notes)
         run["metrics"] = read_metrics(folder / run["name"], notes)
+        run["pictures"] = read_pictures(folder / run["name"], notes)
     return sweep | dict(title=folder.resolve().name, runs=runs)
 
 
@@ -102,7 +105,7 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
             run["mesh"] = f"{mesh['data']}x{mesh['model']}"
         own = {field: value for field, value in own.items() if not field.startswith("mesh.")}
         fields.append(own | ({"device_kind": run["figures"]["device_kind"]} if run["figures"] else {}))
-        runs.append(run | dict(metrics=read_metrics(folder, notes)))
+        runs.append(run | dict(metrics=read_metrics(folder, notes), pictures=read_pictures(folder, notes)))
     for run, own in zip(runs, fields, strict=True):
         run["settings"] = {field: value for field, value in own.items()
                            if field in ("parallelism", "batch_size")
@@ -143,6 +146,18 @@ def read_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
     return rows
 
 
+def read_pictures(folder: pathlib.Path, notes: list[str]) -> list[tuple[str, bytes, str]]:
+    """Title, PNG and caption of each picture of what a run learned, if there are any; a note for damaged ones."""
+    if not (folder / "pictures.json").exists():
+        return []
+    try:
+        rows = read_json(folder / "pictures.json")["pictures"]
+        return [(row["title"], (folder / row["file"]).read_bytes(), row["caption"]) for row in rows]
+    except (UserError, OSError, KeyError, TypeError) as error:
+        notes.append(f"{folder}: pictures are left out, draw them again with --pictures ({error})")
+        return []
+
+
 # ---- Command line
 
 def write(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
@@ -170,11 +185,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Writes report.md, report.csv and report.html (tables and charts, no network needed) on runs and sweeps into the "
         "folder given, or into the first of several. Without arguments: prints the README's tables from results/."))
     parser.add_argument("folders", nargs="*", type=pathlib.Path, metavar="RUN_OR_SWEEP", help="a --workdir of launch.py")
-    folders = parser.parse_args(argv).folders
+    parser.add_argument("--pictures", action="store_true", help="first draw what each RUN learned, from its newest checkpoint: "
+                        "the first layer's filters, test images with their most probable classes, nearest neighbours")
+    parser.add_argument("--data_dir", metavar="PATH", help="with --pictures: where the run's data.dir is now")
+    arguments = parser.parse_args(argv)
+    folders = arguments.folders
+    if arguments.pictures and not folders:
+        parser.error("--pictures: expected the folder of a run")
+    if arguments.data_dir is not None and not arguments.pictures:
+        parser.error("--data_dir: expected --pictures with it")
     if not folders:
         print(*(table() for table in tables.TABLES.values()), sep="\n\n")
         return 0
     try:
+        if arguments.pictures:
+            from cnn_spmd import pictures
+
+            for folder in folders:
+                pictures.draw(folder, arguments.data_dir)
         paths = write(folders)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -205,19 +205,22 @@ class Steps:
         (state, _), metrics = step((state, None), jax.tree.map(lambda x: x[0], inputs))
         return state, jax.tree.map(lambda x: x[None], metrics)
 
-    def eval_step(self, params: nnx.State, data: DeviceData, indices_B: jax.Array | None, mask_B: jax.Array) -> dict:
-        """Sums over the unmasked examples: loss (nats, no smoothing), correct, correct among the top five, examples.
+    def scores(self, params: nnx.State, images_BHWC: jax.Array) -> jax.Array:
+        """Log probabilities [B, C] of the classes of test images, float32.
 
         Of several views of an image the softmax outputs are averaged, as in cuda-convnet and in AlexNet 2012 (section 4.1).
         """
-        images = data.images if indices_B is None else data.images[indices_B]
-        views = batches.eval_views(images, self.crop, self.views, self.mirror)
+        views = batches.eval_views(images_BHWC, self.crop, self.views, self.mirror)
         images = batches.normalise(views.reshape(-1, *views.shape[2:]), self.mean, self.std)  # an image's views stay together
         images = self.place(images, "conv_batch", None, None, None)
         model = nnx.merge(self.graph, params)
         logits = model.classify(model.features(images, self.place), self.place).astype(jnp.float32)
         logits_BVC = self.place(logits.reshape(*views.shape[:2], -1), "output_batch", None, "fc3_out")
-        scores_BC = jax.nn.logsumexp(jax.nn.log_softmax(logits_BVC), 1, b=1 / views.shape[1])  # log of the mean probability
+        return jax.nn.logsumexp(jax.nn.log_softmax(logits_BVC), 1, b=1 / views.shape[1])  # log of the mean probability
+
+    def eval_step(self, params: nnx.State, data: DeviceData, indices_B: jax.Array | None, mask_B: jax.Array) -> dict:
+        """Sums over the unmasked examples: loss (nats, no smoothing), correct, correct among the top five, examples."""
+        scores_BC = self.scores(params, data.images if indices_B is None else data.images[indices_B])
         labels_B, mask_B = (self.place(x, "output_batch") for x in (labels_of(data, indices_B), mask_B))
         own_B1 = jnp.take_along_axis(scores_BC, labels_B[:, None], axis=-1)
         before_BC = jnp.arange(scores_BC.shape[-1]) < labels_B[:, None]
@@ -239,7 +242,7 @@ class Steps:
         Raises UserError where the table cannot be met.
         """
         seen = []
-        place = dataclasses.replace(self.place, record=lambda *activation: seen.append(activation))
+        place = dataclasses.replace(self.place, record=lambda name, axes, x: seen.append((name, axes, x.shape)))
         model = nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0)))
         nnx.eval_shape(lambda model, x: model.classify(model.features(x, place), place), model,
                        jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32))

@@ -322,6 +322,30 @@ def test_a_cut_last_line_of_metrics_is_told_and_the_rest_kept(tmp_path, capsys):
     assert "<h3>Loss and accuracy</h3>" in page
 
 
+def test_pictures_of_what_was_learned(tmp_path, capsys):
+    """Of a lone run and of one in a sweep; those that are damaged are left out, with a line that says so."""
+    run = write_run(tmp_path / "run")
+    assert "<img" not in written(capsys, run)[1]
+    (run / "a.png").write_bytes(b"pixels")
+    said = dict(pictures=[dict(file="a.png", title="<b>'s filters", caption="of 3x3 & more")])
+    (run / "pictures.json").write_text(json.dumps(said))
+    sweep = write_sweep(tmp_path / "s", RUNS[:1])
+    for name in ("a.png", "pictures.json"):
+        (sweep / RUNS[0]["name"] / name).write_bytes((run / name).read_bytes())
+    for folder, name in ((run, "run"), (sweep, RUNS[0]["name"])):
+        _, page, _, errors = written(capsys, folder)
+        assert not errors
+        assert f"<h3>{html.escape(said['pictures'][0]['title'])}: {name}</h3>" in page
+        assert '<img alt="&lt;b&gt;&#x27;s filters" src="data:image/png;base64,cGl4ZWxz">' in page
+        assert "<figcaption>of 3x3 &amp; more</figcaption>" in page
+    for damage in ((run / "a.png").unlink, lambda: (run / "pictures.json").write_text("{}")):
+        damage()
+        _, page, _, errors = written(capsys, run)
+        assert errors.startswith(f"warning: {run}: pictures are left out, draw them again with --pictures (")
+        assert errors.count("\n") == 1
+        assert "<img" not in page
+
+
 def test_a_run_that_stopped_says_where(tmp_path, capsys):
     _, page, *_ = written(capsys, write_run(tmp_path / "run", status="interrupted"))
     assert row_of(page, "run")[1::10] == ["interrupted", "stopped after step 100"]

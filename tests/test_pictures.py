@@ -1,0 +1,200 @@
+"""Pictures of what a run learned: their numbers are the model's own, and report.html shows them."""
+
+import dataclasses
+import html
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from cnn_spmd import config as configs
+from cnn_spmd import pictures, report, train, workdir
+from cnn_spmd import setup as setups
+
+NAMES = ("filters.png", "top5.png", "neighbours.png")
+
+
+def features_of(run, params, images):
+    """What the convolutions make of whole images, as normalised by NumPy."""
+    return nnx.merge(run.steps.graph, params).features((images - run.steps.mean) / run.steps.std)
+
+
+def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
+    """A net with hidden layers of 48, trained on 1x2 and drawn on one device, 64 training images in batches of 24."""
+    monkeypatch.setattr(pictures.plots, "svg", lambda fig, label: "<svg></svg>")  # the report's other charts
+    monkeypatch.setattr(pictures, "BATCH", 24)
+    config.update(dict(steps=3, seed=5, parallelism="hybrid", mesh=dict(data=1, model=2)))
+    config.model.update(dict(name="one_convolution", width=48))
+    config.optimizer.learning_rate = 0.01
+    config.eval.every_epochs = config.checkpoint.every_epochs = 0
+    train.run(config, tmp_path)
+    assert report.main(["--pictures", str(tmp_path)]) == 0
+    said = json.loads((tmp_path / "pictures.json").read_text())
+    assert (said["step"], said["filters"], [row["file"] for row in said["pictures"]]) == (3, 64, list(NAMES))
+
+    run, state = pictures.restore(tmp_path, None)
+    model = nnx.merge(run.steps.graph, state.params)
+    test, labels = run.data.test_images.astype(np.float32), run.data.test_labels
+    logits = [np.asarray(model.classify(features_of(run, state.params, x)), np.float64) for x in (test, test[:, :, ::-1])]
+    odds = sum(np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits) / 2  # eval.views=mirrored
+    assert len({row["test_image"] for row in said["predictions"]}) == 8
+    for row in said["predictions"]:
+        own = odds[row["test_image"]]
+        assert row["label"] == labels[row["test_image"]]
+        assert row["classes"] == np.argsort(-own)[:5].tolist()
+        np.testing.assert_allclose(row["probabilities"], np.sort(own)[::-1][:5], rtol=1e-4)
+
+    def hidden(images):
+        x = np.asarray(features_of(run, state.params, images.astype(np.float32)), np.float64)
+        for layer in (state.params["fc1"], state.params["fc2"]):
+            x = np.maximum(x @ np.asarray(layer["kernel"][...]) + np.asarray(layer["bias"][...]), 0)
+        return x
+
+    hidden_TF, hidden_NF = hidden(test), hidden(run.data.train_images)
+    assert len({row["test_image"] for row in said["neighbours"]}) == 5
+    for row in said["neighbours"]:
+        distances = np.linalg.norm(hidden_NF - hidden_TF[row["test_image"]], axis=-1)
+        assert row["width"] == 48
+        assert row["train_images"] == np.argsort(distances)[:6].tolist()
+        assert row["labels"] == run.data.train_labels[row["train_images"]].tolist()
+        np.testing.assert_allclose(row["distances"], np.sort(distances)[:6], rtol=1e-3)
+
+    for name in NAMES:
+        with Image.open(tmp_path / name) as image:
+            assert image.format == "PNG"
+            assert np.asarray(image).std() > 10
+    page = (tmp_path / "report.html").read_text()
+    titles = re.findall(r"<h3>([^<]*): ", page)[-3:]
+    assert list(map(html.unescape, titles)) == [row["title"] for row in said["pictures"]]
+    assert page.count('src="data:image/png;base64,iVBOR') == 3
+    assert "after step 3, synthetic." in page
+    capsys.readouterr()
+
+
+def test_what_reaches_the_output_layer_where_none_is_hidden(config):
+    run = setups.prepare(config)
+    params = run.steps.init().params
+    images = run.data.test_images[:4]
+    np.testing.assert_allclose(pictures.activations(run.steps, params, images), features_of(run, params, images), atol=1e-5)
+
+
+def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, monkeypatch):
+    """Of 64 training images in batches of 24, the last fills up a batch."""
+    monkeypatch.setattr(pictures, "BATCH", 24)
+    run = setups.prepare(config)
+    run = run._replace(data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1]))
+    (near,) = pictures.neighbours(run, run.steps.init().params, np.array([0]))
+    assert (near["train_images"][0], near["distances"][0]) == (63, pytest.approx(0, abs=1e-3))
+    assert len({*near["train_images"]}) == 6
+    assert near["distances"][1] > 1
+
+
+@pytest.mark.parametrize(("count", "towers"), [(1, 1), (40, 1), (96, 2)])
+def test_every_filter_is_in_the_grid_once(count, towers):
+    """Filter k is of one colour, k: each tower has its own, in their order."""
+    filters = np.broadcast_to(np.arange(count)[:, None, None, None] / 128, (count, 3, 3, 3))
+    grids = [axes.images[0].get_array() for axes in pictures.filter_grid(filters, towers).axes]
+    assert len(grids) == towers
+    for tower, grid in enumerate(grids):
+        colours, counts = np.unique(np.asarray(grid)[..., 0], return_counts=True)
+        own = np.arange(tower * count // towers, (tower + 1) * count // towers) / 128
+        assert [*colours[colours < 1]] == [*own.astype(np.float32)]
+        assert len({*counts[colours < 1]}) == 1
+        assert counts[0] == 63**2
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "fully_connected"])
+def test_filters_are_scaled_each_to_its_own_range(config, name):
+    config.model.update(dict(name=name, width=24))
+    run = setups.prepare(config)
+    params = run.steps.init().params
+    layer, shape = ("conv1", (32, 3, 3, 3)) if name == "simple_cnn" else ("fc1", (24, 32, 32, 3))
+    label, filters = pictures.first_layer(run, params)
+    assert (label, filters.shape) == (f"{layer}.kernel", shape)
+    assert np.ptp(filters.reshape(len(filters), -1), 1) == pytest.approx(np.ones(len(filters)))
+    weights = np.asarray(params[layer]["kernel"][..., 7]).reshape(filters.shape[1:])  # as flatten orders an image
+    np.testing.assert_allclose(filters[7], (weights - weights.min()) / np.ptp(weights), rtol=1e-5)
+
+
+def test_test_images_are_chosen_by_the_seed():
+    shown, compared = pictures.choose(3, 100)
+    assert (len({*shown}), len({*compared}), {*shown} & {*compared}) == (8, 5, set())
+    assert [*pictures.choose(3, 100)[0]] == [*shown]
+    assert [*pictures.choose(4, 100)[0]] != [*shown]
+    assert [len(indices) for indices in pictures.choose(3, 4)] == [4, 4]
+
+
+def test_few_classes_and_images_are_drawn(config):
+    """Three classes, long names, and fewer images than there is room for."""
+    data = dataclasses.replace(setups.prepare(config).data, class_names=("a", "b" * 40, "$c_1$"))
+    row = dict(test_image=0, label=1, classes=[2, 1, 0], probabilities=[0.5, 0.3, 0.2])
+    near = dict(test_image=0, label=1, train_images=[3, 4], labels=[1, 0])
+    with pictures.plots.style():
+        texts = [[text.get_text() for axes in fig.axes for text in [axes.title, *axes.texts] if text.get_text()]
+                 for fig in (pictures.prediction_bars(data, [row] * 3), pictures.neighbour_rows(data, [near]))]
+    assert texts[0] == ["b" * 15 + "…", "$c_1$", "50", "b" * 13 + "…", "30", "a", "20"] * 3
+    assert texts[1] == ["b" * 10 + "…", "b" * 10 + "…", "a"]
+
+
+@pytest.fixture
+def saved(config, tmp_path):
+    """Writes config.json of a run of `config` with some changes, and nothing else; returns the folder."""
+    def write(**changes):
+        run = setups.prepare(config)
+        own = configs.as_json(run.config) | dict(dataset=run.data.name, fallback=run.data.fallback)
+        for field, value in changes.items():
+            own[field] = own[field] | value if isinstance(value, dict) else value
+        (tmp_path / "config.json").write_text(json.dumps(own))
+        return tmp_path
+    return write
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({}, "holds no checkpoint that can be used"),
+    (dict(model=dict(name="alexnet_3000")), "model.name=alexnet_3000: unknown, expected one of"),
+    (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
+    (dict(dataset="digits"), "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir"),
+    (dict(eval={}, optimizer=3), "config.json is damaged or of another version"),
+])
+def test_bad_input_is_one_line(saved, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
+    folder = saved(**changes)
+    assert report.main(["--pictures", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder}: {message}")
+    assert error.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+def test_cifar10_that_is_gone_is_an_error_and_not_the_digits(saved, capsys, monkeypatch):
+    from cnn_spmd.data import cifar10
+
+    def gone(data_dir):
+        raise cifar10.Unreachable("no way out")
+
+    monkeypatch.setattr(cifar10, "load", gone)
+    folder = saved(data=dict(name="cifar10", fallback="digits"), dataset="cifar10")
+    assert report.main(["--pictures", str(folder), "--data_dir", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder}: data.name=cifar10: no way out; give ")
+    assert error.endswith("by --data_dir=PATH\n")
+
+
+def test_what_is_no_run(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "none"):
+        assert report.main(["--pictures", str(folder)]) == 2
+        assert capsys.readouterr().err == f"error: {folder}: holds no run (no config.json)\n"
+    (tmp_path / "config.json").write_text("{")
+    assert report.main(["--pictures", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'}: damaged JSON")
+    with workdir.locked(tmp_path):  # as a run that is going on does, whose half-made checkpoint must not be cleaned away
+        assert report.main(["--pictures", str(tmp_path)]) == 2
+    assert "another run is using it" in capsys.readouterr().err
+    for arguments in (["--pictures"], ["--data_dir", "x", str(tmp_path)]):
+        with pytest.raises(SystemExit, match="2"):
+            report.main(arguments)
+        assert "error: --" in capsys.readouterr().err
