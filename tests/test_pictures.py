@@ -77,7 +77,7 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
 
 def test_what_reaches_the_output_layer_where_none_is_hidden(config):
     run = setups.prepare(config)
-    params = run.steps.init().params
+    params = run.steps.init(np.uint32(0)).params
     images = run.data.test_images[:4]
     np.testing.assert_allclose(pictures.activations(run.steps, params, images), features_of(run, params, images), atol=1e-5)
 
@@ -87,7 +87,7 @@ def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, m
     monkeypatch.setattr(pictures, "BATCH", 24)
     run = setups.prepare(config)
     run = run._replace(data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1]))
-    (near,) = pictures.neighbours(run, run.steps.init().params, np.array([0]))
+    (near,) = pictures.neighbours(run, run.steps.init(np.uint32(0)).params, np.array([0]))
     assert (near["train_images"][0], near["distances"][0]) == (63, pytest.approx(0, abs=1e-3))
     assert len({*near["train_images"]}) == 6
     assert near["distances"][1] > 1
@@ -111,7 +111,7 @@ def test_every_filter_is_in_the_grid_once(count, towers):
 def test_filters_are_scaled_each_to_its_own_range(config, name):
     config.model.update(dict(name=name, width=24))
     run = setups.prepare(config)
-    params = run.steps.init().params
+    params = run.steps.init(np.uint32(0)).params
     layer, shape = ("conv1", (32, 3, 3, 3)) if name == "simple_cnn" else ("fc1", (24, 32, 32, 3))
     label, filters = pictures.first_layer(run, params)
     assert (label, filters.shape) == (f"{layer}.kernel", shape)
