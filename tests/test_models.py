@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -99,22 +100,25 @@ def test_levers_change_nothing(name, size, lever, monkeypatch):
     """Logits and every gradient with one lever are those of the plain network, in float64."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
+    for plain, fast in zip(value_and_gradient(name, size, ()), value_and_gradient(name, size, ("space_to_depth", lever)),
+                           strict=True):
+        assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()  # float32 parameters have float32 gradients
+
+
+@functools.cache
+def value_and_gradient(name, size, levers):
     with jax.enable_x64(True):
-        got = []
-        for levers in ((), ("space_to_depth", lever)):
-            model = models.make(name, image_size=size, classes=5, width=16, dropout=0.0, dtype=jnp.float64, levers=levers,
-                                rngs=nnx.Rngs(0))
-            graph, params = nnx.split(model)
-            x = jax.random.normal(jax.random.key(0), (2, size, size, 3), jnp.float64)
+        model = models.make(name, image_size=size, classes=5, width=16, dropout=0.0, dtype=jnp.float64, levers=levers,
+                            rngs=nnx.Rngs(0))
+        graph, params = nnx.split(model)
+        x = jax.random.normal(jax.random.key(0), (2, size, size, 3), jnp.float64)
 
-            @jax.jit
-            def value(params, x, graph=graph):
-                return jax.value_and_grad(lambda p: (nnx.merge(graph, p).classify(nnx.merge(graph, p).features(x)) ** 2).sum())(
-                    params)
+        @jax.jit
+        def value(params, x):
+            return jax.value_and_grad(lambda p: (nnx.merge(graph, p).classify(nnx.merge(graph, p).features(x)) ** 2).sum())(
+                params)
 
-            got.append(jax.tree.leaves(value(params, x)))
-        for plain, fast in zip(*got, strict=True):
-            assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()  # float32 parameters have float32 gradients
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(value(params, x))]
 
 
 def test_a_lever_is_used():
@@ -156,7 +160,7 @@ def interpreted(monkeypatch):
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("bias", [(), (jnp.linspace(-3, 1, 16),)])
-@pytest.mark.parametrize(("size", "window", "strides", "ceil"), [(9, 3, 2, False), (8, 3, 2, True), (7, 5, 2, True)])
+@pytest.mark.parametrize(("size", "window", "strides", "ceil"), [(9, 3, 2, False), (7, 4, 2, True)])
 def test_pool_kernels_against_the_plain_form(size, window, strides, ceil, bias):
     pool = layers.Pool(window, strides, ceil, (size, size), lambda f, *arrays: f(*arrays))
     x = jax.random.normal(jax.random.key(0), (2, size, size, 16))

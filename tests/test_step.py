@@ -1,9 +1,9 @@
 """Every scheme on every mesh computes what one device computes, and moves what theory says, to the byte or nearly.
 
 Tolerances against one device, computing in float64, where a difference is not rounding: loss 1e-9 relative; each gradient
-and each parameter after two updates, 1e-6 of the array's largest element (parameters are float32). Dropout is on, and for
-simple_cnn crops, flips and colour noise. The compiled program's bytes are within 2% of the closed form (and 2 kB: scalars,
-labels, softmax sums).
+and each updated parameter in the second step, 1e-6 of the array's largest element (parameters are float32). Dropout is on,
+and for simple_cnn crops, flips and colour noise. The compiled program's bytes are within 2% of the closed form (and 2 kB:
+scalars, labels, softmax sums).
 """
 
 import dataclasses
@@ -73,14 +73,8 @@ def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> 
 
 
 @functools.cache
-def initial(model: str):
-    """The state at step 0, on one device."""
-    return setup_of(model, "data", (1, 1)).steps.jit_init()()
-
-
-@functools.cache
 def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
-    """Loss, gradients and parameters of the second of two steps, and the report of the compiled program."""
+    """Loss, gradients and parameters of a second step, the first being one device's; the report of the compiled program."""
     with jax.enable_x64(True):
         setup = setup_of(model, parallelism, shape)
         place, steps = setup.place, setup.steps
@@ -94,12 +88,15 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
         indices = [feed.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in batches.train_indices(0, 0, 2, BATCH, 64)]
         compiled = jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params)).lower(
             steps.abstract_state, train_data, indices[0]).compile()
-        state, _, _ = compiled(jax.device_put(initial(model), shardings), train_data, indices[0])
-        state, metrics, gradients = compiled(state, train_data, indices[1])
+        if shape == (1, 1):  # the first step, which gives all meshes momenta to go on from
+            begun, _, _ = compiled(steps.jit_init()(), train_data, indices[0])
+        else:
+            begun = jax.device_put(computed(model, "data", (1, 1))["begun"], shardings)
+        state, metrics, gradients = compiled(begun, train_data, indices[1])
         held = {name_of(path).removesuffix(".value"): leaf.addressable_shards[0].data.nbytes
                 for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
-        return dict(loss=float(metrics["loss"]), accuracy=float(metrics["accuracy"]), gradients=gather(gradients), held=held,
-                    params=gather(state.params), report=setups.report_of(setup, compiled, 0.0))
+        return dict(begun=begun, loss=float(metrics["loss"]), accuracy=float(metrics["accuracy"]), held=held,
+                    gradients=gather(gradients), params=gather(state.params), report=setups.report_of(setup, compiled, 0.0))
 
 
 def gather(tree) -> dict[str, np.ndarray]:
@@ -287,8 +284,11 @@ def test_a_copy_of_the_weights_changes_nothing():
     for levers in ((), ("cast_once",)):
         setup = setup_of("alexnet", "hybrid", (2, 2), dtype="bfloat16", model=dict(levers=levers, width=64))
         assert (setup.steps.copy_dtype is not None) == bool(levers)
-        losses, params = trained(setup, [3])
-        got.append((losses, params, program.report(setups.compile_train(setup, 3), setup.place.mesh)["totals"]["bytes"]))
+        compiled, train_feed = setups.compile_train(setup, 2), setups.feeds(setup)[0]
+        train_feed.load()
+        (inputs,) = train_feed.calls([batches.train_indices(0, 0, 2, BATCH, 64)])
+        state, metrics = compiled(setup.steps.jit_init()(), *inputs)
+        got.append((metrics["loss"], gather(state.params), program.report(compiled, setup.place.mesh)["totals"]["bytes"]))
     np.testing.assert_array_equal(got[0][0], got[1][0])
     assert_close(got[1][1], got[0][1], 1e-6)
     assert got[1][2] <= got[0][2]
