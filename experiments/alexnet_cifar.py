@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         image_size=256,  # of photographs (data.name=folder, imagenet2012, imagenette): their central square, rescaled
         resident="auto",  # on every device, "yes", where it fits; "no": each call's images are streamed from the host
         fallback="digits",
-        fallback_epochs=8,
+        fallback_epochs=6,
         fallback_batch_size=64,
         fallback_learning_rate=0.02,
         crop=0,  # side of the random crop that the network sees, 0: the image's
