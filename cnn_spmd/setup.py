@@ -104,13 +104,13 @@ def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: 
     else:
         mean, std = batches.mean_image(sample, config.data.crop), 1.0
     colour_CC = config.data.colour_noise * batches.colour_axes(sample) if config.data.colour_noise else None
-    narrow = config.dtype == "bfloat16" and "cast_once" in config.model.levers
+    halves = config.dtype == "bfloat16" and "cast_once" in config.model.levers and not config.dense_microbatch
     return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean=mean, std=std,
                  optimizer=optim.make_optimizer(config.optimizer, config.steps, config.batch_size),
                  dense_optimizer=dense_optimizer, dense_microbatch=config.dense_microbatch, seed=config.seed,
                  label_smoothing=config.label_smoothing, crop=config.data.crop, crop_pad=config.data.crop_pad,
                  colour_CC=colour_CC, flip=config.data.flip and data.mirror, views=config.eval.views, mirror=data.mirror,
-                 copy_dtype=jnp.dtype(config.dtype) if narrow else None)
+                 halves=halves)
 
 
 def feeds(setup: Setup) -> tuple[Feed, Feed]:

@@ -39,6 +39,23 @@ def labels_of(data: DeviceData, indices_B: jax.Array | None) -> jax.Array:
     return data.labels if indices_B is None else data.labels[indices_B]
 
 
+def split_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A float32 weight as the nearest bfloat16, which the layers read as it is, and int16: what the float32 has more.
+
+    Together they are the 4 bytes of the weight, to the last bit; a bfloat16 copy beside it would be 2 more to write. Of two
+    that are equally near it takes the larger, where a cast takes the even one.
+    """
+    bits = jax.lax.bitcast_convert_type(weight, jnp.int32)
+    near = (bits + 2**15) >> 16
+    return jax.lax.bitcast_convert_type(near.astype(jnp.int16), jnp.bfloat16), (bits - (near << 16)).astype(jnp.int16)
+
+
+def join_weight(near: jax.Array, rest: jax.Array) -> jax.Array:
+    """The float32 weight that split_weight split."""
+    bits = jax.lax.bitcast_convert_type(near, jnp.int16).astype(jnp.int32) << 16
+    return jax.lax.bitcast_convert_type(bits + rest.astype(jnp.int32), jnp.float32)
+
+
 def is_dense(path: tuple, _) -> bool:
     """Whether a parameter belongs to the dense layers."""
     return path[0].startswith("fc")
@@ -63,7 +80,7 @@ class Steps:
     flip: bool  # mirror training images at random
     views: str  # of a test image: "one", "mirrored" or "ten"
     mirror: bool  # whether a mirrored test image keeps its class
-    copy_dtype: Any = None  # "cast_once": the steps of a call hand on a copy of the weights in this dtype; None: no copy
+    halves: bool = False  # "cast_once": the steps of a call hand on the weights as two halves, see split_weight
 
     def init(self, seed: jax.Array) -> TrainState:
         """The state at step 0, a function of the seed [] alone."""
@@ -106,13 +123,6 @@ class Steps:
         targets_BC = self.place(targets_BC, "output_batch", "fc3_out")
         loss = optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
         return loss, dict(loss=loss, accuracy=(logits_BC.argmax(-1) == labels_B).mean())
-
-    def copy(self, params: nnx.State) -> nnx.State | None:
-        """The weights as the layers cast them ("cast_once"), or None. Made where the optimizer writes them, it costs 2 bytes
-        a weight; cast by each step again, 6."""
-        if self.copy_dtype is None or self.dense_microbatch:
-            return None
-        return jax.tree.map(lambda p: p.astype(self.copy_dtype), params)
 
     def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None,
                   copy: nnx.State | None = None) -> tuple[dict, nnx.State]:
@@ -193,17 +203,27 @@ class Steps:
 
         indices_SB: None where `data` are the examples themselves, [S, B, ...].
         """
-        def step(carry, inputs):
-            (state, copy), (data_of_step, indices_B) = carry, inputs if indices_SB is None else (data, inputs)
-            state, metrics = self.train_step(data_of_step, state, indices_B, copy)
-            return (state, self.copy(state.params)), metrics
+        def step(state, inputs, copy=None):
+            data_of_step, indices_B = inputs if indices_SB is None else (data, inputs)
+            return self.train_step(data_of_step, state, indices_B, copy)
+
+        def step_on_halves(carry, inputs):
+            state, copy = carry
+            state, metrics = step(state._replace(params=jax.tree.map(join_weight, copy, state.params)), inputs, copy)
+            return split(state), metrics
+
+        def split(state):
+            copy, rest = (jax.tree.map(lambda p, half=half: split_weight(p)[half], state.params) for half in range(2))
+            return state._replace(params=rest), copy
 
         inputs = (data, None) if indices_SB is None else indices_SB
-        if len(jax.tree.leaves(inputs)[0]) > 1:
-            (state, _), metrics = jax.lax.scan(step, (state, self.copy(state.params)), inputs)
-            return state, metrics
-        (state, _), metrics = step((state, None), jax.tree.map(lambda x: x[0], inputs))
-        return state, jax.tree.map(lambda x: x[None], metrics)
+        if len(jax.tree.leaves(inputs)[0]) == 1:
+            state, metrics = step(state, jax.tree.map(lambda x: x[0], inputs))
+            return state, jax.tree.map(lambda x: x[None], metrics)
+        if not self.halves:
+            return jax.lax.scan(step, state, inputs)
+        (state, copy), metrics = jax.lax.scan(step_on_halves, split(state), inputs)
+        return state._replace(params=jax.tree.map(join_weight, copy, state.params)), metrics
 
     def scores(self, params: nnx.State, images_BHWC: jax.Array) -> jax.Array:
         """Log probabilities [B, C] of the classes of test images, float32.

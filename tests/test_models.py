@@ -9,7 +9,7 @@ from flax import nnx
 
 from cnn_spmd import models
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import alexnet, alexnet_2012, convolutions, cuda_convnet, kernels, layers, local, stack
+from cnn_spmd.models import alexnet, alexnet_2012, convolutions, cuda_convnet, kernels, layers, local, norms, stack
 from experiments import alexnet_cifar
 
 
@@ -94,8 +94,9 @@ def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan(
 
 
 @pytest.mark.parametrize(("name", "size", "lever"), [
-    *(("alexnet", 224, lever) for lever in ("space_to_depth", "pool_first", "pool_index", "column_pairs")),
-    ("alexnet", 32, "pool_first"), ("alexnet_2012", 70, "space_to_depth")])
+    *(("alexnet", 224, lever) for lever in ("space_to_depth", "pool_first", "pool_index", "column_groups")),
+    *(("alexnet", 32, lever) for lever in ("pool_first", "pool_index", "column_groups")),
+    ("alexnet_2012", 70, "space_to_depth")])
 def test_levers_change_nothing(name, size, lever, monkeypatch):
     """Logits and every gradient with one lever are those of the plain network, in float64."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
@@ -121,9 +122,25 @@ def value_and_gradient(name, size, levers):
         return [np.asarray(leaf) for leaf in jax.tree.leaves(value(params, x))]
 
 
+@pytest.mark.parametrize("pool", [None, dict(window=3, strides=2), dict(window=3, strides=2, ceil=True),
+                                  dict(window=2, strides=3)])
+@pytest.mark.parametrize(("size", "window", "strides"), [(20, 3, 1), (21, 5, 1), (27, 5, 4), (31, 5, 4)])
+def test_groups_of_columns_leave_nothing_in_the_map(size, window, strides, pool):
+    """Where the last group of columns reaches over the map's edge, no pool sees what is there."""
+    layer = layers.conv(3, 4, window, strides=strides, dtype=jnp.float32, rngs=nnx.Rngs(0), bias_init=layers.ONES)
+    x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
+
+    def value(layer, levers):
+        return (layers.conv_relu("conv1", layer, x, layers.UNPLACED, levers, pool) ** 2).sum()
+
+    plain, fast = (nnx.value_and_grad(functools.partial(value, levers=levers))(layer) for levers in ((), layers.LEVERS))
+    for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
+        assert np.abs(one - other).max() < 1e-5 * np.abs(other).max()
+
+
 def test_a_lever_is_used():
     """Each changes the program, where there is something for it: else the test above would compare like with like."""
-    levers, programs = ("space_to_depth", "pool_first", "pool_index", "column_pairs"), set()
+    levers, programs = ("space_to_depth", "pool_first", "pool_index", "column_groups"), set()
     for used in range(len(levers) + 1):
         model = nnx.eval_shape(lambda used=used: models.make(
             "alexnet", image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32, levers=levers[:used],
@@ -192,18 +209,19 @@ def test_average_pool_divides_by_the_area_inside(size, window, strides):
 
 
 @pytest.mark.parametrize("within_map", [False, True])
-@pytest.mark.parametrize(("size", "alpha", "beta", "k"), [(5, 2e-5, 0.75, 2.0), (5, 0.3, 0.75, 1.0), (3, 0.5, 0.5, 1.5)])
+@pytest.mark.parametrize(("size", "alpha", "beta", "k"), [(5, 2e-5, 0.75, 2.0), (4, 0.3, 0.75, 1.0), (3, 0.5, 0.5, 1.5)])
 def test_response_norm_against_numpy(size, alpha, beta, k, within_map):
     """Forward from the formula of AlexNet 2012, section 3.3, in loops; backward from its derivative, by hand."""
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(2, 2, 6, 5, 7))
-    half = size // 2
+
+    def window(at, end):
+        return range(max(0, at - (size - 1) // 2), min(end, at + size // 2 + 1))
 
     def neighbours(i, j, c):
         if within_map:
-            return [(a, b, c) for a in range(max(0, i - half), min(6, i + half + 1))
-                    for b in range(max(0, j - half), min(5, j + half + 1))]
-        return [(i, j, d) for d in range(max(0, c - half), min(7, c + half + 1))]
+            return [(a, b, c) for a in window(i, 6) for b in window(j, 5)]
+        return [(i, j, d) for d in window(c, 7)]
 
     expected, gradient = np.empty_like(x), np.zeros_like(x)
     for n, i, j, c in np.ndindex(x.shape):
@@ -214,7 +232,7 @@ def test_response_norm_against_numpy(size, alpha, beta, k, within_map):
             gradient[n][at] -= weight[n, i, j, c] * x[n, i, j, c] * beta * base ** (-beta - 1) * 2 * alpha * x[n][at]
 
     def norm(x):
-        return layers.response_norm(x, size=size, alpha=alpha, beta=beta, k=k, within_map=within_map)
+        return norms.response_norm(x, size=size, alpha=alpha, beta=beta, k=k, within_map=within_map)
 
     x = x.astype(np.float32)
     np.testing.assert_allclose(norm(x), expected, rtol=1e-5, atol=1e-6)
@@ -227,7 +245,7 @@ def test_towers_do_not_see_each_other():
     x = np.random.default_rng(0).normal(size=(1, 5, 5, 96)).astype(np.float32)
     other = np.concatenate([x[..., :48], -x[..., 48:]], -1)
     for f in (lambda x: layers.conv_relu("conv2", model.conv2, x, layers.UNPLACED),
-              lambda x: layers.response_norm_of_towers(x, 2, layers.UNPLACED, "norm1", size=5, alpha=1.0, beta=0.75, k=2.0)):
+              lambda x: norms.response_norm_of_towers(x, 2, layers.UNPLACED, "norm1", size=5, alpha=1.0, beta=0.75, k=2.0)):
         a, b = np.asarray(f(x)), np.asarray(f(other))
         half = a.shape[-1] // 2
         np.testing.assert_array_equal(a[..., :half], b[..., :half])
@@ -282,7 +300,7 @@ def test_order_of_cuda_convnets_layers(name, size):
 
     def norm(h):
         settings = (dict(size=3, alpha=5e-5 / 9, within_map=True) if name == "18pct" else dict(size=9, alpha=0.001 / 9))
-        return layers.response_norm(h, beta=0.75, k=1.0, **settings)
+        return norms.response_norm(h, beta=0.75, k=1.0, **settings)
 
     def average(h):
         return layers.average_pool(h, 3, 2)

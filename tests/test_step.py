@@ -24,7 +24,7 @@ from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
 from cnn_spmd.models import alexnet, alexnet_2012, layers, stack
 from cnn_spmd.placement import TABLE, Placement, name_of
-from cnn_spmd.step import DeviceData, TrainState
+from cnn_spmd.step import DeviceData, TrainState, join_weight, split_weight
 from experiments.alexnet_cifar import get_config
 
 BATCH = 16
@@ -126,7 +126,7 @@ def test_scheme(model, parallelism, shape):
     assert_close(many["params"], one["params"])
 
     assert many["report"]["communication"]
-    # The gradient of AlexNet 2012's conv1 is reduced as that of two 12x16 kernels ("column_pairs"; one of 12x12 where channels
+    # The gradient of AlexNet 2012's conv1 is reduced as that of two 12x16 kernels ("column_groups"; one of 12x12 where channels
     # are split), and then cut to 11x11.
     padded = (2 * 12 * 16 - 11**2) * 3 * 16 * 8 if model == "alexnet_2012" else 0
     # That of a local layer's input is summed over devices before its 3x3 windows are, where columns are split.
@@ -278,12 +278,29 @@ def test_several_steps_a_call_equal_single_steps():
     assert losses[0] != losses[1] != losses[2]
 
 
+def test_a_weight_is_its_two_halves():
+    """To the last bit; the first is the nearest bfloat16, as a cast has it but for ties."""
+    rng = np.random.default_rng(0)
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 3e38]
+    weights = np.concatenate([rng.normal(size=5000), 10.0 ** rng.uniform(-38, 38, 500), special])
+    bits = weights.astype(np.float32).view(np.int32)
+    bits = np.concatenate([bits, bits & -2**16 | 2**15, bits & -2**16])  # ties, and what is bfloat16 already
+    weights = bits.view(np.float32)
+    near, rest = jax.jit(split_weight)(weights)
+    assert (near.dtype, rest.dtype) == (jnp.bfloat16, jnp.int16)
+    np.testing.assert_array_equal(np.asarray(jax.jit(join_weight)(near, rest)).view(np.int32), bits)
+    ties = bits & (2**16 - 1) == 2**15
+    np.testing.assert_array_equal(near[~ties].astype(np.float32), weights[~ties].astype(jnp.bfloat16).astype(np.float32))
+    finite = np.isfinite(weights)
+    assert (np.abs(near[finite] - weights[finite]) <= np.abs(weights[finite]) * 2**-8 + 1e-38).all()
+
+
 def test_a_copy_of_the_weights_changes_nothing():
     """The steps of a call that hand on bfloat16 weights ("cast_once") are those that cast them again; on a mesh."""
     got = []
     for levers in ((), ("cast_once",)):
         setup = setup_of("alexnet", "hybrid", (2, 2), dtype="bfloat16", model=dict(levers=levers, width=64))
-        assert (setup.steps.copy_dtype is not None) == bool(levers)
+        assert setup.steps.halves == bool(levers)
         compiled, train_feed = setups.compile_train(setup, 2), setups.feeds(setup)[0]
         train_feed.load()
         (inputs,) = train_feed.calls([batches.train_indices(0, 0, 2, BATCH, 64)])

@@ -7,10 +7,10 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import layers
+from cnn_spmd.models import layers, norms
 
 CHANNELS = (96, 256, 384, 384, 256)
-# Section 3.3: k=2, n=5, alpha=1e-4, beta=.75. The authors' code divides alpha by n (layers.response_norm): 2e-5 a term.
+# Section 3.3: k=2, n=5, alpha=1e-4, beta=.75. The authors' code divides alpha by n (norms.response_norm): 2e-5 a term.
 RESPONSE_NORM = dict(size=5, alpha=1e-4 / 5, beta=0.75, k=2.0)
 POOL = dict(window=3, strides=2)  # overlapping, section 3.4
 
@@ -50,7 +50,7 @@ class AlexNet2012(nnx.Module):
     def features(self, x_NHWC: jax.Array, place=layers.UNPLACED) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
         def norm_pool(name, x_NHWC):
-            x_NHWC = layers.response_norm_of_towers(x_NHWC, self.towers, place, name, **RESPONSE_NORM)
+            x_NHWC = norms.response_norm_of_towers(x_NHWC, self.towers, place, name, **RESPONSE_NORM)
             return layers.max_pool(x_NHWC, **POOL, place=place, channels="group_in", levers=self.levers)
 
         x_NHWC = norm_pool("norm1", layers.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers))

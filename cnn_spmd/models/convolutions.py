@@ -11,23 +11,25 @@ import numpy as np
 from flax import nnx
 
 
-def products(layer: nnx.Conv, x_NHWC: jax.Array, levers, split: bool) -> jax.Array:
-    """The convolution `layer` without its bias; of a strided one, the map may be followed by a column that means nothing.
+def products(layer: nnx.Conv, x_NHWC: jax.Array, levers, split: bool, spread: bool) -> jax.Array:
+    """The convolution `layer` without its bias; the map may be followed by columns that mean nothing.
 
     "space_to_depth": one with stride s is one of stride 1 over s x s pixels as channels, with zeros in the kernel's last
     rows and columns where s does not divide the window; AlexNet's 11x11 on 3 channels, which GPUs do badly, is 3x3 on 48.
-    "column_pairs": over s x 2s pixels, two columns of the map at a time as channels: 3x2 on 96, and 128 wide instead of 64;
-    and the same for the gradient by an input of up to 64 maps of odd width. Not where the channels are `split` over devices.
+    "column_groups": several columns of the map at a time as channels. Over s x 2s pixels, two: 3x2 on 96, and 128 wide
+    instead of 64; over the images themselves (s = 1), eight; and two for the gradient by an input of up to 64 maps of odd
+    width. Not where the channels are `split` over devices; nor of images where the batch is `spread`, as the gradient that
+    is then summed over devices is that of the larger kernel.
     """
     x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
-    padding, (stride, _) = layer.padding, layer.strides
-    if stride == 1 and "column_pairs" in levers and not split and kernel_HWIO.shape[2] <= 64 and x_NHWC.shape[2] % 2:
+    padding, (stride, _), (window, _, channels, columns) = layer.padding, layer.strides, kernel_HWIO.shape
+    images, grouped = channels <= 3, "column_groups" in levers and not split
+    if stride == 1 and grouped and not images and channels <= 64 and x_NHWC.shape[2] % 2:
         return paired_gradient(x_NHWC, kernel_HWIO, tuple(padding[0]))
-    if stride == 1 or "space_to_depth" not in levers:
+    if "space_to_depth" not in levers or (stride == 1 and not (grouped and images and not spread)):
         return convolve(x_NHWC, kernel_HWIO, padding, (stride, stride))
-    (window, _, channels, columns), zero = kernel_HWIO.shape, np.zeros((), x_NHWC.dtype)
-    steps = (stride, stride if split or "column_pairs" not in levers else 2 * stride)  # of a block of pixels, down and right
-    many = steps[1] // stride
+    many, zero = (8 if stride == 1 else 2) if grouped else 1, np.zeros((), x_NHWC.dtype)
+    steps = (stride, many * stride)  # of a block of pixels, down and right
     blocks = [-(-(window + step - stride) // step) for step in steps]
     out = [(size + sum(pads) - window) // stride + 1 for size, pads in zip(x_NHWC.shape[1:3], padding, strict=True)]
     widths = [(low, (-(-count * stride // step) + block - 1) * step - size - low, 0) for size, (low, _), count, step, block

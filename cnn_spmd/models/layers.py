@@ -20,7 +20,7 @@ SMALL = nnx.initializers.normal(0.01)  # of AlexNet 2012 (section 5), and of out
 ONES = nnx.initializers.ones
 # What makes a step faster and changes nothing but rounding; config.model.levers chooses. Each is told where it is used (the
 # cast_once in step.py).
-LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_pairs")
+LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_groups")
 
 
 class Unplaced:
@@ -80,9 +80,10 @@ def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVER
     else:
         x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{name} input")
         width = (x_NHWC.shape[2] + sum(layer.padding[1]) - layer.kernel_size[1]) // layer.strides[1] + 1
-        x_NHWC = convolutions.products(layer, x_NHWC, levers, place.parts_of("conv_out") > 1)
-        if not (pool and (x_NHWC.shape[2] - pool["window"]) // pool["strides"] == (width - pool["window"]) // pool["strides"]):
-            x_NHWC = x_NHWC[:, :, :width]  # else the pool does not look at what is more
+        x_NHWC = convolutions.products(layer, x_NHWC, levers, place.parts_of("conv_out") > 1, place.parts_of("conv_batch") > 1)
+        more = x_NHWC.shape[2] - width  # columns, that the pool may leave out anyway
+        if not pool or pool.get("ceil") or (width - pool["window"]) % pool["strides"] + more >= pool["strides"]:
+            x_NHWC = x_NHWC[:, :, :width]
     x_NHWC, bias_C = place(x_NHWC, *axes, name=f"{name} output"), layer.bias[...].astype(x_NHWC.dtype)
     if pool and "pool_first" in levers and activation is nnx.relu:
         return max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers, bias_C=bias_C)
@@ -150,19 +151,18 @@ def max_pool(x_NHWC: jax.Array, window: int, strides: int, ceil: bool = False, *
     ceil: a last window that reaches over the edge counts, as in cuda-convnet; else it is left out. channels: their logical
     axis; the result is placed as the input is, else XLA may gather the larger input for what comes next. bias_C: is added to
     the maxima, with a ReLU on top.
-    Windows that neither overlap nor leave a gap are a reshape and a max: its gradient fuses into elementwise code, where
-    that of a general pool is a scatter (CIFAR-size AlexNet's step on an H200, batch 512: 1.86 ms against 2.35 ms). Among
-    equal maxima of a window the gradient is then shared, instead of given to the first. Others remember where the first
-    maximum was ("pool_index"): a byte an output is all that the gradient needs. Else they are two maxima in a row.
+    The pool remembers where the first maximum of each window was ("pool_index"): a byte an output is all that the gradient
+    needs. Without that lever, windows that neither overlap nor leave a gap are a reshape and a max, among whose equal maxima
+    the gradient is shared; others are two maxima in a row.
     """
     axes = ("conv_batch", None, None, channels)
     height, width = x_NHWC.shape[1:3]
+    if "pool_index" in levers:
+        settings = Pool(window, strides, ceil, (height, width), functools.partial(place.local, axes))
+        return place(_indexed_max_pool(x_NHWC, bias_C, settings), *axes)
     if window == strides and height % window == 0 and width % window == 0:
         parts = height // window, window, width // window, window
         x_NHWC = x_NHWC.reshape(len(x_NHWC), *parts, x_NHWC.shape[-1]).max((2, 4))
-    elif "pool_index" in levers:
-        settings = Pool(window, strides, ceil, (height, width), functools.partial(place.local, axes))
-        return place(_indexed_max_pool(x_NHWC, bias_C, settings), *axes)
     else:
         x_NHWC = _max_along(1, _max_along(2, x_NHWC, window, strides, ceil), window, strides, ceil)
     x_NHWC = place(x_NHWC, *axes)
@@ -269,32 +269,6 @@ def average_pool(x_NHWC: jax.Array, window: int, strides: int) -> jax.Array:
 def _overhang(size: int, window: int, strides: int) -> int:
     """How far the last window reaches over the edge in ceil mode."""
     return -(size - window) % strides
-
-
-def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k: float, within_map: bool = False) -> jax.Array:
-    """x / (k + alpha * sum of x^2 over a window of `size`) ** beta, the window clipped at the edges.
-
-    Across maps: `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3). within_map: a square of `size` x `size`
-    pixels of the same channel. alpha multiplies each term, as in that paper's formula. Krizhevsky's code divides its
-    `scale` by the number of terms instead: for its settings pass scale / size (across maps) or scale / size**2 (within a
-    map), with k = 1 in cuda-convnet. AlexNet's published 1e-4 is such a scale: 2e-5 a term.
-    """
-    window = (1, size, size, 1) if within_map else (1, 1, 1, size)
-    padding = [(0, 0) if n == 1 else ((n - 1) // 2, n // 2) for n in window]
-    squares = jnp.square(x_NHWC.astype(jnp.float32))
-    sums = jax.lax.reduce_window(squares, np.float32(0), jax.lax.add, window, (1, 1, 1, 1), padding)
-    return (x_NHWC * (k + alpha * sums) ** -beta).astype(x_NHWC.dtype)
-
-
-def response_norm_of_towers(x_NHWC: jax.Array, groups: int, place, name: str, **settings) -> jax.Array:
-    """response_norm across the maps of each of `groups` towers by itself, as AlexNet's two GPUs did: nothing crosses."""
-    axes, width = ("conv_batch", None, None, "group_in"), x_NHWC.shape[-1] // groups
-
-    def norm(_, x_NHWC):
-        towers = jnp.split(x_NHWC, x_NHWC.shape[-1] // width, -1)
-        return jnp.concatenate([response_norm(x, **settings) for x in towers], -1)
-
-    return place.towers(norm, groups, (place(x_NHWC, *axes, name=f"{name} input"), axes), out=axes, name=name)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import layers, local
+from cnn_spmd.models import layers, local, norms
 
 # Of a layer with weights: `std` of the normal distribution that they start from (None: He et al. 2015), and `bias` that all of
 # its biases start with.
@@ -53,7 +53,7 @@ class AveragePool:
 
 @dataclasses.dataclass(frozen=True)
 class ResponseNorm:
-    """layers.response_norm, whose alpha multiplies each term; groups: towers that do not see each other."""
+    """norms.response_norm, whose alpha multiplies each term; groups: towers that do not see each other."""
 
     size: int
     alpha: float
@@ -154,11 +154,11 @@ class Stack(nnx.Module):
                 case ResponseNorm():
                     settings = dict(size=spec.size, alpha=spec.alpha, beta=spec.beta, k=spec.k)
                     if spec.within_map:
-                        x_NHWC = place(layers.response_norm(x_NHWC, within_map=True, **settings), "conv_batch", None, None,
+                        x_NHWC = place(norms.response_norm(x_NHWC, within_map=True, **settings), "conv_batch", None, None,
                                        channels)
                     else:
                         channels = "group_in"
-                        x_NHWC = layers.response_norm_of_towers(x_NHWC, spec.groups, place, label, **settings)
+                        x_NHWC = norms.response_norm_of_towers(x_NHWC, spec.groups, place, label, **settings)
         return layers.flatten(x_NHWC, place)
 
     def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:

@@ -1,0 +1,60 @@
+"""AlexNet 2012's response norms.
+
+Shapes: N batch, H height, W width, C channels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k: float, within_map: bool = False) -> jax.Array:
+    """x / (k + alpha * sum of x^2 over a window of `size`) ** beta, the window clipped at the edges.
+
+    Across maps: `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3). within_map: a square of `size` x `size`
+    pixels of the same channel. alpha multiplies each term, as in that paper's formula. Krizhevsky's code divides its
+    `scale` by the number of terms instead: for its settings pass scale / size (across maps) or scale / size**2 (within a
+    map), with k = 1 in cuda-convnet. AlexNet's published 1e-4 is such a scale: 2e-5 a term.
+    """
+    return _response_norm(x_NHWC, (1, size, size, 1) if within_map else (1, 1, 1, size), alpha, beta, k)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _response_norm(x_NHWC, window, alpha, beta, k):
+    """The gradient keeps x alone: the sums are made again, instead of written and read in float32."""
+    return (x_NHWC * jnp.exp(-beta * jnp.log(_bases(x_NHWC, window, alpha, k)))).astype(x_NHWC.dtype)
+
+
+def _gradient(window, alpha, beta, k, x_NHWC, gradient_NHWC):
+    bases = _bases(x_NHWC, window, alpha, k)
+    scale = jnp.exp(-beta * jnp.log(bases))  # several times faster than a power
+    term = (gradient_NHWC * x_NHWC * scale / bases).astype(x_NHWC.dtype)
+    term = jax.lax.optimization_barrier(term)  # else it is made again for each window that holds it
+    around = _window_sums(term, [(0, 0) if n == 1 else (n // 2, (n - 1) // 2) for n in window], window)
+    return ((gradient_NHWC * scale - 2 * alpha * beta * x_NHWC * around).astype(x_NHWC.dtype),)
+
+
+_response_norm.defvjp(lambda x_NHWC, *settings: (_response_norm(x_NHWC, *settings), x_NHWC), _gradient)
+
+
+def _bases(x_NHWC, window, alpha, k):
+    wide = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
+    return k + alpha * _window_sums(jnp.square(wide), [(0, 0) if n == 1 else ((n - 1) // 2, n // 2) for n in window], window)
+
+
+def _window_sums(x_NHWC, padding, window):
+    wide = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
+    return jax.lax.reduce_window(wide, np.zeros((), wide.dtype), jax.lax.add, window, (1, 1, 1, 1), padding)
+
+
+def response_norm_of_towers(x_NHWC: jax.Array, groups: int, place, name: str, **settings) -> jax.Array:
+    """response_norm across the maps of each of `groups` towers by itself, as AlexNet's two GPUs did: nothing crosses."""
+    axes, width = ("conv_batch", None, None, "group_in"), x_NHWC.shape[-1] // groups
+
+    def norm(_, x_NHWC):
+        towers = jnp.split(x_NHWC, x_NHWC.shape[-1] // width, -1)
+        return jnp.concatenate([response_norm(x, **settings) for x in towers], -1)
+
+    return place.towers(norm, groups, (place(x_NHWC, *axes, name=f"{name} input"), axes), out=axes, name=name)
