@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.epochs = 90
     config.label_smoothing = 0.0
     config.optimizer.update(dict(learning_rate=0.01, warmup=0.0, decay="staged", stages=(0.25, 0.5, 0.75), stage_factor=0.1,
-                                 momentum=0.9, nesterov=False, weight_decay=5e-4))
+                                 clip_norm=0.0, momentum=0.9, nesterov=False, weight_decay=5e-4))
     config.eval.update(dict(every_epochs=5, views="ten"))
     config.checkpoint.every_epochs = 5
     return config

@@ -65,15 +65,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.batch_size = 512
     config.dense_microbatch = 0  # one weird trick's variable batch: the dense layers see this many examples at a time
     config.dense_updates = "each"  # ... and are updated after each of them; "sum": once, which is plain SGD
-    config.epochs = 38
+    config.epochs = 40
     config.steps = 0
     config.label_smoothing = 0.1
     config.optimizer = ml_collections.ConfigDict(dict(
-        learning_rate=0.15, warmup=0.25, decay="linear", stages=(), stage_factor=0.1,  # "staged": times this at these shares
+        learning_rate=0.25, warmup=0.25, decay="linear", stages=(), stage_factor=0.1,  # "staged": times this at these shares
         scaling=0.0,  # the rate is for batch 128, and grows with (batch_size / 128) to this power; 0: it is as given
         bias_rate=1.0, layer_rates={},  # multiples of the learning rate: of all biases, and of layers, such as {"fc1": 0.25}
         momentum=0.9, nesterov=True, weight_decay=5e-4, weight_decays={},  # of some layers another decay
-        clip_norm=0.0))  # gradients are not longer than this; 0: as long as they are
+        clip_norm=1.0))  # gradients are not longer than this; 0: as long as they are
 
     config.eval = ml_collections.ConfigDict(dict(every_epochs=10, views="mirrored"))
     config.checkpoint = ml_collections.ConfigDict(dict(every_epochs=20, keep=2))

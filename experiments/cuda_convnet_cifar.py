@@ -62,7 +62,7 @@ def get_config(variant: str = "80sec") -> ml_collections.ConfigDict:
     config.epochs, config.steps = 0, steps
     config.label_smoothing = 0.0
     config.optimizer.update(dict(learning_rate=0.001, bias_rate=2.0, momentum=0.9, nesterov=False, weight_decay=0.004,
-                                 weight_decays=decays, warmup=0.0, decay="staged", stage_factor=0.1,
+                                 weight_decays=decays, clip_norm=0.0, warmup=0.0, decay="staged", stage_factor=0.1,
                                  stages=tuple(at / steps for at in (full, full + tenth) if at < steps)))
     config.eval.update(dict(every_epochs=0, views="one"))
     config.checkpoint.every_epochs = 0

@@ -12,7 +12,7 @@
   vgg_16                16            13   33,638,218      266.5 M
 
 From one_convolution on all end in two hidden dense layers of 4096 and have 23 to 36 million parameters. The recipe is that of
-alexnet_cifar.py for half as many epochs at half its rate: 16 layers without batch norm need a lower one, and its warm-up.
+alexnet_cifar.py with fewer epochs and a lower rate: 16 layers without batch norm need it.
 
 Not measured yet. `python -m cnn_spmd.papers` has the table of the runs in results/claims.
 

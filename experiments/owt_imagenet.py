@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.dense_microbatch = 128 if "variable" in variants else 0
     config.epochs = 90
     config.label_smoothing = 0.0
-    config.optimizer.update(dict(learning_rate=0.01, scaling=1.0, bias_rate=2.0, warmup=0.0, decay="staged",
+    config.optimizer.update(dict(learning_rate=0.01, clip_norm=0.0, scaling=1.0, bias_rate=2.0, warmup=0.0, decay="staged",
                                  stages=(0.25, 0.5, 0.75), stage_factor=250 ** (-1 / 3), momentum=0.9, nesterov=False,
                                  weight_decay=5e-4))
     config.eval.update(dict(every_epochs=5, views="one"))

@@ -1,0 +1,33 @@
+"""What do larger batches cost in accuracy? One weird trick's question (Krizhevsky 2014, 1404.5997, section 5), on CIFAR-10.
+
+  python launch.py --config experiments/owt_cifar.py --sweep batch_size=128,256,512,1024 --sweep seed=0,1,2
+  python launch.py --config experiments/owt_cifar.py:variable --sweep batch_size=256,512,1024 --sweep seed=0,1,2
+  ... --config.optimizer.scaling=0.5                          each again, with the square root
+
+A batch k times as large as 128 has k times the learning rate (scaling=1.0), which the paper found to work, or sqrt(k) times
+(0.5), as its theory says; :variable updates the dense layers after each 128 images, at 1/k of the rate. The recipe is that of
+owt_imagenet.py (rate .01 for batch 128, three stages, dropout .5), data and network those of alexnet_cifar.py. Published,
+ILSVRC-2012, top-1 error, rate times k:
+
+  batch                128      256      512     1024
+  dense as large     42.33    42.63    42.59    43.28 %
+  dense 128          42.33    42.27    42.44    42.86
+
+Not measured yet. `python -m cnn_spmd.papers` has the table of the runs in results/claims.
+"""
+
+import ml_collections
+
+from experiments import alexnet_cifar, owt_imagenet
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant not in ("", "variable"):
+        raise ValueError(f"experiments/owt_cifar.py:{variant}: unknown variant, expected variable or none")
+    config = owt_imagenet.get_config(variant)
+    config.experiment = "owt_cifar" + (f"_{variant}" if variant else "")
+    config.data = alexnet_cifar.get_config().data
+    config.data.fallback = ""
+    config.epochs = 20
+    config.eval.every_epochs = config.checkpoint.every_epochs = 0
+    return config
