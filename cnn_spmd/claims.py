@@ -1,7 +1,8 @@
 """What the claims of AlexNet's paper and "deeper is better" are measured by; papers.py prints the tables.
 
-results/claims/*.json are each the summary.json of a run of experiments/claims_2012_cifar.py or deeper_cifar.py; a .jsonl of the
-same name beside it is that run's metrics.jsonl, which relu and tanh need. jax and matplotlib are imported only where needed.
+results/claims/*.json are each the summary.json of a run of experiments/claims_2012_cifar.py, deeper_cifar.py or owt_cifar.py;
+a .jsonl of the same name beside it is that run's metrics.jsonl, which relu and tanh need. Some shared a GPU with another run:
+their seconds say nothing. jax and matplotlib are imported only where needed.
 """
 
 import functools
@@ -53,10 +54,8 @@ def depth_table(runs: Sequence[dict]) -> str:
     rows = []
     for name, layers, same in by_depth(runs):
         rows.append([name, str(len(layers)), str(sum(layer.startswith("conv") for layer in layers)),
-                     f"{same[0]['param_count']:,}", str(len(same)), mean([100 * run["eval"]["accuracy"] for run in same], 2),
-                     mean([run["train_seconds"] for run in same], 1)])
-    return page.markdown_table(["network", "layers with weights", "convolutions", "parameters", "n", "test accuracy, %",
-                                "train, s"], rows)
+                     f"{same[0]['param_count']:,}", str(len(same)), mean([100 * run["eval"]["accuracy"] for run in same], 2)])
+    return page.markdown_table(["network", "layers with weights", "convolutions", "parameters", "n", "test accuracy, %"], rows)
 
 
 def by_depth(runs: Sequence[dict]) -> list[tuple[str, list[str], list[dict]]]:
@@ -85,6 +84,27 @@ def depth_plot(runs: Sequence[dict]) -> str:
     with plots.style():
         return plots.depth([(name, len(layers), [100 * run["eval"]["accuracy"] for run in same])
                             for name, layers, same in by_depth(runs)])
+
+
+def batch_table(runs: Sequence[dict], published: dict[tuple[str, int], float]) -> str:
+    """A Markdown table of test error, %, by batch size, from the runs of experiments/owt_cifar.py.
+
+    published: the paper's top-1 errors on ImageNet by dense batch (as columns name it) and batch.
+    """
+    found: dict[tuple[str, str, int], list[float]] = {}
+    for (dense, batch), error in published.items():
+        found["ILSVRC-2012, published", f"k, {dense}", batch] = [error]
+    for run in runs:
+        if run["experiment"] in ("owt_cifar", "owt_cifar_variable"):
+            dense = "128" if run["config"]["dense_microbatch"] else "as large"
+            rate = {1.0: "k", 0.5: "sqrt(k)"}[run["config"]["optimizer"]["scaling"]]
+            key = "CIFAR-10", f"{rate}, {dense}", run["batch_size"]
+            found.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
+    batches = sorted({batch for *_, batch in found})
+    rows = [[data, setting, *(f"{mean(errors, 2)} (n = {len(errors)})" if (errors := found.get((data, setting, batch))) else ""
+                              for batch in batches)]
+            for data, setting in dict.fromkeys((data, setting) for data, setting, _ in found)]
+    return page.markdown_table(["data", "rate times, dense batch", *(f"batch {batch}" for batch in batches)], rows)
 
 
 def weights_of_a_neuron(side: int) -> int:

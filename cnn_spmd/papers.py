@@ -60,8 +60,15 @@ def claim(variant: str, name: str, published: float | str, place: str) -> dict:
                 source=f"AlexNet 2012, {place}, on ImageNet")
 
 
+# Table 1 (PALEO's table 4 copies two hours wrongly: 98.95 and 16.68): GPUs, batch of the dense layers, top-1 error in %, hours,
+# speedup, which is that of the hours. The convolutions' batch is 128 a GPU.
+ONE_WEIRD_TRICK = [(1, 128, 42.33, 98.05, 1), (2, 256, 42.63, 50.24, 1.95), (2, 128, 42.27, 50.90, 1.93),
+                   (4, 512, 42.59, 26.20, 3.74), (4, 128, 42.44, 26.78, 3.66), (8, 1024, 43.28, 15.68, 6.25),
+                   (8, 128, 42.86, 15.91, 6.16)]
+
+
 def one_weird_trick(gpus: int, dense_batch: int, error: float, hours: float, speedup: float) -> list[dict]:
-    """A row of table 1 (PALEO's table 4 copies two hours wrongly: 98.95 and 16.68). Its speedups are those of the hours."""
+    """The figures of a row of ONE_WEIRD_TRICK."""
     batch, variable = 128 * gpus, gpus > 1 and dense_batch == 128
     experiment = "owt_imagenet" + "_variable" * variable
     name = f"{gpus} GPU{'s' * (gpus > 1)}, batches ({batch}, {dense_batch})"
@@ -118,15 +125,7 @@ FIGURES: dict[str, list[dict]] = {
         dict(WHOLE_IMAGENET, name="alexnet_2012: top-1 error, %", published=40.7, measure="error"),
         dict(WHOLE_IMAGENET, name="alexnet_2012: top-5 error, %", published=18.2, measure="top-5 error"),
     ],
-    "One weird trick": [
-        *one_weird_trick(1, 128, 42.33, 98.05, 1),
-        *one_weird_trick(2, 256, 42.63, 50.24, 1.95),
-        *one_weird_trick(2, 128, 42.27, 50.90, 1.93),
-        *one_weird_trick(4, 512, 42.59, 26.20, 3.74),
-        *one_weird_trick(4, 128, 42.44, 26.78, 3.66),
-        *one_weird_trick(8, 1024, 43.28, 15.68, 6.25),
-        *one_weird_trick(8, 128, 42.86, 15.91, 6.16),
-    ],
+    "One weird trick": [figure for row in ONE_WEIRD_TRICK for figure in one_weird_trick(*row)],
     "Speedup over one GPU": [
         scaling(f"{curve['scheme']}, batch {curve['batch']}, {gpus} GPUs: speedup", round(speedups(curve)[gpus], 2),
                 SCHEMES[curve["scheme"]], gpus, int(curve["batch"].split()[0]), f"{curve['paper']}; {curve['hardware']}")
@@ -223,15 +222,23 @@ def measured_table(folder: pathlib.Path = RESULTS) -> str:
     return page.markdown_table(HEADER, [row for found in tables(folder).values() for row in found if row[2] != "not measured"])
 
 
+def batch_table(runs: Sequence[dict]) -> str:
+    """claims.batch_table beside the errors of ONE_WEIRD_TRICK."""
+    published = {("128" if dense == 128 and gpus > 1 else "as large", 128 * gpus): error
+                 for gpus, dense, error, *_ in ONE_WEIRD_TRICK}
+    return claims.batch_table(runs, published)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cnn_spmd.papers", description=(
-        "Prints published figures beside measured ones (from results/), and accuracy by depth."))
+        "Prints published figures beside measured ones (from results/), accuracy by depth, and errors by batch size."))
     parser.add_argument("--depth_plot", type=pathlib.Path, metavar="FILE.svg", help="also draw accuracy by depth")
     picture = parser.parse_args(argv).depth_plot
     for title, found in tables().items():
         print(f"{title}\n\n{page.markdown_table(HEADER, found)}\n")
     runs = claims.read(RESULTS / "claims")
     print(f"{LEGEND}\n\nAccuracy by depth, on CIFAR-10 (experiments/deeper_cifar.py)\n\n{claims.depth_table(runs)}\n\n"
+          f"Errors by batch size, on CIFAR-10 (experiments/owt_cifar.py)\n\n{batch_table(runs)}\n\n"
           f"A neuron that sees a whole image has {claims.weights_of_a_neuron(32):,} weights at 32x32x3, "
           f"{claims.weights_of_a_neuron(200):,} at 200x200x3.")
     if picture:

@@ -9,7 +9,7 @@ import collections
 import json
 import pathlib
 
-from cnn_spmd import compare, page, papers
+from cnn_spmd import claims, compare, page, papers
 from cnn_spmd.compare import mean
 from cnn_spmd.papers import RESULTS
 
@@ -88,4 +88,4 @@ def speed_table(folder: pathlib.Path = RESULTS / "speed") -> str:
 
 
 TABLES = {"results": results_table, "papers": papers.measured_table, "programs": programs_table, "sweeps": sweeps_table,
-          "speed": speed_table}
+          "speed": speed_table, "depth": lambda: claims.depth_table(claims.read(RESULTS / "claims"))}

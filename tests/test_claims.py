@@ -19,14 +19,30 @@ def test_steps_to_error():
 
 def test_depth_on_known_runs(tmp_path):
     for name, accuracy in (("vgg_11", 0.9), ("simple_cnn", 0.7)):
-        run = dict(experiment=f"deeper_{name}", eval=dict(accuracy=accuracy), param_count=1000, train_seconds=2.0)
+        run = dict(experiment=f"deeper_{name}", eval=dict(accuracy=accuracy), param_count=1000)
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
     runs = claims.read(tmp_path)
     assert claims.depth_table([*runs, dict(experiment="another")]).splitlines()[2:] == [
-        "| simple_cnn | 2 | 1 | 1,000 | 1 | 70.00 | 2.0 |", "| vgg_11 | 11 | 8 | 1,000 | 1 | 90.00 | 2.0 |"]
+        "| simple_cnn | 2 | 1 | 1,000 | 1 | 70.00 |", "| vgg_11 | 11 | 8 | 1,000 | 1 | 90.00 |"]
     picture = claims.depth_plot(runs)
     assert ">simple_cnn<" in picture
     assert ">vgg_11<" in picture
+
+
+def test_errors_by_batch_on_known_runs():
+    def run(accuracy, batch, scaling=1.0, micro=0):
+        return dict(experiment="owt_cifar" + "_variable" * bool(micro), batch_size=batch, eval=dict(accuracy=accuracy),
+                    config=dict(dense_microbatch=micro, optimizer=dict(scaling=scaling)))
+
+    runs = [run(0.9, 128), run(0.8, 128), run(0.7, 256), run(0.6, 256, 0.5), run(0.5, 256, 0.5, 128),
+            dict(experiment="another")]
+    assert claims.batch_table(runs, {("as large", 128): 42.33, ("128", 512): 42.44}).splitlines() == [
+        "| data | rate times, dense batch | batch 128 | batch 256 | batch 512 |", "|---|---|---|---|---|",
+        "| ILSVRC-2012, published | k, as large | 42.33 (n = 1) |  |  |",
+        "| ILSVRC-2012, published | k, 128 |  |  | 42.44 (n = 1) |",
+        "| CIFAR-10 | k, as large | 15.00 ± 7.07 (n = 2) | 30.00 (n = 1) |  |",
+        "| CIFAR-10 | sqrt(k), as large |  | 40.00 (n = 1) |  |",
+        "| CIFAR-10 | sqrt(k), 128 |  | 50.00 (n = 1) |  |"]
 
 
 def test_weights_of_a_neuron():
