@@ -38,8 +38,8 @@ def make_optimizer(settings, steps: int, batch_size: int = 128, parts: int = 1) 
 
     As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: it is scaled by the learning rate and
     passes through the momentum. `weight_decays` has other decays for some layers, `layer_rates` multiples of the learning
-    rate, and `bias_rate` is a further multiple for all biases. A gradient longer than `clip_norm`, over all parameters, is
-    scaled down to it first. parts: updates in a step, each at 1/parts of the rate.
+    rate, and `bias_rate` is a further multiple for all biases. A gradient longer than `clip_norm`, over all parameters
+    of the update, is scaled down to it first. parts: updates in a step, each at 1/parts of the rate.
     """
     schedule = make_schedule(settings, steps, batch_size)
 

@@ -49,7 +49,8 @@ def test_the_rate_grows_with_the_batch(config, scaling, times):
 def test_rates_and_decays_of_layers_and_biases(config):
     """cuda-convnet's epsB = 2 epsW and wc a layer: by hand, two steps; a bias is one by its name, whatever its shape."""
     config.optimizer.update(dict(learning_rate=0.1, warmup=0.0, decay="constant", momentum=0.5, nesterov=False,
-                                 weight_decay=0.01, weight_decays=dict(fc3=0.2), bias_rate=2.0, layer_rates=dict(fc3=0.25)))
+                                 weight_decay=0.01, weight_decays=dict(fc3=0.2), bias_rate=2.0, layer_rates=dict(fc3=0.25),
+                                 clip_norm=0.0))
     optimizer = optim.make_optimizer(config.optimizer, 100)
     params = {layer: dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full((2, 2), 3.0)) for layer in ("local1", "fc3")}
     state, ones = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
@@ -68,7 +69,7 @@ def test_rates_and_decays_of_layers_and_biases(config):
 def test_sgd_against_numpy(config, nesterov):
     """Momentum, Nesterov and decay as Krizhevsky et al. 2012, section 5, has them; biases are not decayed."""
     config.optimizer.update(dict(learning_rate=0.1, warmup=0.0, decay="constant", momentum=0.9, nesterov=nesterov,
-                                 weight_decay=0.01))
+                                 weight_decay=0.01, clip_norm=0.0))
     optimizer = optim.make_optimizer(config.optimizer, 100)
     params = dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full((2,), 3.0))
     state = optimizer.init(params)
