@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from cnn_spmd import compare, papers
 from cnn_spmd.config import flat
-from experiments import cuda_convnet_cifar
+from experiments import alexnet_cifar, cuda_convnet_cifar, deeper_cifar
 
 FIGURES = [figure for figures in papers.FIGURES.values() for figure in figures]
 
@@ -134,6 +134,29 @@ def test_experiment_says_what_was_measured():
         seconds = sum(run["train_seconds"] for run in runs) / len(runs)
         line = rf"^  {variant} +{re.escape(error)} % +n = {len(runs)} +{seconds:.1f} s"
         assert re.search(line, cuda_convnet_cifar.__doc__, re.MULTILINE), line
+
+
+def test_other_experiments_say_what_was_measured():
+    """So are alexnet_cifar.py's and deeper_cifar.py's."""
+    runs = [run for run in papers.read(ROOT / "results") if run.get("dataset") == "cifar10"]
+    places = {("alexnet_cifar", 1): "1 x H100, mesh 1x1", ("alexnet_cifar", 2): None,
+              ("alexnet_cifar_fast", 1): ":fast, 1 x H100"}
+    found = {}
+    for run in runs:
+        if (key := (run["experiment"], run["devices"])) in places:
+            mesh = f"{run['mesh']['data']}x{run['mesh']['model']}"
+            found.setdefault(places[key] or f"2 x H100, mesh {mesh}, {run['parallelism']}", []).append(run)
+    assert len(found) == 4
+    for place, same in found.items():
+        assert {run["device_kind"] for run in same} == {"NVIDIA H100 80GB HBM3"}
+        accuracy = compare.mean([100 * run["eval"]["accuracy"] for run in same], 2)
+        seconds = sum(run["train_seconds"] for run in same) / len(same)
+        line = rf"^  {place} +{accuracy} % +n = {len(same)} +{seconds:.1f} s"
+        assert re.search(line, alexnet_cifar.__doc__, re.MULTILINE), line
+    for name in deeper_cifar.VARIANTS:
+        same = [run for run in runs if run["experiment"] == f"deeper_{name}"]
+        accuracy = compare.mean([100 * run["eval"]["accuracy"] for run in same], 2)
+        assert re.search(rf"^  {name} .* {accuracy} % +n = {len(same)}$", deeper_cifar.__doc__, re.MULTILINE), name
 
 
 def test_it_prints_every_table(tmp_path):
