@@ -24,6 +24,7 @@ def main() -> None:
     from experiments.alexnet_cifar import get_config
 
     jax.config.update("jax_num_cpu_devices", 8)
+    provenance = metrics.provenance()  # before the files that are written make the checkout differ from its commit
     folder = ROOT / "results" / "programs"
     folder.mkdir(parents=True, exist_ok=True)
     cases = [("alexnet", size, parallelism, mesh if splits else (count, 1), compiler)
@@ -39,7 +40,7 @@ def main() -> None:
         devices = None if compiler == "cpu" else target.devices(f"h100:{max(1, data * columns // 8)}x8")
         report = train.dry_run(config, None, devices)
         report = {name: value for name, value in report.items() if name not in ("placement", "activations", "closed_form")}
-        report |= dict(image_size=size, **metrics.provenance())
+        report |= dict(image_size=size, **provenance)
         name = f"{model}-{size}-{parallelism}-{data}x{columns}-{compiler}.json"
         (folder / name).write_text(json.dumps(report, indent=1) + "\n")
 

@@ -52,6 +52,7 @@ RANGES = {
     "checkpoint.every_epochs": (0, None, True),
     "checkpoint.keep": (1, None, True),
 }
+LARGEST = 1e30  # of numbers whose range is open: a float32 holds it
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum"), "data.resident": ("auto", "yes", "no"),
            "data.normalise": ("channel", "pixel_mean"), "eval.views": ("one", "mirrored", "ten")}
 
@@ -61,7 +62,8 @@ RESIDENT_SHARE, RESIDENT_BYTES, CALL_BYTES = 0.4, 4e9, 1e9
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
-# What a resumed run may change, because the numbers do not depend on it; steps and epochs may only grow.
+# What a resumed run may change: the numbers do not depend on it, but for steps and epochs, which the learning rate follows from
+# there on.
 MAY_DIFFER = ("mesh", "model.levers", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint",
               "data.dir", "data.resident", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
               "data.fallback_learning_rate", "epochs", "steps", "profile")
@@ -106,9 +108,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         value = _get(config, field)
         values = {f"{field}.{name}": each for name, each in value.items()} if hasattr(value, "items") else {field: value}
         for name, each in values.items():  # a number, or one a layer
-            fine = isinstance(each, int | float) and math.isfinite(each) and each >= low
+            fine = isinstance(each, int | float) and low <= each <= LARGEST
             if not fine or (high is not None and (each > high if inclusive else each >= high)):
-                expected = f"at least {low}" if high is None else f"from {low} to {'' if inclusive else 'below '}{high}"
+                expected = f"from {low} to {'' if inclusive else 'below '}{high}"
+                if high is None:
+                    expected = f"at least {low}" + f" and at most {LARGEST:g}" * isinstance(low, float)
                 raise UserError(f"{name}={each}: expected {expected}")
     for field, choices in CHOICES.items():
         if (value := _get(config, field)) not in choices:

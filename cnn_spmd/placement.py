@@ -69,14 +69,16 @@ class Placement:
         if self.parallelism not in rows:
             raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {', '.join(rows)}")
         for name, row in self.own_rows.items():
+            if not isinstance(row, Mapping):
+                raise UserError(f"placement.{name}={row}: expected a row such as {{'fc1_out': 'model'}}")
             if name in TABLE:
                 raise UserError(f"placement.{name}: is a built-in row, choose another name")
             for axis, mesh_axes in row.items():
                 field = f"placement.{name}.{axis}={mesh_axes}"
                 if axis not in LOGICAL_AXES:
                     raise UserError(f"{field}: no such logical axis, expected one of {', '.join(LOGICAL_AXES)}")
-                if mesh_axes is not None and (not set(_names(mesh_axes)) <= set(BOTH) or
-                                              len(set(_names(mesh_axes))) != len(_names(mesh_axes))):
+                names = sorted(map(str, mesh_axes)) if isinstance(mesh_axes, tuple | list) else [mesh_axes]
+                if names not in ([None], ["data"], ["model"], [*BOTH]):
                     raise UserError(f"{field}: expected 'data', 'model', ('data', 'model') or None")
 
     @property
@@ -101,7 +103,7 @@ class Placement:
             elif size % parts:
                 raise UserError(f"{name} {shape}: {axis}={size} does not divide by the {parts} devices of mesh axis "
                                 f"{'+'.join(_names(mesh_axes))} {where}: change the mesh or "
-                                f"{'batch_size' if axis.endswith('batch') else 'the parallelism'}")
+                                f"the {'batch' if axis.endswith('batch') else 'parallelism'}")
             spec.append(tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes)
         used = [mesh_axis for mesh_axes in spec for mesh_axis in _names(mesh_axes)]
         if len(used) != len(set(used)):

@@ -42,11 +42,11 @@ def labels_of(data: DeviceData, indices_B: jax.Array | None) -> jax.Array:
 def split_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A float32 weight as the nearest bfloat16, which the layers read as it is, and int16: what the float32 has more.
 
-    Together they are the 4 bytes of the weight, to the last bit; a bfloat16 copy beside it would be 2 more to write. Of two
-    that are equally near it takes the larger, where a cast takes the even one.
+    Together they are the 4 bytes of the weight, to the last bit (or NaN again); a bfloat16 copy beside it would be 2 more to
+    write. Of two that are equally near it takes the larger, where a cast takes the even one.
     """
     bits = jax.lax.bitcast_convert_type(weight, jnp.int32)
-    near = (bits + 2**15) >> 16
+    near = jnp.where(jnp.isnan(weight), 0x7FC0, (bits + 2**15) >> 16)  # of a NaN, whose sum may overflow: another NaN
     return jax.lax.bitcast_convert_type(near.astype(jnp.int16), jnp.bfloat16), (bits - (near << 16)).astype(jnp.int16)
 
 
@@ -99,7 +99,7 @@ class Steps:
 
     def batch(self, data: DeviceData, state: TrainState,
               indices_B: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Images [N, H, W, C], labels [B] and a dropout key.
+        """Images [B, H, W, C], labels [B] and a dropout key.
 
         Crops, flips, colour noise and dropout masks are a function of (seed, step), the same on every mesh.
         """

@@ -1,5 +1,6 @@
 """A run, top to bottom: mesh, data, state, compile report, loop, final evaluation."""
 
+import contextlib
 import datetime
 import functools
 import itertools
@@ -222,14 +223,16 @@ def dry_run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, dev
     devices: those of a machine that is not here (target.py); None: the ones there are.
     """
     setup = prepare(config, devices)
-    since = time.perf_counter()
-    report = report_of(setup, compile_train(setup, setup.config.steps_per_call), time.perf_counter() - since)
-    say(program.as_text(report))
-    if workdir:
-        identity = dict(dataset=setup.data.name, fallback=setup.data.fallback)
-        with workdirs.opened(workdir, configs.as_json(setup.config) | identity):
+    identity = dict(dataset=setup.data.name, fallback=setup.data.fallback)
+    with contextlib.ExitStack() as stack:
+        if workdir:
+            stack.enter_context(workdirs.opened(workdir, configs.as_json(setup.config) | identity))
             if (workdir / "config.json").exists():
                 raise UserError(f"--workdir={workdir}: holds a run, which a dry run leaves alone: give a new folder")
+        since = time.perf_counter()
+        report = report_of(setup, compile_train(setup, setup.config.steps_per_call), time.perf_counter() - since)
+        say(program.as_text(report))
+        if workdir:
             metrics_lib.write_json(workdir / "program.json", identity | report)
     return report
 

@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict(dict(
         name="alexnet", width=4096, dropout=0.25,
-        levers=("space_to_depth", "pool_first", "pool_index", "cast_once", "column_groups"),  # faster, same numbers
+        levers=("space_to_depth", "pool_first", "pool_index", "cast_once", "column_groups"),  # faster; layers.LEVERS
     ))
     config.data = ml_collections.ConfigDict(dict(
         name="cifar10",

@@ -25,7 +25,8 @@ Measured on the real CIFAR-10, all 10,000 test images, float32, 1 x H100; mean o
   11pct_no_lrn   11.48 ± 0.39 %   n = 2    66.6 s
 
 Without its response norms 11pct is no worse than with them, within the spread of two pairs: what brings 13% to 11% here are the
-other changes. (11pct's first seed took 85 s, before the norms' derivative was written by hand; the others 76 s.)
+other changes. (11pct's first seed took 85 s, before the norms' derivative was written by hand; the others 76 s. 11pct_no_lrn's
+seed 2 has not run to its end.)
 """
 
 import ml_collections

@@ -209,6 +209,7 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     (dict(dense_microbatch=4, mesh=dict(data=8)), r"dense_microbatch \(4,\): conv_batch=4 does not divide by the 8"),
     (dict(model=dict(dropout=1.0)), r"model\.dropout=1\.0: expected from 0\.0 to below 1\.0"),
     (dict(optimizer=dict(learning_rate=float("nan"))), r"optimizer\.learning_rate=nan: expected at least"),
+    (dict(optimizer=dict(learning_rate=1e39)), r"optimizer\.learning_rate=1e\+39: expected at least 0\.0 and at most 1e\+30"),
     (dict(optimizer=dict(decay="steps")), r"optimizer\.decay=steps: unknown"),
     (dict(data=dict(resident="maybe")), r"data\.resident=maybe: unknown, expected one of auto, yes, no"),
     (dict(data=dict(crop_pad=32)), r"data\.crop_pad=32: images are 32 pixels wide"),
@@ -270,9 +271,10 @@ def test_a_damaged_summary_is_made_anew(config, tmp_path):
     assert train.run(config, tmp_path)["eval"] == first["eval"]
 
 
-def test_refusals_and_dry_runs_leave_a_run_as_it_is(config, tmp_path):
+def test_refusals_and_dry_runs_leave_a_run_as_it_is(config, tmp_path, monkeypatch):
     train.run(config, tmp_path)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(train, "compile_train", lambda *_: pytest.fail("compiled"))
     config.mesh.data = 2
     with pytest.raises(UserError, match="holds a run"):
         train.dry_run(config, tmp_path)

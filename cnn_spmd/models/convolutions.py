@@ -17,9 +17,9 @@ def products(layer: nnx.Conv, x_NHWC: jax.Array, levers, split: bool, spread: bo
     "space_to_depth": one with stride s is one of stride 1 over s x s pixels as channels, with zeros in the kernel's last
     rows and columns where s does not divide the window; AlexNet's 11x11 on 3 channels, which GPUs do badly, is 3x3 on 48.
     "column_groups": several columns of the map at a time as channels. Over s x 2s pixels, two: 3x2 on 96, and 128 wide
-    instead of 64; over the images themselves (s = 1), eight; and two for the gradient by an input of up to 64 maps of odd
-    width. Not where the channels are `split` over devices; nor of images where the batch is `spread`, as the gradient that
-    is then summed over devices is that of the larger kernel.
+    instead of 64; of images at stride 1, eight; both in one with "space_to_depth". And two for the gradient by an input of
+    up to 64 maps of odd width. Not where the channels are `split` over devices; nor the eight where the batch is `spread`:
+    the gradient that is then summed over devices is that of the larger kernel, many times as large as a small window's.
     """
     x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
     padding, (stride, _), (window, _, channels, columns) = layer.padding, layer.strides, kernel_HWIO.shape

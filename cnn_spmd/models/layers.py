@@ -18,13 +18,15 @@ from cnn_spmd.models import convolutions, kernels
 HE = nnx.initializers.he_normal()  # keeps the variance through a ReLU (He et al. 2015, 1502.01852, eq. 10)
 SMALL = nnx.initializers.normal(0.01)  # of AlexNet 2012 (section 5), and of output layers: training starts from even odds
 ONES = nnx.initializers.ones
-# What makes a step faster and changes nothing but rounding; config.model.levers chooses. Each is told where it is used (the
-# cast_once in step.py).
+# What makes a step faster and changes nothing but rounding, and which of equal maxima of a pool has the gradient;
+# config.model.levers chooses. Each is told where it is used (the cast_once in step.py).
 LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_groups")
 
 
 class Unplaced:
     """The `place` of a network on one device: leaves every array where it is."""
+
+    record = None
 
     def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
         return x
@@ -81,8 +83,8 @@ def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVER
         x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{name} input")
         width = (x_NHWC.shape[2] + sum(layer.padding[1]) - layer.kernel_size[1]) // layer.strides[1] + 1
         x_NHWC = convolutions.products(layer, x_NHWC, levers, place.parts_of("conv_out") > 1, place.parts_of("conv_batch") > 1)
-        more = x_NHWC.shape[2] - width  # columns, that the pool may leave out anyway
-        if not pool or pool.get("ceil") or (width - pool["window"]) % pool["strides"] + more >= pool["strides"]:
+        more = x_NHWC.shape[2] - width  # columns, that the pool may leave out anyway (but a report has the map's shape)
+        if place.record or not pool or pool.get("ceil") or (width - pool["window"]) % pool["strides"] + more >= pool["strides"]:
             x_NHWC = x_NHWC[:, :, :width]
     x_NHWC, bias_C = place(x_NHWC, *axes, name=f"{name} output"), layer.bias[...].astype(x_NHWC.dtype)
     if pool and "pool_first" in levers and activation is nnx.relu:
@@ -267,8 +269,9 @@ def average_pool(x_NHWC: jax.Array, window: int, strides: int) -> jax.Array:
 
 
 def _overhang(size: int, window: int, strides: int) -> int:
-    """How far the last window reaches over the edge in ceil mode."""
-    return -(size - window) % strides
+    """How far the last window reaches over the edge in ceil mode; negative: how far before it the last one ends."""
+    over = -(size - window) % strides
+    return over if over < window else over - strides
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
