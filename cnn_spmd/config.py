@@ -52,7 +52,7 @@ RANGES = {
     "checkpoint.every_epochs": (0, None, True),
     "checkpoint.keep": (1, None, True),
 }
-LARGEST = 1e30  # of numbers whose range is open: a float32 holds it
+LARGEST = 3e38  # of numbers whose range is open: a float32 holds it
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum"), "data.resident": ("auto", "yes", "no"),
            "data.normalise": ("channel", "pixel_mean"), "eval.views": ("one", "mirrored", "ten")}
 
