@@ -100,6 +100,15 @@ def provenance() -> dict:
     return dict(versions=versions | dict(python=platform.python_version()), host_cores=os.cpu_count(), commit=commit)
 
 
+def process_seconds() -> float | None:
+    """How long ago this process was started, as Linux counts it; None elsewhere."""
+    try:
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 2)
+
+
 class Clock:
     """Seconds of training steps, with compilation, evaluation and checkpoints left out.
 

@@ -106,11 +106,13 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     metrics = metrics_lib.Metrics(workdir, start, identity, enabled=is_main)
     progress = metrics_lib.Progress(total, show=is_main)
     clock = metrics_lib.Clock()
-    step, eval_seconds, evaluation = start, 0.0, None
+    step, eval_seconds, evaluation, startup = start, 0.0, None, None
 
     def record(losses: np.ndarray, accuracies: np.ndarray) -> None:
+        nonlocal startup
         n = len(losses)
         seconds = clock.tick(n)
+        startup = startup or metrics_lib.process_seconds()
         if not np.isfinite(losses).all():
             at = int(np.argmin(np.isfinite(losses)))
             bad = step - n + at + 1
@@ -165,7 +167,8 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
             parallelism=config.parallelism, mesh=dict(place.mesh.shape), devices=place.mesh.size,
             device_kind=report["compiler"]["device_kind"], processes=jax.process_count(), batch_size=batch_size, steps=step,
             epochs=round(step / per_epoch, 3), seed=config.seed, dtype=config.dtype, param_count=report["param_count"],
-            compile_seconds=report["compile_seconds"], programs_from_cache=report["programs_from_cache"],
+            startup_seconds=startup, compile_seconds=report["compile_seconds"],
+            programs_from_cache=report["programs_from_cache"],
             train_seconds=round(metrics.train_seconds + clock.seconds, 3),
             images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
             step_milliseconds=clock.step_milliseconds(), steady_calls=len(clock.steady()), eval=evaluation,

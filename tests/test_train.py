@@ -5,6 +5,9 @@ import fcntl
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 import warnings
 
 import jax
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
 
@@ -44,11 +48,12 @@ def test_files_of_a_run(config, tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     assert summary.keys() >= {
         "experiment", "dataset", "fallback", "model", "parallelism", "mesh", "devices", "device_kind", "processes",
-        "batch_size", "steps", "epochs", "seed", "dtype", "param_count", "compile_seconds", "train_seconds",
+        "batch_size", "steps", "epochs", "seed", "dtype", "param_count", "startup_seconds", "compile_seconds", "train_seconds",
         "images_per_second", "step_milliseconds", "eval", "bytes_per_device", "collectives", "versions", "commit", "started",
         "status"}
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["commit"])
     assert summary["step_milliseconds"].keys() == {"median", "p10", "p90"}
+    assert summary["compile_seconds"] < summary["startup_seconds"] < metrics.process_seconds()
     assert (summary["status"], summary["steps"], summary["epochs"]) == ("completed", 8, 2.0)
     assert summary["eval"]["examples"] == 40
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))
@@ -56,6 +61,14 @@ def test_files_of_a_run(config, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run", "final")] == [8]
     for line in metrics.read(tmp_path / "run/metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("synthetic", None)
+
+
+def test_startup_is_counted_from_the_start_of_the_process():
+    """And not from the first import: of a process that waits for half a second before it."""
+    code = "import time; time.sleep(.5); from cnn_spmd.metrics import process_seconds; print(process_seconds())"
+    since = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.45 < float(result.stdout) < time.perf_counter() - since + 0.1
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
