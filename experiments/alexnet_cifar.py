@@ -16,7 +16,7 @@ Measured on the real CIFAR-10, all 10,000 test images and their mirrors, bfloat1
   2 x H100, mesh 2x1, data       91.74 ± 0.12 %   n = 3    6.4 s
   2 x H100, mesh 1x2, hybrid     91.69 ± 0.04 %   n = 3    5.3 s
   :fast, 1 x H100                90.87 ± 0.22 %   n = 5    4.3 s
-  2 CPU cores, no network        99.72 % of the digits that stand in for it, n = 1, 53 s
+  2 CPU cores, no network        99.72 % of the digits that stand in for it, n = 1, 50 s
 
 :best is not measured. Before gradients were clipped, one seed of 330 epochs with dropout .5 and decay 1e-3 gave 91.4% in 56 s.
 """
