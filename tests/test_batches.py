@@ -121,3 +121,21 @@ def test_statistics_in_parts(monkeypatch):
     parts = [*batches.channel_statistics(images), batches.colour_axes(images)]
     for got, expected in zip(parts, whole, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_half_of_the_images_are_mirrored():
+    images = np.arange(4, dtype=np.uint8).reshape(1, 1, 4, 1)
+    got = batches.crop_and_flip(images, jnp.zeros(4000, int), jax.random.key(1), pad=0, flip=True)
+    assert abs((got[:, 0, 0, 0] == 3).mean() - 0.5) < 0.03
+
+
+def test_statistics_of_grey_and_of_one_colour():
+    rng = np.random.default_rng(0)
+    for _ in range(20):  # some of whose variances come out below zero
+        assert np.isfinite(batches.colour_axes(np.repeat(rng.integers(0, 256, (10, 4, 4, 1), dtype=np.uint8), 3, -1))).all()
+    np.testing.assert_array_equal(batches.channel_statistics(np.full((2, 4, 4, 3), 7, np.uint8))[1], 1)
+
+
+def test_the_centre_where_what_is_left_is_odd():
+    images = np.random.default_rng(0).integers(0, 256, (2, 9, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(batches.eval_views(images, 4, "one", True)[:, 0], images[:, 2:6, 1:5])

@@ -106,6 +106,13 @@ def test_levers_change_nothing(name, size, lever, monkeypatch):
         assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()  # float32 parameters have float32 gradients
 
 
+@pytest.mark.parametrize("size", [32, 224])
+def test_all_levers_together_change_nothing(size, monkeypatch):
+    monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
+    for plain, fast in zip(*(value_and_gradient("alexnet", size, levers) for levers in ((), layers.LEVERS)), strict=True):
+        assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()
+
+
 @functools.cache
 def value_and_gradient(name, size, levers):
     with jax.enable_x64(True):
@@ -171,6 +178,26 @@ def test_a_lever_is_used():
         models.make("alexnet", levers=("magic",))
 
 
+def test_where_columns_are_grouped():
+    """Of images, and for the gradient by up to 64 maps of odd width."""
+    def program(size, window, channels, levers):
+        layer = layers.conv(channels, 4, window, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        return str(jax.make_jaxpr(jax.grad(lambda x: layers.conv_relu("conv1", layer, x, layers.UNPLACED, levers).sum()))(
+            jnp.zeros((1, size, size, channels))))
+
+    for size, window, channels, grouped in ((32, 3, 3, True), (27, 5, 64, True), (27, 5, 65, False), (28, 5, 64, False)):
+        fast = program(size, window, channels, ("space_to_depth", "column_groups"))
+        assert (fast != program(size, window, channels, ())) == grouped
+
+
+def test_pool_first_adds_the_bias_after_the_pool(monkeypatch):
+    seen, layer = [], layers.conv(3, 4, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    monkeypatch.setattr(layers, "bias_relu", lambda x, bias_C: seen.append(x.shape[1:3]) or x)
+    for levers in (("pool_first",), ()):
+        layers.conv_relu("conv1", layer, jnp.zeros((1, 8, 8, 3)), layers.UNPLACED, levers, dict(window=2, strides=2))
+    assert seen == [(4, 4), (8, 8)]
+
+
 @pytest.mark.parametrize(("size", "window", "padding"), [(27, 5, (2, 2)), (9, 4, (1, 2)), (7, 3, (0, 0))])
 def test_gradient_in_pairs(size, window, padding):
     """Of columns, by autodiff and by two at a time; in float64."""
@@ -207,6 +234,26 @@ def test_pool_kernels_against_the_plain_form(size, window, strides, ceil, bias):
     np.testing.assert_allclose(kernels.unpool(index, gradient, **settings),
                                layers._plain_unpool(index, gradient, **settings), atol=1e-6)
     assert bool((index == kernels.NONE).any()) == bool(bias)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_pool_kernels_on_equal_maxima_nan_and_several_blocks_of_channels():
+    pool, settings = layers.Pool(3, 2, False, (9, 9), lambda f, *arrays: f(*arrays)), dict(window=3, strides=2)
+    x = jax.random.randint(jax.random.key(0), (2, 9, 9, 96), 0, 4).astype(jnp.float32).at[0, 4, 4, ::5].set(jnp.nan)
+    expected, index = layers._plain_max_and_index(pool, x)
+    got = kernels.max_and_index(x, **settings, counts=(4, 4))
+    np.testing.assert_array_equal(got[0], expected)
+    np.testing.assert_array_equal(got[1], index)
+    gradient = jax.random.normal(jax.random.key(1), expected.shape)
+    np.testing.assert_allclose(kernels.unpool(index, gradient, **settings, sizes=(9, 9)),
+                               layers._plain_unpool(index, gradient, **settings, sizes=(9, 9)), atol=1e-6)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_unpool_sums_in_float32():
+    index, gradient = jnp.array([8, 6, 2, 0], jnp.uint8), jnp.array([1, 1, 1, 256], jnp.bfloat16)  # all chose pixel 2, 2
+    got = kernels.unpool(index.reshape(1, 2, 2, 1), gradient.reshape(1, 2, 2, 1), window=3, strides=2, sizes=(5, 5))
+    assert got[0, 2, 2, 0] == jnp.bfloat16(259)  # in bfloat16 one by one: 256
 
 
 @pytest.mark.parametrize(("size", "window", "strides"), [(8, 3, 2), (9, 3, 2), (32, 3, 2), (5, 2, 2), (9, 2, 3)])
@@ -254,6 +301,15 @@ def test_response_norm_against_numpy(size, alpha, beta, k, within_map):
     x = x.astype(np.float32)
     np.testing.assert_allclose(norm(x), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda x: (norm(x) * weight).sum())(x), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("within_map", [False, True])
+def test_response_norm_of_bfloat16_is_computed_in_float32(within_map):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 8), jnp.bfloat16)
+    norm = functools.partial(norms.response_norm, size=5, alpha=1.0, beta=0.75, k=1.0, within_map=within_map)
+    got, gradient = jax.vjp(norm, x)
+    assert {got.dtype, gradient(x)[0].dtype} == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(got, norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
 def test_towers_do_not_see_each_other():

@@ -100,3 +100,25 @@ def test_a_gradient_is_no_longer_than_clip_norm(config):
     for clip_norm, times in ((0.0, 1), (1.3, 0.1), (20.0, 1)):
         np.testing.assert_allclose(update(clip_norm)["kernel"], [[-3 * times, -4 * times]], rtol=1e-6)
         np.testing.assert_allclose(update(clip_norm)["bias"], [-12 * times], rtol=1e-6)
+
+
+def one_update(config, gradient, weight=0.0, batch_size=128, **settings):
+    """What plain SGD at rate 1 adds to a weight."""
+    config.optimizer.update(dict(warmup=0.0, decay="constant", learning_rate=1.0, momentum=0.0, nesterov=False,
+                                 weight_decay=0.0, clip_norm=0.0) | settings)
+    optimizer, params = optim.make_optimizer(config.optimizer, 10, batch_size), {"fc1": {"kernel": jnp.full((1, 1), weight)}}
+    updates, _ = optimizer.update({"fc1": {"kernel": jnp.full((1, 1), gradient)}}, optimizer.init(params), params)
+    return float(updates["fc1"]["kernel"][0, 0])
+
+
+def test_the_decay_is_not_clipped(config):
+    assert one_update(config, 13.0, 100.0, weight_decay=1.0, clip_norm=1.3) == pytest.approx(-(1.3 + 100))
+
+
+def test_scaling_reaches_the_optimizer(config):
+    assert one_update(config, 1.0, batch_size=4 * 128, learning_rate=0.1, scaling=1.0) == pytest.approx(-0.4)
+
+
+def test_the_warmup_is_rounded_to_whole_steps(config):
+    config.optimizer.update(dict(learning_rate=0.4, warmup=0.29, decay="constant"))  # .29 * 100 is a little less than 29
+    assert float(optim.make_schedule(config.optimizer, 100)(28)) == pytest.approx(0.4 * 28 / 29)

@@ -169,3 +169,13 @@ def test_it_prints_every_table(tmp_path):
             assert " | ".join(row) in result.stdout
     assert "3,072 weights at 32x32x3, 120,000 at 200x200x3" in result.stdout
     assert "<svg" in (tmp_path / "depth.svg").read_text()
+
+
+def test_what_makes_another_recipe():
+    def of(**config):
+        return compare.recipe(dict(config=config))
+
+    assert of(optimizer=dict(rate=1)) == of(optimizer=dict(rate=1, clip_norm=0.0)) != of(optimizer=dict(rate=1, clip_norm=5.0))
+    assert of(data=dict(dir="a"), eval=dict(every_epochs=1)) == of()
+    for field in (dict(data=dict(crop=24)), dict(eval=dict(views="ten"))):
+        assert of(**field) != of()

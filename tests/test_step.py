@@ -24,7 +24,7 @@ from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
 from cnn_spmd.models import alexnet, alexnet_2012, layers, stack
 from cnn_spmd.placement import TABLE, Placement, name_of
-from cnn_spmd.step import DeviceData, TrainState, join_weight, split_weight
+from cnn_spmd.step import DeviceData, Steps, TrainState, join_weight, split_weight
 from experiments.alexnet_cifar import get_config
 
 BATCH = 16
@@ -614,3 +614,63 @@ def test_the_state_is_donated_and_stays_where_it_is():
     placed = jax.tree.map(lambda got, leaf: got.is_equivalent_to(leaf.sharding, leaf.ndim), compiled.output_shardings[0],
                           setup.steps.abstract_state)
     assert jax.tree.all(placed)
+
+
+@pytest.mark.parametrize(("axis", "what"), [("conv_batch", "batch"), ("fc1_out", "parallelism")])
+def test_what_to_change_where_it_does_not_divide(axis, what):
+    with pytest.raises(UserError, match=f"change the mesh or the {what}$"):
+        Placement(mesh.make(4, 2), "hybrid").spec((axis,), (9,))
+
+
+def test_towers_that_do_not_divide():
+    with pytest.raises(UserError, match="conv2: its 2 towers do not divide by the 3 devices"):
+        Placement(mesh.make(1, 3), "model").towers(
+            lambda part, x: x, 2, (jnp.zeros((1, 4, 4, 12)), ("conv_batch", None, None, None)),
+            out=("conv_batch", None, None, "group_out"), name="conv2")
+
+
+def test_a_row_from_json_and_its_report():
+    place = Placement(mesh.make(4, 2), "mine", dict(mine=dict(conv_batch=["data", "model"])))
+    assert place.report("x", ("conv_batch", "fc1_out"), (8, 4), 4)["mesh_axes"] == [["data", "model"], None]
+
+
+def test_the_bfloat16_halves_are_what_the_layers_read(monkeypatch):
+    seen, old = [], Steps.gradients
+    monkeypatch.setattr(Steps, "gradients", lambda self, *args: seen.append(args[3]) or old(self, *args))
+    setups.compile_train(setup_of("alexnet", "data", (1, 1), dtype="bfloat16"), 2)
+    assert {leaf.dtype for copy in seen for leaf in jax.tree.leaves(copy)} == {jnp.dtype("bfloat16")}
+
+
+def test_the_softmax_is_in_float32(monkeypatch):
+    class Constant:
+        def features(self, x, place):
+            return x
+
+        def classify(self, x, place, key=None):
+            return jnp.tile(jnp.arange(10, dtype=jnp.bfloat16) / 3, (len(x), 1))
+
+    setup, data = on_one("simple_cnn", label_smoothing=0.0)
+    monkeypatch.setattr(nnx, "merge", lambda *_: Constant())
+    scores, expected = setup.steps.scores(None, data.images[:2]), np.arange(10, dtype=jnp.bfloat16) / jnp.bfloat16(3)
+    expected = jax.nn.log_softmax(expected.astype(np.float32))
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores[0], expected, rtol=1e-5)
+    loss, _ = setup.steps.loss(None, data.images[:2], jnp.zeros(2, int), None)
+    assert float(loss) == pytest.approx(-float(expected[0]), rel=1e-5)
+
+
+def test_each_part_of_a_variable_batch_has_its_own_dropout(monkeypatch):
+    keys, old = [], Steps.loss
+    with jax.disable_jit():
+        setup, data = on_one("alexnet", dense_microbatch=4)
+        monkeypatch.setattr(Steps, "loss", lambda *args: keys.append(jax.random.key_data(args[-1])) or old(*args))
+        setup.steps.variable_batch_step(data, initial_f32(setup), jnp.arange(BATCH))
+    assert len({tuple(np.asarray(key).tolist()) for key in keys}) == 4
+
+
+def test_the_accuracy_of_a_variable_batch_is_that_of_all_parts():
+    setup, data = on_one("alexnet", dense_microbatch=4, model=dict(width=64, dropout=0.0), optimizer=dict(learning_rate=0.0))
+    plain, _ = setup.steps.gradients(data, initial_f32(setup), jnp.arange(BATCH))
+    _, got = setup.steps.variable_batch_step(data, initial_f32(setup), jnp.arange(BATCH))
+    assert float(got["accuracy"]) == pytest.approx(float(plain["accuracy"]))
+    assert float(plain["accuracy"]) > 0
