@@ -2,7 +2,8 @@
 
 results/*.json are each the summary.json of a run, copied there: config, commit, versions, hardware and figures;
 results/programs/*.json are reports of compiled programs, written by benchmarks/programs.py; results/sweeps/*.json are each
-the sweep.json of a sweep; results/speed/*.json are written by benchmarks/speed.py.
+the sweep.json of a sweep; results/speed/*.json are written by benchmarks/speed.py; results/rates/*.json are lists of summaries
+by which an experiment's learning rates were chosen.
 """
 
 import collections

@@ -16,11 +16,11 @@ base is AlexNet 2012 scaled to 32x32 (cnn_spmd/models/alexnet_2012_small.py) und
 epochs, a lower rate and gradients as long as they are: no claim is about the recipe. `python -m cnn_spmd.papers` has the table
 of the runs in results/claims.
 
-Measured on one H100, n = 3: relu is 1.6 times as fast as tanh, not 6; plain pools cost half a point, conv2 three; response
-norms, dropout, conv3, conv4 and the second tower make no difference that three seeds can tell from chance on CIFAR-10.
+Measured on one H100, n = 3: relu is 1.6 times as fast as tanh, not 6; conv2 is worth three points. Plain pools cost .46 ± .35;
+that, and what response norms, dropout, conv3, conv4 and the second tower make, three seeds can't tell from chance on CIFAR-10.
 
 Learning rates of relu and tanh, by `--sweep optimizer.learning_rate=.005,.01,.02,.05,.1 --config.epochs=20`; epochs to 25%
-training error, one seed (-: not within 20):
+training error, one seed (-: not within 20; results/rates/):
 
   rate   .005     .01     .02     .05      .1
   relu   11.3     7.5     6.3    14.8   never

@@ -14,7 +14,7 @@
 From one_convolution on all end in two hidden dense layers of 4096 and have 23 to 36 million parameters. The recipe is that of
 alexnet_cifar.py with fewer epochs and a fifth of its rate, for 16 layers without batch norm. That is slow for all: AlexNet by
 its own recipe reaches 91.9%. Five convolutions are worth ten points over one; from 5 to 13 nothing is gained under this recipe.
-(vgg_16's seed 1 was cut off by the end of the time on that GPU, at two thirds, and is not counted.)
+(vgg_16's seed 1 was interrupted at two thirds, and is not counted.)
 `python -m cnn_spmd.papers --depth_plot FILE.svg` draws the table.
 
 Why convolutions at all: a neuron that sees a whole image of 32x32x3 has 3,072 weights, of 200x200x3 120,000; a map of

@@ -14,7 +14,7 @@ alexnet_cifar.py. Published, ILSVRC-2012, top-1 error, rate times k:
   dense 128          42.33    42.27    42.44    42.86
 
 Not measured yet. `python -m cnn_spmd.papers` has the table of the runs in results/claims. On the way: 20 epochs without a
-warm-up are too few, and at 1024, rate times k, three of three seeds fail within ten steps; hence the warm-up.
+warm-up are too few, and at 1024, rate times k, two of three seeds diverge within ten steps and the third learns nothing.
 """
 
 import ml_collections

@@ -32,7 +32,7 @@ def _gradient(window, alpha, beta, k, x_NHWC, gradient_NHWC):
     scale = jnp.exp(-beta * jnp.log(bases))  # several times faster than a power
     term = (gradient_NHWC * x_NHWC * scale / bases).astype(x_NHWC.dtype)
     term = jax.lax.optimization_barrier(term)  # else it is made again for each window that holds it
-    around = _window_sums(term, [(0, 0) if n == 1 else (n // 2, (n - 1) // 2) for n in window], window)
+    around = _window_sums(_wide(term), window, turned=True)
     return ((gradient_NHWC * scale - 2 * alpha * beta * x_NHWC * around).astype(x_NHWC.dtype),)
 
 
@@ -40,13 +40,17 @@ _response_norm.defvjp(lambda x_NHWC, *settings: (_response_norm(x_NHWC, *setting
 
 
 def _bases(x_NHWC, window, alpha, k):
-    wide = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
-    return k + alpha * _window_sums(jnp.square(wide), [(0, 0) if n == 1 else ((n - 1) // 2, n // 2) for n in window], window)
+    return k + alpha * _window_sums(jnp.square(_wide(x_NHWC)), window)
 
 
-def _window_sums(x_NHWC, padding, window):
-    wide = x_NHWC.astype(jnp.promote_types(x_NHWC.dtype, jnp.float32))
-    return jax.lax.reduce_window(wide, np.zeros((), wide.dtype), jax.lax.add, window, (1, 1, 1, 1), padding)
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _window_sums(x_NHWC, window, turned=False):
+    """The sum over each element's window; turned: over all elements whose windows hold it."""
+    padding = [((n - 1) // 2, n // 2)[::-1 if turned else 1] for n in window]
+    return jax.lax.reduce_window(x_NHWC, np.zeros((), x_NHWC.dtype), jax.lax.add, window, (1, 1, 1, 1), padding)
 
 
 def response_norm_of_towers(x_NHWC: jax.Array, groups: int, place, name: str, **settings) -> jax.Array:
