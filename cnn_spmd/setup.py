@@ -104,7 +104,7 @@ def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: 
     else:
         mean, std = batches.mean_image(sample, config.data.crop), 1.0
     colour_CC = config.data.colour_noise * batches.colour_axes(sample) if config.data.colour_noise else None
-    halves = config.dtype == "bfloat16" and "cast_once" in config.model.levers and not config.dense_microbatch
+    halves = config.dtype == "bfloat16" and "cast_once" in config.model.levers
     return Steps(make_model=lambda rngs: make_model(rngs=rngs), place=place, mean=mean, std=std,
                  optimizer=optim.make_optimizer(config.optimizer, config.steps, config.batch_size),
                  dense_optimizer=dense_optimizer, dense_microbatch=config.dense_microbatch, seed=config.seed,

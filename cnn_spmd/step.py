@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 []: steps done
     seed: jax.Array  # uint32 []; here, and not a constant of the program, so that another seed compiles nothing again
-    params: nnx.State  # float32
+    params: nnx.State  # float32; within a call, where Steps.halves, each a pair of split_weight's halves
     optimizer: Any  # optax state; a momentum a parameter
 
 
@@ -54,6 +54,17 @@ def join_weight(near: jax.Array, rest: jax.Array) -> jax.Array:
     """The float32 weight that split_weight split."""
     bits = jax.lax.bitcast_convert_type(near, jnp.int16).astype(jnp.int32) << 16
     return jax.lax.bitcast_convert_type(bits + rest.astype(jnp.int32), jnp.float32)
+
+
+def read(params: nnx.State) -> nnx.State:
+    """The weights as the layers read them: of halves the bfloat16."""
+    return jax.tree.map(lambda x: x[0] if isinstance(x, tuple) else x, params, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def whole(params: nnx.State) -> nnx.State:
+    """The weights as the optimizer needs them: halves joined."""
+    return jax.tree.map(lambda x: join_weight(*x) if isinstance(x, tuple) else x, params,
+                        is_leaf=lambda x: isinstance(x, tuple))
 
 
 def is_dense(path: tuple, _) -> bool:
@@ -124,27 +135,33 @@ class Steps:
         loss = optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
         return loss, dict(loss=loss, accuracy=(logits_BC.argmax(-1) == labels_B).mean())
 
-    def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None,
-                  copy: nnx.State | None = None) -> tuple[dict, nnx.State]:
+    def gradients(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None) -> tuple[dict, nnx.State]:
         """loss and accuracy [] on the examples `indices_B`, and the loss's gradient by each parameter."""
         images, labels_B, key = self.batch(data, state, indices_B)
         grads, metrics = jax.grad(lambda params: self.loss(params, self.features(params, images), labels_B, key),
-                                  has_aux=True)(state.params if copy is None else copy)
-        return metrics, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+                                  has_aux=True)(read(state.params))
+        return metrics, grads
 
-    def update(self, state: TrainState, grads: nnx.State) -> TrainState:
-        """The state after the optimizer's step along `grads`."""
+    def update(self, optimizer: optax.GradientTransformation, grads: nnx.State, state: Any,
+               params: nnx.State) -> tuple[nnx.State, Any]:
+        """Parameters, and the optimizer's state, after the optimizer's step along `grads`."""
         with jax.named_scope("update"):
-            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-            return TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), optimizer)
+            weights = whole(params)
+            grads = jax.tree.map(lambda grad, weight: grad.astype(weight.dtype), grads, weights)
+            updates, state = optimizer.update(grads, state, weights)
+            return self.stored(optax.apply_updates(weights, updates)), state
 
-    def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None,
-                   copy: nnx.State | None = None) -> tuple[TrainState, dict]:
-        """One step on the examples `indices_B`; returns the new state, loss and accuracy. copy: of the weights, if any."""
+    def stored(self, weights: nnx.State) -> nnx.State:
+        """The weights as a call's steps hand them on."""
+        return jax.tree.map(split_weight, weights) if self.halves else weights
+
+    def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None) -> tuple[TrainState, dict]:
+        """One step on the examples `indices_B`; returns the new state, loss and accuracy."""
         if self.dense_microbatch:
             return self.variable_batch_step(data, state, indices_B)
-        metrics, grads = self.gradients(data, state, indices_B, copy)
-        return self.update(state, grads), metrics
+        metrics, grads = self.gradients(data, state, indices_B)
+        params, optimizer = self.update(self.optimizer, grads, state.optimizer, state.params)
+        return TrainState(state.step + 1, state.seed, params, optimizer), metrics
 
     def variable_batch_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None) -> tuple[TrainState, dict]:
         """One step in which the dense layers see the batch in parts of `dense_microbatch` examples, one after another.
@@ -161,7 +178,7 @@ class Steps:
         part's gather does not start early, so nothing of (b)'s hiding of one part's communication behind another's.
         """
         images, labels_B, key = self.batch(data, state, indices_B)
-        x_BF, backward = jax.vjp(lambda params: self.features(params, images), state.params)
+        x_BF, backward = jax.vjp(lambda params: self.features(params, images), read(state.params))
         parts = len(labels_B) // self.dense_microbatch
         dense, conv = nnx.split_state(state.params, is_dense, ...)
 
@@ -172,58 +189,46 @@ class Steps:
         def part(carry, inputs):
             dense, optimizer, total = carry
             (_, metrics), (grads, x_gradient) = jax.value_and_grad(
-                lambda dense, x, *rest: self.loss(nnx.merge_state(dense, conv), x, *rest), argnums=(0, 1), has_aux=True)(
-                    dense, *inputs)
+                lambda dense, x, *rest: self.loss(nnx.merge_state(dense, read(conv)), x, *rest), argnums=(0, 1), has_aux=True)(
+                    read(dense), *inputs)
             if self.dense_optimizer is None:
                 total = jax.tree.map(jnp.add, total, grads)
             else:
-                with jax.named_scope("update"):
-                    updates, optimizer = self.dense_optimizer.update(grads, optimizer, dense)
-                    dense = optax.apply_updates(dense, updates)
+                dense, optimizer = self.update(self.dense_optimizer, grads, optimizer, dense)
             return (dense, optimizer, total), (metrics, x_gradient)
 
         each = self.dense_optimizer is not None
         inputs = in_parts(x_BF, "conv_batch", None), in_parts(labels_B, "output_batch"), jax.random.split(key, parts)
-        carry = (dense, state.optimizer["dense"], None) if each else (dense, None, jax.tree.map(jnp.zeros_like, dense))
+        carry = (dense, state.optimizer["dense"], None) if each else (dense, None, jax.tree.map(jnp.zeros_like, whole(dense)))
         (dense, optimizer, total), (metrics, gradient) = jax.lax.scan(part, carry, inputs)
 
         gradient = self.place(gradient.swapaxes(0, 1).reshape(x_BF.shape) / parts, "conv_batch", None)
         _, conv_grads = nnx.split_state(backward(gradient.astype(x_BF.dtype))[0], is_dense, ...)
-        metrics = jax.tree.map(jnp.mean, metrics)
-        if not each:
-            grads = jax.tree.map(lambda g: g / parts, total)
-            return self.update(state, nnx.merge_state(grads, conv_grads)), metrics
-        with jax.named_scope("update"):
-            updates, conv_optimizer = self.optimizer.update(conv_grads, state.optimizer["conv"], conv)
-            params = nnx.merge_state(dense, optax.apply_updates(conv, updates))
-        return TrainState(state.step + 1, state.seed, params, dict(conv=conv_optimizer, dense=optimizer)), metrics
+        if each:
+            conv, conv_optimizer = self.update(self.optimizer, conv_grads, state.optimizer["conv"], conv)
+            params, optimizer = nnx.merge_state(dense, conv), dict(conv=conv_optimizer, dense=optimizer)
+        else:
+            grads = nnx.merge_state(jax.tree.map(lambda g: g / parts, total), conv_grads)
+            params, optimizer = self.update(self.optimizer, grads, state.optimizer, state.params)
+        return TrainState(state.step + 1, state.seed, params, optimizer), jax.tree.map(jnp.mean, metrics)
 
     def train_steps(self, state: TrainState, data: DeviceData, indices_SB: jax.Array | None) -> tuple[TrainState, dict]:
         """S steps in one program; metrics are [S]. One step stays outside a scan, which the CPU backend runs slowly.
 
         indices_SB: None where `data` are the examples themselves, [S, B, ...].
         """
-        def step(state, inputs, copy=None):
+        def step(state, inputs):
             data_of_step, indices_B = inputs if indices_SB is None else (data, inputs)
-            return self.train_step(data_of_step, state, indices_B, copy)
-
-        def step_on_halves(carry, inputs):
-            state, copy = carry
-            state, metrics = step(state._replace(params=jax.tree.map(join_weight, copy, state.params)), inputs, copy)
-            return split(state), metrics
-
-        def split(state):
-            copy, rest = (jax.tree.map(lambda p, half=half: split_weight(p)[half], state.params) for half in range(2))
-            return state._replace(params=rest), copy
+            return self.train_step(data_of_step, state, indices_B)
 
         inputs = (data, None) if indices_SB is None else indices_SB
+        state = state._replace(params=self.stored(state.params))
         if len(jax.tree.leaves(inputs)[0]) == 1:
             state, metrics = step(state, jax.tree.map(lambda x: x[0], inputs))
-            return state, jax.tree.map(lambda x: x[None], metrics)
-        if not self.halves:
-            return jax.lax.scan(step, state, inputs)
-        (state, copy), metrics = jax.lax.scan(step_on_halves, split(state), inputs)
-        return state._replace(params=jax.tree.map(join_weight, copy, state.params)), metrics
+            metrics = jax.tree.map(lambda x: x[None], metrics)
+        else:
+            state, metrics = jax.lax.scan(step, state, inputs)
+        return state._replace(params=whole(state.params)), metrics
 
     def scores(self, params: nnx.State, images_BHWC: jax.Array) -> jax.Array:
         """Log probabilities [B, C] of the classes of test images, float32.

@@ -81,7 +81,8 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
 
         def step(state, data, indices):
             metrics, gradients = steps.gradients(data, state, indices)
-            return steps.update(state, gradients), metrics, gradients
+            params, optimizer = steps.update(steps.optimizer, gradients, state.optimizer, state.params)
+            return state._replace(params=params, optimizer=optimizer), metrics, gradients
 
         shardings = place.of_state(steps.abstract_state)
         train_data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
@@ -299,11 +300,12 @@ def test_a_weight_is_its_two_halves():
     assert (np.abs(near[finite] - weights[finite]) <= np.abs(weights[finite]) * 2**-8 + 1e-38).all()
 
 
-def test_a_copy_of_the_weights_changes_nothing():
+@pytest.mark.parametrize("changes", [{}, dict(dense_microbatch=8)])
+def test_a_copy_of_the_weights_changes_nothing(changes):
     """The steps of a call that hand on bfloat16 weights ("cast_once") are those that cast them again; on a mesh."""
     got = []
     for levers in ((), ("cast_once",)):
-        setup = setup_of("alexnet", "hybrid", (2, 2), dtype="bfloat16", model=dict(levers=levers, width=64))
+        setup = setup_of("alexnet", "hybrid", (2, 2), dtype="bfloat16", model=dict(levers=levers, width=64), **changes)
         assert setup.steps.halves == bool(levers)
         compiled, train_feed = setups.compile_train(setup, 2), setups.feeds(setup)[0]
         train_feed.load()
@@ -634,11 +636,13 @@ def test_a_row_from_json_and_its_report():
     assert place.report("x", ("conv_batch", "fc1_out"), (8, 4), 4)["mesh_axes"] == [["data", "model"], None]
 
 
-def test_the_bfloat16_halves_are_what_the_layers_read(monkeypatch):
-    seen, old = [], Steps.gradients
-    monkeypatch.setattr(Steps, "gradients", lambda self, *args: seen.append(args[3]) or old(self, *args))
-    setups.compile_train(setup_of("alexnet", "data", (1, 1), dtype="bfloat16"), 2)
-    assert {leaf.dtype for copy in seen for leaf in jax.tree.leaves(copy)} == {jnp.dtype("bfloat16")}
+@pytest.mark.parametrize("changes", [{}, dict(dense_microbatch=4), dict(dense_microbatch=4, dense_updates="sum")])
+def test_the_bfloat16_halves_are_what_the_layers_read(monkeypatch, changes):
+    seen, features, loss = [], Steps.features, Steps.loss
+    monkeypatch.setattr(Steps, "features", lambda self, params, *args: seen.append(params) or features(self, params, *args))
+    monkeypatch.setattr(Steps, "loss", lambda self, params, *args: seen.append(params) or loss(self, params, *args))
+    setups.compile_train(setup_of("alexnet", "data", (1, 1), dtype="bfloat16", **changes), 2)
+    assert {leaf.dtype for params in seen for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
 
 
 def test_the_softmax_is_in_float32(monkeypatch):
