@@ -19,7 +19,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 WARMUP, REPEATS, STEPS = 8, 5, 30
 CLASSES, SIDE = 1000, 224
-COMPILERS = {"eager": lambda net: net, "compile": torch.compile, "max": lambda net: torch.compile(net, mode="max-autotune")}
+COMPILERS = {"eager": lambda net: net, "compile": torch.compile,
+             "graphs": lambda net: torch.compile(net, mode="reduce-overhead"),
+             "max": lambda net: torch.compile(net, mode="max-autotune")}
 
 
 class AlexNet(nn.Sequential):
@@ -44,7 +46,8 @@ class AlexNet(nn.Sequential):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times PyTorch's training step of AlexNet.")
     parser.add_argument("--batch", type=int, required=True, help="images a GPU")
-    parser.add_argument("--mode", choices=COMPILERS, default="compile", help="max: torch.compile's max-autotune")
+    parser.add_argument("--mode", choices=COMPILERS, default="compile",
+                        help="graphs: torch.compile with CUDA graphs (reduce-overhead); max: with its search for kernels, too")
     parser.add_argument("--bf16_grads", action="store_true", help="DDP's hook that sends gradients as bfloat16")
     args = parser.parse_args()
 

@@ -118,10 +118,10 @@ def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
         found.append(("ours", name, [str(HERE / "ours.py"), f"--mesh={match[1]}x{match[2]}", f"--parallelism={match[3]}",
                                      f"--steps_per_call={args.steps_per_call}"]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={n}"] * (n > 1)
-    for name in (args.peer_modes or ("compile,max" if n == 1 else "compile,max,compile-bf16,max-bf16")).split(","):
-        match = re.fullmatch("(eager|compile|max)(-bf16)?", name)
+    for name in (args.peer_modes or ("compile,graphs,max" if n == 1 else "compile,max,compile-bf16,max-bf16")).split(","):
+        match = re.fullmatch("(eager|compile|graphs|max)(-bf16)?", name)
         if not match:
-            refuse(f"--peer_modes: {name}: expected eager, compile or max, or one of them with -bf16")
+            refuse(f"--peer_modes: {name}: expected eager, compile, graphs or max, or one of them with -bf16")
         bf16 = ["--bf16_grads"] if match[2] else []
         found.append(("peer", name, [*torchrun, str(HERE / "peer.py"), f"--mode={match[1]}", *bf16]))
     return [case for case in found if case[0] == "ours" or not args.skip_peer]
@@ -134,8 +134,9 @@ def main() -> int:
     parser.add_argument("--meshes", help="ours: DATAxMODEL:PARALLELISM,... (default: 1x1:hybrid; on N GPUs Nx1:data,1xN:hybrid,"
                         "1xN:hybrid_alternating)")
     parser.add_argument("--steps_per_call", type=int, default=0, help="ours; 0: as the config resolves it (default)")
-    parser.add_argument("--peer_modes", help="eager, compile, max (torch.compile's max-autotune); with -bf16 gradients travel "
-                        "as bfloat16 (default: compile,max; on several GPUs each also with -bf16)")
+    parser.add_argument("--peer_modes", help="eager, compile, graphs (torch.compile with CUDA graphs), max (its max-autotune, "
+                        "minutes); with -bf16 gradients travel as bfloat16 (default: compile,graphs,max; on several GPUs "
+                        "compile and max, each also with -bf16)")
     parser.add_argument("--skip_peer", action="store_true")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a process (default: 600)")
     parser.add_argument("--output", type=pathlib.Path, help="default: results/speed/<card>-x<gpus>.json")

@@ -33,10 +33,8 @@ def get_config(variant: str = "vgg_16") -> ml_collections.ConfigDict:
         raise ValueError(f"experiments/deeper_cifar.py:{variant}: unknown variant, expected one of {', '.join(VARIANTS)}")
     config = alexnet_cifar.get_config()
     config.experiment = f"deeper_{variant}"
-    config.model.update(dict(name=variant, dropout=0.5))
+    config.model.name = variant
     config.data.fallback = ""
     config.parallelism = "data"
     config.eval.every_epochs = config.checkpoint.every_epochs = 0
-    config.epochs = 30
-    config.optimizer.learning_rate = 0.05
     return config
