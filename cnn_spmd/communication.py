@@ -17,15 +17,17 @@ from collections.abc import Sequence
 from flax import nnx
 
 from cnn_spmd.placement import Placement, mesh_axes_of
+from cnn_spmd.program import RING_PARTS
 
 
 def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]], params: Sequence[tuple[str, nnx.Param]],
-                itemsize: int) -> list[dict]:
+                itemsize: int, dense_parts: int = 1) -> list[dict]:
     """JSON-ready rows: what, operation, axes, phase, bytes (payload of one device) and ring_bytes, as in program.py.
 
     activations: name ("conv1 input", "conv1 output"), logical axes and shape of each, in the order of the network;
     params: name ("conv1.kernel") and abstract variable; itemsize: bytes of an element of the compute dtype, in which
-    activations and gradients move.
+    activations and gradients move; dense_parts: of a variable batch, each of which reduces its gradients, while all of them
+    together move the activations of the whole.
     """
     rows, previous, reduced, batch_axes = [], None, None, {}
     kernels = {name.split(".")[0]: mesh_axes_of(place.spec(param.axes, param.shape, name))
@@ -41,9 +43,7 @@ def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]
     for name, axes, shape in activations:
         layer, _, end = name.partition(" ")
         dims = mesh_axes_of(place.spec(axes, shape, name))
-        held = itemsize
-        for size, dim in zip(shape, dims, strict=True):
-            held *= size / place.parts(dim)
+        held = place.report(name, axes, shape, itemsize)["bytes_per_device"]
         inputs, outputs = (set(dim) for dim in kernels[layer][-2:]) if layer in kernels else (set(), set())
         if end == "output":
             reduced = move(name, "all-reduce", inputs, "forward", held)
@@ -67,14 +67,13 @@ def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]
         previous = dims
 
     for name, param in params:
-        parts = 1
-        for dim in mesh_axes_of(place.spec(param.axes, param.shape, name)):
-            parts *= place.parts(dim)
-        move(name, "all-reduce", set(batch_axes[name.split(".")[0]]), "backward", param.size * itemsize / parts)
+        held = place.report(name, param.axes, param.shape, itemsize)["bytes_per_device"]
+        times = dense_parts if name.startswith("fc") else 1
+        move(name, "all-reduce", set(batch_axes[name.split(".")[0]]), "backward", times * held)
 
     for row in rows:
         devices = place.parts(row["axes"])
-        row["ring_bytes"] = round(row["bytes"] * (devices - 1) / devices * (2 if row["operation"] == "all-reduce" else 1))
+        row["ring_bytes"] = round(RING_PARTS[row["operation"]](devices) * row["bytes"] / devices)
     return rows
 
 

@@ -105,7 +105,8 @@ def cells(group: dict) -> list[str]:
     times = {name: average(group, "step_milliseconds", name) for name in ("median", "p10", "p90")}
     gains = speedups(group)
     held = [sum(run["figures"]["bytes_per_device"].values()) / 1e6 for run in group["runs"]]
-    ring, theory = average(group, "ring_bytes"), average(group, "closed_form_ring_bytes")
+    theory = average(group, "closed_form_ring_bytes")
+    ring = None if theory is None else average(group, "ring_bytes")  # older runs counted one part of a variable batch
     return ["x".join(map(str, group["mesh"])), group["parallelism"], group["panel"], str(len(group["runs"])),
             rate(values(group, "images_per_second")),
             "" if None in times.values() else "{median:,.3f} ({p10:,.3f} to {p90:,.3f})".format(**times),

@@ -157,7 +157,7 @@ def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str,
         size = data.train_images.nbytes + data.test_images.nbytes
         config.data.resident = "yes" if size <= (RESIDENT_SHARE * memory if memory else RESIDENT_BYTES) else "no"
     if not config.steps_per_call:  # a CPU runs the body of a scan some fifty times slower than the bare step
-        config.steps_per_call = 1 if platform == "cpu" else math.ceil(per_epoch / math.ceil(per_epoch / 100))
+        config.steps_per_call = 1 if platform == "cpu" else min(config.steps, math.ceil(per_epoch / math.ceil(per_epoch / 100)))
         if config.data.resident == "no":
             batch_bytes = config.batch_size * data.train_images[0].nbytes
             config.steps_per_call = min(config.steps_per_call, max(1, int(CALL_BYTES / batch_bytes)))

@@ -92,7 +92,7 @@ class Placement:
         Raises UserError, naming the array, its shape and the axis, where a dimension does not divide by its mesh axes
         (jax.lax.with_sharding_constraint would replicate in silence), or two dimensions are split on the same mesh axis.
         """
-        spec, where = [], f"(mesh {self.shape}, parallelism={self.parallelism})"
+        spec, where = [], f"(mesh {self.mesh_name}, parallelism={self.parallelism})"
         for axis, size in zip(axes, shape, strict=True):
             if axis is not None and axis not in LOGICAL_AXES:
                 raise KeyError(f"{name}: logical axis {axis!r} is not one of {LOGICAL_AXES}")
@@ -141,10 +141,10 @@ class Placement:
         parts = self.parts(mesh_axes)
         if groups % parts and (parts % groups or self.row.get("group_in")):
             raise UserError(f"{name}: its {groups} towers do not divide by the {parts} devices of mesh axis "
-                            f"{'+'.join(_names(mesh_axes))} (mesh {self.shape}, parallelism={self.parallelism})")
+                            f"{'+'.join(_names(mesh_axes))} (mesh {self.mesh_name}, parallelism={self.parallelism})")
         specs = tuple(self.spec(axes, array.shape, name) for array, axes in arrays)
         return jax.shard_map(lambda *local: f(jax.lax.axis_index(mesh_axes), *local), mesh=self.mesh, in_specs=specs,
-                             out_specs=P(*(self.row.get(axis) for axis in out)))(*(array for array, _ in arrays))
+                             out_specs=self.spec(out, tuple(map(self.parts_of, out)), name))(*(array for array, _ in arrays))
 
     def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> Any:
         """f(*arrays) of what each device holds; nothing moves. The first array and the results have these logical axes, an
@@ -161,7 +161,7 @@ class Placement:
         return NamedSharding(self.mesh, P())
 
     @property
-    def shape(self) -> str:
+    def mesh_name(self) -> str:
         """The mesh's shape as the command line spells it, such as 4x2."""
         return "x".join(str(size) for size in self.mesh.shape.values())
 
@@ -203,4 +203,4 @@ def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
 
 def name_of(path: tuple) -> str:
     """A parameter's name for people, such as "fc1.kernel", from its key path."""
-    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -2,8 +2,7 @@
 
 `jax.jit` with shardings leaves it to XLA which collectives to insert. This module reads them back from the optimised
 HLO text of one compiled program (`compiled.as_text()`), as jax 0.10 and 0.11 print it on CPUs and GPUs. A form it does
-not know raises: a collective left out in silence is worse than no count. Two things it cannot see: how often a loop
-runs (an instruction in a loop's body counts once: its figures are per iteration), and what a custom call does.
+not know raises: a collective left out in silence is worse than no count. What a custom call does it cannot see.
 """
 
 import dataclasses
@@ -32,6 +31,9 @@ PHASES = {"backward": r"\btranspose\(", "update": r"(?<![\w.-])update/", "forwar
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)")
 _CROSS_DEVICE = re.compile(r"\b(?:(?:all|collective|ragged-all)-|reduce-scatter|(?:send|recv)\b)")
 _ARRAY = re.compile(r"([a-z]\w*)\[((?:\d+(?:,\d+)*)?)\]")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")  # its header
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
 _IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"  # [4,2]T(1,0): 0..7 as a 4x2 array, transposed
 _REPLICA_GROUPS = re.compile(
@@ -55,6 +57,9 @@ class Collective:
     upper bound. `ring_bytes` is what the busiest device sends when the collective runs as a ring: bytes times 2(g-1)/g
     for an all-reduce, (g-1)/g for an all-gather, reduce-scatter or all-to-all, and 1 for a permute or broadcast.
 
+    `count` is how often it runs in a step: more than once in a loop of its own, such as that over the parts of a variable
+    batch. Bytes are of one of them.
+
     `phase` is "forward", "backward", "update" (under `jax.named_scope("update")`), or "" where JAX's op_name does not
     tell. XLA for GPUs may drop the op_name of what it merges: then the nearest named instructions upstream decide.
     """
@@ -67,29 +72,53 @@ class Collective:
     ring_bytes: int
     phase: str
     name: str
+    count: int = 1
 
 
-def parse_collectives(hlo_text: str, mesh_shape: dict[str, int]) -> list[Collective]:
+def parse_collectives(hlo_text: str, mesh_shape: dict[str, int], steps: int = 1) -> list[Collective]:
     """Every collective of an HLO module, one entry an instruction, in the order of the text.
 
     `mesh_shape` maps axis names to sizes, `dict(mesh.shape)`; devices are numbered row by row, as XLA numbers the
-    partitions of a program jitted over that mesh. An asynchronous collective counts where it starts. Groups of one
-    device move nothing and are left out. Raises ValueError, quoting the line, for an operation, shape, element type or
-    syntax of groups that is not known, for groups that no set of mesh axes makes, and for `send` or `recv`.
+    partitions of a program jitted over that mesh. `steps`: an outermost loop that runs so often is that over the steps of a
+    call, and what is in it counts once. An asynchronous collective counts where it starts. Groups of one device move nothing
+    and are left out. Raises ValueError, quoting the line, for an operation, shape, element type or syntax of groups that is
+    not known, for groups that no set of mesh axes makes, for `send` or `recv`, and for a loop whose number of runs is not
+    told.
     """
-    instructions, collectives = {}, []
+    instructions, collectives, callers, computation = {}, [], {}, ""
     for line in re.sub(r"/\*index=\d+\*/", "", hlo_text).splitlines():
         try:
             if match := _INSTRUCTION.match(line):
                 name, shape, opcode, rest = match.groups()
                 instructions[name] = rest
+                for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(rest))):
+                    trips = _TRIP_COUNT.search(rest) if opcode == "while" else None
+                    callers.setdefault(called, []).append((computation, [trips and int(trips[1])] * (opcode == "while")))
                 if _CROSS_DEVICE.search(opcode) and not opcode.endswith(("-update", "-done")):
-                    collectives += _collective(name, shape, opcode, instructions, mesh_shape)
+                    found = _collective(name, shape, opcode, instructions, mesh_shape)
+                    collectives += [(computation, line, collective) for collective in found]
+            elif match := _COMPUTATION.match(line):
+                computation = match[1]
             elif not re.search("^HloModule|{$", line) and _CROSS_DEVICE.search(re.sub(r'"[^"]*"', "", line)):
                 raise ValueError("neither a header nor an instruction, yet it names a collective")
         except ValueError as error:
             raise ValueError(f"{error}, in the HLO line: {line.strip()[:300]}") from error
-    return collectives
+    counted = []
+    for computation, line, collective in collectives:
+        count = 0
+        for loops in _loops(computation, callers):
+            if None in loops:
+                raise ValueError(f"a loop does not tell how often it runs, around the HLO line: {line.strip()[:300]}")
+            count += math.prod(loops[1:] if steps > 1 and loops[:1] == [steps] else loops)
+        counted.append(dataclasses.replace(collective, count=count))
+    return counted
+
+
+def _loops(computation: str, callers: dict[str, list[tuple[str, list]]]) -> list[list]:
+    """How often the loops around a computation run, the outermost first (None: not told); a list a way to come to it."""
+    if computation not in callers:
+        return [[]]
+    return [outer + trips for caller, trips in callers[computation] for outer in _loops(caller, callers)]
 
 
 def _collective(name, shape, opcode, instructions, mesh_shape) -> list[Collective]:
@@ -218,8 +247,8 @@ def summarise(collectives: Iterable[Collective]) -> list[dict]:
     groups = defaultdict(list)
     for c in collectives:
         groups[c.operation, c.axes, c.phase].append(c)
-    rows = [dict(operation=operation, axes=list(axes), phase=phase, count=len(group),
-                 bytes=sum(c.bytes for c in group), ring_bytes=sum(c.ring_bytes for c in group))
+    rows = [dict(operation=operation, axes=list(axes), phase=phase, count=sum(c.count for c in group),
+                 bytes=sum(c.count * c.bytes for c in group), ring_bytes=sum(c.count * c.ring_bytes for c in group))
             for (operation, axes, phase), group in sorted(groups.items())]
     return sorted(rows, key=lambda row: -row["ring_bytes"])
 
@@ -242,9 +271,12 @@ def memory(compiled) -> dict[str, int | None]:
     return {f"{key}_bytes": getattr(stats, f"{name}_in_bytes", None) for key, name in names.items()}
 
 
-def report(compiled, mesh: jax.sharding.Mesh) -> dict:
-    """All this for one compiled program, JSON-ready. The compiler is named: CPU's and GPU's insert different ones."""
-    rows = summarise(parse_collectives(compiled.as_text(), dict(mesh.shape)))
+def report(compiled, mesh: jax.sharding.Mesh, steps: int = 1) -> dict:
+    """All this for one compiled program of `steps` steps, JSON-ready; collectives are those of a step.
+
+    The compiler is named: CPU's and GPU's insert different ones.
+    """
+    rows = summarise(parse_collectives(compiled.as_text(), dict(mesh.shape), steps))
     totals = {key: sum(row[key] for row in rows) for key in ("count", "bytes", "ring_bytes")}
     device, jaxlib = mesh.devices.flat[0], importlib.metadata.version("jaxlib")
     compiler = dict(platform=device.platform, device_kind=device.device_kind, jaxlib=jaxlib)

@@ -29,11 +29,11 @@ def figures_of(folder: pathlib.Path) -> dict:
                 "step_milliseconds", "train_seconds", "compile_seconds", "param_count", "bytes_per_device", "collectives",
                 "device_kind", "processes")
         evaluation = summary["eval"] or dict(accuracy=None, loss=None)
-        theory = None if summary["config"].get("dense_microbatch") else program["closed_form_ring_bytes"]
         return {name: summary[name] for name in same} | dict(
             steady_calls=summary.get("steady_calls"), accuracy=evaluation["accuracy"], loss=evaluation["loss"],
             peak_bytes=program["memory"]["peak_bytes"], ring_bytes=program["totals"]["ring_bytes"],
-            closed_form_ring_bytes=theory, profile=profile)
+            closed_form_ring_bytes=program["closed_form_ring_bytes"],
+            dense_microbatch=summary["config"].get("dense_microbatch", 0), profile=profile)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}: summary.json or program.json lacks {error}") from error
 

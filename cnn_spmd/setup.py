@@ -30,6 +30,11 @@ class Setup(NamedTuple):
     place: Placement
     steps: Steps
 
+    @property
+    def identity(self) -> dict:
+        """What each file of a run says of its data: the data set, and the one that it stands in for, if any."""
+        return dict(dataset=self.data.name, fallback=self.data.fallback)
+
 
 def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data: sources.Dataset | None = None) -> Setup:
     """Mesh, data, model and step functions of a config. Every UserError but the workdir's is raised here.
@@ -126,24 +131,26 @@ def compile_train(setup: Setup, n: int) -> jax.stages.Compiled:
     return setup.steps.jit_train().lower(setup.steps.abstract_state, *inputs).compile()
 
 
-def report_of(setup: Setup, compiled: jax.stages.Compiled, compile_seconds: float) -> dict:
-    """What a compiled program holds and moves, JSON-ready: placement, memory, collectives, and theory beside them."""
+def report_of(setup: Setup, compiled: jax.stages.Compiled, n: int, compile_seconds: float) -> dict:
+    """What a compiled program of n steps holds, and moves in a step, JSON-ready: placement, memory, collectives, and theory
+    beside them."""
     config, data, place, steps = setup
     abstract = steps.abstract_state
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     params = [(name_of(path), leaf) for path, leaf in leaves]
     activations = steps.activations(config.batch_size, image_size(config, data))
     itemsize = jnp.dtype(config.dtype).itemsize
-    report = program.report(compiled, place.mesh)
-    theory = [] if config.dense_microbatch else communication.closed_form(place, activations, params, itemsize)
+    report = program.report(compiled, place.mesh, n)
+    dense_parts = config.batch_size // config.dense_microbatch if config.dense_microbatch else 1
+    theory = communication.closed_form(place, activations, params, itemsize, dense_parts)
     return dict(
         parallelism=config.parallelism, devices=place.mesh.size, model=config.model.name, batch_size=config.batch_size,
-        dtype=config.dtype, dataset=data.name, fallback=data.fallback,
-        data_on_device=config.data.resident == "yes", param_count=sum(leaf.size for _, leaf in params),
+        dtype=config.dtype, **setup.identity, data_on_device=config.data.resident == "yes",
+        param_count=sum(leaf.size for _, leaf in params),
         placement=[place.report(name, leaf.axes, leaf.shape, leaf.dtype.itemsize) for name, leaf in params],
         activations=[place.report(*activation, itemsize) for activation in activations],
         bytes_per_device=dict(parameters=program.bytes_per_device(abstract.params),
                               optimizer=program.bytes_per_device(abstract.optimizer)),
-        closed_form=theory, communication=communication.compare(report["collectives"], theory) if theory else [],
+        closed_form=theory, communication=communication.compare(report["collectives"], theory),
         closed_form_ring_bytes=sum(row["ring_bytes"] for row in theory),
         compile_seconds=round(compile_seconds, 2)) | report

@@ -91,7 +91,7 @@ class Steps:
     flip: bool  # mirror training images at random
     views: str  # of a test image: "one", "mirrored" or "ten"
     mirror: bool  # whether a mirrored test image keeps its class
-    halves: bool = False  # "cast_once": the steps of a call hand on the weights as two halves, see split_weight
+    halves: bool  # "cast_once": the steps of a call hand on the weights as two halves, see split_weight
 
     def init(self, seed: jax.Array) -> TrainState:
         """The state at step 0, a function of the seed [] alone."""
@@ -244,7 +244,7 @@ class Steps:
         return jax.nn.logsumexp(jax.nn.log_softmax(logits_BVC), 1, b=1 / views.shape[1])  # log of the mean probability
 
     def eval_step(self, params: nnx.State, data: DeviceData, indices_B: jax.Array | None, mask_B: jax.Array) -> dict:
-        """Sums over the unmasked examples: loss (nats, no smoothing), correct, correct among the top five, examples."""
+        """Sums over the examples with a True mask: loss (nats, no smoothing), correct, correct among the top five, examples."""
         scores_BC = self.scores(params, data.images if indices_B is None else data.images[indices_B])
         labels_B, mask_B = (self.place(x, "output_batch") for x in (labels_of(data, indices_B), mask_B))
         own_B1 = jnp.take_along_axis(scores_BC, labels_B[:, None], axis=-1)

@@ -44,24 +44,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     with Interrupt() as interrupt:
         setup = prepare(config)
         interrupt.check()
-        return run_in(setup, workdir, interrupt)
+        with workdirs.opened(workdir, configs.as_json(setup.config) | setup.identity) as old_summary:
+            if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:
+                say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy "
+                    f"{old_summary['eval']['accuracy']:.2%}. Nothing to do.")
+                return old_summary
+            return train(setup, workdir, interrupt)
 
 
-def run_in(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
-    """The run in its workdir, unless it is complete already; returns its summary."""
-    identity = dict(dataset=setup.data.name, fallback=setup.data.fallback)
-    with workdirs.opened(workdir, configs.as_json(setup.config) | identity) as old_summary:
-        if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:
-            say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy "
-                f"{old_summary['eval']['accuracy']:.2%}. Nothing to do.")
-            return old_summary
-        return train(setup, workdir, identity, interrupt)
-
-
-def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interrupt) -> dict:
-    """The run itself, in a workdir that is ours; `identity` (data set, fallback) goes into each of its files."""
+def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
+    """The run itself, in a workdir that is ours."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    config, data, place, steps = setup
+    (config, data, place, steps), identity = setup, setup.identity
     is_main = jax.process_index() == 0
     total, batch_size, examples = config.steps, config.batch_size, len(data.train_images)
     per_epoch = examples // batch_size
@@ -77,7 +71,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     if is_main:  # before anything takes long: a run that is stopped now can be started again
         metrics_lib.write_json(workdir / "config.json", configs.as_json(config) | identity)
     if start:
-        say(f"Resumed {workdir} at step {start} on mesh {place.shape}.")
+        say(f"Resumed {workdir} at step {start} on mesh {place.mesh_name}.")
     elif (workdir / "metrics.jsonl").exists():
         say(f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
             "metrics.jsonl.old.")
@@ -92,7 +86,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
     test_indices, masks = batches.eval_indices(batch_size, len(data.test_images))
     masks = [put(mask, place.sharding(("conv_batch",), mask.shape)) for mask in masks]
     eval_program = steps.jit_eval().lower(steps.abstract_state.params, *test_feed.shapes(batch_size), masks[0]).compile()
-    report = report_of(setup, programs[config.steps_per_call], time.perf_counter() - since) | dict(
+    report = report_of(setup, programs[config.steps_per_call], config.steps_per_call, time.perf_counter() - since) | dict(
         programs_from_cache=len(CACHE_HITS) - hits)
     say(program.as_text(report))
     interrupt.check()
@@ -120,7 +114,7 @@ def train(setup: Setup, workdir: pathlib.Path, identity: dict, interrupt: Interr
         row = dict(loss=float(losses.mean()), accuracy=float(accuracies.mean()), images_per_second=n * batch_size / seconds)
         metrics.write(step, "train", **row, learning_rate=float(schedule(step - 1)), steps=n,
                       train_seconds=metrics.train_seconds + clock.seconds)
-        evals_left = 1 + (total // eval_every - step // eval_every if eval_every else 0)
+        evals_left = 1 + ((total - 1) // eval_every - (step - 1) // eval_every if eval_every else 0)
         progress.update(step, **row, eta=(total - step) / clock.steps_per_second() + eval_seconds * evals_left)
 
     def evaluate(split: str) -> dict:
@@ -226,17 +220,17 @@ def dry_run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, dev
     devices: those of a machine that is not here (target.py); None: the ones there are.
     """
     setup = prepare(config, devices)
-    identity = dict(dataset=setup.data.name, fallback=setup.data.fallback)
     with contextlib.ExitStack() as stack:
         if workdir:
-            stack.enter_context(workdirs.opened(workdir, configs.as_json(setup.config) | identity))
+            stack.enter_context(workdirs.opened(workdir, configs.as_json(setup.config) | setup.identity))
             if (workdir / "config.json").exists():
                 raise UserError(f"--workdir={workdir}: holds a run, which a dry run leaves alone: give a new folder")
         since = time.perf_counter()
-        report = report_of(setup, compile_train(setup, setup.config.steps_per_call), time.perf_counter() - since)
+        n = setup.config.steps_per_call
+        report = report_of(setup, compile_train(setup, n), n, time.perf_counter() - since)
         say(program.as_text(report))
         if workdir:
-            metrics_lib.write_json(workdir / "program.json", identity | report)
+            metrics_lib.write_json(workdir / "program.json", setup.identity | report)
     return report
 
 

@@ -169,6 +169,28 @@ def test_bytes_per_device():
         program.bytes_per_device({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
 
 
+@pytest.mark.parametrize(("steps", "each", "part"), [(1, 3, 12), (3, 1, 4), (4, 3, 12)])
+def test_what_a_loop_runs_several_times_counts_so_often(steps, each, part):
+    """But for an outermost loop over the steps of a call."""
+    mesh = make_mesh((4, 2))
+
+    def step(x, _):  # 3 steps of 4 parts
+        return lax.psum(lax.scan(lambda x, _: (lax.psum(x, "model"), None), x, length=4)[0], "data"), None
+
+    compiled = compile_on(mesh, lambda x: lax.psum(lax.scan(step, x, length=3)[0], BOTH), (8, 32))
+    found = program.parse_collectives(compiled.as_text(), dict(mesh.shape), steps)
+    assert {c.axes: c.count for c in found} == {("data",): each, ("model",): part, BOTH: 1}
+    assert sum(row["bytes"] for row in program.summarise(found)) == (each + part + 1) * X
+
+
+def test_a_loop_that_does_not_say_how_often_it_runs():
+    mesh = make_mesh((4, 2))
+    text = compile_on(mesh, lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: lax.psum(x, "model"), x),
+                      (8, 32)).as_text()
+    with pytest.raises(ValueError, match="does not tell how often it runs"):
+        parse(text)
+
+
 # ---- Literal lines. PAIRS and HOP are groups of two along `model` on 4x2.
 
 PAIRS = "channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, use_global_device_ids=true"
@@ -280,6 +302,7 @@ def test_an_asynchronous_collective_counts_once():
   %p = f32[8]{{0}} parameter(0)
   ROOT %reduce-scatter.1 = f32[4]{{0}} reduce-scatter(%p), {PAIRS}, dimensions={{0}}, to_apply=%add
 }}
+ENTRY %main (a: f32[8]) -> f32[4] {{
   %start = ((f32[8]{{0}}), f32[4]{{0}}, s32[]) async-start(%a), calls=%wrapped
   %update = ((f32[8]{{0}}), f32[4]{{0}}, s32[]) async-update(%start)
   %done = f32[4]{{0}} async-done(%update)"""

@@ -40,6 +40,7 @@ def a_run(mesh="1x1", speed=1000.0, parallelism="data", batch=128, seed=0, *, se
         step_milliseconds=dict(p10=0.9 * step, median=step, p90=1.2 * step), accuracy=0.5 + 0.01 * seed, loss=1.25 + seed,
         bytes_per_device=dict(parameters=143_400_000 // model, optimizer=143_400_000 // model),
         peak_bytes=400_000_000, ring_bytes=3_000_000 * data + 70_000 * model, closed_form_ring_bytes=3_100_000 * data,
+        dense_microbatch=0,
         collectives=[
             dict(operation="all-reduce", axes=["data"], phase="backward", count=1, bytes=9, ring_bytes=3_000_000 * data),
             dict(operation="all-gather", axes=["model"], phase="forward", count=2, bytes=9, ring_bytes=70_000 * model)],

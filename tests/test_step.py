@@ -97,7 +97,7 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
         held = {name_of(path).removesuffix(".value"): leaf.addressable_shards[0].data.nbytes
                 for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
         return dict(begun=begun, loss=float(metrics["loss"]), accuracy=float(metrics["accuracy"]), held=held,
-                    gradients=gather(gradients), params=gather(state.params), report=setups.report_of(setup, compiled, 0.0))
+                    gradients=gather(gradients), params=gather(state.params), report=setups.report_of(setup, compiled, 1, 0.0))
 
 
 def gather(tree) -> dict[str, np.ndarray]:
@@ -311,7 +311,7 @@ def test_a_copy_of_the_weights_changes_nothing(changes):
         train_feed.load()
         (inputs,) = train_feed.calls([batches.train_indices(0, 0, 2, BATCH, 64)])
         state, metrics = compiled(setup.steps.jit_init()(), *inputs)
-        got.append((metrics["loss"], gather(state.params), program.report(compiled, setup.place.mesh)["totals"]["bytes"]))
+        got.append((metrics["loss"], gather(state.params), program.report(compiled, setup.place.mesh, 2)["totals"]["bytes"]))
     np.testing.assert_allclose(got[0][0], got[1][0], rtol=1e-5)  # of equally near bfloat16s it takes another
     assert_close(got[1][1], got[0][1], 1e-3)  # a bias is the sum of few bfloat16 steps
     assert got[1][2] <= got[0][2]
@@ -322,7 +322,7 @@ def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
     got = {}
     for resident in ("yes", "no"):
         setup = setup_of("simple_cnn", "hybrid", (4, 2), dtype="float32", data=dict(resident=resident))
-        report = program.report(setups.compile_train(setup, 2), setup.place.mesh)
+        report = program.report(setups.compile_train(setup, 2), setup.place.mesh, 2)
         moved = [(row["operation"], row["axes"], row["count"], row["bytes"]) for row in report["collectives"]]
         _, test_feed = setups.feeds(setup)
         test_feed.load()
@@ -376,6 +376,20 @@ def test_variable_batch():
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
         assert_close(got[1], expected[1])
     assert abs(each[0][1] - plain[0][1]) > 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_a_variable_batch_moves(n):
+    """In two parts: the activations of one batch; the dense gradients, over `data`, once a part. Compiled and in theory."""
+    setup = setup_of("alexnet", "hybrid", (4, 2), dense_microbatch=8, dtype="float32")
+    report = setups.report_of(setup, setups.compile_train(setup, n), n, 0.0)
+    moved = {(row["kind"], "+".join(row["axes"])): (row["compiled_bytes"], row["closed_form_bytes"])
+             for row in report["communication"]}
+    expected = BY_HAND["hybrid"] | {("reduce", "data"): 2 * BY_HAND["hybrid"]["reduce", "data"]}
+    assert moved.keys() == expected.keys()
+    for what, (compiled, theory) in moved.items():
+        assert compiled / 4 == pytest.approx(expected[what], rel=0.01, abs=100), what
+        assert theory / 4 == pytest.approx(expected[what], rel=0.01, abs=100), what
 
 
 def test_variable_batch_against_a_plain_loop():
@@ -629,6 +643,13 @@ def test_towers_that_do_not_divide():
         Placement(mesh.make(1, 3), "model").towers(
             lambda part, x: x, 2, (jnp.zeros((1, 4, 4, 12)), ("conv_batch", None, None, None)),
             out=("conv_batch", None, None, "group_out"), name="conv2")
+
+
+def test_towers_of_a_row_that_splits_two_axes_on_the_same_devices():
+    place = Placement(mesh.make(2, 2), "mine", dict(mine=dict(conv_batch=("data", "model"), group_out="model")))
+    with pytest.raises(UserError, match=r"conv2 .*: two of its axes .* are split on the same mesh axis"):
+        place.towers(lambda part, x: x, 2, (jnp.zeros((4, 4, 4, 12)), ("conv_batch", None, None, None)),
+                     out=("conv_batch", None, None, "group_out"), name="conv2")
 
 
 def test_a_row_from_json_and_its_report():

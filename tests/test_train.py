@@ -500,6 +500,11 @@ def test_what_auto_means(config, platform, dtype, steps):
     assert (got.dtype, got.steps_per_call, got.optimizer.learning_rate) == (dtype, steps, config.data.fallback_learning_rate)
 
 
+def test_a_call_is_not_longer_than_the_run(config):
+    config.steps = 3  # an epoch has 4, and would be a call
+    assert configs.resolve(config, sources.load(config.data), "gpu").steps_per_call == 3
+
+
 @pytest.mark.parametrize(("memory", "resident", "steps"), [(None, "yes", 2), (1e6, "yes", 2), (0.7e6, "no", 1)])
 def test_what_does_not_fit_is_streamed(config, memory, resident, steps, monkeypatch):
     """104 images of 3,072 bytes are 319,488: more than 0.4 x 0.7 MB; and then a call is given at most so many bytes."""
