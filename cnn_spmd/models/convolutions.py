@@ -17,18 +17,18 @@ def products(layer: nnx.Conv, x_NHWC: jax.Array, levers, split: bool, spread: bo
     "space_to_depth": one with stride s is one of stride 1 over s x s pixels as channels, with zeros in the kernel's last
     rows and columns where s does not divide the window; AlexNet's 11x11 on 3 channels, which GPUs do badly, is 3x3 on 48.
     "column_groups": several columns of the map at a time as channels. Over s x 2s pixels, two: 3x2 on 96, and 128 wide
-    instead of 64; of images at stride 1, eight; both in one with "space_to_depth". And two for the gradient by an input of
-    up to 64 maps of odd width. Not where the channels are `split` over devices; nor the eight where the batch is `spread`:
-    the gradient that is then summed over devices is that of the larger kernel, many times as large as a small window's.
+    instead of 64; of images at stride 1, eight; both only with "space_to_depth", in one. And two for the gradient by an
+    input of up to 64 maps of odd width. Not where the channels are `split` over devices; nor the eight where the batch is
+    `spread`: the gradient that is then summed over devices is that of the larger kernel, many times a small window's.
     """
     x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
     padding, (stride, _), (window, _, channels, columns) = layer.padding, layer.strides, kernel_HWIO.shape
-    images, grouped = channels <= 3, "column_groups" in levers and not split
-    if stride == 1 and grouped and not images and channels <= 64 and x_NHWC.shape[2] % 2:
+    images, by_columns = channels <= 3, "column_groups" in levers and not split
+    if stride == 1 and by_columns and not images and channels <= 64 and x_NHWC.shape[2] % 2:
         return paired_gradient(x_NHWC, kernel_HWIO, tuple(padding[0]))
-    if "space_to_depth" not in levers or (stride == 1 and not (grouped and images and not spread)):
+    if "space_to_depth" not in levers or (stride == 1 and not (by_columns and images and not spread)):
         return convolve(x_NHWC, kernel_HWIO, padding, (stride, stride))
-    many, zero = (8 if stride == 1 else 2) if grouped else 1, np.zeros((), x_NHWC.dtype)
+    many, zero = (8 if stride == 1 else 2) if by_columns else 1, np.zeros((), x_NHWC.dtype)
     steps = (stride, many * stride)  # of a block of pixels, down and right
     blocks = [-(-(window + step - stride) // step) for step in steps]
     out = [(size + sum(pads) - window) // stride + 1 for size, pads in zip(x_NHWC.shape[1:3], padding, strict=True)]
@@ -78,17 +78,16 @@ def grouped(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
     """A grouped convolution without its bias, as one a group: XLA partitions a grouped one by gathering the whole batch."""
     inputs, outputs = ("conv_batch", None, None, "group_in"), ("conv_batch", None, None, "group_out")
 
-    def convolve(part, x_NHWC, kernel_HWIO):  # the columns that this device holds: some groups, or a part of one
+    def part_of(part, x_NHWC, kernel_HWIO):  # the columns that this device holds: some groups, or a part of one
         rows, columns = kernel_HWIO.shape[2:]
         of_a_group = layer.out_features // layer.feature_group_count
         groups = max(1, columns // of_a_group)
         if x_NHWC.shape[-1] > groups * rows:  # all channels are here
             x_NHWC = jax.lax.dynamic_slice_in_dim(x_NHWC, part * columns // of_a_group * rows, groups * rows, -1)
-        return jnp.concatenate([
-            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            for x, kernel in zip(jnp.split(x_NHWC, groups, -1), jnp.split(kernel_HWIO, groups, -1), strict=True)], -1)
+        parts = zip(jnp.split(x_NHWC, groups, -1), jnp.split(kernel_HWIO, groups, -1), strict=True)
+        return jnp.concatenate([convolve(x, kernel, layer.padding) for x, kernel in parts], -1)
 
     x_NHWC = place(x_NHWC, *inputs, name=f"{name} input")
     kernel = layer.kernel[...].astype(layer.dtype)
-    return place.towers(convolve, layer.feature_group_count, (x_NHWC, inputs), (kernel, layer.kernel.axes), out=outputs,
+    return place.towers(part_of, layer.feature_group_count, (x_NHWC, inputs), (kernel, layer.kernel.axes), out=outputs,
                         name=name)

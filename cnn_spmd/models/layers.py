@@ -24,7 +24,7 @@ LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_gro
 
 
 class Unplaced:
-    """The `place` of a network on one device: leaves every array where it is."""
+    """The `place` of a network that is called by itself, as in a notebook or a test: leaves every array where it is."""
 
     record = None
 
@@ -124,11 +124,10 @@ def flatten(x_NHWC: jax.Array, place) -> jax.Array:
     return x_NHWC.reshape(len(x_NHWC), -1)
 
 
-def hidden(name: str, layer: nnx.Linear, x_BF: jax.Array, place, rate: float, key: jax.Array | None,
-           activation=nnx.relu) -> jax.Array:
-    """The dense `layer`, called `name`, its activation and dropout."""
+def hidden(name: str, layer: nnx.Linear, x_BF: jax.Array, place, rate: float, key: jax.Array | None) -> jax.Array:
+    """The dense `layer`, called `name`, its ReLU and dropout."""
     x_BF = place(x_BF, "dense_batch", f"{name}_in", name=f"{name} input")
-    x_BF = place(activation(layer(x_BF)), "dense_batch", f"{name}_out", name=f"{name} output")
+    x_BF = place(nnx.relu(layer(x_BF)), "dense_batch", f"{name}_out", name=f"{name} output")
     return place(dropout(x_BF, rate, key), "dense_batch", f"{name}_out")  # before the next gather, which else takes the mask
 
 
@@ -137,13 +136,13 @@ def dense_head(model: nnx.Module, x_BF: jax.Array, place, rate: float, key: jax.
     keys = (None, None) if key is None else jax.random.split(key)
     x_BF = hidden("fc1", model.fc1, x_BF, place, rate, keys[0])
     x_BF = hidden("fc2", model.fc2, x_BF, place, rate, keys[1])
-    return logits("fc3", model.fc3, x_BF, place)
+    return logits(model.fc3, x_BF, place)
 
 
-def logits(name: str, layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
-    """The output `layer`, called `name`."""
-    x_BF = place(x_BF, "output_batch", f"{name}_in", name=f"{name} input")
-    return place(layer(x_BF), "output_batch", f"{name}_out", name=f"{name} output")
+def logits(layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
+    """The output `layer`, fc3."""
+    x_BF = place(x_BF, "output_batch", "fc3_in", name="fc3 input")
+    return place(layer(x_BF), "output_batch", "fc3_out", name="fc3 output")
 
 
 def max_pool(x_NHWC: jax.Array, window: int, strides: int, ceil: bool = False, *, place=UNPLACED, channels: str = "conv_out",

@@ -29,4 +29,4 @@ class SimpleCNN(nnx.Module):
 
     def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [B, classes] of the features."""
-        return layers.logits("fc3", self.fc3, x_BF, place)
+        return layers.logits(self.fc3, x_BF, place)

@@ -5,6 +5,7 @@ Shapes: N batch, H height, W width, C channels; B batch, F features of the dense
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 from flax import nnx
@@ -12,24 +13,21 @@ from flax import nnx
 from cnn_spmd.errors import UserError
 from cnn_spmd.models import layers, local, norms
 
-# Of a layer with weights: `std` of the normal distribution that they start from (None: He et al. 2015), and `bias` that all of
-# its biases start with.
+# `std` is that of the normal distribution from which a layer's weights start (None: He et al. 2015); biases start at zero.
 
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A convolution of stride 1; padding: zeros before and after, None keeps the size.
+    """A convolution of stride 1 that keeps the size.
 
     groups: towers that do not see each other. tied=False: a kernel and a bias of its own at each position (models/local.py).
     """
 
     channels: int
     window: int
-    padding: tuple[int, int] | None = None
     groups: int = 1
     tied: bool = True
     std: float | None = None
-    bias: float = 0.0
     activation: Callable = nnx.relu
 
 
@@ -48,7 +46,7 @@ class AveragePool:
 
     window: int
     strides: int
-    ceil = True
+    ceil: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +68,6 @@ class Hidden:
     units: int | None = None
     dropout: float | None = None
     std: float | None = None
-    bias: float = 0.0
-    activation: Callable = nnx.relu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +75,6 @@ class Output:
     """The last dense layer, a unit a class."""
 
     std: float | None = 0.01
-    bias: float = 0.0
 
 
 class Stack(nnx.Module):
@@ -95,8 +90,7 @@ class Stack(nnx.Module):
         plan, convolutions, hidden, side, channels = [], 0, 0, image_size, 3
 
         def initial(spec, he=layers.HE) -> dict:
-            return dict(kernel_init=he if spec.std is None else nnx.initializers.normal(spec.std),
-                        bias_init=nnx.initializers.constant(spec.bias), dtype=dtype, rngs=rngs)
+            return dict(kernel_init=he if spec.std is None else nnx.initializers.normal(spec.std), dtype=dtype, rngs=rngs)
 
         for spec in net:
             match spec:
@@ -104,13 +98,11 @@ class Stack(nnx.Module):
                     convolutions += 1
                     label = f"{'conv' if spec.tied else 'local'}{convolutions}"
                     if spec.tied:
-                        layer = layers.conv(channels, spec.channels, spec.window, padding=spec.padding, groups=spec.groups,
-                                            **initial(spec))
+                        layer = layers.conv(channels, spec.channels, spec.window, groups=spec.groups, **initial(spec))
                     else:
-                        layer = local.Local(side, channels, spec.channels, spec.window, padding=spec.padding,
-                                            **initial(spec, local.HE))
+                        layer = local.Local(side, channels, spec.channels, spec.window, **initial(spec, local.HE))
                     setattr(self, label, layer)
-                    side, channels = side + (sum(spec.padding) - spec.window + 1 if spec.padding else 0), spec.channels
+                    channels = spec.channels
                 case MaxPool() | AveragePool():
                     label = ""
                     side = (side - spec.window + (spec.strides - 1 if spec.ceil else 0)) // spec.strides + 1
@@ -165,5 +157,5 @@ class Stack(nnx.Module):
         """Logits [B, classes] of the features; no key: no dropout."""
         keys = [None] * len(self.hidden) if dropout_key is None else jax.random.split(dropout_key, len(self.hidden))
         for (label, spec), key in zip(self.hidden, keys, strict=True):
-            x_BF = layers.hidden(label, getattr(self, label), x_BF, place, spec.dropout, key, spec.activation)
-        return layers.logits("fc3", self.fc3, x_BF, place)
+            x_BF = layers.hidden(label, getattr(self, label), x_BF, place, spec.dropout, key)
+        return layers.logits(self.fc3, x_BF, place)
