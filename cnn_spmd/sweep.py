@@ -101,6 +101,7 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
             config = configs.parsed(arguments)
             if row["mesh"]:
                 config.mesh.data, config.mesh.model = mesh.parse(row["mesh"])
+            configs.validate(config)
             if (key := repr(config.data)) not in datasets:
                 datasets[key] = sources.load(config.data)
             with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say it

@@ -460,14 +460,6 @@ def test_synthetic():
     assert not np.array_equal(dataset.train_images[:10], dataset.test_images)
 
 
-@pytest.mark.parametrize("field", ["image_size", "classes", "train_examples", "test_examples"])
-def test_synthetic_sizes_are_checked(field):
-    data = config(name="synthetic")
-    data.synthetic[field] = 0
-    with pytest.raises(UserError, match=f"data.synthetic.{field}=0: expected at least 1"):
-        sources.load(data)
-
-
 def test_no_tensorflow_is_imported(tmp_path):
     path, _ = write_folder(tmp_path)
     program = (f"import sys; from cnn_spmd.data import cifar10, cifar10_archive; "

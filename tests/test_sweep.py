@@ -68,16 +68,18 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
 def test_what_cannot_work_is_refused_with_its_reason(monkeypatch):
     monkeypatch.chdir(ROOT)
     combos = [dict(mesh="3x5"), dict(mesh="4x2", seed="x"), dict(mesh="4x2", nope="1"), dict(parallelism="towers"),
-              dict(mesh="4x2", batch_per_device="9"), dict(mesh="4x2", batch_per_device="8"), dict(seed="0")]
+              {"data.synthetic.image_size": "0"}, dict(mesh="4x2", batch_per_device="9"),
+              dict(mesh="4x2", batch_per_device="8"), dict(seed="0")]
     rows = list(sweep.plan(combos, SMALL, jax.devices()))
-    assert [row["status"] for row in rows] == ["refused"] * 5 + ["pending"] * 2
+    assert [row["status"] for row in rows] == ["refused"] * 6 + ["pending"] * 2
     for row, reason in zip(rows, ("needs 15 devices, but there are 8", "--config.seed=x: invalid literal", "nope",
-                                  "parallelism=towers: unknown", "batch_size=72: synthetic has 64"), strict=False):
+                                  "parallelism=towers: unknown", "data.synthetic.image_size=0: expected from 1 to 4096",
+                                  "batch_size=72: synthetic has 64"), strict=False):
         assert reason in row["reason"]
         assert "\n" not in row["reason"]
-    assert rows[5]["command"].startswith("python launch.py --config experiments/alexnet_cifar.py")
-    assert rows[5]["command"].endswith("--config.data.fallback= --mesh=4x2 --config.batch_size=64")
-    assert rows[5]["name"] == "4x2,batch_per_device=8"
+    assert rows[6]["command"].startswith("python launch.py --config experiments/alexnet_cifar.py")
+    assert rows[6]["command"].endswith("--config.data.fallback= --mesh=4x2 --config.batch_size=64")
+    assert rows[6]["name"] == "4x2,batch_per_device=8"
 
 
 def test_a_sweep_may_fall_back_only_where_it_is_told_to(monkeypatch):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SAMPLE_BYTES, CHUNK_BYTES = 2**30, 2**26  # of images that statistics are taken from, in all and at a time
+SAMPLE_BYTES, CHUNK_BYTES = 2**30, 2**18  # of images that statistics are taken from, in all and at a time (in a cache)
 
 
 @functools.lru_cache(maxsize=2)
@@ -130,13 +130,13 @@ def colour_axes(images_NHWC: np.ndarray) -> np.ndarray:
 
     Eigenvectors of the covariance of all pixels; of an axis's two directions, the one whose largest component is positive.
     """
-    channels = images_NHWC.shape[-1]
-    pixels, total_C, products_CC = images_NHWC.size // channels, 0.0, 0.0
+    channels, sums = images_NHWC.shape[-1], 0.0
     for chunk in _chunks(images_NHWC):
-        flat_PC = chunk.reshape(-1, channels).astype(np.float64)
-        total_C, products_CC = total_C + flat_PC.sum(0), products_CC + flat_PC.T @ flat_PC
-    mean_C = total_C / pixels
-    variances_C, vectors = np.linalg.eigh(products_CC / pixels - np.outer(mean_C, mean_C))
+        pixels = np.ones((chunk.size // channels, channels + 1))  # the last column: then a product holds the sums, too
+        pixels[:, :channels] = chunk.reshape(-1, channels)
+        sums = sums + pixels.T @ pixels
+    sums = sums / sums[-1, -1]
+    variances_C, vectors = np.linalg.eigh(sums[:-1, :-1] - np.outer(sums[-1, :-1], sums[-1, :-1]))
     axes_CC = np.sqrt(np.maximum(variances_C, 0))[:, None] * vectors.T
     largest_C = np.take_along_axis(axes_CC, np.abs(axes_CC).argmax(1)[:, None], 1)
     return (axes_CC * np.where(largest_C < 0, -1, 1)).astype(np.float32)

@@ -4,6 +4,7 @@ Legend: N images, H rows, W columns, C = 3 channels (red, green, blue).
 """
 
 import dataclasses
+import math
 import sys
 
 import ml_collections
@@ -27,10 +28,10 @@ class Dataset:
 
 
 def load(data: ml_collections.ConfigDict) -> Dataset:
-    """The data set that config.data describes (name, dir, fallback, image_size, synthetic.*).
+    """The data set that config.data describes (name, dir, fallback, image_size, synthetic.*), its numbers valid ones.
 
-    Raises UserError for an unknown name or fallback, a missing or damaged data.dir, sizes below 1, and where CIFAR-10
-    is not to be had and data.fallback is "".
+    Raises UserError for an unknown name or fallback, a missing or damaged data.dir, and where CIFAR-10 is not to be had and
+    data.fallback is "".
     """
     loaders = {"cifar10": load_cifar10, "digits": load_digits, "synthetic": load_synthetic, "folder": load_photographs,
                "imagenet2012": load_photographs, "imagenette": load_photographs}
@@ -85,13 +86,11 @@ def load_photographs(data: ml_collections.ConfigDict) -> Dataset:
 def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:
     """Random images and labels of the sizes in data.synthetic, the same ones every time: for timing, not learning."""
     sizes = data.synthetic
-    for field in ("image_size", "classes", "train_examples", "test_examples"):
-        if sizes[field] < 1:
-            raise UserError(f"data.synthetic.{field}={sizes[field]}: expected at least 1")
-    rng = np.random.Generator(np.random.Philox(0))
-    arrays = {}
+    rng, arrays = np.random.Generator(np.random.SFC64(0)), {}
     for split, n in (("train", sizes.train_examples), ("test", sizes.test_examples)):
-        arrays[f"{split}_images"] = rng.integers(256, size=(n, sizes.image_size, sizes.image_size, 3), dtype=np.uint8)
+        shape = n, sizes.image_size, sizes.image_size, 3
+        words = rng.bit_generator.random_raw(-(-math.prod(shape) // 8))  # eight bytes each: 5 times as fast as bytes
+        arrays[f"{split}_images"] = words.view(np.uint8)[:math.prod(shape)].reshape(shape)
         arrays[f"{split}_labels"] = rng.integers(sizes.classes, size=n, dtype=np.int32)
     class_names = tuple(str(i) for i in range(sizes.classes))
     return Dataset(name="synthetic", **arrays, class_names=class_names, mirror=True)
