@@ -4,7 +4,7 @@ Needs NVIDIA GPUs and torch (pip install torch), or --skip_peer. First the card'
 then, for each batch, ours.py on each mesh and peer.py in each mode: each in a process of its own. Writes one JSON with both,
 their ratio, versions and hardware, and prints a table. A process that fails is recorded with its reason; the rest goes on.
 
-  python benchmarks/speed.py --gpus 4 --batches 32,128,512     several GPUs: ours on 4x1 and 1x4, the peer under torchrun
+  python benchmarks/speed.py --gpus 4 --batches 32,128,512     several GPUs: ours on 4x1, 1x4 and one, the peer under torchrun
 
 Exit codes: 0 done; 1 a batch has no time of ours; 2 bad input, or no GPU.
 """
@@ -84,17 +84,18 @@ def timed(command: list[str], limit: float, matrix_rate: float) -> dict:
                       matrix_share=round(rate * FLOP_PER_IMAGE / matrix_rate, 4))
 
 
-def best(rows: list[dict]) -> dict | None:
-    return max((row for row in rows if "error" not in row), key=lambda row: row["images_per_second"], default=None)
+def best(rows: list[dict], gpus: int) -> dict | None:
+    """The fastest of those that use all the GPUs: on several, ours has one that uses a single one."""
+    return max((row for row in rows if row.get("gpus") == gpus), key=lambda row: row["images_per_second"], default=None)
 
 
-def table(batches: list[dict]) -> str:
+def table(batches: list[dict], gpus: int) -> str:
     """A line a batch: our best and the peer's, images/s, share of the matrix rate, ratio; then what failed."""
     lines, failed = [f"batch/GPU  {'ours':<38}{'PyTorch':<32}ratio"], []
     for row in batches:
         line = f"{row['batch_per_gpu']:>9}  "
         for side, width in (("ours", 38), ("peer", 32)):
-            top = best(row[side])
+            top = best(row[side], gpus)
             text = f"{top['images_per_second']:,} {top['matrix_share']:.0%} {top['name']}" if top else "-"
             line += f"{text:<{width}}"
             failed += [f"{row['batch_per_gpu']:>9}  {x['name']}: {x['error']}" for x in row[side] if "error" in x]
@@ -110,11 +111,11 @@ def refuse(reason: object) -> NoReturn:
 def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
     """What runs for each batch: ours or peer, its name, its command without the batch. Refuses bad flags."""
     n, found = args.gpus, []
-    default = "1x1:hybrid" if n == 1 else f"{n}x1:data,1x{n}:hybrid,1x{n}:hybrid_alternating"
+    default = "1x1:hybrid" + f",{n}x1:data,1x{n}:hybrid,1x{n}:hybrid_alternating" * (n > 1)
     for name in (args.meshes or default).split(","):
         match = re.fullmatch(r"(\d+)x(\d+):(\w+)", name)
-        if not match or int(match[1]) * int(match[2]) != n:
-            refuse(f"--meshes: {name}: expected DATAxMODEL:PARALLELISM with a product of --gpus={n}, such as {n}x1:data")
+        if not match or int(match[1]) * int(match[2]) not in (1, n):
+            refuse(f"--meshes: {name}: expected DATAxMODEL:PARALLELISM with a product of --gpus={n} or 1, such as {n}x1:data")
         found.append(("ours", name, [str(HERE / "ours.py"), f"--mesh={match[1]}x{match[2]}", f"--parallelism={match[3]}",
                                      f"--steps_per_call={args.steps_per_call}"]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={n}"] * (n > 1)
@@ -131,8 +132,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", default="32,128,512,2048", help="images a GPU (default: %(default)s)")
     parser.add_argument("--gpus", type=int, default=1, help="how many to use (default: 1)")
-    parser.add_argument("--meshes", help="ours: DATAxMODEL:PARALLELISM,... (default: 1x1:hybrid; on N GPUs Nx1:data,1xN:hybrid,"
-                        "1xN:hybrid_alternating)")
+    parser.add_argument("--meshes", help="ours: DATAxMODEL:PARALLELISM,... (default: 1x1:hybrid; on N GPUs also Nx1:data,"
+                        "1xN:hybrid,1xN:hybrid_alternating)")
     parser.add_argument("--steps_per_call", type=int, default=0, help="ours; 0: as the config resolves it (default)")
     parser.add_argument("--peer_modes", help="eager, compile, graphs (torch.compile with CUDA graphs), max (its max-autotune, "
                         "minutes); with -bf16 gradients travel as bfloat16 (default: compile,graphs,max; on several GPUs "
@@ -176,12 +177,12 @@ def main() -> int:
             measured = timed([*command, f"--batch={batch}"], args.limit, hardware["matrix_flop_per_second"])
             result["peer_versions"] = measured.pop("versions", result["peer_versions"])
             row[side].append(dict(name=name) | measured)
-            ours, peer = best(row["ours"]), best(row["peer"])
+            ours, peer = (best(row[side], args.gpus) for side in ("ours", "peer"))
             row["ratio"] = round(ours["images_per_second"] / peer["images_per_second"], 3) if ours and peer else None
             metrics.write_json(output, result)  # after each: what is measured is kept
             print(f"{batch} a GPU, {side} {name}: {measured.get('images_per_second') or measured['error']}", flush=True)
-    print(table(result["batches"]), output, sep="\n")
-    return int(not all(best(row["ours"]) for row in result["batches"]))
+    print(table(result["batches"], args.gpus), output, sep="\n")
+    return int(not all(best(row["ours"], args.gpus) for row in result["batches"]))
 
 
 if __name__ == "__main__":

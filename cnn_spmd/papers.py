@@ -160,7 +160,8 @@ def read(folder: pathlib.Path) -> list[dict]:
                 runs.append(run["figures"] | dict(
                     devices=group["devices"], host_cores=sweep["hardware"]["host_cores"], speedup=speedup,
                     command=run["command"], config=dict(run["settings"], experiment=sweep["experiment"]),
-                    variable=run["figures"]["closed_form_ring_bytes"] is None))  # the variable batch has no closed form
+                    # Older sweeps do not say it otherwise.
+                    variable=bool(run["figures"].get("dense_microbatch", "variable" in sweep["experiment"]))))
     return runs
 
 

@@ -74,19 +74,27 @@ def sweeps_table(folder: pathlib.Path = RESULTS / "sweeps") -> str:
 
 
 def speed_table(folder: pathlib.Path = RESULTS / "speed") -> str:
-    """A Markdown table: our fastest step beside PyTorch's fastest of the same machine and session, by batch."""
+    """A Markdown table: our fastest step beside PyTorch's fastest of the same machine and session, by batch.
+
+    On several GPUs also beside our own on one, and beside `data`, where they were measured.
+    """
+    runs = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    batches = [(run["gpus"], run["hardware"]["device_kind"], batch) for run in runs for batch in run["batches"]]
     rows = []
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text())
-        for batch in sorted(run["batches"], key=lambda batch: batch["batch_per_gpu"]):
-            ours, peer = (max(batch[side], key=lambda row: row.get("images_per_second", 0)) for side in ("ours", "peer"))
-            rows.append([f"{run['gpus']} x {run['hardware']['device_kind']}", str(batch["batch_per_gpu"]),
-                         f"{ours['mesh']} {ours['parallelism']}", f"{ours['images_per_second']:,}",
-                         f"{peer['images_per_second']:,} ({peer['name']})", f"{batch['ratio']:.2f}",
-                         f"{100 * ours['matrix_share']:.0f}", f"{100 * peer['matrix_share']:.0f}"])
+    for gpus, device_kind, batch in sorted(batches, key=lambda row: (*row[:2], row[2]["batch_per_gpu"])):
+        done = {side: [row for row in batch[side] if "error" not in row] for side in ("ours", "peer")}
+        ours, peer = (max((row for row in done[side] if row["gpus"] == gpus), key=lambda row: row["images_per_second"])
+                      for side in ("ours", "peer"))
+        others = [[row["images_per_second"] for row in done["ours"] if gpus > 1 and row[field] == value]
+                  for field, value in (("gpus", 1), ("parallelism", "data"))]
+        rows.append([f"{gpus} x {device_kind}", str(batch["batch_per_gpu"]), f"{ours['mesh']} {ours['parallelism']}",
+                     f"{ours['images_per_second']:,}", f"{peer['images_per_second']:,} ({peer['name']})",
+                     f"{batch['ratio']:.2f}", f"{100 * ours['matrix_share']:.0f}", f"{100 * peer['matrix_share']:.0f}",
+                     *(f"{ours['images_per_second'] / other[0]:.2f}" if other else "" for other in others)])
     return page.markdown_table(["hardware", "batch a GPU", "mesh", "ours, images/s", "PyTorch, images/s", "ratio",
-                                "ours, % of the matrix rate", "PyTorch, %"], rows)
+                                "ours, % of the matrix rate", "PyTorch, %", "ours over one GPU", "ours over `data`"], rows)
 
 
 TABLES = {"results": results_table, "papers": papers.measured_table, "programs": programs_table, "sweeps": sweeps_table,
-          "speed": speed_table, "depth": lambda: claims.depth_table(claims.read(RESULTS / "claims"))}
+          "speed": speed_table, "depth": lambda: claims.depth_table(claims.read(RESULTS / "claims")),
+          "batches": lambda: papers.batch_table(claims.read(RESULTS / "claims"))}

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import statistics
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from conftest import ROOT
 
 from cnn_spmd import compare, papers
 from cnn_spmd.config import flat
-from experiments import alexnet_cifar, cuda_convnet_cifar, deeper_cifar
+from experiments import alexnet_cifar, cuda_convnet_cifar, deeper_cifar, owt_cifar
 
 FIGURES = [figure for figures in papers.FIGURES.values() for figure in figures]
 
@@ -87,15 +88,15 @@ def test_imagenet_and_speedups_on_known_runs(tmp_path):
     write(tmp_path, "alexnet_2012_imagenet", **whole)
     (tmp_path / "sweeps").mkdir()
 
-    def run(devices, batch, rate, parallelism="hybrid", size=61_100_840, theory=0):
+    def run(devices, batch, rate, parallelism="hybrid", size=61_100_840, micro=0):
         figures = dict(model="alexnet", mesh=dict(data=1, model=devices), parallelism=parallelism, batch_size=batch * devices,
-                       param_count=size, images_per_second=rate, closed_form_ring_bytes=theory, device_kind="H100")
-        return dict(status="completed", settings=dict(batch_per_device=batch, size=size, theory=str(theory)), figures=figures,
+                       param_count=size, images_per_second=rate, dense_microbatch=micro, device_kind="H100")
+        return dict(status="completed", settings=dict(batch_per_device=batch, size=size, micro=micro), figures=figures,
                     command=f"{devices} {parallelism}")
 
     for name, runs in dict(a=[run(1, 128, 100.0), run(2, 128, 180.0), run(2, 128, 500.0, "model"), run(2, 256, 900.0),
                               run(4, 128, 300.0), run(1, 128, 1.0, size=5), run(2, 128, 9.0, size=5)],
-                           b=[run(1, 128, 100.0, theory=None), run(2, 128, 150.0, theory=None)]).items():
+                           b=[run(1, 128, 100.0, micro=128), run(2, 128, 150.0, micro=128)]).items():
         sweep = dict(experiment="owt", hardware=dict(host_cores=4), runs=runs)
         (tmp_path / "sweeps" / f"{name}.json").write_text(json.dumps(sweep))
     plain, variable = "2 GPUs, batches (256, 256): ", "2 GPUs, batches (256, 128): "
@@ -137,18 +138,17 @@ def test_experiment_says_what_was_measured():
 
 
 def test_other_experiments_say_what_was_measured():
-    """So are alexnet_cifar.py's and deeper_cifar.py's."""
+    """So are alexnet_cifar.py's, deeper_cifar.py's and owt_cifar.py's."""
     runs = [run for run in papers.read(ROOT / "results") if run.get("dataset") == "cifar10"]
-    places = {("alexnet_cifar", 1): "1 x H100, mesh 1x1", ("alexnet_cifar", 2): None,
-              ("alexnet_cifar_fast", 1): ":fast, 1 x H100"}
     found = {}
     for run in runs:
-        if (key := (run["experiment"], run["devices"])) in places:
-            mesh = f"{run['mesh']['data']}x{run['mesh']['model']}"
-            found.setdefault(places[key] or f"2 x H100, mesh {mesh}, {run['parallelism']}", []).append(run)
-    assert len(found) == 4
+        if run["experiment"].startswith("alexnet_cifar"):
+            variant = run["experiment"].removeprefix("alexnet_cifar").replace("_", ":")
+            place = f"{run['devices']} x {run['device_kind'].removeprefix('NVIDIA ').split()[0]}"
+            mesh = f"mesh {run['mesh']['data']}x{run['mesh']['model']}" + f", {run['parallelism']}" * (run["devices"] > 1)
+            found.setdefault(f"{variant}, {place}" if variant else f"{place}, {mesh}", []).append(run)
+    assert len(found) == 6
     for place, same in found.items():
-        assert {run["device_kind"] for run in same} == {"NVIDIA H100 80GB HBM3"}
         accuracy = compare.mean([100 * run["eval"]["accuracy"] for run in same], 2)
         seconds = sum(run["train_seconds"] for run in same) / len(same)
         line = rf"^  {place} +{accuracy} % +n = {len(same)} +{seconds:.1f} s"
@@ -157,6 +157,15 @@ def test_other_experiments_say_what_was_measured():
         same = [run for run in runs if run["experiment"] == f"deeper_{name}"]
         accuracy = compare.mean([100 * run["eval"]["accuracy"] for run in same], 2)
         assert re.search(rf"^  {name} .* {accuracy} % +n = {len(same)}$", deeper_cifar.__doc__, re.MULTILINE), name
+    for label, variable, scaling in (("rate k, as large", "", 1.0), ("rate k, dense 128", "_variable", 1.0),
+                                     ("sqrt\\(k\\), as large", "", 0.5), ("sqrt\\(k\\), dense 128", "_variable", 0.5)):
+        same = [run for run in runs if run["experiment"] == f"owt_cifar{variable}"
+                and run["config"]["optimizer"]["scaling"] == scaling]
+        errors = {batch: [100 * (1 - run["eval"]["accuracy"]) for run in same if run["batch_size"] == batch]
+                  for batch in sorted({run["batch_size"] for run in same})}
+        assert {len(values) for values in errors.values()} == {3}
+        means = " +".join(f"{statistics.mean(values):.2f}" for values in errors.values())
+        assert re.search(rf"^  {label} +{means}( %)?$", owt_cifar.__doc__, re.MULTILINE), (label, means)
 
 
 def test_it_prints_every_table(tmp_path):

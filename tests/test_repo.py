@@ -40,6 +40,14 @@ def test_readme_says_how_long_make_train_took():
     assert run["host_cores"] == 2
 
 
+def test_readme_says_how_long_a_start_takes():
+    starts = [json.loads((ROOT / "results" / f"alexnet_cifar-h200-1x1-hybrid-seed{seed}.json").read_text())
+              for seed in range(2)]
+    assert [run["programs_from_cache"] > 0 for run in starts] == [False, True]
+    first, cached = (f"{run['startup_seconds']:.1f} s" for run in starts)
+    assert f"took {first} on one H200 with an empty cache,\nand {cached} with" in (ROOT / "README.md").read_text()
+
+
 def test_results_say_where_they_come_from():
     files = [path for folder in (".", "claims") for path in sorted((ROOT / "results" / folder).glob("*.json"))]
     assert files
