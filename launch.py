@@ -29,6 +29,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cnn_spmd import config as configs
+from cnn_spmd import interrupt
 from cnn_spmd.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: experiments/NAME.py, or NAME.py:VARIANT. Its fields are "
@@ -48,6 +49,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print placement, memory 
                             "--workdir, also write them there as program.json.")
 TARGET = flags.DEFINE_string("target", None, "With --dry_run: compile for GPUs that are not here, such as h100:64x8.")
 
+CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 BAD_INPUT, NON_FINITE, INTERRUPTED = 2, 3, 75  # 75 is EX_TEMPFAIL of sysexits.h
 
 
@@ -59,10 +61,11 @@ def start_cluster() -> None:
     import jax
 
     env = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in env:
-        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if not env.get(name, "").isdecimal()]
-        if missing:
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set but {' and '.join(missing)} is no number: set all three")
+    if any(name in env for name in CLUSTER):
+        address, *numbers = (env.get(name, "") for name in CLUSTER)
+        if ":" not in address or not all(number.isdecimal() for number in numbers):
+            raise ValueError(", ".join(f"{name}={env.get(name, '')}" for name in CLUSTER) + ": expected host:port and two "
+                             "numbers, all three")
         expected = int(env["JAX_NUM_PROCESSES"])
         where = dict(coordinator_address=env["JAX_COORDINATOR_ADDRESS"], num_processes=expected,
                      process_id=int(env["JAX_PROCESS_ID"]))
@@ -71,13 +74,19 @@ def start_cluster() -> None:
         if expected == 1:
             return
         where = {}  # jax finds the coordinator itself under Slurm and Open MPI
-    jax.distributed.initialize(**where, initialization_timeout=int(env.get("JAX_INITIALIZATION_TIMEOUT", 120)))
+    try:
+        jax.distributed.initialize(**where, initialization_timeout=int(env.get("JAX_INITIALIZATION_TIMEOUT", 120)))
+    except ValueError as error:
+        raise ValueError(f"{' '.join(str(error).split())} Expected srun or mpirun to have started this process, as "
+                         "SLURM_NTASKS or OMPI_COMM_WORLD_SIZE is above 1") from error
     if jax.process_count() != expected:
         raise RuntimeError(f"the cluster has {jax.process_count()} processes, expected {expected}")
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # until the run takes over
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the run takes over; a job in the background ignores Ctrl-C
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt.early)
     try:
         return launch(argv)
     except KeyboardInterrupt:
@@ -147,8 +156,8 @@ def launch_sweep() -> int:
     from cnn_spmd import report, sweep
     if DRY_RUN.value:
         return refuse("--dry_run: expected a single mesh with it, and no --sweep")
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        return refuse("JAX_COORDINATOR_ADDRESS is set: a sweep runs on one host, expected a single run")
+    if several := [name for name in CLUSTER if name in os.environ]:
+        return refuse(f"{several[0]} is set: a sweep runs on one host, expected a single run")
     count = CPU_DEVICES.value
     if not count:  # counted in a process that ends: this one must leave the devices to the runs
         counted = subprocess.run([sys.executable, "-c", "import jax; print(jax.device_count())"], stdout=subprocess.PIPE,
@@ -159,7 +168,7 @@ def launch_sweep() -> int:
     folder = pathlib.Path(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep")).expanduser()
     try:
         combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, count)
-        shared = without(sys.argv[1:], {"mesh", "sweep", "batch_per_device", "workdir"})
+        shared = without(flags.FLAGS.read_flags_from_files(sys.argv[1:]), {"mesh", "sweep", "batch_per_device", "workdir"})
         result = sweep.run(CONFIG.value.experiment, shared, combos, jax.devices(), CPU_DEVICES.value, folder)
         for path in report.write([folder]):
             print(path)

@@ -44,7 +44,7 @@ def panel_of(run: dict) -> str:
 
 
 def groups_of(runs: list[dict]) -> list[dict]:
-    """The completed runs in groups, ordered by panel (as they come), devices, mesh and parallelism.
+    """The completed runs in groups, ordered by panel (as they come), devices, mesh and parallelism; a seed counts once.
 
     Each: panel, mesh (data, model), devices, parallelism, runs, and base: the group on one device in the same panel, of the
     same parallelism where there is a choice; None where there is none.
@@ -55,7 +55,8 @@ def groups_of(runs: list[dict]) -> list[dict]:
             mesh = (run["figures"]["mesh"]["data"], run["figures"]["mesh"]["model"])
             key = (panel_of(run), mesh, run["figures"]["parallelism"])
             groups.setdefault(key, dict(panel=key[0], mesh=mesh, devices=mesh[0] * mesh[1], parallelism=key[2], runs=[]))
-            groups[key]["runs"].append(run)
+            if run["figures"]["seed"] not in values(groups[key], "seed"):
+                groups[key]["runs"].append(run)
     panels = list(dict.fromkeys(panel for panel, *_ in groups))
     ordered = sorted(groups.values(), key=lambda group: (panels.index(group["panel"]), group["devices"], -group["mesh"][0],
                                                          group["parallelism"]))

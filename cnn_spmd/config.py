@@ -52,6 +52,7 @@ RANGES = {
     "checkpoint.every_epochs": (0, None, True),
     "checkpoint.keep": (1, None, True),
 }
+FREE = ("placement", "optimizer.layer_rates", "optimizer.weight_decays")  # whose fields are the user's to name
 LARGEST = 3e38  # of numbers whose range is open: a float32 holds it
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum"), "data.resident": ("auto", "yes", "no"),
            "data.normalise": ("channel", "pixel_mean"), "eval.views": ("one", "mirrored", "ten")}
@@ -80,7 +81,8 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], known_only: bool 
             raise flags.Error("--config is missing: give an experiment, such as --config experiments/alexnet_cifar.py")
         values.config.experiment  # noqa: B018  (a config file that is not there raises at its first use)
     except OSError:
-        known = ", ".join(sorted(f"experiments/{path.name}" for path in EXPERIMENTS.glob("*.py")))
+        folder = "experiments" if pathlib.Path("experiments").is_dir() else EXPERIMENTS  # seen from here
+        known = ", ".join(sorted(f"{folder}/{path.name}" for path in EXPERIMENTS.glob("*.py")))
         raise UserError(f"--config={values['config'].config_filename}: no such experiment, expected one of {known}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         while error.args and isinstance(error.args[0], Exception):
@@ -103,7 +105,18 @@ def parsed(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field outside its range, naming it, its value and the range."""
+    """Raises UserError for the first field outside its range, naming it, its value and the range; or unknown, or missing."""
+    from experiments import alexnet_cifar  # which has every field
+
+    fields = {*flat(alexnet_cifar.get_config().to_dict()), *FREE}
+    for field in fields:
+        try:
+            _get(config, field)
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(f"{field}: missing, expected as in experiments/alexnet_cifar.py") from None
+    for field, value in flat(config.to_dict()).items():
+        if field not in fields and not field.startswith(tuple(f"{free}." for free in FREE)):
+            raise UserError(f"{field}={value}: no such field, expected those of experiments/alexnet_cifar.py")
     for field, (low, high, inclusive) in RANGES.items():
         value = _get(config, field)
         values = {f"{field}.{name}": each for name, each in value.items()} if hasattr(value, "items") else {field: value}

@@ -1,15 +1,37 @@
 """Stop on SIGTERM or Ctrl-C: the first signal asks the run to save and leave, a second one stops the process at once."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_came_early: list[int] = []
+
+
+def early(number: int, _) -> None:
+    """The handler until a run is an Interrupt, which sees that a signal came where a callback of XLA lost the exception."""
+    _came_early.append(number)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Signals that come meanwhile are told at the end, by KeyboardInterrupt: what is begun here is done."""
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: came.append(number))
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 class Interrupt:
@@ -20,7 +42,7 @@ class Interrupt:
     """
 
     def __enter__(self) -> "Interrupt":
-        self._came = False
+        self._came = bool(_came_early)
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         self._write = write
@@ -58,6 +80,9 @@ class Interrupt:
 
     def requested(self) -> bool:
         """True once a signal came; with several processes, once it came to any of them, and to all at the same step."""
+        import jax  # which takes a second: signals are to be heeded before
+        from jax.experimental import multihost_utils
+
         if jax.process_count() == 1:
             return self._came
         return bool(multihost_utils.process_allgather(np.array(self._came)).any())

@@ -243,7 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"A neuron that sees a whole image has {claims.weights_of_a_neuron(32):,} weights at 32x32x3, "
           f"{claims.weights_of_a_neuron(200):,} at 200x200x3.")
     if picture:
-        picture.write_text(claims.depth_plot(runs))
+        try:
+            picture.write_text(claims.depth_plot(runs))
+        except OSError as error:
+            parser.error(f"--depth_plot={picture}: cannot be written ({error.strerror})")
 
 
 if __name__ == "__main__":

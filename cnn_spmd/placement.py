@@ -67,7 +67,7 @@ class Placement:
         """Raises UserError for an unknown row, and for a row that names an axis there is none of."""
         rows = {**TABLE, **self.own_rows}
         if self.parallelism not in rows:
-            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {', '.join(rows)}")
+            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {', '.join(map(str, rows))}")
         for name, row in self.own_rows.items():
             if not isinstance(row, Mapping):
                 raise UserError(f"placement.{name}={row}: expected a row such as {{'fc1_out': 'model'}}")
@@ -138,10 +138,12 @@ class Placement:
         mesh_axes = self.row.get(out[-1])
         if mesh_axes is None:
             return f(0, *(array for array, _ in arrays))
-        parts = self.parts(mesh_axes)
+        parts, where = self.parts(mesh_axes), f"(mesh {self.mesh_name}, parallelism={self.parallelism})"
+        if _names(self.row.get("group_in")) not in ((), _names(mesh_axes)):
+            raise UserError(f"{name}: group_in={self.row['group_in']} and {out[-1]}={mesh_axes} {where}: expected the same")
         if groups % parts and (parts % groups or self.row.get("group_in")):
             raise UserError(f"{name}: its {groups} towers do not divide by the {parts} devices of mesh axis "
-                            f"{'+'.join(_names(mesh_axes))} (mesh {self.mesh_name}, parallelism={self.parallelism})")
+                            f"{'+'.join(_names(mesh_axes))} {where}")
         specs = tuple(self.spec(axes, array.shape, name) for array, axes in arrays)
         return jax.shard_map(lambda *local: f(jax.lax.axis_index(mesh_axes), *local), mesh=self.mesh, in_specs=specs,
                              out_specs=self.spec(out, tuple(map(self.parts_of, out)), name))(*(array for array, _ in arrays))

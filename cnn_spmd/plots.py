@@ -187,5 +187,6 @@ def schemes_of(groups: list[dict]) -> list[str]:
 
 def finish(fig: Figure, axes: Axes, label: str) -> str:
     handles, labels = axes.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 18 else 3)
+    if labels:
+        fig.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 18 else 3)
     return svg(fig, label)

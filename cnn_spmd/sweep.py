@@ -6,6 +6,7 @@ sweep goes on. sweep.json holds every combination; the same command on the same 
 
 import contextlib
 import datetime
+import hashlib
 import io
 import itertools
 import pathlib
@@ -20,7 +21,7 @@ from absl import logging
 from rich import live, table
 
 from cnn_spmd import config as configs
-from cnn_spmd import mesh, metrics, report
+from cnn_spmd import interrupt, mesh, metrics, report
 from cnn_spmd import setup as setups
 from cnn_spmd import workdir as workdirs
 from cnn_spmd.data import sources
@@ -28,6 +29,7 @@ from cnn_spmd.errors import UserError
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch.py"
 COLUMNS = ("run", "status", "images/s", "step, ms", "ring MB a step", "test accuracy", "s", "reason")
+OF_THE_FALLBACK = {"batch_size", "batch_per_device", "epochs", "steps", "optimizer.learning_rate"}  # data.fallback_* say them
 OUTCOMES = {0: "completed", 2: "refused", 75: "interrupted"}  # by launch.py's exit codes; others: failed
 
 
@@ -92,8 +94,10 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
     datasets: dict[str, sources.Dataset] = {}
     for settings in combos:
         name = ",".join(value if field == "mesh" else f"{field}={value}" for field, value in settings.items())
+        if "/" in name or len(name) > 150:  # it shall be that of a folder, and of no other row
+            name = f"{name.replace('/', '_')[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         numbers = {field: _number(value) for field, value in settings.items() if field != "mesh"}
-        row = dict(name=name.replace("/", "_"), mesh=settings.get("mesh"), settings=numbers, status="pending", reason="",
+        row = dict(name=name, mesh=settings.get("mesh"), settings=numbers, status="pending", reason="",
                    command="", seconds=None, figures={})
         try:
             arguments = arguments_of(settings, shared, len(devices))
@@ -106,6 +110,9 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
                 datasets[key] = sources.load(config.data)
             with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say it
                 setups.prepare(config, devices, datasets[key])
+            if (data := datasets[key]).fallback and (taken := sorted(settings.keys() & OF_THE_FALLBACK)):
+                raise UserError(f"{taken[0]}={settings[taken[0]]}: of no effect on {data.name}, which stands in for "
+                                f"{data.fallback} with data.fallback_*: expected data.name={data.name}")
         except UserError as error:
             row.update(status="refused", reason=str(error))
         yield row
@@ -121,6 +128,7 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
     with workdirs.locked(folder) as content:
         old = workdirs.read(folder / "sweep.json")
         if old is None and content - {workdirs.LOCK}:
+            (folder / workdirs.LOCK).unlink()
             raise UserError(f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give a new folder")
         same = dict(arguments=list(shared), devices=len(devices), cpu_devices=cpu_devices)
         for field, value in same.items():
@@ -177,11 +185,15 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
 def _run_one(arguments: list[str], folder: pathlib.Path) -> int:
     """One run in a process and a session of its own: a Ctrl-C is ours to pass on, once. Returns its exit code."""
     with folder.with_name(folder.name + ".log").open("w") as log:
-        process = subprocess.Popen([sys.executable, LAUNCH, *arguments, f"--workdir={folder}"], stdout=log,
-                                   stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = None
         try:
+            with interrupt.held():  # or a process would be left behind that nobody knows
+                process = subprocess.Popen([sys.executable, LAUNCH, *arguments, f"--workdir={folder}"], stdout=log,
+                                           stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
             return process.wait()
         except KeyboardInterrupt:
+            if process is None:
+                raise
             logging.warning("Interrupted: waiting for %s to save; a second signal stops it at once.", folder.name)
             process.send_signal(signal.SIGTERM)
             try:

@@ -47,7 +47,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         with workdirs.opened(workdir, configs.as_json(setup.config) | setup.identity) as old_summary:
             if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:
                 say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy "
-                    f"{old_summary['eval']['accuracy']:.2%}. Nothing to do.")
+                    f"{old_summary['eval']['accuracy']:.2%}. Nothing to do"
+                    + (", and nothing traced: a new --workdir can be." if setup.config.profile else "."))
                 return old_summary
             return train(setup, workdir, interrupt)
 
@@ -70,6 +71,7 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
         raise UserError(f"steps={total}: {workdir} is at step {start} already; the number of steps may grow, not shrink")
     if is_main:  # before anything takes long: a run that is stopped now can be started again
         metrics_lib.write_json(workdir / "config.json", configs.as_json(config) | identity)
+        (workdir / "profile.json").unlink(missing_ok=True)  # of an earlier command, maybe on another mesh
     if start:
         say(f"Resumed {workdir} at step {start} on mesh {place.mesh_name}.")
     elif (workdir / "metrics.jsonl").exists():

@@ -64,7 +64,7 @@ def test_classes_and_images_in_their_order(root, tmp_path):
     (root / "test/other").mkdir(parents=True)  # val/ comes first
     data = load(root)
     assert data.class_names == ("cat", "dog")
-    assert data.name.startswith("pets-")
+    assert data.name.startswith("folder-")
     assert (data.mirror, data.fallback) == (True, None)
     assert data.train_labels.tolist() == [0, 0, 0, 1, 1]
     assert data.test_labels.tolist() == [0, 1]
@@ -153,7 +153,7 @@ def a_text(path: Path) -> None:
 @pytest.mark.parametrize("name", ["train/cat/c.png", "val/dog/a.jpg"])
 def test_an_image_that_cannot_be_read_is_named(root, tmp_path, name, spoil):
     spoil(root / name)
-    with pytest.raises(UserError, match=rf"^pets-\w+: cannot read .*{name} \(.*\): mend") as refusal:
+    with pytest.raises(UserError, match=rf"^folder-\w+: cannot read .*{name} \(.*\): mend") as refusal:
         load(root)
     assert "\n" not in str(refusal.value)
     assert caches(tmp_path) == []
@@ -214,10 +214,10 @@ def test_files_that_are_left_out_are_told(root, caplog):
 
 def test_prepared_once(root, tmp_path, monkeypatch, capsys):
     first = load(root)
-    assert "preparing 7 images of pets-" in capsys.readouterr().err
-    shutil.copytree(root, tmp_path / "copy/pets")  # copies have times of their own, but are the same data set
-    os.utime(tmp_path / "copy/pets/train/cat/c.png", (1, 1))
-    assert load(tmp_path / "copy/pets").name == first.name
+    assert "preparing 7 images of folder-" in capsys.readouterr().err
+    shutil.copytree(root, tmp_path / "copy/of")  # copies have times of their own, but are the same data set
+    os.utime(tmp_path / "copy/of/train/cat/c.png", (1, 1))
+    assert load(tmp_path / "copy/of").name == first.name
     monkeypatch.setattr(prepared, "prepare", None)
     second = load(root)
     np.testing.assert_array_equal(second.train_images, first.train_images)

@@ -14,6 +14,8 @@ import time
 import pytest
 from conftest import ROOT
 
+from cnn_spmd import interrupt
+
 SMALL = ["--config", "experiments/alexnet_cifar.py", "--config.model.name=simple_cnn", "--config.data.name=synthetic",
          "--config.data.synthetic.train_examples=64", "--config.data.synthetic.test_examples=40", "--config.batch_size=16",
          "--config.optimizer.learning_rate=0.001", "--config.epochs=1"]
@@ -120,6 +122,31 @@ def test_sigterm_before_training_is_told(start):
     assert "nothing to save" in err or "saving after this step" in err
 
 
+@pytest.mark.parametrize("ignored", [signal.SIG_IGN, signal.SIG_DFL])
+def test_an_early_sigterm_is_heeded_where_ctrl_c_is_ignored(start, ignored):
+    """As it is in a job that a script starts with &."""
+    before = signal.signal(signal.SIGINT, ignored)
+    try:
+        process = start(*SMALL, "--config.steps=100000", "--sweep", "seed=0,1", "--cpu_devices", "1")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while "running" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)
+    out, _ = finished(process, code=75)
+    assert "To go on: python launch.py" in out
+
+
+def test_a_signal_whose_exception_was_lost_still_stops_the_run(monkeypatch):
+    monkeypatch.setattr(interrupt, "_came_early", [])
+    with interrupt.Interrupt() as run:
+        run.check()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.early(signal.SIGTERM, None)
+    with interrupt.Interrupt() as run, pytest.raises(KeyboardInterrupt):
+        run.check()
+
+
 def test_a_second_signal_stops_at_once():
     code = """if True:
         import time
@@ -179,7 +206,11 @@ def test_a_process_that_cannot_join_its_cluster_fails(start, tmp_path):
     assert "step" not in out
     assert not (tmp_path / "runs").exists()
     _, err = finished(start(*SMALL, JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="two"), code=1)
-    assert "JAX_NUM_PROCESSES and JAX_PROCESS_ID is no number" in err
+    assert "JAX_NUM_PROCESSES=two, JAX_PROCESS_ID=: expected host:port and two numbers" in err
+    _, err = finished(start(*SMALL, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"), code=1)  # it would train a copy of its own
+    assert "JAX_COORDINATOR_ADDRESS=, JAX_NUM_PROCESSES=2" in err
+    _, err = finished(start(*SMALL, SLURM_NTASKS="2"), code=1)
+    assert "Expected srun" in err
 
 
 def readme_commands() -> list[str]:

@@ -90,7 +90,7 @@ def test_imagenet_and_speedups_on_known_runs(tmp_path):
 
     def run(devices, batch, rate, parallelism="hybrid", size=61_100_840, micro=0):
         figures = dict(model="alexnet", mesh=dict(data=1, model=devices), parallelism=parallelism, batch_size=batch * devices,
-                       param_count=size, images_per_second=rate, dense_microbatch=micro, device_kind="H100")
+                       param_count=size, images_per_second=rate, dense_microbatch=micro, device_kind="H100", seed=0)
         return dict(status="completed", settings=dict(batch_per_device=batch, size=size, micro=micro), figures=figures,
                     command=f"{devices} {parallelism}")
 
@@ -178,6 +178,12 @@ def test_it_prints_every_table(tmp_path):
             assert " | ".join(row) in result.stdout
     assert "3,072 weights at 32x32x3, 120,000 at 200x200x3" in result.stdout
     assert "<svg" in (tmp_path / "depth.svg").read_text()
+
+
+def test_a_plot_that_cannot_be_written(capsys):
+    with pytest.raises(SystemExit):
+        papers.main(["--depth_plot", "/no/where/depth.svg"])
+    assert "error: --depth_plot=/no/where/depth.svg: cannot be written (No such file or directory)" in capsys.readouterr().err
 
 
 def test_what_makes_another_recipe():

@@ -158,7 +158,8 @@ def saved(config, tmp_path):
     (dict(model=dict(name="alexnet_3000")), "model.name=alexnet_3000: unknown, expected one of"),
     (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
     (dict(dataset="digits"), "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir"),
-    (dict(eval={}, optimizer=3), "config.json is damaged or of another version"),
+    (dict(eval={}, optimizer=3), "optimizer."),
+    (dict(data=3), "config.json is damaged or of another version"),
 ])
 def test_bad_input_is_one_line(saved, capsys, monkeypatch, changes, message):
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))

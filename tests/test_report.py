@@ -138,6 +138,15 @@ def test_a_sweeps_numbers_are_in_all_three_files(tmp_path, capsys):
         assert text in markdown
 
 
+def test_runs_without_a_speed_have_a_report(tmp_path, capsys):
+    """A run that was stopped after its last step, and then completed."""
+    write_run(tmp_path / "r")
+    summary = json.loads((tmp_path / "r/summary.json").read_text()) | dict(images_per_second=None, step_milliseconds=None)
+    (tmp_path / "r/summary.json").write_text(json.dumps(summary))
+    _, _, rows, _ = written(capsys, tmp_path / "r")
+    assert rows[0]["images_per_second"] == ""
+
+
 def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_path, capsys):
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", RUNS))
     assert row_of(page, "8x1", "data", "batch 128 a device")[3:5] == ["2", "5,500 ± 707"]

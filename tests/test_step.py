@@ -652,6 +652,13 @@ def test_towers_of_a_row_that_splits_two_axes_on_the_same_devices():
                      out=("conv_batch", None, None, "group_out"), name="conv2")
 
 
+def test_towers_that_come_from_another_axis_than_they_go_to():
+    place = Placement(mesh.make(2, 2), "mine", dict(mine=dict(group_in="model", group_out="data")))
+    with pytest.raises(UserError, match=r"conv2: group_in=model and group_out=data .*: expected the same"):
+        place.towers(lambda part, x: x, 2, (jnp.zeros((4, 4, 4, 12)), ("conv_batch", None, None, "group_in")),
+                     out=("conv_batch", None, None, "group_out"), name="conv2")
+
+
 def test_a_row_from_json_and_its_report():
     place = Placement(mesh.make(4, 2), "mine", dict(mine=dict(conv_batch=["data", "model"])))
     assert place.report("x", ("conv_batch", "fc1_out"), (8, 4), 4)["mesh_axes"] == [["data", "model"], None]

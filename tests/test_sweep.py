@@ -1,14 +1,17 @@
 """Sweeps: combinations, refusals, runs that fail in every way, going on, and one real sweep from the command line."""
 
+import dataclasses
 import json
 import signal
+import subprocess
 
 import jax
 import pytest
 from conftest import ROOT
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
-from cnn_spmd import report, sweep
+from cnn_spmd import compare, report, sweep
+from cnn_spmd.data import sources
 from cnn_spmd.errors import UserError
 
 SHARED = SMALL[:2]
@@ -82,6 +85,38 @@ def test_what_cannot_work_is_refused_with_its_reason(monkeypatch):
     assert rows[6]["name"] == "4x2,batch_per_device=8"
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
+def test_no_two_combinations_have_one_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    values = "/a/b", "_a_b", "x" * 300, "x" * 299 + "y"
+    names = [row["name"] for row in sweep.plan([{"data.dir": value} for value in values], SMALL, jax.devices())]
+    assert len(set(names)) == 4
+    assert all("/" not in name and len(name) < 200 for name in names)
+    assert names[1] == "data.dir=_a_b"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
+@pytest.mark.parametrize("field", sorted(sweep.OF_THE_FALLBACK))
+def test_what_the_fallback_sets_is_not_swept(monkeypatch, field):
+    """A run on the digits that stand in for CIFAR-10 has their own batch, steps and rate, whatever is asked for."""
+    monkeypatch.chdir(ROOT)
+    digits = dataclasses.replace(sources.load_digits(None), fallback="cifar10")
+    monkeypatch.setattr(sources, "load_cifar10", lambda data: digits)
+    arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
+    refused, fine = sweep.plan([{field: "1"}, dict(seed="1")], arguments, jax.devices()[:1])
+    assert (refused["status"], fine["status"]) == ("refused", "pending")
+    assert f"{field}=1: of no effect on digits" in refused["reason"]
+
+
+def test_a_seed_counts_once():
+    def run(seed, rate, settings):
+        figures = dict(mesh=dict(data=1, model=1), parallelism="data", batch_size=8, seed=seed, images_per_second=rate)
+        return dict(status="completed", settings=settings, figures=figures)
+
+    (group,) = compare.groups_of([run(0, 1.0, {}), run(0, 2.0, dict(seed=0)), run(1, 4.0, dict(seed=1))])
+    assert compare.values(group, "images_per_second") == [1.0, 4.0]
+
+
 def test_a_sweep_may_fall_back_only_where_it_is_told_to(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert sweep.arguments_of({}, [*SHARED, "--config.data.fallback_epochs=1"], 8)[-1] == "--config.data.fallback="
@@ -141,6 +176,24 @@ def test_ctrl_c_lets_the_run_save_and_the_sweep_goes_on_later(fake, tmp_path):
     assert {run["status"] for run in fake(0, 4, 1)["runs"]} == {"completed"}
 
 
+def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
+    begun, popen = [], subprocess.Popen
+
+    def interrupted(*arguments, **settings):
+        begun.append(popen(*arguments, **settings))
+        signal.raise_signal(signal.SIGINT)
+        return begun[0]
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fake(4)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun[0].poll() is not None
+
+
 @pytest.mark.parametrize(("prepare", "message"), [
     (lambda folder: (folder / "other").mkdir(parents=True), "is not empty and holds no sweep"),
     (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text('{"runs": ['), "no whole sweep.json"),
@@ -167,6 +220,12 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
         assert (run["figures"]["profile"]["communication_milliseconds"] > 0) == (run["mesh"] == "2x1")
     assert {"report.md", "report.csv", "1x1", "1x1.log"} <= {path.name for path in (tmp_path / "s").iterdir()}
     out, _ = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "3x1,5x1", "--workdir", "t"), code=2)  # none can
+
+
+def test_a_sweep_from_a_file_of_flags(start, tmp_path):  # noqa: F811
+    (tmp_path / "flags.txt").write_text("\n".join(["--sweep=seed=0,1", "--cpu_devices=1", "--config.steps=1"]))
+    out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", "--workdir", "s"))
+    assert "2 of 2 runs are completed" in out
 
 
 def test_sweeps_that_are_refused_at_once(start):  # noqa: F811

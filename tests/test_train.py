@@ -500,6 +500,25 @@ def test_what_auto_means(config, platform, dtype, steps):
     assert (got.dtype, got.steps_per_call, got.optimizer.learning_rate) == (dtype, steps, config.data.fallback_learning_rate)
 
 
+def test_a_profile_is_of_the_last_command(config, tmp_path):
+    config.profile = 1
+    train.run(config, tmp_path)
+    assert (tmp_path / "profile.json").exists()
+    config.profile, config.steps, config.epochs = 0, 10, 0
+    train.run(config, tmp_path)
+    assert not (tmp_path / "profile.json").exists()
+
+
+def test_fields_that_are_unknown_or_missing(config):
+    with config.unlocked():
+        config.optimizer.rate = 3
+    with pytest.raises(UserError, match=r"optimizer\.rate=3: no such field, expected those of experiments/alexnet_cifar\.py"):
+        configs.validate(config)
+    del config.optimizer["rate"], config.optimizer["clip_norm"]
+    with pytest.raises(UserError, match=r"optimizer\.clip_norm: missing"):
+        configs.validate(config)
+
+
 def test_a_call_is_not_longer_than_the_run(config):
     config.steps = 3  # an epoch has 4, and would be a call
     assert configs.resolve(config, sources.load(config.data), "gpu").steps_per_call == 3

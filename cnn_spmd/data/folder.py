@@ -44,8 +44,8 @@ def load(name: str, data_dir: str, size: int) -> tuple[str, dict[str, np.ndarray
 def from_folders(root: Path) -> Source:
     """The class folders in `root`: train/CLASS/* to train on, val/CLASS/* (or else test/CLASS/*) to test on.
 
-    It is called by the folder's name and by a digest of names and sizes that a copy keeps, so that a run can go on with a
-    copy and with nothing else. Raises UserError naming what is missing or empty, or a class that only one of the two has.
+    It is called by a digest of names and sizes, so that a run can go on with a copy and with nothing else. Raises UserError
+    naming what is missing or empty, or a class that only one of the two has.
     """
     where = f"data.dir={root}"
     try:
@@ -86,8 +86,7 @@ def from_folders(root: Path) -> Source:
     if other:
         logging.warning("%s: %d files other than %s are left out, such as %s.", where, len(other), "/".join(SUFFIXES), other[0])
     times.update(content.digest())
-    name = f"{root.resolve().name}-{content.hexdigest()[:8]}"
-    return Source(name, splits, tuple(sorted(classes)), times.hexdigest()[:16])
+    return Source(f"folder-{content.hexdigest()[:8]}", splits, tuple(sorted(classes)), times.hexdigest()[:16])
 
 
 def from_tfds(name: str, root: Path) -> Source:
