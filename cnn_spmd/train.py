@@ -97,27 +97,29 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     train_feed.load()
     test_feed.load()
     state = state if state is not None else steps.jit_init()()
-    schedule = optim.make_schedule(config.optimizer, total, batch_size)
-    float(schedule(start))  # compiled here, not within the first call
+    schedule, ends = optim.make_schedule(config.optimizer, total, batch_size), [*itertools.accumulate(calls, initial=start)]
+    rates = dict(zip(ends, np.asarray(jax.vmap(schedule)(np.array(ends) - 1)), strict=True))  # of the last step of each call
     metrics = metrics_lib.Metrics(workdir, start, identity, enabled=is_main)
     progress = metrics_lib.Progress(total, show=is_main)
     clock = metrics_lib.Clock()
     step, eval_seconds, evaluation, startup = start, 0.0, None, None
 
-    def record(losses: np.ndarray, accuracies: np.ndarray) -> None:
+    def record(end: int, values: dict) -> None:
+        """Waits for the call that ends at step `end`."""
         nonlocal startup
+        losses, accuracies = np.asarray(values["loss"]), np.asarray(values["accuracy"])
         n = len(losses)
         seconds = clock.tick(n)
         startup = startup or metrics_lib.process_seconds()
         if not np.isfinite(losses).all():
             at = int(np.argmin(np.isfinite(losses)))
-            bad = step - n + at + 1
+            bad = end - n + at + 1
             raise NonFinite(f"loss is {losses[at]} at step {bad} (learning rate {schedule(bad - 1):.4g})")
         row = dict(loss=float(losses.mean()), accuracy=float(accuracies.mean()), images_per_second=n * batch_size / seconds)
-        metrics.write(step, "train", **row, learning_rate=float(schedule(step - 1)), steps=n,
+        metrics.write(end, "train", **row, learning_rate=float(rates[end]), steps=n,
                       train_seconds=metrics.train_seconds + clock.seconds)
-        evals_left = 1 + ((total - 1) // eval_every - (step - 1) // eval_every if eval_every else 0)
-        progress.update(step, **row, eta=(total - step) / clock.steps_per_second() + eval_seconds * evals_left)
+        evals_left = 1 + ((total - 1) // eval_every - (end - 1) // eval_every if eval_every else 0)
+        progress.update(end, **row, eta=(total - end) / clock.steps_per_second() + eval_seconds * evals_left)
 
     def evaluate(split: str) -> dict:
         nonlocal eval_seconds
@@ -180,14 +182,19 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     try:
         summarise("running")
         clock.start()
-        indices = (indices_of(config.seed, at, n)
-                   for at, n in zip(itertools.accumulate(calls, initial=start), calls, strict=False))
+        unread = None  # a call is recorded when the next one has begun, so that the devices need not wait for the host
+        indices = (indices_of(config.seed, at, n) for at, n in zip(ends, calls, strict=False))
         for n, inputs in zip(calls, train_feed.calls(indices), strict=True):
             state, values = programs[n](state, *inputs)
             step += n
-            record(np.asarray(values["loss"]), np.asarray(values["accuracy"]))
-            interrupted = interrupt.requested()
-            if step == total or (step not in stops and not interrupted):
+            if unread:
+                record(*unread)
+            unread, interrupted = (step, values), interrupt.requested()
+            if step not in stops and not interrupted:
+                continue
+            record(*unread)
+            unread = None
+            if step == total:
                 continue
             evaluation = evaluate("eval") if eval_every and step % eval_every == 0 and not interrupted else None
             if interrupted or (save_every and step % save_every == 0):

@@ -463,6 +463,27 @@ def test_the_clock_stands_still_during_evaluation(config, tmp_path, monkeypatch)
     assert events == ["start", *["tick"] * 4, "eval", "start", *["tick"] * 4, "eval"]
 
 
+def test_a_call_begins_before_the_one_before_it_is_read(config, tmp_path, monkeypatch):
+    """So that the devices never wait for the host, but where all is read before an evaluation."""
+    events, tick, compiled = [], metrics.Clock.tick, train.compile_train
+
+    class Told:
+        def __init__(self, *arguments):
+            self.program = compiled(*arguments)
+
+        def __call__(self, *inputs):
+            events.append("begin")
+            return self.program(*inputs)
+
+        def __getattr__(self, name):
+            return getattr(self.program, name)
+
+    monkeypatch.setattr(metrics.Clock, "tick", lambda *a: events.append("read") or tick(*a))
+    monkeypatch.setattr(train, "compile_train", Told)
+    train.run(config, tmp_path)
+    assert events == ["begin", *["begin", "read"] * 3, "read"] * 2
+
+
 def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeypatch):
     data = sources.load(config.data)
     data = dataclasses.replace(data, train_labels=data.train_labels * 0 + 1, test_labels=data.test_labels * 0,
