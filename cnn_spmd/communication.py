@@ -8,8 +8,9 @@ placement table; with W a layer's weights, d the width of its input, B the globa
                           and its gradient, a partial sum on each device, all-reduced         2 (Pr-1)/Pr B d/Pc
   rows split over Pr      the output is a partial sum on each device and is all-reduced       2 (Pr-1)/Pr B d'/Pc
 
-An all-reduce whose result is only kept in part is a reduce-scatter, at half the cost: so it is wherever the gathered input
-lay split over the same devices, which that paper does not count. Scalars, labels and the softmax's sums are left out.
+An all-reduce whose result is only kept in part is a reduce-scatter, at half the cost, which that paper does not count: so it is
+wherever the gathered input lay split over the same devices, and where the output's batch is split over those of the rows (its
+gradient is then gathered). Scalars, labels and the softmax's sums are left out.
 """
 
 from collections.abc import Sequence
@@ -29,28 +30,29 @@ def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]
     activations and gradients move; dense_parts: of a variable batch, each of which reduces its gradients, while all of them
     together move the activations of the whole.
     """
-    rows, previous, reduced, batch_axes = [], None, None, {}
+    rows, previous, batch_axes = [], None, {}
     kernels = {name.split(".")[0]: mesh_axes_of(place.spec(param.axes, param.shape, name))
                for name, param in params if name.endswith(".kernel")}
 
-    def move(what: str, operation: str, axes: set[str], phase: str, payload: float) -> dict:
+    def move(what: str, operation: str, axes: set[str], phase: str, payload: float) -> None:
         axes = [axis for axis, size in place.mesh.shape.items() if axis in axes and size > 1]
-        row = dict(what=what, operation=operation, axes=axes, phase=phase, bytes=round(payload))
         if axes:
-            rows.append(row)
-        return row
+            rows.append(dict(what=what, operation=operation, axes=axes, phase=phase, bytes=round(payload)))
 
     for name, axes, shape in activations:
         layer, _, end = name.partition(" ")
         dims = mesh_axes_of(place.spec(axes, shape, name))
         held = place.report(name, axes, shape, itemsize)["bytes_per_device"]
         inputs, outputs = (set(dim) for dim in kernels[layer][-2:]) if layer in kernels else (set(), set())
+        after = {axis for dim in dims for axis in dim}
         if end == "output":
-            reduced = move(name, "all-reduce", inputs, "forward", held)
+            scattered = inputs & after
+            move(name, "all-reduce", inputs - scattered, "forward", held)
+            move(name, "reduce-scatter", scattered, "forward", held * place.parts(tuple(scattered)))
+            move(name, "all-gather", scattered, "backward", held * place.parts(tuple(scattered)))
         else:
             batch_axes[layer] = dims[0]
             before = set() if previous is None else {axis for dim in previous for axis in dim}
-            after = {axis for dim in dims for axis in dim}
             if previous is not None:
                 gathered, sliced = before - after, after - before
                 outputs -= set(dims[-1])  # a device that holds whole towers has the whole gradient of their channels
@@ -58,8 +60,6 @@ def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]
                 operation = "reduce-scatter" if gathered and outputs <= gathered else "all-reduce"
                 move(name, operation, outputs, "backward", held)
                 move(name, "all-gather", sliced, "backward", held * place.parts(tuple(sliced)))
-                if reduced and sliced >= set(reduced["axes"]):
-                    reduced["operation"] = "reduce-scatter"
                 turned = {axis for a, b in zip((previous[0], previous[-1]), (dims[0], dims[-1]), strict=True)
                           for axis in set(a) - set(b) if axis in after}
                 for phase in ("forward", "backward"):

@@ -124,18 +124,21 @@ def flatten(x_NHWC: jax.Array, place) -> jax.Array:
     return x_NHWC.reshape(len(x_NHWC), -1)
 
 
-def hidden(name: str, layer: nnx.Linear, x_BF: jax.Array, place, rate: float, key: jax.Array | None) -> jax.Array:
-    """The dense `layer`, called `name`, its ReLU and dropout."""
+def hidden(name: str, layer: nnx.Linear, x_BF: jax.Array, place, rate: float, key: jax.Array | None,
+           last: bool) -> jax.Array:
+    """The dense `layer`, called `name`, its ReLU and dropout; the `last` one is followed by the output layer."""
     x_BF = place(x_BF, "dense_batch", f"{name}_in", name=f"{name} input")
-    x_BF = place(nnx.relu(layer(x_BF)), "dense_batch", f"{name}_out", name=f"{name} output")
-    return place(dropout(x_BF, rate, key), "dense_batch", f"{name}_out")  # before the next gather, which else takes the mask
+    # Whole columns go straight to the output layer's batch: partial sums (of split rows) are then scattered as they are summed.
+    batch = "output_batch" if last and place.parts_of(f"{name}_out") == 1 else "dense_batch"
+    x_BF = place(nnx.relu(layer(x_BF)), batch, f"{name}_out", name=f"{name} output")
+    return place(dropout(x_BF, rate, key), batch, f"{name}_out")  # before the next gather, which else takes the mask
 
 
 def dense_head(model: nnx.Module, x_BF: jax.Array, place, rate: float, key: jax.Array | None) -> jax.Array:
     """AlexNet's end: the hidden layers fc1 and fc2, each with a dropout mask of its own, and the output layer fc3."""
     keys = (None, None) if key is None else jax.random.split(key)
-    x_BF = hidden("fc1", model.fc1, x_BF, place, rate, keys[0])
-    x_BF = hidden("fc2", model.fc2, x_BF, place, rate, keys[1])
+    x_BF = hidden("fc1", model.fc1, x_BF, place, rate, keys[0], last=False)
+    x_BF = hidden("fc2", model.fc2, x_BF, place, rate, keys[1], last=True)
     return logits(model.fc3, x_BF, place)
 
 

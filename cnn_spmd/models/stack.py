@@ -157,5 +157,5 @@ class Stack(nnx.Module):
         """Logits [B, classes] of the features; no key: no dropout."""
         keys = [None] * len(self.hidden) if dropout_key is None else jax.random.split(dropout_key, len(self.hidden))
         for (label, spec), key in zip(self.hidden, keys, strict=True):
-            x_BF = layers.hidden(label, getattr(self, label), x_BF, place, spec.dropout, key)
+            x_BF = layers.hidden(label, getattr(self, label), x_BF, place, spec.dropout, key, label == self.hidden[-1][0])
         return layers.logits(self.fc3, x_BF, place)
