@@ -17,13 +17,13 @@ from collections.abc import Sequence
 
 from flax import nnx
 
+from cnn_spmd.hlo import RING_PARTS
 from cnn_spmd.placement import Placement, mesh_axes_of
-from cnn_spmd.program import RING_PARTS
 
 
 def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]], params: Sequence[tuple[str, nnx.Param]],
                 itemsize: int, dense_parts: int = 1) -> list[dict]:
-    """JSON-ready rows: what, operation, axes, phase, bytes (payload of one device) and ring_bytes, as in program.py.
+    """JSON-ready rows: what, operation, axes, phase, bytes (payload of one device) and ring_bytes, as in hlo.py.
 
     activations: name ("conv1 input", "conv1 output"), logical axes and shape of each, in the order of the network;
     params: name ("conv1.kernel") and abstract variable; itemsize: bytes of an element of the compute dtype, in which

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cnn_spmd import program
+from cnn_spmd import hlo, program
 
 BOTH = ("data", "model")
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -35,7 +35,7 @@ def compile_on(mesh, function, *shapes):
 
 
 def parse(text, mesh_shape=TINY):
-    return program.parse_collectives(text, mesh_shape)
+    return hlo.parse_collectives(text, mesh_shape)
 
 
 def one(text, mesh_shape=TINY):
@@ -122,7 +122,7 @@ WEIGHTS = 32 * 32 * 4 + 32 * 24 * 4  # bytes of one device's halves of the two w
 
 def test_phases_of_a_real_train_step(step):
     mesh, compiled = step
-    rows = program.summarise(parse(compiled.as_text(), dict(mesh.shape)))
+    rows = hlo.summarise(parse(compiled.as_text(), dict(mesh.shape)))
     common = dict(operation="all-reduce", count=1)
     assert rows == [
         # Both weights' gradients, and with them, merged by XLA, the loss.
@@ -178,9 +178,9 @@ def test_what_a_loop_runs_several_times_counts_so_often(steps, each, part):
         return lax.psum(lax.scan(lambda x, _: (lax.psum(x, "model"), None), x, length=4)[0], "data"), None
 
     compiled = compile_on(mesh, lambda x: lax.psum(lax.scan(step, x, length=3)[0], BOTH), (8, 32))
-    found = program.parse_collectives(compiled.as_text(), dict(mesh.shape), steps)
+    found = hlo.parse_collectives(compiled.as_text(), dict(mesh.shape), steps)
     assert {c.axes: c.count for c in found} == {("data",): each, ("model",): part, BOTH: 1}
-    assert sum(row["bytes"] for row in program.summarise(found)) == (each + part + 1) * X
+    assert sum(row["bytes"] for row in hlo.summarise(found)) == (each + part + 1) * X
 
 
 def test_a_loop_that_does_not_say_how_often_it_runs():
@@ -417,11 +417,11 @@ def test_summary_rows_are_grouped_and_the_heaviest_come_first():
   %r.3 = f32[8]{{0}} all-reduce(%a), {PAIRS}, metadata={{op_name="jit(f)/transpose(jvp())/x"}}
   %g.1 = f32[800]{{0}} all-gather(%a), {PAIRS}, metadata={{op_name="jit(f)/jvp()/x"}}
   %g.2 = f32[8]{{0}} all-gather(%a), replica_groups={{}}, metadata={{op_name="jit(f)/jvp()/x"}}"""
-    rows = [tuple(row.values()) for row in program.summarise(parse(text))]
+    rows = [tuple(row.values()) for row in hlo.summarise(parse(text))]
     assert rows == [
         ("all-gather", ["model"], "forward", 1, 3200, 1600),
         ("all-reduce", ["model"], "forward", 2, 64, 64),
         ("all-reduce", ["model"], "backward", 1, 32, 32),
         ("all-gather", ["data", "model"], "forward", 1, 32, 28),
     ]
-    assert program.summarise([]) == []
+    assert hlo.summarise([]) == []
