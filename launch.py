@@ -62,10 +62,10 @@ def start_cluster() -> None:
 
     env = os.environ
     if any(name in env for name in CLUSTER):
-        address, *numbers = (env.get(name, "") for name in CLUSTER)
-        if ":" not in address or not all(number.isdecimal() for number in numbers):
-            raise ValueError(", ".join(f"{name}={env.get(name, '')}" for name in CLUSTER) + ": expected host:port and two "
-                             "numbers, all three")
+        address, count, number = (env.get(name, "") for name in CLUSTER)
+        if ":" not in address or not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+            raise ValueError(", ".join(f"{name}={env.get(name, '')}" for name in CLUSTER) + ": expected host:port, a number "
+                             "and one below it, all three")
         expected = int(env["JAX_NUM_PROCESSES"])
         where = dict(coordinator_address=env["JAX_COORDINATOR_ADDRESS"], num_processes=expected,
                      process_id=int(env["JAX_PROCESS_ID"]))
@@ -74,19 +74,20 @@ def start_cluster() -> None:
         if expected == 1:
             return
         where = {}  # jax finds the coordinator itself under Slurm and Open MPI
+    timeout = int(env.get("JAX_INITIALIZATION_TIMEOUT", 120))
     try:
-        jax.distributed.initialize(**where, initialization_timeout=int(env.get("JAX_INITIALIZATION_TIMEOUT", 120)))
+        jax.distributed.initialize(**where, initialization_timeout=timeout)
     except ValueError as error:
-        raise ValueError(f"{' '.join(str(error).split())} Expected srun or mpirun to have started this process, as "
-                         "SLURM_NTASKS or OMPI_COMM_WORLD_SIZE is above 1") from error
+        started = "" if where else (" Expected srun or mpirun to have started this process, as SLURM_NTASKS or "
+                                    "OMPI_COMM_WORLD_SIZE is above 1")
+        raise ValueError(f"{' '.join(str(error).split())}{started}") from error
     if jax.process_count() != expected:
         raise RuntimeError(f"the cluster has {jax.process_count()} processes, expected {expected}")
 
 
 def main(argv: list[str]) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):  # until the run takes over; a job in the background ignores Ctrl-C
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt.early)
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the run takes over
+        signal.signal(number, interrupt.early)
     try:
         return launch(argv)
     except KeyboardInterrupt:

@@ -43,21 +43,26 @@ def panel_of(run: dict) -> str:
     return ", ".join([batch, *(f"{name}={value}" for name, value in settings.items() if name not in known)])
 
 
-def groups_of(runs: list[dict]) -> list[dict]:
-    """The completed runs in groups, ordered by panel (as they come), devices, mesh and parallelism; a seed counts once.
+def key_of(run: dict) -> tuple[str, tuple[int, int], str]:
+    """What the runs of a group share, of a completed run: panel, mesh (data, model), parallelism."""
+    figures = run["figures"]
+    return panel_of(run), (figures["mesh"]["data"], figures["mesh"]["model"]), figures["parallelism"]
 
-    Each: panel, mesh (data, model), devices, parallelism, runs, and base: the group on one device in the same panel, of the
-    same parallelism where there is a choice; None where there is none.
+
+def groups_of(runs: list[dict]) -> list[dict]:
+    """The completed runs in groups, ordered by panel (as they come), devices, mesh and parallelism.
+
+    A seed counts once, by the first run that has a speed. Each: panel, mesh (data, model), devices, parallelism, runs, and
+    base: the group on one device in the same panel, of the same parallelism where there is a choice; None where there is none.
     """
     groups = {}
-    for run in runs:
-        if run["status"] == "completed" and run["figures"]:
-            mesh = (run["figures"]["mesh"]["data"], run["figures"]["mesh"]["model"])
-            key = (panel_of(run), mesh, run["figures"]["parallelism"])
-            groups.setdefault(key, dict(panel=key[0], mesh=mesh, devices=mesh[0] * mesh[1], parallelism=key[2], runs=[]))
-            if run["figures"]["seed"] not in values(groups[key], "seed"):
-                groups[key]["runs"].append(run)
-    panels = list(dict.fromkeys(panel for panel, *_ in groups))
+    completed = [run for run in runs if run["status"] == "completed" and run["figures"]]
+    for run in sorted(completed, key=lambda run: not run["figures"]["images_per_second"]):
+        panel, mesh, parallelism = key = key_of(run)
+        groups.setdefault(key, dict(panel=panel, mesh=mesh, devices=mesh[0] * mesh[1], parallelism=parallelism, runs=[]))
+        if run["figures"]["seed"] not in values(groups[key], "seed"):
+            groups[key]["runs"].append(run)
+    panels = list(dict.fromkeys(map(panel_of, completed)))
     ordered = sorted(groups.values(), key=lambda group: (panels.index(group["panel"]), group["devices"], -group["mesh"][0],
                                                          group["parallelism"]))
     for group in ordered:

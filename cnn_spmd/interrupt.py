@@ -23,13 +23,12 @@ def early(number: int, _) -> None:
 def held() -> Iterator[None]:
     """Signals that come meanwhile are told at the end, by KeyboardInterrupt: what is begun here is done."""
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number, handler in handlers.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: came.append(number))
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
 

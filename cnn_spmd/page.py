@@ -169,7 +169,7 @@ def as_csv(sweeps: list[dict]) -> str:
     """A row a run: plain numbers in full, bytes by operation, speedup and efficiency where there is a one-device run."""
     rows = []
     for sweep in sweeps:
-        bases = {run["name"]: group["base"] for group in compare.groups_of(sweep["runs"]) for run in group["runs"]}
+        bases = {compare.key_of(group["runs"][0]): group["base"] for group in compare.groups_of(sweep["runs"])}
         for run in sweep["runs"]:
             figures = dict(run["figures"])
             for operation in figures.pop("collectives", []):
@@ -178,7 +178,7 @@ def as_csv(sweeps: list[dict]) -> str:
             figures["profile"] = {name: value for name, value in (figures.get("profile") or {}).items() if name != "top"}
             row = {name: run[name] for name in ("name", "status", "reason", "seconds", "command")}
             row = dict(folder=sweep["title"]) | row | flat(dict(settings=run["settings"]) | figures)
-            if (base := bases.get(run["name"])) and figures["images_per_second"]:
+            if run["status"] == "completed" and figures.get("images_per_second") and (base := bases[compare.key_of(run)]):
                 row["speedup"] = figures["images_per_second"] / compare.average(base, "images_per_second")
                 row["efficiency"] = row["speedup"] / (figures["mesh"]["data"] * figures["mesh"]["model"])
             rows.append(row)

@@ -106,14 +106,14 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
 
     def record(end: int, values: dict) -> None:
         """Waits for the call that ends at step `end`."""
-        nonlocal startup
+        nonlocal startup, step
         losses, accuracies = np.asarray(values["loss"]), np.asarray(values["accuracy"])
         n = len(losses)
         seconds = clock.tick(n)
         startup = startup or metrics_lib.process_seconds()
         if not np.isfinite(losses).all():
             at = int(np.argmin(np.isfinite(losses)))
-            bad = end - n + at + 1
+            bad, step = end - n + at + 1, end
             raise NonFinite(f"loss is {losses[at]} at step {bad} (learning rate {schedule(bad - 1):.4g})")
         row = dict(loss=float(losses.mean()), accuracy=float(accuracies.mean()), images_per_second=n * batch_size / seconds)
         metrics.write(end, "train", **row, learning_rate=float(rates[end]), steps=n,
@@ -182,7 +182,9 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     try:
         summarise("running")
         clock.start()
-        unread = None  # a call is recorded when the next one has begun, so that the devices need not wait for the host
+        # A call is recorded when the next one has begun, so that the devices need not wait for the host (with several processes
+        # they do: these agree after each call whether a signal came).
+        unread = None
         indices = (indices_of(config.seed, at, n) for at, n in zip(ends, calls, strict=False))
         for n, inputs in zip(calls, train_feed.calls(indices), strict=True):
             state, values = programs[n](state, *inputs)

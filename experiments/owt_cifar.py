@@ -13,7 +13,7 @@ alexnet_cifar.py. Published, ILSVRC-2012, top-1 error, rate times k:
   dense as large     42.33    42.63    42.59    43.28 %
   dense 128          42.33    42.27    42.44    42.86
 
-Measured, CIFAR-10, one H200, test error, n = 3 each (spreads: README.md); a run is 10 to 30 s of training:
+Measured, CIFAR-10, one H200, test error, n = 3 each (spreads: README.md):
 
   batch                     128      256      512     1024
   rate k, as large        12.85    12.35    12.48    13.89 %
@@ -21,8 +21,9 @@ Measured, CIFAR-10, one H200, test error, n = 3 each (spreads: README.md); a run
   sqrt(k), as large                13.75    15.12    17.73
   sqrt(k), dense 128               13.42    15.08    16.81
 
-As published: the rate grows with k, not with its root, and at the largest batch the dense layers' small ones save what it else
-costs. 20 epochs without a warm-up were too few, and two of three seeds diverged within ten steps at 1024 (rate k).
+As published, the rate grows with k, not with its root. At the largest batch the dense layers' small ones save all that it else
+costs; less than half, as published. (Seen on the way, in runs not kept: 20 epochs are too few, and without a warm-up rate k
+diverges at 1024.)
 """
 
 import ml_collections

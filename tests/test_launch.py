@@ -206,7 +206,7 @@ def test_a_process_that_cannot_join_its_cluster_fails(start, tmp_path):
     assert "step" not in out
     assert not (tmp_path / "runs").exists()
     _, err = finished(start(*SMALL, JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="two"), code=1)
-    assert "JAX_NUM_PROCESSES=two, JAX_PROCESS_ID=: expected host:port and two numbers" in err
+    assert "JAX_NUM_PROCESSES=two, JAX_PROCESS_ID=: expected host:port, a number and one below it" in err
     _, err = finished(start(*SMALL, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"), code=1)  # it would train a copy of its own
     assert "JAX_COORDINATOR_ADDRESS=, JAX_NUM_PROCESSES=2" in err
     _, err = finished(start(*SMALL, SLURM_NTASKS="2"), code=1)

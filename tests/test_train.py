@@ -200,7 +200,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
     with pytest.raises(train.NonFinite, match=r"loss is nan at step 6 .*the last good checkpoint is .*checkpoints.4$"):
         train.run(config, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()] == ["4"]
-    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "non-finite"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("non-finite", 6)
 
 
 def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
