@@ -22,13 +22,14 @@ from cnn_spmd.placement import Placement, mesh_axes_of
 
 
 def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]], params: Sequence[tuple[str, nnx.Param]],
-                itemsize: int, dense_parts: int = 1) -> list[dict]:
+                itemsize: int, dense_updates: int = 1) -> list[dict]:
     """JSON-ready rows: what, operation, axes, phase, bytes (payload of one device) and ring_bytes, as in hlo.py.
 
     activations: name ("conv1 input", "conv1 output"), logical axes and shape of each, in the order of the network;
     params: name ("conv1.kernel") and abstract variable; itemsize: bytes of an element of the compute dtype, in which
-    activations and gradients move; dense_parts: of a variable batch, each of which reduces its gradients, while all of them
-    together move the activations of the whole.
+    activations and gradients move; dense_updates: of a step, in a variable batch, each of which needs gradients of its own,
+    while all parts together move the activations of the whole. (Where parts are summed before one update, compilers reduce
+    some or all of them by themselves: more than theory.)
     """
     rows, previous, batch_axes = [], None, {}
     kernels = {name.split(".")[0]: mesh_axes_of(place.spec(param.axes, param.shape, name))
@@ -68,7 +69,7 @@ def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]
 
     for name, param in params:
         held = place.report(name, param.axes, param.shape, itemsize)["bytes_per_device"]
-        times = dense_parts if name.startswith("fc") else 1
+        times = dense_updates if name.startswith("fc") else 1
         move(name, "all-reduce", set(batch_axes[name.split(".")[0]]), "backward", times * held)
 
     for row in rows:

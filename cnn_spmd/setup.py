@@ -141,8 +141,8 @@ def report_of(setup: Setup, compiled: jax.stages.Compiled, n: int, compile_secon
     activations = steps.activations(config.batch_size, image_size(config, data))
     itemsize = jnp.dtype(config.dtype).itemsize
     report = program.report(compiled, place.mesh, n)
-    dense_parts = config.batch_size // config.dense_microbatch if config.dense_microbatch else 1
-    theory = communication.closed_form(place, activations, params, itemsize, dense_parts)
+    dense_updates = 1 if steps.dense_optimizer is None else config.batch_size // config.dense_microbatch
+    theory = communication.closed_form(place, activations, params, itemsize, dense_updates)
     return dict(
         parallelism=config.parallelism, devices=place.mesh.size, model=config.model.name, batch_size=config.batch_size,
         dtype=config.dtype, **setup.identity, data_on_device=config.data.resident == "yes",

@@ -17,6 +17,8 @@ from flax import nnx
 from cnn_spmd.data import batches
 from cnn_spmd.placement import Placement
 
+UNROLLED = 8  # parts of a variable batch: one weird trick's GPUs
+
 
 class TrainState(NamedTuple):
     """All that a run carries from step to step, and all that a checkpoint holds."""
@@ -172,10 +174,11 @@ class Steps:
 
         Each device gives every part its share of examples, so that a part's activations are gathered from all: this is
         the paper's scheme (c), whose communication is spread evenly. Scheme (b), a worker's own 128 examples a part,
-        would leave all but one worker's links idle; scheme (a) is the whole batch at once. The parts follow each other
-        in a scan. In XLA's schedule for 8 H100s (jaxlib 0.10.2) the products wait for the gathers going forward, and going
-        backward the reduce-scatter of a layer's input gradient runs under the product of its weight gradient; the next
-        part's gather does not start early, so nothing of (b)'s hiding of one part's communication behind another's.
+        would leave all but one worker's links idle; scheme (a) is the whole batch at once. The parts stand one after another
+        in the program (up to UNROLLED of them, in a loop if there are more), so that one part's communication can run behind
+        another's computation, as (b) and (c) are meant to. In XLA's schedule for 4 H100s (jaxlib 0.11.2) the next part's
+        gathers run under the update that a part ends with, and the gradients of all parts' inputs are reduce-scattered
+        together, under products and updates.
         """
         images, labels_B, key = self.batch(data, state, indices_B)
         x_BF, backward = jax.vjp(lambda params: self.features(params, images), read(state.params))
@@ -200,7 +203,7 @@ class Steps:
         each = self.dense_optimizer is not None
         inputs = in_parts(x_BF, "conv_batch", None), in_parts(labels_B, "output_batch"), jax.random.split(key, parts)
         carry = (dense, state.optimizer["dense"], None) if each else (dense, None, jax.tree.map(jnp.zeros_like, whole(dense)))
-        (dense, optimizer, total), (metrics, gradient) = jax.lax.scan(part, carry, inputs)
+        (dense, optimizer, total), (metrics, gradient) = jax.lax.scan(part, carry, inputs, unroll=min(parts, UNROLLED))
 
         gradient = self.place(gradient.swapaxes(0, 1).reshape(x_BF.shape) / parts, "conv_batch", None)
         _, conv_grads = nnx.split_state(backward(gradient.astype(x_BF.dtype))[0], is_dense, ...)
