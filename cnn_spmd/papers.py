@@ -160,7 +160,7 @@ def read(folder: pathlib.Path) -> list[dict]:
                 runs.append(run["figures"] | dict(
                     devices=group["devices"], host_cores=sweep["hardware"]["host_cores"], speedup=speedup,
                     command=run["command"], config=dict(run["settings"], experiment=sweep["experiment"]),
-                    # Older sweeps do not say it otherwise.
+                    # Of older sweeps only the experiment's name says it.
                     variable=bool(run["figures"].get("dense_microbatch", "variable" in sweep["experiment"]))))
     return runs
 

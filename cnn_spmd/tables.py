@@ -85,8 +85,9 @@ def speed_table(folder: pathlib.Path = RESULTS / "speed") -> str:
         done = {side: [row for row in batch[side] if "error" not in row] for side in ("ours", "peer")}
         ours, peer = (max((row for row in done[side] if row["gpus"] == gpus), key=lambda row: row["images_per_second"])
                       for side in ("ours", "peer"))
-        others = [[row["images_per_second"] for row in done["ours"] if gpus > 1 and row["gpus"] == count and scheme in
-                   ("", row["parallelism"])] for count, scheme in ((1, ""), (gpus, "data"))]
+        several = done["ours"] if gpus > 1 else []
+        others = ([row["images_per_second"] for row in several if row["gpus"] == 1],
+                  [row["images_per_second"] for row in several if row["gpus"] == gpus and row["parallelism"] == "data"])
         rows.append([f"{gpus} x {device_kind}", str(batch["batch_per_gpu"]), f"{ours['mesh']} {ours['parallelism']}",
                      f"{ours['images_per_second']:,}", f"{peer['images_per_second']:,} ({peer['name']})",
                      f"{batch['ratio']:.2f}", f"{100 * ours['matrix_share']:.0f}", f"{100 * peer['matrix_share']:.0f}",

@@ -22,8 +22,8 @@ Measured, CIFAR-10, one H200, test error, n = 3 each (spreads: README.md):
   sqrt(k), dense 128               13.42    15.08    16.81
 
 As published, the rate grows with k, not with its root. At the largest batch the dense layers' small ones save all that it else
-costs; less than half, as published. (Seen on the way, in runs not kept: 20 epochs are too few, and without a warm-up rate k
-diverges at 1024.)
+costs; in the paper less than half of it. (Seen on the way, in runs not kept: 20 epochs are too few, and without a warm-up
+rate k diverges at 1024.)
 """
 
 import ml_collections

@@ -78,7 +78,7 @@ def grouped(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
     """A grouped convolution without its bias, as one a group: XLA partitions a grouped one by gathering the whole batch."""
     inputs, outputs = ("conv_batch", None, None, "group_in"), ("conv_batch", None, None, "group_out")
 
-    def part_of(part, x_NHWC, kernel_HWIO):  # the columns that this device holds: some groups, or a part of one
+    def of_a_device(part, x_NHWC, kernel_HWIO):  # the columns that this device holds: some groups, or a part of one
         rows, columns = kernel_HWIO.shape[2:]
         of_a_group = layer.out_features // layer.feature_group_count
         groups = max(1, columns // of_a_group)
@@ -89,5 +89,5 @@ def grouped(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place) -> jax.Array:
 
     x_NHWC = place(x_NHWC, *inputs, name=f"{name} input")
     kernel = layer.kernel[...].astype(layer.dtype)
-    return place.towers(part_of, layer.feature_group_count, (x_NHWC, inputs), (kernel, layer.kernel.axes), out=outputs,
+    return place.towers(of_a_device, layer.feature_group_count, (x_NHWC, inputs), (kernel, layer.kernel.axes), out=outputs,
                         name=name)
