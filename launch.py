@@ -199,14 +199,17 @@ def without(arguments: list[str], names: set[str]) -> list[str]:
 
 
 def default_workdir(experiment: str) -> str:
-    """runs/<experiment>-<UTC time to the millisecond>, the same on every process of a cluster."""
+    """runs/<experiment>-<UTC time to the microsecond>, the same on every process of a cluster.
+
+    Runs that a script starts at once share their millisecond now and then.
+    """
     import numpy as np
     from jax.experimental import multihost_utils
 
     now = datetime.datetime.now(datetime.UTC)
-    digits = np.array([int(f"{now:%Y%m%d}"), int(f"{now:%H%M%S}"), now.microsecond // 1000], np.int32)
-    date, clock, milliseconds = multihost_utils.broadcast_one_to_all(digits)
-    return f"runs/{experiment}-{date:08d}-{clock:06d}-{milliseconds:03d}"
+    digits = np.array([int(f"{now:%Y%m%d}"), int(f"{now:%H%M%S}"), now.microsecond], np.int32)
+    date, clock, microseconds = multihost_utils.broadcast_one_to_all(digits)
+    return f"runs/{experiment}-{date:08d}-{clock:06d}-{microseconds:06d}"
 
 
 def refuse(reason: object) -> int:

@@ -81,7 +81,7 @@ def test_help_shows_every_flag(start):
 def test_default_workdir_is_named_after_experiment_and_time(start, tmp_path):
     out, _ = finished(start(*SMALL))
     (workdir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"alexnet_cifar-\d{8}-\d{6}-\d{3}", workdir.name)
+    assert re.fullmatch(r"alexnet_cifar-\d{8}-\d{6}-\d{6}", workdir.name)
     assert f"Files: runs/{workdir.name}" in out
     assert json.loads((workdir / "summary.json").read_text())["status"] == "completed"
 
