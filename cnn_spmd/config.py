@@ -108,7 +108,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first field outside its range, naming it, its value and the range; or unknown, or missing."""
     from experiments import alexnet_cifar  # which has every field
 
-    fields = {*flat(alexnet_cifar.get_config().to_dict()), *FREE}
+    fields = (*flat(alexnet_cifar.get_config().to_dict()), *FREE)
     for field in fields:
         try:
             _get(config, field)
