@@ -2,7 +2,7 @@
 
 The config of experiments/alexnet_cifar.py on synthetic images of 224x224 and 1000 classes: random crops and mirroring from
 the data set on the device, dropout, smoothed labels, loss and optimizer, each step on other examples; bfloat16 on GPUs.
-Milliseconds a step by the host's clock around at least 30 steps, 5 times, after at least 8 steps of warm-up; the host waits for
+Milliseconds a step by the host's clock around at least 80 steps, 5 times, after at least 8 steps of warm-up; the host waits for
 the devices at the end of each time. Prints one line of JSON.
 """
 
@@ -14,7 +14,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
-WARMUP, REPEATS, STEPS = 8, 5, 30
+WARMUP, REPEATS, STEPS = 8, 5, 80
 CLASSES = 1000
 
 

@@ -170,11 +170,20 @@ def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str,
         size = data.train_images.nbytes + data.test_images.nbytes
         config.data.resident = "yes" if size <= (RESIDENT_SHARE * memory if memory else RESIDENT_BYTES) else "no"
     if not config.steps_per_call:  # a CPU runs the body of a scan some fifty times slower than the bare step
-        config.steps_per_call = 1 if platform == "cpu" else min(config.steps, math.ceil(per_epoch / math.ceil(per_epoch / 100)))
+        config.steps_per_call = 1 if platform == "cpu" else steps_per_call(config, per_epoch)
         if config.data.resident == "no":
             batch_bytes = config.batch_size * data.train_images[0].nbytes
             config.steps_per_call = min(config.steps_per_call, max(1, int(CALL_BYTES / batch_bytes)))
     return config
+
+
+def steps_per_call(config: ml_collections.ConfigDict, per_epoch: int) -> int:
+    """The most steps, up to 100, of which whole calls end at each evaluation and checkpoint: one program serves them all.
+
+    Where there is no such number from 20 on, some hundred or fewer, and a shorter call at the end.
+    """
+    until = min(config.steps, per_epoch * math.gcd(config.eval.every_epochs, config.checkpoint.every_epochs) or config.steps)
+    return max((n for n in range(20, 101) if until % n == 0), default=math.ceil(until / math.ceil(until / 100)))
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict:

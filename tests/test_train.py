@@ -541,9 +541,16 @@ def test_fields_that_are_unknown_or_missing(config):
         configs.validate(config)
 
 
-def test_a_call_is_not_longer_than_the_run(config):
-    config.steps = 3  # an epoch has 4, and would be a call
-    assert configs.resolve(config, sources.load(config.data), "gpu").steps_per_call == 3
+@pytest.mark.parametrize(("steps", "evaluate", "save", "per_call"), [
+    (3, 1, 0, 3),       # an epoch has 4, and would be a call
+    (1000, 1, 0, 4),    # to the next evaluation, which is short
+    (1000, 40, 60, 80),  # 20 epochs between stops
+    (1000, 0, 0, 100),
+    (1000, 25, 25, 100),
+    (101, 0, 0, 51)])   # a prime: two lengths of calls, 51 and 50
+def test_calls_end_where_evaluations_and_checkpoints_are(config, steps, evaluate, save, per_call):
+    config.steps, config.eval.every_epochs, config.checkpoint.every_epochs = steps, evaluate, save
+    assert configs.resolve(config, sources.load(config.data), "gpu").steps_per_call == per_call
 
 
 @pytest.mark.parametrize(("memory", "resident", "steps"), [(None, "yes", 2), (1e6, "yes", 2), (0.7e6, "no", 1)])
