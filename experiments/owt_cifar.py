@@ -6,7 +6,7 @@
 
 A batch k times as large as 128 has k times the learning rate (scaling=1.0), which the paper found to work, or sqrt(k) times
 (0.5), as its theory says; :variable updates the dense layers after each 128 images, at 1/k of the rate. The recipe is that of
-owt_imagenet.py (rate .01 for batch 128, three stages, dropout .5) after a short warm-up, data and network are those of
+owt_imagenet.py (rate .01 for batch 128, a short warm-up, three stages, dropout .5), data and network are those of
 alexnet_cifar.py. Published, ILSVRC-2012, top-1 error, rate times k:
 
   batch                128      256      512     1024
@@ -38,6 +38,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.experiment = "owt_cifar" + (f"_{variant}" if variant else "")
     config.data = alexnet_cifar.get_config().data
     config.data.fallback = ""
-    config.epochs, config.optimizer.warmup = 60, 0.05
+    config.epochs = 60
     config.eval.every_epochs = config.checkpoint.every_epochs = 0
     return config
