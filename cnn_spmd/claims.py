@@ -86,8 +86,11 @@ def depth_plot(runs: Sequence[dict]) -> str:
                             for name, layers, same in by_depth(runs)])
 
 
+BATCH_DATA = {"owt_cifar": "CIFAR-10", "owt_imagenette": "Imagenette"}
+
+
 def batch_table(runs: Sequence[dict], published: dict[tuple[str, int], float]) -> str:
-    """A Markdown table of test error, %, by batch size, from the runs of experiments/owt_cifar.py.
+    """A Markdown table of test error, %, by batch size, from the runs of experiments/owt_cifar.py and owt_imagenet.py.
 
     published: the paper's top-1 errors on ImageNet by dense batch (as columns name it) and batch.
     """
@@ -95,10 +98,11 @@ def batch_table(runs: Sequence[dict], published: dict[tuple[str, int], float]) -
     for (dense, batch), error in published.items():
         found["ILSVRC-2012, published", f"k, {dense}", batch] = [error]
     for run in runs:
-        if run["experiment"] in ("owt_cifar", "owt_cifar_variable"):
+        data = BATCH_DATA.get(run["experiment"].removesuffix("_variable"))
+        if data:
             dense = "128" if run["config"]["dense_microbatch"] else "as large"
             rate = {1.0: "k", 0.5: "sqrt(k)"}[run["config"]["optimizer"]["scaling"]]
-            key = "CIFAR-10", f"{rate}, {dense}", run["batch_size"]
+            key = data, f"{rate}, {dense}", run["batch_size"]
             found.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
     batches = sorted({batch for *_, batch in found})
     rows = [[data, setting, *(f"{mean(errors, 2)} (n = {len(errors)})" if (errors := found.get((data, setting, batch))) else ""

@@ -22,11 +22,11 @@ Measured on the real CIFAR-10, all 10,000 test images, float32, 1 x H100; mean o
   18pct          17.91 ± 0.24 %   n = 3    23.7 s
   13pct          12.52 ± 0.15 %   n = 3    20.4 s
   11pct          11.31 ± 0.20 %   n = 3    79.2 s
-  11pct_no_lrn   11.48 ± 0.39 %   n = 2    66.6 s
+  11pct_no_lrn   11.31 ± 0.41 %   n = 3    63.4 s
 
-Without its response norms 11pct is no worse than with them, within the spread of two pairs: what brings 13% to 11% here are the
-other changes. (11pct's first seed took 85 s, before the norms' derivative was written by hand; the others 76 s. 11pct_no_lrn's
-seed 2 has not run to its end.)
+Without its response norms 11pct is no worse than with them, within the spread of three runs: what brings 13% to 11% here are
+the other changes. (11pct's first seed took 85 s, before the norms' derivative was written by hand; the others 76 s. The last
+one of 11pct_no_lrn ran on an H200, 10.97 % in 57 s, so that only two pairs are of one card: README.md.)
 """
 
 import ml_collections

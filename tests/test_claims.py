@@ -35,14 +35,15 @@ def test_errors_by_batch_on_known_runs():
                     config=dict(dense_microbatch=micro, optimizer=dict(scaling=scaling)))
 
     runs = [run(0.9, 128), run(0.8, 128), run(0.7, 256), run(0.6, 256, 0.5), run(0.5, 256, 0.5, 128),
-            dict(experiment="another")]
+            dict(run(0.4, 512, 1.0, 128), experiment="owt_imagenette_variable"), dict(experiment="another")]
     assert claims.batch_table(runs, {("as large", 128): 42.33, ("128", 512): 42.44}).splitlines() == [
         "| data | rate times, dense batch | batch 128 | batch 256 | batch 512 |", "|---|---|---|---|---|",
         "| ILSVRC-2012, published | k, as large | 42.33 (n = 1) |  |  |",
         "| ILSVRC-2012, published | k, 128 |  |  | 42.44 (n = 1) |",
         "| CIFAR-10 | k, as large | 15.00 ± 7.07 (n = 2) | 30.00 (n = 1) |  |",
         "| CIFAR-10 | sqrt(k), as large |  | 40.00 (n = 1) |  |",
-        "| CIFAR-10 | sqrt(k), 128 |  | 50.00 (n = 1) |  |"]
+        "| CIFAR-10 | sqrt(k), 128 |  | 50.00 (n = 1) |  |",
+        "| Imagenette | k, 128 |  |  | 60.00 (n = 1) |"]
 
 
 def test_weights_of_a_neuron():

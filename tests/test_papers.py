@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from cnn_spmd import compare, papers
 from cnn_spmd.config import flat
-from experiments import alexnet_cifar, cuda_convnet_cifar, deeper_cifar, owt_cifar
+from experiments import alexnet_cifar, cuda_convnet_cifar, deeper_cifar, owt_cifar, owt_imagenet
 
 FIGURES = [figure for figures in papers.FIGURES.values() for figure in figures]
 
@@ -138,7 +138,7 @@ def test_experiment_says_what_was_measured():
 
 
 def test_other_experiments_say_what_was_measured():
-    """So are alexnet_cifar.py's, deeper_cifar.py's and owt_cifar.py's."""
+    """So are alexnet_cifar.py's, deeper_cifar.py's, owt_cifar.py's and owt_imagenet.py's."""
     runs = [run for run in papers.read(ROOT / "results") if run.get("dataset") == "cifar10"]
     found = {}
     for run in runs:
@@ -166,6 +166,11 @@ def test_other_experiments_say_what_was_measured():
         assert {len(values) for values in errors.values()} == {3}
         means = " +".join(f"{statistics.mean(values):.2f}" for values in errors.values())
         assert re.search(rf"^  {label} +{means}( %)?$", owt_cifar.__doc__, re.MULTILINE), (label, means)
+    for batch, dense, variable in ((128, 128, ""), (512, 512, ""), (512, 128, "_variable")):
+        errors = [100 * (1 - run["eval"]["accuracy"]) for run in papers.read(ROOT / "results")
+                  if (run.get("experiment"), run["batch_size"]) == (f"owt_imagenette{variable}", batch)]
+        assert len(errors) == 3
+        assert f"({batch}, {dense})   {compare.mean(errors, 2)} %" in owt_imagenet.__doc__
 
 
 def test_it_prints_every_table(tmp_path):

@@ -58,7 +58,7 @@ def test_results_say_where_they_come_from():
         assert run["status"] == "completed", path
         assert run["device_kind"], path
         assert re.fullmatch("[0-9a-f]{40}", run["commit"]), path
-        assert run["eval"]["examples"] == dict(cifar10=10_000, digits=360)[run["dataset"]], path
+        assert run["eval"]["examples"] == dict(cifar10=10_000, digits=360, imagenette=3925)[run["dataset"]], path
         assert run["config"]["seed"] == run["seed"], path
 
 
