@@ -75,7 +75,8 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
     """The run in `folder`, set up on the first device, and its newest whole state."""
     saved = report.read_json(folder / "config.json")
     try:
-        config = ml_collections.ConfigDict({name: saved[name] for name in saved if name not in ("dataset", "fallback")})
+        of_data = ("dataset", "fallback", "data_files")
+        config = ml_collections.ConfigDict({name: saved[name] for name in saved if name not in of_data})
         config.mesh.update(dict(data=1, model=1))
         config.parallelism, config.data.fallback, asked = "data", "", saved["dataset"]
         if data_dir is not None:
@@ -85,11 +86,12 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
         raise UserError(f"{folder}: config.json is damaged or of another version ({' '.join(str(error).split())})") from error
     except UserError as error:
         raise UserError(f"{folder}: {str(error).replace('--config.data.dir=', '--data_dir=')}") from error
-    if run.data.name != asked:
-        raise UserError(f"{folder}: was trained on {asked}, but its data.dir={config.data.dir} holds {run.data.name}: give the "
+    if (run.data.name, run.data.files) != (asked, saved.get("data_files", run.data.files)):
+        found = run.data.name if run.data.name != asked else "other files of it"
+        raise UserError(f"{folder}: was trained on {asked}, but its data.dir={config.data.dir} holds {found}: give the "
                         "former's place by --data_dir=PATH")
     state = None
-    if (folder / "checkpoints").is_dir():
+    if any((folder / "checkpoints").glob("[0-9]*")):
         checkpoints = Checkpoints(folder.resolve() / "checkpoints", config.checkpoint.keep)
         state = checkpoints.restore(run.steps.abstract_state)
         checkpoints.close()

@@ -35,9 +35,14 @@ class Setup(NamedTuple):
         """What each file of a run says of its data: the data set, and the one that it stands in for, if any."""
         return dict(dataset=self.data.name, fallback=self.data.fallback)
 
+    @property
+    def saved(self) -> dict:
+        """What config.json holds: the config, the data set, and which files these are."""
+        return configs.as_json(self.config) | self.identity | (dict(data_files=self.data.files) if self.data.files else {})
+
 
 def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data: sources.Dataset | None = None) -> Setup:
-    """Mesh, data, model and step functions of a config. Every UserError but the workdir's is raised here.
+    """Mesh, data, model and step functions of a config. Every UserError but those of the workdir is raised here.
 
     devices: None are the ones there are; data: the config's, where it is loaded already.
     """
@@ -46,7 +51,7 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
                       config.placement.to_dict())
     data = data or sources.load(config.data)
     if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
-        name = np.frombuffer(data.name.encode().ljust(64)[:64], np.uint8)
+        name = np.frombuffer(f"{data.name} {data.files}".encode().ljust(64)[:64], np.uint8)
         multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
     config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, device_memory(place))
     config.mesh.data, config.mesh.model = place.mesh.shape.values()

@@ -44,7 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     with Interrupt() as interrupt:
         setup = prepare(config)
         interrupt.check()
-        with workdirs.opened(workdir, configs.as_json(setup.config) | setup.identity) as old_summary:
+        with workdirs.opened(workdir, setup.saved) as old_summary:
             if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:
                 say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy "
                     f"{old_summary['eval']['accuracy']:.2%}. Nothing to do"
@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 
 
 def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
-    """The run itself, in a workdir that is ours."""
+    """The run itself, in a workdir that the caller holds the lock of. Raises UserError where it is past the last step."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (config, data, place, steps), identity = setup, setup.identity
     is_main = jax.process_index() == 0
@@ -70,7 +70,7 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     if start > total:
         raise UserError(f"steps={total}: {workdir} is at step {start} already; the number of steps may grow, not shrink")
     if is_main:  # before anything takes long: a run that is stopped now can be started again
-        metrics_lib.write_json(workdir / "config.json", configs.as_json(config) | identity)
+        metrics_lib.write_json(workdir / "config.json", setup.saved)
         (workdir / "profile.json").unlink(missing_ok=True)  # of an earlier command, maybe on another mesh
     if start:
         say(f"Resumed {workdir} at step {start} on mesh {place.mesh_name}.")
@@ -233,7 +233,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, dev
     setup = prepare(config, devices)
     with contextlib.ExitStack() as stack:
         if workdir:
-            stack.enter_context(workdirs.opened(workdir, configs.as_json(setup.config) | setup.identity))
+            stack.enter_context(workdirs.opened(workdir, setup.saved))
             if (workdir / "config.json").exists():
                 raise UserError(f"--workdir={workdir}: holds a run, which a dry run leaves alone: give a new folder")
         since = time.perf_counter()

@@ -15,7 +15,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cnn_spmd.data import prepared, sources
+from cnn_spmd import config, setup
+from cnn_spmd.data import folder, prepared, sources
 from cnn_spmd.errors import UserError
 
 SIZE = 16
@@ -153,7 +154,7 @@ def a_text(path: Path) -> None:
 @pytest.mark.parametrize("name", ["train/cat/c.png", "val/dog/a.jpg"])
 def test_an_image_that_cannot_be_read_is_named(root, tmp_path, name, spoil):
     spoil(root / name)
-    with pytest.raises(UserError, match=rf"^folder-\w+: cannot read .*{name} \(.*\): mend") as refusal:
+    with pytest.raises(UserError, match=rf"^{root}: cannot read .*{name} \(.*\): mend") as refusal:
         load(root)
     assert "\n" not in str(refusal.value)
     assert caches(tmp_path) == []
@@ -203,6 +204,19 @@ def test_where_there_is_no_room_it_says_so(root, tmp_path, monkeypatch):
         load(root)
 
 
+def test_a_link_to_nowhere_is_named(root):
+    (root / "train/cat/c.png").unlink()
+    (root / "train/cat/c.png").symlink_to(root / "gone.png")
+    with pytest.raises(UserError, match=rf"^data.dir={root}: {root}/train/cat/c.png: No such file"):
+        load(root)
+
+
+def test_a_folder_among_the_images_is_told(root, caplog):
+    (root / "train/cat/more.jpg").mkdir()
+    assert len(load(root).train_images) == 5
+    assert f"1 files other than .jpg/.jpeg/.png are left out, such as {root}/train/cat/more.jpg" in caplog.text
+
+
 def test_files_that_are_left_out_are_told(root, caplog):
     (root / "train/cat/a.gif").write_text("an image of another kind")
     load(root)
@@ -214,7 +228,7 @@ def test_files_that_are_left_out_are_told(root, caplog):
 
 def test_prepared_once(root, tmp_path, monkeypatch, capsys):
     first = load(root)
-    assert "preparing 7 images of folder-" in capsys.readouterr().err
+    assert f"preparing 7 images of {root}," in capsys.readouterr().err
     shutil.copytree(root, tmp_path / "copy/of")  # copies have times of their own, but are the same data set
     os.utime(tmp_path / "copy/of/train/cat/c.png", (1, 1))
     assert load(tmp_path / "copy/of").name == first.name
@@ -315,7 +329,24 @@ def test_a_prepared_tfds_data_set(tmp_path, monkeypatch):
     for seed, image in [*enumerate(data.train_images), *enumerate(data.test_images, 100)]:
         np.testing.assert_allclose(image.mean((0, 1)), colours(20, 30, seed)[:, 5:25].mean((0, 1)), atol=3)
     monkeypatch.setattr(prepared, "prepare", None)
-    np.testing.assert_array_equal(load(tmp_path / "tfds", "imagenette").train_images, data.train_images)
+    again = load(tmp_path / "tfds", "imagenette")
+    np.testing.assert_array_equal(again.train_images, data.train_images)
+    assert again.files == data.files != ""
+
+
+def test_a_named_data_set_says_which_files_it_is(root, tmp_path, monkeypatch):
+    """A run goes on with a copy of them, and with no others."""
+    monkeypatch.setitem(folder.CLASSES, "imagenette", 2)
+    first = load(root, "imagenette")
+    shutil.copytree(root, tmp_path / "copy")
+    assert load(tmp_path / "copy", "imagenette").files == first.files
+    (tmp_path / "copy/train/cat/c.png").unlink()
+    other = load(tmp_path / "copy", "imagenette")
+    assert (other.name, first.name) == ("imagenette", "imagenette")
+    saved, changed = (setup.Setup(ml_collections.ConfigDict(), data, None, None).saved for data in (first, other))
+    config.refuse_changes(saved, saved)
+    with pytest.raises(UserError, match=rf"data_files: {first.files} -> {other.files}"):
+        config.refuse_changes(saved, changed)
 
 
 @pytest.mark.parametrize("name", ["imagenet2012", "imagenette"])

@@ -19,8 +19,8 @@ CLASSES = dict(imagenet2012=1000, imagenette=10)  # TFDS's data sets, and how ma
 FORM = "1"  # of the prepared files; another one prepares them anew
 
 
-def load(name: str, data_dir: str, size: int) -> tuple[str, dict[str, np.ndarray], tuple[str, ...]]:
-    """The data set's name, its arrays (prepared.arrays_of, images of size x size) and the names of its classes.
+def load(name: str, data_dir: str, size: int) -> tuple[Source, dict[str, np.ndarray]]:
+    """The data set as it was found, and its arrays (prepared.arrays_of, images of size x size).
 
     name: "folder", or one of CLASSES; data_dir: class folders, or for the latter also TFDS's data directory ("": the usual
     one). The first call prepares the arrays in TFDS's data directory ($TFDS_DATA_DIR or ~/tensorflow_datasets); later calls
@@ -37,15 +37,13 @@ def load(name: str, data_dir: str, size: int) -> tuple[str, dict[str, np.ndarray
     if expected not in (None, found):
         raise UserError(f"data.dir={data_dir}: holds {found} classes, but data.name={name} has {expected}: give another "
                         "folder, or data.name=folder")
-    arrays = prepared.arrays_of(source, size, root / "cnn_spmd_photographs")
-    return name if name in CLASSES else source.name, arrays, source.class_names
+    return source, prepared.arrays_of(source, size, root / "cnn_spmd_photographs")
 
 
 def from_folders(root: Path) -> Source:
     """The class folders in `root`: train/CLASS/* to train on, val/CLASS/* (or else test/CLASS/*) to test on.
 
-    It is called by a digest of names and sizes, so that a run can go on with a copy and with nothing else. Raises UserError
-    naming what is missing or empty, or a class that only one of the two has.
+    Raises UserError naming what is missing or empty, a class that only one of the two has, and a file that cannot be read.
     """
     where = f"data.dir={root}"
     try:
@@ -68,9 +66,9 @@ def from_folders(root: Path) -> Source:
             for label, name in enumerate(sorted(classes)):
                 before = len(files)
                 for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name):
-                    if entry.name[0] == "." or not entry.is_file():
+                    if entry.name[0] == ".":
                         continue
-                    if not entry.name.lower().endswith(SUFFIXES):
+                    if entry.is_dir() or not entry.name.lower().endswith(SUFFIXES):
                         other.append(entry.path)
                         continue
                     files.append(entry.path)
@@ -86,7 +84,7 @@ def from_folders(root: Path) -> Source:
     if other:
         logging.warning("%s: %d files other than %s are left out, such as %s.", where, len(other), "/".join(SUFFIXES), other[0])
     times.update(content.digest())
-    return Source(f"folder-{content.hexdigest()[:8]}", splits, tuple(sorted(classes)), times.hexdigest()[:16])
+    return Source(str(root), splits, tuple(sorted(classes)), content.hexdigest()[:8], times.hexdigest()[:16])
 
 
 def from_tfds(name: str, root: Path) -> Source:
@@ -118,5 +116,6 @@ def from_tfds(name: str, root: Path) -> Source:
         return Split(len(examples), read)
 
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(found[-1].iterdir())]
+    content = hashlib.sha256(str([file[:2] for file in files]).encode()).hexdigest()[:8]
     return Source(str(found[-1]), dict(train=split("train", examples[0]), test=split("validation", examples[1])), class_names,
-                  hashlib.sha256(f"{FORM} {found[-1]} {files}".encode()).hexdigest()[:16])
+                  content, hashlib.sha256(f"{FORM} {found[-1]} {files}".encode()).hexdigest()[:16])

@@ -39,6 +39,7 @@ class Source(NamedTuple):
     name: str
     splits: dict[str, Split]  # train and test
     class_names: tuple[str, ...]
+    content: str  # a digest of names and sizes: a copy's is the same
     fingerprint: str  # another one wherever a file has changed
 
 

@@ -25,6 +25,7 @@ class Dataset:
     class_names: tuple[str, ...]
     mirror: bool                  # a mirrored image keeps its label (digits: no)
     fallback: str | None = None   # the data set that was asked for, where this one stands in for it
+    files: str = ""               # a digest of its files' names and sizes, where the name does not have one
 
 
 def load(data: ml_collections.ConfigDict) -> Dataset:
@@ -79,8 +80,9 @@ def load_photographs(data: ml_collections.ConfigDict) -> Dataset:
     """Photographs in class folders, or those of a TFDS data set, as squares of data.image_size pixels; read from disk."""
     from cnn_spmd.data import folder  # imports TFDS, as above
 
-    name, arrays, class_names = folder.load(data.name, data.dir, data.image_size)
-    return Dataset(name=name, **arrays, class_names=class_names, mirror=True)
+    source, arrays = folder.load(data.name, data.dir, data.image_size)
+    names = (f"folder-{source.content}", "") if data.name == "folder" else (data.name, source.content)
+    return Dataset(name=names[0], **arrays, class_names=source.class_names, mirror=True, files=names[1])
 
 
 def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:
