@@ -86,7 +86,7 @@ def start_cluster() -> None:
 
 
 def main(argv: list[str]) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):  # until the run takes over
+    for number in interrupt.SIGNALS:  # until the run takes over
         signal.signal(number, interrupt.early)
     try:
         return launch(argv)

@@ -1,4 +1,6 @@
-"""Stop on SIGTERM or Ctrl-C: the first signal asks the run to save and leave, a second one stops the process at once."""
+"""Stop on SIGTERM, Ctrl-C or a closed terminal (SIGHUP): the first signal asks the run to save and leave, a second one stops
+the process at once.
+"""
 
 import contextlib
 import os
@@ -9,21 +11,32 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]))
+_TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 _came_early: list[int] = []
 
 
 def early(number: int, _) -> None:
     """The handler until a run is an Interrupt, which sees that a signal came where a callback of XLA lost the exception."""
+    if number == signal.SIGHUP:
+        _hung_up()
+        signal.signal(number, signal.SIG_IGN)
     _came_early.append(number)
     raise KeyboardInterrupt
+
+
+def _hung_up() -> None:
+    """The terminal is gone: from here on what is said there is lost, and no error. (Its shell may send SIGHUP once more.)"""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in _TERMINALS:
+        os.dup2(nowhere, descriptor)
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Signals that come meanwhile are told at the end, by KeyboardInterrupt: what is begun here is done."""
     came: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _SIGNALS}
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
@@ -46,7 +59,7 @@ class Interrupt:
         os.set_blocking(write, False)
         self._write = write
         self._old_fd = signal.set_wakeup_fd(write)
-        self._old = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        self._old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -58,9 +71,13 @@ class Interrupt:
 
     def _watch(self) -> None:
         while byte := os.read(self._read, 1):
-            if byte[0] not in _SIGNALS:
+            if byte[0] not in SIGNALS:
                 continue
             name = signal.Signals(byte[0]).name
+            if byte[0] == signal.SIGHUP:
+                _hung_up()
+                if self._came:
+                    continue
             if self._came:
                 os.write(2, f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
                 os._exit(128 + byte[0])

@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import io
 import itertools
+import math
 import pathlib
 import shlex
 import signal
@@ -43,7 +44,7 @@ def combinations(meshes: str | None, batches: str | None, fields: Sequence[str],
     axes: dict[str, list[str]] = {}
 
     def add(field: str, flag: str, text: str) -> None:
-        values = [value.strip() for value in text.split(",")]
+        values = parts_of(text)
         if not all(values):
             raise UserError(f"{flag}={text}: has an empty value, expected values joined by commas")
         if field in axes:
@@ -55,6 +56,8 @@ def combinations(meshes: str | None, batches: str | None, fields: Sequence[str],
     if meshes is not None:
         add("mesh", "--mesh", meshes)
         for shape in axes["mesh"]:
+            if shape == "all":
+                raise UserError(f"--mesh={meshes}: expected either all or shapes")
             mesh.parse(shape)
     if batches is not None:
         add("batch_per_device", "--batch_per_device", batches)
@@ -70,6 +73,18 @@ def combinations(meshes: str | None, batches: str | None, fields: Sequence[str],
             raise UserError(f"--sweep={text}: set by {'--batch_per_device' if field == 'batch_size' else '--mesh'}")
         add(field, f"--sweep={field}", values)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def parts_of(text: str) -> list[str]:
+    """What the commas of a list part; those in brackets, as in ("a", "b"),("c",), part nothing."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) -> list[str]:
@@ -132,15 +147,21 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
             raise UserError(f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give a new folder")
         same = dict(arguments=list(shared), devices=len(devices), cpu_devices=cpu_devices)
         for field, value in same.items():
-            if old and old.get(field) != value:
-                raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({old.get(field)}, now {value}): give "
-                                "the same or another --workdir")
+            if old and (before := old.get(field)) != value:
+                if field == "arguments":  # those that differ
+                    before, value = ([*itertools.filterfalse(others.count, some)]
+                                     for some, others in ((before, value), (value, before)))
+                raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({before}, now {value}): give the same "
+                                "or another --workdir")
         rows = list(plan(combos, shared, devices))
         done = {row["name"]: row for row in old["runs"]} if old else {}
         for i, row in enumerate(rows):
             before = done.pop(row["name"], None)
             if before and before["status"] == "completed" and workdirs.read(folder / row["name"] / "summary.json"):
                 rows[i] = before
+            elif (folder / row["name"]).is_dir():  # of a sweep that was killed: its run may live
+                with workdirs.locked(folder / row["name"]):
+                    pass
         kept = list(done.values())
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         sweep = dict(experiment=experiment, **same, started=old["started"] if old else now, hardware=old and old["hardware"])
@@ -253,8 +274,7 @@ class _Lines:
 def _number(text: str) -> int | float | str:
     """A swept value as JSON shall hold it."""
     for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := kind(text)):
+                return value
     return text

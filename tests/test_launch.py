@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import shlex
 import signal
 import socket
@@ -28,10 +29,11 @@ def start(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     started = []
 
-    def start(*arguments, **environment):
+    def start(*arguments, terminal=None, **environment):
         environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1") | environment
-        started.append(subprocess.Popen([sys.executable, "launch.py", *map(str, arguments)], cwd=tmp_path, env=environment,
-                                        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        command, out = [sys.executable, "launch.py", *map(str, arguments)], terminal or subprocess.PIPE
+        started.append(subprocess.Popen(["setsid", "--ctty", *command] if terminal else command, cwd=tmp_path, env=environment,
+                                        text=True, stdin=terminal, stdout=out, stderr=out))
         return started[-1]
 
     yield start
@@ -107,6 +109,38 @@ def test_a_signal_saves_and_the_printed_command_resumes(start, number):
     out, _ = finished(start(*shlex.split(command)))
     assert f"at step {step} on mesh" in out
     assert f"after {int(step) + 2} steps" in out
+
+
+@pytest.mark.parametrize("swept", [[], ["--sweep", "seed=0,1", "--cpu_devices", "1"]])
+def test_a_closed_terminal_saves(start, tmp_path, swept):
+    terminal, of_process = os.openpty()
+    process = start(*SMALL, "--config.steps=1000000", "--config.optimizer.decay=constant", "--workdir", "r", *swept,
+                    terminal=of_process)
+    os.close(of_process)
+    run, seen = tmp_path / "r" / ("seed=0" if swept else ""), b""
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None, seen
+        while select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(60) == 75
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert any((run / "checkpoints").glob("[0-9]*/SHA256.json"))
+    if swept:
+        rows = json.loads((tmp_path / "r/sweep.json").read_text())["runs"]
+        assert [row["status"] for row in rows] == ["interrupted", "pending"]
+
+
+def test_a_run_that_is_deaf_to_a_closed_terminal_stays_so():
+    """As nohup makes it."""
+    code = """if True:
+        import signal
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        from cnn_spmd import interrupt
+        print(interrupt.SIGNALS)"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout
+    assert "SIGTERM" in out
+    assert "SIGHUP" not in out
 
 
 def test_non_finite_loss_has_an_exit_code_of_its_own(start):

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
-from cnn_spmd import compare, report, sweep
+from cnn_spmd import compare, metrics, report, sweep
+from cnn_spmd import workdir as workdirs
 from cnn_spmd.data import sources
 from cnn_spmd.errors import UserError
 
@@ -42,7 +43,7 @@ else:
 
 @pytest.mark.parametrize(("meshes", "batches", "fields", "count"), [
     ("8x1,4x2", None, [], 2), ("all", None, [], 5), ("8x1", "32,128", ["parallelism=data,hybrid", "config.seed=0,1"], 8),
-    (None, None, ["seed=0,1,1"], 2)])
+    (None, None, ["seed=0,1,1"], 2), (None, None, ['model.levers=("a", "b"),()', 'placement={"a": {"b": ("c", "d")}}'], 2)])
 def test_combinations(meshes, batches, fields, count):
     combos = sweep.combinations(meshes, batches, fields, 8)
     assert len(combos) == count
@@ -55,6 +56,7 @@ def test_combinations(meshes, batches, fields, count):
     ("8x1,", None, [], "--mesh=8x1,: has an empty value"),
     (",", None, [], "--mesh=,: has an empty value"),
     ("8x1,4by2", None, [], "--mesh=4by2: expected DATAxMODEL"),
+    ("all,1x3", None, [], "--mesh=all,1x3: expected either all or shapes"),
     (None, "32,-1", [], "--batch_per_device=32,-1: -1 is not a positive integer"),
     (None, "", [], "--batch_per_device=: has an empty value"),
     (None, None, ["seed"], "--sweep=seed: expected FIELD=VALUE,VALUE"),
@@ -68,21 +70,22 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
-def test_what_cannot_work_is_refused_with_its_reason(monkeypatch):
+def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     combos = [dict(mesh="3x5"), dict(mesh="4x2", seed="x"), dict(mesh="4x2", nope="1"), dict(parallelism="towers"),
-              {"data.synthetic.image_size": "0"}, dict(mesh="4x2", batch_per_device="9"),
+              {"data.synthetic.image_size": "0"}, {"model.dropout": "nan"}, dict(mesh="4x2", batch_per_device="9"),
               dict(mesh="4x2", batch_per_device="8"), dict(seed="0")]
     rows = list(sweep.plan(combos, SMALL, jax.devices()))
-    assert [row["status"] for row in rows] == ["refused"] * 6 + ["pending"] * 2
+    assert [row["status"] for row in rows] == ["refused"] * 7 + ["pending"] * 2
     for row, reason in zip(rows, ("needs 15 devices, but there are 8", "--config.seed=x: invalid literal", "nope",
                                   "parallelism=towers: unknown", "data.synthetic.image_size=0: expected from 1 to 4096",
-                                  "batch_size=72: synthetic has 64"), strict=False):
+                                  "model.dropout=nan: expected from 0.0", "batch_size=72: synthetic has 64"), strict=False):
         assert reason in row["reason"]
         assert "\n" not in row["reason"]
-    assert rows[6]["command"].startswith("python launch.py --config experiments/alexnet_cifar.py")
-    assert rows[6]["command"].endswith("--config.data.fallback= --mesh=4x2 --config.batch_size=64")
-    assert rows[6]["name"] == "4x2,batch_per_device=8"
+    metrics.write_json(tmp_path / "rows.json", dict(rows=rows))
+    assert rows[7]["command"].startswith("python launch.py --config experiments/alexnet_cifar.py")
+    assert rows[7]["command"].endswith("--config.data.fallback= --mesh=4x2 --config.batch_size=64")
+    assert rows[7]["name"] == "4x2,batch_per_device=8"
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
@@ -157,6 +160,14 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]  # what is done is not run again
 
 
+def test_a_run_that_still_lives_is_waited_for(fake, tmp_path):
+    """As one of a sweep that was killed."""
+    fake(1)
+    with workdirs.locked(tmp_path / "s/seed=1"), pytest.raises(UserError, match=r"seed=1: another run is using it"):
+        fake(0, 1)
+    assert (tmp_path / "s/started").read_text().split() == ["1"]
+
+
 def test_a_run_that_had_no_step_left_has_no_speed(fake, monkeypatch):
     monkeypatch.setattr(report, "figures_of", lambda folder: dict(images_per_second=None, step_milliseconds=None,
                                                                   ring_bytes=0, accuracy=0.5))
@@ -199,7 +210,8 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
     (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text('{"runs": ['), "no whole sweep.json"),
     (lambda folder: folder.write_text("a file"), "cannot be written"),
     (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text(json.dumps(dict(
-        arguments=["--config", "other.py"], devices=8, cpu_devices=None, runs=[]))), "a sweep with other arguments")])
+        arguments=[*SHARED, "--config.seed=3"], devices=8, cpu_devices=None, runs=[]))),
+     r"a sweep with other arguments \(\['--config.seed=3'\], now \[\]\)")])
 def test_folders_that_are_refused(fake, tmp_path, prepare, message):
     prepare(tmp_path / "s")
     with pytest.raises(UserError, match=message):
