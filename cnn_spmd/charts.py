@@ -62,14 +62,12 @@ def count(groups: list[dict], calls: bool = True) -> str:
 
 
 def left_out(runs: list[dict]) -> str:
-    """The runs that did not complete, by reason; "" where all did."""
-    reasons = {}
+    """The runs that did not complete, by status; "" where all did. Their reasons are in the table of all runs."""
+    names = {}
     for run in runs:
         if run["status"] != "completed":
-            reasons.setdefault((run["status"], run["reason"]), []).append(run["name"])
-    texts = [f"{status} ({reason}): {', '.join(names)}" if reason else f"{status}: {', '.join(names)}"
-             for (status, reason), names in reasons.items()]
-    return "".join(f"; runs {text}" for text in texts)
+            names.setdefault(run["status"], []).append(run["name"])
+    return "".join(f"; runs {status}: {', '.join(some)}" for status, some in names.items())
 
 
 def papers_for(sweep: dict, groups: list[dict]) -> dict[str, dict]:

@@ -1,8 +1,8 @@
 """What the claims of AlexNet's paper and "deeper is better" are measured by; papers.py prints the tables.
 
-results/claims/*.json are each the summary.json of a run of experiments/claims_2012_cifar.py, deeper_cifar.py or owt_cifar.py;
-a .jsonl of the same name beside it is that run's metrics.jsonl, which relu and tanh need. Some shared a GPU with another run:
-their seconds say nothing. jax and matplotlib are imported only where needed.
+results/claims/*.json are each the summary.json of a run of experiments/claims_2012_cifar.py, deeper_cifar.py, owt_cifar.py or
+owt_imagenet.py; a .jsonl of the same name beside it is that run's metrics.jsonl, which relu and tanh need. Some shared a GPU
+with another run: their seconds say nothing. jax and matplotlib are imported only where needed.
 """
 
 import functools

@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{title}\n\n{page.markdown_table(HEADER, found)}\n")
     runs = claims.read(RESULTS / "claims")
     print(f"{LEGEND}\n\nAccuracy by depth, on CIFAR-10 (experiments/deeper_cifar.py)\n\n{claims.depth_table(runs)}\n\n"
-          f"Errors by batch size, on CIFAR-10 (experiments/owt_cifar.py)\n\n{batch_table(runs)}\n\n"
+          f"Errors by batch size (experiments/owt_cifar.py, owt_imagenet.py:imagenette)\n\n{batch_table(runs)}\n\n"
           f"A neuron that sees a whole image has {claims.weights_of_a_neuron(32):,} weights at 32x32x3, "
           f"{claims.weights_of_a_neuron(200):,} at 200x200x3.")
     if picture:

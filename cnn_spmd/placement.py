@@ -28,8 +28,8 @@ TABLE: dict[str, dict[str, Any]] = {
     # Every layer's columns are split; each layer's input is gathered along `model`.
     "model": dict(conv_batch="data", dense_batch="data", output_batch="data",
                   conv_out="model", group_out="model", fc1_out="model", fc2_out="model", fc3_out="model"),
-    # One weird trick (Krizhevsky 2014, scheme a): convolutions as in `data`; the dense layers, which hold ~95% of the
-    # weights and do ~5% of the work, are split by columns, and their input is gathered along `model` instead. The output
+    # One weird trick (Krizhevsky 2014, scheme a): convolutions as in `data`; the dense layers, which hold 96% of the weights
+    # and do 8% of the work (224x224), are split by columns, and their input is gathered along `model` instead. The output
     # layer takes fc2's columns as they lie, by rows: a few logits are summed, instead of 4096 activations gathered.
     "hybrid": dict(conv_batch=BOTH, dense_batch="data", output_batch="data",
                    fc1_out="model", fc2_out="model", fc3_in="model"),
@@ -129,7 +129,7 @@ class Placement:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
     def towers(self, f: Callable, groups: int, *arrays: tuple[jax.Array, tuple], out: tuple, name: str) -> jax.Array:
-        """f(part, *arrays) of an operation in `groups` towers; each array comes with its logical axes, `out` are f's.
+        """f(part, *arrays) of an operation in `groups` towers; each array comes with its logical axes, `out` are the result's.
 
         Where the row splits the channels of the result, the last of `out`, each device computes its own (`part` counts
         them) from what it holds of `arrays`, and nothing moves between towers; else part is 0 and the arrays are whole.
@@ -149,8 +149,8 @@ class Placement:
                              out_specs=self.spec(out, tuple(map(self.parts_of, out)), name))(*(array for array, _ in arrays))
 
     def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> Any:
-        """f(*arrays) of what each device holds; nothing moves. The first array and the results have these logical axes, an
-        array of fewer dimensions the last of them.
+        """f(*arrays) of what each device holds; nothing moves. `axes` are those of the first array and of the results; those of
+        another array, where it has fewer dimensions, are the last of them.
 
         For kernels that XLA cannot partition. Not to be differentiated: use it within a derivative rule.
         """

@@ -7,6 +7,7 @@ Okabe and Ito (2008), which the colour-blind tell apart. Draw within `style()`.
 import contextlib
 import io
 import re
+import textwrap
 
 import matplotlib
 from matplotlib import ticker
@@ -43,10 +44,15 @@ def svg(fig: Figure, label: str) -> str:
     return re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", text, count=1)
 
 
+def title_of(panel: str) -> str:
+    """A panel's name in two lines at most; the tables have all of it."""
+    return textwrap.fill(textwrap.shorten(panel, 100, placeholder=" …"), 56)
+
+
 def throughput(groups: list[dict]) -> str:
     """Images/s by mesh, a marker a scheme."""
     fig = Figure(figsize=(WIDTH, 3.2))
-    axes = fig.add_subplot(title=groups[0]["panel"], ylabel="images/s")
+    axes = fig.add_subplot(title=title_of(groups[0]["panel"]), ylabel="images/s")
     meshes = list(dict.fromkeys(group["mesh"] for group in groups))
     bases = [average(group, "images_per_second") for group in groups if group["devices"] == 1]
     if rates := [rate for rate in bases if rate]:
@@ -83,7 +89,7 @@ def spread(groups: list[dict], rates: list[float]) -> list[list[float]]:
 def speedup(groups: list[dict], published: dict[str, dict]) -> str:
     """Speedup by devices, a line a scheme, the ideal line, and published curves behind."""
     fig = Figure(figsize=(WIDTH, 3.6))
-    axes = fig.add_subplot(title=groups[0]["panel"], xlabel="devices", ylabel="speedup")
+    axes = fig.add_subplot(title=title_of(groups[0]["panel"]), xlabel="devices", ylabel="speedup")
     most = max(2, *(group["devices"] for group in groups if speedups(group)))
     ends = []
     for letter, curve in published.items():
@@ -117,7 +123,7 @@ def bars(groups: list[dict], unit: str, parts: dict[str, tuple[str, str, list[fl
     parts: name -> colour, hatch, and a length for each group; ticks: a name, and a place on each bar (None: no tick).
     """
     fig = Figure(figsize=(WIDTH, 1.3 + 0.22 * len(groups)))
-    axes = fig.add_subplot(title=groups[0]["panel"], xlabel=unit)
+    axes = fig.add_subplot(title=title_of(groups[0]["panel"]), xlabel=unit)
     left, rows = [0.0] * len(groups), list(range(len(groups)))
     for name, (colour, hatch, widths) in parts.items():
         if any(widths):
@@ -161,7 +167,7 @@ def curves(runs: list[dict]) -> list[str]:
             if scheme not in seen:
                 seen.add(scheme)
                 pair[0].plot([], [], marker=marker, color=colour, linestyle=style, label=scheme)
-        pair[0].set(title=panel, ylabel="loss, nats")
+        pair[0].set(title=title_of(panel), ylabel="loss, nats")
         pair[1].set(xlabel="step", ylabel="accuracy, %")
         pictures.append(finish(fig, pair[0], "Loss and accuracy"))
     return pictures

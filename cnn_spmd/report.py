@@ -15,6 +15,9 @@ from cnn_spmd import page, tables
 from cnn_spmd.config import flat
 from cnn_spmd.errors import UserError
 
+# Fields of a config that change neither accuracy nor speed, or that a report has a column for.
+NOT_COMPARED = ("mesh.", "data.dir", "data.fallback", "checkpoint.", "eval.every_epochs", "profile")
+
 # ---- Runs
 
 def figures_of(folder: pathlib.Path) -> dict:
@@ -87,7 +90,7 @@ def read_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
 
 
 def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
-    """Run folders as one sweep, in which every field of their configs that differs, and another device, counts as swept."""
+    """Run folders as one sweep, in which every field that differs (but NOT_COMPARED), and another device, counts as swept."""
     names = [folder.resolve().name for folder in folders]
     runs, fields, made_by = [], [], []
     for folder, name in zip(folders, names, strict=True):
@@ -103,7 +106,8 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         mesh = run["figures"].get("mesh") or {axis: own.get(f"mesh.{axis}") for axis in ("data", "model")}
         if all(mesh.values()):
             run["mesh"] = f"{mesh['data']}x{mesh['model']}"
-        own = {field: value for field, value in own.items() if not field.startswith("mesh.")}
+        unused = ("data.synthetic.",) * (run["figures"].get("dataset") != "synthetic")
+        own = {field: value for field, value in own.items() if not field.startswith((*NOT_COMPARED, *unused))}
         fields.append(own | ({"device_kind": run["figures"]["device_kind"]} if run["figures"] else {}))
         runs.append(run | dict(metrics=read_metrics(folder, notes), pictures=read_pictures(folder, notes)))
     for run, own in zip(runs, fields, strict=True):

@@ -17,7 +17,7 @@ from flax import nnx
 from cnn_spmd.data import batches
 from cnn_spmd.placement import Placement
 
-UNROLLED = 8  # parts of a variable batch: one weird trick's GPUs
+UNROLLED = 8  # parts of a variable batch that are written out, not looped over: as many as one weird trick had GPUs
 
 
 class TrainState(NamedTuple):
@@ -42,7 +42,7 @@ def labels_of(data: DeviceData, indices_B: jax.Array | None) -> jax.Array:
 
 
 def split_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A float32 weight as the nearest bfloat16, which the layers read as it is, and int16: what the float32 has more.
+    """A float32 weight as the nearest bfloat16, which the layers read as it is, and an int16 with the rest of its bits.
 
     Together they are the 4 bytes of the weight, to the last bit (or NaN again); a bfloat16 copy beside it would be 2 more to
     write. Of two that are equally near it takes the larger, where a cast takes the even one.
@@ -129,7 +129,7 @@ class Steps:
         return nnx.merge(self.graph, params).features(images_NHWC, self.place)
 
     def loss(self, params: nnx.State, x_BF: jax.Array, labels_B: jax.Array, dropout_key: jax.Array | None):
-        """Of the features: mean softmax cross-entropy (nats, labels smoothed); and loss and accuracy as metrics."""
+        """From the features: the mean softmax cross-entropy (nats, labels smoothed), and it and the accuracy as metrics."""
         logits_BC = nnx.merge(self.graph, params).classify(x_BF, self.place, dropout_key)
         logits_BC = logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32))
         targets_BC = optax.smooth_labels(jax.nn.one_hot(labels_B, logits_BC.shape[-1]), self.label_smoothing)
@@ -170,7 +170,7 @@ class Steps:
 
         dense_updates="each": the dense weights are updated after each part's backward pass, at 1/parts of the learning
         rate; the convolutions once, at the end (Krizhevsky 2014, section 4: no longer exact SGD). dense_updates="sum":
-        the parts' gradients are averaged first, which is plain SGD.
+        the parts' gradients are averaged first, which is plain SGD, each part with a dropout mask of its own.
 
         Each device gives every part its share of examples, so that a part's activations are gathered from all: this is
         the paper's scheme (c), whose communication is spread evenly. Scheme (b), a worker's own 128 examples a part,

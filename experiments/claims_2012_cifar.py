@@ -20,10 +20,10 @@ Measured on one H100, n = 3: relu is 1.6 times as fast as tanh, not 6; conv2 is 
 that, and what response norms, dropout, conv3, conv4 and the second tower make, three seeds can't tell from chance on CIFAR-10.
 
 Learning rates of relu and tanh, by `--sweep optimizer.learning_rate=.005,.01,.02,.05,.1 --config.epochs=20`; epochs to 25%
-training error, one seed (-: not within 20; results/rates/):
+training error, one seed (-: not within 20; results/rates/). tanh takes .03, between the two that tie.
 
   rate   .005     .01     .02     .05      .1
-  relu   11.3     7.5     6.3    14.8   never
+  relu   11.3     7.5     6.3    14.8       -
   tanh      -    13.6     9.8     9.8    19.6
 """
 

@@ -142,7 +142,7 @@ def test_report_is_json_with_totals_memory_and_compiler(step):
     assert report["totals"] == totals
     assert report["memory"]["argument_bytes"] == WEIGHTS + 16 * 32 * 4  # and a quarter of the batch
     assert report["memory"]["alias_bytes"] == WEIGHTS  # donated
-    assert report["memory"]["peak_bytes"] > 0
+    assert report["memory"]["peak_bytes"] is None  # the CPU's leaves temporaries out
 
 
 def test_memory_is_none_where_the_backend_or_the_version_does_not_say():
