@@ -82,7 +82,7 @@ class Interrupt:
                 os.write(2, f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
                 os._exit(128 + byte[0])
             self._came = True
-            print(f"\n{name}: saving after this step, then leaving; a second signal stops at once.", file=sys.stderr,
+            print(f"\n{name}: saving what there is, then leaving; a second signal stops at once.", file=sys.stderr,
                   flush=True)
         os.close(self._read)
 

@@ -103,7 +103,7 @@ def test_a_signal_saves_and_the_printed_command_resumes(start, number):
         assert process.poll() is None, process.communicate()
     process.send_signal(number)
     out, err = finished(process, code=75)
-    assert f"{number.name}: saving after this step" in err
+    assert f"{number.name}: saving what there is" in err
     step, command = re.search(r"saved at step (\d+)\. To resume: python launch\.py (.*)", out).groups()
     command = command.replace("steps=1000000", f"steps={int(step) + 2}")
     out, _ = finished(start(*shlex.split(command)))
@@ -153,7 +153,7 @@ def test_sigterm_before_training_is_told(start):
     assert "no effect" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     _, err = finished(process, code=75)
-    assert "nothing to save" in err or "saving after this step" in err
+    assert "nothing to save" in err or "saving what there is" in err
 
 
 @pytest.mark.parametrize("ignored", [signal.SIG_IGN, signal.SIG_DFL])
