@@ -86,6 +86,7 @@ def depth_plot(runs: Sequence[dict]) -> str:
                             for name, layers, same in by_depth(runs)])
 
 
+# Experiment, without or with its variable batch -> its data's name in the table.
 BATCH_DATA = {"owt_cifar": "CIFAR-10", "owt_imagenette": "Imagenette"}
 
 
@@ -98,8 +99,7 @@ def batch_table(runs: Sequence[dict], published: dict[tuple[str, int], float]) -
     for (dense, batch), error in published.items():
         found["ILSVRC-2012, published", f"k, {dense}", batch] = [error]
     for run in runs:
-        data = BATCH_DATA.get(run["experiment"].removesuffix("_variable"))
-        if data:
+        if data := BATCH_DATA.get(run["experiment"].removesuffix("_variable")):
             dense = "128" if run["config"]["dense_microbatch"] else "as large"
             rate = {1.0: "k", 0.5: "sqrt(k)"}[run["config"]["optimizer"]["scaling"]]
             key = data, f"{rate}, {dense}", run["batch_size"]

@@ -12,9 +12,10 @@ from cnn_spmd.config import flat
 COLUMNS = ["mesh", "parallelism", "batch and settings", "n", "images/s", "step, ms (p10 to p90)", "speedup", "efficiency, %",
            "parameters and optimizer, MB a device", "ring MB a step", "theory", "test accuracy, %"]
 
-# Fields of a config that change no number but the speed, or that a table shows anyway: runs that differ in these are averaged.
-NOT_THE_RECIPE = ("seed", "mesh.", "steps_per_call", "profile", "model.levers", "data.dir", "data.resident", "data.fallback",
-                  "checkpoint.", "eval.every_epochs")
+# Fields of a config that change no number, not even the speed, or that every table has a column for.
+NOT_COMPARED = ("mesh.", "data.dir", "data.fallback", "checkpoint.", "eval.every_epochs", "profile")
+# ... or nothing but the speed, and the seed: runs that differ in these are averaged.
+NOT_THE_RECIPE = (*NOT_COMPARED, "seed", "steps_per_call", "model.levers", "data.resident")
 
 LATER = {"optimizer.clip_norm": 0.0}  # fields that older runs in results/ do not have, and what they would have said
 

@@ -11,12 +11,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from cnn_spmd import page, tables
+from cnn_spmd import compare, page, tables
 from cnn_spmd.config import flat
 from cnn_spmd.errors import UserError
-
-# Fields of a config that change neither accuracy nor speed, or that a report has a column for.
-NOT_COMPARED = ("mesh.", "data.dir", "data.fallback", "checkpoint.", "eval.every_epochs", "profile")
 
 # ---- Runs
 
@@ -90,7 +87,7 @@ def read_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
 
 
 def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
-    """Run folders as one sweep, in which every field that differs (but NOT_COMPARED), and another device, counts as swept."""
+    """Run folders as one sweep; swept is every field that differs (but compare.NOT_COMPARED), and another device."""
     names = [folder.resolve().name for folder in folders]
     runs, fields, made_by = [], [], []
     for folder, name in zip(folders, names, strict=True):
@@ -107,7 +104,7 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         if all(mesh.values()):
             run["mesh"] = f"{mesh['data']}x{mesh['model']}"
         unused = ("data.synthetic.",) * (run["figures"].get("dataset") != "synthetic")
-        own = {field: value for field, value in own.items() if not field.startswith((*NOT_COMPARED, *unused))}
+        own = {field: value for field, value in own.items() if not field.startswith((*compare.NOT_COMPARED, *unused))}
         fields.append(own | ({"device_kind": run["figures"]["device_kind"]} if run["figures"] else {}))
         runs.append(run | dict(metrics=read_metrics(folder, notes), pictures=read_pictures(folder, notes)))
     for run, own in zip(runs, fields, strict=True):

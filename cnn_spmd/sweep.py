@@ -148,9 +148,8 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
         same = dict(arguments=list(shared), devices=len(devices), cpu_devices=cpu_devices)
         for field, value in same.items():
             if old and (before := old.get(field)) != value:
-                if field == "arguments":  # those that differ
-                    before, value = ([*itertools.filterfalse(others.count, some)]
-                                     for some, others in ((before, value), (value, before)))
+                if field == "arguments" and before and set(before) != set(value):  # those that differ
+                    before, value = [x for x in before if x not in value], [x for x in value if x not in before]
                 raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({before}, now {value}): give the same "
                                 "or another --workdir")
         rows = list(plan(combos, shared, devices))

@@ -69,7 +69,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.steps = 0
     config.label_smoothing = 0.1
     config.optimizer = ml_collections.ConfigDict(dict(
-        learning_rate=0.25, warmup=0.25, decay="linear", stages=(), stage_factor=0.1,  # "staged": this, at shares of the rest
+        learning_rate=0.25, warmup=0.25, decay="linear",
+        stages=(), stage_factor=0.1,  # decay="staged": times this at each of these shares of the steps after the warm-up
         scaling=0.0,  # the rate is for batch 128, and grows with (batch_size / 128) to this power; 0: it is as given
         bias_rate=1.0, layer_rates={},  # multiples of the learning rate: of all biases, and of layers, such as {"fc1": 0.25}
         momentum=0.9, nesterov=True, weight_decay=5e-4, weight_decays={},  # of some layers another decay

@@ -25,7 +25,7 @@ dense layer gets in a step has 1/k of the rate.
 What differs: a softmax, not 1000 logistic units (so the paper's cross-entropies are not comparable); no response norms; weights
 drawn by He et al.'s rule and channels scaled to unit deviation, not the mean image subtracted; biases in the same schedule; and
 so a warm-up over the first twentieth of the steps (the quarters are those of the rest), without which the loss of a batch of
-512 is not finite after six steps.
+512 is not finite by the seventh step.
 
 Measured, 2 x H200, random images: 1.93 times one GPU, and 1.67 with :variable, where each half of the dense layers is updated
 twice a step. Not measured: ImageNet's errors and hours, more GPUs.

@@ -81,8 +81,8 @@ def load_photographs(data: ml_collections.ConfigDict) -> Dataset:
     from cnn_spmd.data import folder  # imports TFDS, as above
 
     source, arrays = folder.load(data.name, data.dir, data.image_size)
-    names = (f"folder-{source.content}", "") if data.name == "folder" else (data.name, source.content)
-    return Dataset(name=names[0], **arrays, class_names=source.class_names, mirror=True, files=names[1])
+    name, files = (f"folder-{source.content}", "") if data.name == "folder" else (data.name, source.content)
+    return Dataset(name=name, **arrays, class_names=source.class_names, mirror=True, files=files)
 
 
 def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:
