@@ -88,7 +88,8 @@ def scaling(name: str, published: float, scheme: str, gpus: int, batch: int, sou
                 where=dict(model="alexnet", param_count=61_100_840, parallelism=scheme, mesh=mesh, devices=gpus,
                            batch_size=batch * gpus, variable=variable),
                 configs=[f"owt_imagenet.py{':variable' * variable} --config.data.name=synthetic --config.steps=220 "
-                         "--config.steps_per_call=20 --config.eval.every_epochs=0 --config.checkpoint.every_epochs=0 "
+                         "--config.optimizer.learning_rate=0.001 --config.steps_per_call=20 "
+                         "--config.eval.every_epochs=0 --config.checkpoint.every_epochs=0 "
                          f"--config.parallelism={scheme} --mesh 1x1,{mesh['data']}x{mesh['model']} --batch_per_device {batch}"])
 
 
@@ -147,7 +148,8 @@ HEADER = ["figure", "published", "measured", "n", "difference", "hardware", "com
 LEGEND = """\
 Difference: measured less published. n: runs that differ in nothing but their seed; mean ± one sample standard deviation.
 "Points more" and "times" are of a run and its control of the same seed, whose two means are in brackets. Speedups are measured
-on random images. A command takes seed 0 (--config.seed) and downloads the data, or finds it in --config.data.dir."""
+on random images; their n is of sweeps. A command takes seed 0 (--config.seed) and downloads the data, or finds it in
+--config.data.dir."""
 
 
 def read(folder: pathlib.Path) -> list[dict]:

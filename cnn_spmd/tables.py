@@ -59,18 +59,34 @@ def programs_table(folder: pathlib.Path = RESULTS / "programs") -> str:
 
 
 def sweeps_table(folder: pathlib.Path = RESULTS / "sweeps") -> str:
-    """A Markdown table of sweeps: a row for the runs that differ in nothing but their seed, and for each that did not work."""
-    header, rows = ["experiment", "data", "hardware", *compare.COLUMNS], []
+    """A Markdown table for each sweep: a row a mesh and scheme, columns for each batch; below it what did not work, and why.
+
+    Runs that differ in nothing but their seed are averaged.
+    """
+    held, parts = "parameters and optimizer, MB a device", []
     for path in sorted(folder.glob("*.json")):
         sweep = json.loads(path.read_text())
-        hardware = compare.hardware_of(sweep)
+        panels: dict[str, int] = {}  # and the batch a device
+        rows: dict[tuple[str, str], dict[str, dict[str, str]]] = collections.defaultdict(dict)  # mesh, scheme -> panel -> cells
         for group in compare.groups_of(sweep["runs"]):
-            rows.append([sweep["experiment"], group["runs"][0]["figures"]["dataset"], hardware, *compare.cells(group)])
-        for run in sweep["runs"]:
-            if run["status"] != "completed":
-                rows.append([sweep["experiment"], "", hardware, run["mesh"] or "", str(run["settings"].get("parallelism", "")),
-                             compare.panel_of(run), "0", f"{run['status']}: {run['reason']}", *[""] * 7])
-    return page.markdown_table(header, rows)
+            figures = group["runs"][0]["figures"]
+            panels.setdefault(group["panel"], figures["batch_size"] // group["devices"])
+            cells = dict(zip(compare.COLUMNS, compare.cells(group), strict=True))
+            rows[cells["mesh"], cells["parallelism"]][group["panel"]] = cells
+        shown = ["images/s", "step, ms (p10 to p90)", "speedup", "ring MB a step"]
+        if figures["dataset"] != "synthetic":
+            shown.append("test accuracy, %")
+        columns = [(panel, column) for panel in sorted(panels, key=panels.get) for column in shown]
+        table = []
+        for row, found in rows.items():
+            every = list(found.values())
+            table.append([*row, every[0][held], "/".join(dict.fromkeys(cells["n"] for cells in every)),
+                          *(found.get(panel, {}).get(column, "") for panel, column in columns)])
+        header = [f"{panel}: {column}" if column == shown[0] else column for panel, column in columns]
+        parts += [f"{sweep['experiment']}, {figures['dataset']}, {compare.hardware_of(sweep)}:",
+                  page.markdown_table(["mesh", "parallelism", held, "n", *header], table)]
+        parts += [f"{run['name']}: {run['status']}: {run['reason']}" for run in sweep["runs"] if run["status"] != "completed"]
+    return "\n\n".join(parts)
 
 
 def speed_table(folder: pathlib.Path = RESULTS / "speed") -> str:

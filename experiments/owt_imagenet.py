@@ -27,8 +27,14 @@ drawn by He et al.'s rule and channels scaled to unit deviation, not the mean im
 so a warm-up over the first twentieth of the steps (the quarters are those of the rest), without which the loss of a batch of
 512 is not finite by the seventh step.
 
-Measured, 2 x H200, random images: 1.93 times one GPU, and 1.67 with :variable, where each half of the dense layers is updated
-twice a step. Not measured: ImageNet's errors and hours, more GPUs.
+Measured, H200s, random images (220 steps at a rate of .001: their warm-up of eleven steps is too short for 512 images at .04),
+speedup over one GPU; with :variable each GPU updates its share of the dense layers once for every GPU there is:
+
+  GPUs  batch          speedup          GPUs  batch          speedup
+  2     (256, 256)     1.93, 2.01       2     (256, 128)     1.67, 1.72     (two machines)
+  4     (512, 512)     3.92             4     (512, 128)     2.75
+
+Not measured: ImageNet's errors and hours, more GPUs.
 
 Measured, :imagenette, 1 x H200 (--mesh 1x1 --config.batch_size=512), error on the 3,925 test images, centre crop (of files
 whose shorter side was 224), n = 3 each:

@@ -387,12 +387,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_the_readmes_table_of_sweeps(tmp_path):
-    write_sweep(tmp_path / "s", [*RUNS[:3], BROKEN[0]])
-    assert tables.sweeps_table(tmp_path / "s").splitlines()[2:] == [
-        "| alexnet_cifar | synthetic | 8 x NVIDIA H200, 32 host cores | 1x1 | data | batch 128 a device | 1 | 1,000 | 128.000 "
-        "(115.200 to 153.600) | 1.00 | 100.0 | 286.8 | 3.1 | 3.1 | 50.00 |",
-        "| alexnet_cifar | synthetic | 8 x NVIDIA H200, 32 host cores | 8x1 | data | batch 128 a device | 2 | 5,500 ± 707 | "
-        "187.733 (168.960 to 225.280) | 5.50 ± 0.71 | 68.8 | 286.8 | 24.1 | 24.8 | 50.50 ± 0.71 |",
-        "| alexnet_cifar |  | 8 x NVIDIA H200, 32 host cores | 1x8 | two_tower | batch 128 a device | 0 | refused: two towers "
-        "\\| need <2> devices |  |  |  |  |  |  |  |"]
-    assert tables.sweeps_table(tmp_path / "none").count("\n") == 1
+    folder = write_sweep(tmp_path / "s", [*RUNS[:3], a_run(speed=500.0, batch=32), BROKEN[0]])
+    assert tables.sweeps_table(folder).splitlines() == [
+        "alexnet_cifar, synthetic, 8 x NVIDIA H200, 32 host cores:", "",
+        "| mesh | parallelism | parameters and optimizer, MB a device | n | batch 32 a device: images/s | step, ms (p10 to "
+        "p90) | speedup | ring MB a step | batch 128 a device: images/s | step, ms (p10 to p90) | speedup | ring MB a step |",
+        "|" + "---|" * 12,
+        "| 1x1 | data | 286.8 | 1 | 500 | 64.000 (57.600 to 76.800) | 1.00 | 3.1 | 1,000 | 128.000 (115.200 to 153.600) | "
+        "1.00 | 3.1 |",
+        "| 8x1 | data | 286.8 | 2 |  |  |  |  | 5,500 ± 707 | 187.733 (168.960 to 225.280) | 5.50 ± 0.71 | 24.1 |", "",
+        f"{BROKEN[0]['name']}: refused: two towers | need <2> devices"]
+    digits = json.loads((folder / "sweep.json").read_text())
+    for run in digits["runs"]:
+        run["figures"].update(dataset="digits")
+    (folder / "sweep.json").write_text(json.dumps(digits))
+    assert "5.50 ± 0.71 | 24.1 | 50.50 ± 0.71 |" in tables.sweeps_table(folder)
+    assert not tables.sweeps_table(tmp_path / "none")
