@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl (the source of truth), TensorBoard, a progress bar, and an honest clock."""
 
+import concurrent.futures
 import importlib.metadata
 import json
 import math
@@ -112,21 +113,26 @@ def process_seconds() -> float | None:
 class Clock:
     """Seconds of training steps, with compilation, evaluation and checkpoints left out.
 
-    Steps run ahead of the host, so a call's time is from the end of the call before it (or from `start`) to its own end.
+    Steps run ahead of the host, so a call's time is from the end of the call before it (or from `start`) to its own end. A
+    thread of its own sees that end: the host may still be launching the next call, which takes a GPU's host most of a long one.
     """
 
     def __init__(self):
         self.calls: list[tuple[int, float]] = []  # steps, seconds
+        self._watcher = concurrent.futures.ThreadPoolExecutor(1)
         self._since = time.perf_counter()
 
     def start(self) -> None:
         """Training goes on from here: what came since the last call is not training."""
         self._since = time.perf_counter()
 
-    def tick(self, steps: int) -> float:
-        """A call of `steps` steps has just ended; returns its seconds."""
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+    def watch(self, values: dict) -> concurrent.futures.Future:
+        """When a call ends that returned `values`, for `tick`."""
+        return self._watcher.submit(lambda: (jax.block_until_ready(values), time.perf_counter())[1])
+
+    def tick(self, steps: int, end: concurrent.futures.Future) -> float:
+        """Waits for the `end` of a call of `steps` steps; returns its seconds."""
+        seconds, self._since = end.result() - self._since, end.result()
         self.calls.append((steps, seconds))
         return seconds
 

@@ -1,5 +1,6 @@
 """A run, top to bottom: mesh, data, state, compile report, loop, final evaluation."""
 
+import concurrent.futures
 import contextlib
 import datetime
 import functools
@@ -104,12 +105,12 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     clock = metrics_lib.Clock()
     step, eval_seconds, evaluation, startup = start, 0.0, None, None
 
-    def record(end: int, values: dict) -> None:
+    def record(end: int, values: dict, ended: concurrent.futures.Future) -> None:
         """Waits for the call that ends at step `end`."""
         nonlocal startup, step
+        n = len(values["loss"])
+        seconds = clock.tick(n, ended)
         losses, accuracies = np.asarray(values["loss"]), np.asarray(values["accuracy"])
-        n = len(losses)
-        seconds = clock.tick(n)
         startup = startup or metrics_lib.process_seconds()
         if not np.isfinite(losses).all():
             at = int(np.argmin(np.isfinite(losses)))
@@ -188,10 +189,11 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
         indices = (indices_of(config.seed, at, n) for at, n in zip(ends, calls, strict=False))
         for n, inputs in zip(calls, train_feed.calls(indices), strict=True):
             state, values = programs[n](state, *inputs)
+            ended = clock.watch(values)
             step += n
             if unread:
                 record(*unread)
-            unread, interrupted = (step, values), interrupt.requested()
+            unread, interrupted = (step, values, ended), interrupt.requested()
             if step not in stops and not interrupted:
                 continue
             record(*unread)
