@@ -18,6 +18,7 @@ refused; 3 the loss is not finite; 75 interrupted (what resumes is printed, if a
 """
 
 import datetime
+import errno
 import os
 import pathlib
 import shlex
@@ -93,6 +94,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted outside of the training loop: nothing to save.", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: --workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same command with that "
+              "folder again", file=sys.stderr)
+        return 1
 
 
 def launch(argv: list[str]) -> int:

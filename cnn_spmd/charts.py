@@ -36,14 +36,20 @@ def charts(sweep: dict, groups: list[dict]) -> list[tuple[str, list[str], str]]:
                           "Throughput relative to the one-device run with the same settings, both scales logarithmic; a line "
                           f"joins each scheme's fastest meshes.{alone} {papers_caption(published)} {timed}"))
         for title, bars, caption in BARS if groups else ():
-            pictures = [plots.bars(members, *bars(members)) for members in panels.values()]
-            drawn.append((title, pictures, f"{caption} {compiled}" if caption else f"{split_caption(groups)} {timed}"))
+            shown = [with_a_speed(members) if bars is step_bars else members for members in panels.values()]
+            pictures = [plots.bars(members, *bars(members)) for members in shown if members]
+            drawn.append((title, pictures, f"{caption} {compiled}" if caption
+                          else f"{split_caption(with_a_speed(groups))} {timed}"))
         if any(run["metrics"] for run in sweep["runs"]):
             none = [run["name"] for run in sweep["runs"] if not run["metrics"]]
             drawn.append(("Loss and accuracy", plots.curves(sweep["runs"]),
                           "Lines: training, the mean over each call; markers: test. From metrics.jsonl, a curve a run (n = 1), "
                           f"cut short or not. {hardware}. Left out, having no metrics: {', '.join(none) or 'no run'}."))
     return drawn
+
+
+def with_a_speed(groups: list[dict]) -> list[dict]:
+    return [group for group in groups if average(group, "images_per_second")]
 
 
 # ---- Words
@@ -62,11 +68,14 @@ def count(groups: list[dict], calls: bool = True) -> str:
 
 
 def left_out(runs: list[dict]) -> str:
-    """The runs that did not complete, by status; "" where all did. Their reasons are in the table of all runs."""
+    """The runs that did not complete, by status, and those without a speed; "" where there are none. The table of all runs
+    has the reasons."""
     names = {}
     for run in runs:
         if run["status"] != "completed":
             names.setdefault(run["status"], []).append(run["name"])
+        elif not run["figures"].get("images_per_second"):
+            names.setdefault("that had no step left to time", []).append(run["name"])
     return "".join(f"; runs {status}: {', '.join(some)}" for status, some in names.items())
 
 
@@ -111,7 +120,7 @@ def split_of(group: dict) -> tuple[str, dict[str, float]]:
     if None not in part.values():
         hidden = part["communication"] - part["exposed"]
         return "profile", dict(zip(SPLIT, (part["compute"] - hidden, hidden, part["exposed"], part["idle"]), strict=False))
-    figures, step = group["runs"][0]["figures"], average(group, "step_milliseconds", "median") or 0.0
+    figures, step = group["runs"][0]["figures"], average(group, "step_milliseconds", "median")
     link, ring = papers.LINKS.get(figures["device_kind"]), average(group, "ring_bytes")
     if link is None or ring is None or figures.get("processes", 1) > 1:
         return "", {"step, not split": step}

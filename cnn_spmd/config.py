@@ -91,7 +91,8 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str], known_only: bool 
         if "Error whilst parsing config file" in text:  # a traceback, with the reason last
             text = text.splitlines()[-1].removeprefix("ValueError: ")
         elif isinstance(error, KeyError | AttributeError):
-            text = "no such config field: " + text
+            given = [argument for argument in argv if argument.split("=")[0].endswith(f".{text[1:-1]}")]
+            text = f"{given[0]}: no such field, expected those of the experiment" if given else f"no such config field: {text}"
         raise UserError(" ".join(text.split())) from None
     return rest
 

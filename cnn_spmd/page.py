@@ -9,6 +9,7 @@ import csv
 import html
 import io
 import re
+from collections.abc import Callable
 
 from cnn_spmd import compare
 from cnn_spmd.config import flat
@@ -16,10 +17,10 @@ from cnn_spmd.config import flat
 RUN_COLUMNS = ["run", "status", "images/s", "step, ms: p10", "median", "p90", "test accuracy, %", "loss", "train, s",
                "compile, s", "seed", "reason"]
 KERNELS = 10  # rows a run in the table of kernels
-LEGEND = ("n is the number of runs that differ in nothing but their seed; mean ± one sample standard deviation. Speedup is the "
-          "throughput relative to the run on mesh 1x1 with the same batch and settings, efficiency that over the number of "
-          "devices. Ring MB is what a device sends in a step if each collective runs as a ring, theory its closed form "
-          "(Gholami et al. 2018); MB of 1e6 bytes.")
+LEGEND = ("n is the number of runs that differ in nothing but their seed; mean ± one sample standard deviation. Speedup is the"
+          " throughput relative to the run on mesh 1x1 with the same batch and settings, of the same scheme where there is "
+          "one, efficiency that over the number of devices. Ring MB is what a device sends in a step if each collective runs "
+          "as a ring, theory its closed form (Gholami et al. 2018); MB of 1e6 bytes.")
 CSS = """
 :root { color-scheme: light }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1180px; margin: 0 auto; padding: 1rem;
@@ -56,7 +57,8 @@ def document(sweeps: list[dict], notes: list[str]) -> list[tuple]:
     for sweep in sweeps:
         groups, hardware = compare.groups_of(sweep["runs"]), sweep["hardware"] or {}
         versions = ", ".join(f"{name} {version}" for name, version in hardware.get("versions", {}).items())
-        facts = {"hardware": compare.hardware_of(sweep), "command": sweep.get("command"), "started": sweep.get("started"),
+        facts = {"network": told(sweep["runs"], network_of), "data": told(sweep["runs"], data_of),
+                 "hardware": compare.hardware_of(sweep), "command": sweep.get("command"), "started": sweep.get("started"),
                  "versions": versions, "commit": hardware.get("commit")}
         blocks += [("heading", 2, sweep["title"]), ("table", ["", ""], [[name, text] for name, text in facts.items() if text])]
         blocks += [("chart", *chart) for chart in charts.charts(sweep, groups)]
@@ -69,6 +71,20 @@ def document(sweeps: list[dict], notes: list[str]) -> list[tuple]:
         blocks += [*shares, ("heading", 3, "All runs"), ("table", RUN_COLUMNS, list(map(run_cells, sweep["runs"]))), *kernels]
         blocks += [block for run in sweep["runs"] for block in learned(run)]
     return blocks
+
+
+def told(runs: list[dict], what: Callable[[dict], str]) -> str:
+    """What the runs have, as `what` says it of a run's figures; once where it is the same."""
+    return "; ".join(filter(None, dict.fromkeys(what(run["figures"]) for run in runs if run["figures"])))
+
+
+def network_of(figures: dict) -> str:
+    return f"{figures['model']}, {figures['param_count']:,} parameters"
+
+
+def data_of(figures: dict) -> str:
+    fallback = figures.get("fallback")  # older sweeps do not say it
+    return figures["dataset"] + (f", which stands in for {fallback}" if fallback else "")
 
 
 def learned(run: dict) -> list[tuple]:
@@ -110,7 +126,8 @@ def profile_tables(runs: list[dict]) -> tuple[list[tuple], list[tuple]]:
             ("table", ["run", "steps", "step, ms", "computing, ms", "communicating, ms", "of it overlapped", "exposed",
                        "idle, ms", "communication, % of the step", "exposed, %"], shares),
             ("text", "Mean over the devices. Overlapped communication runs while the device computes, exposed communication "
-             "while it does not: a step is computing, exposed communication and idle time.")],
+             "while it does not: a step is computing, exposed communication and idle time. "
+             + told(runs, lambda figures: (figures.get("profile") or {}).get("note", "")))],
             [("heading", 3, "Top kernels, by profile"),
             ("table", ["run", "kernel", "ms a step", "% of the step", "times a step", "communication"], kernels),
             ("text", f"The {KERNELS} that take longest in each run; profile.json has more.")])

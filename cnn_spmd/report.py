@@ -25,9 +25,9 @@ def figures_of(folder: pathlib.Path) -> dict:
     summary, program = (read_json(folder / name) for name in ("summary.json", "program.json"))
     profile = read_json(folder / "profile.json") if (folder / "profile.json").exists() else None
     try:
-        same = ("model", "mesh", "parallelism", "batch_size", "dataset", "seed", "dtype", "steps", "images_per_second",
-                "step_milliseconds", "train_seconds", "compile_seconds", "param_count", "bytes_per_device", "collectives",
-                "device_kind", "processes")
+        same = ("model", "mesh", "parallelism", "batch_size", "dataset", "fallback", "seed", "dtype", "steps",
+                "images_per_second", "step_milliseconds", "train_seconds", "compile_seconds", "param_count",
+                "bytes_per_device", "collectives", "device_kind", "processes")
         evaluation = summary["eval"] or dict(accuracy=None, loss=None)
         return {name: summary[name] for name in same} | dict(
             steady_calls=summary.get("steady_calls"), accuracy=evaluation["accuracy"], loss=evaluation["loss"],

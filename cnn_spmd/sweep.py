@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import logging
 from rich import live, table
@@ -145,10 +146,14 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
         if old is None and content - {workdirs.LOCK}:
             (folder / workdirs.LOCK).unlink()
             raise UserError(f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give a new folder")
-        same = dict(arguments=list(shared), devices=len(devices), cpu_devices=cpu_devices)
+        same = dict(arguments=list(shared), devices=len(devices), cpu_devices=cpu_devices,
+                    config=configs.flat(configs.as_json(configs.parsed(shared))))  # an experiment's file changes, too
         for field, value in same.items():
-            if old and (before := old.get(field)) != value:
-                if field == "arguments" and before and set(before) != set(value):  # those that differ
+            if old and (before := old.get(field, value)) != value:
+                if field == "config":
+                    before, value = ({name: one.get(name) for name in sorted(before.keys() | value.keys())
+                                      if before.get(name) != value.get(name)} for one in (before, value))
+                elif field == "arguments" and set(before) != set(value):  # those that differ
                     before, value = [x for x in before if x not in value], [x for x in value if x not in before]
                 raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({before}, now {value}): give the same "
                                 "or another --workdir")
@@ -156,12 +161,12 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
         done = {row["name"]: row for row in old["runs"]} if old else {}
         for i, row in enumerate(rows):
             before = done.pop(row["name"], None)
-            if before and before["status"] == "completed" and workdirs.read(folder / row["name"] / "summary.json"):
+            if before and before["status"] == "completed" and (folder / row["name"]).is_dir():
                 rows[i] = before
             elif (folder / row["name"]).is_dir():  # of a sweep that was killed: its run may live
                 with workdirs.locked(folder / row["name"]):
                     pass
-        kept = list(done.values())
+        kept = [row for row in done.values() if row["status"] != "refused"]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         sweep = dict(experiment=experiment, **same, started=old["started"] if old else now, hardware=old and old["hardware"])
         return _run_all(sweep, rows, kept, folder)
@@ -176,7 +181,7 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
 
     pending = [row for row in rows if row["status"] == "pending"]
     show, seconds = sys.stdout.isatty(), []
-    with live.Live(table_of(rows), auto_refresh=False) if show else _Lines(rows) as screen:
+    with live.Live(table_of([*kept, *rows]), auto_refresh=False) if show else _Lines([*kept, *rows]) as screen:
         for left, row in zip(range(len(pending), 0, -1), pending, strict=True):
             row["status"] = "running"
             write()
@@ -194,7 +199,8 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
             if code == 0:
                 row["figures"] = report.figures_of(folder / row["name"])
                 summary = workdirs.read(folder / row["name"] / "summary.json")
-                sweep["hardware"] = {key: summary[key] for key in ("device_kind", "host_cores", "versions", "commit")}
+                now = {key: summary[key] for key in ("device_kind", "host_cores", "versions", "commit")}
+                sweep["hardware"] = joined(sweep["hardware"] or now, now)
             else:
                 row["reason"] = reason_of(code, folder / f"{row['name']}.log")
             write()
@@ -221,6 +227,13 @@ def _run_one(arguments: list[str], folder: pathlib.Path) -> int:
             finally:
                 process.kill()
             raise
+
+
+def joined(old: Any, new: Any) -> Any:
+    """What two runs of a sweep say of one thing, such as its commit: both, where they differ."""
+    if isinstance(new, dict):
+        return {key: joined(old.get(key, value), value) for key, value in new.items()}
+    return new if old == new else ", ".join(dict.fromkeys([*str(old).split(", "), str(new)]))
 
 
 def reason_of(code: int, log: pathlib.Path) -> str:

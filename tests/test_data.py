@@ -460,6 +460,13 @@ def test_synthetic():
     assert not np.array_equal(dataset.train_images[:10], dataset.test_images)
 
 
+def test_a_data_set_larger_than_memory_is_refused():
+    huge = config(name="synthetic")
+    huge.synthetic.update(dict(train_examples=10**7, image_size=4096))
+    with pytest.raises(UserError, match=r"data.name=synthetic: does not fit in this machine's memory \(Unable to allocate"):
+        sources.load(huge)
+
+
 def test_no_tensorflow_is_imported(tmp_path):
     path, _ = write_folder(tmp_path)
     program = (f"import sys; from cnn_spmd.data import cifar10, cifar10_archive; "

@@ -1,5 +1,6 @@
 """The command line as a user types it, in processes of its own."""
 
+import errno
 import json
 import os
 import pathlib
@@ -11,10 +12,12 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from conftest import ROOT
 
+import launch
 from cnn_spmd import interrupt
 
 SMALL = ["--config", "experiments/alexnet_cifar.py", "--config.model.name=simple_cnn", "--config.data.name=synthetic",
@@ -54,7 +57,8 @@ def finished(process, code=0):
                                           "experiments/alexnet_2012_imagenet.py, experiments/alexnet_cifar.py"),
     (["--config", "experiments/alexnet_cifar.py:slow"], "experiments/alexnet_cifar.py:slow: unknown variant"),
     ([*SMALL, "--config.optimiser.learning_rate=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
-    ([*SMALL, "--config.foo=1"], "no such config field: 'foo'"),
+    ([*SMALL, "--config.foo=1"], "--config.foo=1: no such field, expected those of the experiment"),
+    ([*SMALL, "--config.optimizer.foo=1"], "--config.optimizer.foo=1: no such field"),
     ([*SMALL, "--workdir="], "--workdir=: is empty"),
     ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
     ([*SMALL, "--target", "h100:1x8"], "--target=h100:1x8: those GPUs are not here, expected --dry_run"),
@@ -169,6 +173,19 @@ def test_an_early_sigterm_is_heeded_where_ctrl_c_is_ignored(start, ignored):
     process.send_signal(signal.SIGTERM)
     out, _ = finished(process, code=75)
     assert "To go on: python launch.py" in out
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(launch, "launch", full)
+    monkeypatch.setattr(launch, "WORKDIR", types.SimpleNamespace(value="w"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launch.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --workdir=w: No space left on device")
+    assert error.count("\n") == 1
 
 
 def test_a_signal_whose_exception_was_lost_still_stops_the_run(monkeypatch):

@@ -35,7 +35,8 @@ def a_run(mesh="1x1", speed=1000.0, parallelism="data", batch=128, seed=0, *, se
     step = 1e3 * size / speed
     figures = dict(
         model="alexnet", mesh=dict(data=data, model=model), parallelism=parallelism, batch_size=size, dataset="synthetic",
-        seed=seed, dtype="bfloat16", steps=100, images_per_second=speed, steady_calls=9, train_seconds=12.5 + seed,
+        fallback=None, seed=seed, dtype="bfloat16", steps=100,
+        images_per_second=speed, steady_calls=9, train_seconds=12.5 + seed,
         compile_seconds=3.25, param_count=1000,
         step_milliseconds=dict(p10=0.9 * step, median=step, p90=1.2 * step), accuracy=0.5 + 0.01 * seed, loss=1.25 + seed,
         bytes_per_device=dict(parameters=143_400_000 // model, optimizer=143_400_000 // model),
@@ -138,6 +139,23 @@ def test_a_sweeps_numbers_are_in_all_three_files(tmp_path, capsys):
         assert text in markdown
 
 
+def test_a_report_names_network_and_data(tmp_path, capsys):
+    runs = [a_run(), a_run("8x1", seed=1, dataset="digits", fallback="cifar10"), a_run("4x2", status="failed")]
+    markdown, page, *_ = written(capsys, write_sweep(tmp_path / "s", runs))
+    assert row_of(page, "network") == ["network", "alexnet, 1,000 parameters"]
+    assert row_of(page, "data") == ["data", "synthetic; digits, which stands in for cifar10"]
+    assert "| data | synthetic; digits, which stands in for cifar10 |" in markdown
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_run_without_a_speed_has_no_bar_for_its_step(tmp_path, capsys):
+    runs = [a_run(), a_run("8x1", images_per_second=None, step_milliseconds=None)]
+    _, page, *_ = written(capsys, write_sweep(tmp_path / "s", runs))
+    chart = re.search(r"<h3>Step time</h3>.*?</figure>", page, re.DOTALL)[0]
+    assert (">1x1 data</text>" in chart, ">8x1 data</text>" in chart, ">0.00</text>" in chart) == (True, False, False)
+    assert f"runs that had no step left to time: {runs[1]['name']}" in chart
+
+
 def test_runs_without_a_speed_have_a_report(tmp_path, capsys):
     """A run that was stopped after its last step, and then completed."""
     write_run(tmp_path / "r")
@@ -209,8 +227,9 @@ def test_the_page_needs_nothing_else(tmp_path, capsys):
 
 
 def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):
-    runs = [a_run("1x1", 1000.0), a_run("4x2", 4000.0, profile=PROFILE)]
+    runs = [a_run("1x1", 1000.0), a_run("4x2", 4000.0, profile=PROFILE | dict(note="Of a CPU."))]
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", runs))
+    assert "exposed communication and idle time. Of a CPU." in markdown
     assert "measured by a profile of 20 steps" in page
     assert "Marked (model), not measured" in page  # the run without a profile
     expected = [runs[1]["name"], "20", "4.000", "2.750", "1.500", "0.625", "0.875", "0.375", "37.5", "21.9"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 
@@ -11,11 +12,13 @@ from conftest import ROOT
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
 from cnn_spmd import compare, metrics, report, sweep
+from cnn_spmd import config as configs
 from cnn_spmd import workdir as workdirs
 from cnn_spmd.data import sources
 from cnn_spmd.errors import UserError
 
 SHARED = SMALL[:2]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
 # Stands in for launch.py: what a run does is its seed.
 FAKE = """
 import json, os, pathlib, signal, sys, time
@@ -69,7 +72,6 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
         sweep.combinations(meshes, batches, fields, 8)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
 def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     combos = [dict(mesh="3x5"), dict(mesh="4x2", seed="x"), dict(mesh="4x2", nope="1"), dict(parallelism="towers"),
@@ -88,7 +90,6 @@ def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
     assert rows[7]["name"] == "4x2,batch_per_device=8"
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
 def test_no_two_combinations_have_one_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
     values = "/a/b", "_a_b", "x" * 300, "x" * 299 + "y"
@@ -98,7 +99,6 @@ def test_no_two_combinations_have_one_folder(monkeypatch):
     assert names[1] == "data.dir=_a_b"
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
 @pytest.mark.parametrize("field", sorted(sweep.OF_THE_FALLBACK))
 def test_what_the_fallback_sets_is_not_swept(monkeypatch, field):
     """A run on the digits that stand in for CIFAR-10 has their own batch, steps and rate, whatever is asked for."""
@@ -156,8 +156,33 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     assert [(run["name"], run["status"]) for run in result["runs"]] == [
         ("seed=0", "completed"), ("seed=1", "failed"), ("seed=2", "completed"), ("seed=3", "completed")]
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]
-    fake(0, 2)
+    capsys.readouterr()
+    (tmp_path / "s/seed=0/summary.json").unlink()  # sweep.json has its figures
+    result = fake(0, 2)
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]  # what is done is not run again
+    assert all(run["figures"] for run in result["runs"] if run["status"] == "completed")
+    assert "seed=1  failed" in capsys.readouterr().out  # why the exit code is not 0
+    shutil.rmtree(tmp_path / "s/seed=0")
+    fake(0, 2)
+    assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3", "0"]
+
+
+def test_a_sweep_says_every_commit_that_it_ran_at(fake, tmp_path):
+    fake(0)
+    (tmp_path / "fake.py").write_text(FAKE.replace('commit="c"', 'commit="d"').replace("versions={}", "versions=dict(jax='2')"))
+    (tmp_path / "s/repaired").touch()
+    hardware = fake(0, 1)["hardware"]
+    assert hardware == dict(device_kind="card", host_cores=2, versions=dict(jax="2"), commit="c, d")
+    assert fake(0, 1, 2)["hardware"] == hardware
+
+
+def test_what_was_refused_is_forgotten_by_another_list(fake, monkeypatch):
+    def refused(*arguments, planned=sweep.plan):
+        return [row | (dict(status="refused") if row["name"] == "seed=9" else {}) for row in planned(*arguments)]
+
+    monkeypatch.setattr(sweep, "plan", refused)
+    assert [run["status"] for run in fake(0, 9)["runs"]] == ["completed", "refused"]
+    assert [run["status"] for run in fake(0)["runs"]] == ["completed"]
 
 
 def test_a_run_that_still_lives_is_waited_for(fake, tmp_path):
@@ -211,7 +236,11 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
     (lambda folder: folder.write_text("a file"), "cannot be written"),
     (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text(json.dumps(dict(
         arguments=[*SHARED, "--config.seed=3"], devices=8, cpu_devices=None, runs=[]))),
-     r"a sweep with other arguments \(\['--config.seed=3'\], now \[\]\)")])
+     r"a sweep with other arguments \(\['--config.seed=3'\], now \[\]\)"),
+    (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text(json.dumps(dict(
+        arguments=SHARED, devices=8, cpu_devices=None, runs=[], config=configs.flat(configs.as_json(configs.parsed(SHARED)))
+        | {"optimizer.momentum": 0.5}))),  # the experiment's file was another
+     r"a sweep with other config \(\{'optimizer.momentum': 0.5\}, now \{'optimizer.momentum': 0.9\}\)")])
 def test_folders_that_are_refused(fake, tmp_path, prepare, message):
     prepare(tmp_path / "s")
     with pytest.raises(UserError, match=message):

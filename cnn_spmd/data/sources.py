@@ -31,14 +31,17 @@ class Dataset:
 def load(data: ml_collections.ConfigDict) -> Dataset:
     """The data set that config.data describes (name, dir, fallback, image_size, synthetic.*), its numbers valid ones.
 
-    Raises UserError for an unknown name or fallback, a missing or damaged data.dir, and where CIFAR-10 is not to be had and
-    data.fallback is "".
+    Raises UserError for an unknown name or fallback, a missing or damaged data.dir, more than fits in memory, and where
+    CIFAR-10 is not to be had and data.fallback is "".
     """
     loaders = {"cifar10": load_cifar10, "digits": load_digits, "synthetic": load_synthetic, "folder": load_photographs,
                "imagenet2012": load_photographs, "imagenette": load_photographs}
     if data.name not in loaders:
         raise UserError(f"data.name={data.name}: not a data set; choose from {', '.join(loaders)}")
-    return loaders[data.name](data)
+    try:
+        return loaders[data.name](data)
+    except MemoryError as error:
+        raise UserError(f"data.name={data.name}: does not fit in this machine's memory ({error})") from None
 
 
 def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
