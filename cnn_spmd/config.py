@@ -23,7 +23,7 @@ RANGES = {
     "profile": (0, 10**6, True),
     "dense_microbatch": (0, None, True),
     "label_smoothing": (0.0, 1.0, False),
-    "model.width": (1, None, True),
+    "model.width": (1, 10**6, True),
     "model.dropout": (0.0, 1.0, False),
     "data.image_size": (1, 4096, True),
     "data.synthetic.image_size": (1, 4096, True),

@@ -25,8 +25,9 @@ Measured on the real CIFAR-10, all 10,000 test images, float32, 1 x H100; mean o
   11pct_no_lrn   11.31 ± 0.41 %   n = 3    63.4 s
 
 Without its response norms 11pct is no worse than with them, within the spread of three runs: what brings 13% to 11% here are
-the other changes. (11pct's first seed took 85 s, before the norms' derivative was written by hand; the others 76 s. The last
-one of 11pct_no_lrn ran on an H200, 10.97 % in 57 s, so that only two pairs are of one card: README.md.)
+the other changes. (Most runs are from before some of today's faster forms of layers; 11pct's first seed took 85 s, before the
+norms' derivative was written by hand, the others 76 s. The last one of 11pct_no_lrn ran on an H200, 10.97 % in 57 s, so that
+only two pairs are of one card: README.md.)
 """
 
 import ml_collections

@@ -11,10 +11,10 @@
   vgg_11                11             8   28,144,010      133.3 M                91.58 ± 0.14 %   n = 3
   vgg_16                16            13   33,638,218      266.5 M                92.53 ± 0.13 %   n = 3
 
-From one_convolution on all end in two hidden dense layers of 4096 and have 23 to 36 million parameters. The recipe is that of
-alexnet_cifar.py for every network. Its rate, .25, is the best of .05, .1 and .25 from one_convolution on; for the two shallow
-ones .1 is better, by 0.6 (seed 9) and 1.1 points (three seeds; results/rates/deeper_cifar.json). Gradients no longer than 1 let
-even 16 layers start at it, without batch norm.
+Multiply-adds leave out the taps of a window that lie on padding. From one_convolution on all end in two hidden dense layers of
+4096 and have 23 to 36 million parameters. The recipe is that of alexnet_cifar.py for every network. Its rate, .25, is the best
+of .05, .1 and .25 from one_convolution on (seed 9); for the two shallow ones .1 is better, by 0.6 (seed 9) and 1.1 points
+(three seeds; results/rates/deeper_cifar.json). Gradients no longer than 1 let even 16 layers start at it, without batch norm.
 `python -m cnn_spmd.papers --depth_plot FILE.svg` draws the table.
 
 Why convolutions at all: a neuron that sees a whole image of 32x32x3 has 3,072 weights, of 200x200x3 120,000; a map of

@@ -25,10 +25,11 @@ dense layer gets in a step has 1/k of the rate.
 What differs: a softmax, not 1000 logistic units (so the paper's cross-entropies are not comparable); no response norms; weights
 drawn by He et al.'s rule and channels scaled to unit deviation, not the mean image subtracted; biases in the same schedule; and
 so a warm-up over the first twentieth of the steps (the quarters are those of the rest), without which the loss of a batch of
-512 is not finite by the seventh step.
+512 was not finite by the seventh step (:imagenette, three seeds; not kept).
 
-Measured, H200s, random images (220 steps at a rate of .001: their warm-up of eleven steps is too short for 512 images at .04),
-speedup over one GPU; with :variable each GPU updates its share of the dense layers once for every GPU there is:
+Measured, H200s, random images, 220 steps, speedup over one GPU; with :variable each GPU updates its share of the dense layers
+once for every GPU there is. The first of two figures is from before the warm-up; (512, 512) and its 2.01 ran at a rate of .001,
+as eleven steps of warm-up are too few for 512 images at .04. The speed depends on neither.
 
   GPUs  batch          speedup          GPUs  batch          speedup
   2     (256, 256)     1.93, 2.01       2     (256, 128)     1.67, 1.72     (two machines)
