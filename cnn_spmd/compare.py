@@ -6,11 +6,14 @@ in nothing but mesh and parallelism, the ones that one chart compares.
 """
 
 import statistics
+from typing import Any
 
 from cnn_spmd.config import flat
 
 COLUMNS = ["mesh", "parallelism", "batch and settings", "n", "images/s", "step, ms (p10 to p90)", "speedup", "efficiency, %",
            "parameters and optimizer, MB a device", "ring MB a step", "theory", "test accuracy, %"]
+
+HARDWARE = ("device_kind", "host_cores", "versions", "commit")  # what a summary.json says of where and by what code it ran
 
 # Fields of a config that change no number, not even the speed, or that every table has a column for.
 NOT_COMPARED = ("mesh.", "data.dir", "data.fallback", "checkpoint.", "eval.every_epochs", "profile")
@@ -120,6 +123,13 @@ def cells(group: dict) -> list[str]:
             mean(gains, 2), f"{100 * statistics.mean(gains) / group['devices']:.1f}" if gains else "",
             f"{statistics.mean(held):,.1f}", *("" if moved is None else f"{moved / 1e6:,.1f}" for moved in (ring, theory)),
             mean([100 * accuracy for accuracy in values(group, "accuracy")], 2)]
+
+
+def joined(old: Any, new: Any) -> Any:
+    """What two runs say of one thing, such as their commit: both, where they differ."""
+    if isinstance(new, dict):
+        return {key: joined(old.get(key, value), value) for key, value in new.items()}
+    return new if old == new else ", ".join(dict.fromkeys([*str(old).split(", "), str(new)]))
 
 
 def hardware_of(sweep: dict) -> str:

@@ -125,9 +125,9 @@ def profile_tables(runs: list[dict]) -> tuple[list[tuple], list[tuple]]:
     return ([("heading", 3, "Computing and communicating, by profile"),
             ("table", ["run", "steps", "step, ms", "computing, ms", "communicating, ms", "of it overlapped", "exposed",
                        "idle, ms", "communication, % of the step", "exposed, %"], shares),
-            ("text", "Mean over the devices. Overlapped communication runs while the device computes, exposed communication "
-             "while it does not: a step is computing, exposed communication and idle time. "
-             + told(runs, lambda figures: (figures.get("profile") or {}).get("note", "")))],
+            ("text", ("Mean over the devices. Overlapped communication runs while the device computes, exposed communication "
+                      "while it does not: a step is computing, exposed communication and idle time. "
+                      + told(runs, lambda figures: (figures.get("profile") or {}).get("note", ""))).strip())],
             [("heading", 3, "Top kernels, by profile"),
             ("table", ["run", "kernel", "ms a step", "% of the step", "times a step", "communication"], kernels),
             ("text", f"The {KERNELS} that take longest in each run; profile.json has more.")])

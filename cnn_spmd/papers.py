@@ -148,8 +148,8 @@ HEADER = ["figure", "published", "measured", "n", "difference", "hardware", "com
 LEGEND = """\
 Difference: measured less published. n: runs that differ in nothing but their seed; mean ± one sample standard deviation.
 "Points more" and "times" are of a run and its control of the same seed, whose two means are in brackets. Speedups are measured
-on random images; their n is of sweeps. A command takes seed 0 (--config.seed) and downloads the data, or finds it in
---config.data.dir."""
+on random images; their n is of sweeps, whose learning rates and warm-ups differ. A command takes seed 0 (--config.seed) and
+downloads the data, or finds it in --config.data.dir."""
 
 
 def read(folder: pathlib.Path) -> list[dict]:

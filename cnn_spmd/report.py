@@ -6,6 +6,7 @@ Neither jax nor matplotlib is imported before a report is drawn: sweep.py import
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -115,8 +116,8 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
     def joined(key: str) -> str:
         return ", ".join(dict.fromkeys(str(summary[key]) for summary in made_by))
 
-    hardware = dict(device_kind=joined("device_kind"), host_cores=joined("host_cores"), commit=joined("commit"),
-                    versions=made_by[0]["versions"]) if made_by else None
+    where = [{key: summary[key] for key in compare.HARDWARE} for summary in made_by]
+    hardware = functools.reduce(compare.joined, where) if where else None
     return dict(title=", ".join(run["name"] for run in runs), experiment=joined("experiment") or "unfinished runs", runs=runs,
                 devices=max((summary["devices"] for summary in made_by), default=0), started=joined("started"),
                 hardware=hardware)

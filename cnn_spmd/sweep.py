@@ -17,13 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from absl import logging
 from rich import live, table
 
+from cnn_spmd import compare, interrupt, mesh, metrics, report
 from cnn_spmd import config as configs
-from cnn_spmd import interrupt, mesh, metrics, report
 from cnn_spmd import setup as setups
 from cnn_spmd import workdir as workdirs
 from cnn_spmd.data import sources
@@ -199,8 +198,8 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
             if code == 0:
                 row["figures"] = report.figures_of(folder / row["name"])
                 summary = workdirs.read(folder / row["name"] / "summary.json")
-                now = {key: summary[key] for key in ("device_kind", "host_cores", "versions", "commit")}
-                sweep["hardware"] = joined(sweep["hardware"] or now, now)
+                now = {key: summary[key] for key in compare.HARDWARE}
+                sweep["hardware"] = compare.joined(sweep["hardware"] or now, now)
             else:
                 row["reason"] = reason_of(code, folder / f"{row['name']}.log")
             write()
@@ -227,13 +226,6 @@ def _run_one(arguments: list[str], folder: pathlib.Path) -> int:
             finally:
                 process.kill()
             raise
-
-
-def joined(old: Any, new: Any) -> Any:
-    """What two runs of a sweep say of one thing, such as its commit: both, where they differ."""
-    if isinstance(new, dict):
-        return {key: joined(old.get(key, value), value) for key, value in new.items()}
-    return new if old == new else ", ".join(dict.fromkeys([*str(old).split(", "), str(new)]))
 
 
 def reason_of(code: int, log: pathlib.Path) -> str:
