@@ -4,8 +4,8 @@ Needs torch (pip install torch) and an NVIDIA GPU. Several GPUs, data parallel (
   torchrun --nproc-per-node 4 benchmarks/peer.py --batch 128 --mode max --bf16_grads
 
 channels_last, bfloat16 autocast, fused SGD, TF32 allowed for what stays float32, cuDNN's autotuner; the loss is compiled with
-the network. The images lie on the GPU, ready and the same at each step. Milliseconds a step from CUDA events around 80 steps,
-5 times, after 8 steps of warm-up (which compile). Prints one line of JSON.
+the network. The images lie on the GPU, ready and the same at each step. Milliseconds a step from CUDA events around 400 steps,
+3 times, after 8 steps of warm-up (which compile). Prints one line of JSON.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-WARMUP, REPEATS, STEPS = 8, 5, 80
+WARMUP, REPEATS, STEPS = 8, 3, 400
 CLASSES, SIDE = 1000, 224
 COMPILERS = {"eager": lambda net: net, "compile": torch.compile,
              "graphs": lambda net: torch.compile(net, mode="reduce-overhead"),
