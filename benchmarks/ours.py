@@ -2,8 +2,8 @@
 
 The config of experiments/alexnet_cifar.py on synthetic images of 224x224 and 1000 classes: random crops and mirroring from
 the data set on the device, dropout, smoothed labels, loss and optimizer, each step on other examples; bfloat16 on GPUs.
-Milliseconds a step by the host's clock around at least 400 steps, 3 times, after at least 8 steps of warm-up; the host waits for
-the devices at the end of each time. Prints one line of JSON.
+Milliseconds a step by the host's clock around at least 400 steps, 3 times, after at least 8 steps of warm-up; the host waits
+for the devices at the end of each time. Prints one line of JSON.
 """
 
 import argparse

@@ -3,3 +3,6 @@
 
 class UserError(ValueError):
     """Bad input: launch.py prints it as one line (field, value, what would be right) and exits with 2."""
+
+    def __init__(self, message: object):
+        super().__init__(str(message).replace("\n", r"\n"))  # of a file's name

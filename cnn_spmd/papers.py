@@ -148,8 +148,9 @@ HEADER = ["figure", "published", "measured", "n", "difference", "hardware", "com
 LEGEND = """\
 Difference: measured less published. n: runs that differ in nothing but their seed; mean ± one sample standard deviation.
 "Points more" and "times" are of a run and its control of the same seed, whose two means are in brackets. Speedups are measured
-on random images; their n is of sweeps, whose learning rates and warm-ups differ. A command takes seed 0 (--config.seed) and
-downloads the data, or finds it in --config.data.dir."""
+on random images; their n is of sweeps, whose learning rates and warm-ups differ; their command is that of the run
+and of the one that it is held against. A command takes seed 0 (--config.seed) and downloads the data, or finds it in
+--config.data.dir."""
 
 
 def read(folder: pathlib.Path) -> list[dict]:
@@ -161,10 +162,17 @@ def read(folder: pathlib.Path) -> list[dict]:
             for run, speedup in zip(group["runs"], compare.speedups(group), strict=False):  # none where there is no base
                 runs.append(run["figures"] | dict(
                     devices=group["devices"], host_cores=sweep["hardware"]["host_cores"], speedup=speedup,
-                    command=run["command"], config=dict(run["settings"], experiment=sweep["experiment"]),
+                    command=with_base(run["command"], run["figures"]["batch_size"], group["devices"]),
+                    config=dict(run["settings"], experiment=sweep["experiment"]),
                     # Of older sweeps only the experiment's name says it.
                     variable=bool(run["figures"].get("dense_microbatch", "variable" in sweep["experiment"]))))
     return runs
+
+
+def with_base(command: str, batch_size: int, devices: int) -> str:
+    """The sweep of a run and the one on a single device that its speedup is over."""
+    return command.replace("--mesh=", "--mesh=1x1,").replace(f"--config.batch_size={batch_size}",
+                                                            f"--batch_per_device={batch_size // devices}")
 
 
 def matches(where: dict, run: dict) -> bool:

@@ -37,10 +37,11 @@ def draw(folder: pathlib.Path, data_dir: str | None = None) -> None:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no run (no config.json)")
-    with workdirs.locked(folder):  # a run that goes on there would lose what it is saving
+    with workdirs.locked(folder, ""):  # a run that goes on there would lose what it is saving
         run, state = restore(folder, data_dir)
         shown_T, compared_T = choose(run.config.seed, len(run.data.test_images))
-        metrics.say(f"Comparing {len(run.data.train_images):,} training images of {run.data.name} with {QUERIES} test images.")
+        metrics.say(f"Comparing {len(run.data.train_images):,} training images of {run.data.name} with {len(compared_T)} test "
+                    "images.")
         predicted = predictions(run, state.params, shown_T)
         near = neighbours(run, state.params, compared_T)
         kernel, filters_KHWC = first_layer(run, state.params)
@@ -75,6 +76,8 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
     """The run in `folder`, set up on the first device, and its newest whole state."""
     saved = report.read_json(folder / "config.json")
     try:
+        if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
+            raise UserError(f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none")
         of_data = ("dataset", "fallback", "data_files")
         config = ml_collections.ConfigDict({name: saved[name] for name in saved if name not in of_data})
         config.mesh.update(dict(data=1, model=1))

@@ -68,7 +68,7 @@ def throughput(groups: list[dict]) -> str:
         axes.errorbar(x, y, yerr=spread(some, y), fmt=marker, color=colour, markersize=5, elinewidth=1, capsize=2, label=scheme)
     axes.set_xticks(range(len(meshes)), [f"{rows}x{columns}" for rows, columns in meshes])
     axes.set_xlim(-0.5, len(meshes) - 0.5)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_xlabel("mesh, data x model")
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))

@@ -49,11 +49,17 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
     configs.validate(config)
     place = Placement(meshes.make(config.mesh.data, config.mesh.model, devices), config.parallelism,
                       config.placement.to_dict())
-    data = data or sources.load(config.data)
+    assemble = functools.partial(_assemble, config, place, device_memory(place))
+    data = data or sources.load(config.data, assemble)
     if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
         name = np.frombuffer(f"{data.name} {data.files}".encode().ljust(64)[:64], np.uint8)
         multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
-    config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, device_memory(place))
+    return assemble(data)
+
+
+def _assemble(config: ml_collections.ConfigDict, place: Placement, memory: float | None, data: sources.Dataset) -> Setup:
+    """What `prepare` gives. Raises UserError for what does not go together."""
+    config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, memory)
     config.mesh.data, config.mesh.model = place.mesh.shape.values()
     if data.fallback:
         say(f"For {data.name}: batch_size={config.batch_size}, optimizer.learning_rate={config.optimizer.learning_rate}, "

@@ -6,6 +6,7 @@ sweep goes on. sweep.json holds every combination; the same command on the same 
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import io
 import itertools
@@ -121,10 +122,11 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
             if row["mesh"]:
                 config.mesh.data, config.mesh.model = mesh.parse(row["mesh"])
             configs.validate(config)
-            if (key := repr(config.data)) not in datasets:
-                datasets[key] = sources.load(config.data)
             with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say it
-                setups.prepare(config, devices, datasets[key])
+                check = functools.partial(setups.prepare, config, devices)
+                if (key := repr(config.data)) not in datasets:
+                    datasets[key] = sources.load(config.data, check)
+                check(datasets[key])
             if (data := datasets[key]).fallback and (taken := sorted(settings.keys() & OF_THE_FALLBACK)):
                 raise UserError(f"{taken[0]}={settings[taken[0]]}: of no effect on {data.name}, which stands in for "
                                 f"{data.fallback} with data.fallback_*: expected data.name={data.name}")

@@ -17,23 +17,23 @@ OURS = {LOCK, "program.json"}  # what may be in a folder that holds no run yet: 
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[set[str]]:
+def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]:
     """The folder, made where it is missing, for this process alone; yields the names of what is in it.
 
-    Raises UserError where it cannot be written or is in use.
+    flag: by which it was given, for what is raised. Raises UserError where it cannot be written or is in use.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = {path.name for path in folder.iterdir()}
         lock = (folder / LOCK).open("a")
     except OSError as error:
-        raise UserError(f"--workdir={folder}: cannot be written ({error.strerror}): give another folder") from None
+        raise UserError(f"{flag}{folder}: cannot be written ({error.strerror}): give another folder") from None
     with lock:
         if jax.process_index() == 0:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"--workdir={folder}: another run is using it: wait for it, or give another folder") from None
+                raise UserError(f"{flag}{folder}: another run is using it: wait for it, or give another folder") from None
             except OSError as error:
                 logging.warning("%s cannot be locked (%s): make sure that no other run uses it.", folder, error.strerror)
         yield content

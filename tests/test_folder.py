@@ -9,13 +9,15 @@ import time
 import zlib
 from pathlib import Path
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cnn_spmd import config, setup
+from cnn_spmd import config as configs
+from cnn_spmd import setup, sweep
 from cnn_spmd.data import folder, prepared, sources
 from cnn_spmd.errors import UserError
 
@@ -51,8 +53,8 @@ def root(tmp_path) -> Path:
     return tmp_path / "pets"
 
 
-def load(root: Path | str, name: str = "folder", size: int = SIZE) -> sources.Dataset:
-    return sources.load(ml_collections.ConfigDict(dict(name=name, dir=str(root), image_size=size)))
+def load(root: Path | str, name: str = "folder", size: int = SIZE, **check) -> sources.Dataset:
+    return sources.load(ml_collections.ConfigDict(dict(name=name, dir=str(root), image_size=size)), **check)
 
 
 def caches(tmp_path: Path) -> list[Path]:
@@ -211,16 +213,70 @@ def test_a_link_to_nowhere_is_named(root):
         load(root)
 
 
-def test_a_folder_among_the_images_is_told(root, caplog):
-    (root / "train/cat/more.jpg").mkdir()
+def test_a_pipe_is_named(root):
+    """It would be waited for."""
+    os.mkfifo(root / "val/cat/b.jpg")
+    with pytest.raises(UserError, match=rf"^data.dir={root}: {root}/val/cat/b.jpg: is no regular file, expected"):
+        load(root)
+
+
+def test_a_line_break_in_a_name_makes_no_second_line(root):
+    (root / "val/cat/a\nb.jpg").write_text("no image")
+    with pytest.raises(UserError, match=rf"^{root}: cannot read .*val/cat/a\\nb.jpg \(.*\): mend") as refusal:
+        load(root)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["train/cat/more.jpg/", "train/cat/a.gif", "val/labels.csv"])
+def test_what_is_left_out_is_told(root, caplog, name):
+    (root / name).mkdir() if name.endswith("/") else (root / name).write_text("an image of another kind, or none")
     assert len(load(root).train_images) == 5
-    assert f"1 files other than .jpg/.jpeg/.png are left out, such as {root}/train/cat/more.jpg" in caplog.text
-
-
-def test_files_that_are_left_out_are_told(root, caplog):
-    (root / "train/cat/a.gif").write_text("an image of another kind")
+    assert f"left out, as no .jpg/.jpeg/.png in a class folder: {root / name}." in caplog.text
+    (root / "test.txt").write_text("beside the two folders, anything may be")
+    (root / "train/cat/b.gif").write_text("another one")
     load(root)
-    assert f"1 files other than .jpg/.jpeg/.png are left out, such as {root}/train/cat/a.gif" in caplog.text
+    assert " and 1 more." in caplog.text
+
+
+def test_a_class_whose_name_is_no_text_can_be_drawn(root):
+    for split in ("train", "val"):
+        os.rename(root / split / "dog", os.fsencode(root / split) + b"/d\xf6g")
+    assert load(root).class_names == ("cat", "d\ufffdg")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(batch_size=6), "batch_size=6: folder-.* has 5 training images"),
+    ({"data.crop": SIZE + 1}, "data.crop=17: images are 16 pixels wide"),
+    ({"model.name": "alexnets"}, "model.name=alexnets: unknown"),
+    (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=4")])
+def test_what_does_not_fit_is_refused_before_images_are_decoded(root, config, monkeypatch, capsys, change, message):
+    config.update(dict(batch_size=4, steps=2, data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1)))
+    config.update_from_flattened_dict(change)
+    monkeypatch.setattr(prepared, "prepare", None)
+    with pytest.raises(UserError, match=f"^{message}"):
+        setup.prepare(config)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
+def test_a_sweep_refuses_it_as_early(root, monkeypatch):
+    monkeypatch.setattr(prepared, "prepare", None)
+    shared = ["--config", str(Path(__file__).parent.parent / "experiments/alexnet_cifar.py"), "--config.data.name=folder",
+              f"--config.data.dir={root}", f"--config.data.image_size={SIZE}"]
+    (row,) = sweep.plan([dict(batch_size="6")], shared, jax.devices()[:1])
+    assert row["status"] == "refused"
+    assert "batch_size=6: folder-" in row["reason"]
+
+
+def test_the_check_sees_the_data_set_as_it_will_be(root):
+    seen = []
+    data = load(root, check=seen.append)
+    (before,) = seen
+    assert (before.name, before.class_names, before.mirror) == (data.name, data.class_names, data.mirror)
+    for field in ("train_images", "train_labels", "test_images", "test_labels"):
+        was, is_ = getattr(before, field), getattr(data, field)
+        assert (was.shape, was.dtype) == (is_.shape, is_.dtype)
+    load(root, check=seen.append)  # what is prepared is taken
+    assert len(seen) == 1
 
 
 # -------------------------------------------------------------------------------------------------- the prepared files
@@ -263,7 +319,7 @@ def test_an_interrupted_preparation_leaves_nothing(root, tmp_path, monkeypatch):
     assert caches(tmp_path) == [cache]
 
 
-def test_one_prepares_while_another_waits(root, monkeypatch):
+def test_one_prepares_while_another_waits(root, monkeypatch, capsys):
     calls = []
 
     def slow(*arguments, prepare=prepared.prepare):
@@ -276,6 +332,7 @@ def test_one_prepares_while_another_waits(root, monkeypatch):
         first, second = pool.map(load, [root] * 2)
     np.testing.assert_array_equal(first.train_images, second.train_images)
     assert len(calls) == 1
+    assert f"waiting for another run, which prepares {root} in " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [cut, nothing, Path.unlink])
@@ -344,9 +401,9 @@ def test_a_named_data_set_says_which_files_it_is(root, tmp_path, monkeypatch):
     other = load(tmp_path / "copy", "imagenette")
     assert (other.name, first.name) == ("imagenette", "imagenette")
     saved, changed = (setup.Setup(ml_collections.ConfigDict(), data, None, None).saved for data in (first, other))
-    config.refuse_changes(saved, saved)
+    configs.refuse_changes(saved, saved)
     with pytest.raises(UserError, match=rf"data_files: {first.files} -> {other.files}"):
-        config.refuse_changes(saved, changed)
+        configs.refuse_changes(saved, changed)
 
 
 @pytest.mark.parametrize("name", ["imagenet2012", "imagenette"])
@@ -356,6 +413,8 @@ def test_a_tfds_data_set_that_is_not_there_says_how_to_get_it(tmp_path, name):
         load("", name)
     assert ("ILSVRC2012_img_train.tar" in str(refusal.value)) == (name == "imagenet2012")
     assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match=rf"^data.dir={tmp_path}/gone: is no folder"):
+        load(tmp_path / "gone", name)
 
 
 def test_a_tfds_data_set_of_another_form_is_refused(tmp_path):

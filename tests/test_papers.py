@@ -92,7 +92,7 @@ def test_imagenet_and_speedups_on_known_runs(tmp_path):
         figures = dict(model="alexnet", mesh=dict(data=1, model=devices), parallelism=parallelism, batch_size=batch * devices,
                        param_count=size, images_per_second=rate, dense_microbatch=micro, device_kind="H100", seed=0)
         return dict(status="completed", settings=dict(batch_per_device=batch, size=size, micro=micro), figures=figures,
-                    command=f"{devices} {parallelism}")
+                    command=f"{parallelism} --mesh=1x{devices} --config.batch_size={batch * devices}")
 
     for name, runs in dict(a=[run(1, 128, 100.0), run(2, 128, 180.0), run(2, 128, 500.0, "model"), run(2, 256, 900.0),
                               run(4, 128, 300.0), run(1, 128, 1.0, size=5), run(2, 128, 9.0, size=5)],
@@ -109,7 +109,8 @@ def test_imagenet_and_speedups_on_known_runs(tmp_path):
     assert measured(tmp_path, "4 GPUs, batches (512, 512): speedup") == [["3.74", "3.00", "1", "-0.74", "4 x H100"]]
     assert measured(tmp_path, "1 GPU, batches (128, 128): hours") == [["98.05", "not measured", "0", "", ""]]
     assert measured(tmp_path, "one weird trick, batch 256 a GPU, 2 GPUs: speedup")[0][1] == "not measured"  # there is no base
-    assert "| 2 hybrid | Krizhevsky 2014" in papers.measured_table(tmp_path)  # the command that was run
+    command = "| hybrid --mesh=1x1,1x2 --batch_per_device=128 | Krizhevsky 2014"  # the run, and its base
+    assert command in papers.measured_table(tmp_path)
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure["name"])
@@ -143,7 +144,7 @@ def test_other_experiments_say_what_was_measured():
     found = {}
     for run in runs:
         if run["experiment"].startswith("alexnet_cifar"):
-            variant = run["experiment"].removeprefix("alexnet_cifar").replace("_", ":")
+            variant = run["experiment"].removeprefix("alexnet_cifar").replace("_", ":") or ":best" * (run["epochs"] == 100)
             place = f"{run['devices']} x {run['device_kind'].removeprefix('NVIDIA ').split()[0]}"
             mesh = f"mesh {run['mesh']['data']}x{run['mesh']['model']}" + f", {run['parallelism']}" * (run["devices"] > 1)
             found.setdefault(f"{variant}, {place}" if variant else f"{place}, {mesh}", []).append(run)

@@ -186,6 +186,13 @@ def test_cifar10_that_is_gone_is_an_error_and_not_the_digits(saved, capsys, monk
     assert error.endswith("by --data_dir=PATH\n")
 
 
+@pytest.mark.parametrize("dataset", ["digits", "synthetic"])
+def test_a_place_for_data_that_have_none_is_refused(saved, capsys, dataset):
+    folder = saved(dataset=dataset)
+    assert report.main(["--pictures", str(folder), "--data_dir", "/data"]) == 2
+    assert capsys.readouterr().err == f"error: {folder}: --data_dir=/data: has no effect on {dataset}, expected none\n"
+
+
 def test_what_is_no_run(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "none"):
         assert report.main(["--pictures", str(folder)]) == 2
@@ -195,7 +202,7 @@ def test_what_is_no_run(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'}: damaged JSON")
     with workdir.locked(tmp_path):  # as a run that is going on does, whose half-made checkpoint must not be cleaned away
         assert report.main(["--pictures", str(tmp_path)]) == 2
-    assert "another run is using it" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: another run is using it")
     for arguments in (["--pictures"], ["--data_dir", "x", str(tmp_path)]):
         with pytest.raises(SystemExit, match="2"):
             report.main(arguments)

@@ -247,6 +247,16 @@ def test_error_bars_are_the_percentiles_of_the_step_time():
     assert (below, above) == (pytest.approx([4000 - 4000 / 1.2]), pytest.approx([4000 / 0.9 - 4000]))
 
 
+def test_no_point_is_cut_off(monkeypatch):
+    seen = []
+    monkeypatch.setattr(plots, "finish", lambda fig, axes, label: seen.append(axes.get_ylim()))
+    lone = a_run("1x1", 4000.0, step_milliseconds=dict(p10=31.99, median=32.0, p90=32.01))
+    plots.throughput(compare.groups_of([lone]))
+    ((bottom, top),) = seen
+    assert bottom == 0
+    assert top > 1.04 * 4000
+
+
 def test_step_time_split():
     def split(**more):
         return charts.split_of(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])

@@ -501,7 +501,7 @@ def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeyp
     data = sources.load(config.data)
     data = dataclasses.replace(data, train_labels=data.train_labels * 0 + 1, test_labels=data.test_labels * 0,
                                test_images=data.test_images // 4)
-    monkeypatch.setattr(sources, "load", lambda _: data)
+    monkeypatch.setattr(sources, "load", lambda *_: data)
     seen = []
     monkeypatch.setattr(batches, "channel_statistics", lambda x, old=batches.channel_statistics: seen.append(x) or old(x))
     assert train.run(config, tmp_path)["eval"]["accuracy"] == 0

@@ -1,8 +1,11 @@
 """Data sets of photographs: class folders (DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg), or what TFDS has prepared."""
 
+import functools
 import hashlib
 import io
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +22,12 @@ CLASSES = dict(imagenet2012=1000, imagenette=10)  # TFDS's data sets, and how ma
 FORM = "1"  # of the prepared files; another one prepares them anew
 
 
-def load(name: str, data_dir: str, size: int) -> tuple[Source, dict[str, np.ndarray]]:
+def load(name: str, data_dir: str, size: int, check: Callable[[Source, dict], object]) -> tuple[Source, dict[str, np.ndarray]]:
     """The data set as it was found, and its arrays (prepared.arrays_of, images of size x size).
 
     name: "folder", or one of CLASSES; data_dir: class folders, or for the latter also TFDS's data directory ("": the usual
-    one). The first call prepares the arrays in TFDS's data directory ($TFDS_DATA_DIR or ~/tensorflow_datasets); later calls
-    find them by the names, sizes and times of the files.
+    one). The first call prepares the arrays in TFDS's data directory ($TFDS_DATA_DIR or ~/tensorflow_datasets), once `check`
+    has seen the data set and zeros for its arrays; later calls find them by the names, sizes and times of the files.
 
     Raises UserError, in one line, for what is missing, damaged or of another form.
     """
@@ -32,12 +35,14 @@ def load(name: str, data_dir: str, size: int) -> tuple[Source, dict[str, np.ndar
     given = Path(data_dir).expanduser() if data_dir else root
     if name == "folder" and not data_dir:
         raise UserError(f"data.dir=: is empty, {LAYOUT}")
-    source = from_folders(given) if name == "folder" or (given / "train").is_dir() else from_tfds(name, given)
+    if data_dir and not os.path.isdir(given):
+        raise UserError(f"data.dir={data_dir}: is no folder, {LAYOUT}")
+    source = from_folders(given) if name == "folder" or os.path.isdir(given / "train") else from_tfds(name, given)
     found, expected = len(source.class_names), CLASSES.get(name)
     if expected not in (None, found):
         raise UserError(f"data.dir={data_dir}: holds {found} classes, but data.name={name} has {expected}: give another "
                         "folder, or data.name=folder")
-    return source, prepared.arrays_of(source, size, root / "cnn_spmd_photographs")
+    return source, prepared.arrays_of(source, size, root / "cnn_spmd_photographs", functools.partial(check, source))
 
 
 def from_folders(root: Path) -> Source:
@@ -47,20 +52,19 @@ def from_folders(root: Path) -> Source:
     """
     where = f"data.dir={root}"
     try:
-        if not root.is_dir():
-            raise UserError(f"{where}: is no folder, {LAYOUT}")
         folders = [next((root / name for name in names if (root / name).is_dir()), None)
                    for names in (("train",), ("val", "test"))]
         if None in folders:
             raise UserError(f"{where}: holds no {'val/ or test/' if folders[0] else 'train/'}, {LAYOUT}")
-        classes, others = ({entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."}
-                           for folder in folders)
+        seen = [[entry for entry in os.scandir(folder) if entry.name[0] != "."] for folder in folders]
+        classes, others = ({entry.name for entry in entries if entry.is_dir()} for entries in seen)
+        other = [entry.path for entries in seen for entry in entries if not entry.is_dir()]
         for name in sorted(classes ^ others):
             has, lacks = folders if name in classes else folders[::-1]
             raise UserError(f"{where}: class {name} is in {has.name}/ but not in {lacks.name}/, expected the same in both")
         if not classes:
             raise UserError(f"{where}: {folders[0].name}/ and {folders[1].name}/ hold no class folders, {LAYOUT}")
-        content, times, splits, other = hashlib.sha256(), hashlib.sha256(FORM.encode()), {}, []
+        content, times, splits = hashlib.sha256(), hashlib.sha256(FORM.encode()), {}
         for split, folder in zip(("train", "test"), folders, strict=True):
             files, labels = [], []
             for label, name in enumerate(sorted(classes)):
@@ -71,9 +75,12 @@ def from_folders(root: Path) -> Source:
                     if entry.is_dir() or not entry.name.lower().endswith(SUFFIXES):
                         other.append(entry.path)
                         continue
+                    status = entry.stat()
+                    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+                        raise UserError(f"{where}: {entry.path}: is no regular file, expected images")
                     files.append(entry.path)
-                    content.update(os.fsencode(f"{split}/{name}/{entry.name}\0{entry.stat().st_size}\0"))
-                    times.update(f"{entry.stat().st_mtime_ns} ".encode())
+                    content.update(os.fsencode(f"{split}/{name}/{entry.name}\0{status.st_size}\0"))
+                    times.update(f"{status.st_mtime_ns} ".encode())
                 labels += [label] * (len(files) - before)
                 if len(files) == before:
                     raise UserError(f"{where}: {folder.name}/{name}/ holds no image ({', '.join(SUFFIXES)}), expected at least "
@@ -82,9 +89,11 @@ def from_folders(root: Path) -> Source:
     except OSError as error:
         raise UserError(f"{where}: {error.filename}: {error.strerror}, expected readable folders and files") from error
     if other:
-        logging.warning("%s: %d files other than %s are left out, such as %s.", where, len(other), "/".join(SUFFIXES), other[0])
+        logging.warning("%s: left out, as no %s in a class folder: %s%s.", where, "/".join(SUFFIXES), other[0],
+                        f" and {len(other) - 1} more" if len(other) > 1 else "")
     times.update(content.digest())
-    return Source(str(root), splits, tuple(sorted(classes)), content.hexdigest()[:8], times.hexdigest()[:16])
+    class_names = tuple(os.fsencode(name).decode(errors="replace") for name in sorted(classes))  # which can be drawn
+    return Source(str(root), splits, class_names, content.hexdigest()[:8], times.hexdigest()[:16])
 
 
 def from_tfds(name: str, root: Path) -> Source:

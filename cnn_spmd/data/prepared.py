@@ -43,19 +43,27 @@ class Source(NamedTuple):
     fingerprint: str  # another one wherever a file has changed
 
 
-def arrays_of(source: Source, size: int, root: Path) -> dict[str, np.ndarray]:
+def arrays_of(source: Source, size: int, root: Path, check: Callable[[dict], object]) -> dict[str, np.ndarray]:
     """{train,test}_images, uint8 [N, H, W, C] on disk, and {train,test}_labels, int32 [N], in the order of the source.
 
     They are kept in a folder of their own in `root`, all or nothing; while one process prepares them, others that want the
-    same wait. Raises UserError naming the images that cannot be decoded, and where `root` cannot hold them.
+    same wait. check: sees arrays of these shapes, all zeros, before anything is decoded. Raises UserError naming the images
+    that cannot be decoded, and where `root` cannot hold them.
     """
     folder = root / f"{source.fingerprint}-{size}"
     if (arrays := read(folder)) is not None:
         return arrays
+    check({f"{split}_{what}": np.broadcast_to(zero, (examples, *sides))  # which take no memory
+           for split, (examples, _) in source.splits.items()
+           for what, zero, sides in (("images", np.uint8(0), (size, size, 3)), ("labels", np.int32(0), ()))})
     try:
         root.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another run, which prepares {source.name} in {folder}", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if (arrays := read(folder)) is None:
                 prepare(source, folder, size)
                 arrays = read(folder)
@@ -116,7 +124,8 @@ def prepare(source: Source, folder: Path, size: int) -> None:
 def decoded(file: Path | io.BytesIO, size: int) -> np.ndarray:
     """The central square of an image, rescaled (bilinear, with antialiasing) to uint8 [size, size, 3].
 
-    Grey, palette, CMYK and 16-bit images become RGB; transparency is dropped. Raises what pillow does for a damaged file.
+    Grey, palette, CMYK and 16-bit images become RGB; transparency is dropped, and so is a camera's orientation (EXIF), as
+    TFDS's and torchvision's readers do. Raises what pillow does for a damaged file.
     """
     with Image.open(file) as image:
         if image.mode.startswith("I"):  # 16-bit grey; 16-bit colour, pillow reads as 8 bits by itself

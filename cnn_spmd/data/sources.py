@@ -4,8 +4,10 @@ Legend: N images, H rows, W columns, C = 3 channels (red, green, blue).
 """
 
 import dataclasses
+import functools
 import math
 import sys
+from collections.abc import Callable
 
 import ml_collections
 import numpy as np
@@ -28,14 +30,15 @@ class Dataset:
     files: str = ""               # a digest of its files' names and sizes, where the name does not have one
 
 
-def load(data: ml_collections.ConfigDict) -> Dataset:
+def load(data: ml_collections.ConfigDict, check: Callable[[Dataset], object] = lambda _: None) -> Dataset:
     """The data set that config.data describes (name, dir, fallback, image_size, synthetic.*), its numbers valid ones.
 
+    check: sees photographs that are still to be decoded as black ones, so that what does not fit is refused before.
     Raises UserError for an unknown name or fallback, a missing or damaged data.dir, more than fits in memory, and where
     CIFAR-10 is not to be had and data.fallback is "".
     """
-    loaders = {"cifar10": load_cifar10, "digits": load_digits, "synthetic": load_synthetic, "folder": load_photographs,
-               "imagenet2012": load_photographs, "imagenette": load_photographs}
+    loaders = {"cifar10": load_cifar10, "digits": load_digits, "synthetic": load_synthetic,
+               **dict.fromkeys(("folder", "imagenet2012", "imagenette"), functools.partial(load_photographs, check=check))}
     if data.name not in loaders:
         raise UserError(f"data.name={data.name}: not a data set; choose from {', '.join(loaders)}")
     try:
@@ -79,13 +82,14 @@ def load_digits(data: ml_collections.ConfigDict) -> Dataset:
                    test_labels=labels[test], class_names=tuple("0123456789"), mirror=False)
 
 
-def load_photographs(data: ml_collections.ConfigDict) -> Dataset:
+def load_photographs(data: ml_collections.ConfigDict, check: Callable[[Dataset], object]) -> Dataset:
     """Photographs in class folders, or those of a TFDS data set, as squares of data.image_size pixels; read from disk."""
     from cnn_spmd.data import folder  # imports TFDS, as above
 
-    source, arrays = folder.load(data.name, data.dir, data.image_size)
-    name, files = (f"folder-{source.content}", "") if data.name == "folder" else (data.name, source.content)
-    return Dataset(name=name, **arrays, class_names=source.class_names, mirror=True, files=files)
+    def dataset(source: folder.Source, arrays: dict[str, np.ndarray]) -> Dataset:
+        name, files = (f"folder-{source.content}", "") if data.name == "folder" else (data.name, source.content)
+        return Dataset(name=name, **arrays, class_names=source.class_names, mirror=True, files=files)
+    return dataset(*folder.load(data.name, data.dir, data.image_size, lambda *found: check(dataset(*found))))
 
 
 def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:
