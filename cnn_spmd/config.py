@@ -192,14 +192,17 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def refuse_changes(old: dict, new: dict) -> None:
-    """Raises UserError naming each field in which two resolved configs differ, beyond what a resumed run may change."""
+def refuse_changes(where: str, old: dict, new: dict) -> None:
+    """Raises UserError naming each field in which two resolved configs differ, beyond what a resumed run may change.
+
+    where: the folder of the old one, as it was given.
+    """
     old, new = flat(old), flat(new)
     differ = [f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
               for field in sorted(old.keys() | new.keys())
               if old.get(field) != new.get(field) and not any(f"{field}.".startswith(f"{free}.") for free in MAY_DIFFER)]
     if differ:
-        raise UserError(f"this workdir holds a run with another config ({'; '.join(differ)}): give the same config or "
+        raise UserError(f"{where}: holds a run with another config ({'; '.join(differ)}): give the same config or "
                         "another --workdir")
 
 

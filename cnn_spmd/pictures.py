@@ -75,24 +75,28 @@ def draw(folder: pathlib.Path, data_dir: str | None = None) -> None:
 def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, TrainState]:
     """The run in `folder`, set up on the first device, and its newest whole state."""
     saved = report.read_json(folder / "config.json")
+
+    def the_same(run: setup.Setup) -> None:
+        asked, found = saved["dataset"], run.data.name
+        if (found, run.data.files) != (asked, saved.get("data_files", run.data.files)):
+            raise UserError(f"was trained on {asked}, but its data.dir={run.config.data.dir} holds "
+                            f"{found if found != asked else 'other files of it'}: give the former's place by --data_dir=PATH")
+
     try:
         if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
             raise UserError(f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none")
         of_data = ("dataset", "fallback", "data_files")
         config = ml_collections.ConfigDict({name: saved[name] for name in saved if name not in of_data})
         config.mesh.update(dict(data=1, model=1))
-        config.parallelism, config.data.fallback, asked = "data", "", saved["dataset"]
+        config.parallelism, config.data.fallback = "data", ""
         if data_dir is not None:
             config.data.dir = data_dir
-        run = setup.prepare(config)
+        run = setup.prepare(config, check=the_same)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: config.json is damaged or of another version ({' '.join(str(error).split())})") from error
     except UserError as error:
-        raise UserError(f"{folder}: {str(error).replace('--config.data.dir=', '--data_dir=')}") from error
-    if (run.data.name, run.data.files) != (asked, saved.get("data_files", run.data.files)):
-        found = run.data.name if run.data.name != asked else "other files of it"
-        raise UserError(f"{folder}: was trained on {asked}, but its data.dir={config.data.dir} holds {found}: give the "
-                        "former's place by --data_dir=PATH")
+        moved = "; where it has moved: --data_dir=PATH" if data_dir is None and str(error).startswith("data.dir=") else ""
+        raise UserError(f"{folder}: {str(error).replace('--config.data.dir=', '--data_dir=')}{moved}") from error
     state = None
     if any((folder / "checkpoints").glob("[0-9]*")):
         checkpoints = Checkpoints(folder.resolve() / "checkpoints", config.checkpoint.keep)

@@ -182,7 +182,7 @@ def write(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
+    """The command line; returns the exit code, 2 for bad input, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m cnn_spmd.report", description=(
         "Writes report.md, report.csv and report.html (tables and charts, no network needed) on runs and sweeps into the "
         "folder given, or into the first of several. Without arguments: prints the README's tables from results/."))
@@ -209,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     if len(folders) > 1:
         print(f"One report on all {len(folders)} folders, in the first:")
     print(*paths, sep="\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,15 +42,22 @@ class Setup(NamedTuple):
         return configs.as_json(self.config) | self.identity | (dict(data_files=self.data.files) if self.data.files else {})
 
 
-def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data: sources.Dataset | None = None) -> Setup:
+def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data: sources.Dataset | None = None,
+            check: Callable[[Setup], object] = lambda _: None) -> Setup:
     """Mesh, data, model and step functions of a config. Every UserError but those of the workdir is raised here.
 
-    devices: None are the ones there are; data: the config's, where it is loaded already.
+    devices: None are the ones there are; data: the config's, where it is loaded already; check: sees what is returned, and
+    before photographs are decoded the same with black ones: what it refuses is refused before that takes its time.
     """
     configs.validate(config)
     place = Placement(meshes.make(config.mesh.data, config.mesh.model, devices), config.parallelism,
                       config.placement.to_dict())
-    assemble = functools.partial(_assemble, config, place, device_memory(place))
+    memory = device_memory(place)
+
+    def assemble(data: sources.Dataset) -> Setup:
+        setup = _assemble(config, place, memory, data)
+        check(setup)
+        return setup
     data = data or sources.load(config.data, assemble)
     if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
         name = np.frombuffer(f"{data.name} {data.files}".encode().ljust(64)[:64], np.uint8)

@@ -42,8 +42,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 
     Raises UserError for bad input before anything is compiled, NonFinite where training diverges.
     """
+    def folder_is_fine(setup: Setup) -> None:
+        with workdirs.opened(workdir, setup.saved):
+            pass
+
+    setup = prepare(config, check=folder_is_fine)  # a signal that comes meanwhile raises KeyboardInterrupt: launch.py
     with Interrupt() as interrupt:
-        setup = prepare(config)
         interrupt.check()
         with workdirs.opened(workdir, setup.saved) as old_summary:
             if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:

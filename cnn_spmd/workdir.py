@@ -56,7 +56,7 @@ def opened(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
         old = read(workdir / "config.json")
         if old is None:
             raise UserError(f"--workdir={workdir}: config.json is damaged, so nobody knows what ran here: give a new folder")
-        configs.refuse_changes(old, config)
+        configs.refuse_changes(f"--workdir={workdir}", old, config)
         yield read(workdir / "summary.json") or {}
 
 

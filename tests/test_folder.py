@@ -401,9 +401,9 @@ def test_a_named_data_set_says_which_files_it_is(root, tmp_path, monkeypatch):
     other = load(tmp_path / "copy", "imagenette")
     assert (other.name, first.name) == ("imagenette", "imagenette")
     saved, changed = (setup.Setup(ml_collections.ConfigDict(), data, None, None).saved for data in (first, other))
-    configs.refuse_changes(saved, saved)
+    configs.refuse_changes("a", saved, saved)
     with pytest.raises(UserError, match=rf"data_files: {first.files} -> {other.files}"):
-        configs.refuse_changes(saved, changed)
+        configs.refuse_changes("a", saved, changed)
 
 
 @pytest.mark.parametrize("name", ["imagenet2012", "imagenette"])

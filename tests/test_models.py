@@ -94,9 +94,9 @@ def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan(
 
 
 @pytest.mark.parametrize(("name", "size", "lever"), [
-    *(("alexnet", 224, lever) for lever in ("space_to_depth", "pool_first", "pool_index", "column_groups")),
-    *(("alexnet", 32, lever) for lever in ("pool_first", "pool_index", "column_groups")),
-    ("alexnet_2012", 70, "space_to_depth")])
+    *(("alexnet", 224, lever) for lever in ("space_to_depth", "pool_first", "pool_index", "column_groups", "own_gradients")),
+    *(("alexnet", 32, lever) for lever in ("pool_first", "pool_index", "column_groups", "own_gradients")),
+    ("alexnet_2012", 70, "space_to_depth"), ("alexnet_2012", 70, "own_gradients"), ("cuda_convnet_18pct", 32, "own_gradients")])
 def test_levers_change_nothing(name, size, lever, monkeypatch):
     """Logits and every gradient with one lever are those of the plain network, in float64."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
@@ -164,7 +164,7 @@ def test_a_report_has_the_shapes_of_the_maps():
 
 def test_a_lever_is_used():
     """Each changes the program, where there is something for it: else the test above would compare like with like."""
-    levers, programs = ("space_to_depth", "pool_first", "pool_index", "column_groups"), set()
+    levers, programs = ("space_to_depth", "pool_first", "pool_index", "column_groups", "own_gradients"), set()
     for used in range(len(levers) + 1):
         model = nnx.eval_shape(lambda used=used: models.make(
             "alexnet", image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32, levers=levers[:used],
@@ -193,7 +193,7 @@ def test_where_columns_are_grouped():
 def test_pool_first_adds_the_bias_after_the_pool(monkeypatch):
     seen, layer = [], layers.conv(3, 4, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
     monkeypatch.setattr(layers, "bias_relu", lambda x, bias_C: seen.append(x.shape[1:3]) or x)
-    for levers in (("pool_first",), ()):
+    for levers in (("own_gradients", "pool_first"), ("own_gradients",)):
         layers.conv_relu("conv1", layer, jnp.zeros((1, 8, 8, 3)), layers.UNPLACED, levers, dict(window=2, strides=2))
     assert seen == [(4, 4), (8, 8)]
 

@@ -590,10 +590,10 @@ def test_what_a_resumed_run_may_change(config):
             inner = inner[name]
         inner[last] = "other"
         if field in free:
-            configs.refuse_changes(old, new)
+            configs.refuse_changes("a", old, new)
         else:
             with pytest.raises(UserError, match=field):
-                configs.refuse_changes(old, new)
+                configs.refuse_changes("a", old, new)
 
 
 def test_tensorboard_gets_what_the_file_gets(tmp_path, monkeypatch):

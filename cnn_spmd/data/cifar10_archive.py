@@ -51,6 +51,8 @@ def fingerprint(source: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in [source] if source.is_file() else [source / name for name in ALL_FILES]:
+        if path.is_fifo():  # to open it would wait for its writer
+            raise UserError(f"data.dir={source}: {path.name}: is a pipe; expected a readable file")
         try:
             with path.open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from PIL import Image, ImageOps
 
 from cnn_spmd.errors import UserError
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # without a name; an image twice as large is refused by name
 CHUNK = 64  # images that a thread decodes at a time
 PROGRESS_SECONDS = 10.0
 

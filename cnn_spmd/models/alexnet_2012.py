@@ -50,7 +50,7 @@ class AlexNet2012(nnx.Module):
     def features(self, x_NHWC: jax.Array, place=layers.UNPLACED) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
         def norm_pool(name, x_NHWC):
-            x_NHWC = norms.response_norm_of_towers(x_NHWC, self.towers, place, name, **RESPONSE_NORM)
+            x_NHWC = norms.response_norm_of_towers(x_NHWC, self.towers, place, name, **RESPONSE_NORM, levers=self.levers)
             return layers.max_pool(x_NHWC, **POOL, place=place, channels="group_in", levers=self.levers)
 
         x_NHWC = norm_pool("norm1", layers.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers))

@@ -20,7 +20,7 @@ SMALL = nnx.initializers.normal(0.01)  # of AlexNet 2012 (section 5), and of out
 ONES = nnx.initializers.ones
 # What makes a step faster and changes nothing but rounding, and which of equal maxima of a pool has the gradient;
 # config.model.levers chooses. Each is told where it is used (the cast_once in step.py).
-LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_groups")
+LEVERS = ("space_to_depth", "pool_first", "pool_index", "cast_once", "column_groups", "own_gradients")
 
 
 class Unplaced:
@@ -89,13 +89,14 @@ def conv_relu(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVER
     x_NHWC, bias_C = place(x_NHWC, *axes, name=f"{name} output"), layer.bias[...].astype(x_NHWC.dtype)
     if pool and "pool_first" in levers and activation is nnx.relu:
         return max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers, bias_C=bias_C)
-    x_NHWC = place(bias_relu(x_NHWC, bias_C) if activation is nnx.relu else activation(x_NHWC + bias_C), *axes)
+    own = activation is nnx.relu and "own_gradients" in levers
+    x_NHWC = place(bias_relu(x_NHWC, bias_C) if own else activation(x_NHWC + bias_C), *axes)
     return max_pool(x_NHWC, **pool, place=place, channels=axes[-1], levers=levers) if pool else x_NHWC
 
 
 @jax.custom_vjp
 def bias_relu(x: jax.Array, bias_C: jax.Array) -> jax.Array:
-    """relu(x + bias_C), the bias along the last axis; its gradient is summed in float32.
+    """relu(x + bias_C), the bias along the last axis ("own_gradients"); its gradient is summed in float32.
 
     The gradient looks at the result, which the next layer keeps anyway. What jax.nn.relu looks at, x + bias_C, is then never
     written: cuDNN makes one kernel of a convolution, its bias and the ReLU. (Not "> 0", which XLA traces back to x + bias_C.)
@@ -170,7 +171,9 @@ def max_pool(x_NHWC: jax.Array, window: int, strides: int, ceil: bool = False, *
     else:
         x_NHWC = _max_along(1, _max_along(2, x_NHWC, window, strides, ceil), window, strides, ceil)
     x_NHWC = place(x_NHWC, *axes)
-    return x_NHWC if bias_C is None else place(bias_relu(x_NHWC, bias_C), *axes)
+    if bias_C is None:
+        return x_NHWC
+    return place(bias_relu(x_NHWC, bias_C) if "own_gradients" in levers else nnx.relu(x_NHWC + bias_C), *axes)
 
 
 def _max_along(dimension: int, x: jax.Array, window: int, strides: int, ceil: bool) -> jax.Array:

@@ -3,14 +3,15 @@
 Shapes: N batch, H height, W width, C channels.
 """
 
-import functools
+from collections.abc import Container
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k: float, within_map: bool = False) -> jax.Array:
+def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k: float, within_map: bool = False,
+                  levers: Container[str] = ("own_gradients",)) -> jax.Array:
     """x / (k + alpha * sum of x^2 over a window of `size`) ** beta, the window clipped at the edges.
 
     Across maps: `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3). within_map: a square of `size` x `size`
@@ -18,12 +19,11 @@ def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k:
     `scale` by the number of terms instead: for its settings pass scale / size (across maps) or scale / size**2 (within a
     map), with k = 1 in cuda-convnet. AlexNet's published 1e-4 is such a scale: 2e-5 a term.
     """
-    return _response_norm(x_NHWC, (1, size, size, 1) if within_map else (1, 1, 1, size), alpha, beta, k)
+    norm = _response_norm if "own_gradients" in levers else _plain
+    return norm(x_NHWC, (1, size, size, 1) if within_map else (1, 1, 1, size), alpha, beta, k)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _response_norm(x_NHWC, window, alpha, beta, k):
-    """The gradient keeps x alone: the sums are made again, instead of written and read in float32."""
+def _plain(x_NHWC, window, alpha, beta, k):
     return (x_NHWC * jnp.exp(-beta * jnp.log(_bases(x_NHWC, window, alpha, k)))).astype(x_NHWC.dtype)
 
 
@@ -36,6 +36,8 @@ def _gradient(window, alpha, beta, k, x_NHWC, gradient_NHWC):
     return ((gradient_NHWC * scale - 2 * alpha * beta * x_NHWC * around).astype(x_NHWC.dtype),)
 
 
+# Its gradient keeps x alone: the sums are made again, instead of written and read in float32.
+_response_norm = jax.custom_vjp(_plain, nondiff_argnums=(1, 2, 3, 4))
 _response_norm.defvjp(lambda x_NHWC, *settings: (_response_norm(x_NHWC, *settings), x_NHWC), _gradient)
 
 

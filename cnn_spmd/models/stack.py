@@ -144,7 +144,7 @@ class Stack(nnx.Module):
                 case AveragePool():
                     x_NHWC = place(layers.average_pool(x_NHWC, spec.window, spec.strides), "conv_batch", None, None, channels)
                 case ResponseNorm():
-                    settings = dict(size=spec.size, alpha=spec.alpha, beta=spec.beta, k=spec.k)
+                    settings = dict(size=spec.size, alpha=spec.alpha, beta=spec.beta, k=spec.k, levers=self.levers)
                     if spec.within_map:
                         x_NHWC = place(norms.response_norm(x_NHWC, within_map=True, **settings), "conv_batch", None, None,
                                        channels)
