@@ -175,6 +175,7 @@ def wrong_label(path: Path) -> None:
 
 BAD_FILES = {"short": (cut, r"data_batch_3.bin has 21,411 bytes, not 21,511"),
              "missing": (Path.unlink, r"data_batch_3.bin"),
+             "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), r"data_batch_3.bin"),
              "wrong label": (wrong_label, r"data_batch_3.bin holds label 10; expected 0 to 9")}
 
 

@@ -15,6 +15,7 @@ from experiments import (
     claims_2012_cifar,
     cuda_convnet_cifar,
     deeper_cifar,
+    owt_cifar,
     owt_imagenet,
 )
 
@@ -52,9 +53,13 @@ def test_recipes_of_cuda_convnet(variant, few):
         if step < config.steps:
             assert float(schedule(step)) == pytest.approx(rate)
             assert step == 0 or float(schedule(step - 1)) == pytest.approx(10 * rate)
+    settings, data = config.optimizer, config.data
+    assert (settings.bias_rate, settings.momentum, settings.nesterov, settings.clip_norm) == (2, 0.9, False, 0)
+    assert not settings.layer_rates
+    assert (data.normalise, data.flip, data.colour_noise) == ("pixel_mean", views == "ten", 0)
+    assert (config.batch_size, config.model.dropout, config.label_smoothing, config.dtype) == (128, 0, 0, "float32")
     config.data.held_out = 0  # these images are too few
     steps = setup.prepare(config, data=few).steps
-    settings = config.optimizer
     got = {layer: settings.weight_decays.get(layer, settings.weight_decay) for layer in steps.abstract_state.params}
     assert got == decays
 
@@ -97,6 +102,11 @@ def test_imagenet(experiment, variant, parameters, photographs):
     config = experiment.get_config(variant)
     assert config.data.name == ("imagenette" if "imagenette" in variant else "imagenet2012")
     assert (config.dense_microbatch, config.batch_size) == (128 if "variable" in variant else 0, 128)
+    settings, owt = config.optimizer, experiment is owt_imagenet
+    assert (settings.momentum, settings.nesterov, settings.weight_decay, settings.clip_norm) == (0.9, False, 5e-4, 0)
+    assert (settings.bias_rate, settings.scaling, config.epochs) == (2 if owt else 1, owt, 90)
+    assert (config.model.dropout, config.label_smoothing, config.data.colour_noise) == (0.5, 0, 0.1)
+    assert config.eval.views == ("one" if owt else "ten")
     config.batch_size, config.mesh.data, config.mesh.model = 32, 1, 2
     config.dense_microbatch //= 4
     classes = 10 if "imagenette" in variant else 1000
@@ -105,13 +115,24 @@ def test_imagenet(experiment, variant, parameters, photographs):
     assert sum(x.size for x in jax.tree.leaves(got.steps.abstract_state.params)) == parameters
     assert got.steps.colour_CC is not None
     assert (got.steps.crop, got.steps.crop_pad, got.steps.flip) == (224, 0, True)
-    settings, k = config.optimizer, 4 if experiment is owt_imagenet else 1  # a batch k times 128: k times the rate
+    k = 4 if owt else 1  # a batch k times 128: k times the rate
     schedule = optim.make_schedule(settings, 1000, 128 * 4)
-    warmup = 50 if experiment is owt_imagenet else 0
+    warmup = 50 if owt else 0
     steps = [round(warmup + share * (1000 - warmup)) for share in (0, 0.249, 0.251, 0.501, 0.751, 1)]
     rates = [float(schedule(step)) / 0.01 / k for step in steps]
-    factor = 250 ** (-1 / 3) if experiment is owt_imagenet else 0.1
+    factor = 250 ** (-1 / 3) if owt else 0.1
     assert rates == pytest.approx([1, 1, factor, factor**2, factor**3, factor**3])
+
+
+@pytest.mark.parametrize("variant", ["", "variable"])
+def test_one_weird_tricks_question_on_cifar10(variant):
+    """Its own recipe on small images: what differs is the data, how long, and what is saved."""
+    here, there = (configs.flat(get(variant).to_dict()) for get in (owt_cifar.get_config, owt_imagenet.get_config))
+    differ = {field for field in here if here[field] != there[field] and not field.startswith("data.")}
+    assert differ == {"experiment", "epochs", "eval.every_epochs", "checkpoint.every_epochs"}
+    assert (here["epochs"], here["data.fallback"]) == (60, "")
+    of_alexnet = configs.flat(alexnet_cifar.get_config().to_dict())
+    assert [field for field in here if field.startswith("data.") and here[field] != of_alexnet[field]] == ["data.fallback"]
 
 
 @pytest.mark.parametrize("experiment", [alexnet_2012_imagenet, owt_imagenet])

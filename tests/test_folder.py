@@ -1,6 +1,7 @@
 """Photographs in class folders and from TFDS: what the prepared arrays hold, what is refused, how they are kept."""
 
 import concurrent.futures
+import json
 import os
 import shutil
 import struct
@@ -17,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from cnn_spmd import config as configs
-from cnn_spmd import setup, sweep
+from cnn_spmd import pictures, setup, sweep, train
 from cnn_spmd.data import folder, prepared, sources
 from cnn_spmd.errors import UserError
 
@@ -265,6 +266,33 @@ def test_a_sweep_refuses_it_as_early(root, monkeypatch):
     (row,) = sweep.plan([dict(batch_size="6")], shared, jax.devices()[:1])
     assert row["status"] == "refused"
     assert "batch_size=6: folder-" in row["reason"]
+
+
+def test_a_workdir_that_is_anothers_is_refused_before_images_are_decoded(root, config, tmp_path, monkeypatch):
+    config.update(dict(batch_size=4, steps=2, data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1)))
+    monkeypatch.setattr(prepared, "prepare", None)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"^--workdir={tmp_path}/notes: is not empty and holds no run"):
+        train.run(config, tmp_path / "notes")
+    (tmp_path / "notes/config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"^--workdir={tmp_path}/notes: holds a run with another config"):
+        train.run(config, tmp_path / "notes")
+
+
+def test_pictures_of_other_photographs_are_refused_before_these_are_decoded(root, config, tmp_path, monkeypatch):
+    config.update(dict(batch_size=4, steps=2, data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1)))
+    run = setup.prepare(config)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/config.json").write_text(json.dumps(run.saved))
+    shutil.copytree(root, tmp_path / "other")
+    shutil.copy(root / "val/cat/a.jpg", tmp_path / "other/val/cat/b.jpg")
+    monkeypatch.setattr(prepared, "prepare", None)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/r: was trained on {run.data.name}, but .*/other holds folder-"):
+        pictures.restore(tmp_path / "r", str(tmp_path / "other"))
+    shutil.rmtree(root)
+    with pytest.raises(UserError, match=r"/r: data.dir=.* is no folder.*; where it has moved: --data_dir=PATH$"):
+        pictures.restore(tmp_path / "r", None)
 
 
 def test_the_check_sees_the_data_set_as_it_will_be(root):

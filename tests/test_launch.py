@@ -1,6 +1,7 @@
 """The command line as a user types it, in processes of its own."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -16,9 +17,11 @@ import types
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import launch
 from cnn_spmd import interrupt
+from cnn_spmd.data import folder
 
 SMALL = ["--config", "experiments/alexnet_cifar.py", "--config.model.name=simple_cnn", "--config.data.name=synthetic",
          "--config.data.synthetic.train_examples=64", "--config.data.synthetic.test_examples=40", "--config.batch_size=16",
@@ -113,6 +116,26 @@ def test_a_signal_saves_and_the_printed_command_resumes(start, number):
     out, _ = finished(start(*shlex.split(command)))
     assert f"at step {step} on mesh" in out
     assert f"after {int(step) + 2} steps" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path, number):
+    for place in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"):
+        (tmp_path / "pets" / place).parent.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "pets" / place)
+    root = tmp_path / "tfds/cnn_spmd_photographs"
+    root.mkdir(parents=True)
+    with (root / f"{folder.from_folders(tmp_path / 'pets').fingerprint}-32.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(*SMALL, "--config.data.name=folder", "--config.data.dir=pets", "--config.data.image_size=32",
+                        "--config.batch_size=1", "--workdir", "r", TFDS_DATA_DIR=str(tmp_path / "tfds"))
+        for line in process.stderr:
+            if line.startswith("waiting for another run, which prepares pets in "):
+                break
+        process.send_signal(number)
+        _, err = finished(process, code=75)
+    assert err == "Interrupted outside of the training loop: nothing to save.\n"
+    assert [path.name for path in (tmp_path / "r").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("swept", [[], ["--sweep", "seed=0,1", "--cpu_devices", "1"]])

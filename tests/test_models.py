@@ -30,7 +30,9 @@ def make(name, image_size, classes):
     ("cuda_convnet_11pct", 24, 10, 2_112_970),
     ("cuda_convnet_11pct_no_lrn", 24, 10, 2_112_970),
     ("alexnet_2012_small", 32, 10, 35_708_810),
-    ("alexnet_2012_small_one_tower", 32, 10, 34_656_330),
+    ("alexnet_2012_small_one_tower", 32, 10, 34_656_330), ("alexnet_2012_small_no_conv2", 32, 10, 35_045_002),
+    ("alexnet_2012_small_no_conv3", 32, 10, 34_602_506), ("alexnet_2012_small_no_conv4", 32, 10, 35_044_874),
+    ("four_layers_relu", 32, 10, 89_578), ("four_layers_tanh", 32, 10, 89_578),
     ("fully_connected", 32, 10, 3072 * 4096 + 4096 + 4096 * 10 + 10),
     ("vgg_11", 32, 10, 28_144_010),
     ("vgg_16", 32, 10, 14_714_688 + 512 * 4096 + 4096 + 4096**2 + 4096 + 4096 * 10 + 10)])  # torchvision's convolutions
@@ -83,6 +85,23 @@ def test_max_pool_against_numpy(size, window, strides, ceil, levers):
         gradient[:, top:bottom, left:right] += largest * weight[:, i, j][:, None, None]
     np.testing.assert_array_equal(
         jax.grad(lambda x: (layers.max_pool(x, window, strides, ceil, levers=levers) * weight).sum())(x), gradient)
+
+
+def test_networks_of_the_claims_lack_what_they_say():
+    def of(name: str, kind: type) -> list:
+        return [spec for spec in models.STACKS[name] if isinstance(spec, kind)]
+
+    whole, pools, norms_ = "alexnet_2012_small", stack.MaxPool, stack.ResponseNorm
+    assert [(pool.window, pool.strides) for pool in of(whole, pools)] == [(3, 2)] * 3
+    assert [(pool.window, pool.strides) for pool in of(f"{whole}_plain_pool", pools)] == [(2, 2)] * 3
+    assert [(norm.size, norm.groups) for norm in of(whole, norms_)] == [(5, 2)] * 2
+    assert of(f"{whole}_no_lrn", norms_) == []
+    assert [spec.groups for spec in of(f"{whole}_one_tower", stack.Conv | norms_)] == [1] * 7
+    for name, activation in (("four_layers_relu", nnx.relu), ("four_layers_tanh", jnp.tanh)):
+        assert [spec.activation for spec in of(name, stack.Conv)] == [activation] * 3
+    for name in ("no_lrn", "plain_pool"):  # and nothing else
+        kept = pools if name == "no_lrn" else norms_
+        assert of(f"{whole}_{name}", stack.Conv | kept) == of(whole, stack.Conv | kept)
 
 
 def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan():

@@ -193,6 +193,12 @@ def test_a_place_for_data_that_have_none_is_refused(saved, capsys, dataset):
     assert capsys.readouterr().err == f"error: {folder}: --data_dir=/data: has no effect on {dataset}, expected none\n"
 
 
+def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert report.main(["--pictures", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_what_is_no_run(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "none"):
         assert report.main(["--pictures", str(folder)]) == 2
