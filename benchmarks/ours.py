@@ -2,7 +2,7 @@
 
 The config of experiments/alexnet_cifar.py on synthetic images of 224x224 and 1000 classes: random crops and mirroring from
 the data set on the device, dropout, smoothed labels, loss and optimizer, each step on other examples; bfloat16 on GPUs.
-Milliseconds a step by the host's clock around at least 400 steps, 3 times, after at least 8 steps of warm-up; the host waits
+Milliseconds a step by the host's clock around --steps or more, 3 times, after at least 8 steps of warm-up; the host waits
 for the devices at the end of each time. Prints one line of JSON.
 """
 
@@ -14,7 +14,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
-WARMUP, REPEATS, STEPS = 8, 3, 400
+WARMUP, REPEATS = 8, 3
 CLASSES = 1000
 
 
@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("--mesh", default="1x1", help="DATAxMODEL")
     parser.add_argument("--parallelism", default="hybrid", help="a row of cnn_spmd/placement.py")
     parser.add_argument("--steps_per_call", type=int, default=0, help="0: as the config resolves it")
-    parser.add_argument("--image_size", type=int, default=224, help="32 tries this script on a CPU")
+    parser.add_argument("--steps", type=int, default=400, help="a timing, at least (default: 400)")
+    parser.add_argument("--image_size", type=int, default=224, help="32, with --steps 8, tries this script on a CPU")
     args = parser.parse_args()
 
     sys.path.insert(0, str(ROOT))
@@ -40,7 +41,7 @@ def main() -> None:
     batch_size = args.batch * data * model
     examples = max(config.data.synthetic.train_examples, batch_size)
     config.update(dict(mesh=dict(data=data, model=model), parallelism=args.parallelism, batch_size=batch_size,
-                       steps_per_call=args.steps_per_call, steps=2000))  # steps: more than are taken; sets the schedule
+                       steps_per_call=args.steps_per_call, steps=WARMUP + (REPEATS + 1) * args.steps))  # sets the schedule
     config.data.update(dict(name="synthetic", synthetic=dict(image_size=args.image_size, classes=CLASSES,
                                                              train_examples=examples, test_examples=1)))
     config.optimizer.update(dict(learning_rate=0.01, clip_norm=0.0))  # as the peer's; the recipe's are for small images
@@ -74,12 +75,12 @@ def main() -> None:
 
     losses: list[float] = []
     milliseconds(WARMUP)
-    times = [milliseconds(STEPS) for _ in range(REPEATS)]
+    times = [milliseconds(args.steps) for _ in range(REPEATS)]
     param_count = sum(x.size for x in jax.tree.leaves(setup.steps.abstract_state.params))
     print(json.dumps(dict(
         mesh=args.mesh, parallelism=args.parallelism, gpus=data * model, batch_per_gpu=args.batch, image_size=args.image_size,
-        dtype=setup.config.dtype, param_count=param_count, steps_per_call=n, step_milliseconds=times, loss=losses[-1],
-        compile_seconds=round(compile_seconds, 2))), flush=True)
+        dtype=setup.config.dtype, param_count=param_count, steps_per_call=n, steps=args.steps, step_milliseconds=times,
+        loss=losses[-1], compile_seconds=round(compile_seconds, 2))), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class AlexNet(nn.Sequential):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times PyTorch's training step of AlexNet.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, required=True, help="images a GPU")
     parser.add_argument("--mode", choices=COMPILERS, default="compile",
                         help="graphs: torch.compile with CUDA graphs (reduce-overhead); max: with its search for kernels, too")
@@ -91,7 +91,7 @@ def main() -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         versions = dict(torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
         print(json.dumps(dict(mode=args.mode, bf16_grads=args.bf16_grads, gpus=gpus, batch_per_gpu=args.batch,
-                              step_milliseconds=times, loss=round(loss, 4), versions=versions)), flush=True)
+                              steps=STEPS, step_milliseconds=times, loss=round(loss, 4), versions=versions)), flush=True)
     if gpus > 1:
         distributed.destroy_process_group()
 

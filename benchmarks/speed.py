@@ -110,19 +110,27 @@ def refuse(reason: object) -> NoReturn:
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
     """What runs for each batch: ours or peer, its name, its command without the batch. Refuses bad flags."""
+    from cnn_spmd.placement import TABLE
+
     n, found = args.gpus, []
+    for name, low in dict(gpus=1, steps_per_call=0, limit=1).items():
+        if (value := getattr(args, name)) < low:
+            refuse(f"--{name}={value}: expected at least {low}")
     default = "1x1:hybrid" + f",{n}x1:data,1x{n}:hybrid,1x{n}:hybrid_alternating" * (n > 1)
     for name in (args.meshes or default).split(","):
         match = re.fullmatch(r"(\d+)x(\d+):(\w+)", name)
-        if not match or int(match[1]) * int(match[2]) not in (1, n):
-            refuse(f"--meshes: {name}: expected DATAxMODEL:PARALLELISM with a product of --gpus={n} or 1, such as {n}x1:data")
+        if not match or int(match[1]) * int(match[2]) not in (1, n) or match[3] not in TABLE:
+            refuse(f"--meshes: {name}: expected DATAxMODEL:PARALLELISM with a product of --gpus={n} or 1, such as {n}x1:data; "
+                   f"parallelism is one of {', '.join(TABLE)}")
         found.append(("ours", name, [str(HERE / "ours.py"), f"--mesh={match[1]}x{match[2]}", f"--parallelism={match[3]}",
                                      f"--steps_per_call={args.steps_per_call}"]))
+    if all(f"--mesh={data}x{n // data}" not in command for _, _, command in found for data in range(1, n + 1) if n % data == 0):
+        refuse(f"--meshes={args.meshes}: expected one of --gpus={n}, such as {n}x1:data")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={n}"] * (n > 1)
     for name in (args.peer_modes or ("compile,graphs,max" if n == 1 else "compile,max,compile-bf16,max-bf16")).split(","):
         match = re.fullmatch("(eager|compile|graphs|max)(-bf16)?", name)
-        if not match:
-            refuse(f"--peer_modes: {name}: expected eager, compile, graphs or max, or one of them with -bf16")
+        if not match or (match[2] and n == 1):
+            refuse(f"--peer_modes: {name}: expected eager, compile, graphs or max, or, on several GPUs, one of them with -bf16")
         bf16 = ["--bf16_grads"] if match[2] else []
         found.append(("peer", name, [*torchrun, str(HERE / "peer.py"), f"--mode={match[1]}", *bf16]))
     return [case for case in found if case[0] == "ours" or not args.skip_peer]
@@ -146,7 +154,10 @@ def main() -> int:
     if args.card:
         print(json.dumps(card()))
         return 0
+    sys.path.insert(0, str(HERE.parent))
     todo = cases(args)
+    if args.output and args.output.is_dir():
+        refuse(f"--output={args.output}: is a folder, expected a file")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.batches):
         refuse(f"--batches={args.batches}: expected positive numbers joined by commas")
     hardware = run([__file__, "--card"], args.limit)
@@ -157,7 +168,6 @@ def main() -> int:
     if not args.skip_peer and not importlib.util.find_spec("torch"):
         refuse("torch is missing, which the peer needs: pip install torch, or give --skip_peer")
 
-    sys.path.insert(0, str(HERE.parent))
     from cnn_spmd import metrics
 
     if smi := shutil.which("nvidia-smi"):
@@ -165,8 +175,9 @@ def main() -> int:
         hardware["driver"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     wheels = {wheel.name: wheel.version for wheel in importlib.metadata.distributions()
               if wheel.name.startswith(("nvidia-", "jax-cuda"))}
-    result = dict(hardware=hardware, gpus=args.gpus, flop_per_image=FLOP_PER_IMAGE, **metrics.provenance(), peer_versions=None,
-                  wheels=wheels, started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), batches=[])
+    result = dict(arguments=sys.argv[1:], hardware=hardware, gpus=args.gpus, flop_per_image=FLOP_PER_IMAGE,
+                  **metrics.provenance(), peer_versions=None, wheels=wheels,
+                  started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), batches=[])
     slug = re.sub(r"\W+", "-", hardware["device_kind"].lower())
     output = args.output or HERE.parent / "results" / "speed" / f"{slug}-x{args.gpus}.json"
     output.parent.mkdir(parents=True, exist_ok=True)

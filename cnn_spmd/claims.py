@@ -78,11 +78,12 @@ def by_depth(runs: Sequence[dict]) -> list[tuple[str, list[str], list[dict]]]:
 
 
 def depth_plot(runs: Sequence[dict]) -> str:
-    """depth_table's accuracies as a picture; SVG."""
+    """depth_table's accuracies, and millions of parameters, as a picture; SVG."""
     from cnn_spmd import plots
 
     with plots.style():
-        return plots.depth([(name, len(layers), [100 * run["eval"]["accuracy"] for run in same])
+        return plots.depth([(f"{name}\n{same[0]['param_count'] / 1e6:.1f} M", len(layers),
+                             [100 * run["eval"]["accuracy"] for run in same])
                             for name, layers, same in by_depth(runs)])
 
 

@@ -14,6 +14,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 
 from cnn_spmd import metrics, plots, report, setup
 from cnn_spmd import workdir as workdirs
@@ -200,12 +202,12 @@ def prediction_bars(data: sources.Dataset, predicted: list[dict]) -> Figure:
     for axes in grid.flat:
         axes.axis("off")
     for row, (picture, bars) in zip(predicted, grid.reshape(-1, 2), strict=False):
-        show(picture, data.test_images[row["test_image"]], data.class_names[row["label"]], weight="bold")
+        show(picture, data.test_images[row["test_image"]], data.class_names[row["label"]], 0.19, weight="bold", fontsize=8)
         for at, (label, share) in enumerate(zip(row["classes"], row["probabilities"], strict=True)):
             right = label == row["label"]
             bars.barh(at, share, 0.82, color=RIGHT if right else OTHER)
             style = dict(fontsize=7, va="center", weight="bold" if right else "normal")
-            bars.text(0.02, at, short(data.class_names[label], 14), **style)
+            bars.text(0.02, at, short(data.class_names[label], 0.22, **style), **style)
             bars.text(1.18, at, f"{100 * share:.0f}", ha="right", **style)
         bars.set(xlim=(0, 1.18), ylim=(TOP - 0.5, -0.5))
     return fig
@@ -218,17 +220,25 @@ def neighbour_rows(data: sources.Dataset, near: list[dict]) -> Figure:
     for axes in grid.flat:
         axes.axis("off")
     for row, (picture, _, *others) in zip(near, grid, strict=True):
-        show(picture, data.test_images[row["test_image"]], data.class_names[row["label"]], 11, weight="bold", fontsize=7)
+        show(picture, data.test_images[row["test_image"]], data.class_names[row["label"]], 0.12, weight="bold", fontsize=7)
         for axes, index, label in zip(others, row["train_images"], row["labels"], strict=False):
-            show(axes, data.train_images[index], data.class_names[label], 11, weight="normal", fontsize=7,
+            show(axes, data.train_images[index], data.class_names[label], 0.12, weight="normal", fontsize=7,
                  style="normal" if label == row["label"] else "italic")
     return fig
 
 
-def show(axes, image_HWC: np.ndarray, label: str, letters: int = 16, **style) -> None:
+def show(axes, image_HWC: np.ndarray, label: str, share: float, **style) -> None:
     axes.imshow(image_HWC, interpolation="nearest")
-    axes.set_title(short(label, letters), loc="center", pad=2, **dict(fontsize=8) | style)
+    axes.set_title(short(label, share, **style), loc="center", pad=2, **style)
 
 
-def short(text: str, letters: int) -> str:
-    return text if len(text) <= letters else text[:letters - 1] + "…"
+def short(text: str, share: float, *, fontsize: float, weight: str = "normal", **_) -> str:
+    """As much of the text, in letters of this size, as fits into a share of the figure's width."""
+    def width(text: str) -> float:  # in points; of "$" this would see formulas
+        return TextPath((0, 0), text.replace("$", "S"), fontsize, prop=FontProperties(weight=weight)).get_extents().width
+
+    shown = text
+    while width(shown) > share * 72 * plots.WIDTH:
+        text = text[:-1]
+        shown = f"{text}…"
+    return shown

@@ -174,14 +174,17 @@ def curves(runs: list[dict]) -> list[str]:
 
 
 def depth(networks: list[tuple[str, int, list[float]]]) -> str:
-    """Test accuracy, %, by the number of layers with weights: a dot a run of each (name, layers, accuracies)."""
+    """Test accuracy, %, by the number of layers with weights: a dot a run of each (label, layers, accuracies)."""
     fig = Figure(figsize=(WIDTH, 3.2))
     axes = fig.add_subplot(xlabel="layers with weights", ylabel="test accuracy, %")
     for name, layers, accuracies in networks:
         axes.plot([layers] * len(accuracies), accuracies, "o", color="#0072B2", markersize=5, alpha=0.7)
-        axes.annotate(name, (layers, max(accuracies)), xytext=(5, 0), textcoords="offset points", fontsize=8, va="center")
+        # Of two with as many layers, which may be close to each other, the better one's label is above it.
+        above = any(other == layers and max(worse) < max(accuracies) for _, other, worse in networks)
+        axes.annotate(name, (layers, max(accuracies) if above else min(accuracies)), xytext=(4, 4 if above else -4),
+                      textcoords="offset points", fontsize=8, va="bottom" if above else "top")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.margins(x=0.15, y=0.1)
+    axes.margins(x=0.2, y=0.2)
     return svg(fig, "Test accuracy by depth")
 
 

@@ -99,8 +99,10 @@ def speed_table(folder: pathlib.Path = RESULTS / "speed") -> str:
     rows = []
     for gpus, device_kind, batch in sorted(batches, key=lambda row: (*row[:2], row[2]["batch_per_gpu"])):
         done = {side: [row for row in batch[side] if "error" not in row] for side in ("ours", "peer")}
-        ours, peer = (max((row for row in done[side] if row["gpus"] == gpus), key=lambda row: row["images_per_second"])
-                      for side in ("ours", "peer"))
+        ours, peer = (max((row for row in done[side] if row["gpus"] == gpus), key=lambda row: row["images_per_second"],
+                          default=None) for side in ("ours", "peer"))
+        if not (ours and peer):  # measured without the other, or failed: there is nothing to hold it against
+            continue
         several = done["ours"] if gpus > 1 else []
         others = ([row["images_per_second"] for row in several if row["gpus"] == 1],
                   [row["images_per_second"] for row in several if row["gpus"] == gpus and row["parallelism"] == "data"])

@@ -4,12 +4,12 @@
 
   network           layers  convolutions   parameters   multiply-adds an image   test accuracy, one H200
   fully_connected        2             0   12,627,978       12.6 M                60.03 ± 0.15 %   n = 3
-  simple_cnn             2             1       82,826        1.0 M                69.72 ± 0.09 %   n = 3
+  simple_cnn             2             1       82,826        0.9 M                69.72 ± 0.09 %   n = 3
   one_convolution        4             1   33,605,386       35.3 M                82.29 ± 0.29 %   n = 3
-  alexnet                8             5   35,855,178      176.4 M                91.78 ± 0.08 %   n = 3
-  vgg_8                  8             5   22,834,314       71.2 M                90.92 ± 0.06 %   n = 3
-  vgg_11                11             8   28,144,010      133.3 M                91.58 ± 0.14 %   n = 3
-  vgg_16                16            13   33,638,218      266.5 M                92.53 ± 0.13 %   n = 3
+  alexnet                8             5   35,855,178      176.3 M                91.78 ± 0.08 %   n = 3
+  vgg_8                  8             5   22,834,314       71.1 M                90.92 ± 0.06 %   n = 3
+  vgg_11                11             8   28,144,010      133.2 M                91.58 ± 0.14 %   n = 3
+  vgg_16                16            13   33,638,218      266.2 M                92.53 ± 0.13 %   n = 3
 
 Multiply-adds leave out the taps of a window that lie on padding. From one_convolution on all end in two hidden dense layers of
 4096 and have 23 to 36 million parameters. The recipe is that of alexnet_cifar.py for every network. Its rate, .25, is the best

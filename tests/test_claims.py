@@ -27,6 +27,7 @@ def test_depth_on_known_runs(tmp_path):
     picture = claims.depth_plot(runs)
     assert ">simple_cnn<" in picture
     assert ">vgg_11<" in picture
+    assert picture.count(">0.0 M<") == 2
 
 
 def test_errors_by_batch_on_known_runs():

@@ -12,7 +12,15 @@ from conftest import ROOT
 
 from cnn_spmd import compare, papers
 from cnn_spmd.config import flat
-from experiments import alexnet_cifar, cuda_convnet_cifar, deeper_cifar, owt_cifar, owt_imagenet
+from experiments import (
+    alexnet_2012_imagenet,
+    alexnet_cifar,
+    claims_2012_cifar,
+    cuda_convnet_cifar,
+    deeper_cifar,
+    owt_cifar,
+    owt_imagenet,
+)
 
 FIGURES = [figure for figures in papers.FIGURES.values() for figure in figures]
 
@@ -172,6 +180,28 @@ def test_other_experiments_say_what_was_measured():
                   if (run.get("experiment"), run["batch_size"]) == (f"owt_imagenette{variable}", batch)]
         assert len(errors) == 3
         assert f"({batch}, {dense})   {compare.mean(errors, 2)} %" in owt_imagenet.__doc__
+    errors = [100 * (1 - run["eval"]["accuracy"]) for run in papers.read(ROOT / "results")
+              if run.get("experiment") == "alexnet_2012_imagenette"]
+    assert f"  {compare.mean(errors, 2)} %   n = {len(errors)} " in alexnet_2012_imagenet.__doc__
+    of_claims = {variant: [100 * (1 - run["eval"]["accuracy"]) for run in runs if run["experiment"] == f"claims_2012_{variant}"]
+                 for variant in ("base", "plain_pool")}
+    more = compare.mean([one - other for one, other in zip(of_claims["plain_pool"], of_claims["base"], strict=True)], 2)
+    assert f"Plain pools cost {more.replace('0.', '.')};" in claims_2012_cifar.__doc__
+
+
+def test_one_weird_tricks_table_and_speedups_are_told():
+    text = re.sub(" +", " ", owt_imagenet.__doc__)
+    for gpus, dense, error, hours, speedup in papers.ONE_WEIRD_TRICK:
+        assert f"{gpus} ({128 * gpus}, {dense}) {error} {hours:.2f} {speedup}" in text
+    measured: dict[tuple, list[str]] = {}
+    for run in papers.read(ROOT / "results"):
+        if run.get("config", {}).get("experiment", "").startswith("owt_imagenet") and run.get("speedup") and run["devices"] > 1:
+            measured.setdefault((run["devices"], run["variable"]), []).append(f"{run['speedup']:.2f}")
+    assert {key: len(values) for key, values in measured.items()} == {
+        (2, False): 2, (2, True): 2, (4, False): 1, (4, True): 1}
+    for (gpus, variable), values in measured.items():
+        batches = f"({128 * gpus}, {128 if variable else 128 * gpus})"
+        assert f"{gpus} {batches} {', '.join(sorted(values))} " in text.replace("\n", " ")
 
 
 def test_it_prints_every_table(tmp_path):

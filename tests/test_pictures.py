@@ -136,8 +136,14 @@ def test_few_classes_and_images_are_drawn(config):
     with pictures.plots.style():
         texts = [[text.get_text() for axes in fig.axes for text in [axes.title, *axes.texts] if text.get_text()]
                  for fig in (pictures.prediction_bars(data, [row] * 3), pictures.neighbour_rows(data, [near]))]
-    assert texts[0] == ["b" * 15 + "…", "$c_1$", "50", "b" * 13 + "…", "30", "a", "20"] * 3
-    assert texts[1] == ["b" * 10 + "…", "b" * 10 + "…", "a"]
+    above, _, _, second, *_ = texts[0]
+    assert texts[0][:7] == [above, "$c_1$", "50", second, "30", "a", "20"] and texts[0] == texts[0][:7] * 3
+    assert texts[1] == [texts[1][0], texts[1][1], "a"]
+    for text, fewest, most in ((above, 8, 16), (second, 10, 18), (texts[1][0], 5, 11), (texts[1][1], 5, 11)):
+        assert re.fullmatch(rf"b{{{fewest},{most}}}…", text)
+    wide, narrow = (len(pictures.short(letter * 40, 0.12, fontsize=7)) for letter in "Wi")
+    assert wide < narrow / 2 < 20  # by their width, not their number
+    assert pictures.short("i" * 20, 0.12, fontsize=7) == "i" * 20
 
 
 @pytest.fixture

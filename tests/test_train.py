@@ -490,7 +490,7 @@ def test_a_call_begins_before_the_one_before_it_is_read(config, tmp_path, monkey
 
 def test_a_launch_that_takes_as_long_as_its_call_is_not_counted_twice(config, tmp_path, monkeypatch):
     """As on a GPU, where the host is free only when a call is nearly over; the call before it had ended long ago."""
-    before_each_call(lambda: time.sleep(0.2), monkeypatch)
+    before_each_call(lambda: time.sleep(0.4), monkeypatch)
     train.run(config, tmp_path)
     lines = [line for line in metrics.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
     assert len(lines) == 8
