@@ -112,19 +112,21 @@ def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
     """What runs for each batch: ours or peer, its name, its command without the batch. Refuses bad flags."""
     from cnn_spmd.placement import TABLE
 
-    n, found = args.gpus, []
+    n, found, used = args.gpus, [], set()
     for name, low in dict(gpus=1, steps_per_call=0, limit=1).items():
         if (value := getattr(args, name)) < low:
             refuse(f"--{name}={value}: expected at least {low}")
     default = "1x1:hybrid" + f",{n}x1:data,1x{n}:hybrid,1x{n}:hybrid_alternating" * (n > 1)
     for name in (args.meshes or default).split(","):
         match = re.fullmatch(r"(\d+)x(\d+):(\w+)", name)
-        if not match or int(match[1]) * int(match[2]) not in (1, n) or match[3] not in TABLE:
+        devices = int(match[1]) * int(match[2]) if match else 0
+        if devices not in (1, n) or match[3] not in TABLE:
             refuse(f"--meshes: {name}: expected DATAxMODEL:PARALLELISM with a product of --gpus={n} or 1, such as {n}x1:data; "
                    f"parallelism is one of {', '.join(TABLE)}")
+        used.add(devices)
         found.append(("ours", name, [str(HERE / "ours.py"), f"--mesh={match[1]}x{match[2]}", f"--parallelism={match[3]}",
                                      f"--steps_per_call={args.steps_per_call}"]))
-    if all(f"--mesh={data}x{n // data}" not in command for _, _, command in found for data in range(1, n + 1) if n % data == 0):
+    if n not in used:
         refuse(f"--meshes={args.meshes}: expected one of --gpus={n}, such as {n}x1:data")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={n}"] * (n > 1)
     for name in (args.peer_modes or ("compile,graphs,max" if n == 1 else "compile,max,compile-bf16,max-bf16")).split(","):

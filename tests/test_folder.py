@@ -250,7 +250,7 @@ def test_a_class_whose_name_is_no_text_can_be_drawn(root):
     ({"data.crop": SIZE + 1}, "data.crop=17: images are 16 pixels wide"),
     ({"model.name": "alexnets"}, "model.name=alexnets: unknown"),
     (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=4")])
-def test_what_does_not_fit_is_refused_before_images_are_decoded(root, config, monkeypatch, capsys, change, message):
+def test_what_does_not_fit_is_refused_before_images_are_decoded(root, config, monkeypatch, change, message):
     config.update(dict(batch_size=4, steps=2, data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1)))
     config.update_from_flattened_dict(change)
     monkeypatch.setattr(prepared, "prepare", None)

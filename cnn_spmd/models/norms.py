@@ -17,7 +17,8 @@ def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k:
     Across maps: `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3). within_map: a square of `size` x `size`
     pixels of the same channel. alpha multiplies each term, as in that paper's formula. Krizhevsky's code divides its
     `scale` by the number of terms instead: for its settings pass scale / size (across maps) or scale / size**2 (within a
-    map), with k = 1 in cuda-convnet. AlexNet's published 1e-4 is such a scale: 2e-5 a term.
+    map), with k = 1 in cuda-convnet. AlexNet's published 1e-4 is such a scale: 2e-5 a term. levers: "own_gradients" takes a
+    gradient that keeps less than autodiff's.
     """
     norm = _response_norm if "own_gradients" in levers else _plain
     return norm(x_NHWC, (1, size, size, 1) if within_map else (1, 1, 1, size), alpha, beta, k)
