@@ -131,7 +131,7 @@ def launch(argv: list[str]) -> int:
         logging.error("Cannot join the cluster: %s", error)
         return 1
 
-    from cnn_spmd import mesh, target, train
+    from cnn_spmd import checkpoint, mesh, target, train
     try:
         config = CONFIG.value
         if MESH.value is not None:
@@ -145,6 +145,9 @@ def launch(argv: list[str]) -> int:
         summary = train.run(config, workdir)
     except UserError as error:
         return refuse(error)
+    except checkpoint.SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except train.NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return NON_FINITE

@@ -16,7 +16,7 @@ COLUMNS = ["mesh", "parallelism", "batch and settings", "n", "images/s", "step, 
 HARDWARE = ("device_kind", "host_cores", "versions", "commit")  # what a summary.json says of where and by what code it ran
 
 # Fields of a config that change no number, not even the speed, or that every table has a column for.
-NOT_COMPARED = ("mesh.", "data.dir", "data.fallback", "checkpoint.", "eval.every_epochs", "profile")
+NOT_COMPARED = ("run", "mesh.", "data.dir", "data.fallback", "checkpoint.", "eval.every_epochs", "profile")
 # ... or nothing but the speed, and the seed: runs that differ in these are averaged.
 NOT_THE_RECIPE = (*NOT_COMPARED, "seed", "steps_per_call", "model.levers", "data.resident")
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -45,16 +46,17 @@ class Metrics:
         path = workdir / "metrics.jsonl"
         self._identity, self._enabled = identity, enabled
         if not step and enabled and path.exists():
-            os.replace(path, path.with_name("metrics.jsonl.old"))
+            os.replace(path, aside(path))
         kept = [row for row in read(path) if row["step"] <= step and row["split"] != "final"]
-        self.train_seconds = max((row["train_seconds"] for row in kept if row["split"] == "train"), default=0.0)
+        self.train_seconds = max((seconds for row in kept if isinstance(seconds := row.get("train_seconds"), int | float)),
+                                 default=0.0)
         if not enabled:
             return
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Appends one line {"step", "split", ...} and the same as TensorBoard scalars `split`/name."""
@@ -77,12 +79,19 @@ def read(path: pathlib.Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"], row["split"]
+            if not (isinstance(row["step"], int) and isinstance(row["split"], str)):
+                raise TypeError("no step of a split")
             rows.append(row)
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
                 logging.warning("%s: line %d is damaged and left out.", path, number)
     return rows
+
+
+def aside(path: pathlib.Path) -> pathlib.Path:
+    """The first free name for the old metrics: metrics.jsonl.old, metrics.jsonl.old-2, ..."""
+    names = itertools.chain([f"{path.name}.old"], (f"{path.name}.old-{n}" for n in itertools.count(2)))
+    return next(kept for name in names if not (kept := path.with_name(name)).exists())
 
 
 def provenance() -> dict:

@@ -87,7 +87,7 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
     try:
         if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
             raise UserError(f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none")
-        of_data = ("dataset", "fallback", "data_files")
+        of_data = ("run", "dataset", "fallback", "data_files")
         config = ml_collections.ConfigDict({name: saved[name] for name in saved if name not in of_data})
         config.mesh.update(dict(data=1, model=1))
         config.parallelism, config.data.fallback = "data", ""
@@ -101,7 +101,7 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
         raise UserError(f"{folder}: {str(error).replace('--config.data.dir=', '--data_dir=')}{moved}") from error
     state = None
     if any((folder / "checkpoints").glob("[0-9]*")):
-        checkpoints = Checkpoints(folder.resolve() / "checkpoints", config.checkpoint.keep)
+        checkpoints = Checkpoints(folder.resolve() / "checkpoints", config.checkpoint.keep, saved.get("run", ""))
         state = checkpoints.restore(run.steps.abstract_state)
         checkpoints.close()
     if state is None:

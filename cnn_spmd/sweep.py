@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -110,8 +111,9 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
     datasets: dict[str, sources.Dataset] = {}
     for settings in combos:
         name = ",".join(value if field == "mesh" else f"{field}={value}" for field, value in settings.items())
-        if "/" in name or len(name) > 150:  # it shall be that of a folder, and of no other row
-            name = f"{name.replace('/', '_')[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        unsafe = f"[/{re.escape(workdirs.UNREADABLE)}]"
+        if re.search(unsafe, name) or len(name) > 150:  # it shall be that of a folder, and of no other row
+            name = f"{re.sub(unsafe, '_', name)[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         numbers = {field: _number(value) for field, value in settings.items() if field != "mesh"}
         row = dict(name=name, mesh=settings.get("mesh"), settings=numbers, status="pending", reason="",
                    command="", seconds=None, figures={})

@@ -6,6 +6,7 @@ import datetime
 import functools
 import itertools
 import pathlib
+import secrets
 import time
 from typing import Any
 
@@ -69,19 +70,20 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
                                    held_out=config.data.held_out, held_out_steps=config.data.held_out_steps)
 
     # ---- State: restored where there is a checkpoint (on whatever mesh it was saved), else new; created sharded.
-    checkpoints = Checkpoints(workdir.resolve() / "checkpoints", config.checkpoint.keep)
+    run_name = (workdirs.read(workdir / "config.json") or {}).get("run") or secrets.token_hex(8)
+    checkpoints = Checkpoints(workdir.resolve() / "checkpoints", config.checkpoint.keep, run_name)
     state = checkpoints.restore(steps.abstract_state)
     start = 0 if state is None else int(state.step)
     if start > total:
         raise UserError(f"steps={total}: {workdir} is at step {start} already; the number of steps may grow, not shrink")
     if is_main:  # before anything takes long: a run that is stopped now can be started again
-        metrics_lib.write_json(workdir / "config.json", setup.saved)
+        metrics_lib.write_json(workdir / "config.json", setup.saved | dict(run=run_name))
         (workdir / "profile.json").unlink(missing_ok=True)  # of an earlier command, maybe on another mesh
     if start:
         say(f"Resumed {workdir} at step {start} on mesh {place.mesh_name}.")
     elif (workdir / "metrics.jsonl").exists():
         say(f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
-            "metrics.jsonl.old.")
+            f"{metrics_lib.aside(workdir / 'metrics.jsonl').name}.")
 
     # ---- Compile, and say what the program is.
     eval_every, save_every = config.eval.every_epochs * per_epoch, config.checkpoint.every_epochs * per_epoch

@@ -13,6 +13,8 @@ from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
 
 LOCK = ".lock"
+FILES = ("config.json", "program.json", "metrics.jsonl", "summary.json", "profile.json")
+UNREADABLE = "*?[\\"  # Orbax writes paths with these without an error and does not find them again
 OURS = {LOCK, "program.json"}  # what may be in a folder that holds no run yet: a lock, and what a dry run wrote
 
 
@@ -20,8 +22,13 @@ OURS = {LOCK, "program.json"}  # what may be in a folder that holds no run yet: 
 def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]:
     """The folder, made where it is missing, for this process alone; yields the names of what is in it.
 
-    flag: by which it was given, for what is raised. Raises UserError where it cannot be written or is in use.
+    flag: by which it was given, for what is raised. Raises UserError where it cannot be written or is in use, and for a path
+    in which no checkpoint could be read again.
     """
+    whole = str(folder.resolve())
+    if bad := sorted(set(whole) & set(UNREADABLE)):
+        raise UserError(f"{flag}{folder}: no checkpoint could be read again from {whole}, because of {' '.join(bad)} in it: "
+                        f"give a folder whose whole path has none of {' '.join(UNREADABLE)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = {path.name for path in folder.iterdir()}
@@ -50,12 +57,17 @@ def opened(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
         if content <= OURS:
             yield {}
             return
+        for name in (*FILES, "checkpoints"):
+            if name in content and (workdir / name).is_dir() == (name in FILES):
+                found, expected = ("folder", "file") if name in FILES else ("file", "folder")
+                raise UserError(f"{workdir / name}: is a {found}, expected a {expected}: move it away")
         if "config.json" not in content:
             (workdir / LOCK).unlink()
             raise UserError(f"--workdir={workdir}: is not empty and holds no run (no config.json): give a new folder")
         old = read(workdir / "config.json")
         if old is None:
             raise UserError(f"--workdir={workdir}: config.json is damaged, so nobody knows what ran here: give a new folder")
+        old.pop("run", None)  # what the run calls itself, see checkpoint.py
         configs.refuse_changes(f"--workdir={workdir}", old, config)
         yield read(workdir / "summary.json") or {}
 
@@ -68,6 +80,8 @@ def read(path: pathlib.Path) -> dict | None:
             return value
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}, expected a readable file") from None
     except ValueError:
         pass
     logging.warning("%s is damaged and not used.", path)

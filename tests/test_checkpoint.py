@@ -1,20 +1,32 @@
-"""What is broken is set aside and said, and the run goes on from the newest step that is whole."""
+"""What is broken is set aside and reported, and a run goes on from the newest step that is whole."""
 
 import gc
+import json
+import os
+import pathlib
 import re
+import shutil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from orbax.checkpoint import v1 as ocp
 
 from cnn_spmd import checkpoint
+from cnn_spmd.errors import UserError
+
+
+class State(NamedTuple):
+    step: jax.Array
+    weights: jax.Array
 
 
 @pytest.fixture
 def state():
-    return dict(step=jnp.int32(0), weights=jnp.arange(100_000.0))
+    return State(step=jnp.int32(0), weights=jnp.arange(100_000.0))
 
 
 @pytest.fixture
@@ -24,27 +36,33 @@ def warnings(monkeypatch):
     return said
 
 
-def saved(directory, state, steps, keep=10, accuracies=None):
-    checkpoints = checkpoint.Checkpoints(directory, keep)
+def saved(directory, state, steps, keep=10, accuracies=None, run="mine"):
+    checkpoints = checkpoint.Checkpoints(directory, keep, run)
     assert checkpoints.restore(state) is None
     for step in steps:
-        checkpoints.save(step, dict(state, step=jnp.int32(step)), (accuracies or {}).get(step))
+        checkpoints.save(step, state._replace(step=jnp.int32(step)), (accuracies or {}).get(step))
     checkpoints.close()
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    return names(directory)
 
 
-def restored(directory, state):
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def restored(directory, state, run="mine"):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    checkpoints = checkpoint.Checkpoints(directory, 10)
-    got = checkpoints.restore(abstract)
-    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(directory, 10, run)
+    try:
+        got = checkpoints.restore(abstract)
+    finally:
+        checkpoints.close()
     if got is not None:
-        np.testing.assert_array_equal(got["weights"], state["weights"])
-    return got and int(got["step"])
+        np.testing.assert_array_equal(got.weights, state.weights)
+    return got and int(got.step)
 
 
 def test_keeps_the_last_and_the_best(tmp_path, state):
-    assert saved(tmp_path, state, range(1, 7), keep=2, accuracies={1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}) == [2, 5, 6]
+    assert saved(tmp_path, state, range(1, 7), keep=2, accuracies={1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}) == ["2", "5", "6"]
     assert restored(tmp_path, state) == 6
 
 
@@ -81,64 +99,181 @@ def empty_manifest(directory):
     (directory / checkpoint.MANIFEST).write_text("{}")
 
 
+def manifest_of_another_kind(directory):
+    (directory / checkpoint.MANIFEST).write_text('{"files": ["a"]}')
+
+
 def half_removed(directory):
     (directory / checkpoint.MANIFEST).unlink()
     (directory / "_CHECKPOINT_METADATA").unlink()
 
 
-def cut_and_unverified(directory):
-    cut(directory)
-    (directory / checkpoint.MANIFEST).unlink()
+def another_step(directory):
+    shutil.rmtree(directory)
+    shutil.copytree(directory.with_name("1"), directory)
+
+
+def another_run(directory):
+    manifest = json.loads((directory / checkpoint.MANIFEST).read_text())
+    (directory / checkpoint.MANIFEST).write_text(json.dumps(manifest | dict(run="theirs")))
 
 
 @pytest.mark.parametrize(("damage", "reason"), [
     (flip_bytes, "is damaged: .* is changed"), (cut, "is damaged: .* is changed"), (remove, "is damaged: .* is missing"),
     (empty, "is empty"),
-    (unreadable_manifest, "has an unreadable"), (empty_manifest, "has an unreadable"), (half_removed, "is half there"),
-    # Orbax leaves the reads of the other arrays behind, which complain when they are collected.
-    pytest.param(cut_and_unverified, "does not load",
-                 marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))])
+    (unreadable_manifest, "has an unreadable"), (empty_manifest, "has an unreadable"),
+    (manifest_of_another_kind, "has an unreadable"), (half_removed, "is half there"),
+    (another_step, "is step 1 by its"), (another_run, r"is of another run \(theirs, this one is mine\)")])
 def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
     saved(tmp_path, state, [1, 2, 3])
     damage(tmp_path / "3")
     assert restored(tmp_path, state) == 2
     assert any(re.search(f"Checkpoint .* {reason}", line) for line in warnings), warnings
-    assert (tmp_path / "broken-3").exists()
-    assert not (tmp_path / "3").exists()
+    assert names(tmp_path) == ["1", "2", "broken-3"]
     assert restored(tmp_path, state) == 2  # and is not looked at again
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax leaves behind
+@pytest.mark.parametrize(("damage", "reason"), [
+    (flip_bytes, "is damaged: "), (another_run, "is of another run"), (unreadable_manifest, "has an unreadable"),
+    (lambda step: (cut(step), (step / checkpoint.MANIFEST).unlink()), "does not load"),
+    (lambda step: (step.with_name("3"), step.rename(step.with_name("broken-1"))), "broken-1 was set aside before")])
+def test_where_every_step_is_rejected_nothing_starts_over(tmp_path, state, damage, reason):
+    saved(tmp_path, state, [1])
+    damage(tmp_path / "1")
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=f"holds no checkpoint that can be used .*{reason}"):
+        restored(tmp_path, state)
+    assert names(tmp_path) == before  # mend it, and the same command goes on
     gc.collect()
 
 
-def test_all_broken(tmp_path, state, warnings):
-    saved(tmp_path, state, [1])
-    flip_bytes(tmp_path / "1")
-    assert restored(tmp_path, state) is None
-    assert warnings
+def test_files_of_file_browsers_and_network_disks_do_no_harm(tmp_path, state, warnings):
+    saved(tmp_path, state, [1, 2])
+    for folder in [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]:
+        for name in (".DS_Store", "._d", ".nfs0000a1", "Thumbs.db", "notes.txt"):
+            (folder / name).write_bytes(b"\0\1")
+    (tmp_path / "old 1").mkdir()
+    assert restored(tmp_path, state) == 2
+    assert not warnings
 
 
-def test_a_step_without_its_hashes_is_used_and_said(tmp_path, state, warnings):
-    saved(tmp_path, state, [1])
-    (tmp_path / "1" / checkpoint.MANIFEST).unlink()
+def test_a_step_that_says_another_number_is_rejected(tmp_path, state, warnings):
+    """Even where no manifest tells: the state itself does."""
+    saved(tmp_path, state, [1, 8])
+    (tmp_path / "8").rename(tmp_path / "99")
+    (tmp_path / "99" / checkpoint.MANIFEST).unlink()
+    (tmp_path / "1").rename(tmp_path / "aside")
+    with pytest.raises(UserError, match=r"99 does not load \(ValueError: holds step 8\)"):
+        restored(tmp_path, state)
+
+
+def test_an_unverified_step_is_the_last_resort(tmp_path, state, warnings):
+    saved(tmp_path, state, [1, 2])
+    (tmp_path / "2" / checkpoint.MANIFEST).unlink()
     assert restored(tmp_path, state) == 1
-    assert "not verified" in warnings[0]
+    shutil.rmtree(tmp_path / "1")
+    assert restored(tmp_path, state) == 2
+    assert "nobody can check its files" in warnings[0]
+    assert restored(tmp_path, state) == 2  # it has its manifest now
+    assert len(warnings) == 1
+    flip_bytes(tmp_path / "2")
+    with pytest.raises(UserError, match="2 is damaged"):
+        restored(tmp_path, state)
 
 
-def test_a_save_that_was_killed_half_way_is_ignored(tmp_path, state):
+def test_a_step_has_its_name_only_with_its_manifest(tmp_path, state, monkeypatch):
+    """Whenever a kill comes: what has a step's name can be checked."""
+    seen = []
+    rename = pathlib.Path.rename
+
+    def look(path, target):
+        seen.append(((path / checkpoint.MANIFEST).exists(), pathlib.Path(target).name))
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", look)
     saved(tmp_path, state, [1])
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "3").write_text("not a folder")
+    assert (True, "1") in seen
+    assert all(whole for whole, name in seen if name.isdecimal())
+
+
+def test_a_checkpoint_of_earlier_versions_loads_and_is_ranked(tmp_path, state):
+    """They were written by Orbax's Checkpointer, with a manifest of files alone."""
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        for step, accuracy in ((1, 0.9), (2, 0.5)):
+            named = {".step": jnp.int32(step), ".weights": state.weights}
+            checkpointer.save(step, named, metrics=dict(accuracy=accuracy))
+            (tmp_path / str(step) / checkpoint.MANIFEST).write_text(
+                json.dumps(checkpoint._hashes(tmp_path / str(step))))
+    (tmp_path / "2/metrics/metrics").write_text("garbage")
+    assert restored(tmp_path, state) == 2
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1, "mine")
+    checkpoints.save(3, state._replace(step=jnp.int32(3)), 0.1)
+    checkpoints.close()
+    assert names(tmp_path) == ["1", "3"]  # the best and the last
+
+
+def test_what_a_kill_leaves_behind_is_removed(tmp_path, state):
+    saved(tmp_path, state, [1])
+    for name in ("2.orbax-checkpoint-tmp", "saving-3.orbax-checkpoint-tmp", "saving-3", "removing-1"):
+        (tmp_path / name).mkdir()
     assert restored(tmp_path, state) == 1
-    assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
+    assert names(tmp_path) == ["1"]
 
 
-def test_a_save_that_fails_is_an_error(tmp_path, state, monkeypatch):
-    def full(_):
-        raise OSError("disk full")
+def test_a_file_in_the_place_of_a_folder_is_named_and_kept(tmp_path, state):
+    saved(tmp_path / "a", state, [1])
+    (tmp_path / "a/3").write_text("precious")
+    with pytest.raises(UserError, match=r"a/3: is a file, expected a checkpoint's folder"):
+        restored(tmp_path / "a", state)
+    with pytest.raises(UserError, match="a/3: is a file, expected a folder: move it away"):
+        restored(tmp_path / "a/3", state)
+    assert (tmp_path / "a/3").read_text() == "precious"
 
-    monkeypatch.setattr(checkpoint, "_hashes", full)
-    for name, after in (("save", lambda c: c.save(2, state)), ("close", lambda c: c.close())):
-        checkpoints = checkpoint.Checkpoints(tmp_path / name, 2)
-        checkpoints.restore(state)
-        checkpoints.save(1, state)
-        with pytest.raises(OSError, match="disk full"):
+
+@pytest.mark.parametrize("fails", ["_hashes", "_read_back", "disk_usage"])
+def test_a_save_that_fails_is_one_line_and_leaves_the_others(tmp_path, state, monkeypatch, fails):
+    saved(tmp_path, state, [1])
+
+    def full(*_):
+        raise OSError("disk full\nand more")
+
+    monkeypatch.setattr(shutil if fails == "disk_usage" else checkpoint, fails, full)
+    for after in (lambda c: (c.save(3, state), c.save(4, state)), lambda c: c.close()):
+        checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
+        with pytest.raises(checkpoint.SaveError, match=r"checkpoint of step 2 cannot be saved .*disk full") as error:
+            checkpoints.save(2, state)
             after(checkpoints)
+        assert "\n" not in str(error.value)
+        assert str(error.value).endswith(f"the last good checkpoint is {tmp_path / '1'}")
+        assert names(tmp_path) == ["1"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(checkpoint.SaveError, match="400,004 bytes are needed and 1 are free"):
+        checkpoint.Checkpoints(tmp_path, 2, "mine").save(2, state)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_orbax_waits_for_it(tmp_path, state, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    monkeypatch.setattr(checkpoint.ocp, "save_async", lambda *_, **__: pytest.fail("Orbax was called"))
+    with pytest.raises(checkpoint.SaveError, match="Permission denied"):
+        checkpoint.Checkpoints(tmp_path, 2, "mine").save(2, state)
+
+
+def test_the_first_save_is_read_back(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(checkpoint.ocp, "save_async", lambda path, *_, **__: (path.mkdir(parents=True), Done())[1])
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
+    checkpoints.save(2, state)
+    with pytest.raises(checkpoint.SaveError, match="step 2 cannot be saved"):
+        checkpoints.wait()
+    assert names(tmp_path) == []
+
+
+class Done:
+    def result(self):
+        pass

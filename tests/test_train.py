@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
+from tensorboardX.proto import event_pb2
 
 from cnn_spmd import checkpoint, mesh, metrics, optim, train
 from cnn_spmd import config as configs
@@ -179,6 +181,15 @@ def test_a_finished_run_is_left_alone_and_can_grow(config, tmp_path, capsys):
         train.run(config, tmp_path)
 
 
+def test_metrics_without_their_seconds_do_not_end_a_run(config, tmp_path):
+    stop_after(4, config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines[0] = '{"step": 1, "split": "train"}'
+    lines[1] = '{"step": 2, "split": "train", "train_seconds": "many"}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert train.run(config, tmp_path)["steps"] == 8
+
+
 def test_metrics_cut_by_a_kill(config, tmp_path):
     """A cut last line is dropped, and what was logged after the checkpoint is not told twice."""
     stop_after(4, config, tmp_path)
@@ -209,7 +220,7 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     config.eval.every_epochs = 0
     with pytest.raises(train.NonFinite, match=r"parameters are not finite after step 4.*no checkpoint was saved"):
         train.run(config, tmp_path)
-    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -324,24 +335,103 @@ def test_two_runs_in_one_workdir(config, tmp_path):
             train.run(config, tmp_path)
 
 
-def test_starting_again_without_checkpoints_keeps_the_old_metrics(config, tmp_path, capsys):
+def test_starting_again_without_checkpoints_keeps_all_old_metrics(config, tmp_path, capsys):
+    for suffix in ("", ".old", ".old-2"):
+        train.run(config, tmp_path)
+        assert ("has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
+                f"metrics.jsonl{suffix}." in capsys.readouterr().out) == bool(suffix)
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "summary.json").unlink()
+        (tmp_path / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text() + f'{{"n": "{suffix}"}}\n')
+    for suffix in ("", ".old", ".old-2"):
+        lines = (tmp_path / f"metrics.jsonl{suffix}").read_text().splitlines()
+        assert len(lines) == 8 + 1 + 1 + 1
+
+
+def scalars(workdir):
+    """What TensorBoard shows of `train/loss`: {step: value}, from all event files, by its own rule for restarts."""
+    shown = {}
+    for path in sorted(workdir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event, data = event_pb2.Event.FromString(data[12:12 + size]), data[16 + size:]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = {step: value for step, value in shown.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag == "train/loss":
+                    shown[event.step] = value.simple_value
+    return shown
+
+
+def test_tensorboard_forgets_the_curve_of_a_run_that_starts_again(config, tmp_path):
     train.run(config, tmp_path)
-    before = (tmp_path / "metrics.jsonl").read_text()
+    assert list(scalars(tmp_path)) == list(range(1, 9))
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "summary.json").unlink()
-    train.run(config, tmp_path)
-    assert "has no checkpoint to go on from: starting again at step 0" in capsys.readouterr().out
-    assert (tmp_path / "metrics.jsonl.old").read_text() == before
-    assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 9))
+    stop_after(4, config, tmp_path)
+    assert list(scalars(tmp_path)) == list(range(1, 5))
+
+
+def test_a_run_never_starts_over_where_its_checkpoints_are_broken(config, tmp_path):
+    stop_after(4, config, tmp_path)
+    (tmp_path / "checkpoints/4" / checkpoint.MANIFEST).write_text("{")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds no checkpoint that can be used"):
+        train.run(config, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_step_of_another_run_is_not_taken(config, tmp_path):
+    stop_after(4, config, tmp_path / "a")
+    config.seed = 1
+    train.run(config, tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints")
+    shutil.copytree(tmp_path / "a/checkpoints", tmp_path / "b/checkpoints")
+    (tmp_path / "b/summary.json").unlink()
+    with pytest.raises(UserError, match="4 is of another run"):
+        train.run(config, tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run\\1", "a*", "b?"])
+def test_paths_in_which_no_checkpoint_could_be_read_are_refused(config, tmp_path, name, monkeypatch):
+    """Above the run, too, and where the current folder has such a name."""
+    (tmp_path / name).mkdir()
+    for workdir in (tmp_path / name, tmp_path / name / "run"):
+        with pytest.raises(UserError, match="no checkpoint could be read again from"):
+            train.run(config, workdir)
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match="--workdir=run: no checkpoint could be read again from"):
+        train.run(config, pathlib.Path("run"))
+    assert not list((tmp_path / name).iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b", "é日本", "{x},y", "x~$HOME", "'\"", "100%", "#&|;", "-w", "new\nline"])
+def test_other_paths_hold_runs_that_resume(config, tmp_path, name):
+    stop_after(4, config, tmp_path / name)
+    assert train.run(config, tmp_path / name)["steps"] == 8
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "checkpoints"])
+def test_a_file_where_a_folder_should_be_and_the_reverse_is_named(config, tmp_path, name):
+    stop_after(4, config, tmp_path)
+    path = tmp_path / name
+    (shutil.rmtree if path.is_dir() else path.unlink)(*([path] if path.is_dir() else []))
+    path.write_text("") if name == "checkpoints" else path.mkdir()
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: .*expected a") as error:
+        train.run(config, tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_lines_of_metrics(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(metrics.logging, "warning", lambda *message: said.append(message))
     good = '{"step": 1, "split": "train"}'
-    (tmp_path / "m").write_text(f"{good}\ngarbage\n5\n{good}\n{{\"st")
+    bad = ["garbage", "5", '{"step": 1}', '{"step": "x", "split": "eval"}', '{"step": null, "split": "train"}']
+    (tmp_path / "m").write_text("\n".join([good, *bad, good, '{"st']))
     assert len(metrics.read(tmp_path / "m")) == 2
-    assert [message[2] for message in said] == [2, 3]
+    assert [message[2] for message in said] == [2, 3, 4, 5, 6]
+    assert {message[1] for message in said} == {tmp_path / "m"}
 
 
 def test_a_network_that_gives_nan_is_never_right(config, tmp_path, monkeypatch):
