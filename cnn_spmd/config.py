@@ -16,6 +16,8 @@ from ml_collections import config_flags
 from cnn_spmd.data.sources import Dataset
 from cnn_spmd.errors import UserError
 
+flags.disclaim_key_flags()  # --help shows --config as a flag of launch.py
+
 # Field: (lowest, highest or None, whether the highest is itself allowed). Names are checked by the module that knows them.
 RANGES = {
     "seed": (0, 2**31, False),

@@ -227,7 +227,7 @@ def test_types_on_the_command_line(argument, message):
 
 def test_help_shows_every_flag(start):
     out, _ = finished(start("--help"), code=1)  # absl's code for --help
-    for flag in ("--config", "--mesh", "--sweep", "--batch_per_device", "--profile", "--cpu_devices", "--workdir",
+    for flag in ("--config: ", "--mesh", "--sweep", "--batch_per_device", "--profile", "--cpu_devices", "--workdir",
                  "--[no]dry_run", "Exit codes"):
         assert flag in out
 
