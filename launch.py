@@ -27,14 +27,12 @@ import subprocess
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from cnn_spmd import config as configs
 from cnn_spmd import interrupt
 from cnn_spmd.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: experiments/NAME.py, or NAME.py:VARIANT. Its fields are "
-                                         "set with --config.FIELD=VALUE.", lock_config=True)
+CONFIG = configs.define_flag(flags.FLAGS)
 MESH = flags.DEFINE_string("mesh", None, "Mesh shape DATAxMODEL, such as 4x2; sets config.mesh. Several, joined by commas, are "
                            "a sweep; 'all' is 1x1 and every shape of all the devices.")
 SWEEP = flags.DEFINE_multi_string("sweep", [], "A config field and its values, such as parallelism=data,hybrid or seed=0,1,2; "
@@ -43,7 +41,8 @@ BATCH_PER_DEVICE = flags.DEFINE_string("batch_per_device", None, "Sweep config.b
                                        "times the devices of the mesh.")
 PROFILE = flags.DEFINE_integer("profile", None, "After the last step, trace this many more (whole calls, whose results are "
                                "thrown away): top kernels and communication go to profile.json.", lower_bound=1)
-CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate this many devices on the CPU.", lower_bound=1)
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate this many devices on the CPU.", lower_bound=1,
+                                   upper_bound=configs.MOST_CPU_DEVICES)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; an existing run resumes. Default: "
                               "runs/<experiment>-<UTC time>.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print placement, memory and collectives, and stop; with "
@@ -231,7 +230,9 @@ def refuse(reason: object) -> int:
 def parse(argv: list[str]) -> list[str]:
     """The flags of the command line; bad ones end the program with one line."""
     try:
-        return configs.parse_flags(flags.FLAGS, argv)
+        rest = configs.parse_flags(flags.FLAGS, argv)
+        configs.expanded("--workdir", WORKDIR.value or "")
+        return rest
     except UserError as error:
         sys.exit(refuse(error))
 

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
+from cnn_spmd.config import MOST_CPU_DEVICES
 from cnn_spmd.errors import UserError
 
 AXES = ("data", "model")
+MOST_DEVICES = 2**16  # more than any machine has
 
 
 def parse(text: str) -> tuple[int, int]:
@@ -15,10 +17,23 @@ def parse(text: str) -> tuple[int, int]:
 
     Raises UserError where the text is not two positive integers joined by an x.
     """
-    sizes = text.lower().split("x")
-    if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise UserError(f"--mesh={text}: expected DATAxMODEL with two positive integers, such as 4x2")
-    return int(sizes[0]), int(sizes[1])
+    if sizes := pair(text.lower()):
+        return sizes
+    raise UserError(f"--mesh={text}: expected DATAxMODEL with two positive integers, such as 4x2, of at most "
+                    f"{MOST_DEVICES} devices")
+
+
+def pair(text: str) -> tuple[int, int] | None:
+    """Read two positive integers joined by an x; None for other texts.
+
+    Their product is at most MOST_DEVICES.
+    """
+    sizes = text.split("x")
+    if len(sizes) == 2 and all(size.isdecimal() and len(size) < 9 for size in sizes):
+        data, model = map(int, sizes)
+        if 0 < data * model <= MOST_DEVICES:
+            return data, model
+    return None
 
 
 def shape(data: int, model: int, devices: int) -> tuple[int, int]:
@@ -35,8 +50,9 @@ def shape(data: int, model: int, devices: int) -> tuple[int, int]:
             raise UserError(f"{asked}: {fixed} does not divide the {devices} devices there are")
         data, model = (devices // fixed, model) if data == -1 else (data, devices // fixed)
     if data * model > devices:
+        simulate = f", or simulate devices on the CPU with --cpu_devices={data * model}"
         raise UserError(f"{asked}: needs {data * model} devices, but there are {devices}: choose a mesh whose product "
-                        f"is at most {devices}, or simulate devices on the CPU with --cpu_devices={data * model}")
+                        f"is at most {devices}{simulate if data * model <= MOST_CPU_DEVICES else ''}")
     return data, model
 
 

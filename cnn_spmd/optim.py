@@ -1,5 +1,7 @@
 """Learning-rate schedules and the optimizer."""
 
+from collections import Counter
+
 import jax
 import optax
 
@@ -9,9 +11,17 @@ DECAYS = {  # (learning rate, settings, steps after the warm-up)
     "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, steps),
     "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(rate, steps),
     "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
-    "staged": lambda rate, settings, steps: optax.piecewise_constant_schedule(
-        rate, {round(share * steps): settings.stage_factor for share in settings.stages}),
+    "staged": lambda rate, settings, steps: optax.piecewise_constant_schedule(rate, drops_of(settings, steps)),
 }
+
+
+def drops_of(settings, steps: int) -> dict[int, float]:
+    """Map each step at which stages begin to the product of their factors.
+
+    Several stages of a short run may begin at the same step.
+    """
+    begins = Counter(round(share * steps) for share in settings.stages)
+    return {step: settings.stage_factor**count for step, count in begins.items()}
 
 
 def make_schedule(settings, steps: int, batch_size: int = 128) -> optax.Schedule:

@@ -70,8 +70,7 @@ def _assemble(config: ml_collections.ConfigDict, place: Placement, memory: float
     config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, memory)
     config.mesh.data, config.mesh.model = place.mesh.shape.values()
     if data.fallback:
-        say(f"For {data.name}: batch_size={config.batch_size}, optimizer.learning_rate={config.optimizer.learning_rate}, "
-            f"steps={config.steps}, from data.fallback_*.")
+        say(f"For {data.name}: {configs.values_on_fallback(config)}.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_steps(config, data, place))
     setup.steps.activations(config.batch_size, image_size(config, data))
@@ -94,6 +93,21 @@ def device_memory(place: Placement) -> float | None:
     if jax.process_count() > 1:  # all must come to the same
         memory = multihost_utils.process_allgather(np.float32(memory)).min()
     return memory or None
+
+
+def refuse_beyond_memory(setup: Setup) -> None:
+    """Raises UserError where a run's state, or a call's images, do not fit into memory."""
+    config, data, place, steps = setup
+    machine, here = configs.machine_memory(), place.mesh.local_devices
+    of_a_device = (here[0].memory_stats() or {}).get("bytes_limit") or machine / len(here)
+    abstract = steps.abstract_state
+    state = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
+    fields = f"model.name={config.model.name}, model.width={config.model.width}"
+    configs.refuse_beyond(of_a_device, state, f"{fields}, per device")
+    if config.data.resident == "no":
+        fields = f"steps_per_call={config.steps_per_call}, batch_size={config.batch_size}"
+        images = min(config.steps_per_call, config.steps) * config.batch_size
+        configs.refuse_beyond(machine, images * data.train_images[0].nbytes, fields)
 
 
 def make_steps(config: ml_collections.ConfigDict, data: sources.Dataset, place: Placement) -> Steps:

@@ -32,7 +32,6 @@ from cnn_spmd.errors import UserError
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch.py"
 COLUMNS = ("run", "status", "images/s", "step, ms", "ring MB a step", "test accuracy", "s", "reason")
-OF_THE_FALLBACK = {"batch_size", "batch_per_device", "epochs", "steps", "optimizer.learning_rate"}  # data.fallback_* say them
 OUTCOMES = {0: "completed", 2: "refused", 75: "interrupted"}  # by launch.py's exit codes; others: failed
 
 
@@ -64,8 +63,8 @@ def combinations(meshes: str | None, batches: str | None, fields: Sequence[str],
     if batches is not None:
         add("batch_per_device", "--batch_per_device", batches)
         for size in axes["batch_per_device"]:
-            if not size.isdecimal() or not int(size):
-                raise UserError(f"--batch_per_device={batches}: {size} is not a positive integer")
+            if not size.isdecimal() or len(size) > 9 or not int(size):
+                raise UserError(f"--batch_per_device={batches}: {size} is not a positive integer of at most nine digits")
     for text in fields:
         field, equals, values = text.partition("=")
         field = field.removeprefix("config.")
@@ -129,9 +128,6 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
                 if (key := repr(config.data)) not in datasets:
                     datasets[key] = sources.load(config.data, check)
                 check(datasets[key])
-            if (data := datasets[key]).fallback and (taken := sorted(settings.keys() & OF_THE_FALLBACK)):
-                raise UserError(f"{taken[0]}={settings[taken[0]]}: of no effect on {data.name}, which stands in for "
-                                f"{data.fallback} with data.fallback_*: expected data.name={data.name}")
         except UserError as error:
             row.update(status="refused", reason=str(error))
         yield row

@@ -8,6 +8,8 @@ import math
 import jax
 from jax.experimental import topologies
 
+from cnn_spmd import mesh
+from cnn_spmd.config import MOST_CPU_DEVICES
 from cnn_spmd.errors import UserError
 
 # stream_executor.GpuTargetConfigProto. The figures are NVIDIA's, as XLA keeps them in
@@ -34,14 +36,16 @@ def devices(text: str) -> list[jax.Device]:
     Raises UserError for another spelling or card, or where jax[cuda12] is not installed.
     """
     card, _, topology = text.partition(":")
-    sizes = topology.split("x")
-    if card not in CARDS or len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise UserError(f"--target={text}: expected CARD:HOSTSxGPUS with a card of {', '.join(CARDS)}, such as h100:64x8")
+    sizes = mesh.pair(topology)
+    if card not in CARDS or not sizes:
+        raise UserError(f"--target={text}: expected CARD:HOSTSxGPUS with a card of {', '.join(CARDS)}, such as h100:64x8, and "
+                        f"at most {mesh.MOST_DEVICES} GPUs")
     try:
-        description = topologies.get_topology_desc(platform="cuda", topology_name=card, topology=f"1x{topology}",
+        description = topologies.get_topology_desc(platform="cuda", topology_name=card, topology=f"1x{sizes[0]}x{sizes[1]}",
                                                    target_config=CARDS[card])
     except Exception as error:
-        count = math.prod(int(size) for size in sizes)
+        count = math.prod(sizes)
+        simulate = f", or compile for the CPU with --cpu_devices={count}"
         raise UserError(f"--target={text}: there is no compiler for it ({' '.join(str(error).split())[:150]}): install "
-                        f"requirements.txt, or compile for the CPU with --cpu_devices={count}") from None
+                        f"requirements.txt{simulate if count <= MOST_CPU_DEVICES else ''}") from None
     return list(description.devices)

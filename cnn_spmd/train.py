@@ -26,7 +26,7 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.feed import put
 from cnn_spmd.interrupt import Interrupt
 from cnn_spmd.metrics import say
-from cnn_spmd.setup import Setup, compile_train, feeds, prepare, report_of
+from cnn_spmd.setup import Setup, compile_train, feeds, prepare, refuse_beyond_memory, report_of
 
 # One entry a program that came from JAX's persistent cache instead of being compiled.
 CACHE_HITS: list[str] = []
@@ -44,6 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     Raises UserError for bad input before anything is compiled, NonFinite where training diverges.
     """
     def folder_is_fine(setup: Setup) -> None:
+        refuse_beyond_memory(setup)
         with workdirs.opened(workdir, setup.saved):
             pass
 

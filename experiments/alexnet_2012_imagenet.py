@@ -31,12 +31,13 @@ What is not set here is as in experiments/alexnet_cifar.py.
 
 import ml_collections
 
+from cnn_spmd.errors import UserError
 from experiments import alexnet_cifar
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "imagenette"):
-        raise ValueError(f"experiments/alexnet_2012_imagenet.py:{variant}: unknown variant, expected imagenette or none")
+        raise UserError(f"experiments/alexnet_2012_imagenet.py:{variant}: unknown variant, expected imagenette or none")
     config = alexnet_cifar.get_config()
     config.experiment = f"alexnet_2012_{variant or 'imagenet'}"
     config.model.update(dict(name="alexnet_2012", dropout=0.5))

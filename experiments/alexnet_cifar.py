@@ -26,10 +26,12 @@ Measured on the real CIFAR-10, all 10,000 test images and their mirrors, bfloat1
 
 import ml_collections
 
+from cnn_spmd.errors import UserError
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "fast", "best"):
-        raise ValueError(f"experiments/alexnet_cifar.py:{variant}: unknown variant, expected fast, best, or none")
+        raise UserError(f"experiments/alexnet_cifar.py:{variant}: unknown variant, expected fast, best, or none")
     config = ml_collections.ConfigDict()
     config.experiment = "alexnet_cifar"
     config.seed = 0
@@ -45,6 +47,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         image_size=256,  # of photographs (data.name=folder, imagenet2012, imagenette): their central square, rescaled
         resident="auto",  # on every device, "yes", where it fits; "no": each call's images are streamed from the host
         fallback="digits",
+        # On the data set that stands in, these replace epochs, batch_size and learning_rate. 0, or a flag that sets the
+        # replaced field: they do not.
         fallback_epochs=6,
         fallback_batch_size=64,
         fallback_learning_rate=0.05,

@@ -29,6 +29,7 @@ training error, one seed (-: not within 20; results/rates/). tanh takes .03, bet
 
 import ml_collections
 
+from cnn_spmd.errors import UserError
 from experiments import alexnet_cifar
 
 VARIANTS = ("base", "no_lrn", "plain_pool", "no_dropout", "no_conv2", "no_conv3", "no_conv4", "one_tower", "relu", "tanh")
@@ -37,7 +38,7 @@ RATES = {"relu": 0.02, "tanh": 0.03}
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
-        raise ValueError(f"experiments/claims_2012_cifar.py:{variant}: unknown variant, expected one of {', '.join(VARIANTS)}")
+        raise UserError(f"experiments/claims_2012_cifar.py:{variant}: unknown variant, expected one of {', '.join(VARIANTS)}")
     config = alexnet_cifar.get_config()
     config.experiment = f"claims_2012_{variant}"
     config.data.fallback = ""

@@ -32,6 +32,7 @@ only two pairs are of one card: README.md.)
 
 import ml_collections
 
+from cnn_spmd.errors import UserError
 from experiments import alexnet_cifar
 
 BATCH, IMAGES = 128, 50_000
@@ -51,7 +52,7 @@ RECIPES["11pct_no_lrn"] = RECIPES["11pct"]
 
 def get_config(variant: str = "80sec") -> ml_collections.ConfigDict:
     if variant not in RECIPES:
-        raise ValueError(f"experiments/cuda_convnet_cifar.py:{variant}: unknown variant, expected one of {', '.join(RECIPES)}")
+        raise UserError(f"experiments/cuda_convnet_cifar.py:{variant}: unknown variant, expected one of {', '.join(RECIPES)}")
     full, short, tenth, hundredth, decays = RECIPES[variant]
     steps = full + tenth + hundredth
     config = alexnet_cifar.get_config()

@@ -47,14 +47,15 @@ What is not set here is as in experiments/alexnet_cifar.py.
 
 import ml_collections
 
+from cnn_spmd.errors import UserError
 from experiments import alexnet_cifar
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     variants = variant.split(",") if variant else []
     if not {*variants} <= {"variable", "imagenette"}:
-        raise ValueError(f"experiments/owt_imagenet.py:{variant}: unknown variant, expected variable, imagenette or both, with "
-                         "a comma between")
+        raise UserError(f"experiments/owt_imagenet.py:{variant}: unknown variant, expected variable, imagenette or both, with "
+                        "a comma between")
     data = "imagenette" if "imagenette" in variants else "imagenet2012"
     config = alexnet_cifar.get_config()
     config.experiment = f"owt_{data.removesuffix('2012')}" + "_variable" * ("variable" in variants)

@@ -20,8 +20,10 @@ from conftest import ROOT
 from PIL import Image
 
 import launch
+from cnn_spmd import config as configs
 from cnn_spmd import interrupt
 from cnn_spmd.data import folder
+from cnn_spmd.errors import UserError
 
 SMALL = ["--config", "experiments/alexnet_cifar.py", "--config.model.name=simple_cnn", "--config.data.name=synthetic",
          "--config.data.synthetic.train_examples=64", "--config.data.synthetic.test_examples=40", "--config.batch_size=16",
@@ -66,7 +68,11 @@ def finished(process, code=0):
     ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
     ([*SMALL, "--target", "h100:1x8"], "--target=h100:1x8: those GPUs are not here, expected --dry_run"),
     ([*SMALL, "--dry_run", "--target", "b300:8"], "--target=b300:8: expected CARD:HOSTSxGPUS with a card of h100"),
-    ([*SMALL, "--config.batch_size=many"], "--config.batch_size=many: invalid literal"),
+    ([*SMALL, "--dry_run", "--target", "h100:9999999x8"], "such as h100:64x8, and at most 65536 GPUs"),
+    ([*SMALL, "--config.batch_size=many"], "--config.batch_size=many: expected an integer"),
+    ([*SMALL, "--flagfile=nope"], "--flagfile=nope: No such file or directory, expected a file of flags"),
+    ([*SMALL, "--workdir=~nosuchuser/x"], "--workdir=~nosuchuser/x: has no such home folder, expected the path of a folder"),
+    ([*SMALL, "--cpu_devices=100000"], "--cpu_devices=100000: 100000 is not an integer in the range [1, 2048]"),
     ([*SMALL, "--frobnicate"], "Unknown command line flag 'frobnicate'"),
     ([*SMALL, "stray"], "unexpected argument 'stray'"),
     ([*SMALL, "--mesh", "4by2"], "--mesh=4by2: expected DATAxMODEL"),
@@ -80,9 +86,148 @@ def test_bad_input_is_one_line_and_exit_code_2(start, arguments, message):
     assert out == ""
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "def get_config():\n    return open('nope.csv')",
+            "OWN:2: FileNotFoundError: [Errno 2] No such file or directory: 'nope.csv'",
+        ),
+        (
+            "rows = open('nope.csv')",
+            "OWN:1: FileNotFoundError: [Errno 2] No such file or directory: 'nope.csv'",
+        ),
+        ("def get_config():\n    return {}['a']", "OWN:2: KeyError: 'a'"),
+        (
+            "def get_config():\n    return int('a\\nb')",
+            r"OWN:2: ValueError: invalid literal for int() with base 10: 'a\nb'",
+        ),
+        ("\nassert not 'one\\n   two'", "OWN:2: AssertionError"),
+        ("raise RuntimeError('one\\n   two')", "OWN:1: RuntimeError: one two"),
+        (
+            "import json\nimport nosuchmodule",
+            "OWN:2: ModuleNotFoundError: No module named 'nosuchmodule'",
+        ),
+        ("def get_config()\n    pass", "OWN:1: SyntaxError: expected ':'"),
+        ("import sys\nsys.exit('no')", "OWN:2: SystemExit: no"),
+        (
+            "def get_config(one, two):\n    pass",
+            "OWN: TypeError: get_config() missing 2 required positional arguments: 'one' and 'two'",
+        ),
+        ("def get_config():\n    pass", "--config=OWN: get_config() returns NoneType, expected it to return a ConfigDict"),
+        (
+            "def get_config():\n    return dict(seed=0)",
+            "--config=OWN: get_config() returns dict, expected",
+        ),
+        ("", "--config=OWN: get_config() is missing, expected"),
+    ],
+)
+def test_an_experiment_that_fails_says_where(tmp_path, content, message):
+    path = tmp_path / "own.py"
+    path.write_text(content)
+    with pytest.raises(
+        UserError, match=f"^{re.escape(message.replace('OWN', str(path)))}"
+    ) as error:
+        configs.parsed(["--config", str(path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("config.batch_size = 512.5", "OWN:4: TypeError: Could not override field 'batch_size'"),
+        ("config.data.flip = 'no'", "OWN:4: TypeError: Could not override field 'flip'"),
+        (
+            "config.data.update(dict(flip='no'))",
+            "OWN:4: TypeError: Could not override field 'flip'",
+        ),
+        ("config.optimizer.stages = 3", "OWN:4: TypeError: Could not override field 'stages'"),
+        ("config.steps = True", "steps=True: expected an integer"),
+        ("config.seed = None", "seed=None: expected an integer"),
+        (
+            "config = ConfigDict(config.to_dict() | dict(steps=2.5))",
+            "steps=2.5: expected an integer",
+        ),
+        (
+            "config = ConfigDict(config.to_dict() | dict(batch_size='512'))",
+            "batch_size='512': expected an integer",
+        ),
+        (
+            "config = ConfigDict(config.to_dict() | dict(label_smoothing='.1'))",
+            "label_smoothing='.1': expected a number",
+        ),
+        ("config = ConfigDict(config.to_dict() | dict(mesh=3))", "mesh=3: expected a dict"),
+        ("config.model.levers = None", "model.levers=None: expected a tuple"),
+        ("config.model.levers = ('pool_first', 1)", "model.levers[1]=1: expected a string"),
+        ("config.data.dir = None", "data.dir=None: expected a string"),
+        (
+            "config.optimizer.layer_rates = {1: 2.0}",
+            "optimizer.layer_rates: has the name 1, expected a string",
+        ),
+        (
+            "config.optimizer.layer_rates.fc3 = True",
+            "optimizer.layer_rates.fc3=True: expected a number",
+        ),
+        (
+            "config.placement = dict(mine={1: 'data'})",
+            "placement.mine: has the name 1, expected a string",
+        ),
+        ("config.placement = dict(mine=3)", "placement.mine=3: expected a dict"),
+        (
+            "config.optimiser = dict(rate=1.0)",
+            "optimiser: no such field, expected those of experiments/alexnet_cifar.py",
+        ),
+        (
+            "del config.experiment",
+            "experiment: missing, expected as in experiments/alexnet_cifar.py",
+        ),
+    ],
+)
+def test_types_in_an_experiment_are_those_of_the_shipped_one(tmp_path, change, message):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\nfrom experiments import alexnet_cifar\n"
+        f"def get_config(config=alexnet_cifar.get_config()):\n    {change}\n    return config"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message.replace('OWN', str(path)))}"):
+        configs.parsed(["--config", str(path)])
+
+
+def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\nfrom experiments import alexnet_cifar\ndef get_config():\n"
+        "    config = alexnet_cifar.get_config().to_dict()\n    config['optimizer']['warmup'] = 0\n"
+        "    config['model']['levers'] = ['pool_first']\n    return ConfigDict(config)"
+    )
+    configs.validate(configs.parsed(["--config", str(path)]))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.batch_size=512.5", "--config.batch_size=512.5: expected an integer"),
+        ("--config.steps=True", "--config.steps=True: expected an integer"),
+        ("--config.data.flip=no", "--config.data.flip=no: expected True or False"),
+        ("--config.model.dropout=a: b", "--config.model.dropout=a: b: expected a number"),
+        ("--config.model.levers=3", "model.levers[0]=3: expected a string"),
+        (
+            "--config.optimizer.layer_rates={1:2}",
+            "optimizer.layer_rates: has the name 1, expected a string",
+        ),
+        ("--config.mesh={'data':1}", "mesh.model: missing"),
+        ("--flagfile=", "--flagfile=: is empty, expected a file of flags"),
+        ("--flagfile=/nope/flags", "--flagfile=/nope/flags: No such file or directory"),
+    ],
+)
+def test_types_on_the_command_line(argument, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        configs.parsed(["--config", str(ROOT / SMALL[1]), argument])
+
+
 def test_help_shows_every_flag(start):
     out, _ = finished(start("--help"), code=1)  # absl's code for --help
-    for flag in ("--config", "--mesh", "--sweep", "--batch_per_device", "--profile", "--cpu_devices", "--workdir",
+    for flag in ("--config: ", "--mesh", "--sweep", "--batch_per_device", "--profile", "--cpu_devices", "--workdir",
                  "--[no]dry_run", "Exit codes"):
         assert flag in out
 

@@ -8,7 +8,7 @@ def test_parse():
     assert mesh.parse("4x2") == (4, 2)
 
 
-@pytest.mark.parametrize("text", ["4", "4x", "x2", "4x2x1", "0x8", "-1x8", "axb", "4*2", ""])
+@pytest.mark.parametrize("text", ["4", "4x", "x2", "4x2x1", "0x8", "-1x8", "axb", "4*2", "", "65537x1", "9" * 5000 + "x1"])
 def test_parse_refuses(text):
     with pytest.raises(UserError, match="--mesh="):
         mesh.parse(text)

@@ -38,6 +38,17 @@ def test_stages_are_exact_epochs(config):
     np.testing.assert_allclose(rates, [1, 0.1, 0.1, 0.01], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("warmup", "steps", "rates"), [
+    (0.0, 2, [0.1, 0.01]),  # stages begin at steps 0, 1 and 2
+    (0.0, 1, [0.01]),  # twice at step 0, and once after the end
+    (0.0, 4, [1, 0.1, 0.01, 0.001]),
+    (0.5, 4, [0, 0.5, 0.1, 0.01])])  # the shares are those of the two steps after the warm-up
+def test_every_stage_of_a_short_run_counts(config, warmup, steps, rates):
+    config.optimizer.update(dict(learning_rate=1.0, warmup=warmup, decay="staged", stages=(0.25, 0.5, 0.75), stage_factor=0.1))
+    schedule = optim.make_schedule(config.optimizer, steps)
+    np.testing.assert_allclose([float(schedule(step)) for step in range(steps)], rates, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("scaling", "times"), [(0.0, 1), (0.5, 2), (1.0, 4)])
 def test_the_rate_grows_with_the_batch(config, scaling, times):
     """Krizhevsky 2014, section 5: by k or its root for a batch k times 128, in the warm-up and in what follows."""

@@ -257,7 +257,22 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     (dict(optimizer=dict(bias_rate=-1.0)), r"optimizer\.bias_rate=-1\.0: expected at least"),
     (dict(optimizer=dict(scaling=2.0)), r"optimizer\.scaling=2\.0: expected from 0\.0 to 1\.0"),
     (dict(optimizer=dict(weight_decays=dict(conv1=-1.0))), r"optimizer\.weight_decays\.conv1=-1\.0: expected at least"),
-    (dict(optimizer=dict(weight_decays=dict(conv1="much"))), r"optimizer\.weight_decays\.conv1=much: expected at least"),
+    (dict(optimizer=dict(weight_decays=dict(conv1="much"))), r"optimizer\.weight_decays\.conv1='much': expected a number"),
+    (dict(batch_size=True), "batch_size=True: expected an integer"),
+    (dict(model=dict(levers=None)), r"model\.levers=None: expected a tuple"),
+    (dict(eval=dict(every_epochs=2**70)),
+     r"eval\.every_epochs=1180591620717411303424: expected at least 0 and at most 2147483647"),
+    (dict(mesh=dict(data=2**70)), r"mesh\.data=1180591620717411303424: expected from -1 to 65536"),
+    (dict(steps_per_call=10**9), r"steps_per_call=1000000000: expected from 0 to 100000"),
+    (dict(profile=10**6), r"profile=1000000: expected from 0 to 1000"),
+    (dict(data=dict(dir="~nosuchuser/x")), r"data\.dir=~nosuchuser/x: has no such home folder, expected the path of a folder"),
+    (dict(data=dict(synthetic=dict(image_size=4096, train_examples=10**7))),
+     r"data\.synthetic\.image_size=4096, data\.synthetic\.test_examples=40, data\.synthetic\.train_examples=10000000: needs "
+     r"503,318\.5 GB, expected at most the .* GB of memory that there are"),
+    (dict(model=dict(name="alexnet", width=10**6)),
+     r"model\.name=alexnet, model\.width=1000000, per device: needs 8,032\.9 GB"),
+    (dict(steps_per_call=10**5, steps=10**7, data=dict(resident="no", crop=8, synthetic=dict(image_size=1024))),
+     r"steps_per_call=100000, batch_size=16: needs 5,033\.2 GB"),
     (dict(optimizer=dict(weight_decays=dict(fc9=1.0))),
      r"optimizer\.weight_decays\.fc9: model\.name=simple_cnn has no such layer, expected some of conv1, fc3"),
     (dict(optimizer=dict(layer_rates=dict(conv2=1.0))), r"optimizer\.layer_rates\.conv2: .* has no such layer"),
@@ -440,7 +455,7 @@ def test_a_network_that_gives_nan_is_never_right(config, tmp_path, monkeypatch):
         train.run(config, tmp_path)
 
 
-def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch):
+def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
     from cnn_spmd.data import cifar10
 
     def unreachable(*_):
@@ -450,11 +465,82 @@ def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch):
     config.data.update(dict(name="cifar10", fallback="digits", fallback_epochs=1, fallback_batch_size=512))
     summary = train.run(config, tmp_path)
     assert (summary["batch_size"], summary["steps"], summary["eval"]["examples"]) == (512, 2, 360)
+    assert ("For digits: batch_size=512, steps=2, optimizer.learning_rate=0.05, from data.fallback_*.\n"
+            in capsys.readouterr().out)
     for name in ("config.json", "program.json", "summary.json"):
         content = json.loads((tmp_path / name).read_text())
         assert (content["dataset"], content["fallback"]) == ("digits", "cifar10"), name
     for line in metrics.read(tmp_path / "metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("digits", "cifar10")
+
+
+def on_the_fallback(*arguments):
+    """The shipped experiment with these arguments, resolved where the digits stand in for CIFAR-10."""
+    digits = dataclasses.replace(sources.load_digits(None), fallback="cifar10")
+    config = configs.parsed(["--config", str(ROOT / "experiments/alexnet_cifar.py"), *arguments])
+    return configs.resolve(config, digits, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "batch_size", "rate", "steps", "says"),
+    [
+        (
+            [],
+            64,
+            0.05,
+            132,
+            "batch_size=64, steps=132, optimizer.learning_rate=0.05, from data.fallback_*",
+        ),
+        (
+            ["steps=40"],
+            64,
+            0.05,
+            40,
+            "batch_size=64, optimizer.learning_rate=0.05, from data.fallback_*; steps=40, as given",
+        ),
+        (
+            ["epochs=2"],
+            64,
+            0.05,
+            44,
+            "batch_size=64, optimizer.learning_rate=0.05, from data.fallback_*; steps=44, as given",
+        ),
+        (
+            ["batch_size=32", "optimizer.learning_rate=0.01"],
+            32,
+            0.01,
+            6 * 44,
+            "batch_size=32, optimizer.learning_rate=0.01, as given; steps=264, from data.fallback_*",
+        ),
+        (
+            ["batch_size=512", "data.fallback_batch_size=128"],
+            128,
+            0.05,
+            66,
+            "batch_size=128, steps=66, ",
+        ),
+        (["data.fallback_epochs=0"], 64, 0.05, 40 * 22, "steps=880, as given"),
+    ],
+)
+def test_what_is_given_wins_over_the_fallback(arguments, batch_size, rate, steps, says):
+    got = on_the_fallback(*(f"--config.{argument}" for argument in arguments))
+    assert (got.batch_size, got.optimizer.learning_rate, got.steps) == (batch_size, rate, steps)
+    assert says in configs.values_on_fallback(got)
+
+
+def test_what_a_file_of_flags_gives_wins_over_the_fallback(tmp_path):
+    (tmp_path / "flags").write_text("--config.steps=40\n")
+    assert on_the_fallback(f"--flagfile={tmp_path / 'flags'}").steps == 40
+
+
+def test_a_run_on_the_fallback_resumes_by_the_same_command():
+    given, not_given = (
+        configs.as_json(on_the_fallback(*arguments))
+        for arguments in (["--config.batch_size=32"], [])
+    )
+    configs.refuse_changes("a", given, given)
+    with pytest.raises(UserError, match=r"\(batch_size: 32 -> 64\)"):
+        configs.refuse_changes("a", given, not_given)
 
 
 def test_calls_end_at_every_stop():
