@@ -230,6 +230,20 @@ def test_data_dir_must_hold_cifar10(tmp_path, name, problem):
         sources.load(config(dir=str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1", "cifar-10-batches-mat/a.mat"])
+def test_cifar10_in_another_version_is_named(tmp_path, name):
+    path = tmp_path / "given" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"a pickle")
+    version = "MATLAB" if "mat" in name else "Python"
+    for given in (tmp_path / "given", tmp_path / "given" / name.split("/")[0]):
+        with pytest.raises(UserError, match=rf"^data.dir={given}: is CIFAR-10 in its {version} version, expected the binary "
+                                            rf"version; give {archive.ARCHIVE}, the folder"):
+            sources.load(config(dir=str(given)))
+    _, expected = write_archive(tmp_path / "given")  # which lies beside it
+    assert_equal(cifar10.load(str(tmp_path / "given")), expected)
+
+
 def test_an_empty_folder_of_the_right_name_names_what_it_lacks(tmp_path):
     (tmp_path / archive.FOLDER).mkdir()
     with pytest.raises(UserError, match=r"data_batch_1.bin: No such file"):

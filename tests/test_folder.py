@@ -1,6 +1,7 @@
 """Photographs in class folders and from TFDS: what the prepared arrays hold, what is refused, how they are kept."""
 
 import concurrent.futures
+import io
 import json
 import os
 import shutil
@@ -138,6 +139,15 @@ def test_sixteen_bits_become_eight(tmp_path, channels):
     np.testing.assert_array_equal(prepared.decoded(tmp_path / "deep.png", SIZE), np.broadcast_to(values >> 8, (SIZE, SIZE, 3)))
 
 
+def test_webp_is_read(root):
+    Image.fromarray(colours(40, 30, 6)).save(root / "val/dog/b.WebP", "webp", lossless=True)
+    Image.fromarray(colours(40, 30, 6)).save(root / "val/dog/c.jpg", "webp", lossless=True)  # the content decides
+    data = load(root)
+    assert data.test_labels.tolist() == [0, 1, 1, 1]
+    np.testing.assert_array_equal(data.test_images[2], data.test_images[3])
+    np.testing.assert_allclose(data.test_images[2].mean((0, 1)), data.test_images[1].mean((0, 1)), atol=3)
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -153,7 +163,15 @@ def a_text(path: Path) -> None:
     path.write_text("<html>Not found</html>")
 
 
-@pytest.mark.parametrize("spoil", [cut, nothing, a_text])
+def a_tiff(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).random((20, 20), np.float32)).save(path, "tiff")  # all of it becomes zeros
+
+
+def an_eps(path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(path, "eps")  # a program, which Ghostscript would run
+
+
+@pytest.mark.parametrize("spoil", [cut, nothing, a_text, a_tiff, an_eps])
 @pytest.mark.parametrize("name", ["train/cat/c.png", "val/dog/a.jpg"])
 def test_an_image_that_cannot_be_read_is_named(root, tmp_path, name, spoil):
     spoil(root / name)
@@ -163,6 +181,14 @@ def test_an_image_that_cannot_be_read_is_named(root, tmp_path, name, spoil):
     assert caches(tmp_path) == []
 
 
+@pytest.mark.parametrize("spoil", [a_tiff, an_eps, lambda path: Image.new("RGB", (20, 20)).save(path, "gif")])
+def test_an_image_of_another_format_is_refused_whatever_its_name(tmp_path, spoil):
+    spoil(tmp_path / "a.png")
+    for file in (tmp_path / "a.png", io.BytesIO((tmp_path / "a.png").read_bytes())):
+        with pytest.raises(ValueError, match=r"^is no JPEG, PNG or WebP image$"):
+            prepared.decoded(file, SIZE)
+
+
 def test_of_many_images_three_are_named(root):
     for path in (root / "train").rglob("*.*"):
         nothing(path)
@@ -170,15 +196,31 @@ def test_of_many_images_three_are_named(root):
         load(root)
 
 
+def flat(folder: Path) -> None:
+    """Without class folders, as ImageNet's validation images are published."""
+    for path in sorted(folder.glob("*/*")):
+        path.rename(folder / f"{path.parent.name}_{path.name}")
+    for path in folder.glob("*/"):
+        path.rmdir()
+
+
 LACKING = {
     "an empty class": (lambda root: (root / "val/cat/a.jpg").unlink(), "val/cat/ holds no image"),
     "a class without images": (lambda root: (root / "val/cat/a.jpg").rename(root / "val/cat/a.gif"), "val/cat/ holds no image"),
-    "a class to train on only": (lambda root: shutil.rmtree(root / "val/dog"), "class dog is in train/ but not in val/"),
-    "a class to test on only": (lambda root: shutil.rmtree(root / "train/cat"), "class cat is in val/ but not in train/"),
+    "a class to train on only": (lambda root: shutil.rmtree(root / "val/dog"), "class 'dog' is in train/ but not in val/"),
+    "a class to test on only": (lambda root: shutil.rmtree(root / "train/cat"), "class 'cat' is in val/ but not in train/"),
     "no val": (lambda root: shutil.rmtree(root / "val"), "holds no val/ or test/"),
     "no train": (lambda root: shutil.rmtree(root / "train"), "holds no train/"),
     "no class": (lambda root: [shutil.rmtree(path) for path in root.glob("*/*")], "train/ and val/ hold no class folders"),
     "nothing": (shutil.rmtree, "is no folder"),
+    "a flat val": (lambda root: flat(root / "val"), "val/ holds images but no class folders"),
+    "a flat train": (lambda root: flat(root / "train"), "train/ holds images but no class folders"),
+    "a space": (lambda root: (root / "val/dog").rename(root / "val/dog "),
+                "class 'dog' is in train/ but not in val/, which has 'dog ': they differ in spaces"),
+    "another accent": (lambda root: [(root / split / "dog").rename(root / split / name)
+                                     for split, name in (("train", "\xe9"), ("val", "e\u0301"))],
+                       r"class '\u0065\u0301' is in val/ but not in train/, which has '\\xe9': they differ in Unicode "
+                       r"normalisation \('e\\u0301'\)"),
 }
 
 
@@ -232,7 +274,7 @@ def test_a_line_break_in_a_name_makes_no_second_line(root):
 def test_what_is_left_out_is_told(root, caplog, name):
     (root / name).mkdir() if name.endswith("/") else (root / name).write_text("an image of another kind, or none")
     assert len(load(root).train_images) == 5
-    assert f"left out, as no .jpg/.jpeg/.png in a class folder: {root / name}." in caplog.text
+    assert f"left out, as no .jpg/.jpeg/.png/.webp in a class folder: {root / name}." in caplog.text
     (root / "test.txt").write_text("beside the two folders, anything may be")
     (root / "train/cat/b.gif").write_text("another one")
     load(root)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import stat
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from cnn_spmd.data import prepared
 from cnn_spmd.data.prepared import Source, Split
 from cnn_spmd.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
-LAYOUT = "expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png) and val/CLASS/* (or test/CLASS/*)"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+LAYOUT = "expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png, .webp) and val/CLASS/* (or test/CLASS/*)"
 CLASSES = dict(imagenet2012=1000, imagenette=10)  # TFDS's data sets, and how many classes they have
 FORM = "1"  # of the prepared files; another one prepares them anew
 
@@ -59,9 +60,15 @@ def from_folders(root: Path) -> Source:
         seen = [[entry for entry in os.scandir(folder) if entry.name[0] != "."] for folder in folders]
         classes, others = ({entry.name for entry in entries if entry.is_dir()} for entries in seen)
         other = [entry.path for entries in seen for entry in entries if not entry.is_dir()]
+        for folder, names, entries in zip(folders, (classes, others), seen, strict=True):
+            if not names and any(entry.name.lower().endswith(SUFFIXES) for entry in entries):
+                raise UserError(f"{where}: {folder.name}/ holds images but no class folders, expected each image in the "
+                                f"folder of its class, {folder.name}/CLASS/*")
         for name in sorted(classes ^ others):
             has, lacks = folders if name in classes else folders[::-1]
-            raise UserError(f"{where}: class {name} is in {has.name}/ but not in {lacks.name}/, expected the same in both")
+            alike = alike_name(name, others if name in classes else classes)
+            raise UserError(f"{where}: class {name!r} is in {has.name}/ but not in {lacks.name}/{alike}, expected the same "
+                            "in both")
         if not classes:
             raise UserError(f"{where}: {folders[0].name}/ and {folders[1].name}/ hold no class folders, {LAYOUT}")
         content, times, splits = hashlib.sha256(), hashlib.sha256(FORM.encode()), {}
@@ -94,6 +101,20 @@ def from_folders(root: Path) -> Source:
     times.update(content.digest())
     class_names = tuple(os.fsencode(name).decode(errors="replace") for name in sorted(classes))  # which can be drawn
     return Source(str(root), splits, class_names, content.hexdigest()[:8], times.hexdigest()[:16])
+
+
+def alike_name(name: str, others: set[str]) -> str:
+    """Names the class in `others` that looks like `name`, and how the two differ; "" where there is none.
+
+    Some systems write an accented letter as one character (NFC), others as a letter and an accent (NFD).
+    """
+    composed = unicodedata.normalize("NFC", name)
+    for other in sorted(others - {name}):
+        found = unicodedata.normalize("NFC", other)
+        if found.split() == composed.split():
+            how = "in Unicode normalisation" if found == composed else "in spaces"
+            return f", which has {other!a}: they differ {how} ({name!a})"
+    return ""
 
 
 def from_tfds(name: str, root: Path) -> Source:

@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cnn_spmd.errors import UserError
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # without a name; an image twice as large is refused by name
+FORMATS = ("JPEG", "PNG", "WEBP")  # pillow knows many more: EPS is a program, a TIFF may hold numbers that are no pixels
 CHUNK = 64  # images that a thread decodes at a time
 PROGRESS_SECONDS = 10.0
 
@@ -127,9 +128,14 @@ def decoded(file: Path | io.BytesIO, size: int) -> np.ndarray:
     """The central square of an image, rescaled (bilinear, with antialiasing) to uint8 [size, size, 3].
 
     Grey, palette, CMYK and 16-bit images become RGB; transparency is dropped, and so is a camera's orientation (EXIF), as
-    TFDS's and torchvision's readers do. Raises what pillow does for a damaged file.
+    TFDS's and torchvision's readers do. The content decides what a file is, not its name. Raises ValueError for another
+    format, and what pillow does for a damaged file.
     """
-    with Image.open(file) as image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("is no JPEG, PNG or WebP image") from None
+    with image:
         if image.mode.startswith("I"):  # 16-bit grey; 16-bit colour, pillow reads as 8 bits by itself
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode == "P":
