@@ -377,6 +377,31 @@ def test_a_changed_file_is_prepared_anew(root, tmp_path):
     assert load(root, size=8).train_images.shape == (5, 8, 8, 3)
 
 
+def same_times(path: Path, other: Path) -> None:
+    """Gives each file below `path` the times of the one of the same name below `other`."""
+    for file in path.rglob("*"):
+        status = (other / file.relative_to(path)).stat()
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_other_pixels_under_equal_names_sizes_and_times_are_prepared_anew(root, tmp_path):
+    for number, path in enumerate(sorted(root.rglob("*.*"))):
+        path.rename(path.with_suffix(".png"))
+        write(path.with_suffix(".png"), np.full((20, 20, 3), number, np.uint8))
+    shutil.copytree(root, tmp_path / "other")
+    for path in sorted((tmp_path / "other").rglob("*.*")):
+        write(path, np.asarray(Image.open(path)) + np.uint8(100))
+    same_times(tmp_path / "other", root)
+    first, second = load(root), load(tmp_path / "other")
+    np.testing.assert_array_equal(second.train_images, first.train_images + 100)
+    first_train = np.array(first.train_images)
+    for path in (root / "train/cat").iterdir():  # in place, too
+        times = path.stat()
+        write(path, np.asarray(Image.open(path)) + np.uint8(50))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    np.testing.assert_array_equal(load(root).train_images[:3], first_train[:3] + 50)
+
+
 def test_an_interrupted_preparation_leaves_nothing(root, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepared.np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -459,6 +484,19 @@ def test_a_prepared_tfds_data_set(tmp_path, monkeypatch):
     again = load(tmp_path / "tfds", "imagenette")
     np.testing.assert_array_equal(again.train_images, data.train_images)
     assert again.files == data.files != ""
+
+
+def test_a_tfds_data_set_whose_file_was_written_again_is_another(tmp_path):
+    """Though names, sizes and times of modification are equal."""
+    build(tmp_path, Imagenette)
+    before = folder.from_tfds("imagenette", tmp_path / "tfds")
+    (records,) = (tmp_path / "tfds").rglob("*train.array_record*")
+    times = records.stat()
+    records.write_bytes(records.read_bytes())
+    os.utime(records, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = folder.from_tfds("imagenette", tmp_path / "tfds")
+    assert after.content == before.content
+    assert after.fingerprint != before.fingerprint
 
 
 def test_a_named_data_set_says_which_files_it_is(root, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from cnn_spmd.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LAYOUT = "expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png, .webp) and val/CLASS/* (or test/CLASS/*)"
 CLASSES = dict(imagenet2012=1000, imagenette=10)  # TFDS's data sets, and how many classes they have
-FORM = "1"  # of the prepared files; another one prepares them anew
+FORM = "2"  # of the prepared files; another one prepares them anew
 
 
 def load(name: str, data_dir: str, size: int, check: Callable[[Source, dict], object]) -> tuple[Source, dict[str, np.ndarray]]:
@@ -28,7 +28,7 @@ def load(name: str, data_dir: str, size: int, check: Callable[[Source, dict], ob
 
     name: "folder", or one of CLASSES; data_dir: class folders, or for the latter also TFDS's data directory ("": the usual
     one). The first call prepares the arrays in TFDS's data directory ($TFDS_DATA_DIR or ~/tensorflow_datasets), once `check`
-    has seen the data set and zeros for its arrays; later calls find them by the names, sizes and times of the files.
+    has seen the data set and zeros for its arrays; later calls find them by `identity` of the files.
 
     Raises UserError, in one line, for what is missing, damaged or of another form.
     """
@@ -71,9 +71,9 @@ def from_folders(root: Path) -> Source:
                             "in both")
         if not classes:
             raise UserError(f"{where}: {folders[0].name}/ and {folders[1].name}/ hold no class folders, {LAYOUT}")
-        content, times, splits = hashlib.sha256(), hashlib.sha256(FORM.encode()), {}
+        content, files_are, splits = hashlib.sha256(), hashlib.sha256(FORM.encode()), {}
         for split, folder in zip(("train", "test"), folders, strict=True):
-            files, labels = [], []
+            files, labels, real = [], [], os.path.realpath(folder)
             for label, name in enumerate(sorted(classes)):
                 before = len(files)
                 for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name):
@@ -87,7 +87,7 @@ def from_folders(root: Path) -> Source:
                         raise UserError(f"{where}: {entry.path}: is no regular file, expected images")
                     files.append(entry.path)
                     content.update(os.fsencode(f"{split}/{name}/{entry.name}\0{status.st_size}\0"))
-                    times.update(f"{status.st_mtime_ns} ".encode())
+                    files_are.update(identity(f"{real}/{name}/{entry.name}", status))
                 labels += [label] * (len(files) - before)
                 if len(files) == before:
                     raise UserError(f"{where}: {folder.name}/{name}/ holds no image ({', '.join(SUFFIXES)}), expected at least "
@@ -98,9 +98,18 @@ def from_folders(root: Path) -> Source:
     if other:
         logging.warning("%s: left out, as no %s in a class folder: %s%s.", where, "/".join(SUFFIXES), other[0],
                         f" and {len(other) - 1} more" if len(other) > 1 else "")
-    times.update(content.digest())
     class_names = tuple(os.fsencode(name).decode(errors="replace") for name in sorted(classes))  # which can be drawn
-    return Source(str(root), splits, class_names, content.hexdigest()[:8], times.hexdigest()[:16])
+    return Source(str(root), splits, class_names, content.hexdigest()[:8], files_are.hexdigest()[:16])
+
+
+def identity(path: str, status: os.stat_result) -> bytes:
+    """What changes wherever the content of the file at this real path does, or another file is meant.
+
+    Names, sizes and times of modification can be equal by a copy or by `touch`; the time of the last change of the inode
+    cannot be set. The device's number is left out: on a network file system it is another one after each mount.
+    """
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return os.fsencode(f"{path}\0{status.st_size}\0{times}\0{status.st_ino}\0")
 
 
 def alike_name(name: str, others: set[str]) -> str:
@@ -145,7 +154,8 @@ def from_tfds(name: str, root: Path) -> Source:
             return f"{split_name}[{i}]", io.BytesIO(example["image"]), int(example["label"])
         return Split(len(examples), read)
 
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(found[-1].iterdir())]
-    content = hashlib.sha256(str([file[:2] for file in files]).encode()).hexdigest()[:8]
+    files = [(path, path.stat()) for path in sorted(found[-1].iterdir())]
+    content = hashlib.sha256(str([(path.name, status.st_size) for path, status in files]).encode()).hexdigest()[:8]
+    files_are = hashlib.sha256(b"".join([FORM.encode(), *(identity(os.path.realpath(path), status) for path, status in files)]))
     return Source(str(found[-1]), dict(train=split("train", examples[0]), test=split("validation", examples[1])), class_names,
-                  content, hashlib.sha256(f"{FORM} {found[-1]} {files}".encode()).hexdigest()[:16])
+                  content, files_are.hexdigest()[:16])
