@@ -195,14 +195,18 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
 def refuse_changes(where: str, old: dict, new: dict) -> None:
     """Raises UserError naming each field in which two resolved configs differ, beyond what a resumed run may change.
 
-    where: the folder of the old one, as it was given.
+    where: the folder of the old one, as it was given. The data's digest is compared where both know it: older runs do not,
+    nor do photographs that are still to be decoded.
     """
     old, new = flat(old), flat(new)
+    if not (old.get("data_digest") and new.get("data_digest")):
+        old, new = ({field: value for field, value in each.items() if field != "data_digest"} for each in (old, new))
     differ = [f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
               for field in sorted(old.keys() | new.keys())
               if old.get(field) != new.get(field) and not any(f"{field}.".startswith(f"{free}.") for free in MAY_DIFFER)]
     if differ:
-        raise UserError(f"{where}: holds a run with another config ({'; '.join(differ)}): give the same config or "
+        of_data = " with the same data (data.dir)" * ("data_digest" in "".join(differ))
+        raise UserError(f"{where}: holds a run with another config ({'; '.join(differ)}): give the same config{of_data} or "
                         "another --workdir")
 
 

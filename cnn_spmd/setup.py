@@ -38,8 +38,9 @@ class Setup(NamedTuple):
 
     @property
     def saved(self) -> dict:
-        """What config.json holds: the config, the data set, and which files these are."""
-        return configs.as_json(self.config) | self.identity | (dict(data_files=self.data.files) if self.data.files else {})
+        """What config.json holds: the config, the data set, which files these are, and a digest of their content."""
+        of_data = dict(data_files=self.data.files, data_digest=self.data.digest)
+        return configs.as_json(self.config) | self.identity | {field: value for field, value in of_data.items() if value}
 
 
 def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data: sources.Dataset | None = None,
@@ -60,7 +61,7 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
         return setup
     data = data or sources.load(config.data, assemble)
     if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
-        name = np.frombuffer(f"{data.name} {data.files}".encode().ljust(64)[:64], np.uint8)
+        name = np.frombuffer(f"{data.name} {data.files} {data.digest}".encode().ljust(64)[:64], np.uint8)
         multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
     return assemble(data)
 

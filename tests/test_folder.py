@@ -20,7 +20,7 @@ from PIL import Image
 
 from cnn_spmd import config as configs
 from cnn_spmd import pictures, setup, sweep, train
-from cnn_spmd.data import folder, prepared, sources
+from cnn_spmd.data import digest, folder, prepared, sources
 from cnn_spmd.errors import UserError
 
 SIZE = 16
@@ -400,6 +400,38 @@ def test_other_pixels_under_equal_names_sizes_and_times_are_prepared_anew(root, 
         write(path, np.asarray(Image.open(path)) + np.uint8(50))
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     np.testing.assert_array_equal(load(root).train_images[:3], first_train[:3] + 50)
+
+
+def test_the_digest_is_kept_beside_the_arrays(root, tmp_path, monkeypatch):
+    seen = []
+    first = load(root, check=seen.append)
+    assert (seen[0].digest, first.digest) == ("", digest.of_arrays({field: getattr(first, field) for field in (
+        "train_images", "train_labels", "test_images", "test_labels")}))
+    (cache,) = caches(tmp_path)
+    (cache / "info.json").unlink()  # one that was prepared before there were digests
+    assert load(root).digest == first.digest
+    monkeypatch.setattr(digest, "of_arrays", None)
+    assert load(root).digest == first.digest
+
+
+def test_photographs_of_other_pixels_are_no_longer_the_run_s(root, config, tmp_path, monkeypatch):
+    """What is known before images are decoded cannot tell: names and sizes are equal."""
+    config.update(dict(batch_size=4, steps=2, data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1)))
+    saved = setup.prepare(config).saved
+    path = root / "train/cat/c.png"
+    size = path.stat().st_size
+    write(path, np.full((40, 30, 3), 7, np.uint8))
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    assert path.stat().st_size == size
+
+    def check(run):
+        seen.append(run.data.digest)
+        configs.refuse_changes("r", saved, run.saved)
+
+    seen = []
+    with pytest.raises(UserError, match=rf"^r: .*\(data_digest: {saved['data_digest']} -> [0-9a-f]{{16}}\): .*same data"):
+        setup.prepare(config, check=check)
+    assert seen[0] == "" != seen[1]
 
 
 def test_an_interrupted_preparation_leaves_nothing(root, tmp_path, monkeypatch):

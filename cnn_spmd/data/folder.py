@@ -9,12 +9,11 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
 from cnn_spmd.data import prepared
-from cnn_spmd.data.prepared import Source, Split
+from cnn_spmd.data.prepared import Prepared, Source, Split
 from cnn_spmd.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -23,7 +22,7 @@ CLASSES = dict(imagenet2012=1000, imagenette=10)  # TFDS's data sets, and how ma
 FORM = "2"  # of the prepared files; another one prepares them anew
 
 
-def load(name: str, data_dir: str, size: int, check: Callable[[Source, dict], object]) -> tuple[Source, dict[str, np.ndarray]]:
+def load(name: str, data_dir: str, size: int, check: Callable[[Source, Prepared], object]) -> tuple[Source, Prepared]:
     """The data set as it was found, and its arrays (prepared.arrays_of, images of size x size).
 
     name: "folder", or one of CLASSES; data_dir: class folders, or for the latter also TFDS's data directory ("": the usual

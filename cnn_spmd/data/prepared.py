@@ -5,9 +5,11 @@ central size x size are kept. Legend: N images, H = W = size rows and columns, C
 """
 
 import concurrent.futures
+import contextlib
 import fcntl
 import io
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -21,12 +23,14 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cnn_spmd.data import digest
 from cnn_spmd.errors import UserError
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # without a name; an image twice as large is refused by name
 FORMATS = ("JPEG", "PNG", "WEBP")  # pillow knows many more: EPS is a program, a TIFF may hold numbers that are no pixels
 CHUNK = 64  # images that a thread decodes at a time
 PROGRESS_SECONDS = 10.0
+INFO = "info.json"  # of a prepared folder: what Prepared has besides the arrays
 
 
 class Split(NamedTuple):
@@ -34,6 +38,13 @@ class Split(NamedTuple):
 
     examples: int
     read: Callable[[int], tuple[str, Path | io.BytesIO, int]]  # image i: a name for people, its file, its label
+
+
+class Prepared(NamedTuple):
+    """A data set whose images are decoded."""
+
+    arrays: dict[str, np.ndarray]  # {train,test}_images, uint8 [N, H, W, C] on disk; {train,test}_labels, int32 [N]
+    digest: str  # of the arrays; "" of zeros that stand in for them
 
 
 class Source(NamedTuple):
@@ -46,19 +57,19 @@ class Source(NamedTuple):
     fingerprint: str  # another one wherever a file has changed
 
 
-def arrays_of(source: Source, size: int, root: Path, check: Callable[[dict], object]) -> dict[str, np.ndarray]:
-    """{train,test}_images, uint8 [N, H, W, C] on disk, and {train,test}_labels, int32 [N], in the order of the source.
+def arrays_of(source: Source, size: int, root: Path, check: Callable[[Prepared], object]) -> Prepared:
+    """The images and labels of a source, in its order, images as squares of `size` pixels.
 
     They are kept in a folder of their own in `root`, all or nothing; while one process prepares them, others that want the
     same wait. check: sees arrays of these shapes, all zeros, before anything is decoded. Raises UserError naming the images
     that cannot be decoded, and where `root` cannot hold them.
     """
     folder = root / f"{source.fingerprint}-{size}"
-    if (arrays := read(folder)) is not None:
-        return arrays
-    check({f"{split}_{what}": np.broadcast_to(zero, (examples, *sides))  # which take no memory
+    if (found := read(folder)) is not None:
+        return found
+    check(Prepared({f"{split}_{what}": np.broadcast_to(zero, (examples, *sides))  # which take no memory
            for split, (examples, _) in source.splits.items()
-           for what, zero, sides in (("images", np.uint8(0), (size, size, 3)), ("labels", np.int32(0), ()))})
+           for what, zero, sides in (("images", np.uint8(0), (size, size, 3)), ("labels", np.int32(0), ()))}, ""))
     try:
         root.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".lock").open("a") as lock:
@@ -67,13 +78,13 @@ def arrays_of(source: Source, size: int, root: Path, check: Callable[[dict], obj
             except BlockingIOError:
                 print(f"waiting for another run, which prepares {source.name} in {folder}", file=sys.stderr, flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if (arrays := read(folder)) is None:
+            if (found := read(folder)) is None:
                 prepare(source, folder, size)
-                arrays = read(folder)
+                found = read(folder)
     except OSError as error:
         raise UserError(f"TFDS_DATA_DIR={root.parent}: cannot keep the prepared images there ({one_line(error)}); choose a "
                         "directory that can be written") from error
-    return arrays
+    return found
 
 
 def prepare(source: Source, folder: Path, size: int) -> None:
@@ -143,8 +154,11 @@ def decoded(file: Path | io.BytesIO, size: int) -> np.ndarray:
         return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
 
 
-def read(folder: Path) -> dict[str, np.ndarray] | None:
-    """What `prepare` has left in `folder`; None where there is nothing, or it is damaged, which is said."""
+def read(folder: Path) -> Prepared | None:
+    """What `prepare` has left in `folder`; None where there is nothing, or it is damaged, which is said.
+
+    A folder without a digest gets one.
+    """
     if not folder.is_dir():
         return None
     try:
@@ -153,10 +167,22 @@ def read(folder: Path) -> dict[str, np.ndarray] | None:
         for split in ("train", "test"):
             if len(arrays[f"{split}_images"]) != len(arrays[f"{split}_labels"]):
                 raise ValueError(f"{split} images and labels differ in number")
-        return arrays
+        with contextlib.suppress(FileNotFoundError):
+            return Prepared(arrays, **json.loads((folder / INFO).read_text()))
+        found = Prepared(arrays, digest.of_arrays(arrays))
+        with contextlib.suppress(OSError):
+            write_info(folder, found)
+        return found
     except (OSError, ValueError, EOFError) as error:
         logging.warning("%s is damaged (%s): preparing the images again.", folder, one_line(error))
         return None
+
+
+def write_info(folder: Path, found: Prepared) -> None:
+    """Keeps what is known of prepared images beside them, all or nothing."""
+    part = folder / f"{INFO}.{os.getpid()}.part"
+    part.write_text(json.dumps({field: value for field, value in found._asdict().items() if field != "arrays"}))
+    os.replace(part, folder / INFO)
 
 
 def one_line(error: Exception) -> str:
