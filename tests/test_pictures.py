@@ -164,8 +164,8 @@ def saved(config, tmp_path):
     (dict(model=dict(name="alexnet_3000")), "model.name=alexnet_3000: unknown, expected one of"),
     (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
     (dict(dataset="digits"), "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir"),
-    (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files or pixels of it: give"),
-    (dict(data_digest="0a"), "was trained on synthetic, but its data.dir= holds other files or pixels of it: give"),
+    (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
+    (dict(data_digest="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
     (dict(eval={}, optimizer=3), "optimizer."),
     (dict(data=3), "config.json is damaged or of another version"),
 ])

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
@@ -17,17 +18,19 @@ from cnn_spmd.data.prepared import Prepared, Source, Split
 from cnn_spmd.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-LAYOUT = "expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png, .webp) and val/CLASS/* (or test/CLASS/*)"
+LAYOUT = ("expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png, .webp) and val/CLASS/* "
+          "(or test/CLASS/*)")
 CLASSES = dict(imagenet2012=1000, imagenette=10)  # TFDS's data sets, and how many classes they have
 FORM = "2"  # of the prepared files; another one prepares them anew
 
 
-def load(name: str, data_dir: str, size: int, check: Callable[[Source, Prepared], object]) -> tuple[Source, Prepared]:
+def load(name: str, data_dir: str, size: int, check: Callable[[Source, Prepared], object],
+         skip_bad: int = 0) -> tuple[Source, Prepared]:
     """The data set as it was found, and its arrays (prepared.arrays_of, images of size x size).
 
     name: "folder", or one of CLASSES; data_dir: class folders, or for the latter also TFDS's data directory ("": the usual
     one). The first call prepares the arrays in TFDS's data directory ($TFDS_DATA_DIR or ~/tensorflow_datasets), once `check`
-    has seen the data set and zeros for its arrays; later calls find them by `identity` of the files.
+    has seen the data set and zeros for its arrays; later calls find them by the files' `identity`.
 
     Raises UserError, in one line, for what is missing, damaged or of another form.
     """
@@ -42,7 +45,9 @@ def load(name: str, data_dir: str, size: int, check: Callable[[Source, Prepared]
     if expected not in (None, found):
         raise UserError(f"data.dir={data_dir}: holds {found} classes, but data.name={name} has {expected}: give another "
                         "folder, or data.name=folder")
-    return source, prepared.arrays_of(source, size, root / "cnn_spmd_photographs", functools.partial(check, source))
+    return source, prepared.arrays_of(
+        source, size, root / "cnn_spmd_photographs", functools.partial(check, source), skip_bad
+    )
 
 
 def from_folders(root: Path) -> Source:
@@ -61,18 +66,19 @@ def from_folders(root: Path) -> Source:
         other = [entry.path for entries in seen for entry in entries if not entry.is_dir()]
         for folder, names, entries in zip(folders, (classes, others), seen, strict=True):
             if not names and any(entry.name.lower().endswith(SUFFIXES) for entry in entries):
-                raise UserError(f"{where}: {folder.name}/ holds images but no class folders, expected each image in the "
-                                f"folder of its class, {folder.name}/CLASS/*")
+                raise UserError(f"{where}: {folder.name}/ holds images but no class folders, "
+                                "expected each image in the folder of its class, "
+                                f"{folder.name}/CLASS/*")
         for name in sorted(classes ^ others):
             has, lacks = folders if name in classes else folders[::-1]
             alike = alike_name(name, others if name in classes else classes)
-            raise UserError(f"{where}: class {name!r} is in {has.name}/ but not in {lacks.name}/{alike}, expected the same "
-                            "in both")
+            raise UserError(f"{where}: class {name!r} is in {has.name}/ but not in "
+                            f"{lacks.name}/{alike}, expected the same in both")
         if not classes:
             raise UserError(f"{where}: {folders[0].name}/ and {folders[1].name}/ hold no class folders, {LAYOUT}")
-        content, files_are, splits = hashlib.sha256(), hashlib.sha256(FORM.encode()), {}
+        content, files_are, splits = hashlib.sha256(), hashlib.sha256(), {}
         for split, folder in zip(("train", "test"), folders, strict=True):
-            files, labels, real = [], [], os.path.realpath(folder)
+            files, labels, keys, real = [], [], [], os.path.realpath(folder)
             for label, name in enumerate(sorted(classes)):
                 before = len(files)
                 for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name):
@@ -86,35 +92,44 @@ def from_folders(root: Path) -> Source:
                         raise UserError(f"{where}: {entry.path}: is no regular file, expected images")
                     files.append(entry.path)
                     content.update(os.fsencode(f"{split}/{name}/{entry.name}\0{status.st_size}\0"))
-                    files_are.update(identity(f"{real}/{name}/{entry.name}", status))
+                    this = identity(f"{real}/{name}/{entry.name}", status)
+                    files_are.update(this)
+                    keys.append(prepared.key_of(b"%d %b" % (label, this)))
                 labels += [label] * (len(files) - before)
                 if len(files) == before:
                     raise UserError(f"{where}: {folder.name}/{name}/ holds no image ({', '.join(SUFFIXES)}), expected at least "
                                     "one in each class")
-            splits[split] = Split(len(files), lambda i, files=files, labels=labels: (files[i], Path(files[i]), labels[i]))
+            splits[split] = Split(
+                len(files),
+                lambda i, files=files, labels=labels: (files[i], Path(files[i]), labels[i]),
+                np.array(keys, np.uint64),
+            )
     except OSError as error:
         raise UserError(f"{where}: {error.filename}: {error.strerror}, expected readable folders and files") from error
     if other:
         logging.warning("%s: left out, as no %s in a class folder: %s%s.", where, "/".join(SUFFIXES), other[0],
                         f" and {len(other) - 1} more" if len(other) > 1 else "")
     class_names = tuple(os.fsencode(name).decode(errors="replace") for name in sorted(classes))  # which can be drawn
-    return Source(str(root), splits, class_names, content.hexdigest()[:8], files_are.hexdigest()[:16])
+    fingerprint = files_are.hexdigest()[:16]
+    return Source(str(root), splits, class_names, content.hexdigest()[:8], fingerprint)
 
 
 def identity(path: str, status: os.stat_result) -> bytes:
-    """What changes wherever the content of the file at this real path does, or another file is meant.
+    """Gives what changes with a file's content, and for another file; path: a real one.
 
-    Names, sizes and times of modification can be equal by a copy or by `touch`; the time of the last change of the inode
-    cannot be set. The device's number is left out: on a network file system it is another one after each mount.
+    Names, sizes and times of modification can be equal by a copy or by `touch`; nobody can set the
+    time of the last change of the inode. The device's number is left out: on a network file system
+    it is another one after each mount.
     """
     times = status.st_mtime_ns, status.st_ctime_ns
-    return os.fsencode(f"{path}\0{status.st_size}\0{times}\0{status.st_ino}\0")
+    return os.fsencode(f"{FORM}\0{path}\0{status.st_size}\0{times}\0{status.st_ino}\0")
 
 
 def alike_name(name: str, others: set[str]) -> str:
-    """Names the class in `others` that looks like `name`, and how the two differ; "" where there is none.
+    """Says which class in `others` looks like `name`, and how they differ; "" for none.
 
-    Some systems write an accented letter as one character (NFC), others as a letter and an accent (NFD).
+    Some systems write an accented letter as one character (NFC), others as a letter and an accent
+    (NFD).
     """
     composed = unicodedata.normalize("NFC", name)
     for other in sorted(others - {name}):
@@ -151,10 +166,15 @@ def from_tfds(name: str, root: Path) -> Source:
         def read(i: int) -> tuple[str, io.BytesIO, int]:
             example = examples[i]
             return f"{split_name}[{i}]", io.BytesIO(example["image"]), int(example["label"])
-        return Split(len(examples), read)
+
+        names = (f"{split_name} {i} {fingerprint}" for i in range(len(examples)))
+        keys = np.array([prepared.key_of(name.encode()) for name in names], np.uint64)
+        return Split(len(examples), read, keys)
 
     files = [(path, path.stat()) for path in sorted(found[-1].iterdir())]
-    content = hashlib.sha256(str([(path.name, status.st_size) for path, status in files]).encode()).hexdigest()[:8]
-    files_are = hashlib.sha256(b"".join([FORM.encode(), *(identity(os.path.realpath(path), status) for path, status in files)]))
+    names = str([(path.name, status.st_size) for path, status in files])
+    content = hashlib.sha256(names.encode()).hexdigest()[:8]
+    identities = [identity(os.path.realpath(path), status) for path, status in files]
+    fingerprint = hashlib.sha256(b"".join(identities)).hexdigest()[:16]
     return Source(str(found[-1]), dict(train=split("train", examples[0]), test=split("validation", examples[1])), class_names,
-                  content, files_are.hexdigest()[:16])
+                  content, fingerprint)
