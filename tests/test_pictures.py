@@ -179,6 +179,15 @@ def test_bad_input_is_one_line(saved, capsys, monkeypatch, changes, message):
     assert not (folder / "report.html").exists()
 
 
+def test_a_run_from_before_images_could_be_left_out_is_one(saved, capsys):
+    folder = saved()
+    old = json.loads((folder / "config.json").read_text())
+    del old["data"]["skip_bad"]
+    (folder / "config.json").write_text(json.dumps(old))
+    assert report.main(["--pictures", str(folder)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder}: holds no checkpoint that can be")
+
+
 def test_cifar10_that_is_gone_is_an_error_and_not_the_digits(saved, capsys, monkeypatch):
     from cnn_spmd.data import cifar10
 
