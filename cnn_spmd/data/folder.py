@@ -64,18 +64,7 @@ def from_folders(root: Path) -> Source:
         seen = [[entry for entry in os.scandir(folder) if entry.name[0] != "."] for folder in folders]
         classes, others = ({entry.name for entry in entries if entry.is_dir()} for entries in seen)
         other = [entry.path for entries in seen for entry in entries if not entry.is_dir()]
-        for folder, names, entries in zip(folders, (classes, others), seen, strict=True):
-            if not names and any(entry.name.lower().endswith(SUFFIXES) for entry in entries):
-                raise UserError(f"{where}: {folder.name}/ holds images but no class folders, "
-                                "expected each image in the folder of its class, "
-                                f"{folder.name}/CLASS/*")
-        for name in sorted(classes ^ others):
-            has, lacks = folders if name in classes else folders[::-1]
-            alike = alike_name(name, others if name in classes else classes)
-            raise UserError(f"{where}: class {name!r} is in {has.name}/ but not in "
-                            f"{lacks.name}/{alike}, expected the same in both")
-        if not classes:
-            raise UserError(f"{where}: {folders[0].name}/ and {folders[1].name}/ hold no class folders, {LAYOUT}")
+        refuse_classes(where, folders, seen, classes, others)
         content, files_are, splits = hashlib.sha256(), hashlib.sha256(), {}
         for split, folder in zip(("train", "test"), folders, strict=True):
             files, labels, keys, real = [], [], [], os.path.realpath(folder)
@@ -112,6 +101,26 @@ def from_folders(root: Path) -> Source:
     class_names = tuple(os.fsencode(name).decode(errors="replace") for name in sorted(classes))  # which can be drawn
     fingerprint = files_are.hexdigest()[:16]
     return Source(str(root), splits, class_names, content.hexdigest()[:8], fingerprint)
+
+
+def refuse_classes(where: str, folders: list[Path], seen: list[list[os.DirEntry]],
+                   classes: set[str], others: set[str]) -> None:
+    """Raises UserError where train and val hold other classes, or none.
+
+    folders: the two; seen: what is in each; classes, others: the names of class folders in each.
+    """
+    for folder, names, entries in zip(folders, (classes, others), seen, strict=True):
+        if not names and any(entry.name.lower().endswith(SUFFIXES) for entry in entries):
+            raise UserError(f"{where}: {folder.name}/ holds images but no class folders, expected "
+                            f"each image in the folder of its class, {folder.name}/CLASS/*")
+    for name in sorted(classes ^ others):
+        has, lacks = folders if name in classes else folders[::-1]
+        alike = alike_name(name, others if name in classes else classes)
+        raise UserError(f"{where}: class {name!r} is in {has.name}/ but not in "
+                        f"{lacks.name}/{alike}, expected the same in both")
+    if not classes:
+        first, second = (folder.name for folder in folders)
+        raise UserError(f"{where}: {first}/ and {second}/ hold no class folders, {LAYOUT}")
 
 
 def identity(path: str, status: os.stat_result) -> bytes:
