@@ -20,7 +20,8 @@ NOT_COMPARED = ("run", "mesh.", "data.dir", "data.fallback", "checkpoint.", "eva
 # ... or nothing but the speed, and the seed: runs that differ in these are averaged.
 NOT_THE_RECIPE = (*NOT_COMPARED, "seed", "steps_per_call", "model.levers", "data.resident")
 
-LATER = {"optimizer.clip_norm": 0.0}  # fields that older runs in results/ do not have, and what they would have said
+# Fields that older runs in results/ do not have, and what they would have said.
+LATER = {"optimizer.clip_norm": 0.0, "data.skip_bad": 0}
 
 
 def recipe(run: dict) -> str:

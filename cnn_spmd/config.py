@@ -33,6 +33,7 @@ RANGES = {
     "model.width": (1, 10**6, True),
     "model.dropout": (0.0, 1.0, False),
     "data.image_size": (1, 4096, True),
+    "data.skip_bad": (0, None, True),
     "data.synthetic.image_size": (1, 4096, True),
     "data.synthetic.classes": (1, 10**6, True),
     "data.synthetic.train_examples": (1, 10**7, True),
@@ -76,10 +77,11 @@ RESIDENT_SHARE, RESIDENT_BYTES, CALL_BYTES = 0.4, 4e9, 1e9
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 # What a resumed run may change: the numbers do not depend on it, but for steps and epochs, which the learning rate follows from
-# there on.
+# there on. Which images are left out is in the data's digest.
 MAY_DIFFER = ("mesh", "model.levers", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint",
               "data.dir", "data.resident", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
-              "data.fallback_learning_rate", "epochs", "steps", "profile")
+              "data.fallback_learning_rate", "data.skip_bad", "skipped_images", "epochs", "steps",
+              "profile")
 
 
 # Of data.fallback_*: the fields that each replaces on a data set that stands in for another.
@@ -402,15 +404,19 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
 def refuse_changes(where: str, old: dict, new: dict) -> None:
     """Raises UserError naming each field in which two resolved configs differ, beyond what a resumed run may change.
 
-    where: the folder of the old one, as it was given.
+    where: the folder of the old one, as it was given. The data's digest is compared where both have
+    it: older runs do not, nor do photographs that are still to be decoded.
     """
     old, new = flat(old), flat(new)
+    if "data_digest" not in old or "data_digest" not in new:
+        old, new = old | dict(data_digest=None), new | dict(data_digest=None)
     differ = [f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
               for field in sorted(old.keys() | new.keys())
               if old.get(field) != new.get(field) and not any(f"{field}.".startswith(f"{free}.") for free in MAY_DIFFER)]
     if differ:
-        raise UserError(f"{where}: holds a run with another config ({'; '.join(differ)}): give the same config or "
-                        "another --workdir")
+        of_data = " with the same data (data.dir)" * ("data_digest" in "".join(differ))
+        raise UserError(f"{where}: holds a run with another config ({'; '.join(differ)}): give the "
+                        f"same config{of_data} or another --workdir")
 
 
 def _get(config: ml_collections.ConfigDict, field: str) -> Any:

@@ -80,15 +80,19 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
 
     def the_same(run: setup.Setup) -> None:
         asked, found = saved["dataset"], run.data.name
-        if (found, run.data.files) != (asked, saved.get("data_files", run.data.files)):
+        files, digest = run.data.files, run.data.digest  # no digest: they are still to be decoded
+        other = digest and saved.get("data_digest", digest) != digest
+        if found != asked or files != saved.get("data_files", files) or other:
+            holds = found if found != asked else "other files or pixels of it"
             raise UserError(f"was trained on {asked}, but its data.dir={run.config.data.dir} holds "
-                            f"{found if found != asked else 'other files of it'}: give the former's place by --data_dir=PATH")
+                            f"{holds}: give the former's place by --data_dir=PATH")
 
     try:
         if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
             raise UserError(f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none")
-        of_data = ("run", "dataset", "fallback", "data_files")
+        of_data = ("run", "dataset", "fallback", "data_files", "data_digest", "skipped_images")
         config = ml_collections.ConfigDict({name: saved[name] for name in saved if name not in of_data})
+        config.data = dict(skip_bad=0) | config.data.to_dict()  # which older runs do not have
         config.mesh.update(dict(data=1, model=1))
         config.parallelism, config.data.fallback = "data", ""
         if data_dir is not None:

@@ -33,13 +33,19 @@ class Setup(NamedTuple):
 
     @property
     def identity(self) -> dict:
-        """What each file of a run says of its data: the data set, and the one that it stands in for, if any."""
-        return dict(dataset=self.data.name, fallback=self.data.fallback)
+        """Says what each file of a run says of its data.
+
+        That is the data set, the one that it stands in for, and how many images are left out.
+        """
+        skipped = dict(skipped_images=self.data.skipped) if self.data.skipped else {}
+        return dict(dataset=self.data.name, fallback=self.data.fallback) | skipped
 
     @property
     def saved(self) -> dict:
-        """What config.json holds: the config, the data set, and which files these are."""
-        return configs.as_json(self.config) | self.identity | (dict(data_files=self.data.files) if self.data.files else {})
+        """Gives what config.json holds: config, data set, digests of its files and pixels."""
+        of_data = dict(data_files=self.data.files, data_digest=self.data.digest)
+        known = {field: value for field, value in of_data.items() if value}
+        return configs.as_json(self.config) | self.identity | known
 
 
 def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data: sources.Dataset | None = None,
@@ -60,7 +66,8 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
         return setup
     data = data or sources.load(config.data, assemble)
     if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
-        name = np.frombuffer(f"{data.name} {data.files}".encode().ljust(64)[:64], np.uint8)
+        name = f"{data.name} {data.files} {data.digest}"
+        name = np.frombuffer(name.encode().ljust(64)[:64], np.uint8)
         multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
     return assemble(data)
 

@@ -45,6 +45,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         name="cifar10",
         dir="",
         image_size=256,  # of photographs (data.name=folder, imagenet2012, imagenette): their central square, rescaled
+        skip_bad=0,  # photographs that may be left out, as they cannot be read
         resident="auto",  # on every device, "yes", where it fits; "no": each call's images are streamed from the host
         fallback="digits",
         # On the data set that stands in, these replace epochs, batch_size and learning_rate. 0, or a flag that sets the

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,9 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 
-from cnn_spmd.data import cifar10, sources
+from cnn_spmd import config as configs
+from cnn_spmd import setup
+from cnn_spmd.data import cifar10, digest, sources
 from cnn_spmd.data import cifar10_archive as archive
 from cnn_spmd.errors import UserError
 
@@ -223,11 +226,92 @@ def test_a_damaged_archive_is_refused(tmp_path, bad):
     assert "\n" not in str(refusal.value) and prepared(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["cifar10", "digits", "synthetic"])
+def test_the_digest_is_that_of_pixels_and_labels(tmp_path, name):
+    """Of synthetic images, that of their sizes."""
+    write_folder(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    write_folder(tmp_path / "c", seed=1)
+    first, copy, other = (
+        sources.load(config(name=name, dir=str(tmp_path / folder))).digest for folder in "abc"
+    )
+    assert first == copy
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert (other != first) == (name == "cifar10")
+    sizes = dict(image_size=24, classes=5, train_examples=20, test_examples=11)
+    assert (
+        sources.load(config(name=name, dir=str(tmp_path / "a"), synthetic=sizes)).digest != first
+    ) == (name == "synthetic")
+
+
+def test_each_pixel_and_label_counts_in_the_digest():
+    arrays = {
+        key: np.zeros(
+            (3, 4, 4, 3) if "images" in key else 3, np.uint8 if "images" in key else np.int32
+        )
+        for key in KEYS
+    }
+    digests = {digest.of_arrays(arrays)}
+    for key in KEYS:
+        arrays[key].flat[-1] = 1
+        digests.add(digest.of_arrays(arrays))
+    arrays["train_images"] = arrays["train_images"][::-1]  # in another order
+    digests.add(digest.of_arrays(arrays))
+    assert len(digests) == 6
+
+
+def test_a_resumed_run_keeps_its_pixels(tmp_path):
+    """Another data.dir with the same ones is fine; a run of before digests were kept goes on."""
+    write_folder(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    write_folder(tmp_path / "c", seed=1)
+
+    def saved(folder: str) -> dict:
+        fields = config(dir=str(tmp_path / folder))
+        return setup.Setup(
+            ml_collections.ConfigDict(dict(data=fields)), sources.load(fields), None, None
+        ).saved
+
+    first, copy, other = map(saved, "abc")
+    assert len({first["data_digest"], other["data_digest"]}) == 2
+    configs.refuse_changes("--workdir=r", first, copy)
+    differ = f"data_digest: {first['data_digest']} -> {other['data_digest']}"
+    with pytest.raises(
+        UserError,
+        match=rf"^--workdir=r: .*\({differ}\): give the same config with the same "
+        r"data \(data.dir\) or another --workdir$",
+    ):
+        configs.refuse_changes("--workdir=r", first, other)
+    configs.refuse_changes(
+        "--workdir=r", {field: first[field] for field in first if field != "data_digest"}, other
+    )
+
+
 @pytest.mark.parametrize("name, problem", [("nowhere", "does not exist"), ("empty", "holds no CIFAR-10")])
 def test_data_dir_must_hold_cifar10(tmp_path, name, problem):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"data.dir=.*{name}: {problem}.*; give {archive.ARCHIVE}"):
         sources.load(config(dir=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1", "cifar-10-batches-mat/a.mat"],
+)
+def test_cifar10_in_another_version_is_named(tmp_path, name):
+    path = tmp_path / "given" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"a pickle")
+    version = "MATLAB" if "mat" in name else "Python"
+    for given in (tmp_path / "given", tmp_path / "given" / name.split("/")[0]):
+        with pytest.raises(
+            UserError,
+            match=rf"^data.dir={given}: is CIFAR-10 in its {version} version, expected the binary "
+            rf"version; give {archive.ARCHIVE}, the folder",
+        ):
+            sources.load(config(dir=str(given)))
+    _, expected = write_archive(tmp_path / "given")  # which lies beside it
+    assert_equal(cifar10.load(str(tmp_path / "given")), expected)
 
 
 def test_an_empty_folder_of_the_right_name_names_what_it_lacks(tmp_path):

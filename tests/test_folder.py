@@ -1,11 +1,14 @@
 """Photographs in class folders and from TFDS: what the prepared arrays hold, what is refused, how they are kept."""
 
 import concurrent.futures
+import errno
+import io
 import json
 import os
 import shutil
 import struct
 import tempfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -19,7 +22,7 @@ from PIL import Image
 
 from cnn_spmd import config as configs
 from cnn_spmd import pictures, setup, sweep, train
-from cnn_spmd.data import folder, prepared, sources
+from cnn_spmd.data import digest, folder, prepared, sources
 from cnn_spmd.errors import UserError
 
 SIZE = 16
@@ -54,12 +57,22 @@ def root(tmp_path) -> Path:
     return tmp_path / "pets"
 
 
-def load(root: Path | str, name: str = "folder", size: int = SIZE, **check) -> sources.Dataset:
-    return sources.load(ml_collections.ConfigDict(dict(name=name, dir=str(root), image_size=size)), **check)
+def load(
+    root: Path | str, name: str = "folder", size: int = SIZE, skip_bad: int = 0, **check
+) -> sources.Dataset:
+    return sources.load(
+        ml_collections.ConfigDict(
+            dict(name=name, dir=str(root), image_size=size, skip_bad=skip_bad)
+        ),
+        **check,
+    )
 
 
 def caches(tmp_path: Path) -> list[Path]:
-    return sorted(path for path in (tmp_path / "tfds/cnn_spmd_photographs").glob("*") if path.suffix != ".lock")
+    """The folders that are prepared to the end."""
+    return sorted(
+        path for path in (tmp_path / "tfds/cnn_spmd_photographs").glob("*") if not path.suffix
+    )
 
 
 def test_classes_and_images_in_their_order(root, tmp_path):
@@ -138,6 +151,17 @@ def test_sixteen_bits_become_eight(tmp_path, channels):
     np.testing.assert_array_equal(prepared.decoded(tmp_path / "deep.png", SIZE), np.broadcast_to(values >> 8, (SIZE, SIZE, 3)))
 
 
+def test_webp_is_read(root):
+    Image.fromarray(colours(40, 30, 6)).save(root / "val/dog/b.WebP", "webp", lossless=True)
+    shutil.copy(root / "val/dog/b.WebP", root / "val/dog/c.jpg")  # the content decides
+    data = load(root)
+    assert data.test_labels.tolist() == [0, 1, 1, 1]
+    np.testing.assert_array_equal(data.test_images[2], data.test_images[3])
+    np.testing.assert_allclose(
+        data.test_images[2].mean((0, 1)), data.test_images[1].mean((0, 1)), atol=3
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -153,7 +177,16 @@ def a_text(path: Path) -> None:
     path.write_text("<html>Not found</html>")
 
 
-@pytest.mark.parametrize("spoil", [cut, nothing, a_text])
+def a_tiff(path: Path) -> None:
+    pixels = np.random.default_rng(0).random((20, 20), np.float32)  # which would become zeros
+    Image.fromarray(pixels).save(path, "tiff")
+
+
+def an_eps(path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(path, "eps")  # a program, which Ghostscript would run
+
+
+@pytest.mark.parametrize("spoil", [cut, nothing, a_text, a_tiff, an_eps])
 @pytest.mark.parametrize("name", ["train/cat/c.png", "val/dog/a.jpg"])
 def test_an_image_that_cannot_be_read_is_named(root, tmp_path, name, spoil):
     spoil(root / name)
@@ -163,22 +196,91 @@ def test_an_image_that_cannot_be_read_is_named(root, tmp_path, name, spoil):
     assert caches(tmp_path) == []
 
 
-def test_of_many_images_three_are_named(root):
-    for path in (root / "train").rglob("*.*"):
+@pytest.mark.parametrize(
+    "spoil", [a_tiff, an_eps, lambda path: Image.new("RGB", (20, 20)).save(path, "gif")]
+)
+def test_an_image_of_another_format_is_refused_whatever_its_name(tmp_path, spoil):
+    spoil(tmp_path / "a.png")
+    for file in (tmp_path / "a.png", io.BytesIO((tmp_path / "a.png").read_bytes())):
+        with pytest.raises(ValueError, match=r"^is no JPEG, PNG or WebP image$"):
+            prepared.decoded(file, SIZE)
+
+
+def test_of_many_images_all_are_named_in_one_pass(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepared, "SHOWN", 3)
+    for path in [*(root / "train").rglob("*.*"), root / "val/cat/a.jpg"]:
         nothing(path)
-    with pytest.raises(UserError, match=r"train/cat/c.png .*train/cat/d.jpeg .*train/cat/e.jpg .* and 2 more: mend"):
+    (root / "val/cat/a.jpg").rename(root / "val/cat/a\n.jpg")
+    with pytest.raises(
+        UserError,
+        match=rf"^{root}: cannot read {root}/train/cat/c.png \(.*\) and 5 more of 7 images, all of "
+        r"them listed in (.*): mend or remove them, .*--config.data.skip_bad=6$",
+    ) as refusal:
         load(root)
+    names = [
+        "train/cat/c.png",
+        "train/cat/d.jpeg",
+        "train/cat/e.jpg",
+        "train/dog/a.JPEG",
+        "train/dog/b.jpg",
+        r"val/cat/a\n.jpg",
+    ]
+    shown = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("cannot read")
+    ]
+    assert [line.split(" (")[0] for line in shown] == [
+        f"cannot read {root / name}" for name in names[:3]
+    ]
+    (listing,) = (tmp_path / "tfds/cnn_spmd_photographs").glob("*.txt")
+    assert str(listing) in str(refusal.value)
+    assert [line.split(" (")[0] for line in listing.read_text().splitlines()] == [
+        str(root / name) for name in names
+    ]
+
+
+def flat(folder: Path) -> None:
+    """Without class folders, as ImageNet's validation images are published."""
+    for path in sorted(folder.glob("*/*")):
+        path.rename(folder / f"{path.parent.name}_{path.name}")
+    for path in folder.glob("*/"):
+        path.rmdir()
 
 
 LACKING = {
     "an empty class": (lambda root: (root / "val/cat/a.jpg").unlink(), "val/cat/ holds no image"),
-    "a class without images": (lambda root: (root / "val/cat/a.jpg").rename(root / "val/cat/a.gif"), "val/cat/ holds no image"),
-    "a class to train on only": (lambda root: shutil.rmtree(root / "val/dog"), "class dog is in train/ but not in val/"),
-    "a class to test on only": (lambda root: shutil.rmtree(root / "train/cat"), "class cat is in val/ but not in train/"),
+    "a class without images": (
+        lambda root: (root / "val/cat/a.jpg").rename(root / "val/cat/a.gif"),
+        "val/cat/ holds no image",
+    ),
+    "a class to train on only": (
+        lambda root: shutil.rmtree(root / "val/dog"),
+        "class 'dog' is in train/ but not in val/",
+    ),
+    "a class to test on only": (
+        lambda root: shutil.rmtree(root / "train/cat"),
+        "class 'cat' is in val/ but not in train/",
+    ),
     "no val": (lambda root: shutil.rmtree(root / "val"), "holds no val/ or test/"),
     "no train": (lambda root: shutil.rmtree(root / "train"), "holds no train/"),
-    "no class": (lambda root: [shutil.rmtree(path) for path in root.glob("*/*")], "train/ and val/ hold no class folders"),
+    "no class": (
+        lambda root: [shutil.rmtree(path) for path in root.glob("*/*")],
+        "train/ and val/ hold no class folders",
+    ),
     "nothing": (shutil.rmtree, "is no folder"),
+    "a flat val": (lambda root: flat(root / "val"), "val/ holds images but no class folders"),
+    "a flat train": (lambda root: flat(root / "train"), "train/ holds images but no class folders"),
+    "a space": (
+        lambda root: (root / "val/dog").rename(root / "val/dog "),
+        "class 'dog' is in train/ but not in val/, which has 'dog ': they differ in spaces",
+    ),
+    "another accent": (
+        lambda root: [
+            (root / split / "dog").rename(root / split / name)
+            for split, name in (("train", "\xe9"), ("val", "e\u0301"))
+        ],
+        r"class '\u0065\u0301' is in val/ but not in train/, which has '\\xe9': they differ "
+        r"in Unicode normalisation \('e\\u0301'\)",
+    ),
 }
 
 
@@ -199,7 +301,11 @@ def test_the_folder_must_be_given():
 
 def test_where_there_is_no_room_it_says_so(root, tmp_path, monkeypatch):
     monkeypatch.setattr(prepared.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 7 * SIZE * SIZE * 3 - 1))
-    with pytest.raises(UserError, match=rf"TFDS_DATA_DIR={tmp_path}/tfds: has 0.0 GB free, but 7 images of 16x16 need"):
+    with pytest.raises(
+        UserError,
+        match=rf"TFDS_DATA_DIR={tmp_path}/tfds: has 5,375 bytes free, but 7 images of 16x16 "
+        "need 5,376 bytes",
+    ):
         load(root)
     (tmp_path / "tfds").rename(tmp_path / "gone")
     (tmp_path / "tfds").write_text("a file")
@@ -232,7 +338,7 @@ def test_a_line_break_in_a_name_makes_no_second_line(root):
 def test_what_is_left_out_is_told(root, caplog, name):
     (root / name).mkdir() if name.endswith("/") else (root / name).write_text("an image of another kind, or none")
     assert len(load(root).train_images) == 5
-    assert f"left out, as no .jpg/.jpeg/.png in a class folder: {root / name}." in caplog.text
+    assert f"left out, as no .jpg/.jpeg/.png/.webp in a class folder: {root / name}." in caplog.text
     (root / "test.txt").write_text("beside the two folders, anything may be")
     (root / "train/cat/b.gif").write_text("another one")
     load(root)
@@ -335,16 +441,333 @@ def test_a_changed_file_is_prepared_anew(root, tmp_path):
     assert load(root, size=8).train_images.shape == (5, 8, 8, 3)
 
 
-def test_an_interrupted_preparation_leaves_nothing(root, tmp_path, monkeypatch):
+def same_times(path: Path, other: Path) -> None:
+    """Gives each file below `path` the times of the one of the same name below `other`."""
+    for file in path.rglob("*"):
+        status = (other / file.relative_to(path)).stat()
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_other_pixels_under_equal_names_sizes_and_times_are_prepared_anew(root, tmp_path):
+    for number, path in enumerate(sorted(root.rglob("*.*"))):
+        path.rename(path.with_suffix(".png"))
+        write(path.with_suffix(".png"), np.full((20, 20, 3), number, np.uint8))
+    shutil.copytree(root, tmp_path / "other")
+    for path in sorted((tmp_path / "other").rglob("*.*")):
+        write(path, np.asarray(Image.open(path)) + np.uint8(100))
+    same_times(tmp_path / "other", root)
+    first, second = load(root), load(tmp_path / "other")
+    np.testing.assert_array_equal(second.train_images, first.train_images + 100)
+    first_train = np.array(first.train_images)
+    for path in (root / "train/cat").iterdir():  # in place, too
+        times = path.stat()
+        write(path, np.asarray(Image.open(path)) + np.uint8(50))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    np.testing.assert_array_equal(load(root).train_images[:3], first_train[:3] + 50)
+
+
+def test_the_digest_is_kept_beside_the_arrays(root, tmp_path, monkeypatch):
+    seen = []
+    first = load(root, check=seen.append)
+    assert (seen[0].digest, first.digest) == (
+        "",
+        digest.of_arrays(
+            {
+                field: getattr(first, field)
+                for field in ("train_images", "train_labels", "test_images", "test_labels")
+            }
+        ),
+    )
+    (cache,) = caches(tmp_path)
+    (cache / "info.json").unlink()  # one that was prepared before there were digests
+    assert load(root).digest == first.digest
+    monkeypatch.setattr(digest, "of_arrays", None)
+    assert load(root).digest == first.digest
+
+
+def test_photographs_of_other_pixels_are_no_longer_the_runs(root, config):
+    """What is known before images are decoded cannot tell: names and sizes are equal."""
+    config.update(
+        dict(
+            batch_size=4,
+            steps=2,
+            data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1),
+        )
+    )
+    saved = setup.prepare(config).saved
+    path = root / "train/cat/c.png"
+    size = path.stat().st_size
+    write(path, np.full((40, 30, 3), 7, np.uint8))
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    assert path.stat().st_size == size
+
+    def check(run):
+        seen.append(run.data.digest)
+        configs.refuse_changes("r", saved, run.saved)
+
+    seen = []
+    with pytest.raises(
+        UserError,
+        match=rf"^r: .*\(data_digest: {saved['data_digest']} -> [0-9a-f]{{16}}\): .*same data",
+    ):
+        setup.prepare(config, check=check)
+    assert seen[0] == "" != seen[1]
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """The files that are decoded, by their order."""
+    files = []
+
+    def note(file: Path, size: int, decoded=prepared.decoded) -> np.ndarray:
+        files.append("/".join(file.parts[-3:]))
+        return decoded(file, size)
+
+    monkeypatch.setattr(prepared, "decoded", note)
+    monkeypatch.setattr(prepared.os, "cpu_count", lambda: 1)
+    return files
+
+
+def same_data(found: sources.Dataset, expected: sources.Dataset) -> None:
+    for field in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(
+            getattr(found, field), getattr(expected, field), err_msg=field
+        )
+    assert found.digest == expected.digest
+
+
+def anew(root: Path, monkeypatch) -> sources.Dataset:
+    """The data set as it is prepared where nothing was prepared before."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(root.parent / "anew"))
+        shutil.rmtree(root.parent / "anew", ignore_errors=True)
+        return load(root)
+
+
+def test_what_is_decoded_is_kept_when_others_are_bad(root, tmp_path, monkeypatch, decoded, capsys):
+    good = (root / "train/cat/d.jpeg").read_bytes()
+    for name in ("train/cat/d.jpeg", "val/cat/a.jpg", "train/dog/a.JPEG"):
+        nothing(root / name)
+    with pytest.raises(UserError, match="and 2 more of 7 images: mend"):
+        load(root)
+    assert caches(tmp_path) == []
+    assert len(decoded) == 7
+    decoded.clear()
+    # Mended, removed, and replaced by others before and after it.
+    (root / "train/cat/d.jpeg").write_bytes(good)
+    (root / "train/dog/a.JPEG").unlink()
+    (root / "val/cat/a.jpg").unlink()
+    for seed, name in enumerate(["val/cat/0.png", "val/cat/1.png", "train/dog/c.jpg"], 20):
+        write(root / name, colours(30, 40, seed))
+    data = load(root)
+    assert decoded == ["train/cat/d.jpeg", "train/dog/c.jpg", "val/cat/0.png", "val/cat/1.png"]
+    assert "4 of these images are decoded already" in capsys.readouterr().err
+    same_data(data, anew(root, monkeypatch))
+    assert len(caches(tmp_path)) == 1
+    assert not list((tmp_path / "tfds/cnn_spmd_photographs").glob("*.part"))
+
+
+def test_a_class_that_comes_first_moves_the_others_labels(root, monkeypatch, decoded):
+    nothing(root / "val/dog/a.jpg")
+    with pytest.raises(UserError):
+        load(root)
+    write(root / "val/dog/a.jpg", colours(30, 40, 30))
+    for split in ("train", "val"):
+        write(root / split / "ant/a.png", colours(30, 40, 31))
+    data = load(root)
+    assert data.train_labels.tolist() == [0, 1, 1, 1, 2, 2]
+    same_data(data, anew(root, monkeypatch))
+
+
+@pytest.mark.parametrize("power", ["on", "cut"])
+def test_an_interrupted_preparation_is_gone_on_with(root, tmp_path, monkeypatch, decoded, power):
+    """Images whose pixels did not reach the disk are decoded again."""
+    def interrupted(file: Path, size: int, decode=prepared.decoded) -> np.ndarray:
+        if len(decoded) == 4:
+            raise KeyboardInterrupt
+        return decode(file, size)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepared, "decoded", interrupted)
+        load(root)
+    assert caches(tmp_path) == []
+    if power == "cut":
+        (part,) = (tmp_path / "tfds/cnn_spmd_photographs").glob("*.part")
+        with (part / "train_images.npy").open("r+b") as file:
+            file.seek(prepared.HEADER + SIZE * SIZE * 3)
+            file.write(bytes(SIZE * SIZE * 3))
+    decoded.clear()
+    data = load(root)
+    assert decoded == ["train/cat/d.jpeg"] * (power == "cut") + [
+        "train/dog/b.jpg",
+        "val/cat/a.jpg",
+        "val/dog/a.jpg",
+    ]
+    same_data(data, anew(root, monkeypatch))
+
+
+def test_an_interruption_at_the_very_end_is_none(root, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepared.np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         load(root)
     assert caches(tmp_path) == []
-    load(root)
-    (cache,) = caches(tmp_path)
-    cache.rename(cache.with_suffix(".part"))  # as a killed process leaves it
-    load(root)
-    assert caches(tmp_path) == [cache]
+    monkeypatch.setattr(prepared, "decoded", None)
+    same_data(load(root), load(root))
+
+
+def test_bad_images_are_left_out_where_that_is_asked_for(
+    root, tmp_path, monkeypatch, decoded, capsys
+):
+    bad = ["train/cat/d.jpeg", "val/dog/b.jpg"]
+    write(root / "val/dog/b.jpg", colours(30, 40, 40))
+    for name in bad:
+        nothing(root / name)
+    with pytest.raises(UserError, match=r"1 more of 8 images: mend .*skip_bad=2$"):
+        load(root, skip_bad=1)
+    capsys.readouterr()
+    data = load(root, skip_bad=2)
+    told = capsys.readouterr().err
+    assert (
+        f"WARNING: {root}: 2 of 8 images cannot be read and are left out, as data.skip_bad=2 allows"
+        in told
+    )
+    assert data.train_labels.tolist() == [0, 0, 1, 1]
+    assert sorted(decoded) == sorted([*{*decoded}, *bad])  # those alone are tried twice
+    decoded.clear()
+    again = load(root, skip_bad=3)
+    assert decoded == []
+    same_data(again, data)
+    assert (data.skipped, again.skipped) == (2, 2)
+    with pytest.raises(UserError, match=r"1 more of 8 images: mend .*skip_bad=2$"):
+        load(root)
+    assert decoded == []
+    for name in bad:
+        (root / name).unlink()
+    same_data(anew(root, monkeypatch), data)
+
+
+@pytest.mark.parametrize("names", [["dog"], ["cat", "dog"]])
+def test_no_class_may_be_left_out(root, tmp_path, names):
+    for name in names:
+        nothing(root / f"val/{name}/a.jpg")
+    with pytest.raises(
+        UserError,
+        match=rf"^data.skip_bad=5: leaves no image of class '{names[0]}' in test, expected at ",
+    ):
+        load(root, skip_bad=5)
+    assert caches(tmp_path) == []
+
+
+def test_every_file_of_a_run_says_how_many_images_were_left_out(root, config, tmp_path):
+    config.update(
+        dict(
+            batch_size=4,
+            steps=2,
+            epochs=0,
+            data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1),
+        )
+    )
+    assert setup.prepare(config).identity.keys() == {"dataset", "fallback"}
+    nothing(root / "train/cat/d.jpeg")
+    config.data.skip_bad = 1
+    train.run(config, tmp_path / "r")
+    files = [
+        json.loads((tmp_path / f"r/{name}.json").read_text())
+        for name in ("config", "program", "summary")
+    ]
+    files += map(json.loads, (tmp_path / "r/metrics.jsonl").read_text().splitlines())
+    assert len(files) > 4
+    assert {file["skipped_images"] for file in files} == {1}
+    seen = []
+    config.data.skip_bad = 7  # which changes nothing
+    shutil.rmtree(tmp_path / "tfds")  # how many are left out is not known before they are decoded
+    setup.prepare(
+        config, check=lambda run: seen.append(configs.refuse_changes("r", files[0], run.saved))
+    )
+    assert len(seen) == 2
+
+
+# ---------------------------------------------------------------------- odd and full file systems
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_without_locks_it_is_said_and_the_images_are_prepared(root, tmp_path, monkeypatch, caplog):
+    expected = anew(root, monkeypatch)
+    monkeypatch.setattr(prepared.fcntl, "flock", no_locks)
+    same_data(load(root), expected)
+    assert (
+        "cannot be locked (No locks available): another run may prepare the same images"
+        in caplog.text
+    )
+    assert {path.suffix for path in (tmp_path / "tfds/cnn_spmd_photographs").iterdir()} == {
+        "",
+        ".lock",
+    }
+
+
+def test_two_that_prepare_the_same_without_locks_do_no_harm(root, tmp_path, monkeypatch):
+    both = threading.Barrier(2, timeout=30)
+
+    def decode_all(*arguments, decode_all=prepared.decode_all):
+        bad = decode_all(*arguments)
+        both.wait()
+        return bad
+
+    expected = anew(root, monkeypatch)
+    monkeypatch.setattr(prepared.fcntl, "flock", no_locks)
+    monkeypatch.setattr(prepared, "decode_all", decode_all)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for found in pool.map(load, [root] * 2):
+            same_data(found, expected)
+    assert {path.suffix for path in (tmp_path / "tfds/cnn_spmd_photographs").iterdir()} == {
+        "",
+        ".lock",
+    }
+
+
+def test_a_disk_that_fills_up_is_one_line_and_nothing_is_left(root, tmp_path, monkeypatch):
+    def full(file: int, start: int, size: int) -> None:
+        os.truncate(file, size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepared.os, "posix_fallocate", full)
+    with pytest.raises(
+        UserError,
+        match=rf"^TFDS_DATA_DIR={tmp_path}/tfds: cannot keep the prepared images there .*No space "
+        r"left on device\); choose a directory that can be written and has room$",
+    ):
+        load(root)
+    assert {path.suffix for path in (tmp_path / "tfds/cnn_spmd_photographs").iterdir()} == {".lock"}
+
+
+def test_room_is_there_before_a_pixel_is_written(root, tmp_path, monkeypatch):
+    """A memory map of a file with holes dies of a bus error on a full disk."""
+    def holes(file: Path, size: int, decoded=prepared.decoded) -> np.ndarray:
+        (part,) = (tmp_path / "tfds/cnn_spmd_photographs").glob("*.part")
+        for path in part.iterdir():
+            assert path.stat().st_blocks * 512 >= path.stat().st_size > 0, path
+        return decoded(file, size)
+
+    monkeypatch.setattr(prepared, "decoded", holes)
+    load(root, size=64)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "texts"),
+    [
+        ((0, 40_000_000), ["0.0 MB", "40.0 MB"]),
+        ((5, 5_000), ["0.0 kB", "5.0 kB"]),
+        ((999, 1_000), ["999 bytes", "1,000 bytes"]),
+        ((10**12, 10**12 + 7), ["1,000,000,000,000 bytes", "1,000,000,000,007 bytes"]),
+        ((10**9, 2 * 10**12), ["1.0 GB", "2,000.0 GB"]),
+        ((196_608,), ["196.6 kB"]),
+    ],
+)
+def test_amounts_differ_as_the_numbers_do(sizes, texts):
+    assert prepared.amounts(*sizes) == texts
 
 
 def test_one_prepares_while_another_waits(root, monkeypatch, capsys):
@@ -417,6 +840,19 @@ def test_a_prepared_tfds_data_set(tmp_path, monkeypatch):
     again = load(tmp_path / "tfds", "imagenette")
     np.testing.assert_array_equal(again.train_images, data.train_images)
     assert again.files == data.files != ""
+
+
+def test_a_tfds_data_set_whose_file_was_written_again_is_another(tmp_path):
+    """Though names, sizes and times of modification are equal."""
+    build(tmp_path, Imagenette)
+    before = folder.from_tfds("imagenette", tmp_path / "tfds")
+    (records,) = (tmp_path / "tfds").rglob("*train.array_record*")
+    times = records.stat()
+    records.write_bytes(records.read_bytes())
+    os.utime(records, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = folder.from_tfds("imagenette", tmp_path / "tfds")
+    assert after.content == before.content
+    assert after.fingerprint != before.fingerprint
 
 
 def test_a_named_data_set_says_which_files_it_is(root, tmp_path, monkeypatch):

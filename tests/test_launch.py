@@ -22,7 +22,7 @@ from PIL import Image
 import launch
 from cnn_spmd import config as configs
 from cnn_spmd import interrupt
-from cnn_spmd.data import folder
+from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
 
 SMALL = ["--config", "experiments/alexnet_cifar.py", "--config.model.name=simple_cnn", "--config.data.name=synthetic",
@@ -270,7 +270,8 @@ def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path
         Image.new("RGB", (32, 32)).save(tmp_path / "pets" / place)
     root = tmp_path / "tfds/cnn_spmd_photographs"
     root.mkdir(parents=True)
-    with (root / f"{folder.from_folders(tmp_path / 'pets').fingerprint}-32.lock").open("w") as lock:
+    place = prepared.place_of(folder.from_folders(tmp_path / "pets"), 32, root)
+    with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start(*SMALL, "--config.data.name=folder", "--config.data.dir=pets", "--config.data.image_size=32",
                         "--config.batch_size=1", "--workdir", "r", TFDS_DATA_DIR=str(tmp_path / "tfds"))

@@ -164,7 +164,8 @@ def saved(config, tmp_path):
     (dict(model=dict(name="alexnet_3000")), "model.name=alexnet_3000: unknown, expected one of"),
     (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
     (dict(dataset="digits"), "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir"),
-    (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files of it: give the former's place by"),
+    (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
+    (dict(data_digest="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
     (dict(eval={}, optimizer=3), "optimizer."),
     (dict(data=3), "config.json is damaged or of another version"),
 ])
@@ -176,6 +177,15 @@ def test_bad_input_is_one_line(saved, capsys, monkeypatch, changes, message):
     assert error.startswith(f"error: {folder}: {message}")
     assert error.count("\n") == 1
     assert not (folder / "report.html").exists()
+
+
+def test_a_run_from_before_images_could_be_left_out_is_one(saved, capsys):
+    folder = saved()
+    old = json.loads((folder / "config.json").read_text())
+    del old["data"]["skip_bad"]
+    (folder / "config.json").write_text(json.dumps(old))
+    assert report.main(["--pictures", str(folder)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder}: holds no checkpoint that can be")
 
 
 def test_cifar10_that_is_gone_is_an_error_and_not_the_digits(saved, capsys, monkeypatch):

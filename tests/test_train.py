@@ -756,7 +756,8 @@ def test_what_does_not_fit_is_streamed(config, memory, resident, steps, monkeypa
 def test_what_a_resumed_run_may_change(config):
     free = {"mesh.data", "mesh.model", "parallelism", "steps_per_call", "eval.every_epochs", "checkpoint.every_epochs",
             "checkpoint.keep", "data.dir", "data.resident", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
-            "data.fallback_learning_rate", "epochs", "steps", "profile", "model.levers"}
+            "data.fallback_learning_rate", "epochs", "steps", "profile", "model.levers",
+            "data.skip_bad"}
     old = configs.as_json(config)
     for field in configs.flat(old):
         new = json.loads(json.dumps(old))

@@ -27,6 +27,10 @@ FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("t
 ALL_FILES = FILES["train"] + FILES["test"]
 IMAGES_PER_FILE = 10_000
 SHAPE_HWC = (32, 32, 3)
+OTHER_VERSIONS = {
+    "Python": ("cifar-10-python.tar.gz", "cifar-10-batches-py", "data_batch_1"),
+    "MATLAB": ("cifar-10-matlab.tar.gz", "cifar-10-batches-mat", "data_batch_1.mat"),
+}
 RECORD_BYTES = 1 + 32 * 32 * 3
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -35,12 +39,15 @@ def find(data_dir: str) -> Path:
     """The archive, or the folder of batches, that `data_dir` is or holds. Raises UserError where it is neither."""
     path = Path(data_dir).expanduser()
     for archive in (path, path / ARCHIVE):
-        if archive.is_file():
+        if archive.is_file() and archive.name not in sum(OTHER_VERSIONS.values(), ()):
             return archive
     for folder in (path, path / FOLDER):
         if folder.is_dir() and (folder.name == FOLDER or any((folder / name).exists() for name in ALL_FILES)):
             return folder
     problem = "holds no CIFAR-10 in its binary version" if path.exists() else "does not exist"
+    for version, names in OTHER_VERSIONS.items():
+        if path.exists() and any(path.name == name or (path / name).exists() for name in names):
+            problem = f"is CIFAR-10 in its {version} version, expected the binary version"
     raise UserError(f"data.dir={data_dir}: {problem}; give {ARCHIVE}, the folder {FOLDER}, or a folder holding either")
 
 

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from cnn_spmd.data import cifar10_archive
+from cnn_spmd.data import cifar10_archive, digest
 from cnn_spmd.errors import UserError
 
 
@@ -28,11 +28,14 @@ class Dataset:
     mirror: bool                  # a mirrored image keeps its label (digits: no)
     fallback: str | None = None   # the data set that was asked for, where this one stands in for it
     files: str = ""               # a digest of its files' names and sizes, where the name does not have one
+    digest: str = ""              # of all pixels and labels; "": they are still to be decoded
+    skipped: int = 0              # photographs that cannot be read and are left out
 
 
 def load(data: ml_collections.ConfigDict, check: Callable[[Dataset], object] = lambda _: None) -> Dataset:
-    """The data set that config.data describes (name, dir, fallback, image_size, synthetic.*), its numbers valid ones.
+    """Loads the data set that config.data describes, whose numbers are valid ones.
 
+    It reads the fields name, dir, fallback, image_size, skip_bad and synthetic.*.
     check: sees photographs that are still to be decoded as black ones, so that what does not fit is refused before.
     Raises UserError for an unknown name or fallback, a missing or damaged data.dir, more than fits in memory, and where
     CIFAR-10 is not to be had and data.fallback is "".
@@ -63,7 +66,8 @@ def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
                  f"Why: {error}", f"To use CIFAR-10, {give}", 'To make this an error: --config.data.fallback=""']
         print("", "!" * 110, *(f"!! {line}" for line in lines), "!" * 110, "", sep="\n", file=sys.stderr, flush=True)
         return dataclasses.replace(load_digits(data), fallback="cifar10")
-    return Dataset(name="cifar10", **arrays, class_names=cifar10_archive.CLASS_NAMES, mirror=True)
+    return Dataset(name="cifar10", **arrays, class_names=cifar10_archive.CLASS_NAMES, mirror=True,
+                   digest=digest.of_arrays(arrays))
 
 
 def load_digits(data: ml_collections.ConfigDict) -> Dataset:
@@ -78,18 +82,22 @@ def load_digits(data: ml_collections.ConfigDict) -> Dataset:
     train, test = model_selection.train_test_split(np.arange(len(labels)), test_size=360, stratify=labels,
                                                    random_state=0)
     labels = labels.astype(np.int32)
-    return Dataset(name="digits", train_images=images[train], train_labels=labels[train], test_images=images[test],
-                   test_labels=labels[test], class_names=tuple("0123456789"), mirror=False)
+    arrays = dict(train_images=images[train], train_labels=labels[train],
+                  test_images=images[test], test_labels=labels[test])
+    return Dataset(name="digits", **arrays, class_names=tuple("0123456789"), mirror=False,
+                   digest=digest.of_arrays(arrays))
 
 
 def load_photographs(data: ml_collections.ConfigDict, check: Callable[[Dataset], object]) -> Dataset:
     """Photographs in class folders, or those of a TFDS data set, as squares of data.image_size pixels; read from disk."""
     from cnn_spmd.data import folder  # imports TFDS, as above
 
-    def dataset(source: folder.Source, arrays: dict[str, np.ndarray]) -> Dataset:
+    def dataset(source: folder.Source, found: folder.Prepared) -> Dataset:
         name, files = (f"folder-{source.content}", "") if data.name == "folder" else (data.name, source.content)
-        return Dataset(name=name, **arrays, class_names=source.class_names, mirror=True, files=files)
-    return dataset(*folder.load(data.name, data.dir, data.image_size, lambda *found: check(dataset(*found))))
+        return Dataset(name=name, **found.arrays, class_names=source.class_names, mirror=True,
+                       files=files, digest=found.digest, skipped=len(found.skipped))
+    return dataset(*folder.load(data.name, data.dir, data.image_size,
+                                lambda *found: check(dataset(*found)), data.get("skip_bad", 0)))
 
 
 def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:
@@ -102,4 +110,6 @@ def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:
         arrays[f"{split}_images"] = words.view(np.uint8)[:math.prod(shape)].reshape(shape)
         arrays[f"{split}_labels"] = rng.integers(sizes.classes, size=n, dtype=np.int32)
     class_names = tuple(str(i) for i in range(sizes.classes))
-    return Dataset(name="synthetic", **arrays, class_names=class_names, mirror=True)
+    of_sizes = digest.of_text(f"SFC64(0) {sorted(sizes.items())}")  # that of pixels would take long
+    return Dataset(name="synthetic", **arrays, class_names=class_names, mirror=True,
+                   digest=of_sizes)

@@ -1,0 +1,35 @@
+"""Digests of data sets: two are equal where all pixels and labels are, in the same order."""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def of_image(image_HWC: np.ndarray) -> int:
+    """Digests one image's pixels; 64 bits."""
+    return int.from_bytes(hashlib.blake2b(image_HWC, digest_size=8).digest(), "little")
+
+
+def of_splits(splits: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Digests a data set, from (digests of images uint64 [N], labels int32 [N]) of each split."""
+    whole = hashlib.blake2b(digest_size=8)
+    for digests_N, labels_N in splits:
+        whole.update(np.array([len(labels_N)], "<u8"))
+        whole.update(np.ascontiguousarray(digests_N, "<u8"))
+        whole.update(np.ascontiguousarray(labels_N, "<i4"))
+    return whole.hexdigest()
+
+
+def of_arrays(arrays: dict[str, np.ndarray]) -> str:
+    """Digests {train,test}_images and {train,test}_labels, at about 1 GB a second."""
+    splits = []
+    for split in ("train", "test"):
+        digests_N = np.array([of_image(image) for image in arrays[f"{split}_images"]], np.uint64)
+        splits.append((digests_N, arrays[f"{split}_labels"]))
+    return of_splits(splits)
+
+
+def of_text(text: str) -> str:
+    """Digests data that are a function of this text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
