@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 
 import jax
@@ -14,6 +15,21 @@ from cnn_spmd.errors import UserError
 
 LOCK = ".lock"
 OURS = {LOCK, "program.json"}  # what may be in a folder that holds no run yet: a lock, and what a dry run wrote
+
+
+def local(text: str) -> pathlib.Path:
+    """Reads a --workdir. Raises UserError for another machine's, and for a name that is not UTF-8."""
+    if re.match(r"[A-Za-z][\w+.-]*://", text):
+        raise UserError(f"--workdir={text}: is not on this machine: give a local folder, or a mounted one")
+    try:
+        path = pathlib.Path(text).expanduser()
+        str(path.absolute()).encode()
+    except RuntimeError as error:
+        raise UserError(f"--workdir={text}: {error} Give a folder without ~") from None
+    except UnicodeEncodeError:
+        raise UserError(f"--workdir={text}: {path.absolute()} is not UTF-8, or this locale is not, and "
+                        "checkpoints need both: give another folder") from None
+    return path
 
 
 @contextlib.contextmanager
