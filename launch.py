@@ -22,7 +22,6 @@ import datetime
 import errno
 import multiprocessing
 import os
-import pathlib
 import shlex
 import signal
 import sys
@@ -113,9 +112,7 @@ def launch(argv: list[str]) -> int:
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of each save in thirty lines
-    environment.warn_once()
-    environment.find_home()
-    environment.fix_numbers()
+    environment.prepare()
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
     if WORKDIR.value == "":
@@ -125,9 +122,6 @@ def launch(argv: list[str]) -> int:
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
-    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # the report reads a program's op_names
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        keep_programs(pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnn_spmd")
     if SWEEP.value or BATCH_PER_DEVICE.value is not None or "," in (MESH.value or "") or MESH.value == "all":
         return launch_sweep()
     try:
@@ -203,19 +197,6 @@ def device_count() -> int:
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split()) or "there is no such device"
         raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}") from None
-
-
-def keep_programs(cache: pathlib.Path) -> None:
-    """Lets jax keep compiled programs in a folder, or warns where it cannot be written."""
-    import jax
-
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if not os.access(cache, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    except OSError as error:
-        logging.warning("%s: %s: compiled programs are not kept.", cache, error.strerror)
 
 
 def without(arguments: list[str], names: set[str]) -> list[str]:

@@ -49,6 +49,14 @@ def keep_talking() -> None:
             setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True))
 
 
+def prepare() -> None:
+    """Set what a command of launch.py needs, before jax computes anything."""
+    warn_once()
+    find_home()
+    fix_numbers()
+    keep_programs()
+
+
 def warn_once() -> None:
     """Let absl alone print what libraries log, TFDS's hints left out, each as one line."""
     flags.FLAGS.set_default("logtostderr", True)  # the stderr of that moment, above a progress bar
@@ -83,3 +91,20 @@ def fix_numbers() -> None:
             absl_logging.warning(
                 "%s=%s has no effect: it is %s, so that the same command gives the same numbers.",
                 name.upper(), os.environ.get(name.upper()), value)
+
+
+def keep_programs() -> None:
+    """Let jax keep compiled programs in a cache folder, or warn where it cannot be written."""
+    import jax
+
+    # The report reads a program's op_names.
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnn_spmd"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+    except OSError as error:
+        absl_logging.warning("%s: %s: compiled programs are not kept.", cache, error.strerror)

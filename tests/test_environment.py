@@ -70,6 +70,17 @@ def test_without_a_home_there_is_one_for_the_command(home, monkeypatch, caplog):
     assert "There is no home directory" in caplog.text
 
 
+def test_without_a_cache_folder_programs_are_not_kept(tmp_path, monkeypatch, caplog):
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    environment.keep_programs()
+    assert jax.config.jax_compilation_cache_dir == before
+    (message,) = caplog.messages
+    assert message == f"{tmp_path}/file/cnn_spmd: Not a directory: compiled programs are not kept."
+
+
 def test_each_warning_is_one_line():
     code = """if True:
         import logging, sys, types, warnings
