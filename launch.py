@@ -17,19 +17,19 @@ Exit codes: 0 done; 1 a crash, or a sweep of which not every run is completed; 2
 refused; 3 the loss is not finite; 75 interrupted (what resumes is printed, if anything was saved).
 """
 
+import concurrent.futures
 import datetime
 import errno
+import multiprocessing
 import os
-import pathlib
 import shlex
 import signal
-import subprocess
 import sys
 
 from absl import app, flags, logging
 
 from cnn_spmd import config as configs
-from cnn_spmd import interrupt
+from cnn_spmd import environment, interrupt
 from cnn_spmd.errors import UserError
 
 CONFIG = configs.define_flag(flags.FLAGS)
@@ -90,6 +90,8 @@ def main(argv: list[str]) -> int:
         signal.signal(number, interrupt.early)
     try:
         return launch(argv)
+    except UserError as error:
+        return refuse(error)
     except KeyboardInterrupt:
         print("Interrupted outside of the training loop: nothing to save.", file=sys.stderr)
         return INTERRUPTED
@@ -109,6 +111,7 @@ def launch(argv: list[str]) -> int:
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of each save in thirty lines
+    environment.prepare()
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
     if WORKDIR.value == "":
@@ -118,10 +121,6 @@ def launch(argv: list[str]) -> int:
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
-    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # the report reads a program's op_names
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnn_spmd"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
     if SWEEP.value or BATCH_PER_DEVICE.value is not None or "," in (MESH.value or "") or MESH.value == "all":
         return launch_sweep()
     try:
@@ -131,19 +130,19 @@ def launch(argv: list[str]) -> int:
         return 1
 
     from cnn_spmd import checkpoint, mesh, target, train
+    from cnn_spmd import workdir as workdirs
+    device_count()
+    config = CONFIG.value
+    if MESH.value is not None:
+        config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
+    config.profile = PROFILE.value or config.profile
+    workdir = WORKDIR.value and workdirs.local(WORKDIR.value)
+    if DRY_RUN.value:
+        train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
+        return 0
+    workdir = workdir or workdirs.local(default_workdir(config.experiment))
     try:
-        config = CONFIG.value
-        if MESH.value is not None:
-            config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
-        config.profile = PROFILE.value or config.profile
-        workdir = WORKDIR.value and pathlib.Path(WORKDIR.value).expanduser()
-        if DRY_RUN.value:
-            train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
-            return 0
-        workdir = workdir or pathlib.Path(default_workdir(config.experiment))
         summary = train.run(config, workdir)
-    except UserError as error:
-        return refuse(error)
     except checkpoint.SaveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -164,26 +163,24 @@ def launch_sweep() -> int:
     import jax
 
     from cnn_spmd import report, sweep
+    from cnn_spmd import workdir as workdirs
     if DRY_RUN.value:
         return refuse("--dry_run: expected a single mesh with it, and no --sweep")
     if several := [name for name in CLUSTER if name in os.environ]:
         return refuse(f"{several[0]} is set: a sweep runs on one host, expected a single run")
     count = CPU_DEVICES.value
     if not count:  # counted in a process that ends: this one must leave the devices to the runs
-        counted = subprocess.run([sys.executable, "-c", "import jax; print(jax.device_count())"], stdout=subprocess.PIPE,
-                                 text=True, check=True)
-        count = int(counted.stdout)
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            count = pool.submit(device_count).result()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
-    folder = pathlib.Path(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep")).expanduser()
+    folder = workdirs.local(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
     try:
         combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, count)
         shared = without(flags.FLAGS.read_flags_from_files(sys.argv[1:]), {"mesh", "sweep", "batch_per_device", "workdir"})
         result = sweep.run(CONFIG.value.experiment, shared, combos, jax.devices(), CPU_DEVICES.value, folder)
         for path in report.write([folder]):
             print(path)
-    except UserError as error:
-        return refuse(error)
     except KeyboardInterrupt:
         again = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(folder)]
         print(f"Interrupted. To go on: python {shlex.join(again)}")
@@ -191,6 +188,17 @@ def launch_sweep() -> int:
     statuses = [run["status"] for run in result["runs"]]
     print(f"{statuses.count('completed')} of {len(statuses)} runs are completed. Files: {folder}")
     return 0 if set(statuses) == {"completed"} else BAD_INPUT if set(statuses) == {"refused"} else 1
+
+
+def device_count() -> int:
+    """Counts the devices. Raises UserError where JAX_PLATFORMS names one that is not here."""
+    import jax
+
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "there is no such device"
+        raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}") from None
 
 
 def without(arguments: list[str], names: set[str]) -> list[str]:
@@ -230,12 +238,11 @@ def refuse(reason: object) -> int:
 def parse(argv: list[str]) -> list[str]:
     """The flags of the command line; bad ones end the program with one line."""
     try:
-        rest = configs.parse_flags(flags.FLAGS, argv)
-        configs.expanded("--workdir", WORKDIR.value or "")
-        return rest
+        return configs.parse_flags(flags.FLAGS, argv)
     except UserError as error:
         sys.exit(refuse(error))
 
 
 if __name__ == "__main__":
+    environment.keep_talking()
     app.run(main, flags_parser=parse)

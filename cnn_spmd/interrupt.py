@@ -12,24 +12,16 @@ from collections.abc import Iterator
 import numpy as np
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]))
-_TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+SHOW_CURSOR = b"\x1b[?25h"
 _came_early: list[int] = []
 
 
 def early(number: int, _) -> None:
     """The handler until a run is an Interrupt, which sees that a signal came where a callback of XLA lost the exception."""
     if number == signal.SIGHUP:
-        _hung_up()
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # a shell may send it once more
     _came_early.append(number)
     raise KeyboardInterrupt
-
-
-def _hung_up() -> None:
-    """The terminal is gone: from here on what is said there is lost, and no error. (Its shell may send SIGHUP once more.)"""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in _TERMINALS:
-        os.dup2(nowhere, descriptor)
 
 
 @contextlib.contextmanager
@@ -74,12 +66,13 @@ class Interrupt:
             if byte[0] not in SIGNALS:
                 continue
             name = signal.Signals(byte[0]).name
-            if byte[0] == signal.SIGHUP:
-                _hung_up()
-                if self._came:
-                    continue
+            if byte[0] == signal.SIGHUP and self._came:  # a shell may send it once more
+                continue
             if self._came:
-                os.write(2, f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
+                with contextlib.suppress(OSError):
+                    os.write(2, f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
+                    if os.isatty(1):  # where a progress bar hid it
+                        os.write(1, SHOW_CURSOR)
                 os._exit(128 + byte[0])
             self._came = True
             print(f"\n{name}: saving what there is, then leaving; a second signal stops at once.", file=sys.stderr,

@@ -20,6 +20,7 @@ from absl import logging
 from rich import progress as rich_progress
 from tensorboardX import SummaryWriter
 
+ENVIRONMENT = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")  # may change a run's last digits
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
@@ -56,7 +57,7 @@ class Metrics:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir), purge_step=step + 1)
+        self._board = SummaryWriter(str(workdir.absolute()), purge_step=step + 1)
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Appends one line {"step", "split", ...} and the same as TensorBoard scalars `split`/name."""
@@ -95,7 +96,7 @@ def aside(path: pathlib.Path) -> pathlib.Path:
 
 
 def provenance() -> dict:
-    """Versions of what computes, the host's cores, and this code's commit.
+    """Versions of what computes, the host's cores, this code's commit, and what is set of ENVIRONMENT.
 
     The commit is what the environment variable COMMIT says, for code that was copied without its history; else git's, which
     ends in -dirty where tracked files differ from it; else None.
@@ -107,7 +108,8 @@ def provenance() -> dict:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent,
                                 check=False).stdout.strip() or None
-    return dict(versions=versions | dict(python=platform.python_version()), host_cores=os.cpu_count(), commit=commit)
+    return dict(versions=versions | dict(python=platform.python_version()), host_cores=os.cpu_count(), commit=commit,
+                environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ})
 
 
 def process_seconds() -> float | None:
@@ -196,13 +198,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
-        try:
-            if self.show:
-                (self._bar.console.print if self._bar is not None else print)(text)
-                sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads on (a pipe into head): the run goes on, silent
-            self.show = False
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if self.show:
+            print(text, flush=True)  # the bar redirects sys.stdout
 
     def close(self) -> None:
         if self._bar is not None:

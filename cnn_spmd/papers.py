@@ -10,7 +10,7 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
-from cnn_spmd import claims, compare, page
+from cnn_spmd import claims, compare, environment, page
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
@@ -260,4 +260,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    environment.keep_talking()
     main()

@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from cnn_spmd import compare, page, tables
+from cnn_spmd import compare, environment, page, tables
 from cnn_spmd.config import flat
 from cnn_spmd.errors import UserError
 
@@ -219,4 +219,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    environment.keep_talking()
     sys.exit(main())

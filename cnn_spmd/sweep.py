@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from absl import logging
-from rich import live, table
+from rich import console, live, table
 
 from cnn_spmd import compare, interrupt, mesh, metrics, report
 from cnn_spmd import config as configs
@@ -180,7 +180,9 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
 
     pending = [row for row in rows if row["status"] == "pending"]
     show, seconds = sys.stdout.isatty(), []
-    with live.Live(table_of([*kept, *rows]), auto_refresh=False) if show else _Lines([*kept, *rows]) as screen:
+    plain = console.Console(markup=False, emoji=False)  # values may hold brackets and colons
+    with (live.Live(table_of([*kept, *rows]), console=plain, auto_refresh=False) if show
+          else _Lines([*kept, *rows])) as screen:
         for left, row in zip(range(len(pending), 0, -1), pending, strict=True):
             row["status"] = "running"
             write()

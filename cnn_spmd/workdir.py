@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 
 import jax
@@ -16,6 +17,19 @@ LOCK = ".lock"
 FILES = ("config.json", "program.json", "metrics.jsonl", "summary.json", "profile.json")
 UNREADABLE = "*?[\\"  # Orbax writes paths with these without an error and does not find them again
 OURS = {LOCK, "program.json"}  # what may be in a folder that holds no run yet: a lock, and what a dry run wrote
+
+
+def local(text: str) -> pathlib.Path:
+    """Reads a --workdir. Raises UserError for another machine's, and for a name that is not UTF-8."""
+    if re.match(r"[A-Za-z][\w+.-]*://", text):
+        raise UserError(f"--workdir={text}: is not on this machine: give a local folder, or a mounted one")
+    path = configs.expanded("--workdir", text)
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--workdir={text}: {path.absolute()} is not UTF-8, or this locale is not, and "
+                        "checkpoints need both: give another folder") from None
+    return path
 
 
 @contextlib.contextmanager

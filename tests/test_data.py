@@ -96,6 +96,14 @@ def test_every_form_of_data_dir_gives_what_was_written(tmp_path, form):
     assert " ".join(dataset.class_names) == "airplane automobile bird cat deer dog frog horse ship truck"
 
 
+def test_tfds_prints_nothing_of_its_own(tmp_path, capfd):
+    path, _ = write_archive(tmp_path)
+    cifar10.load(str(path))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [line.split()[0] for line in err.splitlines()] == ["preparing", "decoding"]
+
+
 def test_second_load_comes_from_the_cache_alone(tmp_path, monkeypatch):
     path, expected = write_archive(tmp_path)
     cifar10.load(str(path))

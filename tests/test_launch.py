@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import pwd
 import re
 import select
 import shlex
@@ -22,6 +23,7 @@ from PIL import Image
 import launch
 from cnn_spmd import config as configs
 from cnn_spmd import interrupt
+from cnn_spmd import workdir as workdirs
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
 
@@ -65,6 +67,7 @@ def finished(process, code=0):
     ([*SMALL, "--config.foo=1"], "--config.foo=1: no such field, expected those of the experiment"),
     ([*SMALL, "--config.optimizer.foo=1"], "--config.optimizer.foo=1: no such field"),
     ([*SMALL, "--workdir="], "--workdir=: is empty"),
+    ([*SMALL, "--workdir=gs://bucket/a"], "--workdir=gs://bucket/a: is not on this machine"),
     ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
     ([*SMALL, "--target", "h100:1x8"], "--target=h100:1x8: those GPUs are not here, expected --dry_run"),
     ([*SMALL, "--dry_run", "--target", "b300:8"], "--target=b300:8: expected CARD:HOSTSxGPUS with a card of h100"),
@@ -225,6 +228,53 @@ def test_types_on_the_command_line(argument, message):
         configs.parsed(["--config", str(ROOT / SMALL[1]), argument])
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("s3://bucket/a", "s3://bucket/a: is not on this machine: give a local folder"),
+    ("file:///a/b", "file:///a/b: is not on this machine"),
+    ("a/b\udcff", "a/b\udcff is not UTF-8"),
+    ("~/a", "~/a: has no such home folder")])
+def test_a_workdir_that_cannot_be_one_is_refused(text, message, monkeypatch):
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME", raising=False)
+    with pytest.raises(UserError, match=re.escape(message)):
+        workdirs.local(text)
+    assert workdirs.local("a:/b") == pathlib.Path("a:/b")
+
+
+def test_a_workdir_below_a_folder_that_is_not_utf8_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "a\udcff")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        workdirs.local("b")
+
+
+def test_hostile_surroundings_change_no_number(start, tmp_path):
+    """No reader, no stderr, no home, a path beyond ASCII, and what would change jax's numbers."""
+    hostile = dict(JAX_ENABLE_X64="1", JAX_DEFAULT_PRNG_IMPL="rbg", JAX_THREEFRY_PARTITIONABLE="0", JAX_RANDOM_SEED_OFFSET="3",
+                   JAX_DEFAULT_MATMUL_PRECISION="bfloat16", JAX_NUMPY_DTYPE_PROMOTION="strict",
+                   JAX_NUMPY_RANK_PROMOTION="raise", PYTHONIOENCODING="ascii", HOME="/nowhere/at/all")
+    plain, odd = start(*SMALL, "--workdir", "a"), start(*SMALL, "--workdir", "s3:\xe4", **hostile)
+    odd.stdout.close()
+    odd.stderr.close()
+    assert odd.wait(120) == 0
+    finished(plain)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+              for name in ("a", "s3:\xe4")]
+    assert losses[0] == losses[1]
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["environment"] == dict(XLA_FLAGS=os.environ["XLA_FLAGS"])
+
+
+def test_a_platform_that_is_not_here_is_one_line(start):
+    for process in [start(*SMALL, *swept, JAX_PLATFORMS="nope") for swept in ([], ["--sweep", "seed=0,1"])]:
+        out, err = finished(process, code=2)
+        assert err.startswith("error: JAX_PLATFORMS=nope: Unable to initialize backend 'nope'")
+        assert (err.count("\n"), out) == (1, "")
+
+
 def test_help_shows_every_flag(start):
     out, _ = finished(start("--help"), code=1)  # absl's code for --help
     for flag in ("--config: ", "--mesh", "--sweep", "--batch_per_device", "--profile", "--cpu_devices", "--workdir",
@@ -372,11 +422,13 @@ def test_a_second_signal_stops_at_once():
         import time
         from cnn_spmd.interrupt import Interrupt
         with Interrupt():
-            print("on", flush=True)
+            print("\x1b[?25lon", flush=True)  # as a progress bar hides the cursor
             time.sleep(60)"""
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    assert process.stdout.readline() == "on\n"
+    terminal, of_process = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=of_process, stderr=subprocess.PIPE)
+    os.close(of_process)
+    with open(terminal, "rb", 0, closefd=False) as lines:
+        assert lines.readline() == b"\x1b[?25lon\r\n"
     process.send_signal(signal.SIGINT)
     assert "SIGINT: saving" in process.stderr.readline() + process.stderr.readline()
     assert process.poll() is None
@@ -384,6 +436,8 @@ def test_a_second_signal_stops_at_once():
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 128 + signal.SIGINT
     assert time.monotonic() - since < 5
+    assert os.read(terminal, 4096) == interrupt.SHOW_CURSOR
+    os.close(terminal)
     process.communicate()
 
 

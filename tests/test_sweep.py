@@ -1,10 +1,12 @@
 """Sweeps: combinations, refusals, runs that fail in every way, going on, and one real sweep from the command line."""
 
 import dataclasses
+import io
 import json
 import shutil
 import signal
 import subprocess
+import sys
 
 import jax
 import pytest
@@ -168,6 +170,19 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3", "0"]
 
 
+def test_a_terminal_shows_brackets_as_they_are(monkeypatch, tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    rows = [dict(name=name, status="refused", reason="levers=[]", seconds=None, figures={}) for name in ("[red]:x:", "[/a]")]
+    sweep._run_all({}, rows, [], tmp_path)
+    for text in ("[red]:x:", "[/a]", "levers=[]"):
+        assert f" {text} " in sys.stdout.getvalue()
+
+
 def test_a_sweep_says_every_commit_that_it_ran_at(fake, tmp_path):
     fake(0)
     (tmp_path / "fake.py").write_text(FAKE.replace('commit="c"', 'commit="d"').replace("versions={}", "versions=dict(jax='2')"))
@@ -265,8 +280,10 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
 
 
 def test_a_sweep_from_a_file_of_flags(start, tmp_path):  # noqa: F811
-    (tmp_path / "flags.txt").write_text("\n".join(["--sweep=seed=0,1", "--cpu_devices=1", "--config.steps=1"]))
-    out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", "--workdir", "s"))
+    """Among programs that print as they start."""
+    (tmp_path / "flags.txt").write_text("\n".join(["--sweep=seed=0,1", "--config.steps=1"]))
+    (tmp_path / "sitecustomize.py").write_text("print('7 of us')")
+    out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", "--workdir", "s", PYTHONPATH=str(tmp_path)))
     assert "2 of 2 runs are completed" in out
 
 

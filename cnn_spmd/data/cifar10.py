@@ -4,6 +4,7 @@ Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"; https:
 Legend: N images, H = W = 32 rows and columns, C = 3 channels (red, green, blue).
 """
 
+import contextlib
 import io
 import os
 import queue
@@ -98,9 +99,13 @@ def prepare(source: Path | None, root: Path, config: tfds.core.BuilderConfig, fo
     """
     if source is None:
         probe()
+    print(f"preparing CIFAR-10 in {folder}, once (less than a minute)", file=sys.stderr)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         builder = Cifar10(source, data_dir=root, config=config)
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints two banners
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     except (requests.RequestException, tfds.download.DownloadError,
             tfds.download.download_manager.NonMatchingChecksumError) as error:
         raise Unreachable(f"the download of {archive.URL} failed ({_one_line(error)})") from error

@@ -1,0 +1,106 @@
+"""Hostile surroundings: closed streams, settings that change numbers, no home directory, repeated warnings."""
+
+import os
+import pathlib
+import pwd
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import ROOT
+
+from cnn_spmd import environment
+
+
+@pytest.mark.parametrize(("command", "code", "where"), [
+    *(("launch.py --help", 1, where) for where in ("| true", ">&-", "<&- >&- 2>&-", ">/dev/full")),  # 1: absl's, of --help
+    ("-m cnn_spmd.papers", 0, "| true"), ("-m cnn_spmd.papers", 0, ">/dev/null"), ("-m cnn_spmd.report", 0, "| true")])
+def test_what_prints_ends_well_wherever_it_prints(command, code, where):
+    """To nobody, to a closed descriptor, to a full disk, in ASCII."""
+    shell = f"set -o pipefail; {sys.executable} {command} {where}"
+    result = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=os.environ | dict(PYTHONIOENCODING="ascii"),
+                            capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (code, "")
+
+
+def test_text_beyond_the_encoding_is_escaped():
+    code = "from cnn_spmd import environment; environment.keep_talking(); print('2 ± 1')"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONIOENCODING="ascii"),
+                         capture_output=True, text=True, check=True).stdout
+    assert out == "2 \\xb1 1\n"
+
+
+@pytest.mark.parametrize(("name", "other"), [
+    ("jax_enable_x64", True), ("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False),
+    ("jax_random_seed_offset", 3), ("jax_default_matmul_precision", "bfloat16"), ("jax_numpy_dtype_promotion", "strict"),
+    ("jax_numpy_rank_promotion", "raise")])
+def test_what_changes_a_runs_numbers_is_set_back_with_a_warning(name, other, monkeypatch, caplog):
+    before = getattr(jax.config, name)
+    monkeypatch.setenv(name.upper(), str(other))
+    jax.config.update(name, other)
+    try:
+        environment.fix_numbers()
+        assert getattr(jax.config, name) == before
+    finally:
+        jax.config.update(name, before)
+    environment.fix_numbers()
+    (message,) = caplog.messages
+    assert message == f"{name.upper()}={other} has no effect: it is {before}, so that the same command gives the same numbers."
+
+
+@pytest.mark.parametrize("home", [None, "/nowhere/at/all"])
+def test_without_a_home_there_is_one_for_the_command(home, monkeypatch, caplog):
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(environment.atexit, "register", lambda *_, **__: None)
+    monkeypatch.setenv("HOME", home or "")  # for what monkeypatch puts back
+    if home is None:
+        monkeypatch.delenv("HOME")
+    environment.find_home()
+    made = pathlib.Path("~/tensorflow_datasets").expanduser().parent
+    assert made.is_dir()
+    environment.find_home()
+    assert pathlib.Path.home() == made
+    shutil.rmtree(made)
+    assert len(caplog.messages) == 1
+    assert "There is no home directory" in caplog.text
+
+
+def test_without_a_cache_folder_programs_are_not_kept(tmp_path, monkeypatch, caplog):
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    environment.keep_programs()
+    assert jax.config.jax_compilation_cache_dir == before
+    (message,) = caplog.messages
+    assert message == f"{tmp_path}/file/cnn_spmd: Not a directory: compiled programs are not kept."
+
+
+def test_each_warning_is_one_line():
+    code = """if True:
+        import logging, sys, types, warnings
+        import absl.logging
+        from absl import app
+        import jax
+        from cnn_spmd import environment
+        environment.warn_once()
+        def main(_):
+            logging.getLogger("jax._src.compiler").warning("from jax")
+            logging.getLogger("orbax").warning("from orbax")
+            absl.logging.warning("from us")
+            warnings.warn("from\\nPython")
+            hint = "import absl.logging; absl.logging.warning('TFDS hint'); absl.logging.error('TFDS error')"
+            exec(compile(hint, "/lib/tensorflow_datasets/core.py", "exec"))
+        app.run(main, argv=["x"])"""
+    err = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(JAX_LOGGING_LEVEL="WARNING"),
+                         capture_output=True, text=True, check=True).stderr
+    lines = err.splitlines()
+    assert len(lines) == 5, err
+    for line, text in zip(lines, ("from jax", "from orbax", "from us", "UserWarning: from Python (", "TFDS error"),
+                          strict=True):
+        assert text in line
