@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]))
-_TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 _came_early: list[int] = []
 
 
@@ -28,7 +28,7 @@ def early(number: int, _) -> None:
 def _hung_up() -> None:
     """The terminal is gone: from here on what is said there is lost, and no error. (Its shell may send SIGHUP once more.)"""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in _TERMINALS:
+    for descriptor in TERMINALS:
         os.dup2(nowhere, descriptor)
 
 
@@ -79,7 +79,7 @@ class Interrupt:
                 if self._came:
                     continue
             if self._came:
-                os.write(2, f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
+                os.write(sys.stderr.fileno(), f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
                 os._exit(128 + byte[0])
             self._came = True
             print(f"\n{name}: saving what there is, then leaving; a second signal stops at once.", file=sys.stderr,
