@@ -13,8 +13,9 @@
 Several hosts: the same command on each, with JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID set,
 or under Slurm's srun or Open MPI's mpirun.
 
-Exit codes: 0 done; 1 a crash, or a sweep of which not every run is completed; 2 bad input, or a sweep of which every run is
-refused; 3 the loss is not finite; 75 interrupted (what resumes is printed, if anything was saved).
+Exit codes: 0 done; 1 a crash, a process of the cluster that is absent or lost, or a sweep of which not every run is completed;
+2 bad input, or a sweep of which every run is refused; 3 the loss is not finite; 75 interrupted (what resumes is printed, if
+anything was saved).
 """
 
 import datetime

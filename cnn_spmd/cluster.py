@@ -29,6 +29,7 @@ from cnn_spmd.config import flat
 from cnn_spmd.errors import UserError
 
 HEARTBEAT_SECONDS = 20  # without a sign of life a process is lost; XLA gives a stuck GPU 40 s
+VERDICT_SECONDS = HEARTBEAT_SECONDS + 20  # after which it is known whether a process is lost
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 JAX, MPI, SLURM = (  # the variables for the number of processes, and for each one's own number
     ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
@@ -181,6 +182,8 @@ def _wait_for(key: str) -> str:
 
 def agree(values: dict) -> None:
     """Raise UserError for the first field in which a process differs from process 0."""
+    if _state().client is None:
+        return
     count = dict(processes=_state().num_processes)
     first, *others = map(flat, exchange(count | values))
     for i, other in enumerate(others, 1):
@@ -241,11 +244,12 @@ def fail(line: str, code: int) -> None:
     A process that has not joined yet joins to tell the others. Returns where there is no cluster.
     """
     try:
-        named(os.environ) and member(os.environ)
-    except UserError:  # the line says this already
-        return print(line, file=sys.stderr)
-    if not named(os.environ):
-        return print(line, file=sys.stderr)
+        alone = not named(os.environ) or not member(os.environ)
+    except UserError:  # a bad variable, which the line names
+        alone = True
+    if alone:
+        print(line, file=sys.stderr)
+        return
     _claim_the_end(code)
     print(line, file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):  # others may be gone, or another one failed first
@@ -253,7 +257,7 @@ def fail(line: str, code: int) -> None:
             join(seconds=30)
         value = json.dumps([_state().process_id, code, line.removeprefix("error: ")])
         _state().client.key_value_set(f"{FAILED}/first", value)
-    return _end()
+    _end()
 
 
 def crash(error: Exception) -> None:
@@ -264,7 +268,7 @@ def crash(error: Exception) -> None:
     if not named(os.environ) or _state().client is None:
         return
     if PEER_TROUBLE.search(str(error)):
-        time.sleep(HEARTBEAT_SECONDS + 20)
+        time.sleep(VERDICT_SECONDS)
     traceback.print_exception(error)
     fail(f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}", 1)
 
@@ -312,10 +316,14 @@ def _hide_chatter() -> BinaryIO:
 def _end_aborts_in_a_line(chatter: BinaryIO, since: float) -> None:
     """Catch the abort by which jax's C++ code ends a process whose cluster has broken."""
 
+    def printed() -> str:  # without moving the place at which C++ code writes on
+        return os.pread(chatter.fileno(), 10**6, 0).decode(errors="replace")
+
     def aborted(_: int) -> None:
+        if "absl::Status" not in printed() and PEER_TROUBLE.search(printed()):
+            time.sleep(VERDICT_SECONDS)  # Gloo may abort first; another thread says who was lost
         if _ending.acquire(blocking=False):
-            chatter.seek(0)
-            _tell(_reason(chatter.read().decode(errors="replace"), time.monotonic() - since))
+            _tell(_reason(printed(), time.monotonic() - since))
         os._exit(_exit_code)
 
     global _handler  # C code holds it, which Python cannot see
@@ -332,7 +340,8 @@ def _reason(chatter: str, seconds: float) -> str:
         return f"error: cannot join the cluster: {_absent(state)} (waited {seconds:.0f} s)"
     if lost or "Failed to send RPC to coordination service" in chatter:
         who = ", ".join(re.findall("[0-9]+", lost[1])) if lost else "0"
-        return f"error: process {who} of the cluster was lost; the same command goes on from the last checkpoint"
+        again = "the same command goes on from the last checkpoint"
+        return f"error: process {who} of the cluster was lost; {again}"
     return f"error: the cluster broke: {status[1]}" if status else chatter
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from conftest import ROOT
@@ -131,6 +132,7 @@ def test_open_mpi_gives_the_numbers_where_it_does_not_know_the_address():
 
 
 def test_the_first_field_that_differs_is_named_with_both_values(monkeypatch):
+    monkeypatch.setattr(cluster, "_state", lambda: types.SimpleNamespace(client=True, num_processes=3))
     monkeypatch.setattr(cluster, "exchange", lambda mine: [mine, mine, dict(mine, b=dict(c=3))])
     with pytest.raises(UserError, match=r"^b\.c: process 0 has 2, process 2 has 3: give all"):
         cluster.agree(dict(a=1, b=dict(c=2)))
