@@ -13,8 +13,9 @@
 Several hosts: the same command on each, with JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID set,
 or under Slurm's srun or Open MPI's mpirun.
 
-Exit codes: 0 done; 1 a crash, or a sweep of which not every run is completed; 2 bad input, or a sweep of which every run is
-refused; 3 the loss is not finite; 75 interrupted (what resumes is printed, if anything was saved).
+Exit codes: 0 done; 1 a crash, a process of the cluster that is absent or lost, or a sweep of which not every run is completed;
+2 bad input, or a sweep of which every run is refused; 3 the loss is not finite; 75 interrupted (what resumes is printed, if
+anything was saved).
 """
 
 import concurrent.futures
@@ -28,8 +29,8 @@ import sys
 
 from absl import app, flags, logging
 
+from cnn_spmd import cluster, environment, interrupt
 from cnn_spmd import config as configs
-from cnn_spmd import environment, interrupt
 from cnn_spmd.errors import UserError
 
 CONFIG = configs.define_flag(flags.FLAGS)
@@ -49,58 +50,31 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print placement, memory 
                             "--workdir, also write them there as program.json.")
 TARGET = flags.DEFINE_string("target", None, "With --dry_run: compile for GPUs that are not here, such as h100:64x8.")
 
-CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 BAD_INPUT, NON_FINITE, INTERRUPTED = 2, 3, 75  # 75 is EX_TEMPFAIL of sysexits.h
-
-
-def start_cluster() -> None:
-    """Joins the cluster that the environment names, if any; raises where that fails or gives fewer processes.
-
-    Without this a process that fails to join would train a copy of its own.
-    """
-    import jax
-
-    env = os.environ
-    if any(name in env for name in CLUSTER):
-        address, count, number = (env.get(name, "") for name in CLUSTER)
-        if ":" not in address or not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
-            raise ValueError(", ".join(f"{name}={env.get(name, '')}" for name in CLUSTER) + ": expected host:port, a number "
-                             "and one below it, all three")
-        expected = int(env["JAX_NUM_PROCESSES"])
-        where = dict(coordinator_address=env["JAX_COORDINATOR_ADDRESS"], num_processes=expected,
-                     process_id=int(env["JAX_PROCESS_ID"]))
-    else:
-        expected = max(int(env.get(name) or 1) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-        if expected == 1:
-            return
-        where = {}  # jax finds the coordinator itself under Slurm and Open MPI
-    timeout = int(env.get("JAX_INITIALIZATION_TIMEOUT", 120))
-    try:
-        jax.distributed.initialize(**where, initialization_timeout=timeout)
-    except ValueError as error:
-        started = "" if where else (" Expected srun or mpirun to have started this process, as SLURM_NTASKS or "
-                                    "OMPI_COMM_WORLD_SIZE is above 1")
-        raise ValueError(f"{' '.join(str(error).split())}{started}") from error
-    if jax.process_count() != expected:
-        raise RuntimeError(f"the cluster has {jax.process_count()} processes, expected {expected}")
 
 
 def main(argv: list[str]) -> int:
     for number in interrupt.SIGNALS:  # until the run takes over
         signal.signal(number, interrupt.early)
     try:
-        return launch(argv)
+        code = launch(argv)
+        cluster.leave()
+        return code
     except UserError as error:
         return refuse(error)
     except KeyboardInterrupt:
-        print("Interrupted outside of the training loop: nothing to save.", file=sys.stderr)
+        cluster.fail("Interrupted outside of the training loop: nothing to save.", INTERRUPTED)
         return INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            cluster.crash(error)
             raise
-        print(f"error: --workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same command with that "
-              "folder again", file=sys.stderr)
+        cluster.fail(f"error: --workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same command with "
+                     "that folder again", 1)
         return 1
+    except Exception as error:
+        cluster.crash(error)
+        raise
 
 
 def launch(argv: list[str]) -> int:
@@ -122,20 +96,25 @@ def launch(argv: list[str]) -> int:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
     if SWEEP.value or BATCH_PER_DEVICE.value is not None or "," in (MESH.value or "") or MESH.value == "all":
+        if name := cluster.named(os.environ):  # no other process waits for this one
+            print(f"error: {name}={os.environ[name]}: a sweep runs in one process, expected a single run, or srun's "
+                  "or mpirun's variables unset", file=sys.stderr)
+            return BAD_INPUT
         return launch_sweep()
-    try:
-        start_cluster()
-    except Exception as error:
-        logging.error("Cannot join the cluster: %s", error)
-        return 1
 
-    from cnn_spmd import checkpoint, mesh, target, train
+    from cnn_spmd import checkpoint, mesh, metrics, target, train
     from cnn_spmd import workdir as workdirs
+    cluster.join()
     device_count()
     config = CONFIG.value
     if MESH.value is not None:
         config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
     config.profile = PROFILE.value or config.profile
+    if cluster.named(os.environ):
+        given = {f"--{flag.name} given": bool(flag.value) for flag in (WORKDIR, DRY_RUN, TARGET)}
+        code = {name: value for name, value in metrics.provenance().items() if name != "host_cores"}
+        cluster.agree(given | code | dict(config=configs.as_json(config)))
+        metrics.say(cluster.size())
     workdir = WORKDIR.value and workdirs.local(WORKDIR.value)
     if DRY_RUN.value:
         train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
@@ -144,7 +123,7 @@ def launch(argv: list[str]) -> int:
     try:
         summary = train.run(config, workdir)
     except checkpoint.SaveError as error:
-        print(f"error: {error}", file=sys.stderr)
+        cluster.fail(f"error: {error}", 1)
         return 1
     except train.NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
@@ -166,8 +145,6 @@ def launch_sweep() -> int:
     from cnn_spmd import workdir as workdirs
     if DRY_RUN.value:
         return refuse("--dry_run: expected a single mesh with it, and no --sweep")
-    if several := [name for name in CLUSTER if name in os.environ]:
-        return refuse(f"{several[0]} is set: a sweep runs on one host, expected a single run")
     count = CPU_DEVICES.value
     if not count:  # counted in a process that ends: this one must leave the devices to the runs
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -220,18 +197,13 @@ def default_workdir(experiment: str) -> str:
 
     Runs that a script starts at once share their millisecond now and then.
     """
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     now = datetime.datetime.now(datetime.UTC)
-    digits = np.array([int(f"{now:%Y%m%d}"), int(f"{now:%H%M%S}"), now.microsecond], np.int32)
-    date, clock, microseconds = multihost_utils.broadcast_one_to_all(digits)
-    return f"runs/{experiment}-{date:08d}-{clock:06d}-{microseconds:06d}"
+    return f"runs/{experiment}-{cluster.exchange(f'{now:%Y%m%d-%H%M%S-%f}')[0]}"
 
 
 def refuse(reason: object) -> int:
-    """Prints bad input as one line; returns its exit code."""
-    print(f"error: {reason}", file=sys.stderr)
+    """Prints bad input as one line; returns its exit code, or ends all processes of a cluster with it."""
+    cluster.fail(f"error: {reason}", BAD_INPUT)
     return BAD_INPUT
 
 

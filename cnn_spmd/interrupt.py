@@ -70,9 +70,9 @@ class Interrupt:
                 continue
             if self._came:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
-                    if os.isatty(1):  # where a progress bar hid it
-                        os.write(1, SHOW_CURSOR)
+                    os.write(sys.stderr.fileno(), f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
+                    if os.isatty(sys.stdout.fileno()):  # where a progress bar hid it
+                        os.write(sys.stdout.fileno(), SHOW_CURSOR)
                 os._exit(128 + byte[0])
             self._came = True
             print(f"\n{name}: saving what there is, then leaving; a second signal stops at once.", file=sys.stderr,

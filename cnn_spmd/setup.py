@@ -8,11 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from cnn_spmd import communication, models, optim, program
+from cnn_spmd import cluster, communication, models, optim, program
 from cnn_spmd import config as configs
 from cnn_spmd import mesh as meshes
 from cnn_spmd.data import batches, sources
@@ -65,11 +63,9 @@ def prepare(config: ml_collections.ConfigDict, devices: list | None = None, data
         check(setup)
         return setup
     data = data or sources.load(config.data, assemble)
-    if jax.process_count() > 1:  # each process decides on the fallback by itself: they must have come to the same
-        name = f"{data.name} {data.files} {data.digest}"
-        name = np.frombuffer(name.encode().ljust(64)[:64], np.uint8)
-        multihost_utils.assert_equal(name, f"data: this process has {data.name}, another one has another data set")
-    return assemble(data)
+    setup = assemble(data)
+    cluster.agree(setup.saved)  # each process decides on the fallback by itself
+    return setup
 
 
 def _assemble(config: ml_collections.ConfigDict, place: Placement, memory: float | None, data: sources.Dataset) -> Setup:
@@ -97,9 +93,7 @@ def device_memory(place: Placement) -> float | None:
         device = next(device for device in place.mesh.devices.flat if device.process_index == jax.process_index())
         stats = device.memory_stats()
     memory = float((stats or {}).get("bytes_limit", 0))
-    if jax.process_count() > 1:  # all must come to the same
-        memory = multihost_utils.process_allgather(np.float32(memory)).min()
-    return memory or None
+    return min(cluster.exchange(memory)) or None  # all must come to the same
 
 
 def refuse_beyond_memory(setup: Setup) -> None:

@@ -16,9 +16,9 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from cnn_spmd import cluster, optim, profile, program
 from cnn_spmd import config as configs
 from cnn_spmd import metrics as metrics_lib
-from cnn_spmd import optim, profile, program
 from cnn_spmd import workdir as workdirs
 from cnn_spmd.checkpoint import Checkpoints
 from cnn_spmd.data import batches
@@ -52,6 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     with Interrupt() as interrupt:
         interrupt.check()
         with workdirs.opened(workdir, setup.saved) as old_summary:
+            cluster.same_folder(workdir, workdir / workdirs.LOCK)
             if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:
                 say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy "
                     f"{old_summary['eval']['accuracy']:.2%}. Nothing to do"
