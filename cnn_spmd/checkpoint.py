@@ -42,8 +42,8 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int, run: str):
         self.directory, self.keep, self.run = directory, keep, run
-        self._readable = False  # whether a save of this process has been read back
-        self._pending: concurrent.futures.Future | None = None
+        self._readable = False  # whether a save of this command has been read back
+        self._pending: tuple[concurrent.futures.Future, int, dict] | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1)
 
     def restore(self, abstract_state: Any) -> Any | None:
@@ -137,23 +137,20 @@ class Checkpoints:
             response = ocp.save_async(self.directory / f"{SAVING}{step}", named, overwrite=True)
         except Exception as error:
             raise self._failed(step, error) from error
-        abstract = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in named.items()}
-        self._pending = self._background.submit(self._finish, step, response, accuracy, abstract)
+        on_host = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in named.items()}
+        self._pending = self._background.submit(self._finish, step, response, accuracy), step, on_host
 
-    def _finish(self, step: int, response, accuracy: float | None, abstract: dict) -> None:
+    def _finish(self, step: int, response, accuracy: float | None) -> None:
         try:
             response.result()
             if jax.process_index() == 0:
-                self._commit(step, accuracy, abstract)
+                self._commit(step, accuracy)
         except Exception as error:
             raise self._failed(step, error) from error
 
-    def _commit(self, step: int, accuracy: float | None, abstract: dict) -> None:
+    def _commit(self, step: int, accuracy: float | None) -> None:
         """Give a written step its manifest and its name; remove the steps that need not be kept."""
         written, final = self.directory / f"{SAVING}{step}", self.directory / str(step)
-        if not self._readable:  # once: whatever makes a path or a disk unreadable shows at the first save
-            _read_back(written, abstract)
-            self._readable = True
         self._write_manifest(written, step, accuracy)
         if final.exists():
             _set_aside(final, "is in the way of a new save of this step")
@@ -173,10 +170,25 @@ class Checkpoints:
                          f"{self.last_good()}")
 
     def wait(self) -> None:
-        """Return once the last save is whole on disk. Raises SaveError where it failed."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Return once the last save is whole on disk, and the first one has been read back too.
+
+        Whatever makes a path or a disk unreadable shows then. Raises SaveError where it failed.
+        """
+        if self._pending is None:
+            return
+        (saved, step, on_host), self._pending = self._pending, None
+        saved.result()
+        if self._readable:
+            return
+        if jax.process_count() > 1:  # Orbax counts what each process asks of it: all must read, or none
+            multihost_utils.sync_global_devices(f"step {step} has its name")
+        try:
+            ocp.load(self.directory / str(step), on_host)
+        except Exception as error:
+            if jax.process_index() == 0:
+                _set_aside(self.directory / str(step), "cannot be read back")
+            raise self._failed(step, error) from error
+        self._readable = True
 
     def last_good(self) -> str:
         """Where a person finds the newest checkpoint, in words."""
@@ -236,14 +248,6 @@ class Checkpoints:
             if found.get(name) != wanted[name]:
                 raise ValueError(f"is damaged: {name} is {'changed' if name in found else 'missing'}")
         return True
-
-
-def _read_back(directory: pathlib.Path, abstract: dict) -> None:
-    """Load a written step on this process alone, into host memory. Raises whatever Orbax does."""
-    alone = ocp.Context()
-    alone.multiprocessing.active_processes = {0}
-    with alone:
-        ocp.load(directory, abstract)
 
 
 def _named(state: Any) -> dict[str, Any]:

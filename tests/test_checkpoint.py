@@ -231,7 +231,7 @@ def test_a_file_in_the_place_of_a_folder_is_named_and_kept(tmp_path, state):
     assert (tmp_path / "a/3").read_text() == "precious"
 
 
-@pytest.mark.parametrize("fails", ["_hashes", "_read_back", "disk_usage"])
+@pytest.mark.parametrize("fails", ["_hashes", "disk_usage"])
 def test_a_save_that_fails_is_one_line_and_leaves_the_others(tmp_path, state, monkeypatch, fails):
     saved(tmp_path, state, [1])
 
@@ -269,9 +269,9 @@ def test_the_first_save_is_read_back(tmp_path, state, monkeypatch):
     monkeypatch.setattr(checkpoint.ocp, "save_async", lambda path, *_, **__: (path.mkdir(parents=True), Done())[1])
     checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
     checkpoints.save(2, state)
-    with pytest.raises(checkpoint.SaveError, match="step 2 cannot be saved"):
+    with pytest.raises(checkpoint.SaveError, match=r"step 2 cannot be saved .* no checkpoint was saved yet"):
         checkpoints.wait()
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["broken-2"]
 
 
 class Done:
