@@ -14,12 +14,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
 
 from cnn_spmd import metrics, plots, report, setup
 from cnn_spmd import workdir as workdirs
+from cnn_spmd.canvas import Figure, FontProperties, TextPath
 from cnn_spmd.checkpoint import Checkpoints
 from cnn_spmd.data import sources
 from cnn_spmd.errors import UserError
