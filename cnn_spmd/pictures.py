@@ -5,6 +5,7 @@ They and pictures.json, which holds their captions and numbers, go into the run'
 Shapes: K filters, H height, W width, C channels or classes; T test images, N training images, B batch, F activations.
 """
 
+import bisect
 import dataclasses
 import pathlib
 
@@ -13,12 +14,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
 
 from cnn_spmd import metrics, plots, report, setup
 from cnn_spmd import workdir as workdirs
+from cnn_spmd.canvas import Figure, FontProperties, TextPath
 from cnn_spmd.checkpoint import Checkpoints
 from cnn_spmd.data import sources
 from cnn_spmd.errors import UserError
@@ -238,11 +237,16 @@ def show(axes, image_HWC: np.ndarray, label: str, share: float, **style) -> None
 
 def short(text: str, share: float, *, fontsize: float, weight: str = "normal", **_) -> str:
     """As much of the text, in letters of this size, as fits into a share of the figure's width."""
-    def width(text: str) -> float:  # in points; of "$" this would see formulas
+    def width(text: str) -> float:  # in points; of "$" this would see formulas, and of blanks nothing
+        if not text.strip():
+            return 0.0
         return TextPath((0, 0), text.replace("$", "S"), fontsize, prop=FontProperties(weight=weight)).get_extents().width
 
-    shown = text
-    while width(shown) > share * 72 * plots.WIDTH:
-        text = text[:-1]
-        shown = f"{text}…"
-    return shown
+    room, longest = share * 72 * plots.WIDTH, 16  # of a long name only a beginning is measured
+    while longest < len(text) and width(text[:longest]) <= room:
+        longest *= 2
+    if width(text[:longest]) <= room:
+        return text
+    lengths = range(1, min(longest, len(text)))
+    kept = bisect.bisect_right(lengths, room, key=lambda length: width(f"{text[:length]}…"))
+    return f"{text[:kept]}…"

@@ -9,12 +9,8 @@ import io
 import re
 import textwrap
 
-import matplotlib
-from matplotlib import ticker
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from cnn_spmd import papers
+from cnn_spmd import canvas, papers
+from cnn_spmd.canvas import Axes, Figure, ticker
 from cnn_spmd.compare import average, panel_of, speedups, values
 
 RC = {"svg.fonttype": "none", "svg.hashsalt": "cnn_spmd", "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold",
@@ -30,7 +26,7 @@ OTHER = ("#222222", "P", (0, (1, 3)))
 
 
 def style() -> contextlib.AbstractContextManager:
-    return matplotlib.rc_context(RC)
+    return canvas.style(RC)
 
 
 def svg(fig: Figure, label: str) -> str:

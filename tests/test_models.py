@@ -87,6 +87,28 @@ def test_max_pool_against_numpy(size, window, strides, ceil, levers):
         jax.grad(lambda x: (layers.max_pool(x, window, strides, ceil, levers=levers) * weight).sum())(x), gradient)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("size", "window", "strides"), [(32, 15, 15), (32, 16, 16), (32, 16, 8), (40, 20, 20)])
+def test_max_pool_of_wide_windows_against_flax(size, window, strides, biased):
+    """Maxima lie everywhere in the windows, also where a byte has no code for them."""
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (32, size, size, 3), jnp.float64)
+        bias_C = jnp.linspace(-4, 0, 3, dtype=jnp.float64)
+
+        def ours(x, bias_C):
+            return layers.max_pool(x, window, strides, bias_C=bias_C if biased else None)
+
+        def theirs(x, bias_C):
+            largest = nnx.max_pool(x, (window, window), (strides, strides))
+            return nnx.relu(largest + bias_C) if biased else largest
+
+        (got, pull), (expected, pull_expected) = (jax.vjp(f, x, bias_C) for f in (ours, theirs))
+        gradient = jax.random.normal(jax.random.key(1), expected.shape, jnp.float64)
+        for one, other in zip((got, *pull(gradient)), (expected, *pull_expected(gradient)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+        assert bool((expected == 0).any()) == biased
+
+
 def test_networks_of_the_claims_lack_what_they_say():
     def of(name: str, kind: type) -> list:
         return [spec for spec in models.STACKS[name] if isinstance(spec, kind)]

@@ -146,6 +146,21 @@ def test_few_classes_and_images_are_drawn(config):
     assert pictures.short("i" * 20, 0.12, fontsize=7) == "i" * 20
 
 
+def test_a_long_name_keeps_all_letters_that_fit_and_the_rest_is_not_measured(monkeypatch):
+    measured, of_text = [], pictures.TextPath
+    monkeypatch.setattr(pictures, "TextPath", lambda at, text, *rest, **more: measured.append(text) or of_text(
+        at, text, *rest, **more))
+    for name in ("great white shark, man-eater", "A V" * 9, "i" * 70, "W" * 17, "n01440764", "x" + " " * 40 + "y", " "):
+        short = pictures.short(name, 0.12, fontsize=7)
+        fitting = [f"{name[:kept]}…" for kept in range(len(name)) if pictures.short(
+            f"{name[:kept]}…", 0.12, fontsize=7) == f"{name[:kept]}…"]
+        assert short in (name, fitting[-1])
+        assert (short == name) == (name in ("n01440764", " "))
+    measured.clear()
+    assert pictures.short("abcdefgh " * 222, 0.12, fontsize=7).startswith("abcdefgh")
+    assert sum(map(len, measured)) < 400
+
+
 @pytest.fixture
 def saved(config, tmp_path):
     """Writes config.json of a run of `config` with some changes, and nothing else; returns the folder."""

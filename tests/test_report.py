@@ -3,12 +3,15 @@
 import csv
 import html
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
-from cnn_spmd import charts, compare, papers, plots, report, tables
+from cnn_spmd import canvas, charts, compare, papers, plots, report, tables
 
 TOP = [dict(name=f"kernel<{n}>" + "_long" * 10 * (n == 3), milliseconds=0.5 / n, count=n, communication=n == 2)
        for n in range(1, 15)]
@@ -240,6 +243,43 @@ def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):
     assert "kernel<10>" in markdown
     assert "kernel<11>" not in markdown
     assert rows[1]["profile.exposed_milliseconds"] == "0.875"
+
+
+@pytest.mark.usefixtures("drawn")
+def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
+    """Neither on those of this process, nor on an unknown backend and a matplotlibrc with TeX in another one."""
+    folder = write_sweep(tmp_path / "s", RUNS[:2])
+    page = written(capsys, folder)[1]
+    own = {"text.usetex": True, "font.size": 30, "axes.facecolor": "red", "savefig.bbox": "tight"}
+    with canvas.matplotlib.rc_context(own):
+        before = dict(canvas.matplotlib.rcParams)
+        assert written(capsys, folder)[1] == page
+        assert dict(canvas.matplotlib.rcParams) == before
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
+    variables = dict(MPLBACKEND="module://no.such.backend", PYTHONPATH=str(pathlib.Path(report.__file__).parents[1]))
+    made = subprocess.run([sys.executable, "-m", "cnn_spmd.report", str(folder)], cwd=tmp_path, capture_output=True,
+                          env=os.environ | variables, text=True)
+    assert made.returncode == 0, made.stderr
+    assert (folder / "report.html").read_text() == page
+
+
+def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monkeypatch):
+    """As with a matplotlibrc that is no text, or without a folder for its cache."""
+    for name in ("canvas", "plots", "charts"):
+        monkeypatch.delitem(sys.modules, f"cnn_spmd.{name}")
+        monkeypatch.delattr(f"cnn_spmd.{name}")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "matplotlib":
+                raise ValueError("no such text")
+
+    monkeypatch.delitem(sys.modules, "matplotlib")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert report.main([str(write_run(tmp_path / "run"))]) == 2
+    assert capsys.readouterr().err == "error: matplotlib cannot be imported: no such text\n"
+    assert os.environ["MPLBACKEND"] == "Agg"
 
 
 def test_error_bars_are_the_percentiles_of_the_step_time():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+WIDEST = 15  # the index is a byte: a window of 16x16 has 256 codes, which leaves no room for two marks
 NONE = 254  # the index of a window that passes no gradient on: the ReLU after it is zero
 WARPS = triton.CompilerParams(num_warps=8)
 

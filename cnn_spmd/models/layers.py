@@ -156,13 +156,14 @@ def max_pool(x_NHWC: jax.Array, window: int, strides: int, ceil: bool = False, *
     ceil: a last window that reaches over the edge counts, as in cuda-convnet; else it is left out. channels: their logical
     axis; the result is placed as the input is, else XLA may gather the larger input for what comes next. bias_C: is added to
     the maxima, with a ReLU on top.
-    The pool remembers where the first maximum of each window was ("pool_index"): a byte an output is all that the gradient
-    needs. Without that lever, windows that neither overlap nor leave a gap are a reshape and a max, among whose equal maxima
-    the gradient is shared; others are two maxima in a row.
+    The pool remembers where the first maximum of each window was ("pool_index"): a byte an output is all
+    that the gradient needs. Without that lever, and for windows above kernels.WIDEST, windows that
+    neither overlap nor leave a gap are a reshape and a max, among whose equal maxima the gradient is
+    shared; others are two maxima in a row.
     """
     axes = ("conv_batch", None, None, channels)
     height, width = x_NHWC.shape[1:3]
-    if "pool_index" in levers:
+    if "pool_index" in levers and window <= kernels.WIDEST:
         settings = Pool(window, strides, ceil, (height, width), functools.partial(place.local, axes))
         return place(_indexed_max_pool(x_NHWC, bias_C, settings), *axes)
     if window == strides and height % window == 0 and width % window == 0:
