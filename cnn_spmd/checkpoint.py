@@ -238,7 +238,7 @@ class Checkpoints:
         manifest = _read_manifest(directory)
         if not manifest.get("files"):
             raise ValueError(f"has an unreadable {MANIFEST}")
-        if (run := manifest.get("run", self.run)) != self.run:
+        if (run := manifest.get("run") or self.run) != self.run:
             raise ValueError(f"is of another run ({run}, this one is {self.run})")
         if (named := manifest.get("step", step)) != step:
             raise ValueError(f"is step {named} by its {MANIFEST}")

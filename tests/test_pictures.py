@@ -181,7 +181,7 @@ def saved(config, tmp_path):
     (dict(dataset="digits"), "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir"),
     (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
     (dict(data_digest="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
-    (dict(eval={}, optimizer=3), "optimizer."),
+    (dict(eval={}, optimizer=3), "optimizer=3: expected a dict"),
     (dict(data=3), "config.json is damaged or of another version"),
 ])
 def test_bad_input_is_one_line(saved, capsys, monkeypatch, changes, message):
