@@ -139,8 +139,10 @@ def launch(argv: list[str]) -> int:
         config.profile = PROFILE.value or config.profile
         workdir = WORKDIR.value and pathlib.Path(WORKDIR.value).expanduser()
         if DRY_RUN.value:
-            train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
-            return 0
+            report = train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
+            if "error" in report:
+                print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
+            return int("error" in report)
         workdir = workdir or pathlib.Path(default_workdir(config.experiment))
         summary = train.run(config, workdir)
     except UserError as error:
