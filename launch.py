@@ -117,8 +117,10 @@ def launch(argv: list[str]) -> int:
         metrics.say(cluster.size())
     workdir = WORKDIR.value and workdirs.local(WORKDIR.value)
     if DRY_RUN.value:
-        train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
-        return 0
+        report = train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
+        if "error" in report:
+            print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
+        return int("error" in report)
     workdir = workdir or workdirs.local(default_workdir(config.experiment))
     try:
         summary = train.run(config, workdir)

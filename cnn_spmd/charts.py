@@ -36,9 +36,11 @@ def charts(sweep: dict, groups: list[dict]) -> list[tuple[str, list[str], str]]:
                           "Throughput relative to the one-device run with the same settings, both scales logarithmic; a line "
                           f"joins each scheme's fastest meshes.{alone} {papers_caption(published)} {timed}"))
         for title, bars, caption in BARS if groups else ():
-            shown = [with_a_speed(members) if bars is step_bars else members for members in panels.values()]
-            pictures = [plots.bars(members, *bars(members)) for members in shown if members]
-            drawn.append((title, pictures, f"{caption} {compiled}" if caption
+            choose = {step_bars: with_a_speed, moved_bars: with_a_report}.get(bars, list)
+            pictures = [plots.bars(shown, *bars(shown)) for shown in map(choose, panels.values()) if shown]
+            silent = [run["name"] for group in groups if group not in choose(groups) for run in group["runs"]]
+            silent = f" Without a report on the program: {', '.join(silent)}." if silent else ""
+            drawn.append((title, pictures, f"{caption} {compiled}{silent}" if caption
                           else f"{split_caption(with_a_speed(groups))} {timed}"))
         if any(run["metrics"] for run in sweep["runs"]):
             none = [run["name"] for run in sweep["runs"] if not run["metrics"]]
@@ -50,6 +52,10 @@ def charts(sweep: dict, groups: list[dict]) -> list[tuple[str, list[str], str]]:
 
 def with_a_speed(groups: list[dict]) -> list[dict]:
     return [group for group in groups if average(group, "images_per_second")]
+
+
+def with_a_report(groups: list[dict]) -> list[dict]:
+    return [group for group in groups if group["runs"][0]["figures"]["collectives"] is not None]
 
 
 # ---- Words
@@ -146,7 +152,8 @@ def moved_bars(groups: list[dict]) -> tuple:
 
 
 def held_bars(groups: list[dict]) -> tuple:
-    parts = {name: (*look, megabytes(groups, "bytes_per_device", name)) for name, look in HELD.items()}
+    parts = {name: (*look, [size or 0.0 for size in megabytes(groups, "bytes_per_device", name)])
+             for name, look in HELD.items()}
     return "MB on a device", parts, ("peak", megabytes(groups, "peak_bytes"))
 
 

@@ -13,12 +13,27 @@ wherever the gathered input lay split over the same devices, and where the outpu
 gradient is then gathered). Scalars, labels and the softmax's sums are left out.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from flax import nnx
 
 from cnn_spmd.hlo import RING_PARTS
 from cnn_spmd.placement import Placement, mesh_axes_of
+
+
+def covers(place: Placement, compiled: Sequence[dict]) -> bool:
+    """Tell whether the closed form knows how a placement moves its batch.
+
+    It knows batches that are split further, or gathered, along the last of their mesh axes. For other
+    moves XLA permutes devices, and may split an axis (Collective.axes in hlo.py).
+    """
+    sizes = place.mesh.shape
+    rows = [place.row.get(f"{layers}_batch") for layers in ("conv", "dense", "output")]
+    batches = [[axis for axis in axes if sizes[axis] > 1] for axes in mesh_axes_of(rows)]
+    nested = all(one[:len(other)] == other or other[:len(one)] == one
+                 for one, other in itertools.pairwise(batches))
+    return nested and all(axis in sizes for row in compiled for axis in row["axes"])
 
 
 def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]], params: Sequence[tuple[str, nnx.Param]],
@@ -78,16 +93,18 @@ def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]
     return rows
 
 
-def compare(compiled: Sequence[dict], theory: Sequence[dict]) -> list[dict]:
+def compare(compiled: Sequence[dict], theory: Sequence[dict] | None) -> list[dict]:
     """Rows a set of mesh axes and kind (gather, reduce, or a kind of its own): payload compiled, payload in theory.
 
+    theory: None where the closed form does not cover the program; so is then the payload in theory.
     All-reduce and reduce-scatter are one kind: their payload is the same, and the CPU compiler knows the former only.
     """
     kinds = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}
     totals: dict[tuple, list[int]] = {}
-    for column, rows in enumerate((compiled, theory)):
+    for column, rows in enumerate((compiled, theory or ())):
         for row in rows:
             key = kinds.get(row["operation"], row["operation"]), tuple(row["axes"])
             totals.setdefault(key, [0, 0])[column] += row["bytes"]
-    return [dict(kind=kind, axes=list(axes), compiled_bytes=got, closed_form_bytes=expected)
+    return [dict(kind=kind, axes=list(axes), compiled_bytes=got,
+                 closed_form_bytes=None if theory is None else expected)
             for (kind, axes), (got, expected) in sorted(totals.items())]

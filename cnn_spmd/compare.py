@@ -115,9 +115,11 @@ def cells(group: dict) -> list[str]:
     """A group's row under COLUMNS."""
     times = {name: average(group, "step_milliseconds", name) for name in ("median", "p10", "p90")}
     gains = speedups(group)
-    held = [sum(run["figures"]["bytes_per_device"].values()) / 1e6 for run in group["runs"]]
+    held = [sum(size or 0 for size in run["figures"]["bytes_per_device"].values()) / 1e6 for run in group["runs"]]
     theory = average(group, "closed_form_ring_bytes")
-    ring = None if theory is None else average(group, "ring_bytes")  # older runs counted one part of a variable batch
+    # Older runs, which have no theory for a variable batch, counted one part of it.
+    older = theory is None and any(run["figures"].get("dense_microbatch", 1) for run in group["runs"])
+    ring = None if older else average(group, "ring_bytes")
     return ["x".join(map(str, group["mesh"])), group["parallelism"], group["panel"], str(len(group["runs"])),
             rate(values(group, "images_per_second")),
             "" if None in times.values() else "{median:,.3f} ({p10:,.3f} to {p90:,.3f})".format(**times),

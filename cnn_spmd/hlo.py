@@ -48,7 +48,8 @@ class Collective:
     """One collective instruction, as one device sees it.
 
     `axes` are the mesh axes along which the devices of a group differ, in the mesh's order (never one of size 1), and
-    `group_size`, g, is the product of their sizes. `shapes` are the arrays that one device receives.
+    `group_size`, g, is the product of their sizes. XLA may split an axis: groups that are no whole axes have one entry,
+    such as "data (2 of 4)", groups of 2 among the 4 devices along `data`. `shapes` are the arrays that one device receives.
 
     `bytes` is one device's whole payload: what it holds before an all-reduce, reduce-scatter, all-to-all or
     collective-permute, and after an all-gather or collective-broadcast; for a ragged-all-to-all its output buffer, an
@@ -80,8 +81,7 @@ def parse_collectives(hlo_text: str, mesh_shape: dict[str, int], steps: int = 1)
     partitions of a program jitted over that mesh. `steps`: an outermost loop that runs so often is that over the steps of a
     call, and what is in it counts once. An asynchronous collective counts where it starts. Groups of one device move nothing
     and are left out. Raises ValueError, quoting the line, for an operation, shape, element type or syntax of groups that is
-    not known, for groups that no set of mesh axes makes, for `send` or `recv`, and for a loop whose number of runs is not
-    told.
+    not known, for groups of several sizes, for `send` or `recv`, and for a loop whose number of runs is not told.
     """
     instructions, collectives, callers, computation = {}, [], {}, ""
     for line in re.sub(r"/\*index=\d+\*/", "", hlo_text).splitlines():
@@ -129,8 +129,9 @@ def _collective(name, shape, opcode, instructions, mesh_shape) -> list[Collectiv
         raise ValueError(f"unknown collective {opcode!r}")
     if operation == "collective-permute":
         axes = _permuted_axes(attributes, mesh_shape)
+        size = math.prod(mesh_shape[axis] for axis in axes)
     else:
-        axes = _grouped_axes(_replica_groups(operation, attributes, math.prod(mesh_shape.values())), mesh_shape)
+        axes, size = _grouped_axes(_replica_groups(operation, attributes, math.prod(mesh_shape.values())), mesh_shape)
     if not axes:
         return []
     shape = re.sub(r"\{[^{}]*\}", "", shape)  # the layouts
@@ -143,7 +144,6 @@ def _collective(name, shape, opcode, instructions, mesh_shape) -> list[Collectiv
         if dtype not in DTYPE_BYTES:
             raise ValueError(f"unknown element type {dtype!r}")
         payload += DTYPE_BYTES[dtype] * math.prod(int(n) for n in dimensions.split(",") if n)
-    size = math.prod(mesh_shape[axis] for axis in axes)
     payload *= size if operation == "reduce-scatter" else 1
     ring_bytes = round(RING_PARTS[operation](size) * payload / size)
     return [Collective(operation, axes, size, tuple(shapes), payload, ring_bytes, _phase(name, instructions), name)]
@@ -201,14 +201,18 @@ def _iota(text: str) -> np.ndarray:
     return np.arange(math.prod(numbers)).reshape(numbers).transpose(axes).ravel()
 
 
-def _grouped_axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> tuple[str, ...]:
+def _grouped_axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    """The `axes` of a Collective, and the number of devices in a group."""
     if sorted(itertools.chain(*groups)) != list(range(math.prod(mesh_shape.values()))):
         raise ValueError(f"replica_groups do not hold each device of {mesh_shape} once")
-    axes = {_differing(group, mesh_shape) for group in groups}
     sizes = {len(group) for group in groups}
-    if len(axes) > 1 or sizes != {math.prod(mesh_shape[axis] for axis in min(axes))}:
-        raise ValueError(f"replica_groups match no axes of {mesh_shape}")
-    return axes.pop()
+    if len(sizes) > 1:
+        raise ValueError(f"replica_groups of several sizes: {sorted(sizes)}")
+    (size,) = sizes
+    differing = {axis for group in groups for axis in _differing(group, mesh_shape)}
+    axes = tuple(axis for axis in mesh_shape if axis in differing)
+    devices = math.prod(mesh_shape[axis] for axis in axes)
+    return axes if size == devices else (f"{'+'.join(axes)} ({size} of {devices})",), size
 
 
 def _permuted_axes(attributes: str, mesh_shape: dict[str, int]) -> tuple[str, ...]:

@@ -189,7 +189,7 @@ def as_csv(sweeps: list[dict]) -> str:
         bases = {compare.key_of(group["runs"][0]): group["base"] for group in compare.groups_of(sweep["runs"])}
         for run in sweep["runs"]:
             figures = dict(run["figures"])
-            for operation in figures.pop("collectives", []):
+            for operation in figures.pop("collectives", None) or ():
                 name = f"ring_bytes.{operation['operation']}"
                 figures[name] = figures.get(name, 0) + operation["ring_bytes"]
             figures["profile"] = {name: value for name, value in (figures.get("profile") or {}).items() if name != "top"}

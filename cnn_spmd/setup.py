@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -166,25 +166,45 @@ def compile_train(setup: Setup, n: int) -> jax.stages.Compiled:
 
 
 def report_of(setup: Setup, compiled: jax.stages.Compiled, n: int, compile_seconds: float) -> dict:
-    """What a compiled program of n steps holds, and moves in a step, JSON-ready: placement, memory, collectives, and theory
-    beside them."""
+    """Report what a compiled program of n steps holds, and moves in a step.
+
+    JSON-ready: placement, memory, collectives, and theory beside them. No error of the report ends a run:
+    then what is not known is null or empty, and `error`, which is not there otherwise, says why.
+    """
+    config, place, abstract = setup.config, setup.place, setup.steps.abstract_state
+    report = dict(
+        parallelism=config.parallelism, devices=place.mesh.size, model=config.model.name, batch_size=config.batch_size,
+        dtype=config.dtype, **setup.identity, data_on_device=config.data.resident == "yes",
+        param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)), placement=[], activations=[],
+        bytes_per_device=dict(parameters=None, optimizer=None), closed_form=None, communication=None,
+        closed_form_ring_bytes=None, compile_seconds=round(compile_seconds, 2), **program.compiler_of(place.mesh),
+        **program.UNKNOWN)
+    try:
+        for part in _parts_of_report(setup, compiled, n):
+            report |= part
+    except Exception as error:
+        report["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+    return report
+
+
+def _parts_of_report(setup: Setup, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]:
+    """Give the parts of the report one by one, so that an error leaves those before it."""
     config, data, place, steps = setup
     abstract = steps.abstract_state
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     params = [(name_of(path), leaf) for path, leaf in leaves]
     activations = steps.activations(config.batch_size, image_size(config, data))
     itemsize = jnp.dtype(config.dtype).itemsize
-    report = program.report(compiled, place.mesh, n)
-    dense_updates = 1 if steps.dense_optimizer is None else config.batch_size // config.dense_microbatch
-    theory = communication.closed_form(place, activations, params, itemsize, dense_updates)
-    return dict(
-        parallelism=config.parallelism, devices=place.mesh.size, model=config.model.name, batch_size=config.batch_size,
-        dtype=config.dtype, **setup.identity, data_on_device=config.data.resident == "yes",
-        param_count=sum(leaf.size for _, leaf in params),
+    yield dict(
         placement=[place.report(name, leaf.axes, leaf.shape, leaf.dtype.itemsize) for name, leaf in params],
         activations=[place.report(*activation, itemsize) for activation in activations],
         bytes_per_device=dict(parameters=program.bytes_per_device(abstract.params),
-                              optimizer=program.bytes_per_device(abstract.optimizer)),
-        closed_form=theory, communication=communication.compare(report["collectives"], theory),
-        closed_form_ring_bytes=sum(row["ring_bytes"] for row in theory),
-        compile_seconds=round(compile_seconds, 2)) | report
+                              optimizer=program.bytes_per_device(abstract.optimizer)))
+    found = program.report(compiled, place.mesh, n)
+    yield found
+    theory, collectives = None, found["collectives"]
+    if communication.covers(place, collectives):
+        dense_updates = 1 if steps.dense_optimizer is None else config.batch_size // config.dense_microbatch
+        theory = communication.closed_form(place, activations, params, itemsize, dense_updates)
+    yield dict(closed_form=theory, communication=communication.compare(collectives, theory),
+               closed_form_ring_bytes=None if theory is None else sum(row["ring_bytes"] for row in theory))

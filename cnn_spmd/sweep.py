@@ -249,8 +249,9 @@ def table_of(rows: Sequence[dict], caption: str = "") -> table.Table:
 def _cells(row: dict) -> list[str]:
     cells, got = [row["name"], row["status"]], row["figures"]
     times = got.get("step_milliseconds") or {}  # none where a resumed run had no step left to do
+    ring = got.get("ring_bytes")  # none where there is no report on the program
     for value, form in ((got.get("images_per_second"), "{:,.0f}"), (times.get("median"), "{:.2f}"),
-                        (got.get("ring_bytes", 0) / 1e6 if got else None, "{:.1f}"), (got.get("accuracy"), "{:.2%}"),
+                        (None if ring is None else ring / 1e6, "{:.1f}"), (got.get("accuracy"), "{:.2%}"),
                         (row["seconds"], "{:.0f}")):
         cells.append("" if value is None else form.format(value))
     return [*cells, row["reason"]]

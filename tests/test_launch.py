@@ -22,7 +22,7 @@ from PIL import Image
 
 import launch
 from cnn_spmd import config as configs
-from cnn_spmd import interrupt
+from cnn_spmd import interrupt, program
 from cnn_spmd import workdir as workdirs
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
@@ -280,6 +280,18 @@ def test_help_shows_every_flag(start):
     for flag in ("--config: ", "--mesh", "--sweep", "--batch_per_device", "--profile", "--cpu_devices", "--workdir",
                  "--[no]dry_run", "Exit codes"):
         assert flag in out
+
+
+def test_a_dry_run_without_a_whole_report_fails(config, monkeypatch, capsys):
+    given = dict(CONFIG=config, DRY_RUN=True)
+    for name, holder in [*vars(launch).items()]:
+        if isinstance(holder, launch.flags.FlagHolder):
+            monkeypatch.setattr(launch, name, types.SimpleNamespace(value=given.get(name, holder.default)))
+    assert launch.launch(["launch.py"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(program, "parse_collectives", lambda *_: (_ for _ in ()).throw(ValueError("not known")))
+    assert launch.launch(["launch.py"]) == 1
+    assert capsys.readouterr().err == "error: there is no whole report: ValueError: not known\n"
 
 
 def test_default_workdir_is_named_after_experiment_and_time(start, tmp_path):

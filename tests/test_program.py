@@ -266,6 +266,10 @@ def test_payload_of_literal_lines(line, operation, shapes, size):
         ("mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", ("data",)),
         ("{{0},{1},{2},{3},{4},{5},{6},{7}}", None),
         ("[8,1]<=[8]", None),
+        ("{{0,2},{4,6},{1,3},{5,7}}", ("data (2 of 4)",)),  # XLA split an axis
+        ("[4,2]<=[2,2,2]T(0,2,1)", ("data (2 of 4)",)),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1','axis_2'}", ("data+model (4 of 8)",)),
+        ("{{0,3},{1,2},{4,7},{5,6}}", ("data+model (2 of 8)",)),
         ("mesh['data'=4,'model'=2] {}", None),
         ("mesh['axis_0'=8,'axis_1'=1] {'axis_1'}", None),
     ],
@@ -386,9 +390,7 @@ GOOD = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
         ("%r = f32[8] all-reduce(%a), replica_groups=[2,4]<=[4,2]T(1,0)X", "unknown or missing replica_groups"),
         ("%r = f32[8] all-reduce(%a), replica_groups=[3,2]<=[8]", "reshape"),
         ("%r = f32[8] all-reduce(%a), replica_groups={{},{}}", "unknown or missing replica_groups"),
-        ("%r = f32[8] all-reduce(%a), replica_groups={{0,3},{1,2},{4,7},{5,6}}", "match no axes"),
-        ("%r = f32[8] all-reduce(%a), replica_groups={{0,2},{4,6},{1,3},{5,7}}", "match no axes"),
-        ("%r = f32[8] all-reduce(%a), replica_groups={{0,1},{2,4,6},{3,5,7}}", "match no axes"),
+        ("%r = f32[8] all-reduce(%a), replica_groups={{0,1},{2,4,6},{3,5,7}}", "replica_groups of several sizes: [2, 3]"),
         ("%r = f32[8] all-reduce(%a), replica_groups={{0,1},{2,3}}", "each device"),
         ("%r = f32[8] all-reduce(%a), replica_groups=[8,2]<=[16]", "each device"),
         ("%r = f32[8] all-reduce(%a), channel_id=1, replica_groups={{0}}", "of replicas, not devices"),
@@ -404,10 +406,18 @@ def test_an_unknown_form_raises_naming_the_line(line, reason):
     assert line in str(error.value)
 
 
-def test_groups_along_different_axes_raise_though_their_sizes_agree():
+def test_groups_along_different_axes_are_those_of_no_axis_though_their_sizes_agree():
     line = "%r = f32[8] all-reduce(%a), replica_groups={{0,1},{2,3},{4,6},{5,7}}"
-    with pytest.raises(ValueError, match="match no axes"):
-        parse(line, {"a": 2, "b": 2, "c": 2})
+    assert one(line, {"a": 2, "b": 2, "c": 2}).axes == ("b+c (2 of 4)",)
+
+
+def test_bytes_of_groups_that_are_no_whole_axes():
+    """Each of the 2 devices sends half, though 4 lie along the axis."""
+    groups = "replica_groups={{0,2},{4,6},{1,3},{5,7}}"
+    gather = one(f"%r = f32[8] all-gather(%a), {groups}")
+    assert (gather.group_size, gather.bytes, gather.ring_bytes) == (2, 32, 16)
+    scatter = one(f"%r = f32[8] reduce-scatter(%a), {groups}")
+    assert (scatter.group_size, scatter.bytes, scatter.ring_bytes) == (2, 64, 32)
 
 
 def test_summary_rows_are_grouped_and_the_heaviest_come_first():

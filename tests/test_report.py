@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from cnn_spmd import canvas, charts, compare, papers, plots, report, tables
+from cnn_spmd import canvas, charts, compare, papers, plots, report, sweep, tables, train
 
 TOP = [dict(name=f"kernel<{n}>" + "_long" * 10 * (n == 3), milliseconds=0.5 / n, count=n, communication=n == 2)
        for n in range(1, 15)]
@@ -280,6 +280,31 @@ def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monk
     assert report.main([str(write_run(tmp_path / "run"))]) == 2
     assert capsys.readouterr().err == "error: matplotlib cannot be imported: no such text\n"
     assert os.environ["MPLBACKEND"] == "Agg"
+
+
+@pytest.mark.parametrize("broken", ["program.parse_collectives", "communication.closed_form", "program.bytes_per_device"])
+def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch, broken):
+    """Its files have all fields, and the report on it and on others leaves out what is not known."""
+    monkeypatch.setattr(f"cnn_spmd.{broken}", lambda *_, **__: (_ for _ in ()).throw(ValueError("a form that\nis not known")))
+    config.epochs = 1
+    assert train.run(config, tmp_path / "run")["status"] == "completed"
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert warning == "WARNING: there is no whole report on this program: ValueError: a form that is not known"
+    program, summary = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("program", "summary"))
+    assert program["error"] == "ValueError: a form that is not known"
+    assert program["closed_form_ring_bytes"] is None
+    figures = report.figures_of(tmp_path / "run")
+    unread = broken != "communication.closed_form"
+    assert (figures["ring_bytes"] is summary["collectives"] is None) == unread
+    assert (program["placement"] == []) == (broken == "program.bytes_per_device")
+    row = dict(name="run", status="completed", figures=figures, seconds=1.0, reason="")
+    assert sweep._cells(row)[4] == ("" if unread else "0.0")
+    whole = write_run(tmp_path / "whole", "2x1", 4321.0)
+    for folders in ([tmp_path / "run"], [tmp_path / "run", whole]):
+        _, page, _, errors = written(capsys, *folders)
+        assert not errors
+        assert row_of(page, "run")[1] == "completed"
+        assert ("Without a report on the program: run." in page) == unread
 
 
 def test_error_bars_are_the_percentiles_of_the_step_time():

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cnn_spmd import communication, feed, mesh, models, program, train
 from cnn_spmd import config as configs
-from cnn_spmd import feed, mesh, models, program, train
 from cnn_spmd import setup as setups
 from cnn_spmd.data import batches, sources
 from cnn_spmd.errors import UserError
@@ -436,6 +436,34 @@ def test_what_does_not_divide(model, parallelism, shape, message):
         setup = setup_of(model, parallelism, shape, batch_size=math.prod(shape) * 2)
         setup.steps.activations(setup.config.batch_size, IMAGE_SIZE[model])
         setup.steps.abstract_state  # noqa: B018
+
+
+def test_a_row_for_which_xla_splits_an_axis(monkeypatch):
+    """It trains as on one device, and its report names groups that are no whole axes; the closed form does not cover them."""
+    row = dict(conv_batch="data", dense_batch="model", output_batch="data", fc2_out="data")
+    monkeypatch.setitem(OWN, "crossed", row)
+    one, many = (computed("alexnet", *where) for where in (("data", (1, 1)), ("crossed", (4, 2))))
+    assert many["loss"] == pytest.approx(one["loss"], rel=LOSS_TOLERANCE)
+    report = many["report"]
+    assert "error" not in report
+    # The features of 4 images, of which a device holds 4 and needs 8: from one other along `data`.
+    (gather,) = (row for row in report["collectives"]
+                 if row["axes"] == ["data (2 of 4)"] and row["operation"] == "all-gather" and row["phase"] == "forward")
+    assert gather["bytes"] == 2 * gather["ring_bytes"] > 0
+    assert report["closed_form"] is report["closed_form_ring_bytes"] is None
+    assert {row["closed_form_bytes"] for row in report["communication"]} == {None}
+    assert "  gather over data (2 of 4): " in program.as_text(report)
+    assert " MB compiled, not covered by theory" in program.as_text(report)
+
+
+@pytest.mark.parametrize(("batches", "covered"), [
+    (("data", "model", "data"), False), (("data", "data", "model"), False), ((("data", "model"), "model", "model"), False),
+    ((("data", "model"), ("model", "data"), ("model", "data")), False), ((("model", "data"), "model", "model"), True),
+    ((("model", "data"),) * 3, True), (("data", ("data", "model"), "data"), True), (("model", None, "data"), True)])
+def test_batches_whose_way_the_closed_form_knows(batches, covered):
+    own = dict(zip(("conv_batch", "dense_batch", "output_batch"), batches, strict=True))
+    assert communication.covers(Placement(mesh.make(4, 2), "mine", dict(mine=own)), []) == covered
+    assert communication.covers(Placement(mesh.make(8, 1), "mine", dict(mine=own)), [])  # there is but one axis
 
 
 @pytest.mark.parametrize(("own", "message"), [
