@@ -81,7 +81,6 @@ def opened(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
         old = read(workdir / "config.json")
         if old is None:
             raise UserError(f"--workdir={workdir}: config.json is damaged, so nobody knows what ran here: give a new folder")
-        old.pop("run", None)  # what the run calls itself, see checkpoint.py
         configs.refuse_changes(f"--workdir={workdir}", old, config)
         yield read(workdir / "summary.json") or {}
 
