@@ -29,9 +29,10 @@ import sys
 
 from absl import app, flags, logging
 
-from cnn_spmd import cluster, environment, interrupt
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
+from cnn_spmd.report import write
+from cnn_spmd.training import cluster, environment, interrupt
 
 CONFIG = configs.define_flag(flags.FLAGS)
 MESH = flags.DEFINE_string("mesh", None, "Mesh shape DATAxMODEL, such as 4x2; sets config.mesh. Several, joined by commas, are "
@@ -102,8 +103,12 @@ def launch(argv: list[str]) -> int:
             return BAD_INPUT
         return launch_sweep()
 
-    from cnn_spmd import checkpoint, mesh, metrics, target, train
-    from cnn_spmd import workdir as workdirs
+    from cnn_spmd.analysis import target
+    from cnn_spmd.sharding import mesh
+    from cnn_spmd.training import checkpoint
+    from cnn_spmd.training import log as metrics
+    from cnn_spmd.training import loop as train
+    from cnn_spmd.training import workdir as workdirs
     cluster.join()
     device_count()
     config = CONFIG.value
@@ -143,8 +148,8 @@ def launch_sweep() -> int:
     """A sweep over what the flags name; 0 where every run is completed."""
     import jax
 
-    from cnn_spmd import report, sweep
-    from cnn_spmd import workdir as workdirs
+    from cnn_spmd import sweep
+    from cnn_spmd.training import workdir as workdirs
     if DRY_RUN.value:
         return refuse("--dry_run: expected a single mesh with it, and no --sweep")
     count = CPU_DEVICES.value
@@ -158,7 +163,7 @@ def launch_sweep() -> int:
         combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, count)
         shared = without(flags.FLAGS.read_flags_from_files(sys.argv[1:]), {"mesh", "sweep", "batch_per_device", "workdir"})
         result = sweep.run(CONFIG.value.experiment, shared, combos, jax.devices(), CPU_DEVICES.value, folder)
-        for path in report.write([folder]):
+        for path in write.write([folder]):
             print(path)
     except KeyboardInterrupt:
         again = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(folder)]

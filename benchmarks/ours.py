@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, required=True, help="images a device")
     parser.add_argument("--mesh", default="1x1", help="DATAxMODEL")
-    parser.add_argument("--parallelism", default="hybrid", help="a row of cnn_spmd/placement.py")
+    parser.add_argument("--parallelism", default="hybrid", help="a row of cnn_spmd/sharding/table.py")
     parser.add_argument("--steps_per_call", type=int, default=0, help="0: as the config resolves it")
     parser.add_argument("--steps", type=int, default=400, help="a timing, at least (default: 400)")
     parser.add_argument("--image_size", type=int, default=224, help="32, with --steps 8, tries this script on a CPU")
@@ -31,9 +31,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import jax
 
-    from cnn_spmd import mesh
-    from cnn_spmd.data import batches
-    from cnn_spmd.setup import compile_train, feeds, prepare
+    from cnn_spmd.data import order
+    from cnn_spmd.sharding import mesh
+    from cnn_spmd.training.build import compile_train, feeds, prepare
     from experiments.alexnet_cifar import get_config
 
     config = get_config()
@@ -61,9 +61,9 @@ def main() -> None:
         jax.block_until_ready((state, train_feed.whole))
         since = time.perf_counter()
         starts = range(first, first + at_least, n)
-        for inputs in train_feed.calls(batches.train_indices(seed, start, n, batch_size, examples) for start in starts):
+        for inputs in train_feed.calls(order.train_indices(seed, start, n, batch_size, examples) for start in starts):
             before, (state, values) = values, program(state, *inputs)
-            jax.block_until_ready(before)  # the host is a call ahead at most, as in train.py
+            jax.block_until_ready(before)  # the host is a call ahead at most, as in training/loop.py
             step += n
         jax.block_until_ready((state, values))
         seconds = time.perf_counter() - since

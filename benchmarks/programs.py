@@ -20,7 +20,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import jax
 
-    from cnn_spmd import metrics, target, train
+    from cnn_spmd.analysis import target
+    from cnn_spmd.training import log as metrics
+    from cnn_spmd.training import loop as train
     from experiments.alexnet_cifar import get_config
 
     jax.config.update("jax_num_cpu_devices", 8)

@@ -110,7 +110,7 @@ def refuse(reason: object) -> NoReturn:
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
     """What runs for each batch: ours or peer, its name, its command without the batch. Refuses bad flags."""
-    from cnn_spmd.placement import TABLE
+    from cnn_spmd.sharding.table import TABLE
 
     n, found, used = args.gpus, [], set()
     for name, low in dict(gpus=1, steps_per_call=0, limit=1).items():
@@ -170,7 +170,8 @@ def main() -> int:
     if not args.skip_peer and not importlib.util.find_spec("torch"):
         refuse("torch is missing, which the peer needs: pip install torch, or give --skip_peer")
 
-    from cnn_spmd import metrics
+    from cnn_spmd.training import log as metrics
+    from cnn_spmd.training import runfiles
 
     if smi := shutil.which("nvidia-smi"):
         command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -192,7 +193,7 @@ def main() -> int:
             row[side].append(dict(name=name) | measured)
             ours, peer = (best(row[side], args.gpus) for side in ("ours", "peer"))
             row["ratio"] = round(ours["images_per_second"] / peer["images_per_second"], 3) if ours and peer else None
-            metrics.write_json(output, result)  # after each: what is measured is kept
+            runfiles.write_json(output, result)  # after each: what is measured is kept
             print(f"{batch} a GPU, {side} {name}: {measured.get('images_per_second') or measured['error']}", flush=True)
     print(table(result["batches"], args.gpus), output, sep="\n")
     return int(not all(best(row["ours"], args.gpus) for row in result["batches"]))

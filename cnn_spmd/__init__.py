@@ -1,1 +1,3 @@
-"""AlexNet and its relatives on a (data, model) device mesh. Read placement.py, step.py, train.py, in that order."""
+"""AlexNet and its relatives on a (data, model) device mesh. Read sharding/table.py, models/alexnet.py,
+training/step.py, training/loop.py, in that order.
+"""

@@ -13,7 +13,6 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from cnn_spmd.data.sources import Dataset
 from cnn_spmd.errors import UserError
 
 flags.disclaim_key_flags()  # --help shows --config as a flag of launch.py
@@ -333,12 +332,12 @@ def refuse_beyond(memory: float, needed: float, fields: str) -> None:
         )
 
 
-def resolve(config: ml_collections.ConfigDict, data: Dataset, platform: str,
+def resolve(config: ml_collections.ConfigDict, data: Any, platform: str,
             memory: float | None = None) -> ml_collections.ConfigDict:
     """A copy with what was left open filled in: the data set there is, where it lives, batch size, learning rate, steps, dtype.
 
-    platform: of the devices, "cpu" or another; memory: bytes that each of them can hold, where that is known. Raises
-    UserError where the batch is larger than the data set or the crop does not fit the images.
+    data: a Dataset; platform: of the devices, "cpu" or another; memory: bytes that each of them can hold, where that is
+    known. Raises UserError where the batch is larger than the data set or the crop does not fit the images.
     """
     config = ml_collections.ConfigDict(config.to_dict())
     if data.fallback:

@@ -23,12 +23,14 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 from rich import console, live, table
 
-from cnn_spmd import compare, interrupt, mesh, metrics, report
 from cnn_spmd import config as configs
-from cnn_spmd import setup as setups
-from cnn_spmd import workdir as workdirs
-from cnn_spmd.data import sources
+from cnn_spmd.data import dataset
+from cnn_spmd.data import registry as sources
 from cnn_spmd.errors import UserError
+from cnn_spmd.sharding import mesh
+from cnn_spmd.training import build as setups
+from cnn_spmd.training import interrupt, runfiles
+from cnn_spmd.training import workdir as workdirs
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch.py"
 COLUMNS = ("run", "status", "images/s", "step, ms", "ring MB a step", "test accuracy", "s", "reason")
@@ -107,7 +109,7 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
 
 def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> Iterator[dict]:
     """A row of sweep.json for each combination: pending, or refused with the reason why it cannot work on `devices`."""
-    datasets: dict[str, sources.Dataset] = {}
+    datasets: dict[str, dataset.Dataset] = {}
     for settings in combos:
         name = ",".join(value if field == "mesh" else f"{field}={value}" for field, value in settings.items())
         unsafe = f"[/{re.escape(workdirs.UNREADABLE)}]"
@@ -175,7 +177,7 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
     """Runs the pending rows one after another; `kept` are those of an earlier command that this one does not name."""
     def write() -> dict:
         whole = sweep | dict(runs=[*kept, *rows])
-        metrics.write_json(folder / "sweep.json", whole)
+        runfiles.write_json(folder / "sweep.json", whole)
         return whole
 
     pending = [row for row in rows if row["status"] == "pending"]
@@ -198,10 +200,10 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
             seconds.append(row["seconds"])
             row["status"] = OUTCOMES.get(code, "failed")
             if code == 0:
-                row["figures"] = report.figures_of(folder / row["name"])
+                row["figures"] = runfiles.figures_of(folder / row["name"])
                 summary = workdirs.read(folder / row["name"] / "summary.json")
-                now = {key: summary[key] for key in compare.HARDWARE}
-                sweep["hardware"] = compare.joined(sweep["hardware"] or now, now)
+                now = {key: summary[key] for key in runfiles.HARDWARE}
+                sweep["hardware"] = runfiles.joined(sweep["hardware"] or now, now)
             else:
                 row["reason"] = reason_of(code, folder / f"{row['name']}.log")
             write()

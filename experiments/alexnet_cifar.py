@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.mesh = ml_collections.ConfigDict(dict(data=1, model=-1))
     config.parallelism = "hybrid"
-    config.placement = ml_collections.ConfigDict()  # rows of your own: cnn_spmd/placement.py, TABLE
+    config.placement = ml_collections.ConfigDict()  # rows of your own: cnn_spmd/sharding/table.py, TABLE
     config.dtype = "auto"
     config.steps_per_call = 0  # in one program; 0: up to 100 on a GPU (config.py, steps_per_call), 1 on a CPU
     config.profile = 0  # steps to trace after the last one, at least: whole calls

@@ -2,24 +2,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_spmd.data import batches
+from cnn_spmd.data import augment as batches
+from cnn_spmd.data import order, statistics
 
 
 def test_train_indices_are_a_function_of_seed_and_step():
-    whole = batches.train_indices(seed=3, step=0, steps=12, batch_size=8, examples=43)  # 5 steps an epoch, 3 left out
+    whole = order.train_indices(seed=3, step=0, steps=12, batch_size=8, examples=43)  # 5 steps an epoch, 3 left out
     for start, n in ((0, 1), (4, 3), (7, 5)):
-        np.testing.assert_array_equal(batches.train_indices(3, start, n, 8, 43), whole[start:start + n])
+        np.testing.assert_array_equal(order.train_indices(3, start, n, 8, 43), whole[start:start + n])
     for epoch in (whole[:5], whole[5:10]):
         assert len(np.unique(epoch)) == 40
         assert epoch.max() < 43
     assert not np.array_equal(whole[:5], whole[5:10])
-    assert not np.array_equal(whole, batches.train_indices(4, 0, 12, 8, 43))
+    assert not np.array_equal(whole, order.train_indices(4, 0, 12, 8, 43))
 
 
 def test_some_examples_are_held_out_at_first():
     """43 examples, 13 of them held out for 7 steps of 8 (3 an epoch of 30): the 8th step begins an epoch of all, 5 steps."""
     def indices(step, steps):
-        return batches.train_indices(3, step, steps, 8, 43, held_out=13, held_out_steps=7)
+        return order.train_indices(3, step, steps, 8, 43, held_out=13, held_out_steps=7)
 
     whole = indices(0, 17)
     for start, n in ((0, 1), (2, 3), (6, 2), (9, 8)):
@@ -29,12 +30,12 @@ def test_some_examples_are_held_out_at_first():
     for epoch in (whole[:3], whole[3:6], whole[7:12], whole[12:17]):
         assert len(np.unique(epoch)) == epoch.size
     assert len({tuple(epoch[0]) for epoch in (whole[:3], whole[3:6], whole[7:12], whole[12:17])}) == 4
-    np.testing.assert_array_equal(batches.train_indices(3, 0, 9, 8, 43, held_out=13), batches.train_indices(3, 0, 9, 8, 43))
+    np.testing.assert_array_equal(order.train_indices(3, 0, 9, 8, 43, held_out=13), order.train_indices(3, 0, 9, 8, 43))
 
 
 def test_eval_indices_see_every_example_once():
     for examples in (1, 7, 8, 43):
-        indices, mask = batches.eval_indices(8, examples)
+        indices, mask = order.eval_indices(8, examples)
         np.testing.assert_array_equal(indices[mask], np.arange(examples))
         assert indices.shape == mask.shape == (-(-examples // 8), 8)
         assert indices.max() < examples
@@ -91,14 +92,14 @@ def test_eval_views():
 def test_mean_image():
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 6, 3), dtype=np.uint8)
     mean = images.astype(np.float64).mean(0)
-    np.testing.assert_allclose(batches.mean_image(images, 0), mean, rtol=1e-6)
-    np.testing.assert_allclose(batches.mean_image(images, 4), mean[2:6, 1:5], rtol=1e-6)
-    assert batches.mean_image(images, 4).dtype == np.float32
+    np.testing.assert_allclose(statistics.mean_image(images, 0), mean, rtol=1e-6)
+    np.testing.assert_allclose(statistics.mean_image(images, 4), mean[2:6, 1:5], rtol=1e-6)
+    assert statistics.mean_image(images, 4).dtype == np.float32
 
 
 def test_normalise():
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
-    mean, std = batches.channel_statistics(images)
+    mean, std = statistics.channel_statistics(images)
     np.testing.assert_allclose(mean, images.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, images.std((0, 1, 2)), rtol=1e-6)
     normal = np.asarray(batches.normalise(jnp.asarray(images), mean, std))
@@ -108,17 +109,17 @@ def test_normalise():
 
 def test_statistics_of_large_sets_come_from_evenly_spaced_images(monkeypatch):
     images = np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1)
-    assert batches.sample(images) is images
+    assert statistics.sample(images) is images
     for size, kept in ((28, [0, 1, 2, 3, 4, 5, 6]), (27, [0, 2, 4, 6]), (14, [0, 2, 4, 6]), (13, [0, 3, 6])):
-        monkeypatch.setattr(batches, "SAMPLE_BYTES", size)
-        np.testing.assert_array_equal(batches.sample(images), images[kept])
+        monkeypatch.setattr(statistics, "SAMPLE_BYTES", size)
+        np.testing.assert_array_equal(statistics.sample(images), images[kept])
 
 
 def test_statistics_in_parts(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
-    whole = [*batches.channel_statistics(images), batches.colour_axes(images)]
-    monkeypatch.setattr(batches, "CHUNK_BYTES", 2 * images[0].nbytes)
-    parts = [*batches.channel_statistics(images), batches.colour_axes(images)]
+    whole = [*statistics.channel_statistics(images), statistics.colour_axes(images)]
+    monkeypatch.setattr(statistics, "CHUNK_BYTES", 2 * images[0].nbytes)
+    parts = [*statistics.channel_statistics(images), statistics.colour_axes(images)]
     for got, expected in zip(parts, whole, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -132,8 +133,8 @@ def test_half_of_the_images_are_mirrored():
 def test_statistics_of_grey_and_of_one_colour():
     rng = np.random.default_rng(0)
     for _ in range(20):  # some of whose variances come out below zero
-        assert np.isfinite(batches.colour_axes(np.repeat(rng.integers(0, 256, (10, 4, 4, 1), dtype=np.uint8), 3, -1))).all()
-    np.testing.assert_array_equal(batches.channel_statistics(np.full((2, 4, 4, 3), 7, np.uint8))[1], 1)
+        assert np.isfinite(statistics.colour_axes(np.repeat(rng.integers(0, 256, (10, 4, 4, 1), dtype=np.uint8), 3, -1))).all()
+    np.testing.assert_array_equal(statistics.channel_statistics(np.full((2, 4, 4, 3), 7, np.uint8))[1], 1)
 
 
 def test_the_centre_where_what_is_left_is_odd():

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from cnn_spmd import tables
+from cnn_spmd.papers import tables
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

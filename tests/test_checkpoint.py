@@ -15,8 +15,8 @@ import pytest
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from cnn_spmd import checkpoint
 from cnn_spmd.errors import UserError
+from cnn_spmd.training import checkpoint
 
 
 class State(NamedTuple):

@@ -2,7 +2,7 @@
 
 import json
 
-from cnn_spmd import claims
+from cnn_spmd.papers import claims
 
 
 def test_steps_to_error():

@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT
 from jax._src.clusters import ClusterEnv
 
-from cnn_spmd import cluster
 from cnn_spmd.errors import UserError
+from cnn_spmd.training import cluster
 
 RUN = [sys.executable, str(ROOT / "launch.py"), "--config", str(ROOT / "experiments/alexnet_cifar.py"),
        "--config.model.name=simple_cnn", "--config.data.name=synthetic", "--config.data.synthetic.train_examples=64",

@@ -22,10 +22,11 @@ import requests
 import tensorflow_datasets as tfds
 
 from cnn_spmd import config as configs
-from cnn_spmd import setup
-from cnn_spmd.data import cifar10, digest, sources
+from cnn_spmd.data import cifar10, digest
 from cnn_spmd.data import cifar10_archive as archive
+from cnn_spmd.data import registry as sources
 from cnn_spmd.errors import UserError
+from cnn_spmd.training import build as setup
 
 N = 7  # images a file, instead of 10,000
 KEYS = ["train_images", "train_labels", "test_images", "test_labels"]

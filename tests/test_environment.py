@@ -11,7 +11,7 @@ import jax
 import pytest
 from conftest import ROOT
 
-from cnn_spmd import environment
+from cnn_spmd.training import environment
 
 
 @pytest.mark.parametrize(("command", "code", "where"), [
@@ -26,7 +26,7 @@ def test_what_prints_ends_well_wherever_it_prints(command, code, where):
 
 
 def test_text_beyond_the_encoding_is_escaped():
-    code = "from cnn_spmd import environment; environment.keep_talking(); print('2 ± 1')"
+    code = "from cnn_spmd.training import environment; environment.keep_talking(); print('2 ± 1')"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONIOENCODING="ascii"),
                          capture_output=True, text=True, check=True).stdout
     assert out == "2 \\xb1 1\n"
@@ -87,7 +87,7 @@ def test_each_warning_is_one_line():
         import absl.logging
         from absl import app
         import jax
-        from cnn_spmd import environment
+        from cnn_spmd.training import environment
         environment.warn_once()
         def main(_):
             logging.getLogger("jax._src.compiler").warning("from jax")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from cnn_spmd import config as configs
-from cnn_spmd import optim, setup
-from cnn_spmd.data import sources
+from cnn_spmd.data import dataset, synthetic
+from cnn_spmd.training import build as setup
+from cnn_spmd.training import optim
 from experiments import (
     alexnet_2012_imagenet,
     alexnet_cifar,
@@ -21,11 +22,11 @@ from experiments import (
 
 
 @pytest.fixture(scope="module")
-def few() -> sources.Dataset:
+def few() -> dataset.Dataset:
     """CIFAR-10 by its shape and classes, with few images, and they random."""
     config = alexnet_cifar.get_config()
     config.data.synthetic.update(dict(train_examples=640, test_examples=16))
-    data = dataclasses.replace(sources.load_synthetic(config.data), name="cifar10")
+    data = dataclasses.replace(synthetic.load_synthetic(config.data), name="cifar10")
     assert (data.train_images.shape[1:], len(data.class_names)) == ((32, 32, 3), 10)
     return data
 
@@ -86,11 +87,11 @@ def test_variants_differ_from_their_control_in_what_they_say():
 
 
 @pytest.fixture(scope="module")
-def photographs() -> sources.Dataset:
+def photographs() -> dataset.Dataset:
     """ImageNet by its shape and classes, with few images, and they random."""
     config = alexnet_2012_imagenet.get_config()
     config.data.synthetic.update(dict(train_examples=32, test_examples=1))
-    return sources.load_synthetic(config.data)
+    return synthetic.load_synthetic(config.data)
 
 
 @pytest.mark.parametrize(("experiment", "variant", "parameters"), [

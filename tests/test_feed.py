@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from cnn_spmd import mesh
-from cnn_spmd.feed import Feed, gather, taken
-from cnn_spmd.placement import Placement
+from cnn_spmd.data.feed import Feed, gather, taken
+from cnn_spmd.sharding import mesh
+from cnn_spmd.sharding.placement import Placement
 
 
 class Recorded:

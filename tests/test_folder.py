@@ -21,9 +21,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from cnn_spmd import config as configs
-from cnn_spmd import pictures, setup, sweep, train
-from cnn_spmd.data import digest, folder, prepared, sources
+from cnn_spmd import sweep
+from cnn_spmd.data import dataset, digest, folder, prepared
+from cnn_spmd.data import registry as sources
 from cnn_spmd.errors import UserError
+from cnn_spmd.report import pictures
+from cnn_spmd.training import build as setup
+from cnn_spmd.training import loop as train
 
 SIZE = 16
 
@@ -59,7 +63,7 @@ def root(tmp_path) -> Path:
 
 def load(
     root: Path | str, name: str = "folder", size: int = SIZE, skip_bad: int = 0, **check
-) -> sources.Dataset:
+) -> dataset.Dataset:
     return sources.load(
         ml_collections.ConfigDict(
             dict(name=name, dir=str(root), image_size=size, skip_bad=skip_bad)
@@ -528,7 +532,7 @@ def decoded(monkeypatch) -> list[str]:
     return files
 
 
-def same_data(found: sources.Dataset, expected: sources.Dataset) -> None:
+def same_data(found: dataset.Dataset, expected: dataset.Dataset) -> None:
     for field in ("train_images", "train_labels", "test_images", "test_labels"):
         np.testing.assert_array_equal(
             getattr(found, field), getattr(expected, field), err_msg=field
@@ -536,7 +540,7 @@ def same_data(found: sources.Dataset, expected: sources.Dataset) -> None:
     assert found.digest == expected.digest
 
 
-def anew(root: Path, monkeypatch) -> sources.Dataset:
+def anew(root: Path, monkeypatch) -> dataset.Dataset:
     """The data set as it is prepared where nothing was prepared before."""
     with monkeypatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(root.parent / "anew"))

@@ -22,10 +22,11 @@ from PIL import Image
 
 import launch
 from cnn_spmd import config as configs
-from cnn_spmd import interrupt, program
-from cnn_spmd import workdir as workdirs
+from cnn_spmd.analysis import program
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
+from cnn_spmd.training import interrupt
+from cnn_spmd.training import workdir as workdirs
 
 SMALL = ["--config", "experiments/alexnet_cifar.py", "--config.model.name=simple_cnn", "--config.data.name=synthetic",
          "--config.data.synthetic.train_examples=64", "--config.data.synthetic.test_examples=40", "--config.batch_size=16",
@@ -371,7 +372,7 @@ def test_a_run_that_is_deaf_to_a_closed_terminal_stays_so():
     code = """if True:
         import signal
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        from cnn_spmd import interrupt
+        from cnn_spmd.training import interrupt
         print(interrupt.SIGNALS)"""
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout
     assert "SIGTERM" in out
@@ -432,7 +433,7 @@ def test_a_signal_whose_exception_was_lost_still_stops_the_run(monkeypatch):
 def test_a_second_signal_stops_at_once():
     code = """if True:
         import time
-        from cnn_spmd.interrupt import Interrupt
+        from cnn_spmd.training.interrupt import Interrupt
         with Interrupt():
             print("\x1b[?25lon", flush=True)  # as a progress bar hides the cursor
             time.sleep(60)"""

@@ -1,7 +1,7 @@
 import pytest
 
-from cnn_spmd import mesh
 from cnn_spmd.errors import UserError
+from cnn_spmd.sharding import mesh
 
 
 def test_parse():

@@ -9,7 +9,12 @@ from flax import nnx
 
 from cnn_spmd import models
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import alexnet, alexnet_2012, convolutions, cuda_convnet, kernels, layers, local, norms, stack
+from cnn_spmd.layers import common, conv, dense, kernels, local
+from cnn_spmd.layers import conv as convolutions
+from cnn_spmd.layers import norm as norms
+from cnn_spmd.layers import pool as pools
+from cnn_spmd.models import alexnet, alexnet_2012, cuda_convnet, stack
+from cnn_spmd.sharding import placement
 from experiments import alexnet_cifar
 
 
@@ -77,14 +82,14 @@ def test_max_pool_against_numpy(size, window, strides, ceil, levers):
     for i, (top, bottom) in enumerate(windows):
         for j, (left, right) in enumerate(windows):
             expected[:, i, j] = x[:, top:bottom, left:right].max((1, 2))
-    np.testing.assert_array_equal(layers.max_pool(x, window, strides, ceil, levers=levers), expected)
+    np.testing.assert_array_equal(pools.max_pool(x, window, strides, ceil, levers=levers), expected)
     weight = np.arange(expected.size, dtype=np.float32).reshape(expected.shape) % 7 + 1
     gradient = np.zeros_like(x)
     for (i, (top, bottom)), (j, (left, right)) in itertools.product(enumerate(windows), repeat=2):
         largest = x[:, top:bottom, left:right] == expected[:, i, j][:, None, None]
         gradient[:, top:bottom, left:right] += largest * weight[:, i, j][:, None, None]
     np.testing.assert_array_equal(
-        jax.grad(lambda x: (layers.max_pool(x, window, strides, ceil, levers=levers) * weight).sum())(x), gradient)
+        jax.grad(lambda x: (pools.max_pool(x, window, strides, ceil, levers=levers) * weight).sum())(x), gradient)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -96,7 +101,7 @@ def test_max_pool_of_wide_windows_against_flax(size, window, strides, biased):
         bias_C = jnp.linspace(-4, 0, 3, dtype=jnp.float64)
 
         def ours(x, bias_C):
-            return layers.max_pool(x, window, strides, bias_C=bias_C if biased else None)
+            return pools.max_pool(x, window, strides, bias_C=bias_C if biased else None)
 
         def theirs(x, bias_C):
             largest = nnx.max_pool(x, (window, window), (strides, strides))
@@ -128,10 +133,10 @@ def test_networks_of_the_claims_lack_what_they_say():
 
 def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan():
     x = jnp.ones((1, 5, 5, 1))
-    gradient = jax.grad(lambda x: layers.max_pool(x, 3, 2).sum())(x)[0, :, :, 0]
+    gradient = jax.grad(lambda x: pools.max_pool(x, 3, 2).sum())(x)[0, :, :, 0]
     np.testing.assert_array_equal(gradient, np.pad([[1, 0, 1], [0, 0, 0], [1, 0, 1]], ((0, 2), (0, 2))))
     for at in np.ndindex(3, 3):
-        assert jnp.isnan(layers.max_pool(x.at[0, *at, 0].set(jnp.nan), 3, 2)[0, 0, 0, 0])
+        assert jnp.isnan(pools.max_pool(x.at[0, *at, 0].set(jnp.nan), 3, 2)[0, 0, 0, 0])
 
 
 @pytest.mark.parametrize(("name", "size", "lever"), [
@@ -150,7 +155,7 @@ def test_levers_change_nothing(name, size, lever, monkeypatch):
 @pytest.mark.parametrize("size", [32, 224])
 def test_all_levers_together_change_nothing(size, monkeypatch):
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
-    for plain, fast in zip(*(value_and_gradient("alexnet", size, levers) for levers in ((), layers.LEVERS)), strict=True):
+    for plain, fast in zip(*(value_and_gradient("alexnet", size, levers) for levers in ((), common.LEVERS)), strict=True):
         assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()
 
 
@@ -175,13 +180,13 @@ def value_and_gradient(name, size, levers):
 @pytest.mark.parametrize(("size", "window", "strides"), [(20, 3, 1), (21, 5, 1), (27, 5, 4), (31, 5, 4)])
 def test_groups_of_columns_leave_nothing_in_the_map(size, window, strides, pool):
     """Where the last group of columns reaches over the map's edge, no pool sees what is there."""
-    layer = layers.conv(3, 4, window, strides=strides, dtype=jnp.float32, rngs=nnx.Rngs(0), bias_init=layers.ONES)
+    layer = conv.conv(3, 4, window, strides=strides, dtype=jnp.float32, rngs=nnx.Rngs(0), bias_init=common.ONES)
     x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
 
     def value(layer, levers):
-        return (layers.conv_relu("conv1", layer, x, layers.UNPLACED, levers, pool) ** 2).sum()
+        return (conv.conv_relu("conv1", layer, x, placement.UNPLACED, levers, pool) ** 2).sum()
 
-    plain, fast = (nnx.value_and_grad(functools.partial(value, levers=levers))(layer) for levers in ((), layers.LEVERS))
+    plain, fast = (nnx.value_and_grad(functools.partial(value, levers=levers))(layer) for levers in ((), common.LEVERS))
     for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
         assert np.abs(one - other).max() < 1e-5 * np.abs(other).max()
 
@@ -190,7 +195,7 @@ def test_a_report_has_the_shapes_of_the_maps():
     """Also where a pool leaves out columns that a fast form has more (55, not 56, of conv1's)."""
     seen = {}
 
-    class Recording(layers.Unplaced):
+    class Recording(placement.Unplaced):
         record = True
 
         def __call__(self, x, *axes, name=""):
@@ -214,7 +219,7 @@ def test_a_lever_is_used():
         gradient = jax.grad(lambda p, x, graph=graph: nnx.merge(graph, p).features(x).sum())
         programs.add(str(jax.make_jaxpr(gradient)(params, jnp.zeros((1, 224, 224, 3)))))
     assert len(programs) == len(levers) + 1
-    assert alexnet_cifar.get_config().model.levers == layers.LEVERS  # a run takes them all
+    assert alexnet_cifar.get_config().model.levers == common.LEVERS  # a run takes them all
     with pytest.raises(UserError, match=r"model\.levers=magic: unknown"):
         models.make("alexnet", levers=("magic",))
 
@@ -222,8 +227,8 @@ def test_a_lever_is_used():
 def test_where_columns_are_grouped():
     """Of images, and for the gradient by up to 64 maps of odd width."""
     def program(size, window, channels, levers):
-        layer = layers.conv(channels, 4, window, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        return str(jax.make_jaxpr(jax.grad(lambda x: layers.conv_relu("conv1", layer, x, layers.UNPLACED, levers).sum()))(
+        layer = conv.conv(channels, 4, window, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        return str(jax.make_jaxpr(jax.grad(lambda x: conv.conv_relu("conv1", layer, x, placement.UNPLACED, levers).sum()))(
             jnp.zeros((1, size, size, channels))))
 
     for size, window, channels, grouped in ((32, 3, 3, True), (27, 5, 64, True), (27, 5, 65, False), (28, 5, 64, False)):
@@ -232,10 +237,11 @@ def test_where_columns_are_grouped():
 
 
 def test_pool_first_adds_the_bias_after_the_pool(monkeypatch):
-    seen, layer = [], layers.conv(3, 4, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    monkeypatch.setattr(layers, "bias_relu", lambda x, bias_C: seen.append(x.shape[1:3]) or x)
+    seen, layer = [], conv.conv(3, 4, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    for module in (conv, pools):
+        monkeypatch.setattr(module, "bias_relu", lambda x, bias_C: seen.append(x.shape[1:3]) or x)
     for levers in (("own_gradients", "pool_first"), ("own_gradients",)):
-        layers.conv_relu("conv1", layer, jnp.zeros((1, 8, 8, 3)), layers.UNPLACED, levers, dict(window=2, strides=2))
+        conv.conv_relu("conv1", layer, jnp.zeros((1, 8, 8, 3)), placement.UNPLACED, levers, dict(window=2, strides=2))
     assert seen == [(4, 4), (8, 8)]
 
 
@@ -264,30 +270,30 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize("bias", [(), (jnp.linspace(-3, 1, 16),)])
 @pytest.mark.parametrize(("size", "window", "strides", "ceil"), [(9, 3, 2, False), (7, 4, 2, True)])
 def test_pool_kernels_against_the_plain_form(size, window, strides, ceil, bias):
-    pool = layers.Pool(window, strides, ceil, (size, size), lambda f, *arrays: f(*arrays))
+    pool = pools.Pool(window, strides, ceil, (size, size), lambda f, *arrays: f(*arrays))
     x = jax.random.normal(jax.random.key(0), (2, size, size, 16))
-    expected, index = layers._plain_max_and_index(pool, x, *bias)
+    expected, index = pools._plain_max_and_index(pool, x, *bias)
     got = kernels.max_and_index(x, *bias, window=window, strides=strides, counts=expected.shape[1:3])
     np.testing.assert_array_equal(got[0], expected)
     np.testing.assert_array_equal(got[1], index)
     gradient = jax.random.normal(jax.random.key(1), expected.shape)
     settings = dict(window=window, strides=strides, sizes=(size, size))
     np.testing.assert_allclose(kernels.unpool(index, gradient, **settings),
-                               layers._plain_unpool(index, gradient, **settings), atol=1e-6)
+                               pools._plain_unpool(index, gradient, **settings), atol=1e-6)
     assert bool((index == kernels.NONE).any()) == bool(bias)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_pool_kernels_on_equal_maxima_nan_and_several_blocks_of_channels():
-    pool, settings = layers.Pool(3, 2, False, (9, 9), lambda f, *arrays: f(*arrays)), dict(window=3, strides=2)
+    pool, settings = pools.Pool(3, 2, False, (9, 9), lambda f, *arrays: f(*arrays)), dict(window=3, strides=2)
     x = jax.random.randint(jax.random.key(0), (2, 9, 9, 96), 0, 4).astype(jnp.float32).at[0, 4, 4, ::5].set(jnp.nan)
-    expected, index = layers._plain_max_and_index(pool, x)
+    expected, index = pools._plain_max_and_index(pool, x)
     got = kernels.max_and_index(x, **settings, counts=(4, 4))
     np.testing.assert_array_equal(got[0], expected)
     np.testing.assert_array_equal(got[1], index)
     gradient = jax.random.normal(jax.random.key(1), expected.shape)
     np.testing.assert_allclose(kernels.unpool(index, gradient, **settings, sizes=(9, 9)),
-                               layers._plain_unpool(index, gradient, **settings, sizes=(9, 9)), atol=1e-6)
+                               pools._plain_unpool(index, gradient, **settings, sizes=(9, 9)), atol=1e-6)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -308,8 +314,8 @@ def test_average_pool_divides_by_the_area_inside(size, window, strides):
         for j, (left, right) in enumerate(windows):
             expected[:, i, j] = x[:, top:bottom, left:right].mean((1, 2))
             gradient[:, top:bottom, left:right] += weight[:, i, j][:, None, None] / ((bottom - top) * (right - left))
-    np.testing.assert_allclose(layers.average_pool(x, window, strides), expected, rtol=1e-5, atol=1e-6)
-    got = jax.grad(lambda x: (layers.average_pool(x, window, strides) * weight).sum())(x)
+    np.testing.assert_allclose(pools.average_pool(x, window, strides), expected, rtol=1e-5, atol=1e-6)
+    got = jax.grad(lambda x: (pools.average_pool(x, window, strides) * weight).sum())(x)
     np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -358,8 +364,8 @@ def test_towers_do_not_see_each_other():
     model = make("alexnet_2012", 64, 10)
     x = np.random.default_rng(0).normal(size=(1, 5, 5, 96)).astype(np.float32)
     other = np.concatenate([x[..., :48], -x[..., 48:]], -1)
-    for f in (lambda x: layers.conv_relu("conv2", model.conv2, x, layers.UNPLACED),
-              lambda x: norms.response_norm_of_towers(x, 2, layers.UNPLACED, "norm1", size=5, alpha=1.0, beta=0.75, k=2.0)):
+    for f in (lambda x: conv.conv_relu("conv2", model.conv2, x, placement.UNPLACED),
+              lambda x: norms.response_norm_of_towers(x, 2, placement.UNPLACED, "norm1", size=5, alpha=1.0, beta=0.75, k=2.0)):
         a, b = np.asarray(f(x)), np.asarray(f(other))
         half = a.shape[-1] // 2
         np.testing.assert_array_equal(a[..., :half], b[..., :half])
@@ -369,7 +375,7 @@ def test_towers_do_not_see_each_other():
 def test_grouped_convolution_against_xla():
     model = make("alexnet_2012", 64, 10)
     x = np.random.default_rng(0).normal(size=(2, 6, 6, 96)).astype(np.float32)
-    got = layers.conv_relu("conv2", model.conv2, x, layers.UNPLACED)
+    got = conv.conv_relu("conv2", model.conv2, x, placement.UNPLACED)
     np.testing.assert_allclose(got, nnx.relu(model.conv2(x)), rtol=1e-5, atol=1e-5)
 
 
@@ -410,14 +416,14 @@ def test_order_of_cuda_convnets_layers(name, size):
     x = h = 50 * jax.random.normal(jax.random.key(0), (2, size, size, 3))
 
     def maximum(h):
-        return layers.max_pool(h, 3, 2, ceil=True)
+        return pools.max_pool(h, 3, 2, ceil=True)
 
     def norm(h):
         settings = (dict(size=3, alpha=5e-5 / 9, within_map=True) if name == "18pct" else dict(size=9, alpha=0.001 / 9))
         return norms.response_norm(h, beta=0.75, k=1.0, **settings)
 
     def average(h):
-        return layers.average_pool(h, 3, 2)
+        return pools.average_pool(h, 3, 2)
 
     if name == "18pct":
         h = norm(nnx.relu(maximum(model.conv1(h))))
@@ -446,7 +452,7 @@ def test_activations_dropout_and_first_weights_of_a_stack():
 
 def test_dropout():
     x = jnp.ones((100, 1000))
-    dropped = np.asarray(layers.dropout(x, 0.25, jax.random.key(0)))
+    dropped = np.asarray(dense.dropout(x, 0.25, jax.random.key(0)))
     assert set(np.unique(dropped)) == {0, np.float32(1 / 0.75)}
     assert abs((dropped == 0).mean() - 0.25) < 0.01
-    assert layers.dropout(x, 0.25, None) is x
+    assert dense.dropout(x, 0.25, None) is x

@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from cnn_spmd import optim
 from cnn_spmd.errors import UserError
+from cnn_spmd.training import optim
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant", "staged"])

@@ -10,8 +10,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-from cnn_spmd import compare, papers
 from cnn_spmd.config import flat
+from cnn_spmd.papers import __main__, measured
+from cnn_spmd.papers import published as papers
+from cnn_spmd.report import compare
 from experiments import (
     alexnet_2012_imagenet,
     alexnet_cifar,
@@ -32,10 +34,10 @@ def write(folder, experiment, seed=0, accuracy=0.75, **more):
     (folder / f"{experiment}-{len(list(folder.glob('*')))}.json").write_text(json.dumps(run | more))
 
 
-def measured(folder, name):
+def figures(folder, name):
     """Published, measured, n, difference and hardware of each row of the figure of that name."""
     figure = next(figure for figure in FIGURES if figure["name"] == name)
-    return [row[1:6] for row in papers.rows(figure, papers.read(folder))]
+    return [row[1:6] for row in measured.rows(figure, measured.read(folder))]
 
 
 def test_errors_and_seconds_on_known_runs(tmp_path):
@@ -46,13 +48,13 @@ def test_errors_and_seconds_on_known_runs(tmp_path):
     write(tmp_path, "cuda_convnet_80sec", accuracy=0.99, dataset="digits")
     write(tmp_path, "cuda_convnet_11pct", accuracy=0.88)
     write(tmp_path, "cuda_convnet_11pct_no_lrn", accuracy=0.5)
-    assert measured(tmp_path, "80sec: test error, %") == [
+    assert figures(tmp_path, "80sec: test error, %") == [
         ["26", "24.00 ± 1.41", "2", "-2.00", "1 x H100"], ["26", "40.00", "1", "+14.00", "1 x H100"],
         ["26", "30.00", "1", "+4.00", "CPU, 4 cores"]]
-    assert measured(tmp_path, "80sec: training, s")[0] == ["80", "3.0 ± 1.4", "2", "-77.0", "1 x H100"]
-    assert measured(tmp_path, "11pct: test error, %") == [["11", "12.00", "1", "+1.00", "1 x H100"]]
-    assert measured(tmp_path, "18pct: test error, %") == [["18", "not measured", "0", "", ""]]
-    names = [line.split(" | ")[0] for line in papers.measured_table(tmp_path).splitlines()[2:]]
+    assert figures(tmp_path, "80sec: training, s")[0] == ["80", "3.0 ± 1.4", "2", "-77.0", "1 x H100"]
+    assert figures(tmp_path, "11pct: test error, %") == [["11", "12.00", "1", "+1.00", "1 x H100"]]
+    assert figures(tmp_path, "18pct: test error, %") == [["18", "not measured", "0", "", ""]]
+    names = [line.split(" | ")[0] for line in measured.measured_table(tmp_path).splitlines()[2:]]
     assert names == ["| 80sec: test error, %"] * 3 + ["| 80sec: training, s"] * 3 + [
         "| 11pct: test error, %", "| 11pct: training, s", "| 11pct without response norms: test error, points more"]
 
@@ -71,20 +73,20 @@ def test_claims_on_known_runs(tmp_path):
     reach("relu", 0, 10)
     reach("relu", 1, 20)
     reach("tanh", 1, 100)  # not within this run
-    assert measured(tmp_path, tanh) == [["6", "not reached", "0", "", "1 x H100"]]
+    assert figures(tmp_path, tanh) == [["6", "not reached", "0", "", "1 x H100"]]
     reach("tanh", 0, 40)
-    assert measured(tmp_path, tanh) == [["6", "4.0 (4.0, not 1.0); 1 not reached", "1", "-2.0", "1 x H100"]]
+    assert figures(tmp_path, tanh) == [["6", "4.0 (4.0, not 1.0); 1 not reached", "1", "-2.0", "1 x H100"]]
 
     for experiment, seed, accuracy in (("base", 0, 0.9), ("base", 1, 0.92), ("no_lrn", 0, 0.88), ("no_lrn", 1, 0.91),
                                        ("no_lrn", 2, 0.5), ("no_dropout", 0, 0.89)):
         write(tmp_path / "claims", f"claims_2012_{experiment}", seed, accuracy)
     write(tmp_path / "claims", "claims_2012_plain_pool", 0, 0.5, epochs=2.0)
     write(tmp_path / "claims", "claims_2012_plain_pool", 1, 0.5, device_kind="H200")
-    assert measured(tmp_path, "without response norms: test error, points more") == [
+    assert figures(tmp_path, "without response norms: test error, points more") == [
         ["1.4", "1.50 ± 0.71 (10.50, not 9.00)", "2", "+0.10", "1 x H100"]]
-    assert measured(tmp_path, "without dropout: test error, points more") == [
+    assert figures(tmp_path, "without dropout: test error, points more") == [
         ["overfits substantially", "1.00 (11.00, not 10.00)", "1", "", "1 x H100"]]
-    assert measured(tmp_path, "pools that do not overlap: test error, points more") == [["0.4", "not measured", "0", "", ""]]
+    assert figures(tmp_path, "pools that do not overlap: test error, points more") == [["0.4", "not measured", "0", "", ""]]
 
 
 def test_imagenet_and_speedups_on_known_runs(tmp_path):
@@ -108,17 +110,17 @@ def test_imagenet_and_speedups_on_known_runs(tmp_path):
         sweep = dict(experiment="owt", hardware=dict(host_cores=4), runs=runs)
         (tmp_path / "sweeps" / f"{name}.json").write_text(json.dumps(sweep))
     plain, variable = "2 GPUs, batches (256, 256): ", "2 GPUs, batches (256, 128): "
-    assert measured(tmp_path, plain + "top-1 error, %") == [["42.63", "40.00", "1", "-2.63", "2 x H100"]]
-    assert measured(tmp_path, plain + "hours") == [["50.24", "2.00", "1", "-48.24", "2 x H100"]]
-    assert measured(tmp_path, variable + "top-1 error, %") == [["42.27", "42.00", "1", "-0.27", "2 x H100"]]
-    assert measured(tmp_path, "alexnet_2012: top-5 error, %") == [["18.2", "10.00", "1", "-8.20", "2 x H100"]]
-    assert measured(tmp_path, plain + "speedup") == [["1.95", "1.80", "1", "-0.15", "2 x H100"]]
-    assert measured(tmp_path, variable + "speedup") == [["1.93", "1.50", "1", "-0.43", "2 x H100"]]
-    assert measured(tmp_path, "4 GPUs, batches (512, 512): speedup") == [["3.74", "3.00", "1", "-0.74", "4 x H100"]]
-    assert measured(tmp_path, "1 GPU, batches (128, 128): hours") == [["98.05", "not measured", "0", "", ""]]
-    assert measured(tmp_path, "one weird trick, batch 256 a GPU, 2 GPUs: speedup")[0][1] == "not measured"  # there is no base
+    assert figures(tmp_path, plain + "top-1 error, %") == [["42.63", "40.00", "1", "-2.63", "2 x H100"]]
+    assert figures(tmp_path, plain + "hours") == [["50.24", "2.00", "1", "-48.24", "2 x H100"]]
+    assert figures(tmp_path, variable + "top-1 error, %") == [["42.27", "42.00", "1", "-0.27", "2 x H100"]]
+    assert figures(tmp_path, "alexnet_2012: top-5 error, %") == [["18.2", "10.00", "1", "-8.20", "2 x H100"]]
+    assert figures(tmp_path, plain + "speedup") == [["1.95", "1.80", "1", "-0.15", "2 x H100"]]
+    assert figures(tmp_path, variable + "speedup") == [["1.93", "1.50", "1", "-0.43", "2 x H100"]]
+    assert figures(tmp_path, "4 GPUs, batches (512, 512): speedup") == [["3.74", "3.00", "1", "-0.74", "4 x H100"]]
+    assert figures(tmp_path, "1 GPU, batches (128, 128): hours") == [["98.05", "not measured", "0", "", ""]]
+    assert figures(tmp_path, "one weird trick, batch 256 a GPU, 2 GPUs: speedup")[0][1] == "not measured"  # there is no base
     command = "| hybrid --mesh=1x1,1x2 --batch_per_device=128 | Krizhevsky 2014"  # the run, and its base
-    assert command in papers.measured_table(tmp_path)
+    assert command in measured.measured_table(tmp_path)
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure["name"])
@@ -139,7 +141,7 @@ def test_commands_make_the_runs_that_a_figure_is_of(figure):
 def test_experiment_says_what_was_measured():
     """cuda_convnet_cifar.py's figures are those of results/."""
     for variant in cuda_convnet_cifar.RECIPES:
-        runs = [run for run in papers.read(ROOT / "results") if run.get("experiment") == f"cuda_convnet_{variant}"]
+        runs = [run for run in measured.read(ROOT / "results") if run.get("experiment") == f"cuda_convnet_{variant}"]
         error = compare.mean([100 * (1 - run["eval"]["accuracy"]) for run in runs], 2)
         seconds = sum(run["train_seconds"] for run in runs) / len(runs)
         line = rf"^  {variant} +{re.escape(error)} % +n = {len(runs)} +{seconds:.1f} s"
@@ -148,7 +150,7 @@ def test_experiment_says_what_was_measured():
 
 def test_other_experiments_say_what_was_measured():
     """So are alexnet_cifar.py's, deeper_cifar.py's, owt_cifar.py's and owt_imagenet.py's."""
-    runs = [run for run in papers.read(ROOT / "results") if run.get("dataset") == "cifar10"]
+    runs = [run for run in measured.read(ROOT / "results") if run.get("dataset") == "cifar10"]
     found = {}
     for run in runs:
         if run["experiment"].startswith("alexnet_cifar"):
@@ -176,11 +178,11 @@ def test_other_experiments_say_what_was_measured():
         means = " +".join(f"{statistics.mean(values):.2f}" for values in errors.values())
         assert re.search(rf"^  {label} +{means}( %)?$", owt_cifar.__doc__, re.MULTILINE), (label, means)
     for batch, dense, variable in ((128, 128, ""), (512, 512, ""), (512, 128, "_variable")):
-        errors = [100 * (1 - run["eval"]["accuracy"]) for run in papers.read(ROOT / "results")
+        errors = [100 * (1 - run["eval"]["accuracy"]) for run in measured.read(ROOT / "results")
                   if (run.get("experiment"), run["batch_size"]) == (f"owt_imagenette{variable}", batch)]
         assert len(errors) == 3
         assert f"({batch}, {dense})   {compare.mean(errors, 2)} %" in owt_imagenet.__doc__
-    errors = [100 * (1 - run["eval"]["accuracy"]) for run in papers.read(ROOT / "results")
+    errors = [100 * (1 - run["eval"]["accuracy"]) for run in measured.read(ROOT / "results")
               if run.get("experiment") == "alexnet_2012_imagenette"]
     assert f"  {compare.mean(errors, 2)} %   n = {len(errors)} " in alexnet_2012_imagenet.__doc__
     of_claims = {variant: [100 * (1 - run["eval"]["accuracy"]) for run in runs if run["experiment"] == f"claims_2012_{variant}"]
@@ -193,13 +195,13 @@ def test_one_weird_tricks_table_and_speedups_are_told():
     text = re.sub(" +", " ", owt_imagenet.__doc__)
     for gpus, dense, error, hours, speedup in papers.ONE_WEIRD_TRICK:
         assert f"{gpus} ({128 * gpus}, {dense}) {error} {hours:.2f} {speedup}" in text
-    measured: dict[tuple, list[str]] = {}
-    for run in papers.read(ROOT / "results"):
+    found: dict[tuple, list[str]] = {}
+    for run in measured.read(ROOT / "results"):
         if run.get("config", {}).get("experiment", "").startswith("owt_imagenet") and run.get("speedup") and run["devices"] > 1:
-            measured.setdefault((run["devices"], run["variable"]), []).append(f"{run['speedup']:.2f}")
-    assert {key: len(values) for key, values in measured.items()} == {
+            found.setdefault((run["devices"], run["variable"]), []).append(f"{run['speedup']:.2f}")
+    assert {key: len(values) for key, values in found.items()} == {
         (2, False): 2, (2, True): 2, (4, False): 1, (4, True): 1}
-    for (gpus, variable), values in measured.items():
+    for (gpus, variable), values in found.items():
         batches = f"({128 * gpus}, {128 if variable else 128 * gpus})"
         assert f"{gpus} {batches} {', '.join(sorted(values))} " in text.replace("\n", " ")
 
@@ -208,7 +210,7 @@ def test_it_prints_every_table(tmp_path):
     result = subprocess.run([sys.executable, "-m", "cnn_spmd.papers", "--depth_plot", str(tmp_path / "depth.svg")], cwd=ROOT,
                             capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for title, rows in papers.tables().items():
+    for title, rows in measured.tables().items():
         assert f"{title}\n\n| figure | published | measured | n | difference" in result.stdout
         for row in rows:
             assert " | ".join(row) in result.stdout
@@ -218,7 +220,7 @@ def test_it_prints_every_table(tmp_path):
 
 def test_a_plot_that_cannot_be_written(capsys):
     with pytest.raises(SystemExit):
-        papers.main(["--depth_plot", "/no/where/depth.svg"])
+        __main__.main(["--depth_plot", "/no/where/depth.svg"])
     assert "error: --depth_plot=/no/where/depth.svg: cannot be written (No such file or directory)" in capsys.readouterr().err
 
 

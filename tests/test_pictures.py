@@ -12,8 +12,11 @@ from flax import nnx
 from PIL import Image
 
 from cnn_spmd import config as configs
-from cnn_spmd import pictures, report, train, workdir
-from cnn_spmd import setup as setups
+from cnn_spmd.report import __main__ as report
+from cnn_spmd.report import pictures
+from cnn_spmd.training import build as setups
+from cnn_spmd.training import loop as train
+from cnn_spmd.training import workdir
 
 NAMES = ("filters.png", "top5.png", "neighbours.png")
 

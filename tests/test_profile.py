@@ -8,7 +8,7 @@ import pytest
 from jax.profiler import ProfileData
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cnn_spmd import profile
+from cnn_spmd.analysis import profile
 
 MS = 1e9  # picoseconds
 

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cnn_spmd import hlo, program
+from cnn_spmd.analysis import hlo, program
 
 BOTH = ("data", "model")
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from cnn_spmd import tables
+from cnn_spmd.papers import tables
 
 
 def test_ruff_is_clean():

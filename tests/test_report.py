@@ -11,7 +11,13 @@ import sys
 
 import pytest
 
-from cnn_spmd import canvas, charts, compare, papers, plots, report, sweep, tables, train
+from cnn_spmd import sweep
+from cnn_spmd.papers import published as papers
+from cnn_spmd.papers import tables
+from cnn_spmd.report import __main__ as report
+from cnn_spmd.report import canvas, charts, compare, plots
+from cnn_spmd.training import loop as train
+from cnn_spmd.training import runfiles
 
 TOP = [dict(name=f"kernel<{n}>" + "_long" * 10 * (n == 3), milliseconds=0.5 / n, count=n, communication=n == 2)
        for n in range(1, 15)]
@@ -74,7 +80,7 @@ def write_sweep(folder: pathlib.Path, runs: list[dict], device_kind="NVIDIA H200
 
 
 def write_run(folder: pathlib.Path, mesh="1x1", speed=1000.0, seed=0, status="completed", batch_size=128, rate=0.1):
-    """A run folder, as train.py writes it (the fields that the report reads); returns it."""
+    """A run folder, as training/loop.py writes it (the fields that the report reads); returns it."""
     figures = a_run(mesh, speed, seed=seed)["figures"] | dict(batch_size=batch_size)
     config = dict(experiment="e", seed=seed, parallelism="data", batch_size=batch_size, mesh=figures["mesh"],
                   optimizer=dict(learning_rate=rate))
@@ -256,7 +262,7 @@ def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
         assert written(capsys, folder)[1] == page
         assert dict(canvas.matplotlib.rcParams) == before
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
-    variables = dict(MPLBACKEND="module://no.such.backend", PYTHONPATH=str(pathlib.Path(report.__file__).parents[1]))
+    variables = dict(MPLBACKEND="module://no.such.backend", PYTHONPATH=str(pathlib.Path(report.__file__).parents[2]))
     made = subprocess.run([sys.executable, "-m", "cnn_spmd.report", str(folder)], cwd=tmp_path, capture_output=True,
                           env=os.environ | variables, text=True)
     assert made.returncode == 0, made.stderr
@@ -266,8 +272,8 @@ def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
 def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monkeypatch):
     """As with a matplotlibrc that is no text, or without a folder for its cache."""
     for name in ("canvas", "plots", "charts"):
-        monkeypatch.delitem(sys.modules, f"cnn_spmd.{name}")
-        monkeypatch.delattr(f"cnn_spmd.{name}")
+        monkeypatch.delitem(sys.modules, f"cnn_spmd.report.{name}")
+        monkeypatch.delattr(f"cnn_spmd.report.{name}")
     monkeypatch.setenv("MPLBACKEND", "Agg")
 
     class Broken:
@@ -282,10 +288,14 @@ def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monk
     assert os.environ["MPLBACKEND"] == "Agg"
 
 
-@pytest.mark.parametrize("broken", ["program.parse_collectives", "communication.closed_form", "program.bytes_per_device"])
+@pytest.mark.parametrize("broken", ["analysis.program.parse_collectives", "analysis.communication.closed_form",
+                                    "sharding.placement.Placement.report"])
 def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch, broken):
     """Its files have all fields, and the report on it and on others leaves out what is not known."""
-    monkeypatch.setattr(f"cnn_spmd.{broken}", lambda *_, **__: (_ for _ in ()).throw(ValueError("a form that\nis not known")))
+    def breaks(*_, **__):
+        raise ValueError("a form that\nis not known")
+
+    monkeypatch.setattr(f"cnn_spmd.{broken}", breaks)
     config.epochs = 1
     assert train.run(config, tmp_path / "run")["status"] == "completed"
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
@@ -293,10 +303,10 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
     program, summary = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("program", "summary"))
     assert program["error"] == "ValueError: a form that is not known"
     assert program["closed_form_ring_bytes"] is None
-    figures = report.figures_of(tmp_path / "run")
-    unread = broken != "communication.closed_form"
+    figures = runfiles.figures_of(tmp_path / "run")
+    unread = broken != "analysis.communication.closed_form"
     assert (figures["ring_bytes"] is summary["collectives"] is None) == unread
-    assert (program["placement"] == []) == (broken == "program.bytes_per_device")
+    assert (program["placement"] == []) == (broken == "sharding.placement.Placement.report")
     row = dict(name="run", status="completed", figures=figures, seconds=1.0, reason="")
     assert sweep._cells(row)[4] == ("" if unread else "0.0")
     whole = write_run(tmp_path / "whole", "2x1", 4321.0)
@@ -372,9 +382,9 @@ def test_a_lone_run_and_several(tmp_path, capsys):
 
 def test_figures_of_a_run(tmp_path):
     folder = write_run(tmp_path / "run", "4x2", 4000.0, batch_size=1024)
-    assert report.figures_of(folder) == a_run("4x2", 4000.0)["figures"]
+    assert runfiles.figures_of(folder) == a_run("4x2", 4000.0)["figures"]
     (folder / "profile.json").write_text(json.dumps(PROFILE))
-    assert report.figures_of(folder)["profile"] == PROFILE
+    assert runfiles.figures_of(folder)["profile"] == PROFILE
 
 
 @pytest.mark.parametrize(("damage", "reason"), [

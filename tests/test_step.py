@@ -17,14 +17,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnn_spmd import communication, feed, mesh, models, program, train
 from cnn_spmd import config as configs
-from cnn_spmd import setup as setups
-from cnn_spmd.data import batches, sources
+from cnn_spmd import models
+from cnn_spmd.analysis import communication, program
+from cnn_spmd.data import feed, statistics
+from cnn_spmd.data import order as orders
+from cnn_spmd.data import registry as sources
+from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import alexnet, alexnet_2012, layers, stack
-from cnn_spmd.placement import TABLE, Placement, name_of
-from cnn_spmd.step import DeviceData, Steps, TrainState, join_weight, split_weight
+from cnn_spmd.layers import dense
+from cnn_spmd.models import alexnet, alexnet_2012, stack
+from cnn_spmd.sharding import mesh
+from cnn_spmd.sharding.placement import Placement, name_of
+from cnn_spmd.sharding.table import TABLE
+from cnn_spmd.training import build as setups
+from cnn_spmd.training import loop as train
+from cnn_spmd.training.packing import join_weight, split_weight
+from cnn_spmd.training.step import Steps, TrainState
 from experiments.alexnet_cifar import get_config
 
 BATCH = 16
@@ -86,7 +95,7 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
 
         shardings = place.of_state(steps.abstract_state)
         train_data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = [feed.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in batches.train_indices(0, 0, 2, BATCH, 64)]
+        indices = [feed.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in orders.train_indices(0, 0, 2, BATCH, 64)]
         compiled = jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params)).lower(
             steps.abstract_state, train_data, indices[0]).compile()
         if shape == (1, 1):  # the first step, which gives all meshes momenta to go on from
@@ -236,7 +245,7 @@ def test_shipped_size_on_a_mesh():
         setup = setup_of("alexnet", parallelism, shape, dtype="float32", model=dict(width=4096))
         place, steps = setup.place, setup.steps
         data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = feed.put(batches.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
+        indices = feed.put(orders.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
         state = steps.jit_init()() if state is None else jax.device_put(state, place.of_state(steps.abstract_state))
         metrics, gradients = jax.jit(steps.gradients)(data, state, indices)
         got[shape] = float(metrics["loss"]), gather(gradients)
@@ -260,7 +269,7 @@ def trained(setup: setups.Setup, calls: list[int]) -> tuple[list[float], dict]:
     """Losses and parameters after calls of so many steps each."""
     steps, (train_feed, _) = setup.steps, setups.feeds(setup)
     train_feed.load()
-    state, jitted, losses, order = steps.jit_init()(), steps.jit_train(), [], batches.train_indices(0, 0, sum(calls), BATCH, 64)
+    state, jitted, losses, order = steps.jit_init()(), steps.jit_train(), [], orders.train_indices(0, 0, sum(calls), BATCH, 64)
     for inputs in train_feed.calls(np.split(order, np.cumsum(calls)[:-1])):
         state, metrics = jitted(state, *inputs)
         losses += metrics["loss"].tolist()
@@ -309,7 +318,7 @@ def test_a_copy_of_the_weights_changes_nothing(changes):
         assert setup.steps.halves == ("cast_once" in levers)
         compiled, train_feed = setups.compile_train(setup, 2), setups.feeds(setup)[0]
         train_feed.load()
-        (inputs,) = train_feed.calls([batches.train_indices(0, 0, 2, BATCH, 64)])
+        (inputs,) = train_feed.calls([orders.train_indices(0, 0, 2, BATCH, 64)])
         state, metrics = compiled(setup.steps.jit_init()(), *inputs)
         got.append((metrics["loss"], gather(state.params), program.report(compiled, setup.place.mesh, 2)["totals"]["bytes"]))
     np.testing.assert_allclose(got[0][0], got[1][0], rtol=1e-5)  # of equally near bfloat16s it takes another
@@ -326,7 +335,7 @@ def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
         moved = [(row["operation"], row["axes"], row["count"], row["bytes"]) for row in report["collectives"]]
         _, test_feed = setups.feeds(setup)
         test_feed.load()
-        indices, mask = (x[0] for x in batches.eval_indices(BATCH, 8))
+        indices, mask = (x[0] for x in orders.eval_indices(BATCH, 8))
         (inputs,) = test_feed.calls([indices])
         mask = feed.put(mask, setup.place.sharding(("conv_batch",), mask.shape))
         sums = setup.steps.jit_eval()(setup.steps.jit_init()().params, *inputs, mask)
@@ -347,7 +356,7 @@ def test_colour_noise_against_numpy():
         noisy, plain = (setup_of("simple_cnn", "data", (1, 1), data=dict(colour_noise=noise)) for noise in (0.1, 0.0))
         data = DeviceData(noisy.data.train_images * np.uint8([1, 0, 0]) + noisy.data.train_images[..., ::-1] // 2,
                           noisy.data.train_labels)
-        axes = batches.colour_axes(data.images)
+        axes = statistics.colour_axes(data.images)
         steps = dataclasses.replace(noisy.steps, colour_CC=0.1 * axes)
         indices = jnp.arange(BATCH)
         states = [TrainState(step, 0, None, None) for step in range(2)]
@@ -360,7 +369,7 @@ def test_colour_noise_against_numpy():
     assert np.abs(expected).max(1).min() > 1
     np.testing.assert_allclose(added[1], np.broadcast_to(expected[:, None, None, :, 0], added[1].shape), atol=1e-3)
     assert np.abs(added[0] - added[1]).max() > 1  # other steps, other noise
-    np.testing.assert_allclose(noisy.steps.colour_CC, 0.1 * batches.colour_axes(noisy.data.train_images))
+    np.testing.assert_allclose(noisy.steps.colour_CC, 0.1 * statistics.colour_axes(noisy.data.train_images))
 
 
 def test_variable_batch():
@@ -401,7 +410,7 @@ def test_variable_batch_against_a_plain_loop():
         decay, momentum = setup.config.optimizer.weight_decay, setup.config.optimizer.momentum
         state = steps.jit_init()()
         data = DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
-        indices = jnp.asarray(batches.train_indices(0, 0, 1, BATCH, 64)[0])
+        indices = jnp.asarray(orders.train_indices(0, 0, 1, BATCH, 64)[0])
         images, labels, _ = jax.jit(steps.batch)(data, state, indices)
         params = jax.tree.map(jnp.asarray, state.params)
         momenta = jax.tree.map(jnp.zeros_like, params)
@@ -604,7 +613,7 @@ def test_another_seed_is_the_same_program():
 def test_each_dense_layer_has_a_dropout_mask_of_its_own(monkeypatch):
     setup, _ = on_one("alexnet")
     keys = []
-    monkeypatch.setattr(layers, "dropout", lambda x, rate, key: keys.append((rate, key)) or x)
+    monkeypatch.setattr(dense, "dropout", lambda x, rate, key: keys.append((rate, key)) or x)
     model = nnx.merge(setup.steps.graph, initial_f32(setup).params)
     x_BF = jnp.zeros((2, 16 * 4 * 4))
     model.classify(x_BF, dropout_key=jax.random.key(0))

@@ -13,11 +13,14 @@ import pytest
 from conftest import ROOT
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
-from cnn_spmd import compare, metrics, report, sweep
 from cnn_spmd import config as configs
-from cnn_spmd import workdir as workdirs
-from cnn_spmd.data import sources
+from cnn_spmd import sweep
+from cnn_spmd.data import registry as sources
+from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
+from cnn_spmd.report import compare
+from cnn_spmd.training import runfiles
+from cnn_spmd.training import workdir as workdirs
 
 SHARED = SMALL[:2]
 # Stands in for launch.py: what a run does is its seed.
@@ -86,7 +89,7 @@ def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
                                   "model.dropout=nan: expected from 0.0", "batch_size=72: synthetic has 64"), strict=False):
         assert reason in row["reason"]
         assert "\n" not in row["reason"]
-    metrics.write_json(tmp_path / "rows.json", dict(rows=rows))
+    runfiles.write_json(tmp_path / "rows.json", dict(rows=rows))
     assert rows[7]["command"].startswith("python launch.py --config experiments/alexnet_cifar.py")
     assert rows[7]["command"].endswith("--config.data.fallback= --mesh=4x2 --config.batch_size=64")
     assert rows[7]["name"] == "4x2,batch_per_device=8"
@@ -104,7 +107,7 @@ def test_no_two_combinations_have_one_folder(monkeypatch):
 @pytest.mark.parametrize("field", ["batch_size", "batch_per_device", "epochs", "steps", "optimizer.learning_rate"])
 def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     monkeypatch.chdir(ROOT)
-    digits = dataclasses.replace(sources.load_digits(None), fallback="cifar10")
+    digits = dataclasses.replace(load_digits(None), fallback="cifar10")
     monkeypatch.setattr(sources, "load_cifar10", lambda data: digits)
     arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
@@ -135,7 +138,7 @@ def fake(monkeypatch, tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweep, "LAUNCH", tmp_path / "fake.py")
-    monkeypatch.setattr(report, "figures_of", lambda folder: dict(images_per_second=1.0, step_milliseconds=dict(median=1.0),
+    monkeypatch.setattr(runfiles, "figures_of", lambda folder: dict(images_per_second=1.0, step_milliseconds=dict(median=1.0),
                                                                   ring_bytes=0, accuracy=0.5))
     monkeypatch.setattr(sweep, "plan", lambda combos, shared, devices: [
         dict(name=f"seed={combo['seed']}", mesh=None, settings=combo, status="pending", reason="", seconds=None, figures={},
@@ -210,7 +213,7 @@ def test_a_run_that_still_lives_is_waited_for(fake, tmp_path):
 
 
 def test_a_run_that_had_no_step_left_has_no_speed(fake, monkeypatch):
-    monkeypatch.setattr(report, "figures_of", lambda folder: dict(images_per_second=None, step_milliseconds=None,
+    monkeypatch.setattr(runfiles, "figures_of", lambda folder: dict(images_per_second=None, step_milliseconds=None,
                                                                   ring_bytes=0, accuracy=0.5))
     assert fake(0)["runs"][0]["status"] == "completed"
 

@@ -21,17 +21,23 @@ from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
 from tensorboardX.proto import event_pb2
 
-from cnn_spmd import checkpoint, mesh, metrics, optim, train
 from cnn_spmd import config as configs
-from cnn_spmd import setup as setups
-from cnn_spmd.data import batches, sources
+from cnn_spmd.data import order, statistics
+from cnn_spmd.data import registry as sources
+from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
-from cnn_spmd.placement import Placement
+from cnn_spmd.sharding import mesh
+from cnn_spmd.sharding.placement import Placement
+from cnn_spmd.training import build as setups
+from cnn_spmd.training import checkpoint, optim, runfiles
+from cnn_spmd.training import clock as clocks
+from cnn_spmd.training import log as metrics
+from cnn_spmd.training import loop as train
 
 
 def rows(workdir, split):
     keys = ("step", "loss", "accuracy", "learning_rate", "examples")
-    return [{key: row[key] for key in keys if key in row} for row in metrics.read(workdir / "metrics.jsonl")
+    return [{key: row[key] for key in keys if key in row} for row in runfiles.read(workdir / "metrics.jsonl")
             if row["split"] == split]
 
 
@@ -55,13 +61,13 @@ def test_files_of_a_run(config, tmp_path):
         "status"}
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["commit"])
     assert summary["step_milliseconds"].keys() == {"median", "p10", "p90"}
-    assert summary["compile_seconds"] < summary["startup_seconds"] < metrics.process_seconds()
+    assert summary["compile_seconds"] < summary["startup_seconds"] < clocks.process_seconds()
     assert (summary["status"], summary["steps"], summary["epochs"]) == ("completed", 8, 2.0)
     assert summary["eval"]["examples"] == 40
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))
     assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [4]
     assert [row["step"] for row in rows(tmp_path / "run", "final")] == [8]
-    for line in metrics.read(tmp_path / "run/metrics.jsonl"):
+    for line in runfiles.read(tmp_path / "run/metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("synthetic", None)
 
 
@@ -70,7 +76,7 @@ def test_startup_is_counted_from_the_start_of_the_process():
     code = """if True:
         import time
         time.sleep(.5)
-        from cnn_spmd.metrics import process_seconds
+        from cnn_spmd.training.clock import process_seconds
         first = process_seconds()
         time.sleep(.1)
         print(first, process_seconds() - first)"""
@@ -440,11 +446,11 @@ def test_a_file_where_a_folder_should_be_and_the_reverse_is_named(config, tmp_pa
 
 def test_damaged_lines_of_metrics(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(metrics.logging, "warning", lambda *message: said.append(message))
+    monkeypatch.setattr(runfiles.logging, "warning", lambda *message: said.append(message))
     good = '{"step": 1, "split": "train"}'
     bad = ["garbage", "5", '{"step": 1}', '{"step": "x", "split": "eval"}', '{"step": null, "split": "train"}']
     (tmp_path / "m").write_text("\n".join([good, *bad, good, '{"st']))
-    assert len(metrics.read(tmp_path / "m")) == 2
+    assert len(runfiles.read(tmp_path / "m")) == 2
     assert [message[2] for message in said] == [2, 3, 4, 5, 6]
     assert {message[1] for message in said} == {tmp_path / "m"}
 
@@ -470,13 +476,13 @@ def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "program.json", "summary.json"):
         content = json.loads((tmp_path / name).read_text())
         assert (content["dataset"], content["fallback"]) == ("digits", "cifar10"), name
-    for line in metrics.read(tmp_path / "metrics.jsonl"):
+    for line in runfiles.read(tmp_path / "metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("digits", "cifar10")
 
 
 def on_the_fallback(*arguments):
     """The shipped experiment with these arguments, resolved where the digits stand in for CIFAR-10."""
-    digits = dataclasses.replace(sources.load_digits(None), fallback="cifar10")
+    digits = dataclasses.replace(load_digits(None), fallback="cifar10")
     config = configs.parsed(["--config", str(ROOT / "experiments/alexnet_cifar.py"), *arguments])
     return configs.resolve(config, digits, "cpu")
 
@@ -552,7 +558,7 @@ def test_calls_end_at_every_stop():
 def test_clock_leaves_out_what_is_not_training(monkeypatch):
     now = iter([0.0, 10.0, 12.0, 13.0, 50.0, 51.0])  # made, started, call, call, started after an evaluation, call
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
-    clock = metrics.Clock()
+    clock = clocks.Clock()
     clock.start()
     assert [clock.tick(10, end) for end in [clock.watch({}), clock.watch({})]] == [2.0, 1.0]
     clock.start()
@@ -621,11 +627,11 @@ def test_several_steps_a_call_log_the_same_run(config, tmp_path, monkeypatch):
 
 def test_seconds_and_rates(config, tmp_path, monkeypatch):
     """Half a second a step of 16 images: 32 images/s; a resumed run adds to what it had trained."""
-    monkeypatch.setattr(metrics.Clock, "tick", lambda self, n, _: self.calls.append((n, 0.5)) or 0.5)
+    monkeypatch.setattr(clocks.Clock, "tick", lambda self, n, _: self.calls.append((n, 0.5)) or 0.5)
     stop_after(4, config, tmp_path)
     summary = train.run(config, tmp_path)
     assert (summary["images_per_second"], summary["train_seconds"]) == (32.0, 4.0)
-    lines = [line for line in metrics.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    lines = [line for line in runfiles.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
     assert [line["train_seconds"] for line in lines] == [0.5 * i for i in range(1, 9)]
     assert {line["images_per_second"] for line in lines} == {32.0}
 
@@ -633,8 +639,8 @@ def test_seconds_and_rates(config, tmp_path, monkeypatch):
 def test_the_clock_stands_still_during_evaluation(config, tmp_path, monkeypatch):
     events = []
     for name in ("start", "tick"):
-        old = getattr(metrics.Clock, name)
-        monkeypatch.setattr(metrics.Clock, name, lambda *a, old=old, name=name: events.append(name) or old(*a))
+        old = getattr(clocks.Clock, name)
+        monkeypatch.setattr(clocks.Clock, name, lambda *a, old=old, name=name: events.append(name) or old(*a))
     monkeypatch.setattr(train, "evaluation_of", lambda *a, old=train.evaluation_of: events.append("eval") or old(*a))
     train.run(config, tmp_path)
     assert events == ["start", *["tick"] * 4, "eval", "start", *["tick"] * 4, "eval"]
@@ -657,8 +663,8 @@ def before_each_call(action, monkeypatch):
 
 def test_a_call_begins_before_the_one_before_it_is_read(config, tmp_path, monkeypatch):
     """So that the devices never wait for the host, but where all is read before an evaluation."""
-    events, tick = [], metrics.Clock.tick
-    monkeypatch.setattr(metrics.Clock, "tick", lambda *a: events.append("read") or tick(*a))
+    events, tick = [], clocks.Clock.tick
+    monkeypatch.setattr(clocks.Clock, "tick", lambda *a: events.append("read") or tick(*a))
     before_each_call(lambda: events.append("begin"), monkeypatch)
     train.run(config, tmp_path)
     assert events == ["begin", *["begin", "read"] * 3, "read"] * 2
@@ -668,7 +674,7 @@ def test_a_launch_that_takes_as_long_as_its_call_is_not_counted_twice(config, tm
     """As on a GPU, where the host is free only when a call is nearly over; the call before it had ended long ago."""
     before_each_call(lambda: time.sleep(0.4), monkeypatch)
     train.run(config, tmp_path)
-    lines = [line for line in metrics.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    lines = [line for line in runfiles.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
     assert len(lines) == 8
     assert min(16 / line["images_per_second"] for line in lines) > 0.1  # s; the last before an evaluation had some 0.01
 
@@ -679,14 +685,14 @@ def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeyp
                                test_images=data.test_images // 4)
     monkeypatch.setattr(sources, "load", lambda *_: data)
     seen = []
-    monkeypatch.setattr(batches, "channel_statistics", lambda x, old=batches.channel_statistics: seen.append(x) or old(x))
+    monkeypatch.setattr(statistics, "channel_statistics", lambda x, old=statistics.channel_statistics: seen.append(x) or old(x))
     assert train.run(config, tmp_path)["eval"]["accuracy"] == 0
     assert [x is data.train_images for x in seen] == [True]
 
 
 def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(batches, "train_indices", lambda *a, old=batches.train_indices, **k: calls.append((*a, *k.values()))
+    monkeypatch.setattr(order, "train_indices", lambda *a, old=order.train_indices, **k: calls.append((*a, *k.values()))
                         or old(*a, **k))
     config.seed = 7
     train.run(config, tmp_path)
@@ -783,6 +789,6 @@ def test_tensorboard_gets_what_the_file_gets(tmp_path, monkeypatch):
 
 
 def test_percentiles():
-    clock = metrics.Clock()
+    clock = clocks.Clock()
     clock.calls = [(1, 9.0), *((1, i / 1000) for i in range(11))]
     assert clock.step_milliseconds() == dict(p10=1.0, median=5.0, p90=9.0)

@@ -1,1 +1,1 @@
-"""Data sets as arrays (sources.py, cifar10.py) and the batches cut from them."""
+"""Data sets as arrays on the host, the order of their examples, and the batches made of them on the devices."""

@@ -7,10 +7,10 @@ import functools
 from flax import nnx
 
 from cnn_spmd.errors import UserError
+from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.models import alexnet_2012_small, cuda_convnet, vgg
 from cnn_spmd.models.alexnet import AlexNet
 from cnn_spmd.models.alexnet_2012 import AlexNet2012
-from cnn_spmd.models.layers import LEVERS
 from cnn_spmd.models.simple_cnn import SimpleCNN
 from cnn_spmd.models.stack import Stack
 

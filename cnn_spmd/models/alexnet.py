@@ -10,7 +10,9 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import layers
+from cnn_spmd.layers import conv, dense
+from cnn_spmd.layers.common import LEVERS, SMALL
+from cnn_spmd.sharding import placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,30 +43,30 @@ class AlexNet(nnx.Module):
     towers = 1
 
     def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs,
-                 levers: tuple[str, ...] = layers.LEVERS):
+                 levers: tuple[str, ...] = LEVERS):
         if image_size not in SIZES:
             raise UserError(f"model.name=alexnet: images of {image_size}x{image_size}, expected a side of "
                             f"{' or '.join(str(side) for side in sorted(SIZES))}")
         self.sizes, self.dropout, self.levers = SIZES[image_size], dropout, levers
         common = dict(dtype=dtype, rngs=rngs)
-        self.conv1 = layers.conv(3, CHANNELS[0], **self.sizes.conv1, **common)
-        self.conv2 = layers.conv(CHANNELS[0], CHANNELS[1], **self.sizes.conv2, **common)
-        self.conv3 = layers.conv(CHANNELS[1], CHANNELS[2], 3, **common)
-        self.conv4 = layers.conv(CHANNELS[2], CHANNELS[3], 3, **common)
-        self.conv5 = layers.conv(CHANNELS[3], CHANNELS[4], 3, **common)
-        self.fc1 = layers.dense("fc1", CHANNELS[4] * self.sizes.side**2, width, **common)
-        self.fc2 = layers.dense("fc2", width, width, **common)
-        self.fc3 = layers.dense("fc3", width, classes, kernel_init=layers.SMALL, **common)
+        self.conv1 = conv.conv(3, CHANNELS[0], **self.sizes.conv1, **common)
+        self.conv2 = conv.conv(CHANNELS[0], CHANNELS[1], **self.sizes.conv2, **common)
+        self.conv3 = conv.conv(CHANNELS[1], CHANNELS[2], 3, **common)
+        self.conv4 = conv.conv(CHANNELS[2], CHANNELS[3], 3, **common)
+        self.conv5 = conv.conv(CHANNELS[3], CHANNELS[4], 3, **common)
+        self.fc1 = dense.dense("fc1", CHANNELS[4] * self.sizes.side**2, width, **common)
+        self.fc2 = dense.dense("fc2", width, width, **common)
+        self.fc3 = dense.dense("fc3", width, classes, kernel_init=SMALL, **common)
 
-    def features(self, x_NHWC: jax.Array, place=layers.UNPLACED) -> jax.Array:
+    def features(self, x_NHWC: jax.Array, place=placement.UNPLACED) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
-        x_NHWC = layers.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers, self.sizes.pool)
-        x_NHWC = layers.conv_relu("conv2", self.conv2, x_NHWC, place, self.levers, self.sizes.pool)
-        x_NHWC = layers.conv_relu("conv3", self.conv3, x_NHWC, place, self.levers)
-        x_NHWC = layers.conv_relu("conv4", self.conv4, x_NHWC, place, self.levers)
-        x_NHWC = layers.conv_relu("conv5", self.conv5, x_NHWC, place, self.levers, self.sizes.pool)
-        return layers.flatten(x_NHWC, place)
+        x_NHWC = conv.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers, self.sizes.pool)
+        x_NHWC = conv.conv_relu("conv2", self.conv2, x_NHWC, place, self.levers, self.sizes.pool)
+        x_NHWC = conv.conv_relu("conv3", self.conv3, x_NHWC, place, self.levers)
+        x_NHWC = conv.conv_relu("conv4", self.conv4, x_NHWC, place, self.levers)
+        x_NHWC = conv.conv_relu("conv5", self.conv5, x_NHWC, place, self.levers, self.sizes.pool)
+        return dense.flatten(x_NHWC, place)
 
-    def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
+    def classify(self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [B, classes] of the features; no key: no dropout."""
-        return layers.dense_head(self, x_BF, place, self.dropout, dropout_key)
+        return dense.dense_head(self, x_BF, place, self.dropout, dropout_key)

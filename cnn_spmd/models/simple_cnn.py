@@ -4,7 +4,9 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import layers
+from cnn_spmd.layers import conv, dense
+from cnn_spmd.layers.common import LEVERS, SMALL
+from cnn_spmd.sharding import placement
 
 
 class SimpleCNN(nnx.Module):
@@ -13,20 +15,20 @@ class SimpleCNN(nnx.Module):
     towers = 1
 
     def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs,
-                 levers: tuple[str, ...] = layers.LEVERS):
+                 levers: tuple[str, ...] = LEVERS):
         if image_size % 2:
             raise UserError(f"model.name=simple_cnn: images of {image_size}x{image_size}, expected an even side")
         self.levers = levers
         del width, dropout  # there is no hidden dense layer
-        self.conv1 = layers.conv(3, 32, 3, dtype=dtype, rngs=rngs)
-        self.fc3 = layers.dense("fc3", 32 * (image_size // 2) ** 2, classes, dtype=dtype, rngs=rngs,
-                                kernel_init=layers.SMALL)
+        self.conv1 = conv.conv(3, 32, 3, dtype=dtype, rngs=rngs)
+        self.fc3 = dense.dense("fc3", 32 * (image_size // 2) ** 2, classes, dtype=dtype, rngs=rngs,
+                                kernel_init=SMALL)
 
-    def features(self, x_NHWC: jax.Array, place=layers.UNPLACED) -> jax.Array:
+    def features(self, x_NHWC: jax.Array, place=placement.UNPLACED) -> jax.Array:
         """What the convolution makes of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
-        x_NHWC = layers.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers, dict(window=2, strides=2))
-        return layers.flatten(x_NHWC, place)
+        x_NHWC = conv.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers, dict(window=2, strides=2))
+        return dense.flatten(x_NHWC, place)
 
-    def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
+    def classify(self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [B, classes] of the features."""
-        return layers.logits(self.fc3, x_BF, place)
+        return dense.logits(self.fc3, x_BF, place)

@@ -11,7 +11,11 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.models import layers, local, norms
+from cnn_spmd.layers import conv, dense, local
+from cnn_spmd.layers import norm as norms
+from cnn_spmd.layers.common import HE, LEVERS
+from cnn_spmd.layers.pool import average_pool, max_pool
+from cnn_spmd.sharding import placement
 
 # `std` is that of the normal distribution from which a layer's weights start (None: He et al. 2015); biases start at zero.
 
@@ -85,11 +89,11 @@ class Stack(nnx.Module):
     """
 
     def __init__(self, name: str, net: Sequence, *, image_size: int, classes: int, width: int, dropout: float, dtype,
-                 rngs: nnx.Rngs, levers: tuple[str, ...] = layers.LEVERS):
+                 rngs: nnx.Rngs, levers: tuple[str, ...] = LEVERS):
         self.levers, self.towers = levers, max((spec.groups for spec in net if isinstance(spec, Conv)), default=1)
         plan, convolutions, hidden, side, channels = [], 0, 0, image_size, 3
 
-        def initial(spec, he=layers.HE) -> dict:
+        def initial(spec, he=HE) -> dict:
             return dict(kernel_init=he if spec.std is None else nnx.initializers.normal(spec.std), dtype=dtype, rngs=rngs)
 
         for spec in net:
@@ -98,7 +102,7 @@ class Stack(nnx.Module):
                     convolutions += 1
                     label = f"{'conv' if spec.tied else 'local'}{convolutions}"
                     if spec.tied:
-                        layer = layers.conv(channels, spec.channels, spec.window, groups=spec.groups, **initial(spec))
+                        layer = conv.conv(channels, spec.channels, spec.window, groups=spec.groups, **initial(spec))
                     else:
                         layer = local.Local(side, channels, spec.channels, spec.window, **initial(spec, local.HE))
                     setattr(self, label, layer)
@@ -112,18 +116,18 @@ class Stack(nnx.Module):
                     hidden += 1
                     label, spec = f"fc{hidden}", dataclasses.replace(
                         spec, units=spec.units or width, dropout=dropout if spec.dropout is None else spec.dropout)
-                    setattr(self, label, layers.dense(label, channels * side**2, spec.units, **initial(spec)))
+                    setattr(self, label, dense.dense(label, channels * side**2, spec.units, **initial(spec)))
                     side, channels = 1, spec.units
                 case Output():
                     label = "fc3"
-                    self.fc3 = layers.dense(label, channels * side**2, classes, **initial(spec))
+                    self.fc3 = dense.dense(label, channels * side**2, classes, **initial(spec))
             if side < 1:
                 raise UserError(f"model.name={name}: images of {image_size}x{image_size} are too small for its pools")
             plan.append((label, spec))
         self.convolutional = tuple(entry for entry in plan if not isinstance(entry[1], Hidden | Output))
         self.hidden = tuple(entry for entry in plan if isinstance(entry[1], Hidden))
 
-    def features(self, x_NHWC: jax.Array, place=layers.UNPLACED) -> jax.Array:
+    def features(self, x_NHWC: jax.Array, place=placement.UNPLACED) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean; [B, F]."""
         channels, plan = "conv_in", list(self.convolutional)
         while plan:
@@ -132,17 +136,17 @@ class Stack(nnx.Module):
                 case Conv(tied=True):
                     channels = "conv_out" if spec.groups == 1 else "group_out"
                     pool = dataclasses.asdict(plan.pop(0)[1]) if plan and isinstance(plan[0][1], MaxPool) else None
-                    x_NHWC = layers.conv_relu(label, getattr(self, label), x_NHWC, place, self.levers, pool, spec.activation)
+                    x_NHWC = conv.conv_relu(label, getattr(self, label), x_NHWC, place, self.levers, pool, spec.activation)
                 case Conv():
                     channels = "conv_out"
                     x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{label} input")
                     x_NHWC = place(getattr(self, label)(x_NHWC), "conv_batch", None, None, channels, name=f"{label} output")
                     x_NHWC = spec.activation(x_NHWC)
                 case MaxPool():
-                    x_NHWC = layers.max_pool(x_NHWC, **dataclasses.asdict(spec), place=place, channels=channels,
+                    x_NHWC = max_pool(x_NHWC, **dataclasses.asdict(spec), place=place, channels=channels,
                                              levers=self.levers)
                 case AveragePool():
-                    x_NHWC = place(layers.average_pool(x_NHWC, spec.window, spec.strides), "conv_batch", None, None, channels)
+                    x_NHWC = place(average_pool(x_NHWC, spec.window, spec.strides), "conv_batch", None, None, channels)
                 case ResponseNorm():
                     settings = dict(size=spec.size, alpha=spec.alpha, beta=spec.beta, k=spec.k, levers=self.levers)
                     if spec.within_map:
@@ -151,11 +155,11 @@ class Stack(nnx.Module):
                     else:
                         channels = "group_in"
                         x_NHWC = norms.response_norm_of_towers(x_NHWC, spec.groups, place, label, **settings)
-        return layers.flatten(x_NHWC, place)
+        return dense.flatten(x_NHWC, place)
 
-    def classify(self, x_BF: jax.Array, place=layers.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
+    def classify(self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits [B, classes] of the features; no key: no dropout."""
         keys = [None] * len(self.hidden) if dropout_key is None else jax.random.split(dropout_key, len(self.hidden))
         for (label, spec), key in zip(self.hidden, keys, strict=True):
-            x_BF = layers.hidden(label, getattr(self, label), x_BF, place, spec.dropout, key, label == self.hidden[-1][0])
-        return layers.logits(self.fc3, x_BF, place)
+            x_BF = dense.hidden(label, getattr(self, label), x_BF, place, spec.dropout, key, label == self.hidden[-1][0])
+        return dense.logits(self.fc3, x_BF, place)
