@@ -67,11 +67,15 @@ def main(argv: list[str]) -> int:
         cluster.fail("Interrupted outside of the training loop: nothing to save.", INTERRUPTED)
         return INTERRUPTED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            line = (f"--workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same command with that "
+                    "folder again")
+        elif error.filename is not None:
+            line = f"{os.fsdecode(error.filename)}: {error.strerror}: mend it, and give the same command again"
+        else:
             cluster.crash(error)
             raise
-        cluster.fail(f"error: --workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same command with "
-                     "that folder again", 1)
+        cluster.fail(f"error: {line}", 1)
         return 1
     except Exception as error:
         cluster.crash(error)
@@ -82,11 +86,11 @@ def launch(argv: list[str]) -> int:
     if TARGET.value:  # both before jax is imported
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import jax
-
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of each save in thirty lines
     environment.prepare()
+    import jax
+
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
     if WORKDIR.value == "":

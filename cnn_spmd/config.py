@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import runpy
 import traceback
 from collections.abc import Collection, Sequence
@@ -127,7 +128,7 @@ def load(text: str) -> ml_collections.ConfigDict:
 
     Raises UserError where there is no such file, and for whatever fails in it, with its line there.
     """
-    path, *variant = text.split(":", 1)
+    path, *variant = [text] if os.path.isfile(text) else text.split(":", 1)  # a folder's name may have a colon
     if not os.path.isfile(path):
         seen_from_here = pathlib.Path("experiments").is_dir()
         folder = "experiments" if seen_from_here else EXPERIMENTS
@@ -142,6 +143,8 @@ def load(text: str) -> ml_collections.ConfigDict:
         text = error.msg if isinstance(error, SyntaxError) else str(error)
         text = " ".join(f"{_line_of(error, path)}: {type(error).__name__}: {text}".split())
         raise UserError(text.removesuffix(":")) from None
+    if isinstance(config, ml_collections.FrozenConfigDict):
+        config = ml_collections.ConfigDict(config)
     if not isinstance(config, ml_collections.ConfigDict):
         found = f"returns {type(config).__name__}" if get_config else "is missing"
         raise UserError(
@@ -193,6 +196,8 @@ def _text_of(error: Exception, argv: Sequence[str]) -> str:
     text, cause = str(error.args[0] if error.args else error).strip(), error.__context__
     if isinstance(cause, UserError):  # an error of `load`
         text = str(cause)
+    elif isinstance(error, UnicodeDecodeError):
+        text = "--flagfile: is not UTF-8, expected a text file of flags"
     elif isinstance(cause, OSError):
         text = f"--flagfile={cause.filename}: {cause.strerror}, expected a file of flags"
     elif isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --config."):
@@ -280,6 +285,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     The message names the field, its value and the range.
     """
     check_types(config)
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", config.experiment):  # folders are named after it
+        raise UserError(f"experiment={config.experiment}: expected letters, digits and _.+- only, such as alexnet_cifar")
     for field, (low, high, inclusive) in RANGES.items():
         value = _get(config, field)
         values = {field: value}

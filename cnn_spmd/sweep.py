@@ -52,7 +52,7 @@ def combinations(meshes: str | None, batches: str | None, fields: Sequence[str],
             raise UserError(f"{flag}={text}: has an empty value, expected values joined by commas")
         if field in axes:
             raise UserError(f"{flag}={text}: {field} is given twice")
-        axes[field] = list(dict.fromkeys(values))
+        axes[field] = list({_number(value): value for value in reversed(values)}.values())[::-1]  # 0.001 and 1e-3 are one
 
     if meshes == "all":
         meshes = ",".join(["1x1", *(f"{n}x{devices // n}" for n in range(devices, 0, -1) if devices % n == 0)])
@@ -143,7 +143,10 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
     Returns what sweep.json holds. Raises UserError for a folder that is not to be had, or holds another sweep.
     """
     with workdirs.locked(folder) as content:
-        old = workdirs.read(folder / "sweep.json")
+        old = workdirs.read(folder / "sweep.json", warn=False)
+        runs = (old or {}).get("runs")
+        if not isinstance(runs, list) or not all(isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs):
+            old = None
         if old is None and content - {workdirs.LOCK}:
             (folder / workdirs.LOCK).unlink()
             raise UserError(f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give a new folder")

@@ -568,3 +568,13 @@ def test_no_tensorflow_is_imported(tmp_path):
                "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules")
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, capture_output=True,
                    cwd=Path(__file__).parent.parent, env=os.environ | {"PYTHONPATH": "."})
+
+
+def test_other_pixels_than_cifar10s_are_named(tmp_path, caplog, monkeypatch):
+    folder, _ = write_folder(tmp_path / "a")
+    found = sources.load(config(name="cifar10", dir=str(folder))).digest
+    assert f"these are not CIFAR-10's pixels and labels (their digest is {found}" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(archive, "DIGEST", found)
+    sources.load(config(name="cifar10", dir=str(folder)))
+    assert "these are not" not in caplog.text

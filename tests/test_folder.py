@@ -485,8 +485,22 @@ def test_the_digest_is_kept_beside_the_arrays(root, tmp_path, monkeypatch):
     (cache,) = caches(tmp_path)
     (cache / "info.json").unlink()  # one that was prepared before there were digests
     assert load(root).digest == first.digest
+    monkeypatch.setattr(prepared, "CHECKED_BYTES", 0)  # larger ones are not read at each start
     monkeypatch.setattr(digest, "of_arrays", None)
     assert load(root).digest == first.digest
+
+
+def test_pixels_that_changed_in_the_prepared_files_are_noticed(root, tmp_path, caplog):
+    first = load(root)
+    pixels = np.array(first.train_images)
+    (cache,) = caches(tmp_path)
+    data = bytearray((cache / "train_images.npy").read_bytes())
+    data[-1] ^= 1
+    (cache / "train_images.npy").write_bytes(data)
+    again = load(root)
+    assert "its pixels or labels are not those that were prepared" in caplog.text
+    assert again.digest == first.digest
+    np.testing.assert_array_equal(again.train_images, pixels)
 
 
 def test_photographs_of_other_pixels_are_no_longer_the_runs(root, config):

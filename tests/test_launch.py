@@ -407,6 +407,37 @@ def test_an_early_sigterm_is_heeded_where_ctrl_c_is_ignored(start, ignored):
     assert "To go on: python launch.py" in out
 
 
+def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_1(monkeypatch, capsys):
+    def refused(_):
+        raise PermissionError(errno.EPERM, "Operation not permitted", "r/metrics.jsonl")
+
+    monkeypatch.setattr(launch, "launch", refused)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launch.main([]) == 1
+    line = "error: r/metrics.jsonl: Operation not permitted: mend it, and give the same command again\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("variable", ["JAX_ENABLE_X64", "JAX_DEBUG_NANS", "JAX_NUM_CPU_DEVICES"])
+def test_a_variable_that_jax_refuses_is_named(start, variable):
+    _, err = finished(start(*SMALL, **{variable: "banana"}), code=2)
+    assert err.startswith("error: jax cannot be imported: ")
+    assert variable.lower() in err.lower()
+    assert err.count("\n") == 1
+
+
+def test_a_current_folder_that_is_gone_and_links_in_a_circle(tmp_path, monkeypatch):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError, match="links that go in a circle"), workdirs.locked(tmp_path / "a/x"):
+        pass
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="--workdir=r: the current folder is gone"):
+        workdirs.local("r")
+
+
 def test_a_full_disk_is_one_line_and_exit_code_1(monkeypatch, capsys):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -295,3 +295,15 @@ def test_sweeps_that_are_refused_at_once(start):  # noqa: F811
         _, err = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1", *more), code=2)
         assert err.startswith("error: ")
         assert message in err
+
+
+@pytest.mark.parametrize("content", ['{"runs": null}', '{"runs": [null]}', '{"runs": [{"name": "a"}]}', "[1]"])
+def test_a_sweep_json_of_another_form_is_refused(tmp_path, content):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(UserError, match=r"holds no sweep \(no whole sweep\.json\)"):
+        sweep.run("x", ["--config", "experiments/alexnet_cifar.py"], [], [], None, tmp_path)
+
+
+def test_equal_values_are_swept_once():
+    values = "optimizer.learning_rate=0.001,1e-3,0.01"
+    assert [combo["optimizer.learning_rate"] for combo in sweep.combinations(None, None, [values], 1)] == ["0.001", "0.01"]

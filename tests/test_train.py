@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -230,6 +231,8 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    (dict(experiment="../x"), r"experiment=\.\./x: expected letters, digits"),
+    (dict(experiment=".."), r"experiment=\.\.: expected letters, digits"),
     (dict(parallelism="pipeline"), "parallelism=pipeline: unknown, expected one of data, model, hybrid"),
     (dict(model=dict(name="lenet")), r"model\.name=lenet: unknown"),
     (dict(data=dict(name="mnist")), r"data\.name=mnist"),
@@ -403,6 +406,53 @@ def test_a_run_never_starts_over_where_its_checkpoints_are_broken(config, tmp_pa
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+def test_a_run_whose_saved_checkpoints_are_gone_stops(config, tmp_path):
+    train.run(config, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    config.epochs = 3
+    with pytest.raises(UserError, match=r"summary\.json says that step 8 was saved, but checkpoints/ holds none"):
+        train.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_folder_that_goes_while_the_run_uses_it_ends_the_run(config, tmp_path, monkeypatch, moved):
+    save = checkpoint.Checkpoints.save
+
+    def save_and_go(self, step, *rest):
+        save(self, step, *rest)
+        self.wait()
+        (tmp_path / "run").rename(tmp_path / "new")
+        if not moved:
+            shutil.rmtree(tmp_path / "new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_and_go)
+        with pytest.raises(checkpoint.SaveError, match="run: was moved or removed while the run used it; step 8 is not saved"):
+            train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    if moved:
+        assert train.run(config, tmp_path / "new")["steps"] == 8
+
+
+@pytest.mark.parametrize("evaluation", [None, dict(accuracy=None), [1]])
+def test_a_summary_of_another_form_is_made_anew(config, tmp_path, evaluation):
+    first = train.run(config, tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(first | dict(eval=evaluation)))
+    assert train.run(config, tmp_path)["eval"] == first["eval"]
+
+
+def test_pipes_and_byte_order_marks_in_a_run_folder(config, tmp_path):
+    stop_after(4, config, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text("\ufeff" + text)  # as some editors do
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is no regular file"):
+        train.run(config, tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert train.run(config, tmp_path)["steps"] == 8
+
+
 def test_a_step_of_another_run_is_not_taken(config, tmp_path):
     stop_after(4, config, tmp_path / "a")
     config.seed = 1
@@ -414,11 +464,11 @@ def test_a_step_of_another_run_is_not_taken(config, tmp_path):
         train.run(config, tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["run[1]", "run\\1", "a*", "b?"])
+@pytest.mark.parametrize("name", ["run[1]", "run\\1", "a*", "b?", "gs:"])
 def test_paths_in_which_no_checkpoint_could_be_read_are_refused(config, tmp_path, name, monkeypatch):
     """Above the run, too, and where the current folder has such a name."""
     (tmp_path / name).mkdir()
-    for workdir in (tmp_path / name, tmp_path / name / "run"):
+    for workdir in (tmp_path / name / "a", tmp_path / name / "run"):
         with pytest.raises(UserError, match="no checkpoint could be read again from"):
             train.run(config, workdir)
     monkeypatch.chdir(tmp_path / name)
@@ -439,7 +489,7 @@ def test_a_file_where_a_folder_should_be_and_the_reverse_is_named(config, tmp_pa
     path = tmp_path / name
     (shutil.rmtree if path.is_dir() else path.unlink)(*([path] if path.is_dir() else []))
     path.write_text("") if name == "checkpoints" else path.mkdir()
-    with pytest.raises(UserError, match=f"{re.escape(str(path))}: .*expected a") as error:
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: is no .*, expected a") as error:
         train.run(config, tmp_path)
     assert "\n" not in str(error.value)
 

@@ -33,6 +33,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # without a nam
 # pillow knows many more: an EPS file is a program, a TIFF file may hold numbers that are no pixels.
 FORMATS = ("JPEG", "PNG", "WEBP")
 CHUNK = 64  # images that a thread decodes at a time
+CHECKED_BYTES = 2 * 10**9  # images are read again at each start, a second per GB, up to this size
 PROGRESS_SECONDS = 10.0
 SHOWN = 20  # images that cannot be read and are named on the terminal
 INFO = "info.json"  # of a prepared folder: what Prepared has besides the arrays
@@ -406,7 +407,11 @@ def read(folder: Path) -> Prepared | None:
             if len(arrays[f"{split}_images"]) != len(arrays[f"{split}_labels"]):
                 raise ValueError(f"{split} images and labels differ in number")
         with contextlib.suppress(FileNotFoundError):
-            return Prepared(arrays, **json.loads((folder / INFO).read_text()))
+            found = Prepared(arrays, **json.loads((folder / INFO).read_text()))
+            small = sum(array.nbytes for array in arrays.values()) <= CHECKED_BYTES
+            if small and found.digest != digest.of_arrays(arrays):
+                raise ValueError("its pixels or labels are not those that were prepared")
+            return found
         found = Prepared(arrays, digest.of_arrays(arrays))
         with contextlib.suppress(OSError):
             write_info(folder, found)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import ml_collections
+from absl import logging
 
 from cnn_spmd.data import cifar10_archive, digest
 from cnn_spmd.data.dataset import Dataset
@@ -51,8 +52,11 @@ def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
                  f"Why: {error}", f"To use CIFAR-10, {give}", 'To make this an error: --config.data.fallback=""']
         print("", "!" * 110, *(f"!! {line}" for line in lines), "!" * 110, "", sep="\n", file=sys.stderr, flush=True)
         return dataclasses.replace(load_digits(data), fallback="cifar10")
-    return Dataset(name="cifar10", **arrays, class_names=cifar10_archive.CLASS_NAMES, mirror=True,
-                   digest=digest.of_arrays(arrays))
+    found = digest.of_arrays(arrays)
+    if found != cifar10_archive.DIGEST:
+        logging.warning("data.dir=%s: these are not CIFAR-10's pixels and labels (their digest is %s, CIFAR-10's %s). "
+                        "Using them all the same.", data.dir, found, cifar10_archive.DIGEST)
+    return Dataset(name="cifar10", **arrays, class_names=cifar10_archive.CLASS_NAMES, mirror=True, digest=found)
 
 
 

@@ -14,12 +14,15 @@ import warnings
 from absl import flags
 from absl import logging as absl_logging
 
+from cnn_spmd.errors import UserError
+
 # jax's settings that change a run's numbers, or refuse its code, at jax's own defaults. Each has an
 # environment variable of the same name.
 NUMBERS = dict(
     jax_enable_x64=False, jax_default_prng_impl="threefry2x32", jax_threefry_partitionable=True,
     jax_random_seed_offset=0, jax_default_matmul_precision=None,
-    jax_numpy_dtype_promotion="standard", jax_numpy_rank_promotion="allow")
+    jax_numpy_dtype_promotion="standard", jax_numpy_rank_promotion="allow", jax_disable_jit=False,
+    jax_transfer_guard=None, jax_default_device=None)
 
 
 class _Lossy(io.FileIO):
@@ -50,7 +53,14 @@ def keep_talking() -> None:
 
 
 def prepare() -> None:
-    """Set what a command of launch.py needs, before jax computes anything."""
+    """Set what a command of launch.py needs, before jax computes anything.
+
+    Raises UserError where a variable of the environment lets jax not even be imported.
+    """
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        raise UserError(f"jax cannot be imported: {' '.join(str(error).split())}: mend or unset that variable") from None
     warn_once()
     find_home()
     fix_numbers()
@@ -70,8 +80,10 @@ def warn_once() -> None:
 
 def find_home() -> None:
     """Make a HOME for this process where there is none, for the caches of all libraries."""
+    if os.environ.get("TFDS_DATA_DIR") == "":  # TFDS would take it for the current folder
+        del os.environ["TFDS_DATA_DIR"]
     try:
-        if pathlib.Path.home().is_dir():
+        if os.environ.get("HOME") != "" and pathlib.Path.home().is_dir():
             return
     except (RuntimeError, OSError):  # no HOME and no such user; a parent that cannot be read
         pass

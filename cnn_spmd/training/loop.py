@@ -25,7 +25,7 @@ from cnn_spmd.training import cluster, optim, runfiles
 from cnn_spmd.training import log as metrics_lib
 from cnn_spmd.training import workdir as workdirs
 from cnn_spmd.training.build import Setup, compile_train, feeds, prepare, refuse_beyond_memory, report_of
-from cnn_spmd.training.checkpoint import Checkpoints
+from cnn_spmd.training.checkpoint import Checkpoints, SaveError
 from cnn_spmd.training.clock import Clock, process_seconds
 from cnn_spmd.training.interrupt import Interrupt
 from cnn_spmd.training.log import say
@@ -55,16 +55,21 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         interrupt.check()
         with workdirs.opened(workdir, setup.saved) as old_summary:
             cluster.same_folder(workdir, workdir / workdirs.LOCK)
-            if old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps:
-                say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy "
-                    f"{old_summary['eval']['accuracy']:.2%}. Nothing to do"
+            evaluation = old_summary.get("eval")
+            accuracy = evaluation.get("accuracy") if isinstance(evaluation, dict) else None
+            done = old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps
+            if done and isinstance(accuracy, float):
+                say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy {accuracy:.2%}. Nothing to do"
                     + (", and nothing traced: a new --workdir can be." if setup.config.profile else "."))
                 return old_summary
-            return train(setup, workdir, interrupt)
+            return train(setup, workdir, interrupt, old_summary)
 
 
-def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
-    """The run itself, in a workdir that the caller holds the lock of. Raises UserError where it is past the last step."""
+def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary: dict) -> dict:
+    """The run itself, in a workdir that the caller holds the lock of.
+
+    Raises UserError where it is past the last step, or where the checkpoints that old_summary speaks of are gone.
+    """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (config, data, place, steps), identity = setup, setup.identity
     is_main = jax.process_index() == 0
@@ -78,6 +83,9 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     checkpoints = Checkpoints(workdir.resolve() / "checkpoints", config.checkpoint.keep, run_name)
     state = checkpoints.restore(steps.abstract_state)
     start = 0 if state is None else int(state.step)
+    if state is None and old_summary.get("status") in ("completed", "interrupted"):  # which both come after a save
+        raise UserError(f"{workdir}: summary.json says that step {old_summary.get('steps')} was saved, but checkpoints/ holds "
+                        "none: put them back, or give a new --workdir to begin at step 0")
     if start > total:
         raise UserError(f"steps={total}: {workdir} is at step {start} already; the number of steps may grow, not shrink")
     if is_main:  # before anything takes long: a run that is stopped now can be started again
@@ -151,6 +159,9 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     def save(accuracy: float | None) -> None:
         if not all_finite(state.params):
             raise NonFinite(f"parameters are not finite after step {step}")
+        if is_main and not (workdir / "config.json").exists():
+            raise SaveError(f"{workdir}: was moved or removed while the run used it; step {step} is not saved; in the "
+                            "folder's new place, the same command goes on")
         checkpoints.save(step, state, accuracy)
 
     def write_profile() -> None:
@@ -233,7 +244,8 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt) -> dict:
     finally:
         progress.close()
         metrics.close()
-        summary = summarise(status)
+        if workdir.exists():
+            summary = summarise(status)
     return summary
 
 

@@ -26,6 +26,8 @@ def local(text: str) -> pathlib.Path:
     path = configs.expanded("--workdir", text)
     try:
         str(path.absolute()).encode()
+    except OSError as error:
+        raise UserError(f"--workdir={text}: the current folder is gone ({error.strerror}): give a whole path") from None
     except UnicodeEncodeError:
         raise UserError(f"--workdir={text}: {path.absolute()} is not UTF-8, or this locale is not, and "
                         "checkpoints need both: give another folder") from None
@@ -39,10 +41,13 @@ def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]
     flag: by which it was given, for what is raised. Raises UserError where it cannot be written or is in use, and for a path
     in which no checkpoint could be read again.
     """
-    whole = str(folder.resolve())
-    if bad := sorted(set(whole) & set(UNREADABLE)):
+    try:
+        whole = str(folder.resolve())
+    except RuntimeError:
+        raise UserError(f"{flag}{folder}: is behind links that go in a circle: give another folder") from None
+    if bad := sorted({*whole} & {*UNREADABLE}) or [part for part in (":/",) if part in whole]:
         raise UserError(f"{flag}{folder}: no checkpoint could be read again from {whole}, because of {' '.join(bad)} in it: "
-                        f"give a folder whose whole path has none of {' '.join(UNREADABLE)}")
+                        f"give a folder whose whole path has none of {' '.join(UNREADABLE)} :/")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = {path.name for path in folder.iterdir()}
@@ -71,24 +76,28 @@ def opened(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
         if content <= OURS:
             yield {}
             return
-        for name in (*FILES, "checkpoints"):
-            if name in content and (workdir / name).is_dir() == (name in FILES):
-                found, expected = ("folder", "file") if name in FILES else ("file", "folder")
-                raise UserError(f"{workdir / name}: is a {found}, expected a {expected}: move it away")
+        for name in content & {*FILES}:
+            if not (workdir / name).is_file():  # to open a pipe would wait for ever
+                raise UserError(f"{workdir / name}: is no regular file, expected a file: move it away")
+        if "checkpoints" in content and not (workdir / "checkpoints").is_dir():
+            raise UserError(f"{workdir / 'checkpoints'}: is no folder, expected a folder: move it away")
         if "config.json" not in content:
             (workdir / LOCK).unlink()
             raise UserError(f"--workdir={workdir}: is not empty and holds no run (no config.json): give a new folder")
-        old = read(workdir / "config.json")
+        old = read(workdir / "config.json", warn=False)
         if old is None:
             raise UserError(f"--workdir={workdir}: config.json is damaged, so nobody knows what ran here: give a new folder")
         configs.refuse_changes(f"--workdir={workdir}", old, config)
         yield read(workdir / "summary.json") or {}
 
 
-def read(path: pathlib.Path) -> dict | None:
-    """The JSON object in a file; None, with a warning, where there is no such thing in it."""
+def read(path: pathlib.Path, warn: bool = True) -> dict | None:
+    """The JSON object in a file; None, with a warning, where there is no such thing in it.
+
+    A byte order mark, which some editors write, is no damage.
+    """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text("utf-8-sig"))
         if isinstance(value, dict):
             return value
     except FileNotFoundError:
@@ -97,5 +106,6 @@ def read(path: pathlib.Path) -> dict | None:
         raise UserError(f"{path}: {error.strerror}, expected a readable file") from None
     except ValueError:
         pass
-    logging.warning("%s is damaged and not used.", path)
+    if warn:
+        logging.warning("%s is damaged and not used.", path)
     return None
