@@ -25,6 +25,15 @@ def test_what_prints_ends_well_wherever_it_prints(command, code, where):
     assert (result.returncode, result.stderr) == (code, "")
 
 
+@pytest.mark.parametrize(("command", "where", "reason"), [
+    ("-m cnn_spmd.papers", ">/dev/full", "No space left on device"),
+    ("-m cnn_spmd.report", ">&-", "Bad file descriptor")])
+def test_tables_that_cannot_be_written_are_an_error(command, where, reason):
+    result = subprocess.run(["bash", "-c", f"{sys.executable} {command} {where}"], cwd=ROOT, capture_output=True,
+                            text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, f"error: the output cannot be written: {reason}\n")
+
+
 def test_text_beyond_the_encoding_is_escaped():
     code = "from cnn_spmd.training import environment; environment.keep_talking(); print('2 ± 1')"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONIOENCODING="ascii"),

@@ -1,8 +1,10 @@
 """Pictures of what a run learned: their numbers are the model's own, and report.html shows them."""
 
 import dataclasses
+import errno
 import html
 import json
+import os
 import re
 
 import jax
@@ -12,6 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from cnn_spmd import config as configs
+from cnn_spmd.errors import UserError
 from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import pictures
 from cnn_spmd.training import build as setups
@@ -76,6 +79,21 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
     assert page.count('src="data:image/png;base64,iVBOR') == 3
     assert "after step 3, synthetic." in page
     capsys.readouterr()
+
+    old = {name: (tmp_path / name).read_bytes() for name in NAMES}
+
+    def full(_, path, **__):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pictures.Figure, "savefig", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        pictures.draw(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in NAMES} == old
+    assert not list(tmp_path.glob("*.tmp"))
+
+    summary, saved = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "config"))
+    assert summary["data_digest"] == saved["data_digest"] == run.data.digest
 
 
 def test_what_reaches_the_output_layer_where_none_is_hidden(config):

@@ -1,6 +1,7 @@
 """The report on runs and sweeps: its numbers are theirs, and half-written folders, failed runs and bad input are told."""
 
 import csv
+import errno
 import html
 import json
 import os
@@ -15,7 +16,7 @@ from cnn_spmd import sweep
 from cnn_spmd.papers import published as papers
 from cnn_spmd.papers import tables
 from cnn_spmd.report import __main__ as report
-from cnn_spmd.report import canvas, charts, compare, plots
+from cnn_spmd.report import canvas, charts, compare, plots, write
 from cnn_spmd.training import loop as train
 from cnn_spmd.training import runfiles
 
@@ -94,6 +95,15 @@ def write_run(folder: pathlib.Path, mesh="1x1", speed=1000.0, seed=0, status="co
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "metrics.jsonl").write_text(metrics())
     return folder
+
+
+def change(path: pathlib.Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def fifo(path: pathlib.Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
 
 
 def written(capsys, *folders) -> tuple[str, str, list[dict], str]:
@@ -380,6 +390,20 @@ def test_a_lone_run_and_several(tmp_path, capsys):
     assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.2")[3:7:3] == ["1", ""]
 
 
+def test_runs_that_differ_in_their_data_are_not_averaged(tmp_path, capsys):
+    """Where only one of them says what its data are, they may be the same."""
+    digests = ("a" * 16, "b" * 16, "a" * 16)
+    runs = [write_run(tmp_path / f"r{seed}", speed=1000.0 + 100 * seed, seed=seed) for seed in range(3)]
+    change(runs[0] / "summary.json", data_digest=digests[0])
+    assert row_of(written(capsys, *runs)[1], "1x1")[3] == "3"
+    for folder, digest in zip(runs, digests, strict=True):
+        change(folder / "summary.json", data_digest=digest)
+    page = written(capsys, *runs)[1]
+    assert row_of(page, "1x1", "data", f"batch 128, data_digest={'a' * 16}")[3] == "2"
+    assert row_of(page, "1x1", "data", f"batch 128, data_digest={'b' * 16}")[3] == "1"
+    assert row_of(written(capsys, runs[0], runs[2])[1], "1x1", "data", "batch 128")[3] == "2"
+
+
 def test_figures_of_a_run(tmp_path):
     folder = write_run(tmp_path / "run", "4x2", 4000.0, batch_size=1024)
     assert runfiles.figures_of(folder) == a_run("4x2", 4000.0)["figures"]
@@ -393,7 +417,24 @@ def test_figures_of_a_run(tmp_path):
     (lambda run: (run / "program.json").write_text("[]"), "program.json: damaged JSON (not an object)"),
     (lambda run: (run / "profile.json").write_text(""), "profile.json: damaged JSON"),
     (lambda run: (run / "summary.json").write_text('{"status": "running"}'), "summary.json says running"),
-    (lambda run: (run / "summary.json").write_text('{"status": "completed"}'), "summary.json or program.json lacks 'eval'"),
+    (lambda run: (run / "summary.json").write_text('{"status": "completed"}'),
+     "summary.json: experiment is null or missing, expected text"),
+    (lambda run: change(run / "summary.json", images_per_second="fast"),
+     'summary.json: images_per_second is "fast", expected a number'),
+    (lambda run: change(run / "summary.json", eval=dict(accuracy=[1], loss=1.0)),
+     "summary.json: eval.accuracy is [1], expected a number"),
+    (lambda run: change(run / "summary.json", status=7), "summary.json: status is 7, expected text"),
+    (lambda run: change(run / "summary.json", mesh=None),
+     "summary.json: mesh is null or missing, expected an object"),
+    (lambda run: change(run / "summary.json", collectives=[3]),
+     "summary.json: collectives.* is 3, expected an object"),
+    (lambda run: change(run / "program.json", totals=dict(ring_bytes="9")),
+     'program.json: totals.ring_bytes is "9", expected a number'),
+    (lambda run: (run / "profile.json").write_text('{"steps": []}'),
+     "profile.json: steps is [], expected a number"),
+    (lambda run: (run / "profile.json").write_text(json.dumps(PROFILE | dict(top=[dict(name=3)]))),
+     "profile.json: top.*.milliseconds is null or missing, expected a number"),
+    (lambda run: fifo(run / "summary.json"), "summary.json: expected a regular file"),
 ])
 def test_a_half_written_run_is_unfinished_and_the_others_are_reported(tmp_path, capsys, damage, reason):
     broken, whole = write_run(tmp_path / "broken"), write_run(tmp_path / "whole", speed=4321.0)
@@ -463,6 +504,54 @@ def test_pictures_of_what_was_learned(tmp_path, capsys):
         assert "<img" not in page
 
 
+@pytest.mark.parametrize(("row", "reason"), [
+    (dict(file="../secret", title="t", caption="c"), "file=../secret: expected a name without a folder"),
+    (dict(file="a.png", title="t", caption=3), "pictures.*.caption is 3, expected text"),
+    (dict(file="pipe", title="t", caption="c"), "pipe: expected a regular file"),
+    (3, "pictures.* is 3, expected an object")])
+def test_pictures_that_are_none_of_the_runs_are_left_out(tmp_path, capsys, row, reason):
+    run = write_run(tmp_path / "run")
+    for path in (tmp_path / "secret", run / "a.png"):
+        path.write_bytes(b"pixels")
+    os.mkfifo(run / "pipe")
+    (run / "pictures.json").write_text(json.dumps(dict(pictures=[row])))
+    _, page, _, errors = written(capsys, run)
+    assert "<img" not in page
+    assert reason in errors
+    assert errors.count("\n") == 1
+
+
+def test_metrics_of_another_kind_are_left_out(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": "high"}\n' + metrics())
+    assert "metrics.jsonl: 1 damaged line left out, 6 read" in written(capsys, run)[3]
+    fifo(run / "metrics.jsonl")
+    assert written(capsys, run)[3] == f"warning: {run / 'metrics.jsonl'}: expected a regular file\n"
+
+
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
+    paths = write.write([write_run(tmp_path / os.fsdecode(b"run\xff"))])
+    assert all(b"run\\udcff" in path.read_bytes() for path in paths)
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    """Also where a FIFO has its name, or that of the file written first."""
+    run = write_run(tmp_path / "run")
+    for name in ("report.md", "report.csv.tmp"):
+        fifo(run / name)
+    old = written(capsys, run)[0]
+
+    def full(path, text, **_):
+        path.write_bytes(text[:9].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    assert report.main([str(run)]) == 2
+    assert capsys.readouterr().err == f"error: {run / 'report.md'}: cannot be written: No space left on device\n"
+    assert (run / "report.md").read_text() == old
+    assert not list(run.glob("*.tmp"))
+
+
 def test_a_run_that_stopped_says_where(tmp_path, capsys):
     _, page, *_ = written(capsys, write_run(tmp_path / "run", status="interrupted"))
     assert row_of(page, "run")[1::10] == ["interrupted", "stopped after step 100"]
@@ -485,6 +574,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     for text, reason in (("{", "damaged JSON"), ('{"runs": []}', "not a sweep")):
         (tmp_path / "sweep.json").write_text(text)
         assert reason in refused(tmp_path)
+    (tmp_path / "sweep.json").unlink()
+    for runs, reason in ((None, "runs is null or missing, expected a list"),
+                         ([None], "runs.* is null or missing, expected an object"),
+                         ([dict(name=3, status="completed")], "runs.*.name is 3, expected text"),
+                         ([dict(name="r", status="completed", figures=3)], "runs.*.figures is 3, expected an object")):
+        path = write_sweep(tmp_path / f"sweep of {runs}", []) / "sweep.json"
+        change(path, runs=runs)
+        assert refused(path.parent) == f"error: {path}: {reason}\n"
     folder = write_run(tmp_path / "run")
     (folder / "report.md").mkdir()
     assert refused(folder) == f"error: {folder / 'report.md'}: cannot be written: Is a directory\n"

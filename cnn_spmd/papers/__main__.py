@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from cnn_spmd.papers import claims
@@ -32,3 +33,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     environment.keep_talking()
     main()
+    sys.exit(environment.unwritten())

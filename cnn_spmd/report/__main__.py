@@ -16,7 +16,10 @@ from cnn_spmd.training import environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input, 130 for Ctrl-C."""
+    """Runs the command line; returns the exit code.
+
+    1 says that the tables could not be printed, 2 is for bad input, 130 for Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog="python -m cnn_spmd.report", description=(
         "Writes report.md, report.csv and report.html (tables and charts, no network needed) on runs and sweeps into the "
         "folder given, or into the first of several. Without arguments: prints the README's tables from results/."))
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--data_dir: expected --pictures with it")
     if not folders:
         print(*(table() for table in tables.TABLES.values()), sep="\n\n")
-        return 0
+        return environment.unwritten()
     try:
         if arguments.pictures:
             from cnn_spmd.report import pictures

@@ -39,10 +39,12 @@ def read_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
     """sweep.json, its unfinished runs looked up in their folders."""
     sweep = read_json(folder / "sweep.json")
     missing = {"experiment", "devices", "hardware", "runs"} - sweep.keys()
-    if missing or not all(isinstance(run, dict) and {"name", "status"} <= run.keys() for run in sweep["runs"]):
+    if missing:
         raise UserError(f"{folder / 'sweep.json'}: not a sweep; give the folders of its runs instead")
+    runfiles.check(folder / "sweep.json", sweep)
     empty = dict(mesh=None, settings={}, reason="", command="", seconds=None, figures={})
-    runs = [empty | run for run in sweep["runs"]]
+    runs = [empty | {name: value for name, value in run.items() if value is not None}
+            for run in sweep["runs"]]
     for run in runs:
         if run["status"] in ("running", "completed") and not run["figures"]:
             finish(run, folder / run["name"], notes)
@@ -70,7 +72,8 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
             run["mesh"] = f"{mesh['data']}x{mesh['model']}"
         unused = ("data.synthetic.",) * (run["figures"].get("dataset") != "synthetic")
         own = {field: value for field, value in own.items() if not field.startswith((*compare.NOT_COMPARED, *unused))}
-        fields.append(own | ({"device_kind": run["figures"]["device_kind"]} if run["figures"] else {}))
+        said = made_by[-1] if run["figures"] else {}
+        fields.append(own | {key: said[key] for key in ("device_kind", "data_digest") if said.get(key)})
         runs.append(run | dict(metrics=read_metrics(folder, notes), pictures=read_pictures(folder, notes)))
     for run, own in zip(runs, fields, strict=True):
         run["settings"] = {field: value for field, value in own.items()
@@ -80,7 +83,7 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
     def joined(key: str) -> str:
         return ", ".join(dict.fromkeys(str(summary[key]) for summary in made_by))
 
-    where = [{key: summary[key] for key in runfiles.HARDWARE} for summary in made_by]
+    where = [{key: summary.get(key) for key in runfiles.HARDWARE} for summary in made_by]
     hardware = functools.reduce(runfiles.joined, where) if where else None
     return dict(title=", ".join(run["name"] for run in runs), experiment=joined("experiment") or "unfinished runs", runs=runs,
                 devices=max((summary["devices"] for summary in made_by), default=0), started=joined("started"),
@@ -105,20 +108,29 @@ def read_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
     """The lines of a run's metrics.jsonl that are whole; a note for those that are not."""
 
     path = folder / "metrics.jsonl"
-    rows = runfiles.read(path)
-    if cut := (len(path.read_text(errors="replace").splitlines()) if path.exists() else 0) - len(rows):
+    try:
+        rows = runfiles.read(path)
+        lines = runfiles.contents(path).decode(errors="replace").splitlines() if path.exists() else []
+    except UserError as error:
+        notes.append(str(error))
+        return []
+    if cut := len(lines) - len(rows):
         notes.append(f"{path}: {cut} damaged line{'s' * (cut > 1)} left out, {len(rows)} read")
     return rows
 
 
 def read_pictures(folder: pathlib.Path, notes: list[str]) -> list[tuple[str, bytes, str]]:
     """Title, PNG and caption of each picture of what a run learned, if there are any; a note for damaged ones."""
-    if not (folder / "pictures.json").exists():
+    path = folder / "pictures.json"
+    if not path.exists():
         return []
     try:
-        rows = read_json(folder / "pictures.json")["pictures"]
-        return [(row["title"], (folder / row["file"]).read_bytes(), row["caption"]) for row in rows]
-    except (UserError, OSError, KeyError, TypeError) as error:
+        rows = runfiles.check(path, read_json(path))["pictures"]
+        for row in rows:
+            if row["file"] != pathlib.Path(row["file"]).name:
+                raise UserError(f"{path}: file={row['file']}: expected a name without a folder")
+        return [(row["title"], runfiles.contents(folder / row["file"]), row["caption"]) for row in rows]
+    except ValueError as error:  # also a name that no file can have
         notes.append(f"{folder}: pictures are left out, draw them again with --pictures ({error})")
         return []
 

@@ -68,7 +68,8 @@ def draw(folder: pathlib.Path, data_dir: str | None = None) -> None:
                 for name, fig in (("filters.png", filter_grid(filters_KHWC[:shown], towers)),
                                   ("top5.png", prediction_bars(run.data, predicted)),
                                   ("neighbours.png", neighbour_rows(run.data, near))):
-                    fig.savefig(folder / name, dpi=200)
+                    with runfiles.whole(folder / name) as temporary:
+                        fig.savefig(temporary, format="png", dpi=200)
             runfiles.write_json(folder / "pictures.json", dict(
                 step=int(state.step), filters=len(filters_KHWC), predictions=predicted, neighbours=near,
                 pictures=[dict(file=name, title=title, caption=caption) for name, (title, caption) in captions.items()]))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import page
 from cnn_spmd.report.load import load
+from cnn_spmd.training import runfiles
 
 
 def write(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
@@ -22,7 +23,8 @@ def write(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     texts = {"report.md": page.as_markdown(blocks), "report.csv": page.as_csv(sweeps), "report.html": page.as_html(blocks)}
     for name, text in texts.items():
         try:
-            (folders[0] / name).write_text(text, encoding="utf-8")
+            with runfiles.whole(folders[0] / name) as temporary:  # backslashreplace: names of folders
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"{folders[0] / name}: cannot be written: {error.strerror}") from error
     return [folders[0] / name for name in texts]

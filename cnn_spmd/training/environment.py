@@ -1,7 +1,7 @@
 """Keep a program's surroundings from ending it, changing its numbers, or repeating its warnings."""
 
 import atexit
-import contextlib
+import errno
 import io
 import logging
 import os
@@ -32,11 +32,17 @@ class _Lossy(io.FileIO):
     `write` would make the buffer write twice.
     """
 
+    error: OSError | None = None  # the last one that is no broken pipe, which has no reader to miss it
+
     def write(self, data: bytes) -> int:
         rest = memoryview(data)
-        with contextlib.suppress(OSError):
+        try:
             while rest:
                 rest = rest[super().write(rest) or len(rest):]  # None: full, and does not block
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            self.error = error
         return len(data)
 
 
@@ -48,8 +54,19 @@ def keep_talking() -> None:
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
         if name != "stdin":
             raw = _Lossy(descriptor, "w", closefd=False)
+            raw.error = None if stream else OSError(errno.EBADF, os.strerror(errno.EBADF))
             encoding = stream.encoding if stream else "utf-8"
             setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True))
+
+
+def unwritten() -> int:
+    """Return the exit code of a command that only prints; say on stderr what stdout has lost."""
+    sys.stdout.flush()
+    error = getattr(getattr(sys.stdout, "buffer", None), "error", None)
+    if error is None:
+        return 0
+    print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+    return 1
 
 
 def prepare() -> None:

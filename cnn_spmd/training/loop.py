@@ -193,7 +193,7 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
             images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
             step_milliseconds=clock.step_milliseconds(), steady_calls=len(clock.steady()), eval=evaluation,
             bytes_per_device=report["bytes_per_device"], collectives=report["collectives"], **metrics_lib.provenance(),
-            started=started, status=status, config=configs.as_json(config))
+            started=started, status=status, data_digest=data.digest, config=configs.as_json(config))
         if is_main:
             runfiles.write_json(workdir / "summary.json", summary)
         return summary
