@@ -77,7 +77,7 @@ RESIDENT_SHARE, RESIDENT_BYTES, CALL_BYTES = 0.4, 4e9, 1e9
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 # What a resumed run may change: the numbers do not depend on it, but for steps and epochs, which the learning rate follows from
-# there on. Which images are left out is in the data's digest; `run` is what a run calls itself (checkpoint.py).
+# there on. Which images are left out is in the data's digest; `run` is what a run calls itself (training/checkpoint.py).
 MAY_DIFFER = ("run", "mesh", "model.levers", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint",
               "data.dir", "data.resident", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
               "data.fallback_learning_rate", "data.skip_bad", "skipped_images", "epochs", "steps",
