@@ -32,7 +32,7 @@ from cnn_spmd.sharding.placement import Placement, name_of
 from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import build as setups
 from cnn_spmd.training import loop as train
-from cnn_spmd.training.packing import join_weight, split_weight
+from cnn_spmd.training.packing import pack_bf16, unpack_f32
 from cnn_spmd.training.step import Steps, TrainState
 from experiments.alexnet_cifar import get_config
 
@@ -296,13 +296,13 @@ def test_a_weight_is_its_two_halves():
     bits = weights.astype(np.float32).view(np.int32)
     bits = np.concatenate([bits, bits & -2**16 | 2**15, bits & -2**16])  # ties, and what is bfloat16 already
     nans = np.array([0x7FFFFFFF, 0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0xFFC00000], np.uint32).view(np.float32)  # CUDA's first
-    for half in (jax.jit(split_weight)(nans)[0], join_weight(*split_weight(nans))):
+    for half in (jax.jit(pack_bf16)(nans)[0], unpack_f32(*pack_bf16(nans))):
         assert np.isnan(np.asarray(half, np.float32)).all()
     bits = bits[~np.isnan(bits.view(np.float32))]
     weights = bits.view(np.float32)
-    near, rest = jax.jit(split_weight)(weights)
+    near, rest = jax.jit(pack_bf16)(weights)
     assert (near.dtype, rest.dtype) == (jnp.bfloat16, jnp.int16)
-    np.testing.assert_array_equal(np.asarray(jax.jit(join_weight)(near, rest)).view(np.int32), bits)
+    np.testing.assert_array_equal(np.asarray(jax.jit(unpack_f32)(near, rest)).view(np.int32), bits)
     ties = bits & (2**16 - 1) == 2**15
     np.testing.assert_array_equal(near[~ties].astype(np.float32), weights[~ties].astype(jnp.bfloat16).astype(np.float32))
     finite = np.isfinite(weights)

@@ -8,29 +8,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def split_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A float32 weight as the nearest bfloat16, which the layers read as it is, and an int16 with the rest of its bits.
+def pack_bf16(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Split a float32 weight into the nearest bfloat16 and an int16 with the rest of its bits.
 
-    Together they are the 4 bytes of the weight, to the last bit (or NaN again); a bfloat16 copy beside it would be 2 more to
-    write. Of two that are equally near it takes the larger, where a cast takes the even one.
+    The layers read the bfloat16 as it is. Together the two are the 4 bytes of the weight, to the last
+    bit (a NaN becomes another NaN); a bfloat16 copy beside the weight would be 2 more bytes to write.
+    Where two bfloat16 are equally near, this takes the larger one; a cast takes the even one.
     """
     bits = jax.lax.bitcast_convert_type(weight, jnp.int32)
     near = jnp.where(jnp.isnan(weight), 0x7FC0, (bits + 2**15) >> 16)  # of a NaN, whose sum may overflow: another NaN
     return jax.lax.bitcast_convert_type(near.astype(jnp.int16), jnp.bfloat16), (bits - (near << 16)).astype(jnp.int16)
 
 
-def join_weight(near: jax.Array, rest: jax.Array) -> jax.Array:
-    """The float32 weight that split_weight split."""
+def unpack_f32(near: jax.Array, rest: jax.Array) -> jax.Array:
+    """Join what pack_bf16 split: the float32 weight, to the last bit."""
     bits = jax.lax.bitcast_convert_type(near, jnp.int16).astype(jnp.int32) << 16
     return jax.lax.bitcast_convert_type(bits + rest.astype(jnp.int32), jnp.float32)
 
 
-def read(params: nnx.State) -> nnx.State:
-    """The weights as the layers read them: of halves the bfloat16."""
+def layer_weights(params: nnx.State) -> nnx.State:
+    """Give the weights as the layers read them: the bfloat16 half of those that are packed."""
     return jax.tree.map(lambda x: x[0] if isinstance(x, tuple) else x, params, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def whole(params: nnx.State) -> nnx.State:
-    """The weights as the optimizer needs them: halves joined."""
-    return jax.tree.map(lambda x: join_weight(*x) if isinstance(x, tuple) else x, params,
+def f32_weights(params: nnx.State) -> nnx.State:
+    """Give the weights as the optimizer needs them, float32: packed ones are joined."""
+    return jax.tree.map(lambda x: unpack_f32(*x) if isinstance(x, tuple) else x, params,
                         is_leaf=lambda x: isinstance(x, tuple))

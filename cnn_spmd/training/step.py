@@ -17,7 +17,7 @@ from flax import nnx
 from cnn_spmd.data import augment as batches
 from cnn_spmd.data.feed import DeviceData, labels_of
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training.packing import read, split_weight, whole
+from cnn_spmd.training.packing import f32_weights, layer_weights, pack_bf16
 
 UNROLLED = 8  # parts of a variable batch that are written out, not looped over: as many as one weird trick had GPUs
 
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 []: steps done
     seed: jax.Array  # uint32 []; here, and not a constant of the program, so that another seed compiles nothing again
-    params: nnx.State  # float32; within a call, where Steps.halves, each a pair of split_weight's halves
+    params: nnx.State  # float32; within a call, where Steps.halves, each a pair of pack_bf16's halves
     optimizer: Any  # optax state; a momentum a parameter
 
 
@@ -67,7 +67,7 @@ class Steps:
     flip: bool  # mirror training images at random
     views: str  # of a test image: "one", "mirrored" or "ten"
     mirror: bool  # whether a mirrored test image keeps its class
-    halves: bool  # "cast_once": the steps of a call hand on the weights as two halves, see split_weight
+    halves: bool  # "cast_once": the steps of a call hand on the weights as two halves, see pack_bf16
 
     def init(self, seed: jax.Array) -> TrainState:
         """The state at step 0, a function of the seed [] alone."""
@@ -115,21 +115,21 @@ class Steps:
         """loss and accuracy [] on the examples `indices_B`, and the loss's gradient by each parameter."""
         images, labels_B, key = self.batch(data, state, indices_B)
         grads, metrics = jax.grad(lambda params: self.loss(params, self.features(params, images), labels_B, key),
-                                  has_aux=True)(read(state.params))
+                                  has_aux=True)(layer_weights(state.params))
         return metrics, grads
 
     def update(self, optimizer: optax.GradientTransformation, grads: nnx.State, state: Any,
                params: nnx.State) -> tuple[nnx.State, Any]:
         """Parameters, and the optimizer's state, after the optimizer's step along `grads`."""
         with jax.named_scope("update"):
-            weights = whole(params)
+            weights = f32_weights(params)
             grads = jax.tree.map(lambda grad, weight: grad.astype(weight.dtype), grads, weights)
             updates, state = optimizer.update(grads, state, weights)
-            return self.stored(optax.apply_updates(weights, updates)), state
+            return self.packed(optax.apply_updates(weights, updates)), state
 
-    def stored(self, weights: nnx.State) -> nnx.State:
+    def packed(self, weights: nnx.State) -> nnx.State:
         """The weights as a call's steps hand them on."""
-        return jax.tree.map(split_weight, weights) if self.halves else weights
+        return jax.tree.map(pack_bf16, weights) if self.halves else weights
 
     def train_step(self, data: DeviceData, state: TrainState, indices_B: jax.Array | None) -> tuple[TrainState, dict]:
         """One step on the examples `indices_B`; returns the new state, loss and accuracy."""
@@ -155,7 +155,7 @@ class Steps:
         together, under products and updates.
         """
         images, labels_B, key = self.batch(data, state, indices_B)
-        x_BF, backward = jax.vjp(lambda params: self.features(params, images), read(state.params))
+        x_BF, backward = jax.vjp(lambda params: self.features(params, images), layer_weights(state.params))
         parts = len(labels_B) // self.dense_microbatch
         dense, conv = nnx.split_state(state.params, is_dense, ...)
 
@@ -163,11 +163,13 @@ class Steps:
             x = self.place(x.reshape(self.dense_microbatch, parts, *x.shape[1:]), axes[0], None, *axes[1:])
             return x.swapaxes(0, 1)
 
+        def loss_of_part(dense, *inputs):
+            return self.loss(nnx.merge_state(dense, layer_weights(conv)), *inputs)
+
         def part(carry, inputs):
             dense, optimizer, total = carry
-            (_, metrics), (grads, x_gradient) = jax.value_and_grad(
-                lambda dense, x, *rest: self.loss(nnx.merge_state(dense, read(conv)), x, *rest), argnums=(0, 1), has_aux=True)(
-                    read(dense), *inputs)
+            gradients_of = jax.value_and_grad(loss_of_part, argnums=(0, 1), has_aux=True)
+            (_, metrics), (grads, x_gradient) = gradients_of(layer_weights(dense), *inputs)
             if self.dense_optimizer is None:
                 total = jax.tree.map(jnp.add, total, grads)
             else:
@@ -176,7 +178,8 @@ class Steps:
 
         each = self.dense_optimizer is not None
         inputs = in_parts(x_BF, "conv_batch", None), in_parts(labels_B, "output_batch"), jax.random.split(key, parts)
-        carry = (dense, state.optimizer["dense"], None) if each else (dense, None, jax.tree.map(jnp.zeros_like, whole(dense)))
+        zeros = jax.tree.map(jnp.zeros_like, f32_weights(dense))
+        carry = (dense, state.optimizer["dense"], None) if each else (dense, None, zeros)
         (dense, optimizer, total), (metrics, gradient) = jax.lax.scan(part, carry, inputs, unroll=min(parts, UNROLLED))
 
         gradient = self.place(gradient.swapaxes(0, 1).reshape(x_BF.shape) / parts, "conv_batch", None)
@@ -199,13 +202,13 @@ class Steps:
             return self.train_step(data_of_step, state, indices_B)
 
         inputs = (data, None) if indices_SB is None else indices_SB
-        state = state._replace(params=self.stored(state.params))
+        state = state._replace(params=self.packed(state.params))
         if len(jax.tree.leaves(inputs)[0]) == 1:
             state, metrics = step(state, jax.tree.map(lambda x: x[0], inputs))
             metrics = jax.tree.map(lambda x: x[None], metrics)
         else:
             state, metrics = jax.lax.scan(step, state, inputs)
-        return state._replace(params=whole(state.params)), metrics
+        return state._replace(params=f32_weights(state.params)), metrics
 
     def scores(self, params: nnx.State, images_BHWC: jax.Array) -> jax.Array:
         """Log probabilities [B, C] of the classes of test images, float32.
