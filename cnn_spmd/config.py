@@ -84,7 +84,7 @@ MAY_DIFFER = ("run", "mesh", "model.levers", "parallelism", "placement", "steps_
               "profile")
 
 
-# Of data.fallback_*: the fields that each replaces on a data set that stands in for another.
+# Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another.
 OF_THE_FALLBACK = {
     "fallback_batch_size": ("batch_size",),
     "fallback_epochs": ("steps", "epochs"),

@@ -172,7 +172,10 @@ def test_an_unverified_step_is_the_last_resort(tmp_path, state, warnings):
     saved(tmp_path, state, [1, 2])
     (tmp_path / "2" / checkpoint.MANIFEST).unlink()
     assert restored(tmp_path, state) == 1
+    assert names(tmp_path) == ["1", "broken-2"]
+    (tmp_path / "broken-2").rename(tmp_path / "2")
     shutil.rmtree(tmp_path / "1")
+    warnings.clear()
     assert restored(tmp_path, state) == 2
     assert "nobody can check its files" in warnings[0]
     assert restored(tmp_path, state) == 2  # it has its manifest now
@@ -180,6 +183,17 @@ def test_an_unverified_step_is_the_last_resort(tmp_path, state, warnings):
     flip_bytes(tmp_path / "2")
     with pytest.raises(UserError, match="2 is damaged"):
         restored(tmp_path, state)
+
+
+def test_an_unverified_newer_step_does_not_push_out_what_is_saved_next(tmp_path, state, warnings):
+    saved(tmp_path, state, [1, 9])
+    (tmp_path / "9" / checkpoint.MANIFEST).unlink()
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1, "mine")
+    assert int(checkpoints.restore(state).step) == 1
+    checkpoints.save(2, state._replace(step=jnp.int32(2)))
+    checkpoints.close()
+    assert names(tmp_path) == ["2", "broken-9"]
+    assert checkpoints.last_good().endswith(str(tmp_path / "2"))
 
 
 def test_a_step_has_its_name_only_with_its_manifest(tmp_path, state, monkeypatch):

@@ -50,8 +50,8 @@ class Checkpoints:
         """Load the newest state that is whole, or None where no step was ever saved.
 
         It is placed as `abstract_state` says, on any mesh; `abstract_state.step` is the step.
-        A step without a manifest is used only where no step with one can be. Steps that are rejected
-        beside a usable one are renamed to broken-<step>, never deleted, with a warning.
+        A step without a manifest is used only where no step with one can be. The steps that are rejected,
+        or passed over, are then renamed to broken-<step>, never deleted, with a warning.
         Raises UserError, and changes nothing, where steps were saved and none of them can be used.
         """
         named = _named(abstract_state)
@@ -70,7 +70,10 @@ class Checkpoints:
                     raise  # the processes must agree on the step: a person decides
                 rejected[step] = f"does not load ({_first_line(error)})"
         if jax.process_index() == 0:
-            for broken, reason in rejected.items():
+            # A newer step that stayed would count among the last `keep`, and push out the next good one.
+            newer = [other for other in self._steps() if other > step]
+            passed_over = dict.fromkeys(newer, f"has no {MANIFEST}, and an older checkpoint has one")
+            for broken, reason in (passed_over | rejected).items():
                 _set_aside(self.directory / str(broken), reason)
             if not (self.directory / str(step) / MANIFEST).exists():
                 self._write_manifest(self.directory / str(step), step, None)

@@ -12,6 +12,7 @@ from absl import logging
 
 from cnn_spmd.errors import UserError
 
+HARDWARE = ("device_kind", "host_cores", "versions", "commit")  # what a summary.json says of where and by what code it ran
 KINDS = {
     "text": str, "a whole number": int, "a number": int | float, "a list": list, "an object": dict}
 # What the report reads of each file, by kind; "?": or null, "*": each item of a list or object.
@@ -154,8 +155,6 @@ def read_json(path: pathlib.Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: damaged JSON (not an object)")
     return value
-
-HARDWARE = ("device_kind", "host_cores", "versions", "commit")  # what a summary.json says of where and by what code it ran
 
 
 def joined(old: Any, new: Any) -> Any:

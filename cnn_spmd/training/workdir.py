@@ -76,7 +76,7 @@ def opened(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
         if content <= OURS:
             yield {}
             return
-        for name in content & {*FILES}:
+        for name in sorted(content & {*FILES}):
             if not (workdir / name).is_file():  # to open a pipe would wait for ever
                 raise UserError(f"{workdir / name}: is no regular file, expected a file: move it away")
         if "checkpoints" in content and not (workdir / "checkpoints").is_dir():
