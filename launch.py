@@ -35,21 +35,51 @@ from cnn_spmd.report import write
 from cnn_spmd.training import cluster, environment, interrupt
 
 CONFIG = configs.define_flag(flags.FLAGS)
-MESH = flags.DEFINE_string("mesh", None, "Mesh shape DATAxMODEL, such as 4x2; sets config.mesh. Several, joined by commas, are "
-                           "a sweep; 'all' is 1x1 and every shape of all the devices.")
-SWEEP = flags.DEFINE_multi_string("sweep", [], "A config field and its values, such as parallelism=data,hybrid or seed=0,1,2; "
-                                  "several are crossed with each other and with the meshes.")
-BATCH_PER_DEVICE = flags.DEFINE_string("batch_per_device", None, "Sweep config.batch_size as these numbers, joined by commas, "
-                                       "times the devices of the mesh.")
-PROFILE = flags.DEFINE_integer("profile", None, "After the last step, trace this many more (whole calls, whose results are "
-                               "thrown away): top kernels and communication go to profile.json.", lower_bound=1)
-CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate this many devices on the CPU.", lower_bound=1,
-                                   upper_bound=configs.MOST_CPU_DEVICES)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; an existing run resumes. Default: "
-                              "runs/<experiment>-<UTC time>.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print placement, memory and collectives, and stop; with "
-                            "--workdir, also write them there as program.json.")
-TARGET = flags.DEFINE_string("target", None, "With --dry_run: compile for GPUs that are not here, such as h100:64x8.")
+MESH = flags.DEFINE_string(
+    "mesh",
+    None,
+    "Mesh shape DATAxMODEL, such as 4x2; sets config.mesh. Several, joined by commas, are "
+    "a sweep; 'all' is 1x1 and every shape of all the devices.",
+)
+SWEEP = flags.DEFINE_multi_string(
+    "sweep",
+    [],
+    "A config field and its values, such as parallelism=data,hybrid or seed=0,1,2; "
+    "several are crossed with each other and with the meshes.",
+)
+BATCH_PER_DEVICE = flags.DEFINE_string(
+    "batch_per_device",
+    None,
+    "Sweep config.batch_size as these numbers, joined by commas, times the devices of the mesh.",
+)
+PROFILE = flags.DEFINE_integer(
+    "profile",
+    None,
+    "After the last step, trace this many more (whole calls, whose results are "
+    "thrown away): top kernels and communication go to profile.json.",
+    lower_bound=1,
+)
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices",
+    None,
+    "Simulate this many devices on the CPU.",
+    lower_bound=1,
+    upper_bound=configs.MOST_CPU_DEVICES,
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run; an existing run resumes. Default: runs/<experiment>-<UTC time>.",
+)
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Compile, print placement, memory and collectives, and stop; with "
+    "--workdir, also write them there as program.json.",
+)
+TARGET = flags.DEFINE_string(
+    "target", None, "With --dry_run: compile for GPUs that are not here, such as h100:64x8."
+)
 
 BAD_INPUT, NON_FINITE, INTERRUPTED = 2, 3, 75  # 75 is EX_TEMPFAIL of sysexits.h
 
@@ -68,8 +98,10 @@ def main(argv: list[str]) -> int:
         return INTERRUPTED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            line = (f"--workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same command with that "
-                    "folder again")
+            line = (
+                f"--workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same command with that "
+                "folder again"
+            )
         elif error.filename is not None:
             line = f"{os.fsdecode(error.filename)}: {error.strerror}: mend it, and give the same command again"
         else:
@@ -96,14 +128,24 @@ def launch(argv: list[str]) -> int:
     if WORKDIR.value == "":
         return refuse("--workdir=: is empty, expected a folder")
     if TARGET.value and not DRY_RUN.value:
-        return refuse(f"--target={TARGET.value}: those GPUs are not here, expected --dry_run with it")
+        return refuse(
+            f"--target={TARGET.value}: those GPUs are not here, expected --dry_run with it"
+        )
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
-    if SWEEP.value or BATCH_PER_DEVICE.value is not None or "," in (MESH.value or "") or MESH.value == "all":
+    if (
+        SWEEP.value
+        or BATCH_PER_DEVICE.value is not None
+        or "," in (MESH.value or "")
+        or MESH.value == "all"
+    ):
         if name := cluster.named(os.environ):  # no other process waits for this one
-            print(f"error: {name}={os.environ[name]}: a sweep runs in one process, expected a single run, or srun's "
-                  "or mpirun's variables unset", file=sys.stderr)
+            print(
+                f"error: {name}={os.environ[name]}: a sweep runs in one process, expected a single run, or srun's "
+                "or mpirun's variables unset",
+                file=sys.stderr,
+            )
             return BAD_INPUT
         return launch_sweep()
 
@@ -113,6 +155,7 @@ def launch(argv: list[str]) -> int:
     from cnn_spmd.training import log as metrics
     from cnn_spmd.training import loop as train
     from cnn_spmd.training import workdir as workdirs
+
     cluster.join()
     device_count()
     config = CONFIG.value
@@ -126,7 +169,9 @@ def launch(argv: list[str]) -> int:
         metrics.say(cluster.size())
     workdir = WORKDIR.value and workdirs.local(WORKDIR.value)
     if DRY_RUN.value:
-        report = train.dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
+        report = train.dry_run(
+            config, workdir, target.devices(TARGET.value) if TARGET.value else None
+        )
         if "error" in report:
             print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
         return int("error" in report)
@@ -141,10 +186,14 @@ def launch(argv: list[str]) -> int:
         return NON_FINITE
     if summary["status"] == "interrupted":
         again = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(workdir)]
-        print(f"Interrupted and saved at step {summary['steps']}. To resume: python {shlex.join(again)}")
+        print(
+            f"Interrupted and saved at step {summary['steps']}. To resume: python {shlex.join(again)}"
+        )
         return INTERRUPTED
-    print(f"Done: {summary['dataset']} test accuracy {summary['eval']['accuracy']:.2%} after {summary['steps']} steps, "
-          f"{summary['train_seconds']:.1f} s of training. Files: {workdir}")
+    print(
+        f"Done: {summary['dataset']} test accuracy {summary['eval']['accuracy']:.2%} after {summary['steps']} steps, "
+        f"{summary['train_seconds']:.1f} s of training. Files: {workdir}"
+    )
     return 0
 
 
@@ -154,19 +203,27 @@ def launch_sweep() -> int:
 
     from cnn_spmd import sweep
     from cnn_spmd.training import workdir as workdirs
+
     if DRY_RUN.value:
         return refuse("--dry_run: expected a single mesh with it, and no --sweep")
     count = CPU_DEVICES.value
     if not count:  # counted in a process that ends: this one must leave the devices to the runs
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")
+        ) as pool:
             count = pool.submit(device_count).result()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
     folder = workdirs.local(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
     try:
         combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, count)
-        shared = without(flags.FLAGS.read_flags_from_files(sys.argv[1:]), {"mesh", "sweep", "batch_per_device", "workdir"})
-        result = sweep.run(CONFIG.value.experiment, shared, combos, jax.devices(), CPU_DEVICES.value, folder)
+        shared = without(
+            flags.FLAGS.read_flags_from_files(sys.argv[1:]),
+            {"mesh", "sweep", "batch_per_device", "workdir"},
+        )
+        result = sweep.run(
+            CONFIG.value.experiment, shared, combos, jax.devices(), CPU_DEVICES.value, folder
+        )
         for path in write.write([folder]):
             print(path)
     except KeyboardInterrupt:

@@ -19,9 +19,12 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 WARMUP, REPEATS, STEPS = 8, 3, 400
 CLASSES, SIDE = 1000, 224
-COMPILERS = {"eager": lambda net: net, "compile": torch.compile,
-             "graphs": lambda net: torch.compile(net, mode="reduce-overhead"),
-             "max": lambda net: torch.compile(net, mode="max-autotune")}
+COMPILERS = {
+    "eager": lambda net: net,
+    "compile": torch.compile,
+    "graphs": lambda net: torch.compile(net, mode="reduce-overhead"),
+    "max": lambda net: torch.compile(net, mode="max-autotune"),
+}
 
 
 class AlexNet(nn.Sequential):
@@ -35,36 +38,62 @@ class AlexNet(nn.Sequential):
             return nn.Dropout(0.5), nn.Linear(*sizes), nn.ReLU(inplace=True)
 
         super().__init__(
-            *conv(3, 64, 11, stride=4, padding=2), nn.MaxPool2d(3, 2), *conv(64, 192, 5, padding=2), nn.MaxPool2d(3, 2),
-            *conv(192, 384, 3, padding=1), *conv(384, 256, 3, padding=1), *conv(256, 256, 3, padding=1), nn.MaxPool2d(3, 2),
-            nn.Flatten(), *dense(9216, 4096), *dense(4096, 4096), nn.Linear(4096, CLASSES))
+            *conv(3, 64, 11, stride=4, padding=2),
+            nn.MaxPool2d(3, 2),
+            *conv(64, 192, 5, padding=2),
+            nn.MaxPool2d(3, 2),
+            *conv(192, 384, 3, padding=1),
+            *conv(384, 256, 3, padding=1),
+            *conv(256, 256, 3, padding=1),
+            nn.MaxPool2d(3, 2),
+            nn.Flatten(),
+            *dense(9216, 4096),
+            *dense(4096, 4096),
+            nn.Linear(4096, CLASSES),
+        )
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(super().forward(images), labels)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, required=True, help="images a GPU")
-    parser.add_argument("--mode", choices=COMPILERS, default="compile",
-                        help="graphs: torch.compile with CUDA graphs (reduce-overhead); max: with its search for kernels, too")
-    parser.add_argument("--bf16_grads", action="store_true", help="DDP's hook that sends gradients as bfloat16")
+    parser.add_argument(
+        "--mode",
+        choices=COMPILERS,
+        default="compile",
+        help="graphs: torch.compile with CUDA graphs (reduce-overhead); max: with its search for kernels, too",
+    )
+    parser.add_argument(
+        "--bf16_grads", action="store_true", help="DDP's hook that sends gradients as bfloat16"
+    )
     args = parser.parse_args()
 
     gpus = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        torch.backends.cudnn.benchmark
+    ) = True
     torch.manual_seed(0)
     net = AlexNet().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
+    )
     if gpus > 1:
         distributed.init_process_group("nccl")
-        net = nn.parallel.DistributedDataParallel(net, device_ids=[device.index], gradient_as_bucket_view=True)
+        net = nn.parallel.DistributedDataParallel(
+            net, device_ids=[device.index], gradient_as_bucket_view=True
+        )
         if args.bf16_grads:
             net.register_comm_hook(None, default_hooks.bf16_compress_hook)
     net = COMPILERS[args.mode](net)
-    images = torch.randn(args.batch, 3, SIDE, SIDE, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(args.batch, 3, SIDE, SIDE, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
     labels = torch.randint(CLASSES, (args.batch,), device=device)
 
     def train(steps: int) -> torch.Tensor:
@@ -89,9 +118,24 @@ def main() -> None:
     if not math.isfinite(loss := float(loss)):
         raise ArithmeticError(f"loss is {loss}")
     if int(os.environ.get("RANK", 0)) == 0:
-        versions = dict(torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-        print(json.dumps(dict(mode=args.mode, bf16_grads=args.bf16_grads, gpus=gpus, batch_per_gpu=args.batch,
-                              steps=STEPS, step_milliseconds=times, loss=round(loss, 4), versions=versions)), flush=True)
+        versions = dict(
+            torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version()
+        )
+        print(
+            json.dumps(
+                dict(
+                    mode=args.mode,
+                    bf16_grads=args.bf16_grads,
+                    gpus=gpus,
+                    batch_per_gpu=args.batch,
+                    steps=STEPS,
+                    step_milliseconds=times,
+                    loss=round(loss, 4),
+                    versions=versions,
+                )
+            ),
+            flush=True,
+        )
     if gpus > 1:
         distributed.destroy_process_group()
 

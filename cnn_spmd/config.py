@@ -63,12 +63,23 @@ RANGES = {
 # Fields whose entries are the user's to name, and a value of the type that each entry has.
 FREE = {"placement": {}, "optimizer.layer_rates": 0.0, "optimizer.weight_decays": 0.0}
 # By the type of a field: which types its value may have, and how a message names them.
-TYPES = {bool: (bool, "True or False"), int: (int, "an integer"), float: (int | float, "a number"),
-         str: (str, "a string"), tuple: (tuple | list, "a tuple"), dict: (dict, "a dict")}
+TYPES = {
+    bool: (bool, "True or False"),
+    int: (int, "an integer"),
+    float: (int | float, "a number"),
+    str: (str, "a string"),
+    tuple: (tuple | list, "a tuple"),
+    dict: (dict, "a dict"),
+}
 LARGEST = {float: 3e38, int: 2**31 - 1}  # of open ranges: a float32 or an int32 holds it
 MOST_CPU_DEVICES = 2048  # of one process: XLA takes the next one for that of another process
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "dense_updates": ("each", "sum"), "data.resident": ("auto", "yes", "no"),
-           "data.normalise": ("channel", "pixel_mean"), "eval.views": ("one", "mirrored", "ten")}
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "dense_updates": ("each", "sum"),
+    "data.resident": ("auto", "yes", "no"),
+    "data.normalise": ("channel", "pixel_mean"),
+    "eval.views": ("one", "mirrored", "ten"),
+}
 
 # data.resident="auto": a data set lives on the devices where it takes at most this share of their memory, or so many bytes
 # where nobody knows that; else it is streamed, by default in calls of at most so many bytes of images, or one step.
@@ -78,10 +89,27 @@ EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 # What a resumed run may change: the numbers do not depend on it, but for steps and epochs, which the learning rate follows from
 # there on. Which images are left out is in the data's digest; `run` is what a run calls itself (training/checkpoint.py).
-MAY_DIFFER = ("run", "mesh", "model.levers", "parallelism", "placement", "steps_per_call", "eval.every_epochs", "checkpoint",
-              "data.dir", "data.resident", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
-              "data.fallback_learning_rate", "data.skip_bad", "skipped_images", "epochs", "steps",
-              "profile")
+MAY_DIFFER = (
+    "run",
+    "mesh",
+    "model.levers",
+    "parallelism",
+    "placement",
+    "steps_per_call",
+    "eval.every_epochs",
+    "checkpoint",
+    "data.dir",
+    "data.resident",
+    "data.fallback",
+    "data.fallback_epochs",
+    "data.fallback_batch_size",
+    "data.fallback_learning_rate",
+    "data.skip_bad",
+    "skipped_images",
+    "epochs",
+    "steps",
+    "profile",
+)
 
 
 # Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another.
@@ -128,7 +156,9 @@ def load(text: str) -> ml_collections.ConfigDict:
 
     Raises UserError where there is no such file, and for whatever fails in it, with its line there.
     """
-    path, *variant = [text] if os.path.isfile(text) else text.split(":", 1)  # a folder's name may have a colon
+    path, *variant = (
+        [text] if os.path.isfile(text) else text.split(":", 1)
+    )  # a folder's name may have a colon
     if not os.path.isfile(path):
         seen_from_here = pathlib.Path("experiments").is_dir()
         folder = "experiments" if seen_from_here else EXPERIMENTS
@@ -286,7 +316,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """
     check_types(config)
     if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", config.experiment):  # folders are named after it
-        raise UserError(f"experiment={config.experiment}: expected letters, digits and _.+- only, such as alexnet_cifar")
+        raise UserError(
+            f"experiment={config.experiment}: expected letters, digits and _.+- only, such as alexnet_cifar"
+        )
     for field, (low, high, inclusive) in RANGES.items():
         value = _get(config, field)
         values = {field: value}
@@ -339,8 +371,9 @@ def refuse_beyond(memory: float, needed: float, fields: str) -> None:
         )
 
 
-def resolve(config: ml_collections.ConfigDict, data: Any, platform: str,
-            memory: float | None = None) -> ml_collections.ConfigDict:
+def resolve(
+    config: ml_collections.ConfigDict, data: Any, platform: str, memory: float | None = None
+) -> ml_collections.ConfigDict:
     """A copy with what was left open filled in: the data set there is, where it lives, batch size, learning rate, steps, dtype.
 
     data: a Dataset; platform: of the devices, "cpu" or another; memory: bytes that each of them can hold, where that is
@@ -358,29 +391,47 @@ def resolve(config: ml_collections.ConfigDict, data: Any, platform: str,
         config.dtype = "float32" if platform == "cpu" else "bfloat16"
     examples, side = data.train_images.shape[:2]
     if config.batch_size > examples:
-        raise UserError(f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected at most that")
+        raise UserError(
+            f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected at most that"
+        )
     if config.data.crop_pad >= side:
-        raise UserError(f"data.crop_pad={config.data.crop_pad}: images are {side} pixels wide, expected less than that")
+        raise UserError(
+            f"data.crop_pad={config.data.crop_pad}: images are {side} pixels wide, expected less than that"
+        )
     if config.data.crop > side:
-        raise UserError(f"data.crop={config.data.crop}: images are {side} pixels wide, expected at most that")
+        raise UserError(
+            f"data.crop={config.data.crop}: images are {side} pixels wide, expected at most that"
+        )
     if config.eval.views == "ten" and config.data.crop in (0, side):
-        raise UserError(f"eval.views=ten: data.crop={config.data.crop} leaves no corners, expected a crop below {side} pixels")
+        raise UserError(
+            f"eval.views=ten: data.crop={config.data.crop} leaves no corners, expected a crop below {side} pixels"
+        )
     if config.data.held_out_steps and examples - config.data.held_out < config.batch_size:
-        raise UserError(f"data.held_out={config.data.held_out}: leaves {max(examples - config.data.held_out, 0)} of {examples} "
-                        f"training images, expected at least batch_size={config.batch_size}")
+        raise UserError(
+            f"data.held_out={config.data.held_out}: leaves {max(examples - config.data.held_out, 0)} of {examples} "
+            f"training images, expected at least batch_size={config.batch_size}"
+        )
     per_epoch = examples // config.batch_size
     config.steps = config.steps or config.epochs * per_epoch
     if config.steps > 10**7:
-        raise UserError(f"epochs={config.epochs}: makes {config.steps} steps, expected at most 10000000")
+        raise UserError(
+            f"epochs={config.epochs}: makes {config.steps} steps, expected at most 10000000"
+        )
     config.epochs = 0  # steps says it from here on
     if config.data.resident == "auto":
         size = data.train_images.nbytes + data.test_images.nbytes
-        config.data.resident = "yes" if size <= (RESIDENT_SHARE * memory if memory else RESIDENT_BYTES) else "no"
-    if not config.steps_per_call:  # a CPU runs the body of a scan some fifty times slower than the bare step
+        config.data.resident = (
+            "yes" if size <= (RESIDENT_SHARE * memory if memory else RESIDENT_BYTES) else "no"
+        )
+    if (
+        not config.steps_per_call
+    ):  # a CPU runs the body of a scan some fifty times slower than the bare step
         config.steps_per_call = 1 if platform == "cpu" else steps_per_call(config, per_epoch)
         if config.data.resident == "no":
             batch_bytes = config.batch_size * data.train_images[0].nbytes
-            config.steps_per_call = min(config.steps_per_call, max(1, int(CALL_BYTES / batch_bytes)))
+            config.steps_per_call = min(
+                config.steps_per_call, max(1, int(CALL_BYTES / batch_bytes))
+            )
     return config
 
 
@@ -398,8 +449,15 @@ def steps_per_call(config: ml_collections.ConfigDict, per_epoch: int) -> int:
 
     Where there is no such number from 20 on, some hundred or fewer, and a shorter call at the end.
     """
-    until = min(config.steps, per_epoch * math.gcd(config.eval.every_epochs, config.checkpoint.every_epochs) or config.steps)
-    return max((n for n in range(20, 101) if until % n == 0), default=math.ceil(until / math.ceil(until / 100)))
+    until = min(
+        config.steps,
+        per_epoch * math.gcd(config.eval.every_epochs, config.checkpoint.every_epochs)
+        or config.steps,
+    )
+    return max(
+        (n for n in range(20, 101) if until % n == 0),
+        default=math.ceil(until / math.ceil(until / 100)),
+    )
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict:
@@ -416,13 +474,18 @@ def refuse_changes(where: str, old: dict, new: dict) -> None:
     old, new = flat(old), flat(new)
     if "data_digest" not in old or "data_digest" not in new:
         old, new = old | dict(data_digest=None), new | dict(data_digest=None)
-    differ = [f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
-              for field in sorted(old.keys() | new.keys())
-              if old.get(field) != new.get(field) and not any(f"{field}.".startswith(f"{free}.") for free in MAY_DIFFER)]
+    differ = [
+        f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+        and not any(f"{field}.".startswith(f"{free}.") for free in MAY_DIFFER)
+    ]
     if differ:
         of_data = " with the same data (data.dir)" * ("data_digest" in "".join(differ))
-        raise UserError(f"{where}: holds a run with another config ({'; '.join(differ)}): give the "
-                        f"same config{of_data} or another --workdir")
+        raise UserError(
+            f"{where}: holds a run with another config ({'; '.join(differ)}): give the "
+            f"same config{of_data} or another --workdir"
+        )
 
 
 def _get(config: ml_collections.ConfigDict, field: str) -> Any:
@@ -435,5 +498,7 @@ def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested objects as one, with dotted names."""
     found = {}
     for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return found

@@ -33,11 +33,26 @@ from cnn_spmd.training import interrupt, runfiles
 from cnn_spmd.training import workdir as workdirs
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch.py"
-COLUMNS = ("run", "status", "images/s", "step, ms", "ring MB a step", "test accuracy", "s", "reason")
-OUTCOMES = {0: "completed", 2: "refused", 75: "interrupted"}  # by launch.py's exit codes; others: failed
+COLUMNS = (
+    "run",
+    "status",
+    "images/s",
+    "step, ms",
+    "ring MB a step",
+    "test accuracy",
+    "s",
+    "reason",
+)
+OUTCOMES = {
+    0: "completed",
+    2: "refused",
+    75: "interrupted",
+}  # by launch.py's exit codes; others: failed
 
 
-def combinations(meshes: str | None, batches: str | None, fields: Sequence[str], devices: int) -> list[dict[str, str]]:
+def combinations(
+    meshes: str | None, batches: str | None, fields: Sequence[str], devices: int
+) -> list[dict[str, str]]:
     """Every combination as {"mesh": "4x2", "batch_per_device": "32", field: value}, of what is swept alone.
 
     meshes: of --mesh, joined by commas; "all" is 1x1, to compare with, and every shape of all the devices. batches: of
@@ -52,10 +67,14 @@ def combinations(meshes: str | None, batches: str | None, fields: Sequence[str],
             raise UserError(f"{flag}={text}: has an empty value, expected values joined by commas")
         if field in axes:
             raise UserError(f"{flag}={text}: {field} is given twice")
-        axes[field] = list({_number(value): value for value in reversed(values)}.values())[::-1]  # 0.001 and 1e-3 are one
+        axes[field] = list({_number(value): value for value in reversed(values)}.values())[
+            ::-1
+        ]  # 0.001 and 1e-3 are one
 
     if meshes == "all":
-        meshes = ",".join(["1x1", *(f"{n}x{devices // n}" for n in range(devices, 0, -1) if devices % n == 0)])
+        meshes = ",".join(
+            ["1x1", *(f"{n}x{devices // n}" for n in range(devices, 0, -1) if devices % n == 0)]
+        )
     if meshes is not None:
         add("mesh", "--mesh", meshes)
         for shape in axes["mesh"]:
@@ -66,14 +85,20 @@ def combinations(meshes: str | None, batches: str | None, fields: Sequence[str],
         add("batch_per_device", "--batch_per_device", batches)
         for size in axes["batch_per_device"]:
             if not size.isdecimal() or len(size) > 9 or not int(size):
-                raise UserError(f"--batch_per_device={batches}: {size} is not a positive integer of at most nine digits")
+                raise UserError(
+                    f"--batch_per_device={batches}: {size} is not a positive integer of at most nine digits"
+                )
     for text in fields:
         field, equals, values = text.partition("=")
         field = field.removeprefix("config.")
         if not field or not equals:
-            raise UserError(f"--sweep={text}: expected FIELD=VALUE,VALUE, such as parallelism=data,hybrid")
+            raise UserError(
+                f"--sweep={text}: expected FIELD=VALUE,VALUE, such as parallelism=data,hybrid"
+            )
         if field.split(".")[0] == "mesh" or (field == "batch_size" and batches is not None):
-            raise UserError(f"--sweep={text}: set by {'--batch_per_device' if field == 'batch_size' else '--mesh'}")
+            raise UserError(
+                f"--sweep={text}: set by {'--batch_per_device' if field == 'batch_size' else '--mesh'}"
+            )
         add(field, f"--sweep={field}", values)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
@@ -102,7 +127,11 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
             arguments.append(f"--config.{field}={value}")
     if "batch_per_device" in settings:
         shape = configs.parsed(arguments).mesh
-        data, model = mesh.parse(settings["mesh"]) if "mesh" in settings else mesh.shape(shape.data, shape.model, devices)
+        data, model = (
+            mesh.parse(settings["mesh"])
+            if "mesh" in settings
+            else mesh.shape(shape.data, shape.model, devices)
+        )
         arguments.append(f"--config.batch_size={int(settings['batch_per_device']) * data * model}")
     return arguments
 
@@ -111,13 +140,27 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
     """A row of sweep.json for each combination: pending, or refused with the reason why it cannot work on `devices`."""
     datasets: dict[str, dataset.Dataset] = {}
     for settings in combos:
-        name = ",".join(value if field == "mesh" else f"{field}={value}" for field, value in settings.items())
+        name = ",".join(
+            value if field == "mesh" else f"{field}={value}" for field, value in settings.items()
+        )
         unsafe = f"[/{re.escape(workdirs.UNREADABLE)}]"
-        if re.search(unsafe, name) or len(name) > 150:  # it shall be that of a folder, and of no other row
-            name = f"{re.sub(unsafe, '_', name)[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        if (
+            re.search(unsafe, name) or len(name) > 150
+        ):  # it shall be that of a folder, and of no other row
+            name = (
+                f"{re.sub(unsafe, '_', name)[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+            )
         numbers = {field: _number(value) for field, value in settings.items() if field != "mesh"}
-        row = dict(name=name, mesh=settings.get("mesh"), settings=numbers, status="pending", reason="",
-                   command="", seconds=None, figures={})
+        row = dict(
+            name=name,
+            mesh=settings.get("mesh"),
+            settings=numbers,
+            status="pending",
+            reason="",
+            command="",
+            seconds=None,
+            figures={},
+        )
         try:
             arguments = arguments_of(settings, shared, len(devices))
             row["command"] = shlex.join(["python", "launch.py", *arguments])
@@ -135,8 +178,14 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
         yield row
 
 
-def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices: Sequence, cpu_devices: int | None,
-        folder: pathlib.Path) -> dict:
+def run(
+    experiment: str,
+    shared: Sequence[str],
+    combos: Sequence[dict],
+    devices: Sequence,
+    cpu_devices: int | None,
+    folder: pathlib.Path,
+) -> dict:
     """Runs, or goes on with, the sweep in `folder`, which gets sweep.json, and a folder and a log a run.
 
     shared: launch.py's arguments that all runs have; devices: as many as there are, to check the combinations on.
@@ -145,22 +194,41 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
     with workdirs.locked(folder) as content:
         old = workdirs.read(folder / "sweep.json", warn=False)
         runs = (old or {}).get("runs")
-        if not isinstance(runs, list) or not all(isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs):
+        if not isinstance(runs, list) or not all(
+            isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs
+        ):
             old = None
         if old is None and content - {workdirs.LOCK}:
             (folder / workdirs.LOCK).unlink()
-            raise UserError(f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give a new folder")
-        same = dict(arguments=list(shared), devices=len(devices), cpu_devices=cpu_devices,
-                    config=configs.flat(configs.as_json(configs.parsed(shared))))  # an experiment's file changes, too
+            raise UserError(
+                f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give a new folder"
+            )
+        same = dict(
+            arguments=list(shared),
+            devices=len(devices),
+            cpu_devices=cpu_devices,
+            config=configs.flat(configs.as_json(configs.parsed(shared))),
+        )  # an experiment's file changes, too
         for field, value in same.items():
             if old and (before := old.get(field, value)) != value:
                 if field == "config":
-                    before, value = ({name: one.get(name) for name in sorted(before.keys() | value.keys())
-                                      if before.get(name) != value.get(name)} for one in (before, value))
+                    before, value = (
+                        {
+                            name: one.get(name)
+                            for name in sorted(before.keys() | value.keys())
+                            if before.get(name) != value.get(name)
+                        }
+                        for one in (before, value)
+                    )
                 elif field == "arguments" and set(before) != set(value):  # those that differ
-                    before, value = [x for x in before if x not in value], [x for x in value if x not in before]
-                raise UserError(f"--workdir={folder}: holds a sweep with other {field} ({before}, now {value}): give the same "
-                                "or another --workdir")
+                    before, value = (
+                        [x for x in before if x not in value],
+                        [x for x in value if x not in before],
+                    )
+                raise UserError(
+                    f"--workdir={folder}: holds a sweep with other {field} ({before}, now {value}): give the same "
+                    "or another --workdir"
+                )
         rows = list(plan(combos, shared, devices))
         done = {row["name"]: row for row in old["runs"]} if old else {}
         for i, row in enumerate(rows):
@@ -172,12 +240,18 @@ def run(experiment: str, shared: Sequence[str], combos: Sequence[dict], devices:
                     pass
         kept = [row for row in done.values() if row["status"] != "refused"]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        sweep = dict(experiment=experiment, **same, started=old["started"] if old else now, hardware=old and old["hardware"])
+        sweep = dict(
+            experiment=experiment,
+            **same,
+            started=old["started"] if old else now,
+            hardware=old and old["hardware"],
+        )
         return _run_all(sweep, rows, kept, folder)
 
 
 def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Path) -> dict:
     """Runs the pending rows one after another; `kept` are those of an earlier command that this one does not name."""
+
     def write() -> dict:
         whole = sweep | dict(runs=[*kept, *rows])
         runfiles.write_json(folder / "sweep.json", whole)
@@ -186,12 +260,19 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
     pending = [row for row in rows if row["status"] == "pending"]
     show, seconds = sys.stdout.isatty(), []
     plain = console.Console(markup=False, emoji=False)  # values may hold brackets and colons
-    with (live.Live(table_of([*kept, *rows]), console=plain, auto_refresh=False) if show
-          else _Lines([*kept, *rows])) as screen:
+    with (
+        live.Live(table_of([*kept, *rows]), console=plain, auto_refresh=False)
+        if show
+        else _Lines([*kept, *rows])
+    ) as screen:
         for left, row in zip(range(len(pending), 0, -1), pending, strict=True):
             row["status"] = "running"
             write()
-            eta = f"{left} to go, about {sum(seconds) / len(seconds) * left / 60:.0f} min" if seconds else f"{left} to go"
+            eta = (
+                f"{left} to go, about {sum(seconds) / len(seconds) * left / 60:.0f} min"
+                if seconds
+                else f"{left} to go"
+            )
             screen.update(table_of([*kept, *rows], eta), refresh=True)
             since = time.monotonic()
             try:
@@ -220,13 +301,21 @@ def _run_one(arguments: list[str], folder: pathlib.Path) -> int:
         process = None
         try:
             with interrupt.held():  # or a process would be left behind that nobody knows
-                process = subprocess.Popen([sys.executable, LAUNCH, *arguments, f"--workdir={folder}"], stdout=log,
-                                           stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+                process = subprocess.Popen(
+                    [sys.executable, LAUNCH, *arguments, f"--workdir={folder}"],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
             return process.wait()
         except KeyboardInterrupt:
             if process is None:
                 raise
-            logging.warning("Interrupted: waiting for %s to save; a second signal stops it at once.", folder.name)
+            logging.warning(
+                "Interrupted: waiting for %s to save; a second signal stops it at once.",
+                folder.name,
+            )
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait()
@@ -238,7 +327,11 @@ def _run_one(arguments: list[str], folder: pathlib.Path) -> int:
 def reason_of(code: int, log: pathlib.Path) -> str:
     """Why a run ended with this exit code, from the last line of its log that tells, in one line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "rror:" in line or "RESOURCE_EXHAUSTED" in line] or lines or ["said nothing"]
+    telling = (
+        [line for line in lines if "rror:" in line or "RESOURCE_EXHAUSTED" in line]
+        or lines
+        or ["said nothing"]
+    )
     killed = f"killed by {signal.Signals(-code).name}; " if code < 0 else ""
     return f"{killed}{telling[-1].removeprefix('error: ')[:300]}"
 
@@ -255,9 +348,13 @@ def _cells(row: dict) -> list[str]:
     cells, got = [row["name"], row["status"]], row["figures"]
     times = got.get("step_milliseconds") or {}  # none where a resumed run had no step left to do
     ring = got.get("ring_bytes")  # none where there is no report on the program
-    for value, form in ((got.get("images_per_second"), "{:,.0f}"), (times.get("median"), "{:.2f}"),
-                        (None if ring is None else ring / 1e6, "{:.1f}"), (got.get("accuracy"), "{:.2%}"),
-                        (row["seconds"], "{:.0f}")):
+    for value, form in (
+        (got.get("images_per_second"), "{:,.0f}"),
+        (times.get("median"), "{:.2f}"),
+        (None if ring is None else ring / 1e6, "{:.1f}"),
+        (got.get("accuracy"), "{:.2%}"),
+        (row["seconds"], "{:.0f}"),
+    ):
         cells.append("" if value is None else form.format(value))
     return [*cells, row["reason"]]
 

@@ -37,20 +37,44 @@ from experiments import alexnet_cifar
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "imagenette"):
-        raise UserError(f"experiments/alexnet_2012_imagenet.py:{variant}: unknown variant, expected imagenette or none")
+        raise UserError(
+            f"experiments/alexnet_2012_imagenet.py:{variant}: unknown variant, expected imagenette or none"
+        )
     config = alexnet_cifar.get_config()
     config.experiment = f"alexnet_2012_{variant or 'imagenet'}"
     config.model.update(dict(name="alexnet_2012", dropout=0.5))
-    config.data.update(dict(name=variant or "imagenet2012", fallback="", image_size=256, crop=224, crop_pad=0, colour_noise=0.1,
-                            normalise="pixel_mean"))
-    config.data.synthetic.update(dict(image_size=256, classes=1000, train_examples=8192, test_examples=1024))
+    config.data.update(
+        dict(
+            name=variant or "imagenet2012",
+            fallback="",
+            image_size=256,
+            crop=224,
+            crop_pad=0,
+            colour_noise=0.1,
+            normalise="pixel_mean",
+        )
+    )
+    config.data.synthetic.update(
+        dict(image_size=256, classes=1000, train_examples=8192, test_examples=1024)
+    )
     config.mesh.update(dict(data=-1, model=2))
     config.parallelism = "two_tower"
     config.batch_size = 128
     config.epochs = 90
     config.label_smoothing = 0.0
-    config.optimizer.update(dict(learning_rate=0.01, warmup=0.0, decay="staged", stages=(0.25, 0.5, 0.75), stage_factor=0.1,
-                                 clip_norm=0.0, momentum=0.9, nesterov=False, weight_decay=5e-4))
+    config.optimizer.update(
+        dict(
+            learning_rate=0.01,
+            warmup=0.0,
+            decay="staged",
+            stages=(0.25, 0.5, 0.75),
+            stage_factor=0.1,
+            clip_norm=0.0,
+            momentum=0.9,
+            nesterov=False,
+            weight_decay=5e-4,
+        )
+    )
     config.eval.update(dict(every_epochs=5, views="ten"))
     config.checkpoint.every_epochs = 5
     if variant == "imagenette":

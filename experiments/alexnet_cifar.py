@@ -31,57 +31,91 @@ from cnn_spmd.errors import UserError
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "fast", "best"):
-        raise UserError(f"experiments/alexnet_cifar.py:{variant}: unknown variant, expected fast, best, or none")
+        raise UserError(
+            f"experiments/alexnet_cifar.py:{variant}: unknown variant, expected fast, best, or none"
+        )
     config = ml_collections.ConfigDict()
     config.experiment = "alexnet_cifar"
     config.seed = 0
 
-    config.model = ml_collections.ConfigDict(dict(
-        name="alexnet", width=4096, dropout=0.25,
-        # What makes it faster: layers.LEVERS.
-        levers=("space_to_depth", "pool_first", "pool_index", "cast_once", "column_groups", "own_gradients"),
-    ))
-    config.data = ml_collections.ConfigDict(dict(
-        name="cifar10",
-        dir="",
-        image_size=256,  # of photographs (data.name=folder, imagenet2012, imagenette): their central square, rescaled
-        skip_bad=0,  # photographs that may be left out, as they cannot be read
-        resident="auto",  # on every device, "yes", where it fits; "no": each call's images are streamed from the host
-        fallback="digits",
-        # On the data set that stands in, these replace epochs, batch_size and learning_rate. 0, or a flag that sets the
-        # replaced field: they do not.
-        fallback_epochs=6,
-        fallback_batch_size=64,
-        fallback_learning_rate=0.05,
-        crop=0,  # side of the random crop that the network sees, 0: the image's
-        crop_pad=4,
-        flip=True,
-        colour_noise=0.0,  # of training images, along the principal axes of colour, in standard deviations; AlexNet 2012: .1
-        normalise="channel",  # to zero mean and unit deviation; "pixel_mean": only less the mean image
-        held_out=0, held_out_steps=0,  # the last so many training images are not used in the first so many steps
-        synthetic=dict(image_size=32, classes=10, train_examples=4096, test_examples=1024),
-    ))
+    config.model = ml_collections.ConfigDict(
+        dict(
+            name="alexnet",
+            width=4096,
+            dropout=0.25,
+            # What makes it faster: layers.LEVERS.
+            levers=(
+                "space_to_depth",
+                "pool_first",
+                "pool_index",
+                "cast_once",
+                "column_groups",
+                "own_gradients",
+            ),
+        )
+    )
+    config.data = ml_collections.ConfigDict(
+        dict(
+            name="cifar10",
+            dir="",
+            image_size=256,  # of photographs (data.name=folder, imagenet2012, imagenette): their central square, rescaled
+            skip_bad=0,  # photographs that may be left out, as they cannot be read
+            resident="auto",  # on every device, "yes", where it fits; "no": each call's images are streamed from the host
+            fallback="digits",
+            # On the data set that stands in, these replace epochs, batch_size and learning_rate. 0, or a flag that sets the
+            # replaced field: they do not.
+            fallback_epochs=6,
+            fallback_batch_size=64,
+            fallback_learning_rate=0.05,
+            crop=0,  # side of the random crop that the network sees, 0: the image's
+            crop_pad=4,
+            flip=True,
+            colour_noise=0.0,  # of training images, along the principal axes of colour, in standard deviations; AlexNet 2012: .1
+            normalise="channel",  # to zero mean and unit deviation; "pixel_mean": only less the mean image
+            held_out=0,
+            held_out_steps=0,  # the last so many training images are not used in the first so many steps
+            synthetic=dict(image_size=32, classes=10, train_examples=4096, test_examples=1024),
+        )
+    )
 
     config.mesh = ml_collections.ConfigDict(dict(data=1, model=-1))
     config.parallelism = "hybrid"
-    config.placement = ml_collections.ConfigDict()  # rows of your own: cnn_spmd/sharding/table.py, TABLE
+    config.placement = (
+        ml_collections.ConfigDict()
+    )  # rows of your own: cnn_spmd/sharding/table.py, TABLE
     config.dtype = "auto"
-    config.steps_per_call = 0  # in one program; 0: up to 100 on a GPU (config.py, steps_per_call), 1 on a CPU
+    config.steps_per_call = (
+        0  # in one program; 0: up to 100 on a GPU (config.py, steps_per_call), 1 on a CPU
+    )
     config.profile = 0  # steps to trace after the last one, at least: whole calls
 
     config.batch_size = 512
-    config.dense_microbatch = 0  # one weird trick's variable batch: the dense layers see this many examples at a time
-    config.dense_updates = "each"  # ... and are updated after each of them; "sum": once, which is plain SGD
+    config.dense_microbatch = (
+        0  # one weird trick's variable batch: the dense layers see this many examples at a time
+    )
+    config.dense_updates = (
+        "each"  # ... and are updated after each of them; "sum": once, which is plain SGD
+    )
     config.epochs = 40
     config.steps = 0
     config.label_smoothing = 0.1
-    config.optimizer = ml_collections.ConfigDict(dict(
-        learning_rate=0.25, warmup=0.25, decay="linear",
-        stages=(), stage_factor=0.1,  # decay="staged": times this at each of these shares of the steps after the warm-up
-        scaling=0.0,  # the rate is for batch 128, and grows with (batch_size / 128) to this power; 0: it is as given
-        bias_rate=1.0, layer_rates={},  # multiples of the learning rate: of all biases, and of layers, such as {"fc1": 0.25}
-        momentum=0.9, nesterov=True, weight_decay=5e-4, weight_decays={},  # of some layers another decay
-        clip_norm=1.0))  # gradients are not longer than this; 0: as long as they are
+    config.optimizer = ml_collections.ConfigDict(
+        dict(
+            learning_rate=0.25,
+            warmup=0.25,
+            decay="linear",
+            stages=(),
+            stage_factor=0.1,  # decay="staged": times this at each of these shares of the steps after the warm-up
+            scaling=0.0,  # the rate is for batch 128, and grows with (batch_size / 128) to this power; 0: it is as given
+            bias_rate=1.0,
+            layer_rates={},  # multiples of the learning rate: of all biases, and of layers, such as {"fc1": 0.25}
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=5e-4,
+            weight_decays={},  # of some layers another decay
+            clip_norm=1.0,
+        )
+    )  # gradients are not longer than this; 0: as long as they are
 
     config.eval = ml_collections.ConfigDict(dict(every_epochs=10, views="mirrored"))
     config.checkpoint = ml_collections.ConfigDict(dict(every_epochs=20, keep=2))

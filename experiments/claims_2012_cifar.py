@@ -32,20 +32,35 @@ import ml_collections
 from cnn_spmd.errors import UserError
 from experiments import alexnet_cifar
 
-VARIANTS = ("base", "no_lrn", "plain_pool", "no_dropout", "no_conv2", "no_conv3", "no_conv4", "one_tower", "relu", "tanh")
+VARIANTS = (
+    "base",
+    "no_lrn",
+    "plain_pool",
+    "no_dropout",
+    "no_conv2",
+    "no_conv3",
+    "no_conv4",
+    "one_tower",
+    "relu",
+    "tanh",
+)
 RATES = {"relu": 0.02, "tanh": 0.03}
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
-        raise UserError(f"experiments/claims_2012_cifar.py:{variant}: unknown variant, expected one of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"experiments/claims_2012_cifar.py:{variant}: unknown variant, expected one of {', '.join(VARIANTS)}"
+        )
     config = alexnet_cifar.get_config()
     config.experiment = f"claims_2012_{variant}"
     config.data.fallback = ""
     config.parallelism = "data"
     config.eval.every_epochs = config.checkpoint.every_epochs = 0
     config.epochs = 30
-    config.model.name = "alexnet_2012_small" + ("" if variant in ("base", "no_dropout") else f"_{variant}")
+    config.model.name = "alexnet_2012_small" + (
+        "" if variant in ("base", "no_dropout") else f"_{variant}"
+    )
     config.model.dropout = 0.0 if variant == "no_dropout" else 0.5
     config.optimizer.update(dict(learning_rate=0.1, clip_norm=0.0))
     if variant in RATES:
@@ -53,6 +68,13 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         config.data.update(dict(crop_pad=0, flip=False))
         config.batch_size = 128
         config.label_smoothing = 0.0
-        config.optimizer.update(dict(learning_rate=RATES[variant], warmup=0.0, decay="constant", nesterov=False,
-                                     weight_decay=0.0))
+        config.optimizer.update(
+            dict(
+                learning_rate=RATES[variant],
+                warmup=0.0,
+                decay="constant",
+                nesterov=False,
+                weight_decay=0.0,
+            )
+        )
     return config

@@ -36,7 +36,10 @@ from cnn_spmd.errors import UserError
 from experiments import alexnet_cifar
 
 BATCH, IMAGES = 128, 50_000
-EPOCH, SHORT_EPOCH = IMAGES // BATCH, IMAGES * 4 // 5 // BATCH  # steps; the short one leaves out batch 5
+EPOCH, SHORT_EPOCH = (
+    IMAGES // BATCH,
+    IMAGES * 4 // 5 // BATCH,
+)  # steps; the short one leaves out batch 5
 
 # Variant: steps at the full rates, of them the first so many without batch 5; steps at a tenth, and at a hundredth; weight
 # decay by layer (the others have .004).
@@ -44,15 +47,29 @@ RECIPES = {
     "80sec": (8 * EPOCH, 0, 2 * EPOCH, 0, dict(fc1=0.03, fc3=0.03)),
     "19pct": (120 * EPOCH, 0, 10 * EPOCH, 10 * EPOCH, dict(fc3=3.0)),
     "18pct": (120 * EPOCH, 0, 10 * EPOCH, 10 * EPOCH, dict(fc3=1.0)),
-    "13pct": (100 * SHORT_EPOCH + 40 * EPOCH, 100 * SHORT_EPOCH, 10 * EPOCH, 10 * EPOCH, dict(conv1=0.0, conv2=0.0)),
-    "11pct": (350 * SHORT_EPOCH + 150 * EPOCH, 350 * SHORT_EPOCH, 10 * EPOCH, 10 * EPOCH, dict(conv1=0.0, conv2=0.0, fc3=0.01)),
+    "13pct": (
+        100 * SHORT_EPOCH + 40 * EPOCH,
+        100 * SHORT_EPOCH,
+        10 * EPOCH,
+        10 * EPOCH,
+        dict(conv1=0.0, conv2=0.0),
+    ),
+    "11pct": (
+        350 * SHORT_EPOCH + 150 * EPOCH,
+        350 * SHORT_EPOCH,
+        10 * EPOCH,
+        10 * EPOCH,
+        dict(conv1=0.0, conv2=0.0, fc3=0.01),
+    ),
 }
 RECIPES["11pct_no_lrn"] = RECIPES["11pct"]
 
 
 def get_config(variant: str = "80sec") -> ml_collections.ConfigDict:
     if variant not in RECIPES:
-        raise UserError(f"experiments/cuda_convnet_cifar.py:{variant}: unknown variant, expected one of {', '.join(RECIPES)}")
+        raise UserError(
+            f"experiments/cuda_convnet_cifar.py:{variant}: unknown variant, expected one of {', '.join(RECIPES)}"
+        )
     full, short, tenth, hundredth, decays = RECIPES[variant]
     steps = full + tenth + hundredth
     config = alexnet_cifar.get_config()
@@ -64,12 +81,26 @@ def get_config(variant: str = "80sec") -> ml_collections.ConfigDict:
     config.batch_size = BATCH
     config.epochs, config.steps = 0, steps
     config.label_smoothing = 0.0
-    config.optimizer.update(dict(learning_rate=0.001, bias_rate=2.0, momentum=0.9, nesterov=False, weight_decay=0.004,
-                                 weight_decays=decays, clip_norm=0.0, warmup=0.0, decay="staged", stage_factor=0.1,
-                                 stages=tuple(at / steps for at in (full, full + tenth) if at < steps)))
+    config.optimizer.update(
+        dict(
+            learning_rate=0.001,
+            bias_rate=2.0,
+            momentum=0.9,
+            nesterov=False,
+            weight_decay=0.004,
+            weight_decays=decays,
+            clip_norm=0.0,
+            warmup=0.0,
+            decay="staged",
+            stage_factor=0.1,
+            stages=tuple(at / steps for at in (full, full + tenth) if at < steps),
+        )
+    )
     config.eval.update(dict(every_epochs=0, views="one"))
     config.checkpoint.every_epochs = 0
-    if "conv1" in decays:  # the nets with local layers see random crops, mirrored at random, and are tested on ten
+    if (
+        "conv1" in decays
+    ):  # the nets with local layers see random crops, mirrored at random, and are tested on ten
         config.data.update(dict(crop=24, flip=True, held_out=IMAGES // 5, held_out_steps=short))
         config.eval.views = "ten"
     return config

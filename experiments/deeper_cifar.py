@@ -26,12 +26,22 @@ import ml_collections
 from cnn_spmd.errors import UserError
 from experiments import alexnet_cifar
 
-VARIANTS = ("fully_connected", "simple_cnn", "one_convolution", "alexnet", "vgg_8", "vgg_11", "vgg_16")
+VARIANTS = (
+    "fully_connected",
+    "simple_cnn",
+    "one_convolution",
+    "alexnet",
+    "vgg_8",
+    "vgg_11",
+    "vgg_16",
+)
 
 
 def get_config(variant: str = "vgg_16") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
-        raise UserError(f"experiments/deeper_cifar.py:{variant}: unknown variant, expected one of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"experiments/deeper_cifar.py:{variant}: unknown variant, expected one of {', '.join(VARIANTS)}"
+        )
     config = alexnet_cifar.get_config()
     config.experiment = f"deeper_{variant}"
     config.model.name = variant

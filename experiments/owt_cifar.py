@@ -34,7 +34,9 @@ from experiments import alexnet_cifar, owt_imagenet
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "variable"):
-        raise UserError(f"experiments/owt_cifar.py:{variant}: unknown variant, expected variable or none")
+        raise UserError(
+            f"experiments/owt_cifar.py:{variant}: unknown variant, expected variable or none"
+        )
     config = owt_imagenet.get_config(variant)
     config.experiment = "owt_cifar" + (f"_{variant}" if variant else "")
     config.data = alexnet_cifar.get_config().data

@@ -54,22 +54,40 @@ from experiments import alexnet_cifar
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     variants = variant.split(",") if variant else []
     if not {*variants} <= {"variable", "imagenette"}:
-        raise UserError(f"experiments/owt_imagenet.py:{variant}: unknown variant, expected variable, imagenette or both, with "
-                        "a comma between")
+        raise UserError(
+            f"experiments/owt_imagenet.py:{variant}: unknown variant, expected variable, imagenette or both, with "
+            "a comma between"
+        )
     data = "imagenette" if "imagenette" in variants else "imagenet2012"
     config = alexnet_cifar.get_config()
     config.experiment = f"owt_{data.removesuffix('2012')}" + "_variable" * ("variable" in variants)
-    config.data.update(dict(name=data, fallback="", image_size=256, crop=224, crop_pad=0, colour_noise=0.1))
-    config.data.synthetic.update(dict(image_size=256, classes=1000, train_examples=8192, test_examples=1024))
+    config.data.update(
+        dict(name=data, fallback="", image_size=256, crop=224, crop_pad=0, colour_noise=0.1)
+    )
+    config.data.synthetic.update(
+        dict(image_size=256, classes=1000, train_examples=8192, test_examples=1024)
+    )
     config.model.dropout = 0.5
     config.parallelism = "hybrid"
     config.batch_size = 128
     config.dense_microbatch = 128 if "variable" in variants else 0
     config.epochs = 90
     config.label_smoothing = 0.0
-    config.optimizer.update(dict(learning_rate=0.01, clip_norm=0.0, scaling=1.0, bias_rate=2.0, warmup=0.05, decay="staged",
-                                 stages=(0.25, 0.5, 0.75), stage_factor=250 ** (-1 / 3), momentum=0.9, nesterov=False,
-                                 weight_decay=5e-4))
+    config.optimizer.update(
+        dict(
+            learning_rate=0.01,
+            clip_norm=0.0,
+            scaling=1.0,
+            bias_rate=2.0,
+            warmup=0.05,
+            decay="staged",
+            stages=(0.25, 0.5, 0.75),
+            stage_factor=250 ** (-1 / 3),
+            momentum=0.9,
+            nesterov=False,
+            weight_decay=5e-4,
+        )
+    )
     config.eval.update(dict(every_epochs=5, views="one"))
     config.checkpoint.every_epochs = 5
     return config

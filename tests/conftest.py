@@ -7,12 +7,16 @@ import pathlib
 # Most of the time goes into compiling small programs, here and in the processes that tests start: LLVM may hurry, and the
 # older code generator, where jaxlib still has it, is three times as quick. What the tests are about, how XLA partitions a
 # program, happens before both.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # Programs that several tests compile, here or in such a process, are compiled once. The key holds everything that matters.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"
+)
 os.environ["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
@@ -34,7 +38,9 @@ def config() -> ml_collections.ConfigDict:
 
     config = get_config()
     config.update(dict(batch_size=16, epochs=2, parallelism="data", model=dict(name="simple_cnn")))
-    config.data.update(dict(name="synthetic", fallback="", synthetic=dict(train_examples=64, test_examples=40)))
+    config.data.update(
+        dict(name="synthetic", fallback="", synthetic=dict(train_examples=64, test_examples=40))
+    )
     config.mesh.update(dict(data=1, model=1))
     config.optimizer.learning_rate = 0.001
     config.eval.every_epochs = config.checkpoint.every_epochs = 1

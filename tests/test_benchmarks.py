@@ -10,20 +10,35 @@ from conftest import ROOT
 from cnn_spmd.papers import tables
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--gpus", "0"], "--gpus=0: expected at least 1"),
-    (["--steps_per_call=-5"], "--steps_per_call=-5: expected at least 0"),
-    (["--limit=-1"], "--limit=-1.0: expected at least 1"),
-    (["--meshes", "1x1:nope"], "--meshes: 1x1:nope: expected DATAxMODEL:PARALLELISM with a product of --gpus=1 or 1"),
-    (["--gpus", "4", "--meshes", "1x3:data"], "--meshes: 1x3:data: expected"),
-    (["--gpus", "4", "--meshes", "1x1:hybrid"], "--meshes=1x1:hybrid: expected one of --gpus=4"),
-    (["--peer_modes", "compile-bf16"], "--peer_modes: compile-bf16: expected eager"),
-    (["--batches", "32,x"], "--batches=32,x: expected positive numbers"),
-    (["--output", "."], "--output=.: is a folder"),
-    ([], "no GPU here: JAX runs on cpu")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "--gpus=0: expected at least 1"),
+        (["--steps_per_call=-5"], "--steps_per_call=-5: expected at least 0"),
+        (["--limit=-1"], "--limit=-1.0: expected at least 1"),
+        (
+            ["--meshes", "1x1:nope"],
+            "--meshes: 1x1:nope: expected DATAxMODEL:PARALLELISM with a product of --gpus=1 or 1",
+        ),
+        (["--gpus", "4", "--meshes", "1x3:data"], "--meshes: 1x3:data: expected"),
+        (
+            ["--gpus", "4", "--meshes", "1x1:hybrid"],
+            "--meshes=1x1:hybrid: expected one of --gpus=4",
+        ),
+        (["--peer_modes", "compile-bf16"], "--peer_modes: compile-bf16: expected eager"),
+        (["--batches", "32,x"], "--batches=32,x: expected positive numbers"),
+        (["--output", "."], "--output=.: is a folder"),
+        ([], "no GPU here: JAX runs on cpu"),
+    ],
+)
 def test_bad_input_is_one_line(arguments, message, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    done = subprocess.run([sys.executable, "benchmarks/speed.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/speed.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
@@ -35,20 +50,38 @@ def test_our_side_times_its_steps():
     command = [sys.executable, "benchmarks/ours.py", *flags.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     row = json.loads(done.stdout.splitlines()[-1])
-    assert (row["steps"], row["steps_per_call"], row["gpus"], len(row["step_milliseconds"])) == (2, 1, 1, 3)
+    assert (row["steps"], row["steps_per_call"], row["gpus"], len(row["step_milliseconds"])) == (
+        2,
+        1,
+        1,
+        3,
+    )
     assert min(row["step_milliseconds"]) > 0
 
 
 def test_the_readmes_table_of_speeds(tmp_path):
     """A batch that one side has no time for is left out; of the peer's modes the fastest counts."""
-    def row(rate, gpus=2, **more):
-        return dict(name="compile", gpus=gpus, images_per_second=rate, matrix_share=rate / 1000) | more
 
-    ours = [row(100, mesh="1x2", parallelism="hybrid"), row(80, mesh="2x1", parallelism="data"),
-            row(50, 1, mesh="1x1", parallelism="hybrid"), dict(name="1x2:model", error="exit code 1")]
-    batches = [dict(batch_per_gpu=8, ours=ours, peer=[row(20), row(40, name="max")], ratio=2.5),
-               dict(batch_per_gpu=16, ours=ours, peer=[dict(name="compile", error="no")], ratio=None),
-               dict(batch_per_gpu=32, ours=ours[2:], peer=[row(20)], ratio=None), dict(batch_per_gpu=64, ours=ours, peer=[])]
-    (tmp_path / "a.json").write_text(json.dumps(dict(gpus=2, hardware=dict(device_kind="X"), batches=batches)))
+    def row(rate, gpus=2, **more):
+        return (
+            dict(name="compile", gpus=gpus, images_per_second=rate, matrix_share=rate / 1000) | more
+        )
+
+    ours = [
+        row(100, mesh="1x2", parallelism="hybrid"),
+        row(80, mesh="2x1", parallelism="data"),
+        row(50, 1, mesh="1x1", parallelism="hybrid"),
+        dict(name="1x2:model", error="exit code 1"),
+    ]
+    batches = [
+        dict(batch_per_gpu=8, ours=ours, peer=[row(20), row(40, name="max")], ratio=2.5),
+        dict(batch_per_gpu=16, ours=ours, peer=[dict(name="compile", error="no")], ratio=None),
+        dict(batch_per_gpu=32, ours=ours[2:], peer=[row(20)], ratio=None),
+        dict(batch_per_gpu=64, ours=ours, peer=[]),
+    ]
+    (tmp_path / "a.json").write_text(
+        json.dumps(dict(gpus=2, hardware=dict(device_kind="X"), batches=batches))
+    )
     assert tables.speed_table(tmp_path).splitlines()[2:] == [
-        "| 2 x X | 8 | 1x2 hybrid | 100 | 40 (max) | 2.50 | 10 | 4 | 2.00 | 1.25 |"]
+        "| 2 x X | 8 | 1x2 hybrid | 100 | 40 (max) | 2.50 | 10 | 4 | 2.00 | 1.25 |"
+    ]

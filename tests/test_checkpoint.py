@@ -50,7 +50,9 @@ def names(directory):
 
 
 def restored(directory, state, run="mine"):
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     checkpoints = checkpoint.Checkpoints(directory, 10, run)
     try:
         got = checkpoints.restore(abstract)
@@ -62,12 +64,17 @@ def restored(directory, state, run="mine"):
 
 
 def test_keeps_the_last_and_the_best(tmp_path, state):
-    assert saved(tmp_path, state, range(1, 7), keep=2, accuracies={1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}) == ["2", "5", "6"]
+    assert saved(
+        tmp_path, state, range(1, 7), keep=2, accuracies={1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}
+    ) == ["2", "5", "6"]
     assert restored(tmp_path, state) == 6
 
 
 def largest_file(directory):
-    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in directory.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
 
 
 def flip_bytes(directory):
@@ -118,12 +125,21 @@ def another_run(directory):
     (directory / checkpoint.MANIFEST).write_text(json.dumps(manifest | dict(run="theirs")))
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (flip_bytes, "is damaged: .* is changed"), (cut, "is damaged: .* is changed"), (remove, "is damaged: .* is missing"),
-    (empty, "is empty"),
-    (unreadable_manifest, "has an unreadable"), (empty_manifest, "has an unreadable"),
-    (manifest_of_another_kind, "has an unreadable"), (half_removed, "is half there"),
-    (another_step, "is step 1 by its"), (another_run, r"is of another run \(theirs, this one is mine\)")])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_bytes, "is damaged: .* is changed"),
+        (cut, "is damaged: .* is changed"),
+        (remove, "is damaged: .* is missing"),
+        (empty, "is empty"),
+        (unreadable_manifest, "has an unreadable"),
+        (empty_manifest, "has an unreadable"),
+        (manifest_of_another_kind, "has an unreadable"),
+        (half_removed, "is half there"),
+        (another_step, "is step 1 by its"),
+        (another_run, r"is of another run \(theirs, this one is mine\)"),
+    ],
+)
 def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
     saved(tmp_path, state, [1, 2, 3])
     damage(tmp_path / "3")
@@ -133,11 +149,22 @@ def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
     assert restored(tmp_path, state) == 2  # and is not looked at again
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax leaves behind
-@pytest.mark.parametrize(("damage", "reason"), [
-    (flip_bytes, "is damaged: "), (another_run, "is of another run"), (unreadable_manifest, "has an unreadable"),
-    (lambda step: (cut(step), (step / checkpoint.MANIFEST).unlink()), "does not load"),
-    (lambda step: (step.with_name("3"), step.rename(step.with_name("broken-1"))), "broken-1 was set aside before")])
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # reads that Orbax leaves behind
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_bytes, "is damaged: "),
+        (another_run, "is of another run"),
+        (unreadable_manifest, "has an unreadable"),
+        (lambda step: (cut(step), (step / checkpoint.MANIFEST).unlink()), "does not load"),
+        (
+            lambda step: (step.with_name("3"), step.rename(step.with_name("broken-1"))),
+            "broken-1 was set aside before",
+        ),
+    ],
+)
 def test_where_every_step_is_rejected_nothing_starts_over(tmp_path, state, damage, reason):
     saved(tmp_path, state, [1])
     damage(tmp_path / "1")
@@ -218,7 +245,8 @@ def test_a_checkpoint_of_earlier_versions_loads_and_is_ranked(tmp_path, state):
             named = {".step": jnp.int32(step), ".weights": state.weights}
             checkpointer.save(step, named, metrics=dict(accuracy=accuracy))
             (tmp_path / str(step) / checkpoint.MANIFEST).write_text(
-                json.dumps(checkpoint._hashes(tmp_path / str(step))))
+                json.dumps(checkpoint._hashes(tmp_path / str(step)))
+            )
     (tmp_path / "2/metrics/metrics").write_text("garbage")
     assert restored(tmp_path, state) == 2
     checkpoints = checkpoint.Checkpoints(tmp_path, 1, "mine")
@@ -229,7 +257,12 @@ def test_a_checkpoint_of_earlier_versions_loads_and_is_ranked(tmp_path, state):
 
 def test_what_a_kill_leaves_behind_is_removed(tmp_path, state):
     saved(tmp_path, state, [1])
-    for name in ("2.orbax-checkpoint-tmp", "saving-3.orbax-checkpoint-tmp", "saving-3", "removing-1"):
+    for name in (
+        "2.orbax-checkpoint-tmp",
+        "saving-3.orbax-checkpoint-tmp",
+        "saving-3",
+        "removing-1",
+    ):
         (tmp_path / name).mkdir()
     assert restored(tmp_path, state) == 1
     assert names(tmp_path) == ["1"]
@@ -255,7 +288,9 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_others(tmp_path, state, mo
     monkeypatch.setattr(shutil if fails == "disk_usage" else checkpoint, fails, full)
     for after in (lambda c: (c.save(3, state), c.save(4, state)), lambda c: c.close()):
         checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
-        with pytest.raises(checkpoint.SaveError, match=r"checkpoint of step 2 cannot be saved .*disk full") as error:
+        with pytest.raises(
+            checkpoint.SaveError, match=r"checkpoint of step 2 cannot be saved .*disk full"
+        ) as error:
             checkpoints.save(2, state)
             after(checkpoints)
         assert "\n" not in str(error.value)
@@ -269,21 +304,29 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, state, monkeypatc
         checkpoint.Checkpoints(tmp_path, 2, "mine").save(2, state)
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_orbax_waits_for_it(tmp_path, state, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_found_before_orbax_waits_for_it(
+    tmp_path, state, monkeypatch
+):
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", refused)
-    monkeypatch.setattr(checkpoint.ocp, "save_async", lambda *_, **__: pytest.fail("Orbax was called"))
+    monkeypatch.setattr(
+        checkpoint.ocp, "save_async", lambda *_, **__: pytest.fail("Orbax was called")
+    )
     with pytest.raises(checkpoint.SaveError, match="Permission denied"):
         checkpoint.Checkpoints(tmp_path, 2, "mine").save(2, state)
 
 
 def test_the_first_save_is_read_back(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(checkpoint.ocp, "save_async", lambda path, *_, **__: (path.mkdir(parents=True), Done())[1])
+    monkeypatch.setattr(
+        checkpoint.ocp, "save_async", lambda path, *_, **__: (path.mkdir(parents=True), Done())[1]
+    )
     checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
     checkpoints.save(2, state)
-    with pytest.raises(checkpoint.SaveError, match=r"step 2 cannot be saved .* no checkpoint was saved yet"):
+    with pytest.raises(
+        checkpoint.SaveError, match=r"step 2 cannot be saved .* no checkpoint was saved yet"
+    ):
         checkpoints.wait()
     assert names(tmp_path) == ["broken-2"]
 

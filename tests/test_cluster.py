@@ -17,15 +17,37 @@ from jax._src.clusters import ClusterEnv
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import cluster
 
-RUN = [sys.executable, str(ROOT / "launch.py"), "--config", str(ROOT / "experiments/alexnet_cifar.py"),
-       "--config.model.name=simple_cnn", "--config.data.name=synthetic", "--config.data.synthetic.train_examples=64",
-       "--config.data.synthetic.test_examples=40", "--config.batch_size=16", "--config.optimizer.learning_rate=0.001",
-       "--config.epochs=1", "--cpu_devices=1"]
+RUN = [
+    sys.executable,
+    str(ROOT / "launch.py"),
+    "--config",
+    str(ROOT / "experiments/alexnet_cifar.py"),
+    "--config.model.name=simple_cnn",
+    "--config.data.name=synthetic",
+    "--config.data.synthetic.train_examples=64",
+    "--config.data.synthetic.test_examples=40",
+    "--config.batch_size=16",
+    "--config.optimizer.learning_rate=0.001",
+    "--config.epochs=1",
+    "--cpu_devices=1",
+]
 JAX = dict(JAX_COORDINATOR_ADDRESS="host0:1234", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
-SLURM = dict(SLURM_JOB_ID="77", SLURM_STEP_NODELIST="n[3-4]", SLURM_NTASKS="2", SLURM_PROCID="1", SLURM_NODEID="1",
-             SLURM_LOCALID="0", SLURM_STEP_TASKS_PER_NODE="1(x2)")
-MPI = dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_LOCAL_SIZE="2",
-           OMPI_COMM_WORLD_LOCAL_RANK="1", OMPI_MCA_orte_hnp_uri="1314521088.0;tcp://10.1.1.1:3491")
+SLURM = dict(
+    SLURM_JOB_ID="77",
+    SLURM_STEP_NODELIST="n[3-4]",
+    SLURM_NTASKS="2",
+    SLURM_PROCID="1",
+    SLURM_NODEID="1",
+    SLURM_LOCALID="0",
+    SLURM_STEP_TASKS_PER_NODE="1(x2)",
+)
+MPI = dict(
+    OMPI_COMM_WORLD_SIZE="4",
+    OMPI_COMM_WORLD_RANK="3",
+    OMPI_COMM_WORLD_LOCAL_SIZE="2",
+    OMPI_COMM_WORLD_LOCAL_RANK="1",
+    OMPI_MCA_orte_hnp_uri="1314521088.0;tcp://10.1.1.1:3491",
+)
 EIGHT = dict(CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
 
 
@@ -33,25 +55,44 @@ EIGHT = dict(CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
 def start(tmp_path):
     """Starts one process of launch.py; kills what is left over."""
     with contextlib.ExitStack() as stack:
+
         def start(*arguments, cwd=tmp_path, **environment):
             environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1") | environment
-            process = subprocess.Popen([*RUN, *map(str, arguments)], cwd=cwd, env=environment, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                [*RUN, *map(str, arguments)],
+                cwd=cwd,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             stack.callback(process.communicate)
             stack.callback(process.kill)
             return process
+
         yield start
 
 
 @pytest.fixture
 def pair(start):
     """Starts the two processes of a cluster: the same arguments and one more list for each, one folder for each."""
+
     def pair(arguments, more=((), ()), folders=({}, {})):
         with socket.socket() as listener:
             listener.bind(("localhost", 0))
             address = f"localhost:{listener.getsockname()[1]}"
-        return [start(*arguments, *more[i], **folders[i], JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2",
-                      JAX_PROCESS_ID=str(i)) for i in range(2)]
+        return [
+            start(
+                *arguments,
+                *more[i],
+                **folders[i],
+                JAX_COORDINATOR_ADDRESS=address,
+                JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(i),
+            )
+            for i in range(2)
+        ]
+
     return pair
 
 
@@ -64,54 +105,110 @@ def errors(processes, code, seconds=60):
     return [err for _, err in ended]
 
 
-@pytest.mark.parametrize("variables", [
-    {}, dict(SLURM_NTASKS="1", SLURM_PROCID="0"), dict(SLURM_NTASKS=""), dict(OMPI_COMM_WORLD_SIZE="1")])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        dict(SLURM_NTASKS="1", SLURM_PROCID="0"),
+        dict(SLURM_NTASKS=""),
+        dict(OMPI_COMM_WORLD_SIZE="1"),
+    ],
+)
 def test_one_process_is_no_cluster(variables):
     assert cluster.named(variables) == ""
 
 
-@pytest.mark.parametrize(("variables", "message"), [
-    (dict(SLURM_NTASKS="x"), "SLURM_NTASKS=x: expected a whole number"),
-    (dict(SLURM_NTASKS="2"), "SLURM_PROCID is not set: expected a whole number from 0 to 1; srun sets it"),
-    (SLURM | dict(SLURM_PROCID="2"), "SLURM_PROCID=2"),
-    (SLURM | dict(SLURM_LOCALID="-1"), "SLURM_LOCALID=-1"),
-    (SLURM | dict(SLURM_NODEID="2"), "SLURM_NODEID=2"),
-    (SLURM | dict(SLURM_JOB_ID="j"), "SLURM_JOB_ID=j"),
-    (SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1x2"), "SLURM_STEP_TASKS_PER_NODE=1x2: expected"),
-    (SLURM | dict(SLURM_GPUS_PER_TASK="many"), "SLURM_GPUS_PER_TASK=many"),
-    (dict(OMPI_COMM_WORLD_SIZE="2.5"), "OMPI_COMM_WORLD_SIZE=2.5"),
-    (MPI | dict(OMPI_COMM_WORLD_RANK="4"), "OMPI_COMM_WORLD_RANK=4"),
-    (MPI | dict(OMPI_COMM_WORLD_LOCAL_RANK="2"), "OMPI_COMM_WORLD_LOCAL_RANK=2"),
-    (dict(JAX_COORDINATOR_ADDRESS="h:1"), "JAX_NUM_PROCESSES is not set"),
-    (dict(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"), "JAX_COORDINATOR_ADDRESS=: expected host:port"),
-    (JAX | dict(JAX_COORDINATOR_ADDRESS="host0:abc"), "JAX_COORDINATOR_ADDRESS=host0:abc: expected host:port"),
-    (JAX | dict(JAX_COORDINATOR_ADDRESS="host0:99999"), "JAX_COORDINATOR_ADDRESS=host0:99999: expected host:port"),
-    (JAX | dict(JAX_COORDINATOR_ADDRESS=":80"), "JAX_COORDINATOR_ADDRESS=:80: expected host:port"),
-    (JAX | dict(JAX_COORDINATOR_BIND_ADDRESS="x"), "JAX_COORDINATOR_BIND_ADDRESS=x: expected host:port"),
-    (JAX | dict(JAX_NUM_PROCESSES="two"), "JAX_NUM_PROCESSES=two"),
-    (JAX | dict(JAX_PROCESS_ID="2"), "JAX_PROCESS_ID=2: expected a whole number from 0 to 1"),
-    (JAX | dict(JAX_LOCAL_DEVICE_IDS="0,a"), "JAX_LOCAL_DEVICE_IDS=a"),
-    (JAX | dict(JAX_INITIALIZATION_TIMEOUT="x"), "JAX_INITIALIZATION_TIMEOUT=x"),
-    (SLURM | dict(JAX_COORDINATOR_PORT="0"), "JAX_COORDINATOR_PORT=0"),
-])
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (dict(SLURM_NTASKS="x"), "SLURM_NTASKS=x: expected a whole number"),
+        (
+            dict(SLURM_NTASKS="2"),
+            "SLURM_PROCID is not set: expected a whole number from 0 to 1; srun sets it",
+        ),
+        (SLURM | dict(SLURM_PROCID="2"), "SLURM_PROCID=2"),
+        (SLURM | dict(SLURM_LOCALID="-1"), "SLURM_LOCALID=-1"),
+        (SLURM | dict(SLURM_NODEID="2"), "SLURM_NODEID=2"),
+        (SLURM | dict(SLURM_JOB_ID="j"), "SLURM_JOB_ID=j"),
+        (SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1x2"), "SLURM_STEP_TASKS_PER_NODE=1x2: expected"),
+        (SLURM | dict(SLURM_GPUS_PER_TASK="many"), "SLURM_GPUS_PER_TASK=many"),
+        (dict(OMPI_COMM_WORLD_SIZE="2.5"), "OMPI_COMM_WORLD_SIZE=2.5"),
+        (MPI | dict(OMPI_COMM_WORLD_RANK="4"), "OMPI_COMM_WORLD_RANK=4"),
+        (MPI | dict(OMPI_COMM_WORLD_LOCAL_RANK="2"), "OMPI_COMM_WORLD_LOCAL_RANK=2"),
+        (dict(JAX_COORDINATOR_ADDRESS="h:1"), "JAX_NUM_PROCESSES is not set"),
+        (
+            dict(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"),
+            "JAX_COORDINATOR_ADDRESS=: expected host:port",
+        ),
+        (
+            JAX | dict(JAX_COORDINATOR_ADDRESS="host0:abc"),
+            "JAX_COORDINATOR_ADDRESS=host0:abc: expected host:port",
+        ),
+        (
+            JAX | dict(JAX_COORDINATOR_ADDRESS="host0:99999"),
+            "JAX_COORDINATOR_ADDRESS=host0:99999: expected host:port",
+        ),
+        (
+            JAX | dict(JAX_COORDINATOR_ADDRESS=":80"),
+            "JAX_COORDINATOR_ADDRESS=:80: expected host:port",
+        ),
+        (
+            JAX | dict(JAX_COORDINATOR_BIND_ADDRESS="x"),
+            "JAX_COORDINATOR_BIND_ADDRESS=x: expected host:port",
+        ),
+        (JAX | dict(JAX_NUM_PROCESSES="two"), "JAX_NUM_PROCESSES=two"),
+        (JAX | dict(JAX_PROCESS_ID="2"), "JAX_PROCESS_ID=2: expected a whole number from 0 to 1"),
+        (JAX | dict(JAX_LOCAL_DEVICE_IDS="0,a"), "JAX_LOCAL_DEVICE_IDS=a"),
+        (JAX | dict(JAX_INITIALIZATION_TIMEOUT="x"), "JAX_INITIALIZATION_TIMEOUT=x"),
+        (SLURM | dict(JAX_COORDINATOR_PORT="0"), "JAX_COORDINATOR_PORT=0"),
+    ],
+)
 def test_a_bad_variable_is_named(variables, message):
     with pytest.raises(UserError, match="^" + message.replace("(", r"\(")):
         cluster.member(variables)
 
 
-@pytest.mark.parametrize(("variables", "ids"), [
-    (SLURM | EIGHT, []),                                                                    # a task alone on its node: all
-    (SLURM | EIGHT | dict(SLURM_STEP_TASKS_PER_NODE="8(x2)", SLURM_NTASKS="16", SLURM_LOCALID="5"), [5]),
-    (SLURM | EIGHT | dict(SLURM_STEP_TASKS_PER_NODE="3,2", SLURM_NTASKS="5", SLURM_LOCALID="1"), [4, 5, 6, 7]),
-    (SLURM | EIGHT | dict(SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_LOCALID="1", SLURM_GPUS_PER_TASK="h100:2"), [2, 3]),
-    (SLURM | dict(SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_LOCALID="1", SLURM_GPUS_PER_TASK="1",
-                  CUDA_VISIBLE_DEVICES="0"), []),                                           # Slurm shows each task its own
-    (MPI | EIGHT, [4, 5, 6, 7]),
-    (MPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="1", OMPI_COMM_WORLD_LOCAL_RANK="0") | EIGHT, []),
-    (MPI, [1]),                                                                             # two GPUs in /dev
-    (JAX | EIGHT, []),
-    (JAX | EIGHT | dict(JAX_LOCAL_DEVICE_IDS="2,3"), [2, 3]),
-])
+@pytest.mark.parametrize(
+    ("variables", "ids"),
+    [
+        (SLURM | EIGHT, []),  # a task alone on its node: all
+        (
+            SLURM
+            | EIGHT
+            | dict(SLURM_STEP_TASKS_PER_NODE="8(x2)", SLURM_NTASKS="16", SLURM_LOCALID="5"),
+            [5],
+        ),
+        (
+            SLURM
+            | EIGHT
+            | dict(SLURM_STEP_TASKS_PER_NODE="3,2", SLURM_NTASKS="5", SLURM_LOCALID="1"),
+            [4, 5, 6, 7],
+        ),
+        (
+            SLURM
+            | EIGHT
+            | dict(
+                SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_LOCALID="1", SLURM_GPUS_PER_TASK="h100:2"
+            ),
+            [2, 3],
+        ),
+        (
+            SLURM
+            | dict(
+                SLURM_STEP_TASKS_PER_NODE="2(x2)",
+                SLURM_LOCALID="1",
+                SLURM_GPUS_PER_TASK="1",
+                CUDA_VISIBLE_DEVICES="0",
+            ),
+            [],
+        ),  # Slurm shows each task its own
+        (MPI | EIGHT, [4, 5, 6, 7]),
+        (MPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="1", OMPI_COMM_WORLD_LOCAL_RANK="0") | EIGHT, []),
+        (MPI, [1]),  # two GPUs in /dev
+        (JAX | EIGHT, []),
+        (JAX | EIGHT | dict(JAX_LOCAL_DEVICE_IDS="2,3"), [2, 3]),
+    ],
+)
 def test_processes_of_a_node_share_its_gpus(monkeypatch, variables, ids):
     """And jax, which finds the rest of the cluster by itself, leaves the choice as it is."""
     monkeypatch.setattr(cluster.glob, "glob", lambda _: ["/dev/nvidia0", "/dev/nvidia1"])
@@ -119,7 +216,8 @@ def test_processes_of_a_node_share_its_gpus(monkeypatch, variables, ids):
         monkeypatch.setenv(name, value)
     member = cluster.member(os.environ)
     address, count, number, found = ClusterEnv.auto_detect_unset_distributed_params(
-        *member.values(), cluster_detection_method=None, initialization_timeout=1)
+        *member.values(), cluster_detection_method=None, initialization_timeout=1
+    )
     assert found == ids
     assert address.split(":")[0] in ("n3", "10.1.1.1", "host0")
     assert (count, number) == (member["num_processes"], member["process_id"])
@@ -127,12 +225,16 @@ def test_processes_of_a_node_share_its_gpus(monkeypatch, variables, ids):
 
 def test_open_mpi_gives_the_numbers_where_it_does_not_know_the_address():
     """As Open MPI 5 does not."""
-    member = cluster.member(dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3", JAX_COORDINATOR_ADDRESS="h:1"))
+    member = cluster.member(
+        dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3", JAX_COORDINATOR_ADDRESS="h:1")
+    )
     assert list(member.values()) == ["h:1", 4, 3, []]
 
 
 def test_the_first_field_that_differs_is_named_with_both_values(monkeypatch):
-    monkeypatch.setattr(cluster, "_state", lambda: types.SimpleNamespace(client=True, num_processes=3))
+    monkeypatch.setattr(
+        cluster, "_state", lambda: types.SimpleNamespace(client=True, num_processes=3)
+    )
     monkeypatch.setattr(cluster, "exchange", lambda mine: [mine, mine, dict(mine, b=dict(c=3))])
     with pytest.raises(UserError, match=r"^b\.c: process 0 has 2, process 2 has 3: give all"):
         cluster.agree(dict(a=1, b=dict(c=2)))
@@ -162,16 +264,23 @@ def test_bad_input_of_one_process_ends_the_others(pair, tmp_path):
     with (tmp_path / "locked/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         late = errors(pair(["--workdir", "locked"]), 2)
-    assert errors(early, 2) == ["error: process 1 of the cluster ended: --config.foo=1: no such field, expected those of "
-                                "the experiment\n", "error: --config.foo=1: no such field, expected those of the experiment\n"]
+    assert errors(early, 2) == [
+        "error: process 1 of the cluster ended: --config.foo=1: no such field, expected those of "
+        "the experiment\n",
+        "error: --config.foo=1: no such field, expected those of the experiment\n",
+    ]
     line = "--workdir=locked: another run is using it: wait for it, or give another folder\n"
     assert late == [f"error: {line}", f"error: process 0 of the cluster ended: {line}"]
 
 
 def test_an_absent_process_is_one_line(start):
-    address = dict(JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="2", JAX_INITIALIZATION_TIMEOUT="2")
+    address = dict(
+        JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="2", JAX_INITIALIZATION_TIMEOUT="2"
+    )
     (error,) = errors([start(**address, JAX_PROCESS_ID="1")], 1)
-    assert error.startswith("error: cannot join the cluster: process 0 does not answer at localhost:1 (")
+    assert error.startswith(
+        "error: cannot join the cluster: process 0 does not answer at localhost:1 ("
+    )
 
 
 @pytest.mark.parametrize("variables", [JAX, SLURM, MPI])
@@ -182,20 +291,34 @@ def test_a_sweep_is_refused_at_once(start, variables):
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(pair, tmp_path, lost):
-    command = ["--workdir", "r", "--config.steps=1000000", "--config.optimizer.decay=constant", "--config.optimizer.warmup=0.0"]
+    command = [
+        "--workdir",
+        "r",
+        "--config.steps=1000000",
+        "--config.optimizer.decay=constant",
+        "--config.optimizer.warmup=0.0",
+    ]
 
     def training():
-        processes, saved = pair(command), set((tmp_path / "r/checkpoints").glob("[0-9]*/SHA256.json"))
+        processes, saved = (
+            pair(command),
+            set((tmp_path / "r/checkpoints").glob("[0-9]*/SHA256.json")),
+        )
         assert processes[0].stdout.readline() == "2 processes x 1 devices\n"
         while set((tmp_path / "r/checkpoints").glob("[0-9]*/SHA256.json")) <= saved:
-            assert [process.poll() for process in processes] == [None, None], [p.communicate() for p in processes]
+            assert [process.poll() for process in processes] == [None, None], [
+                p.communicate() for p in processes
+            ]
             time.sleep(0.1)
         return processes
 
     processes = training()
     processes[lost].kill()
     (error,) = errors([processes[1 - lost]], 1)
-    assert error == f"error: process {lost} of the cluster was lost; the same command goes on from the last checkpoint\n"
+    assert (
+        error
+        == f"error: process {lost} of the cluster was lost; the same command goes on from the last checkpoint\n"
+    )
     if lost:
         processes = training()
         processes[1].send_signal(signal.SIGTERM)  # to one of them: all save

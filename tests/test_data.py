@@ -36,10 +36,14 @@ KEYS = ["train_images", "train_labels", "test_images", "test_labels"]
 def small(monkeypatch, tmp_path):
     """Small files, a data directory of the test's own, and no way out to the network."""
     monkeypatch.setattr(archive, "IMAGES_PER_FILE", N)
-    monkeypatch.setattr(archive, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")  # nobody listens there
+    monkeypatch.setattr(
+        archive, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz"
+    )  # nobody listens there
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # TFDS leaves an empty temporary folder a builder
+    monkeypatch.setattr(
+        tempfile, "tempdir", str(tmp_path)
+    )  # TFDS leaves an empty temporary folder a builder
 
 
 def write_folder(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
@@ -52,9 +56,13 @@ def write_folder(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarra
     for i, name in enumerate(archive.ALL_FILES):
         with open(folder / name, "wb") as file:
             for n in range(i * N, (i + 1) * N):
-                file.write(bytes([labels[n]]) + b"".join(images[n, :, :, c].tobytes() for c in range(3)))
+                file.write(
+                    bytes([labels[n]]) + b"".join(images[n, :, :, c].tobytes() for c in range(3))
+                )
     (folder / "batches.meta.txt").write_text("\n".join(archive.CLASS_NAMES) + "\n\n")
-    return folder, dict(zip(KEYS, (images[:-N], labels[:-N], images[-N:], labels[-N:]), strict=True))
+    return folder, dict(
+        zip(KEYS, (images[:-N], labels[:-N], images[-N:], labels[-N:]), strict=True)
+    )
 
 
 def write_archive(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
@@ -82,19 +90,26 @@ def prepared(tmp_path: Path) -> list[Path]:
 
 def config(**fields) -> ml_collections.ConfigDict:
     synthetic = dict(image_size=24, classes=5, train_examples=20, test_examples=10)
-    return ml_collections.ConfigDict(dict(name="cifar10", dir="", fallback="digits", synthetic=synthetic) | fields)
+    return ml_collections.ConfigDict(
+        dict(name="cifar10", dir="", fallback="digits", synthetic=synthetic) | fields
+    )
 
 
 # ---------------------------------------------------------------------------------------------- CIFAR-10 from data.dir
 
 
-@pytest.mark.parametrize("form", ["archive", "folder holding the archive", "folder", "folder holding the folder"])
+@pytest.mark.parametrize(
+    "form", ["archive", "folder holding the archive", "folder", "folder holding the folder"]
+)
 def test_every_form_of_data_dir_gives_what_was_written(tmp_path, form):
     path, expected = (write_archive if "archive" in form else write_folder)(tmp_path / "given")
     dataset = sources.load(config(dir=str(path.parent if "holding" in form else path)))
     assert_equal({key: getattr(dataset, key) for key in KEYS}, expected)
     assert (dataset.name, dataset.fallback, dataset.mirror) == ("cifar10", None, True)
-    assert " ".join(dataset.class_names) == "airplane automobile bird cat deer dog frog horse ship truck"
+    assert (
+        " ".join(dataset.class_names)
+        == "airplane automobile bird cat deer dog frog horse ship truck"
+    )
 
 
 def test_tfds_prints_nothing_of_its_own(tmp_path, capfd):
@@ -150,7 +165,9 @@ def test_two_builds_are_equal_byte_for_byte(tmp_path, monkeypatch):
     for machine in "ab":
         monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / machine))
         cifar10.load(str(path))
-        records.append([file.read_bytes() for file in sorted((tmp_path / machine).rglob("*.array_record*"))])
+        records.append(
+            [file.read_bytes() for file in sorted((tmp_path / machine).rglob("*.array_record*"))]
+        )
     assert len(records[0]) == 2
     assert records[0] == records[1]
 
@@ -158,17 +175,23 @@ def test_two_builds_are_equal_byte_for_byte(tmp_path, monkeypatch):
 def test_an_archive_that_is_not_the_official_one_is_named_once(tmp_path, caplog, monkeypatch):
     path, expected = write_archive(tmp_path)
     cifar10.load(str(path))
-    (line,) = [record.getMessage() for record in caplog.records if "official" in record.getMessage()]
+    (line,) = [
+        record.getMessage() for record in caplog.records if "official" in record.getMessage()
+    ]
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert str(path) in line and sha256 in line and archive.ARCHIVE_SHA256 in line
     caplog.clear()
     monkeypatch.setattr(archive, "ARCHIVE_SHA256", sha256)
     assert_equal(cifar10.load(str(path)), expected)
-    assert "official" not in caplog.text.replace("'official'", "")  # TFDS itself logs the configuration's name
+    assert "official" not in caplog.text.replace(
+        "'official'", ""
+    )  # TFDS itself logs the configuration's name
 
 
 def test_official_checksum_and_size_are_those_of_tfds():
-    info = tfds.download.checksums.get_all_url_infos()["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
+    info = tfds.download.checksums.get_all_url_infos()[
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+    ]
     assert (info.checksum, int(info.size)) == (archive.ARCHIVE_SHA256, archive.ARCHIVE_BYTES)
 
 
@@ -185,10 +208,12 @@ def wrong_label(path: Path) -> None:
     path.write_bytes(content)
 
 
-BAD_FILES = {"short": (cut, r"data_batch_3.bin has 21,411 bytes, not 21,511"),
-             "missing": (Path.unlink, r"data_batch_3.bin"),
-             "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), r"data_batch_3.bin"),
-             "wrong label": (wrong_label, r"data_batch_3.bin holds label 10; expected 0 to 9")}
+BAD_FILES = {
+    "short": (cut, r"data_batch_3.bin has 21,411 bytes, not 21,511"),
+    "missing": (Path.unlink, r"data_batch_3.bin"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), r"data_batch_3.bin"),
+    "wrong label": (wrong_label, r"data_batch_3.bin holds label 10; expected 0 to 9"),
+}
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
@@ -213,16 +238,22 @@ def flip_bit(path: Path) -> None:
 
 def flip_bit_before_padding(path: Path) -> None:
     """Damage that only gzip's checksum tells, at the end of more padding than reading the tar needs to see."""
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(1 << 22), compresslevel=0))
+    path.write_bytes(
+        gzip.compress(gzip.decompress(path.read_bytes()) + bytes(1 << 22), compresslevel=0)
+    )
     content = bytearray(path.read_bytes())
     content[3 * archive.RECORD_BYTES] ^= 1
     path.write_bytes(content)
 
 
-BAD_ARCHIVES = {"truncated": cut, "flipped bit": flip_bit_before_padding, "empty": lambda path: path.write_bytes(b""),
-                "a web page": lambda path: path.write_text("<html>Not found</html>"),
-                "no tar inside": lambda path: path.write_bytes(gzip.compress(b"x" * 5000)),
-                "half a header": lambda path: path.write_bytes(gzip.compress(b"x" * 100))}
+BAD_ARCHIVES = {
+    "truncated": cut,
+    "flipped bit": flip_bit_before_padding,
+    "empty": lambda path: path.write_bytes(b""),
+    "a web page": lambda path: path.write_text("<html>Not found</html>"),
+    "no tar inside": lambda path: path.write_bytes(gzip.compress(b"x" * 5000)),
+    "half a header": lambda path: path.write_bytes(gzip.compress(b"x" * 100)),
+}
 
 
 @pytest.mark.parametrize("bad", BAD_ARCHIVES)
@@ -296,7 +327,9 @@ def test_a_resumed_run_keeps_its_pixels(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name, problem", [("nowhere", "does not exist"), ("empty", "holds no CIFAR-10")])
+@pytest.mark.parametrize(
+    "name, problem", [("nowhere", "does not exist"), ("empty", "holds no CIFAR-10")]
+)
 def test_data_dir_must_hold_cifar10(tmp_path, name, problem):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"data.dir=.*{name}: {problem}.*; give {archive.ARCHIVE}"):
@@ -403,18 +436,29 @@ def test_a_cache_that_cannot_be_written_is_said_and_not_fatal(tmp_path, caplog, 
     path, expected = write_folder(tmp_path)
     monkeypatch.setattr(cifar10.os, "replace", full)
     assert_equal(cifar10.load(str(path)), expected)
-    assert "cannot keep the decoded images" in caplog.text and not list((tmp_path / "tfds").rglob("*.part"))
+    assert "cannot keep the decoded images" in caplog.text and not list(
+        (tmp_path / "tfds").rglob("*.part")
+    )
 
 
-@pytest.mark.parametrize("pattern, damage", [("*train.array_record*", cut), ("*test.array_record*", flip_bit),
-                                             ("*test.array_record*", Path.unlink), ("dataset_info.json", cut)])
+@pytest.mark.parametrize(
+    "pattern, damage",
+    [
+        ("*train.array_record*", cut),
+        ("*test.array_record*", flip_bit),
+        ("*test.array_record*", Path.unlink),
+        ("dataset_info.json", cut),
+    ],
+)
 def test_damaged_prepared_data_is_refused(tmp_path, pattern, damage):
     path, _ = write_folder(tmp_path)
     cifar10.load(str(path))
     (folder,) = prepared(tmp_path)
     (folder / "decoded.npz").unlink()
     damage(next(folder.glob(pattern)))
-    with pytest.raises(UserError, match=f"{folder}: the prepared data is damaged .*delete this folder") as refusal:
+    with pytest.raises(
+        UserError, match=f"{folder}: the prepared data is damaged .*delete this folder"
+    ) as refusal:
         sources.load(config(dir=str(path)))
     assert "\n" not in str(refusal.value)
 
@@ -442,8 +486,12 @@ def serve(tmp_path, monkeypatch):
                 pass
 
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
-        monkeypatch.setattr(archive, "URL", f"http://127.0.0.1:{servers[-1].server_port}/{archive.ARCHIVE}")
+        threading.Thread(
+            target=servers[-1].serve_forever, kwargs=dict(poll_interval=0.05), daemon=True
+        ).start()
+        monkeypatch.setattr(
+            archive, "URL", f"http://127.0.0.1:{servers[-1].server_port}/{archive.ARCHIVE}"
+        )
 
     yield start
     for server in servers:
@@ -487,12 +535,16 @@ def test_a_failed_download_is_unreachable(official, serve, tmp_path, how):
     with pytest.raises(cifar10.Unreachable, match=archive.URL) as refusal:
         sources.load(config(fallback=""))
     assert "\n" not in str(refusal.value) and "--config.data.dir" in str(refusal.value)
-    assert how != "refused" or "HTTP status 403" in str(refusal.value)  # by the probe: TFDS retries some of these
+    assert how != "refused" or "HTTP status 403" in str(
+        refusal.value
+    )  # by the probe: TFDS retries some of these
     assert prepared(tmp_path) == []
     assert sources.load(config()).fallback == "cifar10"
 
 
-@pytest.mark.parametrize("host", ["refuses", "is silent", "has no address", "stalls the name server"])
+@pytest.mark.parametrize(
+    "host", ["refuses", "is silent", "has no address", "stalls the name server"]
+)
 def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
     monkeypatch.setattr(cifar10, "PROBE_SECONDS", 0.5)
     answered = threading.Event()
@@ -504,7 +556,9 @@ def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
         if host == "has no address":
             monkeypatch.setattr(archive, "URL", "http://cifar.invalid/")
         if host == "stalls the name server":
-            monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answered.wait(30) and [])
+            monkeypatch.setattr(
+                socket, "getaddrinfo", lambda *args, **kwargs: answered.wait(30) and []
+            )
         start = time.monotonic()
         with pytest.raises(cifar10.Unreachable, match="cannot reach"):
             cifar10.load("")
@@ -514,15 +568,27 @@ def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
 
 def test_the_fallback_cannot_be_missed(capsys):
     dataset = sources.load(config())
-    assert (dataset.name, dataset.fallback, len(dataset.train_images)) == ("digits", "cifar10", 1437)
+    assert (dataset.name, dataset.fallback, len(dataset.train_images)) == (
+        "digits",
+        "cifar10",
+        1437,
+    )
     banner = capsys.readouterr().err
     assert banner.count("\n") >= 6
-    for part in ("WARNING", "DOES NOT USE CIFAR-10", archive.URL, "--config.data.dir=", '--config.data.fallback=""'):
+    for part in (
+        "WARNING",
+        "DOES NOT USE CIFAR-10",
+        archive.URL,
+        "--config.data.dir=",
+        '--config.data.fallback=""',
+    ):
         assert part in banner
 
 
 def test_without_fallback_it_is_an_error():
-    with pytest.raises(cifar10.Unreachable, match=r"data.name=cifar10: cannot reach .*--config.data.dir"):
+    with pytest.raises(
+        cifar10.Unreachable, match=r"data.name=cifar10: cannot reach .*--config.data.dir"
+    ):
         sources.load(config(fallback=""))
 
 
@@ -531,8 +597,15 @@ def test_without_fallback_it_is_an_error():
 
 def test_digits():
     dataset, again = sources.load(config(name="digits")), sources.load(config(name="digits"))
-    assert_equal({key: getattr(dataset, key) for key in KEYS}, {key: getattr(again, key) for key in KEYS})
-    assert dataset.train_images.shape == (1437, 32, 32, 3) and dataset.test_images.shape == (360, 32, 32, 3)
+    assert_equal(
+        {key: getattr(dataset, key) for key in KEYS}, {key: getattr(again, key) for key in KEYS}
+    )
+    assert dataset.train_images.shape == (1437, 32, 32, 3) and dataset.test_images.shape == (
+        360,
+        32,
+        32,
+        3,
+    )
     assert dataset.train_images.dtype == np.uint8 and dataset.train_labels.dtype == np.int32
     assert dataset.train_images.min() == 0 and dataset.train_images.max() == 255
     assert (dataset.name, dataset.fallback, dataset.mirror) == ("digits", None, False)
@@ -541,13 +614,22 @@ def test_digits():
     assert per_class.min() >= 34 and per_class.max() <= 37  # stratified
     means = np.stack([dataset.train_images[dataset.train_labels == k].mean(0) for k in range(10)])
     distances = ((dataset.test_images[:, None] - means) ** 2).sum((2, 3, 4))
-    assert (distances.argmin(1) == dataset.test_labels).mean() > 0.85  # images and labels belong together
+    assert (
+        distances.argmin(1) == dataset.test_labels
+    ).mean() > 0.85  # images and labels belong together
 
 
 def test_synthetic():
     dataset, again = sources.load(config(name="synthetic")), sources.load(config(name="synthetic"))
-    assert_equal({key: getattr(dataset, key) for key in KEYS}, {key: getattr(again, key) for key in KEYS})
-    assert dataset.train_images.shape == (20, 24, 24, 3) and dataset.test_images.shape == (10, 24, 24, 3)
+    assert_equal(
+        {key: getattr(dataset, key) for key in KEYS}, {key: getattr(again, key) for key in KEYS}
+    )
+    assert dataset.train_images.shape == (20, 24, 24, 3) and dataset.test_images.shape == (
+        10,
+        24,
+        24,
+        3,
+    )
     assert dataset.train_images.dtype == np.uint8 and dataset.train_labels.dtype == np.int32
     assert set(dataset.train_labels) == set(range(5)) and len(dataset.class_names) == 5
     assert abs(dataset.train_images.mean() - 127.5) < 3
@@ -557,17 +639,27 @@ def test_synthetic():
 def test_a_data_set_larger_than_memory_is_refused():
     huge = config(name="synthetic")
     huge.synthetic.update(dict(train_examples=10**7, image_size=4096))
-    with pytest.raises(UserError, match=r"data.name=synthetic: does not fit in this machine's memory \(Unable to allocate"):
+    with pytest.raises(
+        UserError,
+        match=r"data.name=synthetic: does not fit in this machine's memory \(Unable to allocate",
+    ):
         sources.load(huge)
 
 
 def test_no_tensorflow_is_imported(tmp_path):
     path, _ = write_folder(tmp_path)
-    program = (f"import sys; from cnn_spmd.data import cifar10, cifar10_archive; "
-               f"cifar10_archive.IMAGES_PER_FILE = {N}; cifar10.load({str(path)!r}); "
-               "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules")
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, capture_output=True,
-                   cwd=Path(__file__).parent.parent, env=os.environ | {"PYTHONPATH": "."})
+    program = (
+        f"import sys; from cnn_spmd.data import cifar10, cifar10_archive; "
+        f"cifar10_archive.IMAGES_PER_FILE = {N}; cifar10.load({str(path)!r}); "
+        "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        check=True,
+        capture_output=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
 
 
 def test_other_pixels_than_cifar10s_are_named(tmp_path, caplog, monkeypatch):

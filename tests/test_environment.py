@@ -14,37 +14,78 @@ from conftest import ROOT
 from cnn_spmd.training import environment
 
 
-@pytest.mark.parametrize(("command", "code", "where"), [
-    *(("launch.py --help", 1, where) for where in ("| true", ">&-", "<&- >&- 2>&-", ">/dev/full")),  # 1: absl's, of --help
-    ("-m cnn_spmd.papers", 0, "| true"), ("-m cnn_spmd.papers", 0, ">/dev/null"), ("-m cnn_spmd.report", 0, "| true")])
+@pytest.mark.parametrize(
+    ("command", "code", "where"),
+    [
+        *(
+            ("launch.py --help", 1, where)
+            for where in ("| true", ">&-", "<&- >&- 2>&-", ">/dev/full")
+        ),  # 1: absl's, of --help
+        ("-m cnn_spmd.papers", 0, "| true"),
+        ("-m cnn_spmd.papers", 0, ">/dev/null"),
+        ("-m cnn_spmd.report", 0, "| true"),
+    ],
+)
 def test_what_prints_ends_well_wherever_it_prints(command, code, where):
     """To nobody, to a closed descriptor, to a full disk, in ASCII."""
     shell = f"set -o pipefail; {sys.executable} {command} {where}"
-    result = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=os.environ | dict(PYTHONIOENCODING="ascii"),
-                            capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["bash", "-c", shell],
+        cwd=ROOT,
+        env=os.environ | dict(PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (result.returncode, result.stderr) == (code, "")
 
 
-@pytest.mark.parametrize(("command", "where", "reason"), [
-    ("-m cnn_spmd.papers", ">/dev/full", "No space left on device"),
-    ("-m cnn_spmd.report", ">&-", "Bad file descriptor")])
+@pytest.mark.parametrize(
+    ("command", "where", "reason"),
+    [
+        ("-m cnn_spmd.papers", ">/dev/full", "No space left on device"),
+        ("-m cnn_spmd.report", ">&-", "Bad file descriptor"),
+    ],
+)
 def test_tables_that_cannot_be_written_are_an_error(command, where, reason):
-    result = subprocess.run(["bash", "-c", f"{sys.executable} {command} {where}"], cwd=ROOT, capture_output=True,
-                            text=True, check=False)
-    assert (result.returncode, result.stderr) == (1, f"error: the output cannot be written: {reason}\n")
+    result = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {command} {where}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (
+        1,
+        f"error: the output cannot be written: {reason}\n",
+    )
 
 
 def test_text_beyond_the_encoding_is_escaped():
     code = "from cnn_spmd.training import environment; environment.keep_talking(); print('2 ± 1')"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONIOENCODING="ascii"),
-                         capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | dict(PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert out == "2 \\xb1 1\n"
 
 
-@pytest.mark.parametrize(("name", "other"), [
-    ("jax_enable_x64", True), ("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False),
-    ("jax_random_seed_offset", 3), ("jax_default_matmul_precision", "bfloat16"), ("jax_numpy_dtype_promotion", "strict"),
-    ("jax_numpy_rank_promotion", "raise")])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("jax_enable_x64", True),
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_threefry_partitionable", False),
+        ("jax_random_seed_offset", 3),
+        ("jax_default_matmul_precision", "bfloat16"),
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_numpy_rank_promotion", "raise"),
+    ],
+)
 def test_what_changes_a_runs_numbers_is_set_back_with_a_warning(name, other, monkeypatch, caplog):
     before = getattr(jax.config, name)
     monkeypatch.setenv(name.upper(), str(other))
@@ -56,7 +97,10 @@ def test_what_changes_a_runs_numbers_is_set_back_with_a_warning(name, other, mon
         jax.config.update(name, before)
     environment.fix_numbers()
     (message,) = caplog.messages
-    assert message == f"{name.upper()}={other} has no effect: it is {before}, so that the same command gives the same numbers."
+    assert (
+        message
+        == f"{name.upper()}={other} has no effect: it is {before}, so that the same command gives the same numbers."
+    )
 
 
 @pytest.mark.parametrize("home", [None, "/nowhere/at/all"])
@@ -106,10 +150,19 @@ def test_each_warning_is_one_line():
             hint = "import absl.logging; absl.logging.warning('TFDS hint'); absl.logging.error('TFDS error')"
             exec(compile(hint, "/lib/tensorflow_datasets/core.py", "exec"))
         app.run(main, argv=["x"])"""
-    err = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(JAX_LOGGING_LEVEL="WARNING"),
-                         capture_output=True, text=True, check=True).stderr
+    err = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | dict(JAX_LOGGING_LEVEL="WARNING"),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
     lines = err.splitlines()
     assert len(lines) == 5, err
-    for line, text in zip(lines, ("from jax", "from orbax", "from us", "UserWarning: from Python (", "TFDS error"),
-                          strict=True):
+    for line, text in zip(
+        lines,
+        ("from jax", "from orbax", "from us", "UserWarning: from Python (", "TFDS error"),
+        strict=True,
+    ):
         assert text in line

@@ -35,9 +35,30 @@ EPOCHS = {  # variant: epochs without batch 5, with it, at a tenth of the rate, 
     "80sec": (0, 8, 2, 0, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc1=0.03, fc3=0.03)),
     "19pct": (0, 120, 10, 10, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc3=3)),
     "18pct": (0, 120, 10, 10, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc3=1)),
-    "13pct": (100, 40, 10, 10, "ten", dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.004)),
-    "11pct": (350, 150, 10, 10, "ten", dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.01)),
-    "11pct_no_lrn": (350, 150, 10, 10, "ten", dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.01)),
+    "13pct": (
+        100,
+        40,
+        10,
+        10,
+        "ten",
+        dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.004),
+    ),
+    "11pct": (
+        350,
+        150,
+        10,
+        10,
+        "ten",
+        dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.01),
+    ),
+    "11pct_no_lrn": (
+        350,
+        150,
+        10,
+        10,
+        "ten",
+        dict(conv1=0, conv2=0, local3=0.004, local4=0.004, fc3=0.01),
+    ),
 }
 
 
@@ -45,8 +66,14 @@ EPOCHS = {  # variant: epochs without batch 5, with it, at a tenth of the rate, 
 def test_recipes_of_cuda_convnet(variant, few):
     without, full, tenth, hundredth, views, decays = EPOCHS[variant]
     config = cuda_convnet_cifar.get_config(variant)
-    assert (config.data.held_out, config.data.held_out_steps) == ((10_000, without * 312) if without else (0, 0))
-    assert (config.eval.views, config.data.crop, config.data.crop_pad) == (views, 24 if views == "ten" else 0, 0)
+    assert (config.data.held_out, config.data.held_out_steps) == (
+        (10_000, without * 312) if without else (0, 0)
+    )
+    assert (config.eval.views, config.data.crop, config.data.crop_pad) == (
+        views,
+        24 if views == "ten" else 0,
+        0,
+    )
     changes = [0, without * 312 + full * 390, tenth * 390, hundredth * 390]
     assert config.steps == sum(changes)
     schedule = optim.make_schedule(config.optimizer, config.steps, config.batch_size)
@@ -55,19 +82,36 @@ def test_recipes_of_cuda_convnet(variant, few):
             assert float(schedule(step)) == pytest.approx(rate)
             assert step == 0 or float(schedule(step - 1)) == pytest.approx(10 * rate)
     settings, data = config.optimizer, config.data
-    assert (settings.bias_rate, settings.momentum, settings.nesterov, settings.clip_norm) == (2, 0.9, False, 0)
+    assert (settings.bias_rate, settings.momentum, settings.nesterov, settings.clip_norm) == (
+        2,
+        0.9,
+        False,
+        0,
+    )
     assert not settings.layer_rates
     assert (data.normalise, data.flip, data.colour_noise) == ("pixel_mean", views == "ten", 0)
-    assert (config.batch_size, config.model.dropout, config.label_smoothing, config.dtype) == (128, 0, 0, "float32")
+    assert (config.batch_size, config.model.dropout, config.label_smoothing, config.dtype) == (
+        128,
+        0,
+        0,
+        "float32",
+    )
     config.data.held_out = 0  # these images are too few
     steps = setup.prepare(config, data=few).steps
-    got = {layer: settings.weight_decays.get(layer, settings.weight_decay) for layer in steps.abstract_state.params}
+    got = {
+        layer: settings.weight_decays.get(layer, settings.weight_decay)
+        for layer in steps.abstract_state.params
+    }
     assert got == decays
 
 
-@pytest.mark.parametrize(("experiment", "variant"), [
-    *((claims_2012_cifar, variant) for variant in claims_2012_cifar.VARIANTS),
-    *((deeper_cifar, variant) for variant in deeper_cifar.VARIANTS)])
+@pytest.mark.parametrize(
+    ("experiment", "variant"),
+    [
+        *((claims_2012_cifar, variant) for variant in claims_2012_cifar.VARIANTS),
+        *((deeper_cifar, variant) for variant in deeper_cifar.VARIANTS),
+    ],
+)
 def test_variants_can_be_set_up(experiment, variant, few):
     config = experiment.get_config(variant)
     assert variant in config.experiment
@@ -80,10 +124,19 @@ def test_variants_differ_from_their_control_in_what_they_say():
     for variant in claims_2012_cifar.VARIANTS[1:8]:
         config = configs.flat(claims_2012_cifar.get_config(variant).to_dict())
         what = "model.dropout" if variant == "no_dropout" else "model.name"
-        assert {field for field in base if config[field] != base[field]} == {"experiment", what}, variant
-    relu, tanh = (configs.flat(claims_2012_cifar.get_config(variant).to_dict()) for variant in ("relu", "tanh"))
+        assert {field for field in base if config[field] != base[field]} == {"experiment", what}, (
+            variant
+        )
+    relu, tanh = (
+        configs.flat(claims_2012_cifar.get_config(variant).to_dict())
+        for variant in ("relu", "tanh")
+    )
     differ = {field for field in relu if relu[field] != tanh[field]}
-    assert {"experiment", "model.name"} <= differ <= {"experiment", "model.name", "optimizer.learning_rate"}
+    assert (
+        {"experiment", "model.name"}
+        <= differ
+        <= {"experiment", "model.name", "optimizer.learning_rate"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +147,32 @@ def photographs() -> dataset.Dataset:
     return synthetic.load_synthetic(config.data)
 
 
-@pytest.mark.parametrize(("experiment", "variant", "parameters"), [
-    (alexnet_2012_imagenet, "", 60_965_224), (alexnet_2012_imagenet, "imagenette", 60_965_224 - 990 * 4097),
-    (owt_imagenet, "", 61_100_840), (owt_imagenet, "variable", 61_100_840),
-    (owt_imagenet, "imagenette", 61_100_840 - 990 * 4097), (owt_imagenet, "imagenette,variable", 61_100_840 - 990 * 4097)])
+@pytest.mark.parametrize(
+    ("experiment", "variant", "parameters"),
+    [
+        (alexnet_2012_imagenet, "", 60_965_224),
+        (alexnet_2012_imagenet, "imagenette", 60_965_224 - 990 * 4097),
+        (owt_imagenet, "", 61_100_840),
+        (owt_imagenet, "variable", 61_100_840),
+        (owt_imagenet, "imagenette", 61_100_840 - 990 * 4097),
+        (owt_imagenet, "imagenette,variable", 61_100_840 - 990 * 4097),
+    ],
+)
 def test_imagenet(experiment, variant, parameters, photographs):
     """The published counts of parameters on 224x224 crops of 256x256 images; a tenth of the rates thrice, or 1/250 in all."""
     config = experiment.get_config(variant)
     assert config.data.name == ("imagenette" if "imagenette" in variant else "imagenet2012")
-    assert (config.dense_microbatch, config.batch_size) == (128 if "variable" in variant else 0, 128)
+    assert (config.dense_microbatch, config.batch_size) == (
+        128 if "variable" in variant else 0,
+        128,
+    )
     settings, owt = config.optimizer, experiment is owt_imagenet
-    assert (settings.momentum, settings.nesterov, settings.weight_decay, settings.clip_norm) == (0.9, False, 5e-4, 0)
+    assert (settings.momentum, settings.nesterov, settings.weight_decay, settings.clip_norm) == (
+        0.9,
+        False,
+        5e-4,
+        0,
+    )
     assert (settings.bias_rate, settings.scaling, config.epochs) == (2 if owt else 1, owt, 90)
     assert (config.model.dropout, config.label_smoothing, config.data.colour_noise) == (0.5, 0, 0.1)
     assert config.eval.views == ("one" if owt else "ten")
@@ -119,7 +187,9 @@ def test_imagenet(experiment, variant, parameters, photographs):
     k = 4 if owt else 1  # a batch k times 128: k times the rate
     schedule = optim.make_schedule(settings, 1000, 128 * 4)
     warmup = 50 if owt else 0
-    steps = [round(warmup + share * (1000 - warmup)) for share in (0, 0.249, 0.251, 0.501, 0.751, 1)]
+    steps = [
+        round(warmup + share * (1000 - warmup)) for share in (0, 0.249, 0.251, 0.501, 0.751, 1)
+    ]
     rates = [float(schedule(step)) / 0.01 / k for step in steps]
     factor = 250 ** (-1 / 3) if owt else 0.1
     assert rates == pytest.approx([1, 1, factor, factor**2, factor**3, factor**3])
@@ -128,15 +198,24 @@ def test_imagenet(experiment, variant, parameters, photographs):
 @pytest.mark.parametrize("variant", ["", "variable"])
 def test_one_weird_tricks_question_on_cifar10(variant):
     """Its own recipe on small images: what differs is the data, how long, and what is saved."""
-    here, there = (configs.flat(get(variant).to_dict()) for get in (owt_cifar.get_config, owt_imagenet.get_config))
-    differ = {field for field in here if here[field] != there[field] and not field.startswith("data.")}
+    here, there = (
+        configs.flat(get(variant).to_dict())
+        for get in (owt_cifar.get_config, owt_imagenet.get_config)
+    )
+    differ = {
+        field for field in here if here[field] != there[field] and not field.startswith("data.")
+    }
     assert differ == {"experiment", "epochs", "eval.every_epochs", "checkpoint.every_epochs"}
     assert (here["epochs"], here["data.fallback"]) == (60, "")
     of_alexnet = configs.flat(alexnet_cifar.get_config().to_dict())
-    assert [field for field in here if field.startswith("data.") and here[field] != of_alexnet[field]] == ["data.fallback"]
+    assert [
+        field for field in here if field.startswith("data.") and here[field] != of_alexnet[field]
+    ] == ["data.fallback"]
 
 
 @pytest.mark.parametrize("experiment", [alexnet_2012_imagenet, owt_imagenet])
 def test_unknown_variants_of_imagenet(experiment):
-    with pytest.raises(ValueError, match=r"imagenet.py:fast: unknown variant, expected .*imagenette"):
+    with pytest.raises(
+        ValueError, match=r"imagenet.py:fast: unknown variant, expected .*imagenette"
+    ):
         experiment.get_config("fast")

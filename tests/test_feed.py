@@ -25,11 +25,15 @@ IMAGES = np.random.default_rng(0).integers(256, size=(20, 4, 4, 3), dtype=np.uin
 LABELS = np.arange(20, dtype=np.int32)
 
 
-@pytest.mark.parametrize("parallelism", ["data", "model"])  # the batch over 8 devices; over 4, each part on two of them
+@pytest.mark.parametrize(
+    "parallelism", ["data", "model"]
+)  # the batch over 8 devices; over 4, each part on two of them
 def test_each_example_is_read_once(parallelism):
     place, images = Placement(mesh.make(4, 2), parallelism), Recorded(IMAGES)
     indices = np.random.default_rng(1).permutation(20)[:16].reshape(2, 8).astype(np.int32)
-    got = gather(images, indices, place.sharding((None, "conv_batch", None, None, None), (2, 8, 4, 4, 3)))
+    got = gather(
+        images, indices, place.sharding((None, "conv_batch", None, None, None), (2, 8, 4, 4, 3))
+    )
     np.testing.assert_array_equal(got, IMAGES[indices])
     assert sorted(np.concatenate(images.read)) == sorted(indices.ravel())
     assert len(images.read) == (8 if parallelism == "data" else 4)
@@ -49,15 +53,20 @@ def test_many_readers_of_a_file(tmp_path):
 def test_a_call_takes_what_its_program_was_compiled_for(resident, shape):
     feed = Feed(Placement(mesh.make(4, 2), "hybrid"), IMAGES, LABELS, resident)
     feed.load()
-    order = np.arange(8 * len(shape) ** 2)[:np.prod(shape)].reshape(shape).astype(np.int32) % 20
+    order = np.arange(8 * len(shape) ** 2)[: np.prod(shape)].reshape(shape).astype(np.int32) % 20
     (call,) = feed.calls([order])
-    for (expected, got) in zip((*feed.shapes(*shape)[0], feed.shapes(*shape)[1]), (*call[0], call[1]), strict=True):
+    for expected, got in zip(
+        (*feed.shapes(*shape)[0], feed.shapes(*shape)[1]), (*call[0], call[1]), strict=True
+    ):
         if expected is None:
             assert got is None
             continue
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
         assert got.sharding == expected.sharding
-        assert resident or got.sharding.shard_shape(got.shape)[:len(shape)] == (*shape[:-1], 1 if got.ndim > 2 else 2)
+        assert resident or got.sharding.shard_shape(got.shape)[: len(shape)] == (
+            *shape[:-1],
+            1 if got.ndim > 2 else 2,
+        )
     if not resident:
         np.testing.assert_array_equal(call[0].images, IMAGES[order])
         np.testing.assert_array_equal(call[0].labels, LABELS[order])
@@ -73,7 +82,12 @@ def test_the_next_call_is_made_while_this_one_runs():
 
     calls = Feed(place, IMAGES, LABELS, resident=False).calls(indices())
     next(calls)
-    assert [event.is_set() for event in made] == [True, False, False, False]  # the second is on its way, no more
+    assert [event.is_set() for event in made] == [
+        True,
+        False,
+        False,
+        False,
+    ]  # the second is on its way, no more
     assert len(list(calls)) == 3
 
 
@@ -82,6 +96,8 @@ def test_what_goes_wrong_while_reading_is_raised():
         def take(self, *_):
             raise OSError("Input/output error")
 
-    calls = Feed(Placement(mesh.make(1, 1), "data"), Damaged(IMAGES), LABELS, resident=False).calls([np.arange(2)] * 3)
+    calls = Feed(Placement(mesh.make(1, 1), "data"), Damaged(IMAGES), LABELS, resident=False).calls(
+        [np.arange(2)] * 3
+    )
     with pytest.raises(OSError, match="Input/output error"):
         next(calls)

@@ -35,7 +35,9 @@ SIZE = 16
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # TFDS leaves an empty temporary folder a builder
+    monkeypatch.setattr(
+        tempfile, "tempdir", str(tmp_path)
+    )  # TFDS leaves an empty temporary folder a builder
 
 
 def colours(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -48,14 +50,25 @@ def colours(height: int, width: int, seed: int = 0) -> np.ndarray:
 def write(path: Path, image: np.ndarray | Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(path, "png" if path.suffix == ".png" else "jpeg", **({} if path.suffix == ".png" else dict(quality=95)))
+    image.save(
+        path,
+        "png" if path.suffix == ".png" else "jpeg",
+        **({} if path.suffix == ".png" else dict(quality=95)),
+    )
 
 
 @pytest.fixture
 def root(tmp_path) -> Path:
     """Two classes: 3 + 2 images to train on, 1 + 1 to test on."""
-    names = ["train/dog/b.jpg", "train/dog/a.JPEG", "train/cat/c.png", "train/cat/d.jpeg", "train/cat/e.jpg",
-             "val/cat/a.jpg", "val/dog/a.jpg"]
+    names = [
+        "train/dog/b.jpg",
+        "train/dog/a.JPEG",
+        "train/cat/c.png",
+        "train/cat/d.jpeg",
+        "train/cat/e.jpg",
+        "val/cat/a.jpg",
+        "val/dog/a.jpg",
+    ]
     for seed, name in enumerate(names):
         write(tmp_path / "pets" / name, colours(40, 30, seed))
     return tmp_path / "pets"
@@ -93,25 +106,33 @@ def test_classes_and_images_in_their_order(root, tmp_path):
     assert isinstance(data.train_images, np.memmap)
     assert data.train_images.shape == (5, SIZE, SIZE, 3)
     assert data.train_images.dtype == np.uint8
-    for image, seed in zip([*data.train_images, *data.test_images], [2, 3, 4, 1, 0, 5, 6], strict=True):
+    for image, seed in zip(
+        [*data.train_images, *data.test_images], [2, 3, 4, 1, 0, 5, 6], strict=True
+    ):
         expected = colours(40, 30, seed)[5:35]
         np.testing.assert_allclose(image.mean((0, 1)), expected.mean((0, 1)), atol=3)
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 401), (401, 300), (256, 256), (100, 80), (512, 768), (768, 512)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(300, 401), (401, 300), (256, 256), (100, 80), (512, 768), (768, 512)]
+)
 def test_shorter_side_rescaled_and_centre_cropped(tmp_path, height, width):
     """Against the paper's own order: rescale to a shorter side of 256, then cut out the centre."""
     image = colours(height, width)
-    if min(height, width) == 512:  # rescaled by a whole number, so the two orders agree on noise too
+    if (
+        min(height, width) == 512
+    ):  # rescaled by a whole number, so the two orders agree on noise too
         image = np.random.default_rng(0).integers(256, size=image.shape, dtype=np.uint8)
     image = Image.fromarray(image)
     write(tmp_path / "image.png", image)
     scale = 256 / min(height, width)
-    rescaled = np.asarray(image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR), int)
+    rescaled = np.asarray(
+        image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR), int
+    )
     top, left = ((side - 256) // 2 for side in rescaled.shape[:2])
     got = prepared.decoded(tmp_path / "image.png", 256)
     assert got.shape == (256, 256, 3)
-    assert np.abs(got - rescaled[top:top + 256, left:left + 256]).max() <= 2
+    assert np.abs(got - rescaled[top : top + 256, left : left + 256]).max() <= 2
 
 
 def png16(path: Path, values_HWC: np.ndarray) -> None:
@@ -120,9 +141,20 @@ def png16(path: Path, values_HWC: np.ndarray) -> None:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HWC)
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
     header = struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def transparent_palette() -> Image.Image:
@@ -132,10 +164,15 @@ def transparent_palette() -> Image.Image:
 
 
 KINDS = {
-    "grey.jpg": lambda image: image.convert("L"), "grey.png": lambda image: image.convert("L"),
-    "cmyk.jpg": lambda image: image.convert("CMYK"), "palette.png": lambda image: image.quantize(256),
-    "transparent.png": lambda image: image.convert("RGBA"), "transparent_palette.png": lambda image: transparent_palette(),
-    "transparent_grey.png": lambda image: image.convert("LA"), "bits.png": lambda image: image.convert("1")}
+    "grey.jpg": lambda image: image.convert("L"),
+    "grey.png": lambda image: image.convert("L"),
+    "cmyk.jpg": lambda image: image.convert("CMYK"),
+    "palette.png": lambda image: image.quantize(256),
+    "transparent.png": lambda image: image.convert("RGBA"),
+    "transparent_palette.png": lambda image: transparent_palette(),
+    "transparent_grey.png": lambda image: image.convert("LA"),
+    "bits.png": lambda image: image.convert("1"),
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -144,7 +181,10 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, name):
     write(tmp_path / name, KINDS[name](image))
     got = prepared.decoded(tmp_path / name, SIZE).astype(int)
     assert got.shape == (SIZE, SIZE, 3)
-    expected = np.asarray(image.convert("L" if "grey" in name else "1" if "bits" in name else "RGB").convert("RGB"), int)
+    expected = np.asarray(
+        image.convert("L" if "grey" in name else "1" if "bits" in name else "RGB").convert("RGB"),
+        int,
+    )
     assert np.abs(got - expected).max() <= (12 if "palette" in name or ".jpg" in name else 0)
 
 
@@ -152,7 +192,9 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, name):
 def test_sixteen_bits_become_eight(tmp_path, channels):
     values = np.random.default_rng(0).integers(1 << 16, size=(SIZE, SIZE, channels))
     png16(tmp_path / "deep.png", values)
-    np.testing.assert_array_equal(prepared.decoded(tmp_path / "deep.png", SIZE), np.broadcast_to(values >> 8, (SIZE, SIZE, 3)))
+    np.testing.assert_array_equal(
+        prepared.decoded(tmp_path / "deep.png", SIZE), np.broadcast_to(values >> 8, (SIZE, SIZE, 3))
+    )
 
 
 def test_webp_is_read(root):
@@ -170,7 +212,7 @@ def test_webp_is_read(root):
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 2])
+    path.write_bytes(path.read_bytes()[: -len(path.read_bytes()) // 2])
 
 
 def nothing(path: Path) -> None:
@@ -299,12 +341,18 @@ def test_what_is_lacking_is_named(root, tmp_path, what):
 
 
 def test_the_folder_must_be_given():
-    with pytest.raises(UserError, match=r"data.dir=: is empty, expected a folder that holds train/CLASS"):
+    with pytest.raises(
+        UserError, match=r"data.dir=: is empty, expected a folder that holds train/CLASS"
+    ):
         load("")
 
 
 def test_where_there_is_no_room_it_says_so(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 7 * SIZE * SIZE * 3 - 1))
+    monkeypatch.setattr(
+        prepared.shutil,
+        "disk_usage",
+        lambda _: shutil._ntuple_diskusage(1, 0, 7 * SIZE * SIZE * 3 - 1),
+    )
     with pytest.raises(
         UserError,
         match=rf"TFDS_DATA_DIR={tmp_path}/tfds: has 5,375 bytes free, but 7 images of 16x16 "
@@ -313,7 +361,9 @@ def test_where_there_is_no_room_it_says_so(root, tmp_path, monkeypatch):
         load(root)
     (tmp_path / "tfds").rename(tmp_path / "gone")
     (tmp_path / "tfds").write_text("a file")
-    with pytest.raises(UserError, match=rf"TFDS_DATA_DIR={tmp_path}/tfds: cannot keep the prepared images there"):
+    with pytest.raises(
+        UserError, match=rf"TFDS_DATA_DIR={tmp_path}/tfds: cannot keep the prepared images there"
+    ):
         load(root)
 
 
@@ -327,20 +377,26 @@ def test_a_link_to_nowhere_is_named(root):
 def test_a_pipe_is_named(root):
     """It would be waited for."""
     os.mkfifo(root / "val/cat/b.jpg")
-    with pytest.raises(UserError, match=rf"^data.dir={root}: {root}/val/cat/b.jpg: is no regular file, expected"):
+    with pytest.raises(
+        UserError, match=rf"^data.dir={root}: {root}/val/cat/b.jpg: is no regular file, expected"
+    ):
         load(root)
 
 
 def test_a_line_break_in_a_name_makes_no_second_line(root):
     (root / "val/cat/a\nb.jpg").write_text("no image")
-    with pytest.raises(UserError, match=rf"^{root}: cannot read .*val/cat/a\\nb.jpg \(.*\): mend") as refusal:
+    with pytest.raises(
+        UserError, match=rf"^{root}: cannot read .*val/cat/a\\nb.jpg \(.*\): mend"
+    ) as refusal:
         load(root)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["train/cat/more.jpg/", "train/cat/a.gif", "val/labels.csv"])
 def test_what_is_left_out_is_told(root, caplog, name):
-    (root / name).mkdir() if name.endswith("/") else (root / name).write_text("an image of another kind, or none")
+    (root / name).mkdir() if name.endswith("/") else (root / name).write_text(
+        "an image of another kind, or none"
+    )
     assert len(load(root).train_images) == 5
     assert f"left out, as no .jpg/.jpeg/.png/.webp in a class folder: {root / name}." in caplog.text
     (root / "test.txt").write_text("beside the two folders, anything may be")
@@ -355,13 +411,25 @@ def test_a_class_whose_name_is_no_text_can_be_drawn(root):
     assert load(root).class_names == ("cat", "d\ufffdg")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(batch_size=6), "batch_size=6: folder-.* has 5 training images"),
-    ({"data.crop": SIZE + 1}, "data.crop=17: images are 16 pixels wide"),
-    ({"model.name": "alexnets"}, "model.name=alexnets: unknown"),
-    (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=4")])
-def test_what_does_not_fit_is_refused_before_images_are_decoded(root, config, monkeypatch, change, message):
-    config.update(dict(batch_size=4, steps=2, data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1)))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(batch_size=6), "batch_size=6: folder-.* has 5 training images"),
+        ({"data.crop": SIZE + 1}, "data.crop=17: images are 16 pixels wide"),
+        ({"model.name": "alexnets"}, "model.name=alexnets: unknown"),
+        (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=4"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_images_are_decoded(
+    root, config, monkeypatch, change, message
+):
+    config.update(
+        dict(
+            batch_size=4,
+            steps=2,
+            data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1),
+        )
+    )
     config.update_from_flattened_dict(change)
     monkeypatch.setattr(prepared, "prepare", None)
     with pytest.raises(UserError, match=f"^{message}"):
@@ -371,37 +439,67 @@ def test_what_does_not_fit_is_refused_before_images_are_decoded(root, config, mo
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
 def test_a_sweep_refuses_it_as_early(root, monkeypatch):
     monkeypatch.setattr(prepared, "prepare", None)
-    shared = ["--config", str(Path(__file__).parent.parent / "experiments/alexnet_cifar.py"), "--config.data.name=folder",
-              f"--config.data.dir={root}", f"--config.data.image_size={SIZE}"]
+    shared = [
+        "--config",
+        str(Path(__file__).parent.parent / "experiments/alexnet_cifar.py"),
+        "--config.data.name=folder",
+        f"--config.data.dir={root}",
+        f"--config.data.image_size={SIZE}",
+    ]
     (row,) = sweep.plan([dict(batch_size="6")], shared, jax.devices()[:1])
     assert row["status"] == "refused"
     assert "batch_size=6: folder-" in row["reason"]
 
 
-def test_a_workdir_that_is_anothers_is_refused_before_images_are_decoded(root, config, tmp_path, monkeypatch):
-    config.update(dict(batch_size=4, steps=2, data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1)))
+def test_a_workdir_that_is_anothers_is_refused_before_images_are_decoded(
+    root, config, tmp_path, monkeypatch
+):
+    config.update(
+        dict(
+            batch_size=4,
+            steps=2,
+            data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1),
+        )
+    )
     monkeypatch.setattr(prepared, "prepare", None)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("mine")
-    with pytest.raises(UserError, match=f"^--workdir={tmp_path}/notes: is not empty and holds no run"):
+    with pytest.raises(
+        UserError, match=f"^--workdir={tmp_path}/notes: is not empty and holds no run"
+    ):
         train.run(config, tmp_path / "notes")
     (tmp_path / "notes/config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"^--workdir={tmp_path}/notes: holds a run with another config"):
+    with pytest.raises(
+        UserError, match=f"^--workdir={tmp_path}/notes: holds a run with another config"
+    ):
         train.run(config, tmp_path / "notes")
 
 
-def test_pictures_of_other_photographs_are_refused_before_these_are_decoded(root, config, tmp_path, monkeypatch):
-    config.update(dict(batch_size=4, steps=2, data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1)))
+def test_pictures_of_other_photographs_are_refused_before_these_are_decoded(
+    root, config, tmp_path, monkeypatch
+):
+    config.update(
+        dict(
+            batch_size=4,
+            steps=2,
+            data=dict(name="folder", dir=str(root), image_size=SIZE, crop_pad=1),
+        )
+    )
     run = setup.prepare(config)
     (tmp_path / "r").mkdir()
     (tmp_path / "r/config.json").write_text(json.dumps(run.saved))
     shutil.copytree(root, tmp_path / "other")
     shutil.copy(root / "val/cat/a.jpg", tmp_path / "other/val/cat/b.jpg")
     monkeypatch.setattr(prepared, "prepare", None)
-    with pytest.raises(UserError, match=rf"^{tmp_path}/r: was trained on {run.data.name}, but .*/other holds folder-"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{tmp_path}/r: was trained on {run.data.name}, but .*/other holds folder-",
+    ):
         pictures.restore(tmp_path / "r", str(tmp_path / "other"))
     shutil.rmtree(root)
-    with pytest.raises(UserError, match=r"/r: data.dir=.* is no folder.*; where it has moved: --data_dir=PATH$"):
+    with pytest.raises(
+        UserError, match=r"/r: data.dir=.* is no folder.*; where it has moved: --data_dir=PATH$"
+    ):
         pictures.restore(tmp_path / "r", None)
 
 
@@ -409,7 +507,11 @@ def test_the_check_sees_the_data_set_as_it_will_be(root):
     seen = []
     data = load(root, check=seen.append)
     (before,) = seen
-    assert (before.name, before.class_names, before.mirror) == (data.name, data.class_names, data.mirror)
+    assert (before.name, before.class_names, before.mirror) == (
+        data.name,
+        data.class_names,
+        data.mirror,
+    )
     for field in ("train_images", "train_labels", "test_images", "test_labels"):
         was, is_ = getattr(before, field), getattr(data, field)
         assert (was.shape, was.dtype) == (is_.shape, is_.dtype)
@@ -423,7 +525,9 @@ def test_the_check_sees_the_data_set_as_it_will_be(root):
 def test_prepared_once(root, tmp_path, monkeypatch, capsys):
     first = load(root)
     assert f"preparing 7 images of {root}," in capsys.readouterr().err
-    shutil.copytree(root, tmp_path / "copy/of")  # copies have times of their own, but are the same data set
+    shutil.copytree(
+        root, tmp_path / "copy/of"
+    )  # copies have times of their own, but are the same data set
     os.utime(tmp_path / "copy/of/train/cat/c.png", (1, 1))
     assert load(tmp_path / "copy/of").name == first.name
     monkeypatch.setattr(prepared, "prepare", None)
@@ -600,6 +704,7 @@ def test_a_class_that_comes_first_moves_the_others_labels(root, monkeypatch, dec
 @pytest.mark.parametrize("power", ["on", "cut"])
 def test_an_interrupted_preparation_is_gone_on_with(root, tmp_path, monkeypatch, decoded, power):
     """Images whose pixels did not reach the disk are decoded again."""
+
     def interrupted(file: Path, size: int, decode=prepared.decoded) -> np.ndarray:
         if len(decoded) == 4:
             raise KeyboardInterrupt
@@ -763,6 +868,7 @@ def test_a_disk_that_fills_up_is_one_line_and_nothing_is_left(root, tmp_path, mo
 
 def test_room_is_there_before_a_pixel_is_written(root, tmp_path, monkeypatch):
     """A memory map of a file with holes dies of a bus error on a full disk."""
+
     def holes(file: Path, size: int, decoded=prepared.decoded) -> np.ndarray:
         (part,) = (tmp_path / "tfds/cnn_spmd_photographs").glob("*.part")
         for path in part.iterdir():
@@ -808,7 +914,10 @@ def test_one_prepares_while_another_waits(root, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["train_images.npy", "test_labels.npy"])
 def test_damaged_prepared_files_are_made_anew(root, tmp_path, caplog, name, damage):
     data = load(root)
-    expected, labels = np.array(data.train_images), data.test_labels  # a copy: damage shows through a memory map
+    expected, labels = (
+        np.array(data.train_images),
+        data.test_labels,
+    )  # a copy: damage shows through a memory map
     (cache,) = caches(tmp_path)
     damage(cache / name)
     found = load(root)
@@ -828,9 +937,16 @@ class Imagenette(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     splits = (("train", 12), ("validation", 11))
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(names=[f"n{i}" for i in range(10)])}), disable_shuffling=True)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(names=[f"n{i}" for i in range(10)]),
+                }
+            ),
+            disable_shuffling=True,
+        )
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split, n) for split, n in self.splits}
@@ -853,7 +969,9 @@ def test_a_prepared_tfds_data_set(tmp_path, monkeypatch):
     assert data.train_labels.tolist() == [*range(10), 0, 1]
     assert data.test_labels.tolist() == [*range(10), 0]
     for seed, image in [*enumerate(data.train_images), *enumerate(data.test_images, 100)]:
-        np.testing.assert_allclose(image.mean((0, 1)), colours(20, 30, seed)[:, 5:25].mean((0, 1)), atol=3)
+        np.testing.assert_allclose(
+            image.mean((0, 1)), colours(20, 30, seed)[:, 5:25].mean((0, 1)), atol=3
+        )
     monkeypatch.setattr(prepared, "prepare", None)
     again = load(tmp_path / "tfds", "imagenette")
     np.testing.assert_array_equal(again.train_images, data.train_images)
@@ -882,7 +1000,9 @@ def test_a_named_data_set_says_which_files_it_is(root, tmp_path, monkeypatch):
     (tmp_path / "copy/train/cat/c.png").unlink()
     other = load(tmp_path / "copy", "imagenette")
     assert (other.name, first.name) == ("imagenette", "imagenette")
-    saved, changed = (setup.Setup(ml_collections.ConfigDict(), data, None, None).saved for data in (first, other))
+    saved, changed = (
+        setup.Setup(ml_collections.ConfigDict(), data, None, None).saved for data in (first, other)
+    )
     configs.refuse_changes("a", saved, saved)
     with pytest.raises(UserError, match=rf"data_files: {first.files} -> {other.files}"):
         configs.refuse_changes("a", saved, changed)
@@ -890,8 +1010,11 @@ def test_a_named_data_set_says_which_files_it_is(root, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["imagenet2012", "imagenette"])
 def test_a_tfds_data_set_that_is_not_there_says_how_to_get_it(tmp_path, name):
-    with pytest.raises(UserError, match=f"data.name={name}: {tmp_path}/tfds/{name} holds no prepared data set: .*tfds build "
-                                        f"{name}.* --file_format=array_record .*--config.data.dir=DIR") as refusal:
+    with pytest.raises(
+        UserError,
+        match=f"data.name={name}: {tmp_path}/tfds/{name} holds no prepared data set: .*tfds build "
+        f"{name}.* --file_format=array_record .*--config.data.dir=DIR",
+    ) as refusal:
         load("", name)
     assert ("ILSVRC2012_img_train.tar" in str(refusal.value)) == (name == "imagenet2012")
     assert "\n" not in str(refusal.value)
@@ -904,7 +1027,9 @@ def test_a_tfds_data_set_of_another_form_is_refused(tmp_path):
         name, splits = "imagenette", (("train", 1),)
 
     build(tmp_path, Trained)
-    with pytest.raises(UserError, match=r"imagenette/1.0.0 cannot be read \(.*validation.*tfds build") as refusal:
+    with pytest.raises(
+        UserError, match=r"imagenette/1.0.0 cannot be read \(.*validation.*tfds build"
+    ) as refusal:
         load("", "imagenette")
     assert "\n" not in str(refusal.value)
 

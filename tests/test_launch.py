@@ -28,9 +28,17 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.training import interrupt
 from cnn_spmd.training import workdir as workdirs
 
-SMALL = ["--config", "experiments/alexnet_cifar.py", "--config.model.name=simple_cnn", "--config.data.name=synthetic",
-         "--config.data.synthetic.train_examples=64", "--config.data.synthetic.test_examples=40", "--config.batch_size=16",
-         "--config.optimizer.learning_rate=0.001", "--config.epochs=1"]
+SMALL = [
+    "--config",
+    "experiments/alexnet_cifar.py",
+    "--config.model.name=simple_cnn",
+    "--config.data.name=synthetic",
+    "--config.data.synthetic.train_examples=64",
+    "--config.data.synthetic.test_examples=40",
+    "--config.batch_size=16",
+    "--config.optimizer.learning_rate=0.001",
+    "--config.epochs=1",
+]
 
 
 @pytest.fixture
@@ -42,9 +50,21 @@ def start(tmp_path):
 
     def start(*arguments, terminal=None, **environment):
         environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1") | environment
-        command, out = [sys.executable, "launch.py", *map(str, arguments)], terminal or subprocess.PIPE
-        started.append(subprocess.Popen(["setsid", "--ctty", *command] if terminal else command, cwd=tmp_path, env=environment,
-                                        text=True, stdin=terminal, stdout=out, stderr=out))
+        command, out = (
+            [sys.executable, "launch.py", *map(str, arguments)],
+            terminal or subprocess.PIPE,
+        )
+        started.append(
+            subprocess.Popen(
+                ["setsid", "--ctty", *command] if terminal else command,
+                cwd=tmp_path,
+                env=environment,
+                text=True,
+                stdin=terminal,
+                stdout=out,
+                stderr=out,
+            )
+        )
         return started[-1]
 
     yield start
@@ -59,29 +79,65 @@ def finished(process, code=0):
     return out, err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([], "--config is missing"),
-    (["--config", "experiments/nope.py"], "--config=experiments/nope.py: no such experiment, expected one of "
-                                          "experiments/alexnet_2012_imagenet.py, experiments/alexnet_cifar.py"),
-    (["--config", "experiments/alexnet_cifar.py:slow"], "experiments/alexnet_cifar.py:slow: unknown variant"),
-    ([*SMALL, "--config.optimiser.learning_rate=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
-    ([*SMALL, "--config.foo=1"], "--config.foo=1: no such field, expected those of the experiment"),
-    ([*SMALL, "--config.optimizer.foo=1"], "--config.optimizer.foo=1: no such field"),
-    ([*SMALL, "--workdir="], "--workdir=: is empty"),
-    ([*SMALL, "--workdir=gs://bucket/a"], "--workdir=gs://bucket/a: is not on this machine"),
-    ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
-    ([*SMALL, "--target", "h100:1x8"], "--target=h100:1x8: those GPUs are not here, expected --dry_run"),
-    ([*SMALL, "--dry_run", "--target", "b300:8"], "--target=b300:8: expected CARD:HOSTSxGPUS with a card of h100"),
-    ([*SMALL, "--dry_run", "--target", "h100:9999999x8"], "such as h100:64x8, and at most 65536 GPUs"),
-    ([*SMALL, "--config.batch_size=many"], "--config.batch_size=many: expected an integer"),
-    ([*SMALL, "--flagfile=nope"], "--flagfile=nope: No such file or directory, expected a file of flags"),
-    ([*SMALL, "--workdir=~nosuchuser/x"], "--workdir=~nosuchuser/x: has no such home folder, expected the path of a folder"),
-    ([*SMALL, "--cpu_devices=100000"], "--cpu_devices=100000: 100000 is not an integer in the range [1, 2048]"),
-    ([*SMALL, "--frobnicate"], "Unknown command line flag 'frobnicate'"),
-    ([*SMALL, "stray"], "unexpected argument 'stray'"),
-    ([*SMALL, "--mesh", "4by2"], "--mesh=4by2: expected DATAxMODEL"),
-    ([*SMALL, "--cpu_devices", "2", "--mesh", "4x2"], "mesh.data=4, mesh.model=2: needs 8 devices, but there are 2"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing"),
+        (
+            ["--config", "experiments/nope.py"],
+            "--config=experiments/nope.py: no such experiment, expected one of "
+            "experiments/alexnet_2012_imagenet.py, experiments/alexnet_cifar.py",
+        ),
+        (
+            ["--config", "experiments/alexnet_cifar.py:slow"],
+            "experiments/alexnet_cifar.py:slow: unknown variant",
+        ),
+        (
+            [*SMALL, "--config.optimiser.learning_rate=1"],
+            'Did you mean "optimizer" instead of "optimiser"?',
+        ),
+        (
+            [*SMALL, "--config.foo=1"],
+            "--config.foo=1: no such field, expected those of the experiment",
+        ),
+        ([*SMALL, "--config.optimizer.foo=1"], "--config.optimizer.foo=1: no such field"),
+        ([*SMALL, "--workdir="], "--workdir=: is empty"),
+        ([*SMALL, "--workdir=gs://bucket/a"], "--workdir=gs://bucket/a: is not on this machine"),
+        ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
+        (
+            [*SMALL, "--target", "h100:1x8"],
+            "--target=h100:1x8: those GPUs are not here, expected --dry_run",
+        ),
+        (
+            [*SMALL, "--dry_run", "--target", "b300:8"],
+            "--target=b300:8: expected CARD:HOSTSxGPUS with a card of h100",
+        ),
+        (
+            [*SMALL, "--dry_run", "--target", "h100:9999999x8"],
+            "such as h100:64x8, and at most 65536 GPUs",
+        ),
+        ([*SMALL, "--config.batch_size=many"], "--config.batch_size=many: expected an integer"),
+        (
+            [*SMALL, "--flagfile=nope"],
+            "--flagfile=nope: No such file or directory, expected a file of flags",
+        ),
+        (
+            [*SMALL, "--workdir=~nosuchuser/x"],
+            "--workdir=~nosuchuser/x: has no such home folder, expected the path of a folder",
+        ),
+        (
+            [*SMALL, "--cpu_devices=100000"],
+            "--cpu_devices=100000: 100000 is not an integer in the range [1, 2048]",
+        ),
+        ([*SMALL, "--frobnicate"], "Unknown command line flag 'frobnicate'"),
+        ([*SMALL, "stray"], "unexpected argument 'stray'"),
+        ([*SMALL, "--mesh", "4by2"], "--mesh=4by2: expected DATAxMODEL"),
+        (
+            [*SMALL, "--cpu_devices", "2", "--mesh", "4x2"],
+            "mesh.data=4, mesh.model=2: needs 8 devices, but there are 2",
+        ),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(start, arguments, message):
     out, err = finished(start(*arguments), code=2)
     assert err.startswith("error: ")
@@ -118,7 +174,10 @@ def test_bad_input_is_one_line_and_exit_code_2(start, arguments, message):
             "def get_config(one, two):\n    pass",
             "OWN: TypeError: get_config() missing 2 required positional arguments: 'one' and 'two'",
         ),
-        ("def get_config():\n    pass", "--config=OWN: get_config() returns NoneType, expected it to return a ConfigDict"),
+        (
+            "def get_config():\n    pass",
+            "--config=OWN: get_config() returns NoneType, expected it to return a ConfigDict",
+        ),
         (
             "def get_config():\n    return dict(seed=0)",
             "--config=OWN: get_config() returns dict, expected",
@@ -229,11 +288,15 @@ def test_types_on_the_command_line(argument, message):
         configs.parsed(["--config", str(ROOT / SMALL[1]), argument])
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("s3://bucket/a", "s3://bucket/a: is not on this machine: give a local folder"),
-    ("file:///a/b", "file:///a/b: is not on this machine"),
-    ("a/b\udcff", "a/b\udcff is not UTF-8"),
-    ("~/a", "~/a: has no such home folder")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("s3://bucket/a", "s3://bucket/a: is not on this machine: give a local folder"),
+        ("file:///a/b", "file:///a/b: is not on this machine"),
+        ("a/b\udcff", "a/b\udcff is not UTF-8"),
+        ("~/a", "~/a: has no such home folder"),
+    ],
+)
 def test_a_workdir_that_cannot_be_one_is_refused(text, message, monkeypatch):
     def unknown(_):
         raise KeyError
@@ -254,23 +317,38 @@ def test_a_workdir_below_a_folder_that_is_not_utf8_is_refused(tmp_path, monkeypa
 
 def test_hostile_surroundings_change_no_number(start, tmp_path):
     """No reader, no stderr, no home, a path beyond ASCII, and what would change jax's numbers."""
-    hostile = dict(JAX_ENABLE_X64="1", JAX_DEFAULT_PRNG_IMPL="rbg", JAX_THREEFRY_PARTITIONABLE="0", JAX_RANDOM_SEED_OFFSET="3",
-                   JAX_DEFAULT_MATMUL_PRECISION="bfloat16", JAX_NUMPY_DTYPE_PROMOTION="strict",
-                   JAX_NUMPY_RANK_PROMOTION="raise", PYTHONIOENCODING="ascii", HOME="/nowhere/at/all")
+    hostile = dict(
+        JAX_ENABLE_X64="1",
+        JAX_DEFAULT_PRNG_IMPL="rbg",
+        JAX_THREEFRY_PARTITIONABLE="0",
+        JAX_RANDOM_SEED_OFFSET="3",
+        JAX_DEFAULT_MATMUL_PRECISION="bfloat16",
+        JAX_NUMPY_DTYPE_PROMOTION="strict",
+        JAX_NUMPY_RANK_PROMOTION="raise",
+        PYTHONIOENCODING="ascii",
+        HOME="/nowhere/at/all",
+    )
     plain, odd = start(*SMALL, "--workdir", "a"), start(*SMALL, "--workdir", "s3:\xe4", **hostile)
     odd.stdout.close()
     odd.stderr.close()
     assert odd.wait(120) == 0
     finished(plain)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-              for name in ("a", "s3:\xe4")]
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("a", "s3:\xe4")
+    ]
     assert losses[0] == losses[1]
     summary = json.loads((tmp_path / "a/summary.json").read_text())
     assert summary["environment"] == dict(XLA_FLAGS=os.environ["XLA_FLAGS"])
 
 
 def test_a_platform_that_is_not_here_is_one_line(start):
-    for process in [start(*SMALL, *swept, JAX_PLATFORMS="nope") for swept in ([], ["--sweep", "seed=0,1"])]:
+    for process in [
+        start(*SMALL, *swept, JAX_PLATFORMS="nope") for swept in ([], ["--sweep", "seed=0,1"])
+    ]:
         out, err = finished(process, code=2)
         assert err.startswith("error: JAX_PLATFORMS=nope: Unable to initialize backend 'nope'")
         assert (err.count("\n"), out) == (1, "")
@@ -278,8 +356,17 @@ def test_a_platform_that_is_not_here_is_one_line(start):
 
 def test_help_shows_every_flag(start):
     out, _ = finished(start("--help"), code=1)  # absl's code for --help
-    for flag in ("--config: ", "--mesh", "--sweep", "--batch_per_device", "--profile", "--cpu_devices", "--workdir",
-                 "--[no]dry_run", "Exit codes"):
+    for flag in (
+        "--config: ",
+        "--mesh",
+        "--sweep",
+        "--batch_per_device",
+        "--profile",
+        "--cpu_devices",
+        "--workdir",
+        "--[no]dry_run",
+        "Exit codes",
+    ):
         assert flag in out
 
 
@@ -287,10 +374,14 @@ def test_a_dry_run_without_a_whole_report_fails(config, monkeypatch, capsys):
     given = dict(CONFIG=config, DRY_RUN=True)
     for name, holder in [*vars(launch).items()]:
         if isinstance(holder, launch.flags.FlagHolder):
-            monkeypatch.setattr(launch, name, types.SimpleNamespace(value=given.get(name, holder.default)))
+            monkeypatch.setattr(
+                launch, name, types.SimpleNamespace(value=given.get(name, holder.default))
+            )
     assert launch.launch(["launch.py"]) == 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(program, "parse_collectives", lambda *_: (_ for _ in ()).throw(ValueError("not known")))
+    monkeypatch.setattr(
+        program, "parse_collectives", lambda *_: (_ for _ in ()).throw(ValueError("not known"))
+    )
     assert launch.launch(["launch.py"]) == 1
     assert capsys.readouterr().err == "error: there is no whole report: ValueError: not known\n"
 
@@ -305,21 +396,35 @@ def test_default_workdir_is_named_after_experiment_and_time(start, tmp_path):
 
 def test_dry_run_reports_and_writes_nothing(start, tmp_path):
     out, _ = finished(start(*SMALL, "--dry_run", "--cpu_devices", 8, "--mesh", "4x2"))
-    for text in ("mesh data=4 x model=2", "fc3.kernel", "conv1 output", "MB of optimizer state",
-                 "all-reduce", "in theory", "compiled for cpu"):
+    for text in (
+        "mesh data=4 x model=2",
+        "fc3.kernel",
+        "conv1 output",
+        "MB of optimizer state",
+        "all-reduce",
+        "in theory",
+        "compiled for cpu",
+    ):
         assert text in out
     assert {path.name for path in tmp_path.iterdir()} == {"launch.py", "experiments"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_printed_command_resumes(start, number):
-    process = start(*SMALL, "--config.steps=1000000", "--config.optimizer.decay=constant", "--config.optimizer.warmup=0.0")
+    process = start(
+        *SMALL,
+        "--config.steps=1000000",
+        "--config.optimizer.decay=constant",
+        "--config.optimizer.warmup=0.0",
+    )
     while not process.stdout.readline().startswith("step "):
         assert process.poll() is None, process.communicate()
     process.send_signal(number)
     out, err = finished(process, code=75)
     assert f"{number.name}: saving what there is" in err
-    step, command = re.search(r"saved at step (\d+)\. To resume: python launch\.py (.*)", out).groups()
+    step, command = re.search(
+        r"saved at step (\d+)\. To resume: python launch\.py (.*)", out
+    ).groups()
     command = command.replace("steps=1000000", f"steps={int(step) + 2}")
     out, _ = finished(start(*shlex.split(command)))
     assert f"at step {step} on mesh" in out
@@ -336,8 +441,16 @@ def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path
     place = prepared.place_of(folder.from_folders(tmp_path / "pets"), 32, root)
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = start(*SMALL, "--config.data.name=folder", "--config.data.dir=pets", "--config.data.image_size=32",
-                        "--config.batch_size=1", "--workdir", "r", TFDS_DATA_DIR=str(tmp_path / "tfds"))
+        process = start(
+            *SMALL,
+            "--config.data.name=folder",
+            "--config.data.dir=pets",
+            "--config.data.image_size=32",
+            "--config.batch_size=1",
+            "--workdir",
+            "r",
+            TFDS_DATA_DIR=str(tmp_path / "tfds"),
+        )
         for line in process.stderr:
             if line.startswith("waiting for another run, which prepares pets in "):
                 break
@@ -350,8 +463,15 @@ def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path
 @pytest.mark.parametrize("swept", [[], ["--sweep", "seed=0,1", "--cpu_devices", "1"]])
 def test_a_closed_terminal_saves(start, tmp_path, swept):
     terminal, of_process = os.openpty()
-    process = start(*SMALL, "--config.steps=1000000", "--config.optimizer.decay=constant", "--workdir", "r", *swept,
-                    terminal=of_process)
+    process = start(
+        *SMALL,
+        "--config.steps=1000000",
+        "--config.optimizer.decay=constant",
+        "--workdir",
+        "r",
+        *swept,
+        terminal=of_process,
+    )
     os.close(of_process)
     run, seen = tmp_path / "r" / ("seed=0" if swept else ""), b""
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
@@ -374,13 +494,18 @@ def test_a_run_that_is_deaf_to_a_closed_terminal_stays_so():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         from cnn_spmd.training import interrupt
         print(interrupt.SIGNALS)"""
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True
+    ).stdout
     assert "SIGTERM" in out
     assert "SIGHUP" not in out
 
 
 def test_non_finite_loss_has_an_exit_code_of_its_own(start):
-    _, err = finished(start(*SMALL, "--config.optimizer.warmup=0.0", "--config.optimizer.learning_rate=1e38"), code=3)
+    _, err = finished(
+        start(*SMALL, "--config.optimizer.warmup=0.0", "--config.optimizer.learning_rate=1e38"),
+        code=3,
+    )
     assert err.startswith("error: ")
 
 
@@ -397,7 +522,9 @@ def test_an_early_sigterm_is_heeded_where_ctrl_c_is_ignored(start, ignored):
     """As it is in a job that a script starts with &."""
     before = signal.signal(signal.SIGINT, ignored)
     try:
-        process = start(*SMALL, "--config.steps=100000", "--sweep", "seed=0,1", "--cpu_devices", "1")
+        process = start(
+            *SMALL, "--config.steps=100000", "--sweep", "seed=0,1", "--cpu_devices", "1"
+        )
     finally:
         signal.signal(signal.SIGINT, before)
     while "running" not in process.stdout.readline():
@@ -429,7 +556,10 @@ def test_a_variable_that_jax_refuses_is_named(start, variable):
 def test_a_current_folder_that_is_gone_and_links_in_a_circle(tmp_path, monkeypatch):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(UserError, match="links that go in a circle"), workdirs.locked(tmp_path / "a/x"):
+    with (
+        pytest.raises(UserError, match="links that go in a circle"),
+        workdirs.locked(tmp_path / "a/x"),
+    ):
         pass
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
@@ -469,7 +599,9 @@ def test_a_second_signal_stops_at_once():
             print("\x1b[?25lon", flush=True)  # as a progress bar hides the cursor
             time.sleep(60)"""
     terminal, of_process = os.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=of_process, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=of_process, stderr=subprocess.PIPE
+    )
     os.close(of_process)
     with open(terminal, "rb", 0, closefd=False) as lines:
         assert lines.readline() == b"\x1b[?25lon\r\n"
@@ -497,8 +629,19 @@ def test_two_processes_train_one_network(start, tmp_path):
 
     def pair(workdir, *more):
         cluster = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2")
-        return [start(*arguments, *more, "--cpu_devices", 4, "--workdir", workdir, **cluster, JAX_PROCESS_ID=str(i))
-                for i in range(2)]
+        return [
+            start(
+                *arguments,
+                *more,
+                "--cpu_devices",
+                4,
+                "--workdir",
+                workdir,
+                **cluster,
+                JAX_PROCESS_ID=str(i),
+            )
+            for i in range(2)
+        ]
 
     names = ("one", "two", "streamed")
     one = start(*arguments, "--cpu_devices", 8, "--workdir", "one")
@@ -507,12 +650,19 @@ def test_two_processes_train_one_network(start, tmp_path):
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in names]
     assert [summary["processes"] for summary in summaries] == [1, 2, 2]
     assert [summary["data_on_device"] for summary in summaries] == [True, True, False]
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-              for name in names]
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in names
+    ]
     for i in (1, 2):
         assert summaries[0]["eval"] == pytest.approx(summaries[i]["eval"], rel=1e-6)
         assert losses[0] == pytest.approx(losses[i], rel=1e-6)
-    finished(start(*arguments, "--cpu_devices", 8, "--workdir", "two", "--config.epochs=2"))  # and one process resumes
+    finished(
+        start(*arguments, "--cpu_devices", 8, "--workdir", "two", "--config.epochs=2")
+    )  # and one process resumes
 
 
 def readme_commands() -> list[str]:
@@ -527,7 +677,7 @@ def test_readme_commands_run(start, tmp_path):
     assert len(commands) >= 6
     for first in range(0, len(commands), 2):
         pair = []
-        for command in commands[first:first + 2]:
+        for command in commands[first : first + 2]:
             command = command.replace("--mesh all", "--mesh 2x1")  # a sweep, cut to two runs
             arguments = shlex.split(command.replace("/shared", str(tmp_path / "shared")))[2:]
             devices = [] if "--cpu_devices" in arguments else ["--cpu_devices", "8"]
@@ -537,9 +687,17 @@ def test_readme_commands_run(start, tmp_path):
 
 
 def test_makefile_runs_what_the_readme_says():
-    for target, command in (("train", "launch.py --config experiments/alexnet_cifar.py"), ("test", "-m pytest")):
-        out = subprocess.run(["make", "--dry-run", "--always-make", target, "ARGS=--mesh 1x1"], cwd=ROOT, capture_output=True,
-                             text=True, check=True).stdout
+    for target, command in (
+        ("train", "launch.py --config experiments/alexnet_cifar.py"),
+        ("test", "-m pytest"),
+    ):
+        out = subprocess.run(
+            ["make", "--dry-run", "--always-make", target, "ARGS=--mesh 1x1"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         assert f".venv/bin/python {command} --mesh 1x1\n" in out
         assert "--requirement requirements" in out
 
@@ -548,12 +706,18 @@ def test_makefile_refuses_an_old_python(tmp_path):
     (tmp_path / "bin").mkdir()
     for name in ("python3", "python3.11", "python3.12", "python3.13"):
         path = tmp_path / "bin" / name
-        path.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo Python 3.9.0\nexit 1\n")
+        path.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.0\nexit 1\n')
         path.chmod(0o755)
     for name in ("Makefile", "requirements.txt", "requirements-cpu.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    result = subprocess.run(["make", "test"], cwd=tmp_path, capture_output=True, text=True, check=False,
-                            env=dict(os.environ, PATH=f"{tmp_path}/bin:/usr/bin:/bin"))
+    result = subprocess.run(
+        ["make", "test"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ, PATH=f"{tmp_path}/bin:/usr/bin:/bin"),
+    )
     assert result.returncode != 0
     assert "error: Python 3.11 or newer is needed; python3 is Python 3.9.0" in result.stderr
 

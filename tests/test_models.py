@@ -19,45 +19,82 @@ from experiments import alexnet_cifar
 
 
 def make(name, image_size, classes):
-    return models.make(name, image_size=image_size, classes=classes, width=4096, dropout=0.5, dtype=jnp.float32,
-                       rngs=nnx.Rngs(0))
+    return models.make(
+        name,
+        image_size=image_size,
+        classes=classes,
+        width=4096,
+        dropout=0.5,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
 
 
-@pytest.mark.parametrize(("name", "image_size", "classes", "count"), [
-    ("alexnet", 224, 1000, 61_100_840),  # Krizhevsky 2014, as torchvision counts it
-    ("alexnet_2012", 224, 1000, 60_965_224),  # Krizhevsky 2014, section 5: 0.2% fewer than the one-tower net
-    ("alexnet", 32, 10, 35_855_178),
-    ("simple_cnn", 32, 10, 3 * 3 * 3 * 32 + 32 + 16 * 16 * 32 * 10 + 10),
-    ("cuda_convnet_80sec", 32, 10, 145_578),  # as cuda-convnet's layer files make them
-    ("cuda_convnet_19pct", 32, 10, 89_578),
-    ("cuda_convnet_18pct", 32, 10, 89_578),
-    ("cuda_convnet_13pct", 24, 10, 1_116_490),
-    ("cuda_convnet_11pct", 24, 10, 2_112_970),
-    ("cuda_convnet_11pct_no_lrn", 24, 10, 2_112_970),
-    ("alexnet_2012_small", 32, 10, 35_708_810),
-    ("alexnet_2012_small_one_tower", 32, 10, 34_656_330), ("alexnet_2012_small_no_conv2", 32, 10, 35_045_002),
-    ("alexnet_2012_small_no_conv3", 32, 10, 34_602_506), ("alexnet_2012_small_no_conv4", 32, 10, 35_044_874),
-    ("four_layers_relu", 32, 10, 89_578), ("four_layers_tanh", 32, 10, 89_578),
-    ("fully_connected", 32, 10, 3072 * 4096 + 4096 + 4096 * 10 + 10),
-    ("vgg_11", 32, 10, 28_144_010),
-    ("vgg_16", 32, 10, 14_714_688 + 512 * 4096 + 4096 + 4096**2 + 4096 + 4096 * 10 + 10)])  # torchvision's convolutions
+@pytest.mark.parametrize(
+    ("name", "image_size", "classes", "count"),
+    [
+        ("alexnet", 224, 1000, 61_100_840),  # Krizhevsky 2014, as torchvision counts it
+        (
+            "alexnet_2012",
+            224,
+            1000,
+            60_965_224,
+        ),  # Krizhevsky 2014, section 5: 0.2% fewer than the one-tower net
+        ("alexnet", 32, 10, 35_855_178),
+        ("simple_cnn", 32, 10, 3 * 3 * 3 * 32 + 32 + 16 * 16 * 32 * 10 + 10),
+        ("cuda_convnet_80sec", 32, 10, 145_578),  # as cuda-convnet's layer files make them
+        ("cuda_convnet_19pct", 32, 10, 89_578),
+        ("cuda_convnet_18pct", 32, 10, 89_578),
+        ("cuda_convnet_13pct", 24, 10, 1_116_490),
+        ("cuda_convnet_11pct", 24, 10, 2_112_970),
+        ("cuda_convnet_11pct_no_lrn", 24, 10, 2_112_970),
+        ("alexnet_2012_small", 32, 10, 35_708_810),
+        ("alexnet_2012_small_one_tower", 32, 10, 34_656_330),
+        ("alexnet_2012_small_no_conv2", 32, 10, 35_045_002),
+        ("alexnet_2012_small_no_conv3", 32, 10, 34_602_506),
+        ("alexnet_2012_small_no_conv4", 32, 10, 35_044_874),
+        ("four_layers_relu", 32, 10, 89_578),
+        ("four_layers_tanh", 32, 10, 89_578),
+        ("fully_connected", 32, 10, 3072 * 4096 + 4096 + 4096 * 10 + 10),
+        ("vgg_11", 32, 10, 28_144_010),
+        ("vgg_16", 32, 10, 14_714_688 + 512 * 4096 + 4096 + 4096**2 + 4096 + 4096 * 10 + 10),
+    ],
+)  # torchvision's convolutions
 def test_parameter_count_and_shapes(name, image_size, classes, count):
     model = nnx.eval_shape(lambda: make(name, image_size, classes))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
-    logits = nnx.eval_shape(lambda model, x: model.classify(model.features(x)), model,
-                            jnp.zeros((2, image_size, image_size, 3)))
+    logits = nnx.eval_shape(
+        lambda model, x: model.classify(model.features(x)),
+        model,
+        jnp.zeros((2, image_size, image_size, 3)),
+    )
     assert logits.shape == (2, classes)
 
 
 def test_every_parameter_names_its_axes():
-    for name, image_size in (("alexnet", 32), ("alexnet_2012", 64), ("simple_cnn", 32), ("cuda_convnet_11pct", 24)):
-        state = nnx.state(nnx.eval_shape(lambda name=name, size=image_size: make(name, size, 10)), nnx.Param)
+    for name, image_size in (
+        ("alexnet", 32),
+        ("alexnet_2012", 64),
+        ("simple_cnn", 32),
+        ("cuda_convnet_11pct", 24),
+    ):
+        state = nnx.state(
+            nnx.eval_shape(lambda name=name, size=image_size: make(name, size, 10)), nnx.Param
+        )
         for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
             assert len(leaf.axes) == leaf.ndim
 
 
-@pytest.mark.parametrize(("name", "size"), [("alexnet", 31), ("alexnet_2012", 32), ("simple_cnn", 31), ("lenet", 32),
-                                            ("cuda_convnet_80sec", 1)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("alexnet", 31),
+        ("alexnet_2012", 32),
+        ("simple_cnn", 31),
+        ("lenet", 32),
+        ("cuda_convnet_80sec", 1),
+    ],
+)
 def test_refuses(name, size):
     with pytest.raises(UserError, match=r"model\.name="):
         make(name, size, 10)
@@ -73,8 +110,20 @@ def pool_windows(size, window, strides, ceil):
 
 @pytest.mark.parametrize("levers", [(), ("pool_index",)])
 @pytest.mark.parametrize("ceil", [False, True])
-@pytest.mark.parametrize(("size", "window", "strides"), [(8, 2, 2), (9, 3, 3), (9, 3, 2), (7, 2, 2), (8, 3, 2), (32, 3, 2),
-                                                         (12, 5, 2), (8, 2, 3), (9, 2, 3)])
+@pytest.mark.parametrize(
+    ("size", "window", "strides"),
+    [
+        (8, 2, 2),
+        (9, 3, 3),
+        (9, 3, 2),
+        (7, 2, 2),
+        (8, 3, 2),
+        (32, 3, 2),
+        (12, 5, 2),
+        (8, 2, 3),
+        (9, 2, 3),
+    ],
+)
 def test_max_pool_against_numpy(size, window, strides, ceil, levers):
     x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     windows = pool_windows(size, window, strides, ceil)
@@ -89,11 +138,17 @@ def test_max_pool_against_numpy(size, window, strides, ceil, levers):
         largest = x[:, top:bottom, left:right] == expected[:, i, j][:, None, None]
         gradient[:, top:bottom, left:right] += largest * weight[:, i, j][:, None, None]
     np.testing.assert_array_equal(
-        jax.grad(lambda x: (pools.max_pool(x, window, strides, ceil, levers=levers) * weight).sum())(x), gradient)
+        jax.grad(
+            lambda x: (pools.max_pool(x, window, strides, ceil, levers=levers) * weight).sum()
+        )(x),
+        gradient,
+    )
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("size", "window", "strides"), [(32, 15, 15), (32, 16, 16), (32, 16, 8), (40, 20, 20)])
+@pytest.mark.parametrize(
+    ("size", "window", "strides"), [(32, 15, 15), (32, 16, 16), (32, 16, 8), (40, 20, 20)]
+)
 def test_max_pool_of_wide_windows_against_flax(size, window, strides, biased):
     """Maxima lie everywhere in the windows, also where a byte has no code for them."""
     with jax.enable_x64(True):
@@ -109,7 +164,9 @@ def test_max_pool_of_wide_windows_against_flax(size, window, strides, biased):
 
         (got, pull), (expected, pull_expected) = (jax.vjp(f, x, bias_C) for f in (ours, theirs))
         gradient = jax.random.normal(jax.random.key(1), expected.shape, jnp.float64)
-        for one, other in zip((got, *pull(gradient)), (expected, *pull_expected(gradient)), strict=True):
+        for one, other in zip(
+            (got, *pull(gradient)), (expected, *pull_expected(gradient)), strict=True
+        ):
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
         assert bool((expected == 0).any()) == biased
 
@@ -120,7 +177,9 @@ def test_networks_of_the_claims_lack_what_they_say():
 
     whole, pools, norms_ = "alexnet_2012_small", stack.MaxPool, stack.ResponseNorm
     assert [(pool.window, pool.strides) for pool in of(whole, pools)] == [(3, 2)] * 3
-    assert [(pool.window, pool.strides) for pool in of(f"{whole}_plain_pool", pools)] == [(2, 2)] * 3
+    assert [(pool.window, pool.strides) for pool in of(f"{whole}_plain_pool", pools)] == [
+        (2, 2)
+    ] * 3
     assert [(norm.size, norm.groups) for norm in of(whole, norms_)] == [(5, 2)] * 2
     assert of(f"{whole}_no_lrn", norms_) == []
     assert [spec.groups for spec in of(f"{whole}_one_tower", stack.Conv | norms_)] == [1] * 7
@@ -134,59 +193,110 @@ def test_networks_of_the_claims_lack_what_they_say():
 def test_max_pool_gives_the_gradient_of_equal_maxima_to_the_first_and_keeps_nan():
     x = jnp.ones((1, 5, 5, 1))
     gradient = jax.grad(lambda x: pools.max_pool(x, 3, 2).sum())(x)[0, :, :, 0]
-    np.testing.assert_array_equal(gradient, np.pad([[1, 0, 1], [0, 0, 0], [1, 0, 1]], ((0, 2), (0, 2))))
+    np.testing.assert_array_equal(
+        gradient, np.pad([[1, 0, 1], [0, 0, 0], [1, 0, 1]], ((0, 2), (0, 2)))
+    )
     for at in np.ndindex(3, 3):
         assert jnp.isnan(pools.max_pool(x.at[0, *at, 0].set(jnp.nan), 3, 2)[0, 0, 0, 0])
 
 
-@pytest.mark.parametrize(("name", "size", "lever"), [
-    *(("alexnet", 224, lever) for lever in ("space_to_depth", "pool_first", "pool_index", "column_groups", "own_gradients")),
-    *(("alexnet", 32, lever) for lever in ("pool_first", "pool_index", "column_groups", "own_gradients")),
-    ("alexnet_2012", 70, "space_to_depth"), ("alexnet_2012", 70, "own_gradients"), ("cuda_convnet_18pct", 32, "own_gradients")])
+@pytest.mark.parametrize(
+    ("name", "size", "lever"),
+    [
+        *(
+            ("alexnet", 224, lever)
+            for lever in (
+                "space_to_depth",
+                "pool_first",
+                "pool_index",
+                "column_groups",
+                "own_gradients",
+            )
+        ),
+        *(
+            ("alexnet", 32, lever)
+            for lever in ("pool_first", "pool_index", "column_groups", "own_gradients")
+        ),
+        ("alexnet_2012", 70, "space_to_depth"),
+        ("alexnet_2012", 70, "own_gradients"),
+        ("cuda_convnet_18pct", 32, "own_gradients"),
+    ],
+)
 def test_levers_change_nothing(name, size, lever, monkeypatch):
     """Logits and every gradient with one lever are those of the plain network, in float64."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
-    for plain, fast in zip(value_and_gradient(name, size, ()), value_and_gradient(name, size, ("space_to_depth", lever)),
-                           strict=True):
-        assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()  # float32 parameters have float32 gradients
+    for plain, fast in zip(
+        value_and_gradient(name, size, ()),
+        value_and_gradient(name, size, ("space_to_depth", lever)),
+        strict=True,
+    ):
+        assert (
+            np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()
+        )  # float32 parameters have float32 gradients
 
 
 @pytest.mark.parametrize("size", [32, 224])
 def test_all_levers_together_change_nothing(size, monkeypatch):
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
-    for plain, fast in zip(*(value_and_gradient("alexnet", size, levers) for levers in ((), common.LEVERS)), strict=True):
+    for plain, fast in zip(
+        *(value_and_gradient("alexnet", size, levers) for levers in ((), common.LEVERS)),
+        strict=True,
+    ):
         assert np.abs(fast - plain).max() < 1e-7 * np.abs(plain).max()
 
 
 @functools.cache
 def value_and_gradient(name, size, levers):
     with jax.enable_x64(True):
-        model = models.make(name, image_size=size, classes=5, width=16, dropout=0.0, dtype=jnp.float64, levers=levers,
-                            rngs=nnx.Rngs(0))
+        model = models.make(
+            name,
+            image_size=size,
+            classes=5,
+            width=16,
+            dropout=0.0,
+            dtype=jnp.float64,
+            levers=levers,
+            rngs=nnx.Rngs(0),
+        )
         graph, params = nnx.split(model)
         x = jax.random.normal(jax.random.key(0), (2, size, size, 3), jnp.float64)
 
         @jax.jit
         def value(params, x):
-            return jax.value_and_grad(lambda p: (nnx.merge(graph, p).classify(nnx.merge(graph, p).features(x)) ** 2).sum())(
-                params)
+            return jax.value_and_grad(
+                lambda p: (nnx.merge(graph, p).classify(nnx.merge(graph, p).features(x)) ** 2).sum()
+            )(params)
 
         return [np.asarray(leaf) for leaf in jax.tree.leaves(value(params, x))]
 
 
-@pytest.mark.parametrize("pool", [None, dict(window=3, strides=2), dict(window=3, strides=2, ceil=True),
-                                  dict(window=2, strides=3)])
-@pytest.mark.parametrize(("size", "window", "strides"), [(20, 3, 1), (21, 5, 1), (27, 5, 4), (31, 5, 4)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        None,
+        dict(window=3, strides=2),
+        dict(window=3, strides=2, ceil=True),
+        dict(window=2, strides=3),
+    ],
+)
+@pytest.mark.parametrize(
+    ("size", "window", "strides"), [(20, 3, 1), (21, 5, 1), (27, 5, 4), (31, 5, 4)]
+)
 def test_groups_of_columns_leave_nothing_in_the_map(size, window, strides, pool):
     """Where the last group of columns reaches over the map's edge, no pool sees what is there."""
-    layer = conv.conv(3, 4, window, strides=strides, dtype=jnp.float32, rngs=nnx.Rngs(0), bias_init=common.ONES)
+    layer = conv.conv(
+        3, 4, window, strides=strides, dtype=jnp.float32, rngs=nnx.Rngs(0), bias_init=common.ONES
+    )
     x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
 
     def value(layer, levers):
         return (conv.conv_relu("conv1", layer, x, placement.UNPLACED, levers, pool) ** 2).sum()
 
-    plain, fast = (nnx.value_and_grad(functools.partial(value, levers=levers))(layer) for levers in ((), common.LEVERS))
+    plain, fast = (
+        nnx.value_and_grad(functools.partial(value, levers=levers))(layer)
+        for levers in ((), common.LEVERS)
+    )
     for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
         assert np.abs(one - other).max() < 1e-5 * np.abs(other).max()
 
@@ -202,19 +312,48 @@ def test_a_report_has_the_shapes_of_the_maps():
             seen[name] = x.shape
             return x
 
-    model = nnx.eval_shape(lambda: models.make("alexnet", image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32,
-                                               rngs=nnx.Rngs(0)))
-    nnx.eval_shape(lambda model, x: model.features(x, Recording()), model, jnp.zeros((2, 224, 224, 3)))
-    assert [seen[f"conv{i} output"][1:3] for i in range(1, 6)] == [(55, 55), (27, 27), (13, 13), (13, 13), (13, 13)]
+    model = nnx.eval_shape(
+        lambda: models.make(
+            "alexnet",
+            image_size=224,
+            classes=5,
+            width=16,
+            dropout=0.0,
+            dtype=jnp.float32,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    nnx.eval_shape(
+        lambda model, x: model.features(x, Recording()), model, jnp.zeros((2, 224, 224, 3))
+    )
+    assert [seen[f"conv{i} output"][1:3] for i in range(1, 6)] == [
+        (55, 55),
+        (27, 27),
+        (13, 13),
+        (13, 13),
+        (13, 13),
+    ]
 
 
 def test_a_lever_is_used():
     """Each changes the program, where there is something for it: else the test above would compare like with like."""
-    levers, programs = ("space_to_depth", "pool_first", "pool_index", "column_groups", "own_gradients"), set()
+    levers, programs = (
+        ("space_to_depth", "pool_first", "pool_index", "column_groups", "own_gradients"),
+        set(),
+    )
     for used in range(len(levers) + 1):
-        model = nnx.eval_shape(lambda used=used: models.make(
-            "alexnet", image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32, levers=levers[:used],
-            rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(
+            lambda used=used: models.make(
+                "alexnet",
+                image_size=224,
+                classes=5,
+                width=16,
+                dropout=0.0,
+                dtype=jnp.float32,
+                levers=levers[:used],
+                rngs=nnx.Rngs(0),
+            )
+        )
         graph, params = nnx.split(model)
         gradient = jax.grad(lambda p, x, graph=graph: nnx.merge(graph, p).features(x).sum())
         programs.add(str(jax.make_jaxpr(gradient)(params, jnp.zeros((1, 224, 224, 3)))))
@@ -226,12 +365,23 @@ def test_a_lever_is_used():
 
 def test_where_columns_are_grouped():
     """Of images, and for the gradient by up to 64 maps of odd width."""
+
     def program(size, window, channels, levers):
         layer = conv.conv(channels, 4, window, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        return str(jax.make_jaxpr(jax.grad(lambda x: conv.conv_relu("conv1", layer, x, placement.UNPLACED, levers).sum()))(
-            jnp.zeros((1, size, size, channels))))
+        return str(
+            jax.make_jaxpr(
+                jax.grad(
+                    lambda x: conv.conv_relu("conv1", layer, x, placement.UNPLACED, levers).sum()
+                )
+            )(jnp.zeros((1, size, size, channels)))
+        )
 
-    for size, window, channels, grouped in ((32, 3, 3, True), (27, 5, 64, True), (27, 5, 65, False), (28, 5, 64, False)):
+    for size, window, channels, grouped in (
+        (32, 3, 3, True),
+        (27, 5, 64, True),
+        (27, 5, 65, False),
+        (28, 5, 64, False),
+    ):
         fast = program(size, window, channels, ("space_to_depth", "column_groups"))
         assert (fast != program(size, window, channels, ())) == grouped
 
@@ -241,11 +391,20 @@ def test_pool_first_adds_the_bias_after_the_pool(monkeypatch):
     for module in (conv, pools):
         monkeypatch.setattr(module, "bias_relu", lambda x, bias_C: seen.append(x.shape[1:3]) or x)
     for levers in (("own_gradients", "pool_first"), ("own_gradients",)):
-        conv.conv_relu("conv1", layer, jnp.zeros((1, 8, 8, 3)), placement.UNPLACED, levers, dict(window=2, strides=2))
+        conv.conv_relu(
+            "conv1",
+            layer,
+            jnp.zeros((1, 8, 8, 3)),
+            placement.UNPLACED,
+            levers,
+            dict(window=2, strides=2),
+        )
     assert seen == [(4, 4), (8, 8)]
 
 
-@pytest.mark.parametrize(("size", "window", "padding"), [(27, 5, (2, 2)), (9, 4, (1, 2)), (7, 3, (0, 0))])
+@pytest.mark.parametrize(
+    ("size", "window", "padding"), [(27, 5, (2, 2)), (9, 4, (1, 2)), (7, 3, (0, 0))]
+)
 def test_gradient_in_pairs(size, window, padding):
     """Of columns, by autodiff and by two at a time; in float64."""
     with jax.enable_x64(True):
@@ -262,8 +421,11 @@ def test_gradient_in_pairs(size, window, padding):
 def interpreted(monkeypatch):
     """GPU kernels, run by Pallas's interpreter."""
     call = kernels.pl.pallas_call
-    monkeypatch.setattr(kernels.pl, "pallas_call", lambda *args, compiler_params, **settings: call(
-        *args, interpret=True, **settings))
+    monkeypatch.setattr(
+        kernels.pl,
+        "pallas_call",
+        lambda *args, compiler_params, **settings: call(*args, interpret=True, **settings),
+    )
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -273,37 +435,60 @@ def test_pool_kernels_against_the_plain_form(size, window, strides, ceil, bias):
     pool = pools.Pool(window, strides, ceil, (size, size), lambda f, *arrays: f(*arrays))
     x = jax.random.normal(jax.random.key(0), (2, size, size, 16))
     expected, index = pools._plain_max_and_index(pool, x, *bias)
-    got = kernels.max_and_index(x, *bias, window=window, strides=strides, counts=expected.shape[1:3])
+    got = kernels.max_and_index(
+        x, *bias, window=window, strides=strides, counts=expected.shape[1:3]
+    )
     np.testing.assert_array_equal(got[0], expected)
     np.testing.assert_array_equal(got[1], index)
     gradient = jax.random.normal(jax.random.key(1), expected.shape)
     settings = dict(window=window, strides=strides, sizes=(size, size))
-    np.testing.assert_allclose(kernels.unpool(index, gradient, **settings),
-                               pools._plain_unpool(index, gradient, **settings), atol=1e-6)
+    np.testing.assert_allclose(
+        kernels.unpool(index, gradient, **settings),
+        pools._plain_unpool(index, gradient, **settings),
+        atol=1e-6,
+    )
     assert bool((index == kernels.NONE).any()) == bool(bias)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_pool_kernels_on_equal_maxima_nan_and_several_blocks_of_channels():
-    pool, settings = pools.Pool(3, 2, False, (9, 9), lambda f, *arrays: f(*arrays)), dict(window=3, strides=2)
-    x = jax.random.randint(jax.random.key(0), (2, 9, 9, 96), 0, 4).astype(jnp.float32).at[0, 4, 4, ::5].set(jnp.nan)
+    pool, settings = (
+        pools.Pool(3, 2, False, (9, 9), lambda f, *arrays: f(*arrays)),
+        dict(window=3, strides=2),
+    )
+    x = (
+        jax.random.randint(jax.random.key(0), (2, 9, 9, 96), 0, 4)
+        .astype(jnp.float32)
+        .at[0, 4, 4, ::5]
+        .set(jnp.nan)
+    )
     expected, index = pools._plain_max_and_index(pool, x)
     got = kernels.max_and_index(x, **settings, counts=(4, 4))
     np.testing.assert_array_equal(got[0], expected)
     np.testing.assert_array_equal(got[1], index)
     gradient = jax.random.normal(jax.random.key(1), expected.shape)
-    np.testing.assert_allclose(kernels.unpool(index, gradient, **settings, sizes=(9, 9)),
-                               pools._plain_unpool(index, gradient, **settings, sizes=(9, 9)), atol=1e-6)
+    np.testing.assert_allclose(
+        kernels.unpool(index, gradient, **settings, sizes=(9, 9)),
+        pools._plain_unpool(index, gradient, **settings, sizes=(9, 9)),
+        atol=1e-6,
+    )
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_unpool_sums_in_float32():
-    index, gradient = jnp.array([8, 6, 2, 0], jnp.uint8), jnp.array([1, 1, 1, 256], jnp.bfloat16)  # all chose pixel 2, 2
-    got = kernels.unpool(index.reshape(1, 2, 2, 1), gradient.reshape(1, 2, 2, 1), window=3, strides=2, sizes=(5, 5))
+    index, gradient = (
+        jnp.array([8, 6, 2, 0], jnp.uint8),
+        jnp.array([1, 1, 1, 256], jnp.bfloat16),
+    )  # all chose pixel 2, 2
+    got = kernels.unpool(
+        index.reshape(1, 2, 2, 1), gradient.reshape(1, 2, 2, 1), window=3, strides=2, sizes=(5, 5)
+    )
     assert got[0, 2, 2, 0] == jnp.bfloat16(259)  # in bfloat16 one by one: 256
 
 
-@pytest.mark.parametrize(("size", "window", "strides"), [(8, 3, 2), (9, 3, 2), (32, 3, 2), (5, 2, 2), (9, 2, 3)])
+@pytest.mark.parametrize(
+    ("size", "window", "strides"), [(8, 3, 2), (9, 3, 2), (32, 3, 2), (5, 2, 2), (9, 2, 3)]
+)
 def test_average_pool_divides_by_the_area_inside(size, window, strides):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, size, size, 3)).astype(np.float32)
@@ -313,14 +498,20 @@ def test_average_pool_divides_by_the_area_inside(size, window, strides):
     for i, (top, bottom) in enumerate(windows):
         for j, (left, right) in enumerate(windows):
             expected[:, i, j] = x[:, top:bottom, left:right].mean((1, 2))
-            gradient[:, top:bottom, left:right] += weight[:, i, j][:, None, None] / ((bottom - top) * (right - left))
-    np.testing.assert_allclose(pools.average_pool(x, window, strides), expected, rtol=1e-5, atol=1e-6)
+            gradient[:, top:bottom, left:right] += weight[:, i, j][:, None, None] / (
+                (bottom - top) * (right - left)
+            )
+    np.testing.assert_allclose(
+        pools.average_pool(x, window, strides), expected, rtol=1e-5, atol=1e-6
+    )
     got = jax.grad(lambda x: (pools.average_pool(x, window, strides) * weight).sum())(x)
     np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("within_map", [False, True])
-@pytest.mark.parametrize(("size", "alpha", "beta", "k"), [(5, 2e-5, 0.75, 2.0), (4, 0.3, 0.75, 1.0), (3, 0.5, 0.5, 1.5)])
+@pytest.mark.parametrize(
+    ("size", "alpha", "beta", "k"), [(5, 2e-5, 0.75, 2.0), (4, 0.3, 0.75, 1.0), (3, 0.5, 0.5, 1.5)]
+)
 def test_response_norm_against_numpy(size, alpha, beta, k, within_map):
     """Forward from the formula of AlexNet 2012, section 3.3, in loops; backward from its derivative, by hand."""
     rng = np.random.default_rng(0)
@@ -340,20 +531,32 @@ def test_response_norm_against_numpy(size, alpha, beta, k, within_map):
         expected[n, i, j, c] = x[n, i, j, c] / base**beta
         gradient[n, i, j, c] += weight[n, i, j, c] / base**beta
         for at in neighbours(i, j, c):
-            gradient[n][at] -= weight[n, i, j, c] * x[n, i, j, c] * beta * base ** (-beta - 1) * 2 * alpha * x[n][at]
+            gradient[n][at] -= (
+                weight[n, i, j, c]
+                * x[n, i, j, c]
+                * beta
+                * base ** (-beta - 1)
+                * 2
+                * alpha
+                * x[n][at]
+            )
 
     def norm(x):
         return norms.response_norm(x, size=size, alpha=alpha, beta=beta, k=k, within_map=within_map)
 
     x = x.astype(np.float32)
     np.testing.assert_allclose(norm(x), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.grad(lambda x: (norm(x) * weight).sum())(x), gradient, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: (norm(x) * weight).sum())(x), gradient, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("within_map", [False, True])
 def test_response_norm_of_bfloat16_is_computed_in_float32(within_map):
     x = jax.random.normal(jax.random.key(0), (2, 5, 5, 8), jnp.bfloat16)
-    norm = functools.partial(norms.response_norm, size=5, alpha=1.0, beta=0.75, k=1.0, within_map=within_map)
+    norm = functools.partial(
+        norms.response_norm, size=5, alpha=1.0, beta=0.75, k=1.0, within_map=within_map
+    )
     got, gradient = jax.vjp(norm, x)
     assert {got.dtype, gradient(x)[0].dtype} == {jnp.dtype("bfloat16")}
     np.testing.assert_array_equal(got, norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
@@ -364,8 +567,12 @@ def test_towers_do_not_see_each_other():
     model = make("alexnet_2012", 64, 10)
     x = np.random.default_rng(0).normal(size=(1, 5, 5, 96)).astype(np.float32)
     other = np.concatenate([x[..., :48], -x[..., 48:]], -1)
-    for f in (lambda x: conv.conv_relu("conv2", model.conv2, x, placement.UNPLACED),
-              lambda x: norms.response_norm_of_towers(x, 2, placement.UNPLACED, "norm1", size=5, alpha=1.0, beta=0.75, k=2.0)):
+    for f in (
+        lambda x: conv.conv_relu("conv2", model.conv2, x, placement.UNPLACED),
+        lambda x: norms.response_norm_of_towers(
+            x, 2, placement.UNPLACED, "norm1", size=5, alpha=1.0, beta=0.75, k=2.0
+        ),
+    ):
         a, b = np.asarray(f(x)), np.asarray(f(other))
         half = a.shape[-1] // 2
         np.testing.assert_array_equal(a[..., :half], b[..., :half])
@@ -386,12 +593,16 @@ def test_local_against_a_plain_loop(window, zeros):
     layer.bias[...] = jax.random.normal(jax.random.key(0), (5, 5, 4))
     kernel, bias = (np.asarray(x[...]) for x in (layer.kernel, layer.bias))
     assert (kernel.shape, bias.shape) == ((5, 5, window**2, 3, 4), (5, 5, 4))
-    assert kernel.std() == pytest.approx((2 / (window**2 * 3)) ** 0.5, rel=0.1)  # He et al.: of the inputs of one output
+    assert kernel.std() == pytest.approx(
+        (2 / (window**2 * 3)) ** 0.5, rel=0.1
+    )  # He et al.: of the inputs of one output
     x = np.random.default_rng(0).normal(size=(2, 5, 5, 3)).astype(np.float32)
     padded, expected = np.pad(x, ((0, 0), zeros, zeros, (0, 0))), np.empty((2, 5, 5, 4), np.float32)
     for n, i, j, d in np.ndindex(expected.shape):
-        inputs = padded[n, i:i + window, j:j + window]
-        expected[n, i, j, d] = (inputs * kernel[i, j, ..., d].reshape(window, window, 3)).sum() + bias[i, j, d]
+        inputs = padded[n, i : i + window, j : j + window]
+        expected[n, i, j, d] = (
+            inputs * kernel[i, j, ..., d].reshape(window, window, 3)
+        ).sum() + bias[i, j, d]
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -399,12 +610,28 @@ def test_a_stack_is_the_network_written_out(monkeypatch):
     """AlexNet's list of layers gives AlexNet's numbers to the last bit, dropout too."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     pool = stack.MaxPool(2, 2)
-    net = (stack.Conv(8, 3), pool, stack.Conv(16, 3), pool, stack.Conv(24, 3), stack.Conv(16, 3), stack.Conv(16, 3), pool,
-           stack.Hidden(), stack.Hidden(), stack.Output())
+    net = (
+        stack.Conv(8, 3),
+        pool,
+        stack.Conv(16, 3),
+        pool,
+        stack.Conv(24, 3),
+        stack.Conv(16, 3),
+        stack.Conv(16, 3),
+        pool,
+        stack.Hidden(),
+        stack.Hidden(),
+        stack.Output(),
+    )
     settings = dict(image_size=32, classes=5, width=64, dropout=0.5, dtype=jnp.float32)
-    written, listed = models.make("alexnet", **settings, rngs=nnx.Rngs(0)), stack.Stack("s", net, **settings, rngs=nnx.Rngs(0))
+    written, listed = (
+        models.make("alexnet", **settings, rngs=nnx.Rngs(0)),
+        stack.Stack("s", net, **settings, rngs=nnx.Rngs(0)),
+    )
     x, key = jax.random.normal(jax.random.key(0), (2, 32, 32, 3)), jax.random.key(1)
-    got, expected = (model.classify(model.features(x), dropout_key=key) for model in (listed, written))
+    got, expected = (
+        model.classify(model.features(x), dropout_key=key) for model in (listed, written)
+    )
     np.testing.assert_array_equal(got, expected)
 
 
@@ -419,7 +646,11 @@ def test_order_of_cuda_convnets_layers(name, size):
         return pools.max_pool(h, 3, 2, ceil=True)
 
     def norm(h):
-        settings = (dict(size=3, alpha=5e-5 / 9, within_map=True) if name == "18pct" else dict(size=9, alpha=0.001 / 9))
+        settings = (
+            dict(size=3, alpha=5e-5 / 9, within_map=True)
+            if name == "18pct"
+            else dict(size=9, alpha=0.001 / 9)
+        )
         return norms.response_norm(h, beta=0.75, k=1.0, **settings)
 
     def average(h):
@@ -433,12 +664,28 @@ def test_order_of_cuda_convnets_layers(name, size):
         h = norm(maximum(nnx.relu(model.conv1(h))))
         h = maximum(norm(nnx.relu(model.conv2(h))))
         h = nnx.relu(model.local4(nnx.relu(model.local3(h))))
-    np.testing.assert_allclose(model.classify(model.features(x)), model.fc3(h.reshape(2, -1)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        model.classify(model.features(x)), model.fc3(h.reshape(2, -1)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_activations_dropout_and_first_weights_of_a_stack():
-    net = (stack.Conv(4, 3, std=0.5, activation=jnp.tanh), stack.Hidden(8, dropout=0.25), stack.Hidden(), stack.Output(0.5))
-    model = stack.Stack("s", net, image_size=16, classes=3, width=32, dropout=0.5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    net = (
+        stack.Conv(4, 3, std=0.5, activation=jnp.tanh),
+        stack.Hidden(8, dropout=0.25),
+        stack.Hidden(),
+        stack.Output(0.5),
+    )
+    model = stack.Stack(
+        "s",
+        net,
+        image_size=16,
+        classes=3,
+        width=32,
+        dropout=0.5,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     features = jnp.tanh(model.conv1(x)).reshape(2, -1)
     np.testing.assert_allclose(model.features(x), features, rtol=1e-5, atol=1e-6)

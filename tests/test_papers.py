@@ -28,9 +28,20 @@ FIGURES = [figure for figures in papers.FIGURES.values() for figure in figures]
 
 
 def write(folder, experiment, seed=0, accuracy=0.75, **more):
-    run = dict(experiment=experiment, seed=seed, dataset="cifar10", device_kind="H100", devices=1, host_cores=4, steps=40,
-               epochs=4.0, mesh=dict(data=1, model=1), eval=dict(accuracy=accuracy, top5=0.9), train_seconds=2.0,
-               config=dict(seed=seed, batch_size=128))
+    run = dict(
+        experiment=experiment,
+        seed=seed,
+        dataset="cifar10",
+        device_kind="H100",
+        devices=1,
+        host_cores=4,
+        steps=40,
+        epochs=4.0,
+        mesh=dict(data=1, model=1),
+        eval=dict(accuracy=accuracy, top5=0.9),
+        train_seconds=2.0,
+        config=dict(seed=seed, batch_size=128),
+    )
     (folder / f"{experiment}-{len(list(folder.glob('*')))}.json").write_text(json.dumps(run | more))
 
 
@@ -44,19 +55,32 @@ def test_errors_and_seconds_on_known_runs(tmp_path):
     write(tmp_path, "cuda_convnet_80sec", seed=0, accuracy=0.75)
     write(tmp_path, "cuda_convnet_80sec", seed=1, accuracy=0.77, train_seconds=4.0)
     write(tmp_path, "cuda_convnet_80sec", accuracy=0.7, device_kind="cpu")  # a row of its own
-    write(tmp_path, "cuda_convnet_80sec", accuracy=0.6, config=dict(batch_size=512))  # and so has another recipe
+    write(
+        tmp_path, "cuda_convnet_80sec", accuracy=0.6, config=dict(batch_size=512)
+    )  # and so has another recipe
     write(tmp_path, "cuda_convnet_80sec", accuracy=0.99, dataset="digits")
     write(tmp_path, "cuda_convnet_11pct", accuracy=0.88)
     write(tmp_path, "cuda_convnet_11pct_no_lrn", accuracy=0.5)
     assert figures(tmp_path, "80sec: test error, %") == [
-        ["26", "24.00 ± 1.41", "2", "-2.00", "1 x H100"], ["26", "40.00", "1", "+14.00", "1 x H100"],
-        ["26", "30.00", "1", "+4.00", "CPU, 4 cores"]]
-    assert figures(tmp_path, "80sec: training, s")[0] == ["80", "3.0 ± 1.4", "2", "-77.0", "1 x H100"]
+        ["26", "24.00 ± 1.41", "2", "-2.00", "1 x H100"],
+        ["26", "40.00", "1", "+14.00", "1 x H100"],
+        ["26", "30.00", "1", "+4.00", "CPU, 4 cores"],
+    ]
+    assert figures(tmp_path, "80sec: training, s")[0] == [
+        "80",
+        "3.0 ± 1.4",
+        "2",
+        "-77.0",
+        "1 x H100",
+    ]
     assert figures(tmp_path, "11pct: test error, %") == [["11", "12.00", "1", "+1.00", "1 x H100"]]
     assert figures(tmp_path, "18pct: test error, %") == [["18", "not measured", "0", "", ""]]
     names = [line.split(" | ")[0] for line in measured.measured_table(tmp_path).splitlines()[2:]]
     assert names == ["| 80sec: test error, %"] * 3 + ["| 80sec: training, s"] * 3 + [
-        "| 11pct: test error, %", "| 11pct: training, s", "| 11pct without response norms: test error, points more"]
+        "| 11pct: test error, %",
+        "| 11pct: training, s",
+        "| 11pct without response norms: test error, points more",
+    ]
 
 
 def test_claims_on_known_runs(tmp_path):
@@ -65,8 +89,15 @@ def test_claims_on_known_runs(tmp_path):
 
     def reach(variant, seed, step):
         write(tmp_path / "claims", f"claims_2012_{variant}", seed)
-        path = next(path for path in (tmp_path / "claims").glob("*.json") if not path.with_suffix(".jsonl").exists())
-        lines = [dict(step=at, split="train", steps=10, accuracy=float(at >= step)) for at in (10, 20, 30, 40)]
+        path = next(
+            path
+            for path in (tmp_path / "claims").glob("*.json")
+            if not path.with_suffix(".jsonl").exists()
+        )
+        lines = [
+            dict(step=at, split="train", steps=10, accuracy=float(at >= step))
+            for at in (10, 20, 30, 40)
+        ]
         path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     tanh = "tanh: epochs to 25% training error, times ReLU's"
@@ -75,23 +106,37 @@ def test_claims_on_known_runs(tmp_path):
     reach("tanh", 1, 100)  # not within this run
     assert figures(tmp_path, tanh) == [["6", "not reached", "0", "", "1 x H100"]]
     reach("tanh", 0, 40)
-    assert figures(tmp_path, tanh) == [["6", "4.0 (4.0, not 1.0); 1 not reached", "1", "-2.0", "1 x H100"]]
+    assert figures(tmp_path, tanh) == [
+        ["6", "4.0 (4.0, not 1.0); 1 not reached", "1", "-2.0", "1 x H100"]
+    ]
 
-    for experiment, seed, accuracy in (("base", 0, 0.9), ("base", 1, 0.92), ("no_lrn", 0, 0.88), ("no_lrn", 1, 0.91),
-                                       ("no_lrn", 2, 0.5), ("no_dropout", 0, 0.89)):
+    for experiment, seed, accuracy in (
+        ("base", 0, 0.9),
+        ("base", 1, 0.92),
+        ("no_lrn", 0, 0.88),
+        ("no_lrn", 1, 0.91),
+        ("no_lrn", 2, 0.5),
+        ("no_dropout", 0, 0.89),
+    ):
         write(tmp_path / "claims", f"claims_2012_{experiment}", seed, accuracy)
     write(tmp_path / "claims", "claims_2012_plain_pool", 0, 0.5, epochs=2.0)
     write(tmp_path / "claims", "claims_2012_plain_pool", 1, 0.5, device_kind="H200")
     assert figures(tmp_path, "without response norms: test error, points more") == [
-        ["1.4", "1.50 ± 0.71 (10.50, not 9.00)", "2", "+0.10", "1 x H100"]]
+        ["1.4", "1.50 ± 0.71 (10.50, not 9.00)", "2", "+0.10", "1 x H100"]
+    ]
     assert figures(tmp_path, "without dropout: test error, points more") == [
-        ["overfits substantially", "1.00 (11.00, not 10.00)", "1", "", "1 x H100"]]
-    assert figures(tmp_path, "pools that do not overlap: test error, points more") == [["0.4", "not measured", "0", "", ""]]
+        ["overfits substantially", "1.00 (11.00, not 10.00)", "1", "", "1 x H100"]
+    ]
+    assert figures(tmp_path, "pools that do not overlap: test error, points more") == [
+        ["0.4", "not measured", "0", "", ""]
+    ]
 
 
 def test_imagenet_and_speedups_on_known_runs(tmp_path):
     """Only whole runs on ImageNet count; a speedup is that of the scheme, the batch a GPU and the size of network."""
-    whole = dict(dataset="imagenet2012", epochs=90.0, devices=2, batch_size=256, train_seconds=7200.0)
+    whole = dict(
+        dataset="imagenet2012", epochs=90.0, devices=2, batch_size=256, train_seconds=7200.0
+    )
     write(tmp_path, "owt_imagenet", accuracy=0.6, **whole)
     write(tmp_path, "owt_imagenet", accuracy=0.1, **whole | dict(epochs=5.0))
     write(tmp_path, "owt_imagenet_variable", accuracy=0.58, **whole)
@@ -99,27 +144,64 @@ def test_imagenet_and_speedups_on_known_runs(tmp_path):
     (tmp_path / "sweeps").mkdir()
 
     def run(devices, batch, rate, parallelism="hybrid", size=61_100_840, micro=0):
-        figures = dict(model="alexnet", mesh=dict(data=1, model=devices), parallelism=parallelism, batch_size=batch * devices,
-                       param_count=size, images_per_second=rate, dense_microbatch=micro, device_kind="H100", seed=0)
-        return dict(status="completed", settings=dict(batch_per_device=batch, size=size, micro=micro), figures=figures,
-                    command=f"{parallelism} --mesh=1x{devices} --config.batch_size={batch * devices}")
+        figures = dict(
+            model="alexnet",
+            mesh=dict(data=1, model=devices),
+            parallelism=parallelism,
+            batch_size=batch * devices,
+            param_count=size,
+            images_per_second=rate,
+            dense_microbatch=micro,
+            device_kind="H100",
+            seed=0,
+        )
+        return dict(
+            status="completed",
+            settings=dict(batch_per_device=batch, size=size, micro=micro),
+            figures=figures,
+            command=f"{parallelism} --mesh=1x{devices} --config.batch_size={batch * devices}",
+        )
 
-    for name, runs in dict(a=[run(1, 128, 100.0), run(2, 128, 180.0), run(2, 128, 500.0, "model"), run(2, 256, 900.0),
-                              run(4, 128, 300.0), run(1, 128, 1.0, size=5), run(2, 128, 9.0, size=5)],
-                           b=[run(1, 128, 100.0, micro=128), run(2, 128, 150.0, micro=128)]).items():
+    for name, runs in dict(
+        a=[
+            run(1, 128, 100.0),
+            run(2, 128, 180.0),
+            run(2, 128, 500.0, "model"),
+            run(2, 256, 900.0),
+            run(4, 128, 300.0),
+            run(1, 128, 1.0, size=5),
+            run(2, 128, 9.0, size=5),
+        ],
+        b=[run(1, 128, 100.0, micro=128), run(2, 128, 150.0, micro=128)],
+    ).items():
         sweep = dict(experiment="owt", hardware=dict(host_cores=4), runs=runs)
         (tmp_path / "sweeps" / f"{name}.json").write_text(json.dumps(sweep))
     plain, variable = "2 GPUs, batches (256, 256): ", "2 GPUs, batches (256, 128): "
-    assert figures(tmp_path, plain + "top-1 error, %") == [["42.63", "40.00", "1", "-2.63", "2 x H100"]]
+    assert figures(tmp_path, plain + "top-1 error, %") == [
+        ["42.63", "40.00", "1", "-2.63", "2 x H100"]
+    ]
     assert figures(tmp_path, plain + "hours") == [["50.24", "2.00", "1", "-48.24", "2 x H100"]]
-    assert figures(tmp_path, variable + "top-1 error, %") == [["42.27", "42.00", "1", "-0.27", "2 x H100"]]
-    assert figures(tmp_path, "alexnet_2012: top-5 error, %") == [["18.2", "10.00", "1", "-8.20", "2 x H100"]]
+    assert figures(tmp_path, variable + "top-1 error, %") == [
+        ["42.27", "42.00", "1", "-0.27", "2 x H100"]
+    ]
+    assert figures(tmp_path, "alexnet_2012: top-5 error, %") == [
+        ["18.2", "10.00", "1", "-8.20", "2 x H100"]
+    ]
     assert figures(tmp_path, plain + "speedup") == [["1.95", "1.80", "1", "-0.15", "2 x H100"]]
     assert figures(tmp_path, variable + "speedup") == [["1.93", "1.50", "1", "-0.43", "2 x H100"]]
-    assert figures(tmp_path, "4 GPUs, batches (512, 512): speedup") == [["3.74", "3.00", "1", "-0.74", "4 x H100"]]
-    assert figures(tmp_path, "1 GPU, batches (128, 128): hours") == [["98.05", "not measured", "0", "", ""]]
-    assert figures(tmp_path, "one weird trick, batch 256 a GPU, 2 GPUs: speedup")[0][1] == "not measured"  # there is no base
-    command = "| hybrid --mesh=1x1,1x2 --batch_per_device=128 | Krizhevsky 2014"  # the run, and its base
+    assert figures(tmp_path, "4 GPUs, batches (512, 512): speedup") == [
+        ["3.74", "3.00", "1", "-0.74", "4 x H100"]
+    ]
+    assert figures(tmp_path, "1 GPU, batches (128, 128): hours") == [
+        ["98.05", "not measured", "0", "", ""]
+    ]
+    assert (
+        figures(tmp_path, "one weird trick, batch 256 a GPU, 2 GPUs: speedup")[0][1]
+        == "not measured"
+    )  # there is no base
+    command = (
+        "| hybrid --mesh=1x1,1x2 --batch_per_device=128 | Krizhevsky 2014"  # the run, and its base
+    )
     assert command in measured.measured_table(tmp_path)
 
 
@@ -129,19 +211,32 @@ def test_commands_make_the_runs_that_a_figure_is_of(figure):
     for command in figure["configs"]:
         file, *settings = command.split(" ")
         name, _, variant = file.partition(".py")
-        config = importlib.import_module(f"experiments.{name}").get_config(*filter(None, [variant.removeprefix(":")]))
+        config = importlib.import_module(f"experiments.{name}").get_config(
+            *filter(None, [variant.removeprefix(":")])
+        )
         made.append(config.experiment)
-        fields = [text.removeprefix("--config.").split("=")[0] for text in settings if text.startswith("--config.")]
+        fields = [
+            text.removeprefix("--config.").split("=")[0]
+            for text in settings
+            if text.startswith("--config.")
+        ]
         assert {*fields} <= {*flat(config.to_dict())}
         assert config.data.name == figure["where"].get("dataset", "imagenet2012")
     if "experiment" in figure["where"]:
-        assert made == [figure["where"]["experiment"], *([figure["control"]] if "control" in figure else [])]
+        assert made == [
+            figure["where"]["experiment"],
+            *([figure["control"]] if "control" in figure else []),
+        ]
 
 
 def test_experiment_says_what_was_measured():
     """cuda_convnet_cifar.py's figures are those of results/."""
     for variant in cuda_convnet_cifar.RECIPES:
-        runs = [run for run in measured.read(ROOT / "results") if run.get("experiment") == f"cuda_convnet_{variant}"]
+        runs = [
+            run
+            for run in measured.read(ROOT / "results")
+            if run.get("experiment") == f"cuda_convnet_{variant}"
+        ]
         error = compare.mean([100 * (1 - run["eval"]["accuracy"]) for run in runs], 2)
         seconds = sum(run["train_seconds"] for run in runs) / len(runs)
         line = rf"^  {variant} +{re.escape(error)} % +n = {len(runs)} +{seconds:.1f} s"
@@ -154,10 +249,17 @@ def test_other_experiments_say_what_was_measured():
     found = {}
     for run in runs:
         if run["experiment"].startswith("alexnet_cifar"):
-            variant = run["experiment"].removeprefix("alexnet_cifar").replace("_", ":") or ":best" * (run["epochs"] == 100)
+            variant = run["experiment"].removeprefix("alexnet_cifar").replace(
+                "_", ":"
+            ) or ":best" * (run["epochs"] == 100)
             place = f"{run['devices']} x {run['device_kind'].removeprefix('NVIDIA ').split()[0]}"
-            mesh = f"mesh {run['mesh']['data']}x{run['mesh']['model']}" + f", {run['parallelism']}" * (run["devices"] > 1)
-            found.setdefault(f"{variant}, {place}" if variant else f"{place}, {mesh}", []).append(run)
+            mesh = (
+                f"mesh {run['mesh']['data']}x{run['mesh']['model']}"
+                + f", {run['parallelism']}" * (run["devices"] > 1)
+            )
+            found.setdefault(f"{variant}, {place}" if variant else f"{place}, {mesh}", []).append(
+                run
+            )
     assert len(found) == 6
     for place, same in found.items():
         accuracy = compare.mean([100 * run["eval"]["accuracy"] for run in same], 2)
@@ -167,27 +269,62 @@ def test_other_experiments_say_what_was_measured():
     for name in deeper_cifar.VARIANTS:
         same = [run for run in runs if run["experiment"] == f"deeper_{name}"]
         accuracy = compare.mean([100 * run["eval"]["accuracy"] for run in same], 2)
-        assert re.search(rf"^  {name} .* {accuracy} % +n = {len(same)}$", deeper_cifar.__doc__, re.MULTILINE), name
-    for label, variable, scaling in (("rate k, as large", "", 1.0), ("rate k, dense 128", "_variable", 1.0),
-                                     ("sqrt\\(k\\), as large", "", 0.5), ("sqrt\\(k\\), dense 128", "_variable", 0.5)):
-        same = [run for run in runs if run["experiment"] == f"owt_cifar{variable}"
-                and run["config"]["optimizer"]["scaling"] == scaling]
-        errors = {batch: [100 * (1 - run["eval"]["accuracy"]) for run in same if run["batch_size"] == batch]
-                  for batch in sorted({run["batch_size"] for run in same})}
+        assert re.search(
+            rf"^  {name} .* {accuracy} % +n = {len(same)}$", deeper_cifar.__doc__, re.MULTILINE
+        ), name
+    for label, variable, scaling in (
+        ("rate k, as large", "", 1.0),
+        ("rate k, dense 128", "_variable", 1.0),
+        ("sqrt\\(k\\), as large", "", 0.5),
+        ("sqrt\\(k\\), dense 128", "_variable", 0.5),
+    ):
+        same = [
+            run
+            for run in runs
+            if run["experiment"] == f"owt_cifar{variable}"
+            and run["config"]["optimizer"]["scaling"] == scaling
+        ]
+        errors = {
+            batch: [
+                100 * (1 - run["eval"]["accuracy"]) for run in same if run["batch_size"] == batch
+            ]
+            for batch in sorted({run["batch_size"] for run in same})
+        }
         assert {len(values) for values in errors.values()} == {3}
         means = " +".join(f"{statistics.mean(values):.2f}" for values in errors.values())
-        assert re.search(rf"^  {label} +{means}( %)?$", owt_cifar.__doc__, re.MULTILINE), (label, means)
+        assert re.search(rf"^  {label} +{means}( %)?$", owt_cifar.__doc__, re.MULTILINE), (
+            label,
+            means,
+        )
     for batch, dense, variable in ((128, 128, ""), (512, 512, ""), (512, 128, "_variable")):
-        errors = [100 * (1 - run["eval"]["accuracy"]) for run in measured.read(ROOT / "results")
-                  if (run.get("experiment"), run["batch_size"]) == (f"owt_imagenette{variable}", batch)]
+        errors = [
+            100 * (1 - run["eval"]["accuracy"])
+            for run in measured.read(ROOT / "results")
+            if (run.get("experiment"), run["batch_size"]) == (f"owt_imagenette{variable}", batch)
+        ]
         assert len(errors) == 3
         assert f"({batch}, {dense})   {compare.mean(errors, 2)} %" in owt_imagenet.__doc__
-    errors = [100 * (1 - run["eval"]["accuracy"]) for run in measured.read(ROOT / "results")
-              if run.get("experiment") == "alexnet_2012_imagenette"]
+    errors = [
+        100 * (1 - run["eval"]["accuracy"])
+        for run in measured.read(ROOT / "results")
+        if run.get("experiment") == "alexnet_2012_imagenette"
+    ]
     assert f"  {compare.mean(errors, 2)} %   n = {len(errors)} " in alexnet_2012_imagenet.__doc__
-    of_claims = {variant: [100 * (1 - run["eval"]["accuracy"]) for run in runs if run["experiment"] == f"claims_2012_{variant}"]
-                 for variant in ("base", "plain_pool")}
-    more = compare.mean([one - other for one, other in zip(of_claims["plain_pool"], of_claims["base"], strict=True)], 2)
+    of_claims = {
+        variant: [
+            100 * (1 - run["eval"]["accuracy"])
+            for run in runs
+            if run["experiment"] == f"claims_2012_{variant}"
+        ]
+        for variant in ("base", "plain_pool")
+    }
+    more = compare.mean(
+        [
+            one - other
+            for one, other in zip(of_claims["plain_pool"], of_claims["base"], strict=True)
+        ],
+        2,
+    )
     assert f"Plain pools cost {more.replace('0.', '.')};" in claims_2012_cifar.__doc__
 
 
@@ -197,18 +334,31 @@ def test_one_weird_tricks_table_and_speedups_are_told():
         assert f"{gpus} ({128 * gpus}, {dense}) {error} {hours:.2f} {speedup}" in text
     found: dict[tuple, list[str]] = {}
     for run in measured.read(ROOT / "results"):
-        if run.get("config", {}).get("experiment", "").startswith("owt_imagenet") and run.get("speedup") and run["devices"] > 1:
+        if (
+            run.get("config", {}).get("experiment", "").startswith("owt_imagenet")
+            and run.get("speedup")
+            and run["devices"] > 1
+        ):
             found.setdefault((run["devices"], run["variable"]), []).append(f"{run['speedup']:.2f}")
     assert {key: len(values) for key, values in found.items()} == {
-        (2, False): 2, (2, True): 2, (4, False): 1, (4, True): 1}
+        (2, False): 2,
+        (2, True): 2,
+        (4, False): 1,
+        (4, True): 1,
+    }
     for (gpus, variable), values in found.items():
         batches = f"({128 * gpus}, {128 if variable else 128 * gpus})"
         assert f"{gpus} {batches} {', '.join(sorted(values))} " in text.replace("\n", " ")
 
 
 def test_it_prints_every_table(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "cnn_spmd.papers", "--depth_plot", str(tmp_path / "depth.svg")], cwd=ROOT,
-                            capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "cnn_spmd.papers", "--depth_plot", str(tmp_path / "depth.svg")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     for title, rows in measured.tables().items():
         assert f"{title}\n\n| figure | published | measured | n | difference" in result.stdout
@@ -221,14 +371,21 @@ def test_it_prints_every_table(tmp_path):
 def test_a_plot_that_cannot_be_written(capsys):
     with pytest.raises(SystemExit):
         __main__.main(["--depth_plot", "/no/where/depth.svg"])
-    assert "error: --depth_plot=/no/where/depth.svg: cannot be written (No such file or directory)" in capsys.readouterr().err
+    assert (
+        "error: --depth_plot=/no/where/depth.svg: cannot be written (No such file or directory)"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_makes_another_recipe():
     def of(**config):
         return compare.recipe(dict(config=config))
 
-    assert of(optimizer=dict(rate=1)) == of(optimizer=dict(rate=1, clip_norm=0.0)) != of(optimizer=dict(rate=1, clip_norm=5.0))
+    assert (
+        of(optimizer=dict(rate=1))
+        == of(optimizer=dict(rate=1, clip_norm=0.0))
+        != of(optimizer=dict(rate=1, clip_norm=5.0))
+    )
     assert of(data=dict(dir="a"), eval=dict(every_epochs=1)) == of()
     for field in (dict(data=dict(crop=24)), dict(eval=dict(views="ten"))):
         assert of(**field) != of()

@@ -31,7 +31,9 @@ def features_of(run, params, images):
 
 def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
     """A net with hidden layers of 48, trained on 1x2 and drawn on one device, 64 training images in batches of 24."""
-    monkeypatch.setattr(pictures.plots, "svg", lambda fig, label: "<svg></svg>")  # the report's other charts
+    monkeypatch.setattr(
+        pictures.plots, "svg", lambda fig, label: "<svg></svg>"
+    )  # the report's other charts
     monkeypatch.setattr(pictures, "BATCH", 24)
     config.update(dict(steps=3, seed=5, parallelism="hybrid", mesh=dict(data=1, model=2)))
     config.model.update(dict(name="one_convolution", width=48))
@@ -40,13 +42,22 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
     train.run(config, tmp_path)
     assert report.main(["--pictures", str(tmp_path)]) == 0
     said = json.loads((tmp_path / "pictures.json").read_text())
-    assert (said["step"], said["filters"], [row["file"] for row in said["pictures"]]) == (3, 64, list(NAMES))
+    assert (said["step"], said["filters"], [row["file"] for row in said["pictures"]]) == (
+        3,
+        64,
+        list(NAMES),
+    )
 
     run, state = pictures.restore(tmp_path, None)
     model = nnx.merge(run.steps.graph, state.params)
     test, labels = run.data.test_images.astype(np.float32), run.data.test_labels
-    logits = [np.asarray(model.classify(features_of(run, state.params, x)), np.float64) for x in (test, test[:, :, ::-1])]
-    odds = sum(np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits) / 2  # eval.views=mirrored
+    logits = [
+        np.asarray(model.classify(features_of(run, state.params, x)), np.float64)
+        for x in (test, test[:, :, ::-1])
+    ]
+    odds = (
+        sum(np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits) / 2
+    )  # eval.views=mirrored
     assert len({row["test_image"] for row in said["predictions"]}) == 8
     for row in said["predictions"]:
         own = odds[row["test_image"]]
@@ -92,7 +103,9 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
     assert {name: (tmp_path / name).read_bytes() for name in NAMES} == old
     assert not list(tmp_path.glob("*.tmp"))
 
-    summary, saved = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "config"))
+    summary, saved = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "config")
+    )
     assert summary["data_digest"] == saved["data_digest"] == run.data.digest
 
 
@@ -100,7 +113,9 @@ def test_what_reaches_the_output_layer_where_none_is_hidden(config):
     run = setups.prepare(config)
     params = run.steps.init(np.uint32(0)).params
     images = run.data.test_images[:4]
-    np.testing.assert_allclose(pictures.activations(run.steps, params, images), features_of(run, params, images), atol=1e-5)
+    np.testing.assert_allclose(
+        pictures.activations(run.steps, params, images), features_of(run, params, images), atol=1e-5
+    )
 
 
 def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, monkeypatch):
@@ -137,7 +152,9 @@ def test_filters_are_scaled_each_to_its_own_range(config, name):
     label, filters = pictures.first_layer(run, params)
     assert (label, filters.shape) == (f"{layer}.kernel", shape)
     assert np.ptp(filters.reshape(len(filters), -1), 1) == pytest.approx(np.ones(len(filters)))
-    weights = np.asarray(params[layer]["kernel"][..., 7]).reshape(filters.shape[1:])  # as flatten orders an image
+    weights = np.asarray(params[layer]["kernel"][..., 7]).reshape(
+        filters.shape[1:]
+    )  # as flatten orders an image
     np.testing.assert_allclose(filters[7], (weights - weights.min()) / np.ptp(weights), rtol=1e-5)
 
 
@@ -155,12 +172,30 @@ def test_few_classes_and_images_are_drawn(config):
     row = dict(test_image=0, label=1, classes=[2, 1, 0], probabilities=[0.5, 0.3, 0.2])
     near = dict(test_image=0, label=1, train_images=[3, 4], labels=[1, 0])
     with pictures.plots.style():
-        texts = [[text.get_text() for axes in fig.axes for text in [axes.title, *axes.texts] if text.get_text()]
-                 for fig in (pictures.prediction_bars(data, [row] * 3), pictures.neighbour_rows(data, [near]))]
+        texts = [
+            [
+                text.get_text()
+                for axes in fig.axes
+                for text in [axes.title, *axes.texts]
+                if text.get_text()
+            ]
+            for fig in (
+                pictures.prediction_bars(data, [row] * 3),
+                pictures.neighbour_rows(data, [near]),
+            )
+        ]
     above, _, _, second, *_ = texts[0]
-    assert texts[0][:7] == [above, "$c_1$", "50", second, "30", "a", "20"] and texts[0] == texts[0][:7] * 3
+    assert (
+        texts[0][:7] == [above, "$c_1$", "50", second, "30", "a", "20"]
+        and texts[0] == texts[0][:7] * 3
+    )
     assert texts[1] == [texts[1][0], texts[1][1], "a"]
-    for text, fewest, most in ((above, 8, 16), (second, 10, 18), (texts[1][0], 5, 11), (texts[1][1], 5, 11)):
+    for text, fewest, most in (
+        (above, 8, 16),
+        (second, 10, 18),
+        (texts[1][0], 5, 11),
+        (texts[1][1], 5, 11),
+    ):
         assert re.fullmatch(rf"b{{{fewest},{most}}}…", text)
     wide, narrow = (len(pictures.short(letter * 40, 0.12, fontsize=7)) for letter in "Wi")
     assert wide < narrow / 2 < 20  # by their width, not their number
@@ -169,12 +204,26 @@ def test_few_classes_and_images_are_drawn(config):
 
 def test_a_long_name_keeps_all_letters_that_fit_and_the_rest_is_not_measured(monkeypatch):
     measured, of_text = [], pictures.TextPath
-    monkeypatch.setattr(pictures, "TextPath", lambda at, text, *rest, **more: measured.append(text) or of_text(
-        at, text, *rest, **more))
-    for name in ("great white shark, man-eater", "A V" * 9, "i" * 70, "W" * 17, "n01440764", "x" + " " * 40 + "y", " "):
+    monkeypatch.setattr(
+        pictures,
+        "TextPath",
+        lambda at, text, *rest, **more: measured.append(text) or of_text(at, text, *rest, **more),
+    )
+    for name in (
+        "great white shark, man-eater",
+        "A V" * 9,
+        "i" * 70,
+        "W" * 17,
+        "n01440764",
+        "x" + " " * 40 + "y",
+        " ",
+    ):
         short = pictures.short(name, 0.12, fontsize=7)
-        fitting = [f"{name[:kept]}…" for kept in range(len(name)) if pictures.short(
-            f"{name[:kept]}…", 0.12, fontsize=7) == f"{name[:kept]}…"]
+        fitting = [
+            f"{name[:kept]}…"
+            for kept in range(len(name))
+            if pictures.short(f"{name[:kept]}…", 0.12, fontsize=7) == f"{name[:kept]}…"
+        ]
         assert short in (name, fitting[-1])
         assert (short == name) == (name in ("n01440764", " "))
     measured.clear()
@@ -185,6 +234,7 @@ def test_a_long_name_keeps_all_letters_that_fit_and_the_rest_is_not_measured(mon
 @pytest.fixture
 def saved(config, tmp_path):
     """Writes config.json of a run of `config` with some changes, and nothing else; returns the folder."""
+
     def write(**changes):
         run = setups.prepare(config)
         own = configs.as_json(run.config) | dict(dataset=run.data.name, fallback=run.data.fallback)
@@ -192,19 +242,32 @@ def saved(config, tmp_path):
             own[field] = own[field] | value if isinstance(value, dict) else value
         (tmp_path / "config.json").write_text(json.dumps(own))
         return tmp_path
+
     return write
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({}, "holds no checkpoint that can be used"),
-    (dict(model=dict(name="alexnet_3000")), "model.name=alexnet_3000: unknown, expected one of"),
-    (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
-    (dict(dataset="digits"), "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir"),
-    (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
-    (dict(data_digest="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
-    (dict(eval={}, optimizer=3), "optimizer=3: expected a dict"),
-    (dict(data=3), "config.json is damaged or of another version"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "holds no checkpoint that can be used"),
+        (
+            dict(model=dict(name="alexnet_3000")),
+            "model.name=alexnet_3000: unknown, expected one of",
+        ),
+        (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
+        (
+            dict(dataset="digits"),
+            "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir",
+        ),
+        (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
+        (
+            dict(data_digest="0a"),
+            "was trained on synthetic, but its data.dir= holds other files or",
+        ),
+        (dict(eval={}, optimizer=3), "optimizer=3: expected a dict"),
+        (dict(data=3), "config.json is damaged or of another version"),
+    ],
+)
 def test_bad_input_is_one_line(saved, capsys, monkeypatch, changes, message):
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
     folder = saved(**changes)
@@ -242,7 +305,10 @@ def test_cifar10_that_is_gone_is_an_error_and_not_the_digits(saved, capsys, monk
 def test_a_place_for_data_that_have_none_is_refused(saved, capsys, dataset):
     folder = saved(dataset=dataset)
     assert report.main(["--pictures", str(folder), "--data_dir", "/data"]) == 2
-    assert capsys.readouterr().err == f"error: {folder}: --data_dir=/data: has no effect on {dataset}, expected none\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {folder}: --data_dir=/data: has no effect on {dataset}, expected none\n"
+    )
 
 
 def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
@@ -258,7 +324,9 @@ def test_what_is_no_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'}: damaged JSON")
-    with workdir.locked(tmp_path):  # as a run that is going on does, whose half-made checkpoint must not be cleaned away
+    with workdir.locked(
+        tmp_path
+    ):  # as a run that is going on does, whose half-made checkpoint must not be cleaned away
         assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: another run is using it")
     for arguments in (["--pictures"], ["--data_dir", "x", str(tmp_path)]):

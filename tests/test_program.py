@@ -23,7 +23,9 @@ TINY = {"data": 4, "model": 2}
 
 
 def make_mesh(shape):
-    assert len(jax.devices()) == 8  # the session forces 8; with fewer these tests would prove nothing
+    assert (
+        len(jax.devices()) == 8
+    )  # the session forces 8; with fewer these tests would prove nothing
     return jax.make_mesh(shape, BOTH, axis_types=(AxisType.Auto,) * 2)
 
 
@@ -31,7 +33,11 @@ def compile_on(mesh, function, *shapes):
     """`function` of f32 blocks, one a device, as shard_map runs it; each result stays where it was made."""
     blocks = PartitionSpec(BOTH)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=blocks, out_specs=blocks, check_vma=False)
-    return jax.jit(mapped).lower(*[jax.ShapeDtypeStruct((8 * s[0], *s[1:]), jnp.float32) for s in shapes]).compile()
+    return (
+        jax.jit(mapped)
+        .lower(*[jax.ShapeDtypeStruct((8 * s[0], *s[1:]), jnp.float32) for s in shapes])
+        .compile()
+    )
 
 
 def parse(text, mesh_shape=TINY):
@@ -55,8 +61,13 @@ def test_each_explicit_collective_is_read_exactly(shape, named):
     ring = [(i, (i + 1) % g) for i in range(g)]
 
     def every_one(x):
-        return (lax.psum(x, named), lax.all_gather(x, named, tiled=True), lax.psum_scatter(x, named, tiled=True),
-                lax.all_to_all(x, named, 0, 1, tiled=True), lax.ppermute(x, named, ring))
+        return (
+            lax.psum(x, named),
+            lax.all_gather(x, named, tiled=True),
+            lax.psum_scatter(x, named, tiled=True),
+            lax.all_to_all(x, named, 0, 1, tiled=True),
+            lax.ppermute(x, named, ring),
+        )
 
     found = parse(compile_on(mesh, every_one, (8, 32)).as_text(), dict(mesh.shape))
     expected = {  # operation: bytes, ring bytes
@@ -76,7 +87,9 @@ def test_each_explicit_collective_is_read_exactly(shape, named):
 
 def test_a_combined_all_reduce_is_one_instruction_with_the_bytes_of_both():
     mesh = make_mesh((4, 2))
-    collective = one(compile_on(mesh, lambda x, y: lax.psum((x, y), "data"), (8, 32), (8,)).as_text())
+    collective = one(
+        compile_on(mesh, lambda x, y: lax.psum((x, y), "data"), (8, 32), (8,)).as_text()
+    )
     assert (collective.operation, collective.axes) == ("all-reduce", ("data",))
     assert sorted(collective.shapes) == ["f32[8,32]", "f32[8]"]
     assert collective.bytes == X + 32
@@ -90,7 +103,11 @@ def test_a_scan_body_counts_once():
     text = compile_on(make_mesh((2, 4)), seven_sums, (8, 32)).as_text()
     assert " while(" in text
     collective = one(text, {"data": 2, "model": 4})
-    assert (collective.operation, collective.axes, collective.bytes) == ("all-reduce", ("model",), X)
+    assert (collective.operation, collective.axes, collective.bytes) == (
+        "all-reduce",
+        ("model",),
+        X,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +126,16 @@ def step():
             return optax.apply_updates(weights, updates), state, value
 
     def abstract(shape, *spec):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        return jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
 
     weights = {"columns": abstract((32, 64), None, "model"), "rows": abstract((64, 24), "model")}
     shardings = jax.tree.map(lambda w: w.sharding, weights)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
-    return mesh, jitted.lower(weights, optimizer.init(weights), abstract((64, 32), "data")).compile()
+    return mesh, jitted.lower(
+        weights, optimizer.init(weights), abstract((64, 32), "data")
+    ).compile()
 
 
 WEIGHTS = 32 * 32 * 4 + 32 * 24 * 4  # bytes of one device's halves of the two weights
@@ -126,9 +147,13 @@ def test_phases_of_a_real_train_step(step):
     common = dict(operation="all-reduce", count=1)
     assert rows == [
         # Both weights' gradients, and with them, merged by XLA, the loss.
-        common | dict(axes=["data"], phase="backward", bytes=WEIGHTS + 4, ring_bytes=(WEIGHTS + 4) * 3 // 2),
+        common
+        | dict(
+            axes=["data"], phase="backward", bytes=WEIGHTS + 4, ring_bytes=(WEIGHTS + 4) * 3 // 2
+        ),
         common | dict(axes=["model"], phase="forward", bytes=16 * 24 * 4, ring_bytes=16 * 24 * 4),
-        common | dict(axes=["model"], phase="update", bytes=8, ring_bytes=8),  # the two gradients' norms
+        common
+        | dict(axes=["model"], phase="update", bytes=8, ring_bytes=8),  # the two gradients' norms
     ]
 
 
@@ -138,7 +163,11 @@ def test_report_is_json_with_totals_memory_and_compiler(step):
     assert json.loads(json.dumps(report)) == report
     assert report["compiler"]["platform"] == "cpu"
     assert report["mesh"] == TINY
-    totals = {"count": 3, "bytes": WEIGHTS + 12 + 16 * 24 * 4, "ring_bytes": (WEIGHTS + 4) * 3 // 2 + 8 + 16 * 24 * 4}
+    totals = {
+        "count": 3,
+        "bytes": WEIGHTS + 12 + 16 * 24 * 4,
+        "ring_bytes": (WEIGHTS + 4) * 3 // 2 + 8 + 16 * 24 * 4,
+    }
     assert report["totals"] == totals
     assert report["memory"]["argument_bytes"] == WEIGHTS + 16 * 32 * 4  # and a quarter of the batch
     assert report["memory"]["alias_bytes"] == WEIGHTS  # donated
@@ -147,7 +176,9 @@ def test_report_is_json_with_totals_memory_and_compiler(step):
 
 def test_memory_is_none_where_the_backend_or_the_version_does_not_say():
     silent = program.memory(types.SimpleNamespace(memory_analysis=lambda: None))
-    assert set(silent) == {f"{k}_bytes" for k in ("argument", "output", "temporary", "alias", "generated_code", "peak")}
+    assert set(silent) == {
+        f"{k}_bytes" for k in ("argument", "output", "temporary", "alias", "generated_code", "peak")
+    }
     assert set(silent.values()) == {None}
     stats = types.SimpleNamespace(argument_size_in_bytes=12, temp_size_in_bytes=0)
     old = program.memory(types.SimpleNamespace(memory_analysis=lambda: stats))
@@ -175,7 +206,9 @@ def test_what_a_loop_runs_several_times_counts_so_often(steps, each, part):
     mesh = make_mesh((4, 2))
 
     def step(x, _):  # 3 steps of 4 parts
-        return lax.psum(lax.scan(lambda x, _: (lax.psum(x, "model"), None), x, length=4)[0], "data"), None
+        return lax.psum(
+            lax.scan(lambda x, _: (lax.psum(x, "model"), None), x, length=4)[0], "data"
+        ), None
 
     compiled = compile_on(mesh, lambda x: lax.psum(lax.scan(step, x, length=3)[0], BOTH), (8, 32))
     found = hlo.parse_collectives(compiled.as_text(), dict(mesh.shape), steps)
@@ -185,8 +218,11 @@ def test_what_a_loop_runs_several_times_counts_so_often(steps, each, part):
 
 def test_a_loop_that_does_not_say_how_often_it_runs():
     mesh = make_mesh((4, 2))
-    text = compile_on(mesh, lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: lax.psum(x, "model"), x),
-                      (8, 32)).as_text()
+    text = compile_on(
+        mesh,
+        lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: lax.psum(x, "model"), x),
+        (8, 32),
+    ).as_text()
     with pytest.raises(ValueError, match="does not tell how often it runs"):
         parse(text)
 
@@ -201,43 +237,110 @@ HOP = "channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6
     ("line", "operation", "shapes", "size"),
     [
         # jax 0.10: an all-reduce's start has the shape of its result, or of its results.
-        (f"%s = f32[6,4]{{1,0}} all-reduce-start(%a), {PAIRS}, to_apply=%add", "all-reduce", ["f32[6,4]"], 96),
-        (f"%s = (f32[6]{{0}}, bf16[]) all-reduce-start(%a, %b), {PAIRS}", "all-reduce", ["f32[6]", "bf16[]"], 26),
+        (
+            f"%s = f32[6,4]{{1,0}} all-reduce-start(%a), {PAIRS}, to_apply=%add",
+            "all-reduce",
+            ["f32[6,4]"],
+            96,
+        ),
+        (
+            f"%s = (f32[6]{{0}}, bf16[]) all-reduce-start(%a, %b), {PAIRS}",
+            "all-reduce",
+            ["f32[6]", "bf16[]"],
+            26,
+        ),
         # jax 0.11: it holds its operands too, as every start that XLA wraps.
-        (f"%s = ((f32[6]{{0}}), f32[6]{{0}}) all-reduce-start(%a), {PAIRS}, to_apply=%add, "
-         "output_to_operand_aliasing={{1}: (0, {})}", "all-reduce", ["f32[6]"], 24),
-        (f"%s = ((f32[6]{{0}}, f32[2]{{0}}), (f32[6]{{0}}, f32[2]{{0}})) all-reduce-start(%a, %b), {PAIRS}",
-         "all-reduce", ["f32[6]", "f32[2]"], 32),
-        (f"%s = (f32[4,6]{{1,0}}, f32[8,6]{{1,0}}) all-gather-start(%a), {PAIRS}", "all-gather", ["f32[8,6]"], 192),
-        (f"%s = ((f32[4]{{0}}, u8[2]{{0}}), (f32[8]{{0}}, u8[4]{{0}})) all-gather-start(%a, %b), {PAIRS}",
-         "all-gather", ["f32[8]", "u8[4]"], 36),
-        (f"ROOT %s = ((f32[8,6]{{1,0}}), f32[4,6]{{1,0}}) reduce-scatter-start(%a), {PAIRS}, dimensions={{0}}",
-         "reduce-scatter", ["f32[4,6]"], 192),
-        (f"%s = ((f32[8]{{0}}, f32[2]{{0}}), (f32[4]{{0}}, f32[1]{{0}})) reduce-scatter-start(%a, %b), {PAIRS}",
-         "reduce-scatter", ["f32[4]", "f32[1]"], 40),
-        (f"%s = ((f32[8]{{0}}), f32[8]{{0}}, s32[], u32[]) all-to-all-start(%a), {PAIRS}",
-         "all-to-all", ["f32[8]"], 32),
-        (f"%s = (bf16[8]{{0}}, bf16[8]{{0}}, u32[], u32[]) collective-permute-start(%a), {HOP}",
-         "collective-permute", ["bf16[8]"], 16),
-        (f"%s = ((f32[8]{{0}}, s32[]), (f32[8]{{0}}, s32[])) collective-permute-start(%a, %b), {HOP}",
-         "collective-permute", ["f32[8]", "s32[]"], 36),
-        (f"%s = ((f32[8]{{0}}, f32[8]{{0}}, s64[2]{{0}}, s64[2]{{0}}, s64[2]{{0}}, /*index=5*/s64[2]{{0}}), "
-         f"f32[8]{{0}}) ragged-all-to-all-start(%a, %b, %c, %d, %e, /*index=5*/%f), {PAIRS}",
-         "ragged-all-to-all", ["f32[8]"], 32),
+        (
+            f"%s = ((f32[6]{{0}}), f32[6]{{0}}) all-reduce-start(%a), {PAIRS}, to_apply=%add, "
+            "output_to_operand_aliasing={{1}: (0, {})}",
+            "all-reduce",
+            ["f32[6]"],
+            24,
+        ),
+        (
+            f"%s = ((f32[6]{{0}}, f32[2]{{0}}), (f32[6]{{0}}, f32[2]{{0}})) all-reduce-start(%a, %b), {PAIRS}",
+            "all-reduce",
+            ["f32[6]", "f32[2]"],
+            32,
+        ),
+        (
+            f"%s = (f32[4,6]{{1,0}}, f32[8,6]{{1,0}}) all-gather-start(%a), {PAIRS}",
+            "all-gather",
+            ["f32[8,6]"],
+            192,
+        ),
+        (
+            f"%s = ((f32[4]{{0}}, u8[2]{{0}}), (f32[8]{{0}}, u8[4]{{0}})) all-gather-start(%a, %b), {PAIRS}",
+            "all-gather",
+            ["f32[8]", "u8[4]"],
+            36,
+        ),
+        (
+            f"ROOT %s = ((f32[8,6]{{1,0}}), f32[4,6]{{1,0}}) reduce-scatter-start(%a), {PAIRS}, dimensions={{0}}",
+            "reduce-scatter",
+            ["f32[4,6]"],
+            192,
+        ),
+        (
+            f"%s = ((f32[8]{{0}}, f32[2]{{0}}), (f32[4]{{0}}, f32[1]{{0}})) reduce-scatter-start(%a, %b), {PAIRS}",
+            "reduce-scatter",
+            ["f32[4]", "f32[1]"],
+            40,
+        ),
+        (
+            f"%s = ((f32[8]{{0}}), f32[8]{{0}}, s32[], u32[]) all-to-all-start(%a), {PAIRS}",
+            "all-to-all",
+            ["f32[8]"],
+            32,
+        ),
+        (
+            f"%s = (bf16[8]{{0}}, bf16[8]{{0}}, u32[], u32[]) collective-permute-start(%a), {HOP}",
+            "collective-permute",
+            ["bf16[8]"],
+            16,
+        ),
+        (
+            f"%s = ((f32[8]{{0}}, s32[]), (f32[8]{{0}}, s32[])) collective-permute-start(%a, %b), {HOP}",
+            "collective-permute",
+            ["f32[8]", "s32[]"],
+            36,
+        ),
+        (
+            f"%s = ((f32[8]{{0}}, f32[8]{{0}}, s64[2]{{0}}, s64[2]{{0}}, s64[2]{{0}}, /*index=5*/s64[2]{{0}}), "
+            f"f32[8]{{0}}) ragged-all-to-all-start(%a, %b, %c, %d, %e, /*index=5*/%f), {PAIRS}",
+            "ragged-all-to-all",
+            ["f32[8]"],
+            32,
+        ),
         # The synchronous forms, with layouts of tiles and memory spaces.
-        (f"%s = f32[8,128]{{1,0:T(8,128)S(1)}} collective-broadcast(%a), {PAIRS}",
-         "collective-broadcast", ["f32[8,128]"], 4096),
-        (f"%s = (pred[2]{{0:T(128)}}, c64[], f8e4m3fn[4]{{0}}, s16[1,1]{{1,0}}, f64[3]{{0}}, /*index=5*/u32[0]{{0}}) "
-         f"all-reduce(%a, %b, %c, %d, %e, /*index=5*/%f), {PAIRS}", "all-reduce",
-         ["pred[2]", "c64[]", "f8e4m3fn[4]", "s16[1,1]", "f64[3]", "u32[0]"], 2 + 8 + 4 + 2 + 24),
+        (
+            f"%s = f32[8,128]{{1,0:T(8,128)S(1)}} collective-broadcast(%a), {PAIRS}",
+            "collective-broadcast",
+            ["f32[8,128]"],
+            4096,
+        ),
+        (
+            f"%s = (pred[2]{{0:T(128)}}, c64[], f8e4m3fn[4]{{0}}, s16[1,1]{{1,0}}, f64[3]{{0}}, /*index=5*/u32[0]{{0}}) "
+            f"all-reduce(%a, %b, %c, %d, %e, /*index=5*/%f), {PAIRS}",
+            "all-reduce",
+            ["pred[2]", "c64[]", "f8e4m3fn[4]", "s16[1,1]", "f64[3]", "u32[0]"],
+            2 + 8 + 4 + 2 + 24,
+        ),
     ],
 )
 def test_payload_of_literal_lines(line, operation, shapes, size):
     collective = one("  " + line)
-    assert (collective.operation, list(collective.shapes), collective.bytes) == (operation, shapes, size)
+    assert (collective.operation, list(collective.shapes), collective.bytes) == (
+        operation,
+        shapes,
+        size,
+    )
     assert (collective.axes, collective.group_size) == (("model",), 2)
-    assert collective.ring_bytes == (size // 2 if operation in ("all-gather", "reduce-scatter", "all-to-all",
-                                                                "ragged-all-to-all") else size)
+    assert collective.ring_bytes == (
+        size // 2
+        if operation in ("all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all")
+        else size
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +377,9 @@ def test_payload_of_literal_lines(line, operation, shapes, size):
         ("mesh['axis_0'=8,'axis_1'=1] {'axis_1'}", None),
     ],
 )
-@pytest.mark.parametrize("rest", ["", ', use_global_device_ids=true, to_apply=%add, metadata={op_name="a/[2]" id=3}'])
+@pytest.mark.parametrize(
+    "rest", ["", ', use_global_device_ids=true, to_apply=%add, metadata={op_name="a/[2]" id=3}']
+)
 def test_groups_become_mesh_axes(groups, axes, rest):
     found = parse(f"  ROOT %r.1 = f32[8]{{0}} all-reduce(%a), replica_groups={groups}{rest}")
     assert [c.axes for c in found] == ([axes] if axes else [])
@@ -292,7 +397,9 @@ def test_groups_become_mesh_axes(groups, axes, rest):
     ],
 )
 def test_pairs_become_mesh_axes(pairs, axes):
-    found = parse(f"  %p = f32[8]{{0}} collective-permute(%a), channel_id=1, source_target_pairs={pairs}")
+    found = parse(
+        f"  %p = f32[8]{{0}} collective-permute(%a), channel_id=1, source_target_pairs={pairs}"
+    )
     assert [c.axes for c in found] == ([axes] if axes else [])
 
 
@@ -380,22 +487,46 @@ GOOD = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
         (f"%r = f32[8] all-gather-start(%a), {GOOD}", "unknown shape"),
         (f"%r = (f32[8], f32[16], f32[9]) all-gather-start(%a), {GOOD}", "unknown shape"),
         (f"%r = (f32[8], f32[16], opaque) all-gather-start(%a), {GOOD}", "unknown shape"),
-        (f"%r = ((f32[8]), (f32[16], (f32[8], f32[9]))) all-gather-start(%a), {GOOD}", "unknown shape"),
+        (
+            f"%r = ((f32[8]), (f32[16], (f32[8], f32[9]))) all-gather-start(%a), {GOOD}",
+            "unknown shape",
+        ),
         ("%r = f32[8] all-reduce(%a), to_apply=%add", "unknown or missing replica_groups"),
-        ('%r = f32[8] all-reduce(%a), metadata={op_name="replica_groups={}, x"}', "unknown or missing replica_groups"),
-        ("%r = f32[8] all-reduce(%a), replica_groups=@mesh<data=4,model=2> {model}", "unknown or missing"),
-        ("%r = f32[8] all-reduce(%a), replica_groups=mesh['data'=4,'model'=2]", "unknown or missing replica_groups"),
+        (
+            '%r = f32[8] all-reduce(%a), metadata={op_name="replica_groups={}, x"}',
+            "unknown or missing replica_groups",
+        ),
+        (
+            "%r = f32[8] all-reduce(%a), replica_groups=@mesh<data=4,model=2> {model}",
+            "unknown or missing",
+        ),
+        (
+            "%r = f32[8] all-reduce(%a), replica_groups=mesh['data'=4,'model'=2]",
+            "unknown or missing replica_groups",
+        ),
         ("%r = f32[8] all-reduce(%a), replica_groups=mesh['data'=8] {'x'}", "not in"),
         ("%r = f32[8] all-reduce(%a), replica_groups=mesh['data'=8] {'data':(3)2}", "no such part"),
-        ("%r = f32[8] all-reduce(%a), replica_groups=[2,4]<=[4,2]T(1,0)X", "unknown or missing replica_groups"),
+        (
+            "%r = f32[8] all-reduce(%a), replica_groups=[2,4]<=[4,2]T(1,0)X",
+            "unknown or missing replica_groups",
+        ),
         ("%r = f32[8] all-reduce(%a), replica_groups=[3,2]<=[8]", "reshape"),
         ("%r = f32[8] all-reduce(%a), replica_groups={{},{}}", "unknown or missing replica_groups"),
-        ("%r = f32[8] all-reduce(%a), replica_groups={{0,1},{2,4,6},{3,5,7}}", "replica_groups of several sizes: [2, 3]"),
+        (
+            "%r = f32[8] all-reduce(%a), replica_groups={{0,1},{2,4,6},{3,5,7}}",
+            "replica_groups of several sizes: [2, 3]",
+        ),
         ("%r = f32[8] all-reduce(%a), replica_groups={{0,1},{2,3}}", "each device"),
         ("%r = f32[8] all-reduce(%a), replica_groups=[8,2]<=[16]", "each device"),
-        ("%r = f32[8] all-reduce(%a), channel_id=1, replica_groups={{0}}", "of replicas, not devices"),
+        (
+            "%r = f32[8] all-reduce(%a), channel_id=1, replica_groups={{0}}",
+            "of replicas, not devices",
+        ),
         (f"%r = f32[8] collective-permute(%a), {GOOD}", "source_target_pairs"),
-        ("%r = f32[8] collective-permute(%a), source_target_pairs=[4,2]<=[8]", "source_target_pairs"),
+        (
+            "%r = f32[8] collective-permute(%a), source_target_pairs=[4,2]<=[8]",
+            "source_target_pairs",
+        ),
         ("%r = f32[8] collective-permute(%a), source_target_pairs={{0,8}}", "out of bounds"),
     ],
 )

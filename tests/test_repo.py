@@ -12,8 +12,13 @@ from cnn_spmd.papers import tables
 
 
 def test_ruff_is_clean():
-    result = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format=concise", "."], cwd=ROOT,
-                            capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--output-format=concise", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -31,9 +36,15 @@ def test_programs_move_what_theory_says():
         run = json.loads(path.read_text())
         assert run["compiler"]["device_kind"], path
         for row in run["communication"]:
-            assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], rel=0.02, abs=2e6), (path.name, row)
-        if run["compiler"]["platform"] != "cpu" and run["parallelism"].startswith("hybrid"):  # what is summed is scattered
-            assert run["totals"]["ring_bytes"] == pytest.approx(run["closed_form_ring_bytes"], rel=0.005), path.name
+            assert row["compiled_bytes"] == pytest.approx(
+                row["closed_form_bytes"], rel=0.02, abs=2e6
+            ), (path.name, row)
+        if run["compiler"]["platform"] != "cpu" and run["parallelism"].startswith(
+            "hybrid"
+        ):  # what is summed is scattered
+            assert run["totals"]["ring_bytes"] == pytest.approx(
+                run["closed_form_ring_bytes"], rel=0.005
+            ), path.name
 
 
 def test_readme_says_how_long_make_train_took():
@@ -43,8 +54,12 @@ def test_readme_says_how_long_make_train_took():
 
 
 def test_readme_says_how_long_a_start_takes():
-    starts = [json.loads((ROOT / "results" / f"alexnet_cifar-h200-1x1-hybrid-seed{seed}.json").read_text())
-              for seed in range(2)]
+    starts = [
+        json.loads(
+            (ROOT / "results" / f"alexnet_cifar-h200-1x1-hybrid-seed{seed}.json").read_text()
+        )
+        for seed in range(2)
+    ]
     assert [run["programs_from_cache"] > 0 for run in starts] == [False, True]
     first, cached = (f"{run['startup_seconds']:.1f} s" for run in starts)
     readme = " ".join((ROOT / "README.md").read_text().split())
@@ -52,22 +67,33 @@ def test_readme_says_how_long_a_start_takes():
 
 
 def test_results_say_where_they_come_from():
-    files = [path for folder in (".", "claims") for path in sorted((ROOT / "results" / folder).glob("*.json"))]
+    files = [
+        path
+        for folder in (".", "claims")
+        for path in sorted((ROOT / "results" / folder).glob("*.json"))
+    ]
     assert files
     for path in files:
         run = json.loads(path.read_text())
         assert run["status"] == "completed", path
         assert run["device_kind"], path
         assert re.fullmatch("[0-9a-f]{40}", run["commit"]), path
-        assert run["eval"]["examples"] == dict(cifar10=10_000, digits=360, imagenette=3925)[run["dataset"]], path
+        assert (
+            run["eval"]["examples"]
+            == dict(cifar10=10_000, digits=360, imagenette=3925)[run["dataset"]]
+        ), path
         assert run["config"]["seed"] == run["seed"], path
 
 
 def test_measured_sweeps_and_speeds_say_where_they_come_from():
-    sweeps, speeds = (sorted((ROOT / "results" / name).glob("*.json")) for name in ("sweeps", "speed"))
+    sweeps, speeds = (
+        sorted((ROOT / "results" / name).glob("*.json")) for name in ("sweeps", "speed")
+    )
     assert sweeps
     assert speeds
-    sweeps, speeds = ([json.loads(path.read_text()) for path in paths] for paths in (sweeps, speeds))
+    sweeps, speeds = (
+        [json.loads(path.read_text()) for path in paths] for paths in (sweeps, speeds)
+    )
     for run in [sweep["hardware"] for sweep in sweeps] + speeds:
         assert re.fullmatch("[0-9a-f]{40}", run["commit"])
         assert run["versions"].keys() >= {"jax", "flax", "python"}
@@ -75,9 +101,21 @@ def test_measured_sweeps_and_speeds_say_where_they_come_from():
 
 def test_table_on_known_runs(tmp_path):
     def write(name, **changes):
-        run = dict(experiment="e", dataset="d", device_kind="GPU", devices=2, host_cores=4, mesh=dict(data=1, model=2),
-                   parallelism="hybrid", eval=dict(accuracy=0.9), train_seconds=10.0, compile_seconds=1.0,
-                   images_per_second=1000.0, epochs=60.0, config=dict(seed=0, optimizer=dict(learning_rate=0.1)))
+        run = dict(
+            experiment="e",
+            dataset="d",
+            device_kind="GPU",
+            devices=2,
+            host_cores=4,
+            mesh=dict(data=1, model=2),
+            parallelism="hybrid",
+            eval=dict(accuracy=0.9),
+            train_seconds=10.0,
+            compile_seconds=1.0,
+            images_per_second=1000.0,
+            epochs=60.0,
+            config=dict(seed=0, optimizer=dict(learning_rate=0.1)),
+        )
         (tmp_path / name).write_text(json.dumps(run | changes))
 
     write("a.json")
@@ -85,10 +123,16 @@ def test_table_on_known_runs(tmp_path):
     write("c.json", device_kind="cpu", parallelism="data")
     write("d.json", epochs=7.5)
     write("e.json", epochs=100.0, config=dict(seed=0, optimizer=dict(learning_rate=0.1)))
-    write("f.json", epochs=100.0, config=dict(seed=1, optimizer=dict(learning_rate=0.1), model=dict(levers=["fast"])))
+    write(
+        "f.json",
+        epochs=100.0,
+        config=dict(seed=1, optimizer=dict(learning_rate=0.1), model=dict(levers=["fast"])),
+    )
     write("g.json", epochs=100.0, config=dict(seed=0, optimizer=dict(learning_rate=0.2)))
     write("h.json", mesh=dict(data=2, model=1))
-    write("i.json", experiment="cuda_convnet_80sec", dataset="cifar10")  # in the papers' table instead
+    write(
+        "i.json", experiment="cuda_convnet_80sec", dataset="cifar10"
+    )  # in the papers' table instead
     write("j.json", experiment="cuda_convnet_80sec", dataset="digits")
     rows = tables.results_table(tmp_path).splitlines()[2:]
     assert rows == [
@@ -98,4 +142,5 @@ def test_table_on_known_runs(tmp_path):
         "| e | d | 2 x GPU | 1x2 | hybrid | 60 | 2 | 91.00 ± 1.41 | 11.0 ± 1.4 | 1.0 ± 0.0 | 1,000 ± 0 |",
         "| e | d | 2 x GPU | 1x2 | hybrid | 100 | 2 | 90.00 ± 0.00 | 10.0 ± 0.0 | 1.0 ± 0.0 | 1,000 ± 0 |",
         "| e | d | 2 x GPU | 1x2 | hybrid | 100 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
-        "| e | d | CPU, 4 cores | 1x2 | data | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |"]
+        "| e | d | CPU, 4 cores | 1x2 | data | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
+    ]

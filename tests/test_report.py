@@ -20,10 +20,25 @@ from cnn_spmd.report import canvas, charts, compare, plots, write
 from cnn_spmd.training import loop as train
 from cnn_spmd.training import runfiles
 
-TOP = [dict(name=f"kernel<{n}>" + "_long" * 10 * (n == 3), milliseconds=0.5 / n, count=n, communication=n == 2)
-       for n in range(1, 15)]
-PROFILE = dict(steps=20, devices=8, step_milliseconds=4.0, compute_milliseconds=2.75, communication_milliseconds=1.5,
-               exposed_milliseconds=0.875, idle_milliseconds=0.375, top=TOP)
+TOP = [
+    dict(
+        name=f"kernel<{n}>" + "_long" * 10 * (n == 3),
+        milliseconds=0.5 / n,
+        count=n,
+        communication=n == 2,
+    )
+    for n in range(1, 15)
+]
+PROFILE = dict(
+    steps=20,
+    devices=8,
+    step_milliseconds=4.0,
+    compute_milliseconds=2.75,
+    communication_milliseconds=1.5,
+    exposed_milliseconds=0.875,
+    idle_milliseconds=0.375,
+    top=TOP,
+)
 
 
 @pytest.fixture
@@ -37,41 +52,114 @@ def _undrawn(request, monkeypatch):
         monkeypatch.setattr(plots, "svg", lambda fig, label: "<svg></svg>")
 
 
-def a_run(mesh="1x1", speed=1000.0, parallelism="data", batch=128, seed=0, *, settings=None, status="completed", reason="",
-          **more):
+def a_run(
+    mesh="1x1",
+    speed=1000.0,
+    parallelism="data",
+    batch=128,
+    seed=0,
+    *,
+    settings=None,
+    status="completed",
+    reason="",
+    **more,
+):
     """An entry of sweep.json with invented numbers, all different; batch a device."""
     data, model = map(int, mesh.split("x"))
     size = batch * data * model
     step = 1e3 * size / speed
     figures = dict(
-        model="alexnet", mesh=dict(data=data, model=model), parallelism=parallelism, batch_size=size, dataset="synthetic",
-        fallback=None, seed=seed, dtype="bfloat16", steps=100,
-        images_per_second=speed, steady_calls=9, train_seconds=12.5 + seed,
-        compile_seconds=3.25, param_count=1000,
-        step_milliseconds=dict(p10=0.9 * step, median=step, p90=1.2 * step), accuracy=0.5 + 0.01 * seed, loss=1.25 + seed,
+        model="alexnet",
+        mesh=dict(data=data, model=model),
+        parallelism=parallelism,
+        batch_size=size,
+        dataset="synthetic",
+        fallback=None,
+        seed=seed,
+        dtype="bfloat16",
+        steps=100,
+        images_per_second=speed,
+        steady_calls=9,
+        train_seconds=12.5 + seed,
+        compile_seconds=3.25,
+        param_count=1000,
+        step_milliseconds=dict(p10=0.9 * step, median=step, p90=1.2 * step),
+        accuracy=0.5 + 0.01 * seed,
+        loss=1.25 + seed,
         bytes_per_device=dict(parameters=143_400_000 // model, optimizer=143_400_000 // model),
-        peak_bytes=400_000_000, ring_bytes=3_000_000 * data + 70_000 * model, closed_form_ring_bytes=3_100_000 * data,
+        peak_bytes=400_000_000,
+        ring_bytes=3_000_000 * data + 70_000 * model,
+        closed_form_ring_bytes=3_100_000 * data,
         dense_microbatch=0,
         collectives=[
-            dict(operation="all-reduce", axes=["data"], phase="backward", count=1, bytes=9, ring_bytes=3_000_000 * data),
-            dict(operation="all-gather", axes=["model"], phase="forward", count=2, bytes=9, ring_bytes=70_000 * model)],
-        device_kind="NVIDIA H200", processes=1, profile=None)
+            dict(
+                operation="all-reduce",
+                axes=["data"],
+                phase="backward",
+                count=1,
+                bytes=9,
+                ring_bytes=3_000_000 * data,
+            ),
+            dict(
+                operation="all-gather",
+                axes=["model"],
+                phase="forward",
+                count=2,
+                bytes=9,
+                ring_bytes=70_000 * model,
+            ),
+        ],
+        device_kind="NVIDIA H200",
+        processes=1,
+        profile=None,
+    )
     settings = dict(parallelism=parallelism, batch_per_device=batch, seed=seed) | (settings or {})
     name = ",".join([mesh, *(f"{key}={value}" for key, value in settings.items())])
-    return dict(name=name, mesh=mesh, settings=settings, status=status, reason=reason, command="python launch.py",
-                seconds=31.25, figures=figures | more if status == "completed" else {})
+    return dict(
+        name=name,
+        mesh=mesh,
+        settings=settings,
+        status=status,
+        reason=reason,
+        command="python launch.py",
+        seconds=31.25,
+        figures=figures | more if status == "completed" else {},
+    )
 
 
 def metrics() -> str:
-    rows = [dict(step=step, split="train", loss=2.0 - step / 100, accuracy=step / 200) for step in (20, 40, 60, 80, 100)]
-    return "".join(json.dumps(row) + "\n" for row in [*rows, dict(step=100, split="final", loss=1.25, accuracy=0.5)])
+    rows = [
+        dict(step=step, split="train", loss=2.0 - step / 100, accuracy=step / 200)
+        for step in (20, 40, 60, 80, 100)
+    ]
+    return "".join(
+        json.dumps(row) + "\n"
+        for row in [*rows, dict(step=100, split="final", loss=1.25, accuracy=0.5)]
+    )
 
 
-def write_sweep(folder: pathlib.Path, runs: list[dict], device_kind="NVIDIA H200", **more) -> pathlib.Path:
+def write_sweep(
+    folder: pathlib.Path, runs: list[dict], device_kind="NVIDIA H200", **more
+) -> pathlib.Path:
     folder.mkdir(parents=True)
-    hardware = dict(device_kind=device_kind, host_cores=32, versions=dict(jax="0.11.2", python="3.11.7"), commit="c" * 40)
-    sweep = dict(experiment="alexnet_cifar", arguments=["--config", "experiments/alexnet_cifar.py"], devices=8,
-                 cpu_devices=None, started="2026-01-02T03:04:05+00:00", hardware=hardware, runs=runs) | more
+    hardware = dict(
+        device_kind=device_kind,
+        host_cores=32,
+        versions=dict(jax="0.11.2", python="3.11.7"),
+        commit="c" * 40,
+    )
+    sweep = (
+        dict(
+            experiment="alexnet_cifar",
+            arguments=["--config", "experiments/alexnet_cifar.py"],
+            devices=8,
+            cpu_devices=None,
+            started="2026-01-02T03:04:05+00:00",
+            hardware=hardware,
+            runs=runs,
+        )
+        | more
+    )
     (folder / "sweep.json").write_text(json.dumps(sweep))
     for run in runs:
         if run["status"] == "completed":
@@ -80,16 +168,46 @@ def write_sweep(folder: pathlib.Path, runs: list[dict], device_kind="NVIDIA H200
     return folder
 
 
-def write_run(folder: pathlib.Path, mesh="1x1", speed=1000.0, seed=0, status="completed", batch_size=128, rate=0.1):
+def write_run(
+    folder: pathlib.Path,
+    mesh="1x1",
+    speed=1000.0,
+    seed=0,
+    status="completed",
+    batch_size=128,
+    rate=0.1,
+):
     """A run folder, as training/loop.py writes it (the fields that the report reads); returns it."""
     figures = a_run(mesh, speed, seed=seed)["figures"] | dict(batch_size=batch_size)
-    config = dict(experiment="e", seed=seed, parallelism="data", batch_size=batch_size, mesh=figures["mesh"],
-                  optimizer=dict(learning_rate=rate))
-    summary = {name: value for name, value in figures.items() if name not in ("accuracy", "loss", "peak_bytes", "ring_bytes")}
-    summary |= dict(experiment="e", devices=8, host_cores=4, versions=dict(jax="0.11.2"), commit="d" * 40, started="now",
-                    status=status, config=config, eval=dict(accuracy=figures["accuracy"], loss=figures["loss"]))
-    program = dict(memory=dict(peak_bytes=figures["peak_bytes"]), totals=dict(ring_bytes=figures["ring_bytes"]),
-                   closed_form_ring_bytes=figures["closed_form_ring_bytes"])
+    config = dict(
+        experiment="e",
+        seed=seed,
+        parallelism="data",
+        batch_size=batch_size,
+        mesh=figures["mesh"],
+        optimizer=dict(learning_rate=rate),
+    )
+    summary = {
+        name: value
+        for name, value in figures.items()
+        if name not in ("accuracy", "loss", "peak_bytes", "ring_bytes")
+    }
+    summary |= dict(
+        experiment="e",
+        devices=8,
+        host_cores=4,
+        versions=dict(jax="0.11.2"),
+        commit="d" * 40,
+        started="now",
+        status=status,
+        config=config,
+        eval=dict(accuracy=figures["accuracy"], loss=figures["loss"]),
+    )
+    program = dict(
+        memory=dict(peak_bytes=figures["peak_bytes"]),
+        totals=dict(ring_bytes=figures["ring_bytes"]),
+        closed_form_ring_bytes=figures["closed_form_ring_bytes"],
+    )
     folder.mkdir(parents=True)
     for name, content in dict(config=config, program=program, summary=summary).items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -110,27 +228,46 @@ def written(capsys, *folders) -> tuple[str, str, list[dict], str]:
     """report.md, report.html as text, the rows of report.csv, and stderr."""
     assert report.main(list(map(str, folders))) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-3:] == [str(folders[0] / f"report.{kind}") for kind in ("md", "csv", "html")]
+    assert printed.out.splitlines()[-3:] == [
+        str(folders[0] / f"report.{kind}") for kind in ("md", "csv", "html")
+    ]
     page, table = ((folders[0] / f"report.{kind}").read_text() for kind in ("html", "csv"))
-    return (folders[0] / "report.md").read_text(), page, list(csv.DictReader(table.splitlines())), printed.err
+    return (
+        (folders[0] / "report.md").read_text(),
+        page,
+        list(csv.DictReader(table.splitlines())),
+        printed.err,
+    )
 
 
 def cells_of(page: str) -> list[list[str]]:
     """The rows of all tables of an HTML page."""
-    return [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
-            for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    return [
+        [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+        for row in re.findall(r"<tr>(.*?)</tr>", page)
+    ]
 
 
 def row_of(page: str, *start: str) -> list[str]:
-    rows = [row for row in cells_of(page) if row[:len(start)] == list(start)]
+    rows = [row for row in cells_of(page) if row[: len(start)] == list(start)]
     assert len(rows) == 1, (start, rows)
     return rows[0]
 
 
-RUNS = [a_run("1x1", 1000.0), a_run("8x1", 5000.0, seed=0), a_run("8x1", 6000.0, seed=1), a_run("4x2", 7123.4, "hybrid"),
-        a_run("1x1", 250.0, batch=32), a_run("8x1", 1500.5, batch=32), a_run("8x1", 99.5, batch=64)]
-BROKEN = [a_run("1x8", parallelism="two_tower", status="refused", reason="two towers | need <2> devices"),
-          a_run("2x4", status="failed", reason="RESOURCE_EXHAUSTED: out of memory"), a_run("2x2", status="pending")]
+RUNS = [
+    a_run("1x1", 1000.0),
+    a_run("8x1", 5000.0, seed=0),
+    a_run("8x1", 6000.0, seed=1),
+    a_run("4x2", 7123.4, "hybrid"),
+    a_run("1x1", 250.0, batch=32),
+    a_run("8x1", 1500.5, batch=32),
+    a_run("8x1", 99.5, batch=64),
+]
+BROKEN = [
+    a_run("1x8", parallelism="two_tower", status="refused", reason="two towers | need <2> devices"),
+    a_run("2x4", status="failed", reason="RESOURCE_EXHAUSTED: out of memory"),
+    a_run("2x2", status="pending"),
+]
 
 
 def test_a_sweeps_numbers_are_in_all_three_files(tmp_path, capsys):
@@ -141,8 +278,18 @@ def test_a_sweeps_numbers_are_in_all_three_files(tmp_path, capsys):
         got = run["figures"]
         rate = f"{got['images_per_second']:,.0f}" if got["images_per_second"] >= 100 else "99.5"
         times = [f"{got['step_milliseconds'][name]:,.3f}" for name in ("p10", "median", "p90")]
-        expected = [run["name"], "completed", rate, *times, f"{100 * got['accuracy']:.2f}", f"{got['loss']:.4f}",
-                    f"{got['train_seconds']:.1f}", "3.2", str(got["seed"]), ""]
+        expected = [
+            run["name"],
+            "completed",
+            rate,
+            *times,
+            f"{100 * got['accuracy']:.2f}",
+            f"{got['loss']:.4f}",
+            f"{got['train_seconds']:.1f}",
+            "3.2",
+            str(got["seed"]),
+            "",
+        ]
         assert row_of(page, run["name"]) == expected
         assert "| " + " | ".join(expected) + " |" in markdown
         assert row["name"] == run["name"]
@@ -152,14 +299,23 @@ def test_a_sweeps_numbers_are_in_all_three_files(tmp_path, capsys):
     for run in BROKEN:
         assert row_of(page, run["name"])[1::10] == [run["status"], run["reason"]]
     assert "| two towers \\| need <2> devices |" in markdown
-    assert [row["reason"] for row in rows[len(RUNS):]] == [run["reason"] for run in BROKEN]
-    for text in ("8 x NVIDIA H200, 32 host cores", "python launch.py --mesh all", "jax 0.11.2", "c" * 40):
+    assert [row["reason"] for row in rows[len(RUNS) :]] == [run["reason"] for run in BROKEN]
+    for text in (
+        "8 x NVIDIA H200, 32 host cores",
+        "python launch.py --mesh all",
+        "jax 0.11.2",
+        "c" * 40,
+    ):
         assert text in page
         assert text in markdown
 
 
 def test_a_report_names_network_and_data(tmp_path, capsys):
-    runs = [a_run(), a_run("8x1", seed=1, dataset="digits", fallback="cifar10"), a_run("4x2", status="failed")]
+    runs = [
+        a_run(),
+        a_run("8x1", seed=1, dataset="digits", fallback="cifar10"),
+        a_run("4x2", status="failed"),
+    ]
     markdown, page, *_ = written(capsys, write_sweep(tmp_path / "s", runs))
     assert row_of(page, "network") == ["network", "alexnet, 1,000 parameters"]
     assert row_of(page, "data") == ["data", "synthetic; digits, which stands in for cifar10"]
@@ -171,14 +327,20 @@ def test_a_run_without_a_speed_has_no_bar_for_its_step(tmp_path, capsys):
     runs = [a_run(), a_run("8x1", images_per_second=None, step_milliseconds=None)]
     _, page, *_ = written(capsys, write_sweep(tmp_path / "s", runs))
     chart = re.search(r"<h3>Step time</h3>.*?</figure>", page, re.DOTALL)[0]
-    assert (">1x1 data</text>" in chart, ">8x1 data</text>" in chart, ">0.00</text>" in chart) == (True, False, False)
+    assert (">1x1 data</text>" in chart, ">8x1 data</text>" in chart, ">0.00</text>" in chart) == (
+        True,
+        False,
+        False,
+    )
     assert f"runs that had no step left to time: {runs[1]['name']}" in chart
 
 
 def test_runs_without_a_speed_have_a_report(tmp_path, capsys):
     """A run that was stopped after its last step, and then completed."""
     write_run(tmp_path / "r")
-    summary = json.loads((tmp_path / "r/summary.json").read_text()) | dict(images_per_second=None, step_milliseconds=None)
+    summary = json.loads((tmp_path / "r/summary.json").read_text()) | dict(
+        images_per_second=None, step_milliseconds=None
+    )
     (tmp_path / "r/summary.json").write_text(json.dumps(summary))
     _, _, rows, _ = written(capsys, tmp_path / "r")
     assert rows[0]["images_per_second"] == ""
@@ -188,34 +350,57 @@ def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", RUNS))
     assert row_of(page, "8x1", "data", "batch 128 a device")[3:5] == ["2", "5,500 ± 707"]
     assert row_of(page, "8x1", "data", "batch 128 a device")[6:8] == ["5.50 ± 0.71", "68.8"]
-    assert row_of(page, "4x2", "hybrid", "batch 128 a device")[6:8] == ["7.12", "89.0"]  # over data's one device
+    assert row_of(page, "4x2", "hybrid", "batch 128 a device")[6:8] == [
+        "7.12",
+        "89.0",
+    ]  # over data's one device
     assert row_of(page, "8x1", "data", "batch 32 a device")[6:8] == ["6.00", "75.0"]
     assert row_of(page, "1x1", "data", "batch 32 a device")[6:8] == ["1.00", "100.0"]
     assert row_of(page, "8x1", "data", "batch 64 a device")[6:8] == ["", ""]
     assert "No one-device run, so no speedup: batch 64 a device." in markdown
-    assert [float(row["speedup"] or 0) for row in rows] == pytest.approx([1, 5, 6, 7.1234, 1, 6.002, 0])
+    assert [float(row["speedup"] or 0) for row in rows] == pytest.approx(
+        [1, 5, 6, 7.1234, 1, 6.002, 0]
+    )
     assert rows[1]["efficiency"] == "0.625"
     assert rows[6]["speedup"] == rows[6]["efficiency"] == ""
 
 
 def test_a_fixed_batch_compares_with_the_same_batch_and_scheme(tmp_path):
     one, other = (dict(parallelism=name, batch_size=512) for name in ("data", "hybrid"))
-    runs = [a_run("1x1", 100.0, settings=one), a_run("1x1", 200.0, "hybrid", settings=other), a_run("2x1", 300.0, settings=one),
-            a_run("1x2", 300.0, "hybrid", settings=other), a_run("2x1", 300.0, settings=dict(one, batch_size=256))]
+    runs = [
+        a_run("1x1", 100.0, settings=one),
+        a_run("1x1", 200.0, "hybrid", settings=other),
+        a_run("2x1", 300.0, settings=one),
+        a_run("1x2", 300.0, "hybrid", settings=other),
+        a_run("2x1", 300.0, settings=dict(one, batch_size=256)),
+    ]
     for run in runs:
         run["settings"].pop("batch_per_device")
         run["figures"]["batch_size"] = run["settings"]["batch_size"]
-    gains = {(group["mesh"], group["panel"]): compare.speedups(group) for group in compare.groups_of(runs)}
-    assert gains == {((1, 1), "batch 512"): [1.0], ((2, 1), "batch 512"): [3.0], ((1, 2), "batch 512"): [1.5],
-                     ((2, 1), "batch 256"): []}
+    gains = {
+        (group["mesh"], group["panel"]): compare.speedups(group)
+        for group in compare.groups_of(runs)
+    }
+    assert gains == {
+        ((1, 1), "batch 512"): [1.0],
+        ((2, 1), "batch 512"): [3.0],
+        ((1, 2), "batch 512"): [1.5],
+        ((2, 1), "batch 256"): [],
+    }
 
 
 @pytest.mark.usefixtures("drawn")
 def test_charts_say_what_they_show_and_what_is_left_out(tmp_path, capsys):
     _, page, *_ = written(capsys, write_sweep(tmp_path / "s", RUNS + BROKEN))
     figures = dict(re.findall(r"<h3>([^<]*)</h3>\n<figure>(.*?)</figure>", page, re.DOTALL))
-    assert list(figures) == ["Throughput", "Speedup", "Step time", "Bytes moved by collectives", "Memory a device",
-                             "Loss and accuracy"]
+    assert list(figures) == [
+        "Throughput",
+        "Speedup",
+        "Step time",
+        "Bytes moved by collectives",
+        "Memory a device",
+        "Loss and accuracy",
+    ]
     for title, chart in figures.items():
         caption = html.unescape(chart.split("<figcaption>")[1])
         assert "8 x NVIDIA H200" in caption, title
@@ -224,11 +409,18 @@ def test_charts_say_what_they_show_and_what_is_left_out(tmp_path, capsys):
         assert BROKEN[1]["name"] in caption, title
         assert chart.count("<svg") == (2 if title == "Speedup" else 3), title
     for title in ("Throughput", "Speedup", "Step time"):
-        assert "n = 1 to 2 runs (seeds) a point, averaged, each over 9 steady calls" in figures[title]
-        assert f"runs refused: {BROKEN[0]['name']}; runs failed: {BROKEN[1]['name']}; runs pending:" in figures[title]
+        assert (
+            "n = 1 to 2 runs (seeds) a point, averaged, each over 9 steady calls" in figures[title]
+        )
+        assert (
+            f"runs refused: {BROKEN[0]['name']}; runs failed: {BROKEN[1]['name']}; runs pending:"
+            in figures[title]
+        )
     assert "<td>two towers | need &lt;2&gt; devices</td>" in page
     assert "no ideal and no speedup, with: batch 64 a device" in figures["Speedup"]
-    assert "Krizhevsky 2014, arXiv 1404.5997v2, 8 K20, PCIe 2.0, batch 128 a GPU" in figures["Speedup"]
+    assert (
+        "Krizhevsky 2014, arXiv 1404.5997v2, 8 K20, PCIe 2.0, batch 128 a GPU" in figures["Speedup"]
+    )
     assert ">8x1 data</text>" in figures["Memory a device"]
     assert ">286.8</text>" in figures["Memory a device"]  # parameters and optimizer
     assert ">12.1</text>" in figures["Bytes moved by collectives"]  # of 4x2
@@ -251,7 +443,18 @@ def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):
     assert "exposed communication and idle time. Of a CPU." in markdown
     assert "measured by a profile of 20 steps" in page
     assert "Marked (model), not measured" in page  # the run without a profile
-    expected = [runs[1]["name"], "20", "4.000", "2.750", "1.500", "0.625", "0.875", "0.375", "37.5", "21.9"]
+    expected = [
+        runs[1]["name"],
+        "20",
+        "4.000",
+        "2.750",
+        "1.500",
+        "0.625",
+        "0.875",
+        "0.375",
+        "37.5",
+        "21.9",
+    ]
     assert row_of(page, *expected[:2]) == expected
     assert row_of(page, runs[1]["name"], "kernel<1>")[2:] == ["0.500", "12.5", "1", ""]
     assert row_of(page, "", "kernel<2>")[2:] == ["0.250", "6.2", "2", "yes"]
@@ -272,9 +475,17 @@ def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
         assert written(capsys, folder)[1] == page
         assert dict(canvas.matplotlib.rcParams) == before
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
-    variables = dict(MPLBACKEND="module://no.such.backend", PYTHONPATH=str(pathlib.Path(report.__file__).parents[2]))
-    made = subprocess.run([sys.executable, "-m", "cnn_spmd.report", str(folder)], cwd=tmp_path, capture_output=True,
-                          env=os.environ | variables, text=True)
+    variables = dict(
+        MPLBACKEND="module://no.such.backend",
+        PYTHONPATH=str(pathlib.Path(report.__file__).parents[2]),
+    )
+    made = subprocess.run(
+        [sys.executable, "-m", "cnn_spmd.report", str(folder)],
+        cwd=tmp_path,
+        capture_output=True,
+        env=os.environ | variables,
+        text=True,
+    )
     assert made.returncode == 0, made.stderr
     assert (folder / "report.html").read_text() == page
 
@@ -298,10 +509,17 @@ def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monk
     assert os.environ["MPLBACKEND"] == "Agg"
 
 
-@pytest.mark.parametrize("broken", ["analysis.program.parse_collectives", "analysis.communication.closed_form",
-                                    "sharding.placement.Placement.report"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "analysis.program.parse_collectives",
+        "analysis.communication.closed_form",
+        "sharding.placement.Placement.report",
+    ],
+)
 def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch, broken):
     """Its files have all fields, and the report on it and on others leaves out what is not known."""
+
     def breaks(*_, **__):
         raise ValueError("a form that\nis not known")
 
@@ -309,8 +527,14 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
     config.epochs = 1
     assert train.run(config, tmp_path / "run")["status"] == "completed"
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
-    assert warning == "WARNING: there is no whole report on this program: ValueError: a form that is not known"
-    program, summary = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("program", "summary"))
+    assert (
+        warning
+        == "WARNING: there is no whole report on this program: ValueError: a form that is not known"
+    )
+    program, summary = (
+        json.loads((tmp_path / "run" / f"{name}.json").read_text())
+        for name in ("program", "summary")
+    )
     assert program["error"] == "ValueError: a form that is not known"
     assert program["closed_form_ring_bytes"] is None
     figures = runfiles.figures_of(tmp_path / "run")
@@ -329,7 +553,10 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
 
 def test_error_bars_are_the_percentiles_of_the_step_time():
     below, above = plots.spread(compare.groups_of([a_run("4x2", 4000.0)]), [4000.0])
-    assert (below, above) == (pytest.approx([4000 - 4000 / 1.2]), pytest.approx([4000 / 0.9 - 4000]))
+    assert (below, above) == (
+        pytest.approx([4000 - 4000 / 1.2]),
+        pytest.approx([4000 / 0.9 - 4000]),
+    )
 
 
 def test_no_point_is_cut_off(monkeypatch):
@@ -365,10 +592,14 @@ def test_on_a_cpu_nothing_is_split_and_papers_do_not_compare(tmp_path, capsys):
 
 def test_published_curves():
     assert papers.speedups(papers.CURVES[0])[8] == 6.25
-    by_name = {(curve["paper"][:7], curve["scheme"]): papers.speedups(curve) for curve in papers.CURVES}
+    by_name = {
+        (curve["paper"][:7], curve["scheme"]): papers.speedups(curve) for curve in papers.CURVES
+    }
     assert by_name["OptCNN,", "layer-wise"][16] == pytest.approx(12.15, abs=0.01)
     assert by_name["FlexFlo", "FlexFlow"][16] == pytest.approx(11.12, abs=0.01)
-    assert by_name["TensorF", "data"][8] == pytest.approx(5.97, abs=0.01)  # as REFERENCES and the source say
+    assert by_name["TensorF", "data"][8] == pytest.approx(
+        5.97, abs=0.01
+    )  # as REFERENCES and the source say
 
 
 def test_a_lone_run_and_several(tmp_path, capsys):
@@ -379,13 +610,21 @@ def test_a_lone_run_and_several(tmp_path, capsys):
     assert row_of(page, "one", "completed")[2] == "1,000"
     assert "kernel&lt;1&gt;" in page
     assert rows[0]["peak_bytes"] == "400000000"
-    seeds = [write_run(tmp_path / name, "2x1", speed, seed) for name, speed, seed in (("a", 1500.0, 0), ("b", 1700.0, 1))]
+    seeds = [
+        write_run(tmp_path / name, "2x1", speed, seed)
+        for name, speed, seed in (("a", 1500.0, 0), ("b", 1700.0, 1))
+    ]
     summary = json.loads((seeds[1] / "summary.json").read_text())
-    summary["config"] |= dict(checkpoint=dict(keep=3), data=dict(dir="elsewhere", synthetic=dict(classes=3)))  # of no import
+    summary["config"] |= dict(
+        checkpoint=dict(keep=3), data=dict(dir="elsewhere", synthetic=dict(classes=3))
+    )  # of no import
     (seeds[1] / "summary.json").write_text(json.dumps(summary))
     changed = write_run(tmp_path / "c", "2x1", 900.0, rate=0.2)
     _, page, *_ = written(capsys, one, *seeds, changed)
-    assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.1")[3:5] == ["2", "1,600 ± 141"]
+    assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.1")[3:5] == [
+        "2",
+        "1,600 ± 141",
+    ]
     assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.1")[6] == "1.60 ± 0.14"
     assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.2")[3:7:3] == ["1", ""]
 
@@ -393,7 +632,9 @@ def test_a_lone_run_and_several(tmp_path, capsys):
 def test_runs_that_differ_in_their_data_are_not_averaged(tmp_path, capsys):
     """Where only one of them says what its data are, they may be the same."""
     digests = ("a" * 16, "b" * 16, "a" * 16)
-    runs = [write_run(tmp_path / f"r{seed}", speed=1000.0 + 100 * seed, seed=seed) for seed in range(3)]
+    runs = [
+        write_run(tmp_path / f"r{seed}", speed=1000.0 + 100 * seed, seed=seed) for seed in range(3)
+    ]
     change(runs[0] / "summary.json", data_digest=digests[0])
     assert row_of(written(capsys, *runs)[1], "1x1")[3] == "3"
     for folder, digest in zip(runs, digests, strict=True):
@@ -411,32 +652,67 @@ def test_figures_of_a_run(tmp_path):
     assert runfiles.figures_of(folder)["profile"] == PROFILE
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (lambda run: (run / "summary.json").unlink(), "summary.json: No such file or directory"),
-    (lambda run: (run / "summary.json").write_text('{"status": "compl'), "summary.json: damaged JSON (Unterminated string"),
-    (lambda run: (run / "program.json").write_text("[]"), "program.json: damaged JSON (not an object)"),
-    (lambda run: (run / "profile.json").write_text(""), "profile.json: damaged JSON"),
-    (lambda run: (run / "summary.json").write_text('{"status": "running"}'), "summary.json says running"),
-    (lambda run: (run / "summary.json").write_text('{"status": "completed"}'),
-     "summary.json: experiment is null or missing, expected text"),
-    (lambda run: change(run / "summary.json", images_per_second="fast"),
-     'summary.json: images_per_second is "fast", expected a number'),
-    (lambda run: change(run / "summary.json", eval=dict(accuracy=[1], loss=1.0)),
-     "summary.json: eval.accuracy is [1], expected a number"),
-    (lambda run: change(run / "summary.json", status=7), "summary.json: status is 7, expected text"),
-    (lambda run: change(run / "summary.json", mesh=None),
-     "summary.json: mesh is null or missing, expected an object"),
-    (lambda run: change(run / "summary.json", collectives=[3]),
-     "summary.json: collectives.* is 3, expected an object"),
-    (lambda run: change(run / "program.json", totals=dict(ring_bytes="9")),
-     'program.json: totals.ring_bytes is "9", expected a number'),
-    (lambda run: (run / "profile.json").write_text('{"steps": []}'),
-     "profile.json: steps is [], expected a number"),
-    (lambda run: (run / "profile.json").write_text(json.dumps(PROFILE | dict(top=[dict(name=3)]))),
-     "profile.json: top.*.milliseconds is null or missing, expected a number"),
-    (lambda run: fifo(run / "summary.json"), "summary.json: expected a regular file"),
-])
-def test_a_half_written_run_is_unfinished_and_the_others_are_reported(tmp_path, capsys, damage, reason):
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda run: (run / "summary.json").unlink(), "summary.json: No such file or directory"),
+        (
+            lambda run: (run / "summary.json").write_text('{"status": "compl'),
+            "summary.json: damaged JSON (Unterminated string",
+        ),
+        (
+            lambda run: (run / "program.json").write_text("[]"),
+            "program.json: damaged JSON (not an object)",
+        ),
+        (lambda run: (run / "profile.json").write_text(""), "profile.json: damaged JSON"),
+        (
+            lambda run: (run / "summary.json").write_text('{"status": "running"}'),
+            "summary.json says running",
+        ),
+        (
+            lambda run: (run / "summary.json").write_text('{"status": "completed"}'),
+            "summary.json: experiment is null or missing, expected text",
+        ),
+        (
+            lambda run: change(run / "summary.json", images_per_second="fast"),
+            'summary.json: images_per_second is "fast", expected a number',
+        ),
+        (
+            lambda run: change(run / "summary.json", eval=dict(accuracy=[1], loss=1.0)),
+            "summary.json: eval.accuracy is [1], expected a number",
+        ),
+        (
+            lambda run: change(run / "summary.json", status=7),
+            "summary.json: status is 7, expected text",
+        ),
+        (
+            lambda run: change(run / "summary.json", mesh=None),
+            "summary.json: mesh is null or missing, expected an object",
+        ),
+        (
+            lambda run: change(run / "summary.json", collectives=[3]),
+            "summary.json: collectives.* is 3, expected an object",
+        ),
+        (
+            lambda run: change(run / "program.json", totals=dict(ring_bytes="9")),
+            'program.json: totals.ring_bytes is "9", expected a number',
+        ),
+        (
+            lambda run: (run / "profile.json").write_text('{"steps": []}'),
+            "profile.json: steps is [], expected a number",
+        ),
+        (
+            lambda run: (run / "profile.json").write_text(
+                json.dumps(PROFILE | dict(top=[dict(name=3)]))
+            ),
+            "profile.json: top.*.milliseconds is null or missing, expected a number",
+        ),
+        (lambda run: fifo(run / "summary.json"), "summary.json: expected a regular file"),
+    ],
+)
+def test_a_half_written_run_is_unfinished_and_the_others_are_reported(
+    tmp_path, capsys, damage, reason
+):
     broken, whole = write_run(tmp_path / "broken"), write_run(tmp_path / "whole", speed=4321.0)
     damage(broken)
     markdown, page, rows, errors = written(capsys, broken, whole)
@@ -460,14 +736,20 @@ def test_a_run_folder_with_nothing_whole_but_its_name(tmp_path, capsys):
 
 
 def test_a_killed_sweep_finds_the_run_that_had_finished(tmp_path, capsys):
-    runs = [a_run("1x1", 1000.0), dict(a_run("2x1", 1900.0), status="running", figures={}),
-            dict(a_run("4x1", 1900.0), status="running", figures={})]
+    runs = [
+        a_run("1x1", 1000.0),
+        dict(a_run("2x1", 1900.0), status="running", figures={}),
+        dict(a_run("4x1", 1900.0), status="running", figures={}),
+    ]
     folder = write_sweep(tmp_path / "s", runs)
     write_run(folder / runs[1]["name"], "2x1", 1900.0)
     _, page, _, errors = written(capsys, folder)
     assert row_of(page, runs[1]["name"])[1:3] == ["completed", "1,900"]
     assert row_of(page, runs[2]["name"])[1] == "unfinished"
-    assert errors == f"warning: {folder / runs[2]['name']}: unfinished: summary.json: No such file or directory\n"
+    assert (
+        errors
+        == f"warning: {folder / runs[2]['name']}: unfinished: summary.json: No such file or directory\n"
+    )
 
 
 def test_a_cut_last_line_of_metrics_is_told_and_the_rest_kept(tmp_path, capsys):
@@ -499,16 +781,25 @@ def test_pictures_of_what_was_learned(tmp_path, capsys):
     for damage in ((run / "a.png").unlink, lambda: (run / "pictures.json").write_text("{}")):
         damage()
         _, page, _, errors = written(capsys, run)
-        assert errors.startswith(f"warning: {run}: pictures are left out, draw them again with --pictures (")
+        assert errors.startswith(
+            f"warning: {run}: pictures are left out, draw them again with --pictures ("
+        )
         assert errors.count("\n") == 1
         assert "<img" not in page
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    (dict(file="../secret", title="t", caption="c"), "file=../secret: expected a name without a folder"),
-    (dict(file="a.png", title="t", caption=3), "pictures.*.caption is 3, expected text"),
-    (dict(file="pipe", title="t", caption="c"), "pipe: expected a regular file"),
-    (3, "pictures.* is 3, expected an object")])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            dict(file="../secret", title="t", caption="c"),
+            "file=../secret: expected a name without a folder",
+        ),
+        (dict(file="a.png", title="t", caption=3), "pictures.*.caption is 3, expected text"),
+        (dict(file="pipe", title="t", caption="c"), "pipe: expected a regular file"),
+        (3, "pictures.* is 3, expected an object"),
+    ],
+)
 def test_pictures_that_are_none_of_the_runs_are_left_out(tmp_path, capsys, row, reason):
     run = write_run(tmp_path / "run")
     for path in (tmp_path / "secret", run / "a.png"):
@@ -523,7 +814,9 @@ def test_pictures_that_are_none_of_the_runs_are_left_out(tmp_path, capsys, row, 
 
 def test_metrics_of_another_kind_are_left_out(tmp_path, capsys):
     run = write_run(tmp_path / "run")
-    (run / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": "high"}\n' + metrics())
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "split": "train", "loss": "high"}\n' + metrics()
+    )
     assert "metrics.jsonl: 1 damaged line left out, 6 read" in written(capsys, run)[3]
     fifo(run / "metrics.jsonl")
     assert written(capsys, run)[3] == f"warning: {run / 'metrics.jsonl'}: expected a regular file\n"
@@ -547,7 +840,10 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "write_text", full)
     assert report.main([str(run)]) == 2
-    assert capsys.readouterr().err == f"error: {run / 'report.md'}: cannot be written: No space left on device\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {run / 'report.md'}: cannot be written: No space left on device\n"
+    )
     assert (run / "report.md").read_text() == old
     assert not list(run.glob("*.tmp"))
 
@@ -575,10 +871,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         (tmp_path / "sweep.json").write_text(text)
         assert reason in refused(tmp_path)
     (tmp_path / "sweep.json").unlink()
-    for runs, reason in ((None, "runs is null or missing, expected a list"),
-                         ([None], "runs.* is null or missing, expected an object"),
-                         ([dict(name=3, status="completed")], "runs.*.name is 3, expected text"),
-                         ([dict(name="r", status="completed", figures=3)], "runs.*.figures is 3, expected an object")):
+    for runs, reason in (
+        (None, "runs is null or missing, expected a list"),
+        ([None], "runs.* is null or missing, expected an object"),
+        ([dict(name=3, status="completed")], "runs.*.name is 3, expected text"),
+        (
+            [dict(name="r", status="completed", figures=3)],
+            "runs.*.figures is 3, expected an object",
+        ),
+    ):
         path = write_sweep(tmp_path / f"sweep of {runs}", []) / "sweep.json"
         change(path, runs=runs)
         assert refused(path.parent) == f"error: {path}: {reason}\n"
@@ -590,14 +891,17 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_the_readmes_table_of_sweeps(tmp_path):
     folder = write_sweep(tmp_path / "s", [*RUNS[:3], a_run(speed=500.0, batch=32), BROKEN[0]])
     assert tables.sweeps_table(folder).splitlines() == [
-        "alexnet_cifar, synthetic, 8 x NVIDIA H200, 32 host cores:", "",
+        "alexnet_cifar, synthetic, 8 x NVIDIA H200, 32 host cores:",
+        "",
         "| mesh | parallelism | parameters and optimizer, MB a device | n | batch 32 a device: images/s | step, ms (p10 to "
         "p90) | speedup | ring MB a step | batch 128 a device: images/s | step, ms (p10 to p90) | speedup | ring MB a step |",
         "|" + "---|" * 12,
         "| 1x1 | data | 286.8 | 1 | 500 | 64.000 (57.600 to 76.800) | 1.00 | 3.1 | 1,000 | 128.000 (115.200 to 153.600) | "
         "1.00 | 3.1 |",
-        "| 8x1 | data | 286.8 | 2 |  |  |  |  | 5,500 ± 707 | 187.733 (168.960 to 225.280) | 5.50 ± 0.71 | 24.1 |", "",
-        f"{BROKEN[0]['name']}: refused: two towers | need <2> devices"]
+        "| 8x1 | data | 286.8 | 2 |  |  |  |  | 5,500 ± 707 | 187.733 (168.960 to 225.280) | 5.50 ± 0.71 | 24.1 |",
+        "",
+        f"{BROKEN[0]['name']}: refused: two towers | need <2> devices",
+    ]
     digits = json.loads((folder / "sweep.json").read_text())
     for run in digits["runs"]:
         run["figures"].update(dataset="digits")

@@ -42,14 +42,37 @@ MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 FEWER = [(2, 2), (1, 2), (4, 1), (1, 4), (2, 1)]  # of 4 and 2 devices
 IMAGE_SIZE = {"alexnet": 32, "alexnet_2012": 68, "simple_cnn": 32}
 # A network by models/stack.py that has each kind of layer.
-STACK = (stack.Conv(8, 3), stack.MaxPool(3, 2, ceil=True), stack.ResponseNorm(5, 0.1, 0.75, 1.0),
-         stack.Conv(16, 5, groups=2), stack.ResponseNorm(3, 0.1, 0.75, 1.0, within_map=True), stack.AveragePool(3, 2),
-         stack.Conv(8, 3, tied=False, activation=jnp.tanh), stack.Hidden(), stack.Output())
-OWN = {"mine": dict(conv_batch=("data", "model"), dense_batch="data", output_batch="data", fc1_out="model", fc2_in="model")}
-CASES = [(model, parallelism, shape) for model in IMAGE_SIZE for parallelism in (*TABLE, "mine")
-         for shape in MESHES + FEWER[:None if "ALL_MESHES" in os.environ else dict(hybrid=2, two_tower=2).get(parallelism, 0)]
-         if parallelism != "two_tower" or (model == "alexnet_2012" and shape[1] <= 2)
-         if parallelism != "mine" or (model == "alexnet" and shape == (4, 2))]
+STACK = (
+    stack.Conv(8, 3),
+    stack.MaxPool(3, 2, ceil=True),
+    stack.ResponseNorm(5, 0.1, 0.75, 1.0),
+    stack.Conv(16, 5, groups=2),
+    stack.ResponseNorm(3, 0.1, 0.75, 1.0, within_map=True),
+    stack.AveragePool(3, 2),
+    stack.Conv(8, 3, tied=False, activation=jnp.tanh),
+    stack.Hidden(),
+    stack.Output(),
+)
+OWN = {
+    "mine": dict(
+        conv_batch=("data", "model"),
+        dense_batch="data",
+        output_batch="data",
+        fc1_out="model",
+        fc2_in="model",
+    )
+}
+CASES = [
+    (model, parallelism, shape)
+    for model in IMAGE_SIZE
+    for parallelism in (*TABLE, "mine")
+    for shape in MESHES
+    + FEWER[
+        : None if "ALL_MESHES" in os.environ else dict(hybrid=2, two_tower=2).get(parallelism, 0)
+    ]
+    if parallelism != "two_tower" or (model == "alexnet_2012" and shape[1] <= 2)
+    if parallelism != "mine" or (model == "alexnet" and shape == (4, 2))
+]
 CASES += [("stack", "data", (4, 1)), ("stack", "hybrid", (2, 2)), ("stack", "model", (2, 2))]
 
 
@@ -65,15 +88,29 @@ def narrow(request, monkeypatch):
 def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> setups.Setup:
     """The shipped experiment with narrow dense layers and few random images, in float64."""
     config = get_config()
-    config.update(dict(batch_size=BATCH, steps=10, dtype="float64", parallelism=parallelism,
-                       mesh=dict(data=shape[0], model=shape[1]), model=dict(name=name, width=64),
-                       optimizer=dict(warmup=0.0, learning_rate=0.02)))
+    config.update(
+        dict(
+            batch_size=BATCH,
+            steps=10,
+            dtype="float64",
+            parallelism=parallelism,
+            mesh=dict(data=shape[0], model=shape[1]),
+            model=dict(name=name, width=64),
+            optimizer=dict(warmup=0.0, learning_rate=0.02),
+        )
+    )
     if name == "simple_cnn":  # crops, flips and noise are the same for all networks
         config.data.colour_noise = 0.1
     else:
         config.data.update(dict(crop_pad=0, flip=False))
-    config.data.update(dict(name="synthetic", synthetic=dict(image_size=IMAGE_SIZE.get(name, 16), classes=16, train_examples=64,
-                                                             test_examples=8)))
+    config.data.update(
+        dict(
+            name="synthetic",
+            synthetic=dict(
+                image_size=IMAGE_SIZE.get(name, 16), classes=16, train_examples=64, test_examples=8
+            ),
+        )
+    )
     config.update(changes)
     data = sources.load(config.data)
     place = Placement(mesh.make(*shape), parallelism, OWN)
@@ -90,27 +127,52 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
 
         def step(state, data, indices):
             metrics, gradients = steps.gradients(data, state, indices)
-            params, optimizer = steps.update(steps.optimizer, gradients, state.optimizer, state.params)
+            params, optimizer = steps.update(
+                steps.optimizer, gradients, state.optimizer, state.params
+            )
             return state._replace(params=params, optimizer=optimizer), metrics, gradients
 
         shardings = place.of_state(steps.abstract_state)
-        train_data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = [feed.put(x, place.sharding(("conv_batch",), (BATCH,))) for x in orders.train_indices(0, 0, 2, BATCH, 64)]
-        compiled = jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params)).lower(
-            steps.abstract_state, train_data, indices[0]).compile()
+        train_data = DeviceData(
+            *(
+                feed.put(x, place.replicated)
+                for x in (setup.data.train_images, setup.data.train_labels)
+            )
+        )
+        indices = [
+            feed.put(x, place.sharding(("conv_batch",), (BATCH,)))
+            for x in orders.train_indices(0, 0, 2, BATCH, 64)
+        ]
+        compiled = (
+            jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params))
+            .lower(steps.abstract_state, train_data, indices[0])
+            .compile()
+        )
         if shape == (1, 1):  # the first step, which gives all meshes momenta to go on from
             begun, _, _ = compiled(steps.jit_init()(), train_data, indices[0])
         else:
             begun = jax.device_put(computed(model, "data", (1, 1))["begun"], shardings)
         state, metrics, gradients = compiled(begun, train_data, indices[1])
-        held = {name_of(path).removesuffix(".value"): leaf.addressable_shards[0].data.nbytes
-                for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
-        return dict(begun=begun, loss=float(metrics["loss"]), accuracy=float(metrics["accuracy"]), held=held,
-                    gradients=gather(gradients), params=gather(state.params), report=setups.report_of(setup, compiled, 1, 0.0))
+        held = {
+            name_of(path).removesuffix(".value"): leaf.addressable_shards[0].data.nbytes
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+        }
+        return dict(
+            begun=begun,
+            loss=float(metrics["loss"]),
+            accuracy=float(metrics["accuracy"]),
+            held=held,
+            gradients=gather(gradients),
+            params=gather(state.params),
+            report=setups.report_of(setup, compiled, 1, 0.0),
+        )
 
 
 def gather(tree) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_close(got: dict, expected: dict, tolerance: float = TOLERANCE) -> None:
@@ -140,43 +202,87 @@ def test_scheme(model, parallelism, shape):
     # are split), and then cut to 11x11.
     padded = (2 * 12 * 16 - 11**2) * 3 * 16 * 8 if model == "alexnet_2012" else 0
     # That of a local layer's input is summed over devices before its 3x3 windows are, where columns are split.
-    taps = (3 * 3 - 1) * BATCH // shape[0] * 4 * 4 * 16 * 8 if (model, parallelism) == ("stack", "model") else 0
-    for row in many["report"]["communication"]:  # a kind that theory does not have may not be there at all
-        assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], rel=0.02, abs=2000 + padded + taps), row
+    taps = (
+        (3 * 3 - 1) * BATCH // shape[0] * 4 * 4 * 16 * 8
+        if (model, parallelism) == ("stack", "model")
+        else 0
+    )
+    for row in many["report"][
+        "communication"
+    ]:  # a kind that theory does not have may not be there at all
+        assert row["compiled_bytes"] == pytest.approx(
+            row["closed_form_bytes"], rel=0.02, abs=2000 + padded + taps
+        ), row
 
-    assert {row["name"]: row["bytes_per_device"] for row in many["report"]["placement"]} == many["held"]
+    assert {row["name"]: row["bytes_per_device"] for row in many["report"]["placement"]} == many[
+        "held"
+    ]
     row, (data, columns) = {**TABLE, **OWN}[parallelism], shape
     for array in many["report"]["placement"]:
         split = [axis for axis in array["logical_axes"] if row.get(axis) == "model"]
         assert array["bytes_per_device"] * (columns if split else 1) == array["bytes"], array
-    images = next(array for array in many["report"]["activations"] if array["name"] == "conv1 input")
-    assert images["bytes_per_device"] == images["bytes"] // (data * (columns if row["conv_batch"] != "data" else 1))
+    images = next(
+        array for array in many["report"]["activations"] if array["name"] == "conv1 input"
+    )
+    assert images["bytes_per_device"] == images["bytes"] // (
+        data * (columns if row["conv_batch"] != "data" else 1)
+    )
 
 
-CONV = 3 * 9 * 8 + 8 + 8 * 9 * 16 + 16 + 16 * 9 * 24 + 24 + 24 * 9 * 16 + 16 + 16 * 9 * 16 + 16  # weights of the narrow net
+CONV = (
+    3 * 9 * 8 + 8 + 8 * 9 * 16 + 16 + 16 * 9 * 24 + 24 + 24 * 9 * 16 + 16 + 16 * 9 * 16 + 16
+)  # weights of the narrow net
 FC1, FC2, FC3 = 256 * 64 + 64, 64 * 64 + 64, 64 * 16 + 16
-INPUTS = [8 * 16 * 16, 16 * 8 * 8, 24 * 8 * 8, 16 * 8 * 8, 256, 64, 64]  # numbers an example that conv2 ... fc3 take in
+INPUTS = [
+    8 * 16 * 16,
+    16 * 8 * 8,
+    24 * 8 * 8,
+    16 * 8 * 8,
+    256,
+    64,
+    64,
+]  # numbers an example that conv2 ... fc3 take in
 BY_HAND = {  # on 4x2, in numbers: what each paper's scheme reduces (any all-reduce or reduce-scatter) and gathers, and where
     "data": {("reduce", "data+model"): CONV + FC1 + FC2 + FC3},
-    "model": {("reduce", "data"): (CONV + FC1 + FC2 + FC3) / 2, ("reduce", "model"): BATCH / 4 * sum(INPUTS),
-              ("gather", "model"): BATCH / 4 * sum(INPUTS)},
-    "hybrid": {("reduce", "data+model"): CONV, ("reduce", "data"): (FC1 + FC2 + 64 * 16) / 2 + 16,
-               ("reduce", "model"): BATCH / 4 * (256 + 64 + 16), ("gather", "model"): BATCH / 4 * (256 + 64)},
-    "hybrid_alternating": {("reduce", "data+model"): CONV + FC3, ("reduce", "data"): (FC1 + 64 * 64) / 2 + 64,
-                           ("reduce", "model"): BATCH / 4 * (256 + 64), ("gather", "model"): BATCH / 4 * (256 + 64)},
+    "model": {
+        ("reduce", "data"): (CONV + FC1 + FC2 + FC3) / 2,
+        ("reduce", "model"): BATCH / 4 * sum(INPUTS),
+        ("gather", "model"): BATCH / 4 * sum(INPUTS),
+    },
+    "hybrid": {
+        ("reduce", "data+model"): CONV,
+        ("reduce", "data"): (FC1 + FC2 + 64 * 16) / 2 + 16,
+        ("reduce", "model"): BATCH / 4 * (256 + 64 + 16),
+        ("gather", "model"): BATCH / 4 * (256 + 64),
+    },
+    "hybrid_alternating": {
+        ("reduce", "data+model"): CONV + FC3,
+        ("reduce", "data"): (FC1 + 64 * 64) / 2 + 64,
+        ("reduce", "model"): BATCH / 4 * (256 + 64),
+        ("gather", "model"): BATCH / 4 * (256 + 64),
+    },
 }
-SPLIT = {"data": "", "model": "conv1 conv2 conv3 conv4 conv5 fc1 fc2 fc3", "hybrid": "fc1 fc2 fc3",
-         "hybrid_alternating": "fc1 fc2"}  # the kernels of which a device holds half
+SPLIT = {
+    "data": "",
+    "model": "conv1 conv2 conv3 conv4 conv5 fc1 fc2 fc3",
+    "hybrid": "fc1 fc2 fc3",
+    "hybrid_alternating": "fc1 fc2",
+}  # the kernels of which a device holds half
 
 
 @pytest.mark.parametrize("parallelism", BY_HAND)
 def test_scheme_by_hand(parallelism):
     """The compiled program against sums written out here, which know nothing of the table; to 1% and 100 numbers."""
     report = computed("alexnet", parallelism, (4, 2))["report"]
-    compiled = {(row["kind"], "+".join(row["axes"])): row["compiled_bytes"] / 8 for row in report["communication"]}
+    compiled = {
+        (row["kind"], "+".join(row["axes"])): row["compiled_bytes"] / 8
+        for row in report["communication"]
+    }
     expected = BY_HAND[parallelism]
     for what in compiled.keys() | expected.keys():
-        assert compiled.get(what, 0) == pytest.approx(expected.get(what, 0), rel=0.01, abs=100), what
+        assert compiled.get(what, 0) == pytest.approx(expected.get(what, 0), rel=0.01, abs=100), (
+            what
+        )
     assert split_kernels("alexnet", parallelism) == SPLIT[parallelism]
 
 
@@ -188,8 +294,11 @@ def test_grouped_kernels_are_split(parallelism):
 def split_kernels(model: str, parallelism: str) -> str:
     """The layers of whose kernel a device holds half, on 4x2."""
     got = computed(model, parallelism, (4, 2))
-    return " ".join(row["name"].removesuffix(".kernel") for row in got["report"]["placement"]
-                    if row["name"].endswith(".kernel") and got["held"][row["name"]] * 2 == row["bytes"])
+    return " ".join(
+        row["name"].removesuffix(".kernel")
+        for row in got["report"]["placement"]
+        if row["name"].endswith(".kernel") and got["held"][row["name"]] * 2 == row["bytes"]
+    )
 
 
 def test_data_parallel_formula():
@@ -202,15 +311,23 @@ def test_data_parallel_formula():
 def test_model_parallel_formula():
     """Gholami et al., equation 3: 3 (P-1)/P B d_i a layer but the first, less what a reduce-scatter saves: 2."""
     report = computed("alexnet", "model", (1, 8))["report"]
-    assert report["closed_form_ring_bytes"] == pytest.approx(2 * 7 / 8 * 8 * BATCH * sum(INPUTS), abs=20)
+    assert report["closed_form_ring_bytes"] == pytest.approx(
+        2 * 7 / 8 * 8 * BATCH * sum(INPUTS), abs=20
+    )
 
 
 def test_towers_move_nothing_between_them_but_for_conv3_and_the_dense_layers():
     report = computed("alexnet_2012", "two_tower", (4, 2))["report"]
     crossing = {row["what"] for row in report["closed_form"] if "model" in row["axes"]}
     assert crossing == {"conv3 input", "fc1 input", "fc2 input", "fc3 input"}
-    compiled = {row["kind"]: row["compiled_bytes"] for row in report["communication"] if row["axes"] == ["model"]}
-    conv3, fc1 = (row for row in report["activations"] if row["name"] in ("conv3 input", "fc1 input"))
+    compiled = {
+        row["kind"]: row["compiled_bytes"]
+        for row in report["communication"]
+        if row["axes"] == ["model"]
+    }
+    conv3, fc1 = (
+        row for row in report["activations"] if row["name"] in ("conv3 input", "fc1 input")
+    )
     assert (conv3["bytes"], fc1["bytes"]) == (BATCH * 3 * 3 * 32 * 8, BATCH * 16 * 8)
     expected = conv3["bytes"] // 4 + fc1["bytes"] // 4 + 2 * BATCH // 4 * 64 * 8
     assert compiled["gather"] == pytest.approx(expected, rel=0.02, abs=500)
@@ -223,14 +340,21 @@ def test_shipped_ordering_of_the_schemes():
     are on GPUs: the closed form, to which the compiled payload is held.
     """
     ring = {}
-    for parallelism, shape in [("data", (8, 1))] + [(parallelism, shape) for parallelism in ("hybrid", "hybrid_alternating")
-                                                    for shape in ((4, 2), (2, 4), (1, 8))]:
+    for parallelism, shape in [("data", (8, 1))] + [
+        (parallelism, shape)
+        for parallelism in ("hybrid", "hybrid_alternating")
+        for shape in ((4, 2), (2, 4), (1, 8))
+    ]:
         config = get_config()
-        config.update(dict(batch_size=1024, parallelism=parallelism, mesh=dict(data=shape[0], model=shape[1])))
+        config.update(
+            dict(batch_size=1024, parallelism=parallelism, mesh=dict(data=shape[0], model=shape[1]))
+        )
         config.data.update(dict(name="synthetic"))
         report = train.dry_run(config, None)
         for row in report["communication"]:
-            assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], rel=0.02, abs=200_000), row
+            assert row["compiled_bytes"] == pytest.approx(
+                row["closed_form_bytes"], rel=0.02, abs=200_000
+            ), row
         ring[parallelism, shape] = report["closed_form_ring_bytes"]
     for shape, share in (((4, 2), 1 / 2), ((2, 4), 1 / 3), ((1, 8), 1 / 3)):
         assert ring["hybrid", shape] <= share * ring["data", (8, 1)]
@@ -244,9 +368,20 @@ def test_shipped_size_on_a_mesh():
     for parallelism, shape in (("data", (1, 1)), ("hybrid", (4, 2))):
         setup = setup_of("alexnet", parallelism, shape, dtype="float32", model=dict(width=4096))
         place, steps = setup.place, setup.steps
-        data = DeviceData(*(feed.put(x, place.replicated) for x in (setup.data.train_images, setup.data.train_labels)))
-        indices = feed.put(orders.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,)))
-        state = steps.jit_init()() if state is None else jax.device_put(state, place.of_state(steps.abstract_state))
+        data = DeviceData(
+            *(
+                feed.put(x, place.replicated)
+                for x in (setup.data.train_images, setup.data.train_labels)
+            )
+        )
+        indices = feed.put(
+            orders.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,))
+        )
+        state = (
+            steps.jit_init()()
+            if state is None
+            else jax.device_put(state, place.of_state(steps.abstract_state))
+        )
         metrics, gradients = jax.jit(steps.gradients)(data, state, indices)
         got[shape] = float(metrics["loss"]), gather(gradients)
     assert got[4, 2][0] == pytest.approx(got[1, 1][0], rel=1e-6)
@@ -258,18 +393,30 @@ def test_state_is_created_sharded_and_the_same_on_every_mesh():
     state = many.steps.jit_init()()
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(state)} == {many.place.mesh}
     kernel = state.optimizer[2][0].trace["fc1"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (256, 16)  # a momentum lives where its weight does
-    for (name, got), expected in zip(gather(state).items(), gather(one.steps.jit_init()()).values(), strict=True):
+    assert kernel.sharding.shard_shape(kernel.shape) == (
+        256,
+        16,
+    )  # a momentum lives where its weight does
+    for (name, got), expected in zip(
+        gather(state).items(), gather(one.steps.jit_init()()).values(), strict=True
+    ):
         np.testing.assert_array_equal(got, expected, err_msg=name)
     other = setup_of("alexnet", "data", (1, 1), seed=1).steps.jit_init()()
-    assert not np.array_equal(other.params["fc1"]["kernel"][...], state.params["fc1"]["kernel"][...])
+    assert not np.array_equal(
+        other.params["fc1"]["kernel"][...], state.params["fc1"]["kernel"][...]
+    )
 
 
 def trained(setup: setups.Setup, calls: list[int]) -> tuple[list[float], dict]:
     """Losses and parameters after calls of so many steps each."""
     steps, (train_feed, _) = setup.steps, setups.feeds(setup)
     train_feed.load()
-    state, jitted, losses, order = steps.jit_init()(), steps.jit_train(), [], orders.train_indices(0, 0, sum(calls), BATCH, 64)
+    state, jitted, losses, order = (
+        steps.jit_init()(),
+        steps.jit_train(),
+        [],
+        orders.train_indices(0, 0, sum(calls), BATCH, 64),
+    )
     for inputs in train_feed.calls(np.split(order, np.cumsum(calls)[:-1])):
         state, metrics = jitted(state, *inputs)
         losses += metrics["loss"].tolist()
@@ -294,8 +441,12 @@ def test_a_weight_is_its_two_halves():
     special = [0.0, -0.0, np.inf, -np.inf, 3e38]
     weights = np.concatenate([rng.normal(size=5000), 10.0 ** rng.uniform(-38, 38, 500), special])
     bits = weights.astype(np.float32).view(np.int32)
-    bits = np.concatenate([bits, bits & -2**16 | 2**15, bits & -2**16])  # ties, and what is bfloat16 already
-    nans = np.array([0x7FFFFFFF, 0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0xFFC00000], np.uint32).view(np.float32)  # CUDA's first
+    bits = np.concatenate(
+        [bits, bits & -(2**16) | 2**15, bits & -(2**16)]
+    )  # ties, and what is bfloat16 already
+    nans = np.array([0x7FFFFFFF, 0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0xFFC00000], np.uint32).view(
+        np.float32
+    )  # CUDA's first
     for half in (jax.jit(pack_bf16)(nans)[0], unpack_f32(*pack_bf16(nans))):
         assert np.isnan(np.asarray(half, np.float32)).all()
     bits = bits[~np.isnan(bits.view(np.float32))]
@@ -304,7 +455,9 @@ def test_a_weight_is_its_two_halves():
     assert (near.dtype, rest.dtype) == (jnp.bfloat16, jnp.int16)
     np.testing.assert_array_equal(np.asarray(jax.jit(unpack_f32)(near, rest)).view(np.int32), bits)
     ties = bits & (2**16 - 1) == 2**15
-    np.testing.assert_array_equal(near[~ties].astype(np.float32), weights[~ties].astype(jnp.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(
+        near[~ties].astype(np.float32), weights[~ties].astype(jnp.bfloat16).astype(np.float32)
+    )
     finite = np.isfinite(weights)
     assert (np.abs(near[finite] - weights[finite]) <= np.abs(weights[finite]) * 2**-8 + 1e-38).all()
 
@@ -314,14 +467,29 @@ def test_a_copy_of_the_weights_changes_nothing(changes):
     """The steps of a call that hand on bfloat16 weights ("cast_once") are those that cast them again; on a mesh."""
     got = []
     for levers in (("own_gradients",), ("own_gradients", "cast_once")):
-        setup = setup_of("alexnet", "hybrid", (2, 2), dtype="bfloat16", model=dict(levers=levers, width=64), **changes)
+        setup = setup_of(
+            "alexnet",
+            "hybrid",
+            (2, 2),
+            dtype="bfloat16",
+            model=dict(levers=levers, width=64),
+            **changes,
+        )
         assert setup.steps.halves == ("cast_once" in levers)
         compiled, train_feed = setups.compile_train(setup, 2), setups.feeds(setup)[0]
         train_feed.load()
         (inputs,) = train_feed.calls([orders.train_indices(0, 0, 2, BATCH, 64)])
         state, metrics = compiled(setup.steps.jit_init()(), *inputs)
-        got.append((metrics["loss"], gather(state.params), program.report(compiled, setup.place.mesh, 2)["totals"]["bytes"]))
-    np.testing.assert_allclose(got[0][0], got[1][0], rtol=1e-5)  # of equally near bfloat16s it takes another
+        got.append(
+            (
+                metrics["loss"],
+                gather(state.params),
+                program.report(compiled, setup.place.mesh, 2)["totals"]["bytes"],
+            )
+        )
+    np.testing.assert_allclose(
+        got[0][0], got[1][0], rtol=1e-5
+    )  # of equally near bfloat16s it takes another
     assert_close(got[1][1], got[0][1], 1e-3)  # a bias is the sum of few bfloat16 steps
     assert got[1][2] <= got[0][2]
 
@@ -330,9 +498,14 @@ def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
     """To the last bit, of training (crops, flips and dropout included) and of evaluation."""
     got = {}
     for resident in ("yes", "no"):
-        setup = setup_of("simple_cnn", "hybrid", (4, 2), dtype="float32", data=dict(resident=resident))
+        setup = setup_of(
+            "simple_cnn", "hybrid", (4, 2), dtype="float32", data=dict(resident=resident)
+        )
         report = program.report(setups.compile_train(setup, 2), setup.place.mesh, 2)
-        moved = [(row["operation"], row["axes"], row["count"], row["bytes"]) for row in report["collectives"]]
+        moved = [
+            (row["operation"], row["axes"], row["count"], row["bytes"])
+            for row in report["collectives"]
+        ]
         _, test_feed = setups.feeds(setup)
         test_feed.load()
         indices, mask = (x[0] for x in orders.eval_indices(BATCH, 8))
@@ -353,28 +526,47 @@ def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
 def test_colour_noise_against_numpy():
     """Each image's pixels get alpha_i sigma_i v_i, of its own alpha ~ N(0, .1) and the training pixels' covariance."""
     with jax.enable_x64(True):
-        noisy, plain = (setup_of("simple_cnn", "data", (1, 1), data=dict(colour_noise=noise)) for noise in (0.1, 0.0))
-        data = DeviceData(noisy.data.train_images * np.uint8([1, 0, 0]) + noisy.data.train_images[..., ::-1] // 2,
-                          noisy.data.train_labels)
+        noisy, plain = (
+            setup_of("simple_cnn", "data", (1, 1), data=dict(colour_noise=noise))
+            for noise in (0.1, 0.0)
+        )
+        data = DeviceData(
+            noisy.data.train_images * np.uint8([1, 0, 0]) + noisy.data.train_images[..., ::-1] // 2,
+            noisy.data.train_labels,
+        )
         axes = statistics.colour_axes(data.images)
         steps = dataclasses.replace(noisy.steps, colour_CC=0.1 * axes)
         indices = jnp.arange(BATCH)
         states = [TrainState(step, 0, None, None) for step in range(2)]
-        added = [(steps.batch(data, state, indices)[0] - plain.steps.batch(data, state, indices)[0]) * steps.std
-                 for state in states]
-        alpha = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 2), (BATCH, 3, 1)))
-    variances, vectors = np.linalg.eigh(np.cov(data.images.reshape(-1, 3).astype(float), rowvar=False))
+        added = [
+            (steps.batch(data, state, indices)[0] - plain.steps.batch(data, state, indices)[0])
+            * steps.std
+            for state in states
+        ]
+        alpha = np.asarray(
+            jax.random.normal(
+                jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 2), (BATCH, 3, 1)
+            )
+        )
+    variances, vectors = np.linalg.eigh(
+        np.cov(data.images.reshape(-1, 3).astype(float), rowvar=False)
+    )
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
     expected = vectors @ (0.1 * alpha * np.sqrt(variances)[:, None])  # [B, 3, 1]
     assert np.abs(expected).max(1).min() > 1
-    np.testing.assert_allclose(added[1], np.broadcast_to(expected[:, None, None, :, 0], added[1].shape), atol=1e-3)
+    np.testing.assert_allclose(
+        added[1], np.broadcast_to(expected[:, None, None, :, 0], added[1].shape), atol=1e-3
+    )
     assert np.abs(added[0] - added[1]).max() > 1  # other steps, other noise
-    np.testing.assert_allclose(noisy.steps.colour_CC, 0.1 * statistics.colour_axes(noisy.data.train_images))
+    np.testing.assert_allclose(
+        noisy.steps.colour_CC, 0.1 * statistics.colour_axes(noisy.data.train_images)
+    )
 
 
 def test_variable_batch():
     """Summed updates of the parts are plain SGD; updates after each part are other numbers, the same on every mesh."""
     with jax.enable_x64(True):
+
         def run(shape, **changes):
             changes = dict(changes, model=dict(width=64, dropout=0.0))
             return trained(setup_of("alexnet", "hybrid", shape, **changes), [1, 1])
@@ -392,8 +584,10 @@ def test_what_a_variable_batch_moves(n):
     """In two parts: the activations of one batch; the dense gradients, over `data`, once a part. Compiled and in theory."""
     setup = setup_of("alexnet", "hybrid", (4, 2), dense_microbatch=8, dtype="float32")
     report = setups.report_of(setup, setups.compile_train(setup, n), n, 0.0)
-    moved = {(row["kind"], "+".join(row["axes"])): (row["compiled_bytes"], row["closed_form_bytes"])
-             for row in report["communication"]}
+    moved = {
+        (row["kind"], "+".join(row["axes"])): (row["compiled_bytes"], row["closed_form_bytes"])
+        for row in report["communication"]
+    }
     expected = BY_HAND["hybrid"] | {("reduce", "data"): 2 * BY_HAND["hybrid"]["reduce", "data"]}
     assert moved.keys() == expected.keys()
     for what, (compiled, theory) in moved.items():
@@ -404,28 +598,46 @@ def test_what_a_variable_batch_moves(n):
 def test_variable_batch_against_a_plain_loop():
     """Updates after each part, written out: four dense updates at a quarter of the rate, then one of the convolutions."""
     with jax.enable_x64(True):
-        setup = setup_of("alexnet", "data", (1, 1), dense_microbatch=4, model=dict(width=64, dropout=0.0),
-                         optimizer=dict(clip_norm=0.0))
+        setup = setup_of(
+            "alexnet",
+            "data",
+            (1, 1),
+            dense_microbatch=4,
+            model=dict(width=64, dropout=0.0),
+            optimizer=dict(clip_norm=0.0),
+        )
         steps, rate = setup.steps, setup.config.optimizer.learning_rate
         decay, momentum = setup.config.optimizer.weight_decay, setup.config.optimizer.momentum
         state = steps.jit_init()()
-        data = DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
+        data = DeviceData(
+            jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels)
+        )
         indices = jnp.asarray(orders.train_indices(0, 0, 1, BATCH, 64)[0])
         images, labels, _ = jax.jit(steps.batch)(data, state, indices)
         params = jax.tree.map(jnp.asarray, state.params)
         momenta = jax.tree.map(jnp.zeros_like, params)
 
         def update(params, momenta, grads, rate, layers):
-            for path in [path for path, _ in nnx.to_flat_state(params) if path[0].startswith(layers)]:
+            for path in [
+                path for path, _ in nnx.to_flat_state(params) if path[0].startswith(layers)
+            ]:
                 weight = params[path[0]][path[1]][...]
                 g = grads[path[0]][path[1]][...] + (decay * weight if weight.ndim > 1 else 0)
                 momenta[path[0]][path[1]][...] = momentum * momenta[path[0]][path[1]][...] + g
-                params[path[0]][path[1]][...] = weight - rate * (g + momentum * momenta[path[0]][path[1]][...])
+                params[path[0]][path[1]][...] = weight - rate * (
+                    g + momentum * momenta[path[0]][path[1]][...]
+                )
 
         conv_grads = []
-        gradient = jax.jit(jax.grad(lambda p, images, labels: steps.loss(p, steps.features(p, images), labels, None)[0]))
+        gradient = jax.jit(
+            jax.grad(
+                lambda p, images, labels: steps.loss(p, steps.features(p, images), labels, None)[0]
+            )
+        )
         for part in range(4):
-            mine = slice(part, None, 4)  # each device gives every part its share: examples part, part + 4, ...
+            mine = slice(
+                part, None, 4
+            )  # each device gives every part its share: examples part, part + 4, ...
             grads = gradient(params, images[mine], labels[mine])
             conv_grads.append(grads)
             update(params, momenta, grads, rate / 4, "fc")
@@ -435,11 +647,19 @@ def test_variable_batch_against_a_plain_loop():
     assert_close(got, gather(params))
 
 
-@pytest.mark.parametrize(("model", "parallelism", "shape", "message"), [
-    ("alexnet_2012", "two_tower", (2, 4), r"its 2 towers do not divide by the 4 devices of mesh axis model"),
-    ("alexnet_2012", "model", (1, 3), r"batch|conv\d.* does not divide by the 3 devices"),
-    ("alexnet", "hybrid", (1, 3), "does not divide by the 3 devices"),
-])
+@pytest.mark.parametrize(
+    ("model", "parallelism", "shape", "message"),
+    [
+        (
+            "alexnet_2012",
+            "two_tower",
+            (2, 4),
+            r"its 2 towers do not divide by the 4 devices of mesh axis model",
+        ),
+        ("alexnet_2012", "model", (1, 3), r"batch|conv\d.* does not divide by the 3 devices"),
+        ("alexnet", "hybrid", (1, 3), "does not divide by the 3 devices"),
+    ],
+)
 def test_what_does_not_divide(model, parallelism, shape, message):
     with jax.enable_x64(True), pytest.raises(UserError, match=message):
         setup = setup_of(model, parallelism, shape, batch_size=math.prod(shape) * 2)
@@ -456,8 +676,13 @@ def test_a_row_for_which_xla_splits_an_axis(monkeypatch):
     report = many["report"]
     assert "error" not in report
     # The features of 4 images, of which a device holds 4 and needs 8: from one other along `data`.
-    (gather,) = (row for row in report["collectives"]
-                 if row["axes"] == ["data (2 of 4)"] and row["operation"] == "all-gather" and row["phase"] == "forward")
+    (gather,) = (
+        row
+        for row in report["collectives"]
+        if row["axes"] == ["data (2 of 4)"]
+        and row["operation"] == "all-gather"
+        and row["phase"] == "forward"
+    )
     assert gather["bytes"] == 2 * gather["ring_bytes"] > 0
     assert report["closed_form"] is report["closed_form_ring_bytes"] is None
     assert {row["closed_form_bytes"] for row in report["communication"]} == {None}
@@ -465,25 +690,42 @@ def test_a_row_for_which_xla_splits_an_axis(monkeypatch):
     assert " MB compiled, not covered by theory" in program.as_text(report)
 
 
-@pytest.mark.parametrize(("batches", "covered"), [
-    (("data", "model", "data"), False), (("data", "data", "model"), False), ((("data", "model"), "model", "model"), False),
-    ((("data", "model"), ("model", "data"), ("model", "data")), False), ((("model", "data"), "model", "model"), True),
-    ((("model", "data"),) * 3, True), (("data", ("data", "model"), "data"), True), (("model", None, "data"), True)])
+@pytest.mark.parametrize(
+    ("batches", "covered"),
+    [
+        (("data", "model", "data"), False),
+        (("data", "data", "model"), False),
+        ((("data", "model"), "model", "model"), False),
+        ((("data", "model"), ("model", "data"), ("model", "data")), False),
+        ((("model", "data"), "model", "model"), True),
+        ((("model", "data"),) * 3, True),
+        (("data", ("data", "model"), "data"), True),
+        (("model", None, "data"), True),
+    ],
+)
 def test_batches_whose_way_the_closed_form_knows(batches, covered):
     own = dict(zip(("conv_batch", "dense_batch", "output_batch"), batches, strict=True))
     assert communication.covers(Placement(mesh.make(4, 2), "mine", dict(mine=own)), []) == covered
-    assert communication.covers(Placement(mesh.make(8, 1), "mine", dict(mine=own)), [])  # there is but one axis
+    assert communication.covers(
+        Placement(mesh.make(8, 1), "mine", dict(mine=own)), []
+    )  # there is but one axis
 
 
-@pytest.mark.parametrize(("own", "message"), [
-    (dict(mine=dict(fc9_out="model")), r"placement\.mine\.fc9_out=model: no such logical axis"),
-    (dict(mine=dict(fc1_out="rows")), r"placement\.mine\.fc1_out=rows: expected 'data', 'model'"),
-    (dict(mine=dict(conv_batch=("data", "data"))), r"placement\.mine\.conv_batch="),
-    (dict(mine=dict(conv_batch=3)), r"placement\.mine\.conv_batch=3: expected 'data', 'model'"),
-    (dict(mine=3), r"placement\.mine=3: expected a row such as"),
-    (dict(data=dict(fc1_out="model")), r"placement\.data: is a built-in row"),
-    (dict(other={}), "parallelism=mine: unknown, expected one of .*two_tower, other"),
-])
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (dict(mine=dict(fc9_out="model")), r"placement\.mine\.fc9_out=model: no such logical axis"),
+        (
+            dict(mine=dict(fc1_out="rows")),
+            r"placement\.mine\.fc1_out=rows: expected 'data', 'model'",
+        ),
+        (dict(mine=dict(conv_batch=("data", "data"))), r"placement\.mine\.conv_batch="),
+        (dict(mine=dict(conv_batch=3)), r"placement\.mine\.conv_batch=3: expected 'data', 'model'"),
+        (dict(mine=3), r"placement\.mine=3: expected a row such as"),
+        (dict(data=dict(fc1_out="model")), r"placement\.data: is a built-in row"),
+        (dict(other={}), "parallelism=mine: unknown, expected one of .*two_tower, other"),
+    ],
+)
 def test_own_rows_that_are_refused(own, message):
     with pytest.raises(UserError, match=message):
         Placement(mesh.make(4, 2), "mine" if "data" not in own else "data", own)
@@ -491,7 +733,9 @@ def test_own_rows_that_are_refused(own, message):
 
 def test_two_dimensions_on_one_mesh_axis():
     place = Placement(mesh.make(4, 2), "mine", dict(mine=dict(fc1_in="model", fc1_out="model")))
-    with pytest.raises(UserError, match=r"fc1\.kernel \(8, 8\): two of its axes .* are split on the same mesh axis"):
+    with pytest.raises(
+        UserError, match=r"fc1\.kernel \(8, 8\): two of its axes .* are split on the same mesh axis"
+    ):
         place.spec(("fc1_in", "fc1_out"), (8, 8), "fc1.kernel")
     with pytest.raises(KeyError, match="fc4_in"):
         place.spec(("fc4_in",), (8,), "fc4.kernel")
@@ -499,7 +743,10 @@ def test_two_dimensions_on_one_mesh_axis():
 
 def test_what_may_be_replicated_is_said():
     place = Placement(mesh.make(2, 4), "model")
-    assert place.report("fc3.bias", ("fc3_out",), (10,), 4)["note"] == "fc3_out=10 does not divide by model=4: replicated"
+    assert (
+        place.report("fc3.bias", ("fc3_out",), (10,), 4)["note"]
+        == "fc3_out=10 does not divide by model=4: replicated"
+    )
     assert place.report("fc3.bias", ("fc3_out",), (12,), 4)["note"] == ""
 
 
@@ -519,7 +766,9 @@ def initial_f32(setup):
 
 def on_one(name: str, **changes) -> tuple[setups.Setup, DeviceData]:
     setup = setup_of(name, "data", (1, 1), dtype="float32", **changes)
-    return setup, DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
+    return setup, DeviceData(
+        jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels)
+    )
 
 
 def test_train_loss_against_numpy():
@@ -528,38 +777,59 @@ def test_train_loss_against_numpy():
     got, _ = plain.gradients(data, initial_f32(setup), jnp.arange(BATCH))
     logits = logits_of(setup, normal(setup.data, setup.data.train_images[:BATCH]))
     targets = 0.9 * np.eye(16)[setup.data.train_labels[:BATCH]] + 0.1 / 16
-    assert float(got["loss"]) == pytest.approx(float(-(targets * jax.nn.log_softmax(logits)).sum(1).mean()), rel=1e-5)
+    assert float(got["loss"]) == pytest.approx(
+        float(-(targets * jax.nn.log_softmax(logits)).sum(1).mean()), rel=1e-5
+    )
     assert float(got["accuracy"]) == (logits.argmax(1) == setup.data.train_labels[:BATCH]).mean()
 
 
 def test_eval_step_against_numpy():
     setup, _ = on_one("alexnet")
     mask, labels, images = np.arange(8) < 5, setup.data.test_labels, setup.data.test_images
-    got = setup.steps.jit_eval()(initial_f32(setup).params, DeviceData(images, labels), np.arange(8), mask)
+    got = setup.steps.jit_eval()(
+        initial_f32(setup).params, DeviceData(images, labels), np.arange(8), mask
+    )
     x = normal(setup.data, images)
-    chances = (jax.nn.softmax(logits_of(setup, x)) + jax.nn.softmax(logits_of(setup, x[:, :, ::-1]))) / 2
+    chances = (
+        jax.nn.softmax(logits_of(setup, x)) + jax.nn.softmax(logits_of(setup, x[:, :, ::-1]))
+    ) / 2
     rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
     loss = -np.log(chances)[np.arange(8), labels]
     assert got["loss"] == pytest.approx(loss[mask].sum(), rel=1e-4)
-    assert [got["correct"], got["top5"], got["examples"]] == [(rank[mask] == 0).sum(), (rank[mask] < 5).sum(), 5]
+    assert [got["correct"], got["top5"], got["examples"]] == [
+        (rank[mask] == 0).sum(),
+        (rank[mask] < 5).sum(),
+        5,
+    ]
 
 
 def test_ten_views_of_a_crop_against_numpy():
     """cuda-convnet's testing: crops less the middle of the mean image, and the mean of the ten softmax outputs."""
-    setup, data = on_one("simple_cnn", eval=dict(views="ten"),
-                         data=dict(crop=24, crop_pad=0, normalise="pixel_mean", colour_noise=0.0))
+    setup, data = on_one(
+        "simple_cnn",
+        eval=dict(views="ten"),
+        data=dict(crop=24, crop_pad=0, normalise="pixel_mean", colour_noise=0.0),
+    )
     labels, images = setup.data.test_labels, setup.data.test_images.astype(np.float32)
     params = initial_f32(setup).params
     params["fc3"]["kernel"][...] *= 0.01  # pixels are large, and so would the logits be
     model = nnx.merge(setup.steps.graph, params)
-    got = setup.steps.jit_eval()(params, DeviceData(setup.data.test_images, labels), np.arange(8), np.ones(8, bool))
+    got = setup.steps.jit_eval()(
+        params, DeviceData(setup.data.test_images, labels), np.arange(8), np.ones(8, bool)
+    )
     mean = setup.data.train_images.astype(np.float64).mean(0)[4:28, 4:28].astype(np.float32)
-    views = [images[:, i:i + 24, j:j + 24] for i, j in ((4, 4), (0, 0), (0, 8), (8, 0), (8, 8))]
+    views = [images[:, i : i + 24, j : j + 24] for i, j in ((4, 4), (0, 0), (0, 8), (8, 0), (8, 8))]
     views += [view[:, :, ::-1] for view in views]
-    chances = np.mean([jax.nn.softmax(model.classify(model.features(view - mean))) for view in views], 0)
+    chances = np.mean(
+        [jax.nn.softmax(model.classify(model.features(view - mean))) for view in views], 0
+    )
     rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
     assert got["loss"] == pytest.approx(-np.log(chances)[np.arange(8), labels].sum(), rel=1e-4)
-    assert [got["correct"], got["top5"], got["examples"]] == [(rank == 0).sum(), (rank < 5).sum(), 8]
+    assert [got["correct"], got["top5"], got["examples"]] == [
+        (rank == 0).sum(),
+        (rank < 5).sum(),
+        8,
+    ]
     batch, _, _ = setup.steps.batch(data, TrainState(0, 0, None, None), jnp.arange(BATCH))
     assert batch.shape == (BATCH, 24, 24, 3)
     pixels = np.asarray(batch + mean)
@@ -570,20 +840,31 @@ def test_ten_views_of_a_crop_against_numpy():
 @pytest.mark.parametrize("scores", ["falling", "equal", "nan"])
 def test_what_counts_as_right(label, scores, monkeypatch):
     """Of equal scores the first counts, of NaN none; padding never does."""
+
     class Fake:
         def features(self, x, place):
             return x
 
         def classify(self, x, place):
-            row = dict(falling=-jnp.arange(10.0), equal=jnp.zeros(10), nan=jnp.full(10, jnp.nan))[scores]
+            row = dict(falling=-jnp.arange(10.0), equal=jnp.zeros(10), nan=jnp.full(10, jnp.nan))[
+                scores
+            ]
             return jnp.tile(row, (len(x), 1))
 
     setup, _ = on_one("simple_cnn")
     monkeypatch.setattr(nnx, "merge", lambda *_: Fake())
-    sums = setup.steps.eval_step(None, DeviceData(jnp.asarray(setup.data.test_images), jnp.full(8, label)), jnp.arange(8),
-                                 jnp.arange(8) < 5)
+    sums = setup.steps.eval_step(
+        None,
+        DeviceData(jnp.asarray(setup.data.test_images), jnp.full(8, label)),
+        jnp.arange(8),
+        jnp.arange(8) < 5,
+    )
     right = scores != "nan"
-    assert (sums["correct"], sums["top5"], sums["examples"]) == (5 * (right and label < 1), 5 * (right and label < 5), 5)
+    assert (sums["correct"], sums["top5"], sums["examples"]) == (
+        5 * (right and label < 1),
+        5 * (right and label < 5),
+        5,
+    )
 
 
 @pytest.mark.parametrize("name", ["alexnet", "simple_cnn"])
@@ -594,7 +875,9 @@ def test_randomness_is_a_function_of_seed_and_step(name):
     def loss(seed, step):
         steps = dataclasses.replace(setup.steps, **changes)
         state = initial_f32(setup)._replace(step=jnp.int32(step), seed=jnp.uint32(seed))
-        return float(jax.jit(lambda state: steps.gradients(data, state, jnp.arange(BATCH))[0]["loss"])(state))
+        return float(
+            jax.jit(lambda state: steps.gradients(data, state, jnp.arange(BATCH))[0]["loss"])(state)
+        )
 
     assert loss(0, 3) == loss(0, 3)
     assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3
@@ -602,9 +885,15 @@ def test_randomness_is_a_function_of_seed_and_step(name):
 
 def test_another_seed_is_the_same_program():
     """It starts from other parameters, but nothing is compiled again."""
-    setups_ = [setup_of("simple_cnn", "data", (2, 2), seed=seed, dtype="float32") for seed in (0, 1)]
-    texts = {setup.steps.jit_train().lower(setup.steps.abstract_state, *setups.feeds(setup)[0].shapes(2, BATCH)).as_text()
-             for setup in setups_}
+    setups_ = [
+        setup_of("simple_cnn", "data", (2, 2), seed=seed, dtype="float32") for seed in (0, 1)
+    ]
+    texts = {
+        setup.steps.jit_train()
+        .lower(setup.steps.abstract_state, *setups.feeds(setup)[0].shapes(2, BATCH))
+        .as_text()
+        for setup in setups_
+    }
     assert len(texts) == 1
     first, second = (setup.steps.jit_init()().params["fc3"]["kernel"][...] for setup in setups_)
     assert not np.array_equal(first, second)
@@ -629,14 +918,20 @@ def test_alexnet_forward_against_lax():
     x = h = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     for i, pooled in enumerate((True, True, False, False, True), 1):
         layer = getattr(model, f"conv{i}")
-        h = jax.lax.conv_general_dilated(h, layer.kernel[...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        h = jax.lax.conv_general_dilated(
+            h, layer.kernel[...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         h = jnp.maximum(h + layer.bias[...], 0)
         h = nnx.max_pool(h, (2, 2), (2, 2)) if pooled else h
     h = h.reshape(2, -1)
     for layer in (model.fc1, model.fc2):
         h = jnp.maximum(h @ layer.kernel[...] + layer.bias[...], 0)
-    np.testing.assert_allclose(model.classify(model.features(x)), h @ model.fc3.kernel[...] + model.fc3.bias[...], rtol=1e-4,
-                               atol=1e-5)
+    np.testing.assert_allclose(
+        model.classify(model.features(x)),
+        h @ model.fc3.kernel[...] + model.fc3.bias[...],
+        rtol=1e-4,
+        atol=1e-5,
+    )
     assert float(model.fc3.kernel[...].std()) == pytest.approx(0.01, rel=0.1)
 
 
@@ -654,18 +949,27 @@ def test_bfloat16_computes_on_float32_parameters():
     data = DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
     abstract = setup.steps.abstract_state
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract.params)} == {jnp.dtype("float32")}
-    jaxpr = jax.make_jaxpr(lambda state: setup.steps.gradients(data, state, jnp.arange(4)))(initial_f32(setup))
+    jaxpr = jax.make_jaxpr(lambda state: setup.steps.gradients(data, state, jnp.arange(4)))(
+        initial_f32(setup)
+    )
     assert set(dtypes_of_products(jaxpr.jaxpr)) == {jnp.dtype("bfloat16")}
-    metrics, grads = jax.eval_shape(lambda state: setup.steps.gradients(data, state, jnp.arange(4)), abstract)
+    metrics, grads = jax.eval_shape(
+        lambda state: setup.steps.gradients(data, state, jnp.arange(4)), abstract
+    )
     assert {x.dtype for x in jax.tree.leaves((metrics, grads))} == {jnp.dtype("float32")}
 
 
 def test_the_state_is_donated_and_stays_where_it_is():
     setup = setup_of("simple_cnn", "hybrid", (4, 2), dtype="float32")
     compiled = setups.compile_train(setup, 1)
-    assert program.memory(compiled)["alias_bytes"] >= program.bytes_per_device(setup.steps.abstract_state)
-    placed = jax.tree.map(lambda got, leaf: got.is_equivalent_to(leaf.sharding, leaf.ndim), compiled.output_shardings[0],
-                          setup.steps.abstract_state)
+    assert program.memory(compiled)["alias_bytes"] >= program.bytes_per_device(
+        setup.steps.abstract_state
+    )
+    placed = jax.tree.map(
+        lambda got, leaf: got.is_equivalent_to(leaf.sharding, leaf.ndim),
+        compiled.output_shardings[0],
+        setup.steps.abstract_state,
+    )
     assert jax.tree.all(placed)
 
 
@@ -678,36 +982,69 @@ def test_what_to_change_where_it_does_not_divide(axis, what):
 def test_towers_that_do_not_divide():
     with pytest.raises(UserError, match="conv2: its 2 towers do not divide by the 3 devices"):
         Placement(mesh.make(1, 3), "model").towers(
-            lambda part, x: x, 2, (jnp.zeros((1, 4, 4, 12)), ("conv_batch", None, None, None)),
-            out=("conv_batch", None, None, "group_out"), name="conv2")
+            lambda part, x: x,
+            2,
+            (jnp.zeros((1, 4, 4, 12)), ("conv_batch", None, None, None)),
+            out=("conv_batch", None, None, "group_out"),
+            name="conv2",
+        )
 
 
 def test_towers_of_a_row_that_splits_two_axes_on_the_same_devices():
-    place = Placement(mesh.make(2, 2), "mine", dict(mine=dict(conv_batch=("data", "model"), group_out="model")))
-    with pytest.raises(UserError, match=r"conv2 .*: two of its axes .* are split on the same mesh axis"):
-        place.towers(lambda part, x: x, 2, (jnp.zeros((4, 4, 4, 12)), ("conv_batch", None, None, None)),
-                     out=("conv_batch", None, None, "group_out"), name="conv2")
+    place = Placement(
+        mesh.make(2, 2), "mine", dict(mine=dict(conv_batch=("data", "model"), group_out="model"))
+    )
+    with pytest.raises(
+        UserError, match=r"conv2 .*: two of its axes .* are split on the same mesh axis"
+    ):
+        place.towers(
+            lambda part, x: x,
+            2,
+            (jnp.zeros((4, 4, 4, 12)), ("conv_batch", None, None, None)),
+            out=("conv_batch", None, None, "group_out"),
+            name="conv2",
+        )
 
 
 def test_towers_that_come_from_another_axis_than_they_go_to():
     place = Placement(mesh.make(2, 2), "mine", dict(mine=dict(group_in="model", group_out="data")))
-    with pytest.raises(UserError, match=r"conv2: group_in=model and group_out=data .*: expected the same"):
-        place.towers(lambda part, x: x, 2, (jnp.zeros((4, 4, 4, 12)), ("conv_batch", None, None, "group_in")),
-                     out=("conv_batch", None, None, "group_out"), name="conv2")
+    with pytest.raises(
+        UserError, match=r"conv2: group_in=model and group_out=data .*: expected the same"
+    ):
+        place.towers(
+            lambda part, x: x,
+            2,
+            (jnp.zeros((4, 4, 4, 12)), ("conv_batch", None, None, "group_in")),
+            out=("conv_batch", None, None, "group_out"),
+            name="conv2",
+        )
 
 
 def test_a_row_from_json_and_its_report():
     place = Placement(mesh.make(4, 2), "mine", dict(mine=dict(conv_batch=["data", "model"])))
-    assert place.report("x", ("conv_batch", "fc1_out"), (8, 4), 4)["mesh_axes"] == [["data", "model"], None]
+    assert place.report("x", ("conv_batch", "fc1_out"), (8, 4), 4)["mesh_axes"] == [
+        ["data", "model"],
+        None,
+    ]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dense_microbatch=4), dict(dense_microbatch=4, dense_updates="sum")])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(dense_microbatch=4), dict(dense_microbatch=4, dense_updates="sum")]
+)
 def test_the_bfloat16_halves_are_what_the_layers_read(monkeypatch, changes):
     seen, features, loss = [], Steps.features, Steps.loss
-    monkeypatch.setattr(Steps, "features", lambda self, params, *args: seen.append(params) or features(self, params, *args))
-    monkeypatch.setattr(Steps, "loss", lambda self, params, *args: seen.append(params) or loss(self, params, *args))
+    monkeypatch.setattr(
+        Steps,
+        "features",
+        lambda self, params, *args: seen.append(params) or features(self, params, *args),
+    )
+    monkeypatch.setattr(
+        Steps, "loss", lambda self, params, *args: seen.append(params) or loss(self, params, *args)
+    )
     setups.compile_train(setup_of("alexnet", "data", (1, 1), dtype="bfloat16", **changes), 2)
-    assert {leaf.dtype for params in seen for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for params in seen for leaf in jax.tree.leaves(params)} == {
+        jnp.dtype("bfloat16")
+    }
 
 
 def test_the_softmax_is_in_float32(monkeypatch):
@@ -720,7 +1057,10 @@ def test_the_softmax_is_in_float32(monkeypatch):
 
     setup, data = on_one("simple_cnn", label_smoothing=0.0)
     monkeypatch.setattr(nnx, "merge", lambda *_: Constant())
-    scores, expected = setup.steps.scores(None, data.images[:2]), np.arange(10, dtype=jnp.bfloat16) / jnp.bfloat16(3)
+    scores, expected = (
+        setup.steps.scores(None, data.images[:2]),
+        np.arange(10, dtype=jnp.bfloat16) / jnp.bfloat16(3),
+    )
     expected = jax.nn.log_softmax(expected.astype(np.float32))
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores[0], expected, rtol=1e-5)
@@ -732,13 +1072,20 @@ def test_each_part_of_a_variable_batch_has_its_own_dropout(monkeypatch):
     keys, old = [], Steps.loss
     with jax.disable_jit():
         setup, data = on_one("alexnet", dense_microbatch=4)
-        monkeypatch.setattr(Steps, "loss", lambda *args: keys.append(jax.random.key_data(args[-1])) or old(*args))
+        monkeypatch.setattr(
+            Steps, "loss", lambda *args: keys.append(jax.random.key_data(args[-1])) or old(*args)
+        )
         setup.steps.variable_batch_step(data, initial_f32(setup), jnp.arange(BATCH))
     assert len({tuple(np.asarray(key).tolist()) for key in keys}) == 4
 
 
 def test_the_accuracy_of_a_variable_batch_is_that_of_all_parts():
-    setup, data = on_one("alexnet", dense_microbatch=4, model=dict(width=64, dropout=0.0), optimizer=dict(learning_rate=0.0))
+    setup, data = on_one(
+        "alexnet",
+        dense_microbatch=4,
+        model=dict(width=64, dropout=0.0),
+        optimizer=dict(learning_rate=0.0),
+    )
     plain, _ = setup.steps.gradients(data, initial_f32(setup), jnp.arange(BATCH))
     _, got = setup.steps.variable_batch_step(data, initial_f32(setup), jnp.arange(BATCH))
     assert float(got["accuracy"]) == pytest.approx(float(plain["accuracy"]))

@@ -48,9 +48,16 @@ else:
 """
 
 
-@pytest.mark.parametrize(("meshes", "batches", "fields", "count"), [
-    ("8x1,4x2", None, [], 2), ("all", None, [], 5), ("8x1", "32,128", ["parallelism=data,hybrid", "config.seed=0,1"], 8),
-    (None, None, ["seed=0,1,1"], 2), (None, None, ['model.levers=("a", "b"),()', 'placement={"a": {"b": ("c", "d")}}'], 2)])
+@pytest.mark.parametrize(
+    ("meshes", "batches", "fields", "count"),
+    [
+        ("8x1,4x2", None, [], 2),
+        ("all", None, [], 5),
+        ("8x1", "32,128", ["parallelism=data,hybrid", "config.seed=0,1"], 8),
+        (None, None, ["seed=0,1,1"], 2),
+        (None, None, ['model.levers=("a", "b"),()', 'placement={"a": {"b": ("c", "d")}}'], 2),
+    ],
+)
 def test_combinations(meshes, batches, fields, count):
     combos = sweep.combinations(meshes, batches, fields, 8)
     assert len(combos) == count
@@ -59,19 +66,23 @@ def test_combinations(meshes, batches, fields, count):
         assert [combo["mesh"] for combo in combos] == ["1x1", "8x1", "4x2", "2x4", "1x8"]
 
 
-@pytest.mark.parametrize(("meshes", "batches", "fields", "message"), [
-    ("8x1,", None, [], "--mesh=8x1,: has an empty value"),
-    (",", None, [], "--mesh=,: has an empty value"),
-    ("8x1,4by2", None, [], "--mesh=4by2: expected DATAxMODEL"),
-    ("all,1x3", None, [], "--mesh=all,1x3: expected either all or shapes"),
-    (None, "32,-1", [], "--batch_per_device=32,-1: -1 is not a positive integer"),
-    (None, "32," + "9" * 5000, [], "9 is not a positive integer of at most nine digits"),
-    (None, "", [], "--batch_per_device=: has an empty value"),
-    (None, None, ["seed"], "--sweep=seed: expected FIELD=VALUE,VALUE"),
-    (None, None, ["seed="], "--sweep=seed=: has an empty value"),
-    (None, None, ["seed=1", "config.seed=2"], "seed is given twice"),
-    (None, "32", ["batch_size=1"], "--sweep=batch_size=1: set by --batch_per_device"),
-    (None, None, ["mesh.data=1,2"], "set by --mesh")])
+@pytest.mark.parametrize(
+    ("meshes", "batches", "fields", "message"),
+    [
+        ("8x1,", None, [], "--mesh=8x1,: has an empty value"),
+        (",", None, [], "--mesh=,: has an empty value"),
+        ("8x1,4by2", None, [], "--mesh=4by2: expected DATAxMODEL"),
+        ("all,1x3", None, [], "--mesh=all,1x3: expected either all or shapes"),
+        (None, "32,-1", [], "--batch_per_device=32,-1: -1 is not a positive integer"),
+        (None, "32," + "9" * 5000, [], "9 is not a positive integer of at most nine digits"),
+        (None, "", [], "--batch_per_device=: has an empty value"),
+        (None, None, ["seed"], "--sweep=seed: expected FIELD=VALUE,VALUE"),
+        (None, None, ["seed="], "--sweep=seed=: has an empty value"),
+        (None, None, ["seed=1", "config.seed=2"], "seed is given twice"),
+        (None, "32", ["batch_size=1"], "--sweep=batch_size=1: set by --batch_per_device"),
+        (None, None, ["mesh.data=1,2"], "set by --mesh"),
+    ],
+)
 def test_lists_that_are_refused(meshes, batches, fields, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         sweep.combinations(meshes, batches, fields, 8)
@@ -79,14 +90,32 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
 
 def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    combos = [dict(mesh="3x5"), dict(mesh="4x2", seed="x"), dict(mesh="4x2", nope="1"), dict(parallelism="towers"),
-              {"data.synthetic.image_size": "0"}, {"model.dropout": "nan"}, dict(mesh="4x2", batch_per_device="9"),
-              dict(mesh="4x2", batch_per_device="8"), dict(seed="0")]
+    combos = [
+        dict(mesh="3x5"),
+        dict(mesh="4x2", seed="x"),
+        dict(mesh="4x2", nope="1"),
+        dict(parallelism="towers"),
+        {"data.synthetic.image_size": "0"},
+        {"model.dropout": "nan"},
+        dict(mesh="4x2", batch_per_device="9"),
+        dict(mesh="4x2", batch_per_device="8"),
+        dict(seed="0"),
+    ]
     rows = list(sweep.plan(combos, SMALL, jax.devices()))
     assert [row["status"] for row in rows] == ["refused"] * 7 + ["pending"] * 2
-    for row, reason in zip(rows, ("needs 15 devices, but there are 8", "--config.seed=x: expected an integer", "nope",
-                                  "parallelism=towers: unknown", "data.synthetic.image_size=0: expected from 1 to 4096",
-                                  "model.dropout=nan: expected from 0.0", "batch_size=72: synthetic has 64"), strict=False):
+    for row, reason in zip(
+        rows,
+        (
+            "needs 15 devices, but there are 8",
+            "--config.seed=x: expected an integer",
+            "nope",
+            "parallelism=towers: unknown",
+            "data.synthetic.image_size=0: expected from 1 to 4096",
+            "model.dropout=nan: expected from 0.0",
+            "batch_size=72: synthetic has 64",
+        ),
+        strict=False,
+    ):
         assert reason in row["reason"]
         assert "\n" not in row["reason"]
     runfiles.write_json(tmp_path / "rows.json", dict(rows=rows))
@@ -98,13 +127,18 @@ def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
 def test_no_two_combinations_have_one_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
     values = "/a/b", "_a_b", "x" * 300, "x" * 299 + "y"
-    names = [row["name"] for row in sweep.plan([{"data.dir": value} for value in values], SMALL, jax.devices())]
+    names = [
+        row["name"]
+        for row in sweep.plan([{"data.dir": value} for value in values], SMALL, jax.devices())
+    ]
     assert len(set(names)) == 4
     assert all("/" not in name and len(name) < 200 for name in names)
     assert names[1] == "data.dir=_a_b"
 
 
-@pytest.mark.parametrize("field", ["batch_size", "batch_per_device", "epochs", "steps", "optimizer.learning_rate"])
+@pytest.mark.parametrize(
+    "field", ["batch_size", "batch_per_device", "epochs", "steps", "optimizer.learning_rate"]
+)
 def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     monkeypatch.chdir(ROOT)
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
@@ -113,23 +147,42 @@ def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
     assert row["status"] == "pending", row["reason"]
     config = configs.resolve(configs.parsed(row["command"].split()[2:]), digits, "cpu")
-    found = configs.flat(config.to_dict()) | dict(batch_per_device=config.batch_size, epochs=config.steps // (1437 // 64))
+    found = configs.flat(config.to_dict()) | dict(
+        batch_per_device=config.batch_size, epochs=config.steps // (1437 // 64)
+    )
     assert found[field] == 3
 
 
 def test_a_seed_counts_once():
     def run(seed, rate, settings):
-        figures = dict(mesh=dict(data=1, model=1), parallelism="data", batch_size=8, seed=seed, images_per_second=rate)
+        figures = dict(
+            mesh=dict(data=1, model=1),
+            parallelism="data",
+            batch_size=8,
+            seed=seed,
+            images_per_second=rate,
+        )
         return dict(status="completed", settings=settings, figures=figures)
 
-    (group,) = compare.groups_of([run(0, 1.0, {}), run(0, 2.0, dict(seed=0)), run(1, None, {}), run(1, 4.0, dict(seed=1))])
-    assert compare.values(group, "images_per_second") == [1.0, 4.0]  # not the one that had no step left
+    (group,) = compare.groups_of(
+        [run(0, 1.0, {}), run(0, 2.0, dict(seed=0)), run(1, None, {}), run(1, 4.0, dict(seed=1))]
+    )
+    assert compare.values(group, "images_per_second") == [
+        1.0,
+        4.0,
+    ]  # not the one that had no step left
 
 
 def test_a_sweep_may_fall_back_only_where_it_is_told_to(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert sweep.arguments_of({}, [*SHARED, "--config.data.fallback_epochs=1"], 8)[-1] == "--config.data.fallback="
-    assert sweep.arguments_of({}, [*SHARED, "--config.data.fallback=digits"], 8)[-1] == "--config.data.fallback=digits"
+    assert (
+        sweep.arguments_of({}, [*SHARED, "--config.data.fallback_epochs=1"], 8)[-1]
+        == "--config.data.fallback="
+    )
+    assert (
+        sweep.arguments_of({}, [*SHARED, "--config.data.fallback=digits"], 8)[-1]
+        == "--config.data.fallback=digits"
+    )
 
 
 @pytest.fixture
@@ -138,12 +191,33 @@ def fake(monkeypatch, tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweep, "LAUNCH", tmp_path / "fake.py")
-    monkeypatch.setattr(runfiles, "figures_of", lambda folder: dict(images_per_second=1.0, step_milliseconds=dict(median=1.0),
-                                                                  ring_bytes=0, accuracy=0.5))
-    monkeypatch.setattr(sweep, "plan", lambda combos, shared, devices: [
-        dict(name=f"seed={combo['seed']}", mesh=None, settings=combo, status="pending", reason="", seconds=None, figures={},
-             command=f"python launch.py --config.seed={combo['seed']}") for combo in combos])
-    return lambda *seeds: sweep.run("e", SHARED, [dict(seed=seed) for seed in seeds], jax.devices(), None, tmp_path / "s")
+    monkeypatch.setattr(
+        runfiles,
+        "figures_of",
+        lambda folder: dict(
+            images_per_second=1.0, step_milliseconds=dict(median=1.0), ring_bytes=0, accuracy=0.5
+        ),
+    )
+    monkeypatch.setattr(
+        sweep,
+        "plan",
+        lambda combos, shared, devices: [
+            dict(
+                name=f"seed={combo['seed']}",
+                mesh=None,
+                settings=combo,
+                status="pending",
+                reason="",
+                seconds=None,
+                figures={},
+                command=f"python launch.py --config.seed={combo['seed']}",
+            )
+            for combo in combos
+        ],
+    )
+    return lambda *seeds: sweep.run(
+        "e", SHARED, [dict(seed=seed) for seed in seeds], jax.devices(), None, tmp_path / "s"
+    )
 
 
 def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
@@ -151,21 +225,34 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     assert result == json.loads((tmp_path / "s/sweep.json").read_text())
     got = {run["name"]: (run["status"], run["reason"]) for run in result["runs"]}
     assert got == {
-        "seed=0": ("completed", ""), "seed=1": ("failed", "seed=1: is refused by the run itself"),
+        "seed=0": ("completed", ""),
+        "seed=1": ("failed", "seed=1: is refused by the run itself"),
         "seed=2": ("failed", "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory"),
-        "seed=3": ("failed", "killed by SIGKILL; said nothing")}
+        "seed=3": ("failed", "killed by SIGKILL; said nothing"),
+    }
     assert result["hardware"]["device_kind"] == "card"
     assert "seed=2  failed" in capsys.readouterr().out
 
     (tmp_path / "s/repaired").touch()
     result = fake(2, 3)  # the others stay as they are
     assert [(run["name"], run["status"]) for run in result["runs"]] == [
-        ("seed=0", "completed"), ("seed=1", "failed"), ("seed=2", "completed"), ("seed=3", "completed")]
+        ("seed=0", "completed"),
+        ("seed=1", "failed"),
+        ("seed=2", "completed"),
+        ("seed=3", "completed"),
+    ]
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]
     capsys.readouterr()
     (tmp_path / "s/seed=0/summary.json").unlink()  # sweep.json has its figures
     result = fake(0, 2)
-    assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]  # what is done is not run again
+    assert (tmp_path / "s/started").read_text().split() == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "2",
+        "3",
+    ]  # what is done is not run again
     assert all(run["figures"] for run in result["runs"] if run["status"] == "completed")
     assert "seed=1  failed" in capsys.readouterr().out  # why the exit code is not 0
     shutil.rmtree(tmp_path / "s/seed=0")
@@ -180,7 +267,10 @@ def test_a_terminal_shows_brackets_as_they_are(monkeypatch, tmp_path):
 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "stdout", Terminal())
-    rows = [dict(name=name, status="refused", reason="levers=[]", seconds=None, figures={}) for name in ("[red]:x:", "[/a]")]
+    rows = [
+        dict(name=name, status="refused", reason="levers=[]", seconds=None, figures={})
+        for name in ("[red]:x:", "[/a]")
+    ]
     sweep._run_all({}, rows, [], tmp_path)
     for text in ("[red]:x:", "[/a]", "levers=[]"):
         assert f" {text} " in sys.stdout.getvalue()
@@ -188,7 +278,9 @@ def test_a_terminal_shows_brackets_as_they_are(monkeypatch, tmp_path):
 
 def test_a_sweep_says_every_commit_that_it_ran_at(fake, tmp_path):
     fake(0)
-    (tmp_path / "fake.py").write_text(FAKE.replace('commit="c"', 'commit="d"').replace("versions={}", "versions=dict(jax='2')"))
+    (tmp_path / "fake.py").write_text(
+        FAKE.replace('commit="c"', 'commit="d"').replace("versions={}", "versions=dict(jax='2')")
+    )
     (tmp_path / "s/repaired").touch()
     hardware = fake(0, 1)["hardware"]
     assert hardware == dict(device_kind="card", host_cores=2, versions=dict(jax="2"), commit="c, d")
@@ -197,7 +289,10 @@ def test_a_sweep_says_every_commit_that_it_ran_at(fake, tmp_path):
 
 def test_what_was_refused_is_forgotten_by_another_list(fake, monkeypatch):
     def refused(*arguments, planned=sweep.plan):
-        return [row | (dict(status="refused") if row["name"] == "seed=9" else {}) for row in planned(*arguments)]
+        return [
+            row | (dict(status="refused") if row["name"] == "seed=9" else {})
+            for row in planned(*arguments)
+        ]
 
     monkeypatch.setattr(sweep, "plan", refused)
     assert [run["status"] for run in fake(0, 9)["runs"]] == ["completed", "refused"]
@@ -207,25 +302,38 @@ def test_what_was_refused_is_forgotten_by_another_list(fake, monkeypatch):
 def test_a_run_that_still_lives_is_waited_for(fake, tmp_path):
     """As one of a sweep that was killed."""
     fake(1)
-    with workdirs.locked(tmp_path / "s/seed=1"), pytest.raises(UserError, match=r"seed=1: another run is using it"):
+    with (
+        workdirs.locked(tmp_path / "s/seed=1"),
+        pytest.raises(UserError, match=r"seed=1: another run is using it"),
+    ):
         fake(0, 1)
     assert (tmp_path / "s/started").read_text().split() == ["1"]
 
 
 def test_a_run_that_had_no_step_left_has_no_speed(fake, monkeypatch):
-    monkeypatch.setattr(runfiles, "figures_of", lambda folder: dict(images_per_second=None, step_milliseconds=None,
-                                                                  ring_bytes=0, accuracy=0.5))
+    monkeypatch.setattr(
+        runfiles,
+        "figures_of",
+        lambda folder: dict(
+            images_per_second=None, step_milliseconds=None, ring_bytes=0, accuracy=0.5
+        ),
+    )
     assert fake(0)["runs"][0]["status"] == "completed"
 
 
 def test_ctrl_c_lets_the_run_save_and_the_sweep_goes_on_later(fake, tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # pytest-xdist's workers ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             fake(0, 4, 1)
     finally:
         signal.signal(signal.SIGINT, before)
-    statuses = {run["name"]: run["status"] for run in json.loads((tmp_path / "s/sweep.json").read_text())["runs"]}
+    statuses = {
+        run["name"]: run["status"]
+        for run in json.loads((tmp_path / "s/sweep.json").read_text())["runs"]
+    }
     assert statuses == {"seed=0": "completed", "seed=4": "interrupted", "seed=1": "pending"}
     (tmp_path / "s/repaired").touch()
     assert {run["status"] for run in fake(0, 4, 1)["runs"]} == {"completed"}
@@ -249,17 +357,51 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
     assert begun[0].poll() is not None
 
 
-@pytest.mark.parametrize(("prepare", "message"), [
-    (lambda folder: (folder / "other").mkdir(parents=True), "is not empty and holds no sweep"),
-    (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text('{"runs": ['), "no whole sweep.json"),
-    (lambda folder: folder.write_text("a file"), "cannot be written"),
-    (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text(json.dumps(dict(
-        arguments=[*SHARED, "--config.seed=3"], devices=8, cpu_devices=None, runs=[]))),
-     r"a sweep with other arguments \(\['--config.seed=3'\], now \[\]\)"),
-    (lambda folder: folder.mkdir() or (folder / "sweep.json").write_text(json.dumps(dict(
-        arguments=SHARED, devices=8, cpu_devices=None, runs=[], config=configs.flat(configs.as_json(configs.parsed(SHARED)))
-        | {"optimizer.momentum": 0.5}))),  # the experiment's file was another
-     r"a sweep with other config \(\{'optimizer.momentum': 0.5\}, now \{'optimizer.momentum': 0.9\}\)")])
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: (folder / "other").mkdir(parents=True), "is not empty and holds no sweep"),
+        (
+            lambda folder: folder.mkdir() or (folder / "sweep.json").write_text('{"runs": ['),
+            "no whole sweep.json",
+        ),
+        (lambda folder: folder.write_text("a file"), "cannot be written"),
+        (
+            lambda folder: (
+                folder.mkdir()
+                or (folder / "sweep.json").write_text(
+                    json.dumps(
+                        dict(
+                            arguments=[*SHARED, "--config.seed=3"],
+                            devices=8,
+                            cpu_devices=None,
+                            runs=[],
+                        )
+                    )
+                )
+            ),
+            r"a sweep with other arguments \(\['--config.seed=3'\], now \[\]\)",
+        ),
+        (
+            lambda folder: (
+                folder.mkdir()
+                or (folder / "sweep.json").write_text(
+                    json.dumps(
+                        dict(
+                            arguments=SHARED,
+                            devices=8,
+                            cpu_devices=None,
+                            runs=[],
+                            config=configs.flat(configs.as_json(configs.parsed(SHARED)))
+                            | {"optimizer.momentum": 0.5},
+                        )
+                    )
+                )
+            ),  # the experiment's file was another
+            r"a sweep with other config \(\{'optimizer.momentum': 0.5\}, now \{'optimizer.momentum': 0.9\}\)",
+        ),
+    ],
+)
 def test_folders_that_are_refused(fake, tmp_path, prepare, message):
     prepare(tmp_path / "s")
     with pytest.raises(UserError, match=message):
@@ -268,7 +410,17 @@ def test_folders_that_are_refused(fake, tmp_path, prepare, message):
 
 
 def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
-    arguments = [*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1,3x1", "--workdir", "s", "--profile", "2"]
+    arguments = [
+        *SMALL,
+        "--cpu_devices",
+        "2",
+        "--mesh",
+        "1x1,2x1,3x1",
+        "--workdir",
+        "s",
+        "--profile",
+        "2",
+    ]
     out, _ = finished(start(*arguments), code=1)  # not every combination worked
     assert "2 of 3 runs are completed" in out
     assert "3x1  refused  mesh.data=3, mesh.model=1: needs 3 devices, but there are 2" in out
@@ -277,27 +429,40 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
     for run in runs[:2]:
         assert run["status"] == "completed"
         assert f"{run['figures']['images_per_second']:,.0f}" in page
-        assert (run["figures"]["profile"]["communication_milliseconds"] > 0) == (run["mesh"] == "2x1")
-    assert {"report.md", "report.csv", "1x1", "1x1.log"} <= {path.name for path in (tmp_path / "s").iterdir()}
-    out, _ = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "3x1,5x1", "--workdir", "t"), code=2)  # none can
+        assert (run["figures"]["profile"]["communication_milliseconds"] > 0) == (
+            run["mesh"] == "2x1"
+        )
+    assert {"report.md", "report.csv", "1x1", "1x1.log"} <= {
+        path.name for path in (tmp_path / "s").iterdir()
+    }
+    out, _ = finished(
+        start(*SMALL, "--cpu_devices", "2", "--mesh", "3x1,5x1", "--workdir", "t"), code=2
+    )  # none can
 
 
 def test_a_sweep_from_a_file_of_flags(start, tmp_path):  # noqa: F811
     """Among programs that print as they start."""
     (tmp_path / "flags.txt").write_text("\n".join(["--sweep=seed=0,1", "--config.steps=1"]))
     (tmp_path / "sitecustomize.py").write_text("print('7 of us')")
-    out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", "--workdir", "s", PYTHONPATH=str(tmp_path)))
+    out, _ = finished(
+        start(*SMALL, "--flagfile", "flags.txt", "--workdir", "s", PYTHONPATH=str(tmp_path))
+    )
     assert "2 of 2 runs are completed" in out
 
 
 def test_sweeps_that_are_refused_at_once(start):  # noqa: F811
-    for more, message in ((["--dry_run"], "--dry_run: expected a single mesh"), (["--mesh", "1x1,"], "has an empty value")):
+    for more, message in (
+        (["--dry_run"], "--dry_run: expected a single mesh"),
+        (["--mesh", "1x1,"], "has an empty value"),
+    ):
         _, err = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1", *more), code=2)
         assert err.startswith("error: ")
         assert message in err
 
 
-@pytest.mark.parametrize("content", ['{"runs": null}', '{"runs": [null]}', '{"runs": [{"name": "a"}]}', "[1]"])
+@pytest.mark.parametrize(
+    "content", ['{"runs": null}', '{"runs": [null]}', '{"runs": [{"name": "a"}]}', "[1]"]
+)
 def test_a_sweep_json_of_another_form_is_refused(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(UserError, match=r"holds no sweep \(no whole sweep\.json\)"):
@@ -306,4 +471,6 @@ def test_a_sweep_json_of_another_form_is_refused(tmp_path, content):
 
 def test_equal_values_are_swept_once():
     values = "optimizer.learning_rate=0.001,1e-3,0.01"
-    assert [combo["optimizer.learning_rate"] for combo in sweep.combinations(None, None, [values], 1)] == ["0.001", "0.01"]
+    assert [
+        combo["optimizer.learning_rate"] for combo in sweep.combinations(None, None, [values], 1)
+    ] == ["0.001", "0.01"]

@@ -38,13 +38,18 @@ from cnn_spmd.training import loop as train
 
 def rows(workdir, split):
     keys = ("step", "loss", "accuracy", "learning_rate", "examples")
-    return [{key: row[key] for key in keys if key in row} for row in runfiles.read(workdir / "metrics.jsonl")
-            if row["split"] == split]
+    return [
+        {key: row[key] for key in keys if key in row}
+        for row in runfiles.read(workdir / "metrics.jsonl")
+        if row["split"] == split
+    ]
 
 
 def saved_state(workdir, step):
     """The whole state in a checkpoint, by name, as Orbax itself reads it."""
-    with warnings.catch_warnings(action="ignore"):  # it says that the sharding is the saved one, as is meant here
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # it says that the sharding is the saved one, as is meant here
         tree = ocp.load(workdir / "checkpoints" / str(step), checkpointable_name="state")
     return {name: np.asarray(leaf) for name, leaf in tree.items()}
 
@@ -56,10 +61,34 @@ def test_files_of_a_run(config, tmp_path):
     assert any(name.startswith("events.out.tfevents") for name in files)
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     assert summary.keys() >= {
-        "experiment", "dataset", "fallback", "model", "parallelism", "mesh", "devices", "device_kind", "processes",
-        "batch_size", "steps", "epochs", "seed", "dtype", "param_count", "startup_seconds", "compile_seconds", "train_seconds",
-        "images_per_second", "step_milliseconds", "eval", "bytes_per_device", "collectives", "versions", "commit", "started",
-        "status"}
+        "experiment",
+        "dataset",
+        "fallback",
+        "model",
+        "parallelism",
+        "mesh",
+        "devices",
+        "device_kind",
+        "processes",
+        "batch_size",
+        "steps",
+        "epochs",
+        "seed",
+        "dtype",
+        "param_count",
+        "startup_seconds",
+        "compile_seconds",
+        "train_seconds",
+        "images_per_second",
+        "step_milliseconds",
+        "eval",
+        "bytes_per_device",
+        "collectives",
+        "versions",
+        "commit",
+        "started",
+        "status",
+    }
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["commit"])
     assert summary["step_milliseconds"].keys() == {"median", "p10", "p90"}
     assert summary["compile_seconds"] < summary["startup_seconds"] < clocks.process_seconds()
@@ -82,7 +111,9 @@ def test_startup_is_counted_from_the_start_of_the_process():
         time.sleep(.1)
         print(first, process_seconds() - first)"""
     since = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     first, more = map(float, result.stdout.split())
     assert 0.45 < first < time.perf_counter() - since + 0.1
     assert 0.05 < more < 0.9
@@ -91,7 +122,9 @@ def test_startup_is_counted_from_the_start_of_the_process():
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
 def test_evaluation_counts_every_image_once(config, tmp_path, shape):
     """40 test images in batches of 16: the tail is padded, and the padding counts for nothing."""
-    config.update(dict(steps=1, batch_size=40, parallelism="hybrid", mesh=dict(data=shape[0], model=shape[1])))
+    config.update(
+        dict(steps=1, batch_size=40, parallelism="hybrid", mesh=dict(data=shape[0], model=shape[1]))
+    )
     config.optimizer.learning_rate = 0.0
     whole = train.run(config, tmp_path / "a")
     config.batch_size = 16
@@ -102,19 +135,29 @@ def test_evaluation_counts_every_image_once(config, tmp_path, shape):
 
 
 def test_evaluation_that_misses_an_image_is_an_error():
-    parts = [dict(loss=1.0, correct=3, top5=4, examples=16), dict(loss=1.0, correct=3, top5=4, examples=15)]
+    parts = [
+        dict(loss=1.0, correct=3, top5=4, examples=16),
+        dict(loss=1.0, correct=3, top5=4, examples=15),
+    ]
     with pytest.raises(AssertionError, match="evaluated 31"):
         train.evaluation_of(parts, 32)
 
 
-@pytest.mark.parametrize("resumed_on", [("data", 1, 1), ("hybrid", 4, 2), ("hybrid", 2, 4), ("data", 1, 1, "streamed")])
+@pytest.mark.parametrize(
+    "resumed_on", [("data", 1, 1), ("hybrid", 4, 2), ("hybrid", 2, 4), ("data", 1, 1, "streamed")]
+)
 def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
     """Stopped after step 4 of 8 and resumed from the checkpoint: bit for bit on the same mesh, 1e-5 on another."""
     train.run(config, tmp_path / "whole")
     stop_after(4, config, tmp_path / "parts")
     parallelism, data, model, *streamed = resumed_on
-    config.update(dict(parallelism=parallelism, mesh=dict(data=data, model=model),
-                       data=dict(resident="no" if streamed else "yes")))
+    config.update(
+        dict(
+            parallelism=parallelism,
+            mesh=dict(data=data, model=model),
+            data=dict(resident="no" if streamed else "yes"),
+        )
+    )
     summary = train.run(config, tmp_path / "parts")
     assert (summary["status"], summary["steps"]) == ("completed", 8)
     assert summary["data_on_device"] is not bool(streamed)
@@ -126,13 +169,17 @@ def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
         np.testing.assert_allclose(parts[name], value, rtol=0, atol=tolerance, err_msg=name)
     for split in ("train", "eval", "final"):
         assert len(rows(tmp_path / "parts", split)) == len(rows(tmp_path / "whole", split))
-        for got, expected in zip(rows(tmp_path / "parts", split), rows(tmp_path / "whole", split), strict=True):
+        for got, expected in zip(
+            rows(tmp_path / "parts", split), rows(tmp_path / "whole", split), strict=True
+        ):
             assert got == expected if same_mesh else got == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_of_two_stages_and_crops_resumes(config, tmp_path):
     """cuda-convnet's recipe, small: 40 of 64 images for 6 steps, 2 an epoch, in crops; stopped after step 4 and resumed."""
-    config.data.update(dict(crop=24, crop_pad=0, normalise="pixel_mean", held_out=24, held_out_steps=6))
+    config.data.update(
+        dict(crop=24, crop_pad=0, normalise="pixel_mean", held_out=24, held_out_steps=6)
+    )
     config.optimizer.update(dict(bias_rate=2.0, weight_decays=dict(fc3=0.1), learning_rate=1e-6))
     config.update(dict(steps=8, eval=dict(views="ten")))
     whole = train.run(config, tmp_path / "whole")
@@ -145,6 +192,7 @@ def test_a_run_of_two_stages_and_crops_resumes(config, tmp_path):
 
 def stop_after(step, config, workdir):
     """Runs until the checkpoint of `step` is whole, then dies as a killed process does."""
+
     class Killed(BaseException):
         pass
 
@@ -173,7 +221,9 @@ def test_a_checkpoint_is_not_changed_by_the_steps_after_it(config, tmp_path):
     config.epochs = 4
     train.run(config, tmp_path / "longer")
     for name, value in saved_state(tmp_path / "short", 4).items():
-        np.testing.assert_array_equal(saved_state(tmp_path / "longer", 4)[name], value, err_msg=name)
+        np.testing.assert_array_equal(
+            saved_state(tmp_path / "longer", 4)[name], value, err_msg=name
+        )
 
 
 def test_a_finished_run_is_left_alone_and_can_grow(config, tmp_path, capsys):
@@ -201,7 +251,9 @@ def test_metrics_cut_by_a_kill(config, tmp_path):
     """A cut last line is dropped, and what was logged after the checkpoint is not told twice."""
     stop_after(4, config, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "split": "train", "loss": 1.0, "train_seconds": 9}\n{"step": 6, "spl')
+        file.write(
+            '{"step": 5, "split": "train", "loss": 1.0, "train_seconds": 9}\n{"step": 6, "spl'
+        )
     train.run(config, tmp_path)
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 9))
 
@@ -210,14 +262,21 @@ def overflow_in_step(step, monkeypatch):
     """Makes this step's update infinite, so that it ruins the parameters."""
     make = optim.make_optimizer
     ruin = optax.scale_by_schedule(lambda at: jnp.where(at == step - 1, jnp.inf, 1.0))
-    monkeypatch.setattr(optim, "make_optimizer", lambda *settings: optax.chain(make(*settings), ruin))
+    monkeypatch.setattr(
+        optim, "make_optimizer", lambda *settings: optax.chain(make(*settings), ruin)
+    )
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
     overflow_in_step(5, monkeypatch)
-    with pytest.raises(train.NonFinite, match=r"loss is nan at step 6 .*the last good checkpoint is .*checkpoints.4$"):
+    with pytest.raises(
+        train.NonFinite,
+        match=r"loss is nan at step 6 .*the last good checkpoint is .*checkpoints.4$",
+    ):
         train.run(config, tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()] == ["4"]
+    assert [
+        path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()
+    ] == ["4"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("non-finite", 6)
 
@@ -225,68 +284,139 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_pa
 def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     overflow_in_step(4, monkeypatch)  # the loss of step 4 is still finite, and a checkpoint is due
     config.eval.every_epochs = 0
-    with pytest.raises(train.NonFinite, match=r"parameters are not finite after step 4.*no checkpoint was saved"):
+    with pytest.raises(
+        train.NonFinite, match=r"parameters are not finite after step 4.*no checkpoint was saved"
+    ):
         train.run(config, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(experiment="../x"), r"experiment=\.\./x: expected letters, digits"),
-    (dict(experiment=".."), r"experiment=\.\.: expected letters, digits"),
-    (dict(parallelism="pipeline"), "parallelism=pipeline: unknown, expected one of data, model, hybrid"),
-    (dict(model=dict(name="lenet")), r"model\.name=lenet: unknown"),
-    (dict(data=dict(name="mnist")), r"data\.name=mnist"),
-    (dict(batch_size=12, mesh=dict(data=8)), r"batch_size \(12,\): conv_batch=12 does not divide by the 8 devices"),
-    (dict(model=dict(name="alexnet"), parallelism="hybrid", batch_size=15, mesh=dict(model=3)),
-     r"fc1 output \(15, 4096\): fc1_out=4096 does not divide by the 3 devices of mesh axis model"),
-    (dict(mesh=dict(data=3, model=5)), "mesh.data=3, mesh.model=5: needs 15 devices, but there are 8"),
-    (dict(batch_size=65), "batch_size=65: synthetic has 64 training images"),
-    (dict(batch_size=0), "batch_size=0: expected at least 1"),
-    (dict(epochs=0), "epochs=0, steps=0"),
-    (dict(dtype="float16"), "dtype=float16: unknown"),
-    (dict(steps=10**12), r"steps=1000000000000: expected from 0 to 10000000"),
-    (dict(parallelism="two_tower"), r"parallelism=two_tower: splits towers, but model\.name=simple_cnn has one"),
-    (dict(dense_updates="twice"), "dense_updates=twice: unknown, expected one of each, sum"),
-    (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=16"),
-    (dict(dense_microbatch=4, mesh=dict(data=8)), r"dense_microbatch \(4,\): conv_batch=4 does not divide by the 8"),
-    (dict(model=dict(dropout=1.0)), r"model\.dropout=1\.0: expected from 0\.0 to below 1\.0"),
-    (dict(optimizer=dict(learning_rate=float("nan"))), r"optimizer\.learning_rate=nan: expected at least"),
-    (dict(optimizer=dict(learning_rate=1e39)), r"optimizer\.learning_rate=1e\+39: expected at least 0\.0 and at most 3e\+38"),
-    (dict(optimizer=dict(decay="steps")), r"optimizer\.decay=steps: unknown"),
-    (dict(data=dict(resident="maybe")), r"data\.resident=maybe: unknown, expected one of auto, yes, no"),
-    (dict(data=dict(crop_pad=32)), r"data\.crop_pad=32: images are 32 pixels wide"),
-    (dict(data=dict(crop=33)), r"data\.crop=33: images are 32 pixels wide"),
-    (dict(data=dict(crop=-1)), r"data\.crop=-1: expected at least 0"),
-    (dict(eval=dict(views="ten")), r"eval\.views=ten: data\.crop=0 leaves no corners"),
-    (dict(eval=dict(views="two")), r"eval\.views=two: unknown, expected one of one, mirrored, ten"),
-    (dict(data=dict(normalise="unit")), r"data\.normalise=unit: unknown, expected one of channel, pixel_mean"),
-    (dict(data=dict(held_out=49, held_out_steps=1)), r"data\.held_out=49: leaves 15 of 64 training images"),
-    (dict(data=dict(held_out=-1)), r"data\.held_out=-1: expected at least 0"),
-    (dict(data=dict(held_out_steps=-1)), r"data\.held_out_steps=-1: expected at least 0"),
-    (dict(optimizer=dict(bias_rate=-1.0)), r"optimizer\.bias_rate=-1\.0: expected at least"),
-    (dict(optimizer=dict(scaling=2.0)), r"optimizer\.scaling=2\.0: expected from 0\.0 to 1\.0"),
-    (dict(optimizer=dict(weight_decays=dict(conv1=-1.0))), r"optimizer\.weight_decays\.conv1=-1\.0: expected at least"),
-    (dict(optimizer=dict(weight_decays=dict(conv1="much"))), r"optimizer\.weight_decays\.conv1='much': expected a number"),
-    (dict(batch_size=True), "batch_size=True: expected an integer"),
-    (dict(model=dict(levers=None)), r"model\.levers=None: expected a tuple"),
-    (dict(eval=dict(every_epochs=2**70)),
-     r"eval\.every_epochs=1180591620717411303424: expected at least 0 and at most 2147483647"),
-    (dict(mesh=dict(data=2**70)), r"mesh\.data=1180591620717411303424: expected from -1 to 65536"),
-    (dict(steps_per_call=10**9), r"steps_per_call=1000000000: expected from 0 to 100000"),
-    (dict(profile=10**6), r"profile=1000000: expected from 0 to 1000"),
-    (dict(data=dict(dir="~nosuchuser/x")), r"data\.dir=~nosuchuser/x: has no such home folder, expected the path of a folder"),
-    (dict(data=dict(synthetic=dict(image_size=4096, train_examples=10**7))),
-     r"data\.synthetic\.image_size=4096, data\.synthetic\.test_examples=40, data\.synthetic\.train_examples=10000000: needs "
-     r"503,318\.5 GB, expected at most the .* GB of memory that there are"),
-    (dict(model=dict(name="alexnet", width=10**6)),
-     r"model\.name=alexnet, model\.width=1000000, per device: needs 8,032\.9 GB"),
-    (dict(steps_per_call=10**5, steps=10**7, data=dict(resident="no", crop=8, synthetic=dict(image_size=1024))),
-     r"steps_per_call=100000, batch_size=16: needs 5,033\.2 GB"),
-    (dict(optimizer=dict(weight_decays=dict(fc9=1.0))),
-     r"optimizer\.weight_decays\.fc9: model\.name=simple_cnn has no such layer, expected some of conv1, fc3"),
-    (dict(optimizer=dict(layer_rates=dict(conv2=1.0))), r"optimizer\.layer_rates\.conv2: .* has no such layer"),
-    (dict(checkpoint=dict(keep=0)), r"checkpoint\.keep=0: expected at least 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(experiment="../x"), r"experiment=\.\./x: expected letters, digits"),
+        (dict(experiment=".."), r"experiment=\.\.: expected letters, digits"),
+        (
+            dict(parallelism="pipeline"),
+            "parallelism=pipeline: unknown, expected one of data, model, hybrid",
+        ),
+        (dict(model=dict(name="lenet")), r"model\.name=lenet: unknown"),
+        (dict(data=dict(name="mnist")), r"data\.name=mnist"),
+        (
+            dict(batch_size=12, mesh=dict(data=8)),
+            r"batch_size \(12,\): conv_batch=12 does not divide by the 8 devices",
+        ),
+        (
+            dict(
+                model=dict(name="alexnet"), parallelism="hybrid", batch_size=15, mesh=dict(model=3)
+            ),
+            r"fc1 output \(15, 4096\): fc1_out=4096 does not divide by the 3 devices of mesh axis model",
+        ),
+        (
+            dict(mesh=dict(data=3, model=5)),
+            "mesh.data=3, mesh.model=5: needs 15 devices, but there are 8",
+        ),
+        (dict(batch_size=65), "batch_size=65: synthetic has 64 training images"),
+        (dict(batch_size=0), "batch_size=0: expected at least 1"),
+        (dict(epochs=0), "epochs=0, steps=0"),
+        (dict(dtype="float16"), "dtype=float16: unknown"),
+        (dict(steps=10**12), r"steps=1000000000000: expected from 0 to 10000000"),
+        (
+            dict(parallelism="two_tower"),
+            r"parallelism=two_tower: splits towers, but model\.name=simple_cnn has one",
+        ),
+        (dict(dense_updates="twice"), "dense_updates=twice: unknown, expected one of each, sum"),
+        (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=16"),
+        (
+            dict(dense_microbatch=4, mesh=dict(data=8)),
+            r"dense_microbatch \(4,\): conv_batch=4 does not divide by the 8",
+        ),
+        (dict(model=dict(dropout=1.0)), r"model\.dropout=1\.0: expected from 0\.0 to below 1\.0"),
+        (
+            dict(optimizer=dict(learning_rate=float("nan"))),
+            r"optimizer\.learning_rate=nan: expected at least",
+        ),
+        (
+            dict(optimizer=dict(learning_rate=1e39)),
+            r"optimizer\.learning_rate=1e\+39: expected at least 0\.0 and at most 3e\+38",
+        ),
+        (dict(optimizer=dict(decay="steps")), r"optimizer\.decay=steps: unknown"),
+        (
+            dict(data=dict(resident="maybe")),
+            r"data\.resident=maybe: unknown, expected one of auto, yes, no",
+        ),
+        (dict(data=dict(crop_pad=32)), r"data\.crop_pad=32: images are 32 pixels wide"),
+        (dict(data=dict(crop=33)), r"data\.crop=33: images are 32 pixels wide"),
+        (dict(data=dict(crop=-1)), r"data\.crop=-1: expected at least 0"),
+        (dict(eval=dict(views="ten")), r"eval\.views=ten: data\.crop=0 leaves no corners"),
+        (
+            dict(eval=dict(views="two")),
+            r"eval\.views=two: unknown, expected one of one, mirrored, ten",
+        ),
+        (
+            dict(data=dict(normalise="unit")),
+            r"data\.normalise=unit: unknown, expected one of channel, pixel_mean",
+        ),
+        (
+            dict(data=dict(held_out=49, held_out_steps=1)),
+            r"data\.held_out=49: leaves 15 of 64 training images",
+        ),
+        (dict(data=dict(held_out=-1)), r"data\.held_out=-1: expected at least 0"),
+        (dict(data=dict(held_out_steps=-1)), r"data\.held_out_steps=-1: expected at least 0"),
+        (dict(optimizer=dict(bias_rate=-1.0)), r"optimizer\.bias_rate=-1\.0: expected at least"),
+        (dict(optimizer=dict(scaling=2.0)), r"optimizer\.scaling=2\.0: expected from 0\.0 to 1\.0"),
+        (
+            dict(optimizer=dict(weight_decays=dict(conv1=-1.0))),
+            r"optimizer\.weight_decays\.conv1=-1\.0: expected at least",
+        ),
+        (
+            dict(optimizer=dict(weight_decays=dict(conv1="much"))),
+            r"optimizer\.weight_decays\.conv1='much': expected a number",
+        ),
+        (dict(batch_size=True), "batch_size=True: expected an integer"),
+        (dict(model=dict(levers=None)), r"model\.levers=None: expected a tuple"),
+        (
+            dict(eval=dict(every_epochs=2**70)),
+            r"eval\.every_epochs=1180591620717411303424: expected at least 0 and at most 2147483647",
+        ),
+        (
+            dict(mesh=dict(data=2**70)),
+            r"mesh\.data=1180591620717411303424: expected from -1 to 65536",
+        ),
+        (dict(steps_per_call=10**9), r"steps_per_call=1000000000: expected from 0 to 100000"),
+        (dict(profile=10**6), r"profile=1000000: expected from 0 to 1000"),
+        (
+            dict(data=dict(dir="~nosuchuser/x")),
+            r"data\.dir=~nosuchuser/x: has no such home folder, expected the path of a folder",
+        ),
+        (
+            dict(data=dict(synthetic=dict(image_size=4096, train_examples=10**7))),
+            r"data\.synthetic\.image_size=4096, data\.synthetic\.test_examples=40, data\.synthetic\.train_examples=10000000: needs "
+            r"503,318\.5 GB, expected at most the .* GB of memory that there are",
+        ),
+        (
+            dict(model=dict(name="alexnet", width=10**6)),
+            r"model\.name=alexnet, model\.width=1000000, per device: needs 8,032\.9 GB",
+        ),
+        (
+            dict(
+                steps_per_call=10**5,
+                steps=10**7,
+                data=dict(resident="no", crop=8, synthetic=dict(image_size=1024)),
+            ),
+            r"steps_per_call=100000, batch_size=16: needs 5,033\.2 GB",
+        ),
+        (
+            dict(optimizer=dict(weight_decays=dict(fc9=1.0))),
+            r"optimizer\.weight_decays\.fc9: model\.name=simple_cnn has no such layer, expected some of conv1, fc3",
+        ),
+        (
+            dict(optimizer=dict(layer_rates=dict(conv2=1.0))),
+            r"optimizer\.layer_rates\.conv2: .* has no such layer",
+        ),
+        (dict(checkpoint=dict(keep=0)), r"checkpoint\.keep=0: expected at least 1"),
+    ],
+)
 def test_refused_before_anything_is_compiled(config, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
     config.update(changes)
@@ -313,7 +443,9 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path):
     config.optimizer.learning_rate = 0.002
     config.seed = 1
     config.mesh.data = 2
-    with pytest.raises(UserError, match=r"\(optimizer\.learning_rate: 0\.001 -> 0\.002; seed: 0 -> 1\)"):
+    with pytest.raises(
+        UserError, match=r"\(optimizer\.learning_rate: 0\.001 -> 0\.002; seed: 0 -> 1\)"
+    ):
         train.run(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
     for damaged in (before[:50], "[]", ""):
@@ -362,11 +494,15 @@ def test_two_runs_in_one_workdir(config, tmp_path):
 def test_starting_again_without_checkpoints_keeps_all_old_metrics(config, tmp_path, capsys):
     for suffix in ("", ".old", ".old-2"):
         train.run(config, tmp_path)
-        assert ("has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
-                f"metrics.jsonl{suffix}." in capsys.readouterr().out) == bool(suffix)
+        assert (
+            "has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
+            f"metrics.jsonl{suffix}." in capsys.readouterr().out
+        ) == bool(suffix)
         shutil.rmtree(tmp_path / "checkpoints")
         (tmp_path / "summary.json").unlink()
-        (tmp_path / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text() + f'{{"n": "{suffix}"}}\n')
+        (tmp_path / "metrics.jsonl").write_text(
+            (tmp_path / "metrics.jsonl").read_text() + f'{{"n": "{suffix}"}}\n'
+        )
     for suffix in ("", ".old", ".old-2"):
         lines = (tmp_path / f"metrics.jsonl{suffix}").read_text().splitlines()
         assert len(lines) == 8 + 1 + 1 + 1
@@ -375,11 +511,13 @@ def test_starting_again_without_checkpoints_keeps_all_old_metrics(config, tmp_pa
 def scalars(workdir):
     """What TensorBoard shows of `train/loss`: {step: value}, from all event files, by its own rule for restarts."""
     shown = {}
-    for path in sorted(workdir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        workdir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns
+    ):
         data = path.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
-            event, data = event_pb2.Event.FromString(data[12:12 + size]), data[16 + size:]
+            event, data = event_pb2.Event.FromString(data[12 : 12 + size]), data[16 + size :]
             if event.session_log.status == event_pb2.SessionLog.START:
                 shown = {step: value for step, value in shown.items() if step < event.step}
             for value in event.summary.value:
@@ -410,12 +548,16 @@ def test_a_run_whose_saved_checkpoints_are_gone_stops(config, tmp_path):
     train.run(config, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     config.epochs = 3
-    with pytest.raises(UserError, match=r"summary\.json says that step 8 was saved, but checkpoints/ holds none"):
+    with pytest.raises(
+        UserError, match=r"summary\.json says that step 8 was saved, but checkpoints/ holds none"
+    ):
         train.run(config, tmp_path)
 
 
 @pytest.mark.parametrize("moved", [True, False])
-def test_a_folder_that_goes_while_the_run_uses_it_ends_the_run(config, tmp_path, monkeypatch, moved):
+def test_a_folder_that_goes_while_the_run_uses_it_ends_the_run(
+    config, tmp_path, monkeypatch, moved
+):
     save = checkpoint.Checkpoints.save
 
     def save_and_go(self, step, *rest):
@@ -427,7 +569,10 @@ def test_a_folder_that_goes_while_the_run_uses_it_ends_the_run(config, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", save_and_go)
-        with pytest.raises(checkpoint.SaveError, match="run: was moved or removed while the run used it; step 8 is not saved"):
+        with pytest.raises(
+            checkpoint.SaveError,
+            match="run: was moved or removed while the run used it; step 8 is not saved",
+        ):
             train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     if moved:
@@ -465,7 +610,9 @@ def test_a_step_of_another_run_is_not_taken(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run\\1", "a*", "b?", "gs:"])
-def test_paths_in_which_no_checkpoint_could_be_read_are_refused(config, tmp_path, name, monkeypatch):
+def test_paths_in_which_no_checkpoint_could_be_read_are_refused(
+    config, tmp_path, name, monkeypatch
+):
     """Above the run, too, and where the current folder has such a name."""
     (tmp_path / name).mkdir()
     for workdir in (tmp_path / name / "a", tmp_path / name / "run"):
@@ -477,7 +624,9 @@ def test_paths_in_which_no_checkpoint_could_be_read_are_refused(config, tmp_path
     assert not list((tmp_path / name).iterdir())
 
 
-@pytest.mark.parametrize("name", ["a b", "é日本", "{x},y", "x~$HOME", "'\"", "100%", "#&|;", "-w", "new\nline"])
+@pytest.mark.parametrize(
+    "name", ["a b", "é日本", "{x},y", "x~$HOME", "'\"", "100%", "#&|;", "-w", "new\nline"]
+)
 def test_other_paths_hold_runs_that_resume(config, tmp_path, name):
     stop_after(4, config, tmp_path / name)
     assert train.run(config, tmp_path / name)["steps"] == 8
@@ -498,7 +647,13 @@ def test_damaged_lines_of_metrics(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(runfiles.logging, "warning", lambda *message: said.append(message))
     good = '{"step": 1, "split": "train"}'
-    bad = ["garbage", "5", '{"step": 1}', '{"step": "x", "split": "eval"}', '{"step": null, "split": "train"}']
+    bad = [
+        "garbage",
+        "5",
+        '{"step": 1}',
+        '{"step": "x", "split": "eval"}',
+        '{"step": null, "split": "train"}',
+    ]
     (tmp_path / "m").write_text("\n".join([good, *bad, good, '{"st']))
     assert len(runfiles.read(tmp_path / "m")) == 2
     assert [message[2] for message in said] == [2, 3, 4, 5, 6]
@@ -506,7 +661,9 @@ def test_damaged_lines_of_metrics(tmp_path, monkeypatch):
 
 
 def test_a_network_that_gives_nan_is_never_right(config, tmp_path, monkeypatch):
-    overflow_in_step(8, monkeypatch)  # of the last step: only the final evaluation meets what it did
+    overflow_in_step(
+        8, monkeypatch
+    )  # of the last step: only the final evaluation meets what it did
     with pytest.raises(train.NonFinite, match="test loss is nan after step 8"):
         train.run(config, tmp_path)
 
@@ -518,11 +675,15 @@ def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
         raise cifar10.Unreachable("no way out")
 
     monkeypatch.setattr(cifar10, "load", unreachable)
-    config.data.update(dict(name="cifar10", fallback="digits", fallback_epochs=1, fallback_batch_size=512))
+    config.data.update(
+        dict(name="cifar10", fallback="digits", fallback_epochs=1, fallback_batch_size=512)
+    )
     summary = train.run(config, tmp_path)
     assert (summary["batch_size"], summary["steps"], summary["eval"]["examples"]) == (512, 2, 360)
-    assert ("For digits: batch_size=512, steps=2, optimizer.learning_rate=0.05, from data.fallback_*.\n"
-            in capsys.readouterr().out)
+    assert (
+        "For digits: batch_size=512, steps=2, optimizer.learning_rate=0.05, from data.fallback_*.\n"
+        in capsys.readouterr().out
+    )
     for name in ("config.json", "program.json", "summary.json"):
         content = json.loads((tmp_path / name).read_text())
         assert (content["dataset"], content["fallback"]) == ("digits", "cifar10"), name
@@ -606,7 +767,9 @@ def test_calls_end_at_every_stop():
 
 
 def test_clock_leaves_out_what_is_not_training(monkeypatch):
-    now = iter([0.0, 10.0, 12.0, 13.0, 50.0, 51.0])  # made, started, call, call, started after an evaluation, call
+    now = iter(
+        [0.0, 10.0, 12.0, 13.0, 50.0, 51.0]
+    )  # made, started, call, call, started after an evaluation, call
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
     clock = clocks.Clock()
     clock.start()
@@ -624,14 +787,20 @@ def checkpointed(workdir):
 
 def test_a_run_keeps_its_last_and_its_best(config, tmp_path, monkeypatch):
     accuracy = iter([0.9, 0.2, 0.1])
-    monkeypatch.setattr(train, "evaluation_of", lambda *_: dict(accuracy=next(accuracy), top5=0.0, loss=0.0, examples=40))
+    monkeypatch.setattr(
+        train,
+        "evaluation_of",
+        lambda *_: dict(accuracy=next(accuracy), top5=0.0, loss=0.0, examples=40),
+    )
     config.update(dict(epochs=3, checkpoint=dict(keep=1)))
     train.run(config, tmp_path)
     assert checkpointed(tmp_path) == {4, 12}
 
 
 def test_checkpoints_and_evaluations_have_intervals_of_their_own(config, tmp_path):
-    config.update(dict(epochs=4, checkpoint=dict(every_epochs=3, keep=9), eval=dict(every_epochs=2)))
+    config.update(
+        dict(epochs=4, checkpoint=dict(every_epochs=3, keep=9), eval=dict(every_epochs=2))
+    )
     train.run(config, tmp_path)
     assert checkpointed(tmp_path) == {12, 16}
     assert [row["step"] for row in rows(tmp_path, "eval")] == [8]
@@ -639,13 +808,18 @@ def test_checkpoints_and_evaluations_have_intervals_of_their_own(config, tmp_pat
 
 def test_programs_from_the_cache_are_told(config, tmp_path, capsys):
     """The second of two equal runs does not compile its steps, and says so."""
-    changes = dict(jax_compilation_cache_dir=str(tmp_path / "cache"), jax_persistent_cache_min_compile_time_secs=0.0)
+    changes = dict(
+        jax_compilation_cache_dir=str(tmp_path / "cache"),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+    )
     before = {name: getattr(jax.config, name) for name in changes}
     try:
         for name, value in changes.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        first, second = (train.run(config, tmp_path / name)["programs_from_cache"] for name in ("a", "b"))
+        first, second = (
+            train.run(config, tmp_path / name)["programs_from_cache"] for name in ("a", "b")
+        )
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -690,8 +864,12 @@ def test_the_clock_stands_still_during_evaluation(config, tmp_path, monkeypatch)
     events = []
     for name in ("start", "tick"):
         old = getattr(clocks.Clock, name)
-        monkeypatch.setattr(clocks.Clock, name, lambda *a, old=old, name=name: events.append(name) or old(*a))
-    monkeypatch.setattr(train, "evaluation_of", lambda *a, old=train.evaluation_of: events.append("eval") or old(*a))
+        monkeypatch.setattr(
+            clocks.Clock, name, lambda *a, old=old, name=name: events.append(name) or old(*a)
+        )
+    monkeypatch.setattr(
+        train, "evaluation_of", lambda *a, old=train.evaluation_of: events.append("eval") or old(*a)
+    )
     train.run(config, tmp_path)
     assert events == ["start", *["tick"] * 4, "eval", "start", *["tick"] * 4, "eval"]
 
@@ -720,50 +898,81 @@ def test_a_call_begins_before_the_one_before_it_is_read(config, tmp_path, monkey
     assert events == ["begin", *["begin", "read"] * 3, "read"] * 2
 
 
-def test_a_launch_that_takes_as_long_as_its_call_is_not_counted_twice(config, tmp_path, monkeypatch):
+def test_a_launch_that_takes_as_long_as_its_call_is_not_counted_twice(
+    config, tmp_path, monkeypatch
+):
     """As on a GPU, where the host is free only when a call is nearly over; the call before it had ended long ago."""
     before_each_call(lambda: time.sleep(0.4), monkeypatch)
     train.run(config, tmp_path)
     lines = [line for line in runfiles.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
     assert len(lines) == 8
-    assert min(16 / line["images_per_second"] for line in lines) > 0.1  # s; the last before an evaluation had some 0.01
+    assert (
+        min(16 / line["images_per_second"] for line in lines) > 0.1
+    )  # s; the last before an evaluation had some 0.01
 
 
 def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeypatch):
     data = sources.load(config.data)
-    data = dataclasses.replace(data, train_labels=data.train_labels * 0 + 1, test_labels=data.test_labels * 0,
-                               test_images=data.test_images // 4)
+    data = dataclasses.replace(
+        data,
+        train_labels=data.train_labels * 0 + 1,
+        test_labels=data.test_labels * 0,
+        test_images=data.test_images // 4,
+    )
     monkeypatch.setattr(sources, "load", lambda *_: data)
     seen = []
-    monkeypatch.setattr(statistics, "channel_statistics", lambda x, old=statistics.channel_statistics: seen.append(x) or old(x))
+    monkeypatch.setattr(
+        statistics,
+        "channel_statistics",
+        lambda x, old=statistics.channel_statistics: seen.append(x) or old(x),
+    )
     assert train.run(config, tmp_path)["eval"]["accuracy"] == 0
     assert [x is data.train_images for x in seen] == [True]
 
 
 def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(order, "train_indices", lambda *a, old=order.train_indices, **k: calls.append((*a, *k.values()))
-                        or old(*a, **k))
+    monkeypatch.setattr(
+        order,
+        "train_indices",
+        lambda *a, old=order.train_indices, **k: calls.append((*a, *k.values())) or old(*a, **k),
+    )
     config.seed = 7
     train.run(config, tmp_path)
     assert {(call[0], *call[3:]) for call in calls} == {(7, 16, 64, 0, 0)}
     schedule = optim.make_schedule(config.optimizer, 8)
-    assert [row["learning_rate"] for row in rows(tmp_path, "train")] == pytest.approx([float(schedule(i)) for i in range(8)])
+    assert [row["learning_rate"] for row in rows(tmp_path, "train")] == pytest.approx(
+        [float(schedule(i)) for i in range(8)]
+    )
 
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_augmentation_is_what_config_and_data_allow(config, mirror):
     data = dataclasses.replace(sources.load(config.data), mirror=mirror)
-    steps = setups.make_steps(configs.resolve(config, data, "cpu"), data, Placement(mesh.make(1, 1), "data"))
-    assert (steps.crop, steps.crop_pad, steps.flip, steps.views, steps.mirror) == (0, 4, mirror, "mirrored", mirror)
+    steps = setups.make_steps(
+        configs.resolve(config, data, "cpu"), data, Placement(mesh.make(1, 1), "data")
+    )
+    assert (steps.crop, steps.crop_pad, steps.flip, steps.views, steps.mirror) == (
+        0,
+        4,
+        mirror,
+        "mirrored",
+        mirror,
+    )
 
 
-@pytest.mark.parametrize(("platform", "dtype", "steps"), [("cpu", "float32", 1), ("gpu", "bfloat16", 4)])
+@pytest.mark.parametrize(
+    ("platform", "dtype", "steps"), [("cpu", "float32", 1), ("gpu", "bfloat16", 4)]
+)
 def test_what_auto_means(config, platform, dtype, steps):
     data = dataclasses.replace(sources.load(config.data), fallback="cifar10")
     config.data.fallback_batch_size = 16
     got = configs.resolve(config, data, platform)
-    assert (got.dtype, got.steps_per_call, got.optimizer.learning_rate) == (dtype, steps, config.data.fallback_learning_rate)
+    assert (got.dtype, got.steps_per_call, got.optimizer.learning_rate) == (
+        dtype,
+        steps,
+        config.data.fallback_learning_rate,
+    )
 
 
 def test_a_profile_is_of_the_last_command(config, tmp_path):
@@ -778,26 +987,35 @@ def test_a_profile_is_of_the_last_command(config, tmp_path):
 def test_fields_that_are_unknown_or_missing(config):
     with config.unlocked():
         config.optimizer.rate = 3
-    with pytest.raises(UserError, match=r"optimizer\.rate=3: no such field, expected those of experiments/alexnet_cifar\.py"):
+    with pytest.raises(
+        UserError,
+        match=r"optimizer\.rate=3: no such field, expected those of experiments/alexnet_cifar\.py",
+    ):
         configs.validate(config)
     del config.optimizer["rate"], config.optimizer["clip_norm"]
     with pytest.raises(UserError, match=r"optimizer\.clip_norm: missing"):
         configs.validate(config)
 
 
-@pytest.mark.parametrize(("steps", "evaluate", "save", "per_call"), [
-    (3, 1, 0, 3),       # an epoch has 4, and would be a call
-    (1000, 1, 0, 4),    # to the next evaluation, which is short
-    (1000, 40, 60, 80),  # 20 epochs between stops
-    (1000, 0, 0, 100),
-    (1000, 25, 25, 100),
-    (101, 0, 0, 51)])   # a prime: two lengths of calls, 51 and 50
+@pytest.mark.parametrize(
+    ("steps", "evaluate", "save", "per_call"),
+    [
+        (3, 1, 0, 3),  # an epoch has 4, and would be a call
+        (1000, 1, 0, 4),  # to the next evaluation, which is short
+        (1000, 40, 60, 80),  # 20 epochs between stops
+        (1000, 0, 0, 100),
+        (1000, 25, 25, 100),
+        (101, 0, 0, 51),
+    ],
+)  # a prime: two lengths of calls, 51 and 50
 def test_calls_end_where_evaluations_and_checkpoints_are(config, steps, evaluate, save, per_call):
     config.steps, config.eval.every_epochs, config.checkpoint.every_epochs = steps, evaluate, save
     assert configs.resolve(config, sources.load(config.data), "gpu").steps_per_call == per_call
 
 
-@pytest.mark.parametrize(("memory", "resident", "steps"), [(None, "yes", 2), (1e6, "yes", 2), (0.7e6, "no", 1)])
+@pytest.mark.parametrize(
+    ("memory", "resident", "steps"), [(None, "yes", 2), (1e6, "yes", 2), (0.7e6, "no", 1)]
+)
 def test_what_does_not_fit_is_streamed(config, memory, resident, steps, monkeypatch):
     """104 images of 3,072 bytes are 319,488: more than 0.4 x 0.7 MB; and then a call is given at most so many bytes."""
     monkeypatch.setattr(configs, "CALL_BYTES", 2 * 32 * 3072 - 1)
@@ -810,10 +1028,26 @@ def test_what_does_not_fit_is_streamed(config, memory, resident, steps, monkeypa
 
 
 def test_what_a_resumed_run_may_change(config):
-    free = {"mesh.data", "mesh.model", "parallelism", "steps_per_call", "eval.every_epochs", "checkpoint.every_epochs",
-            "checkpoint.keep", "data.dir", "data.resident", "data.fallback", "data.fallback_epochs", "data.fallback_batch_size",
-            "data.fallback_learning_rate", "epochs", "steps", "profile", "model.levers",
-            "data.skip_bad"}
+    free = {
+        "mesh.data",
+        "mesh.model",
+        "parallelism",
+        "steps_per_call",
+        "eval.every_epochs",
+        "checkpoint.every_epochs",
+        "checkpoint.keep",
+        "data.dir",
+        "data.resident",
+        "data.fallback",
+        "data.fallback_epochs",
+        "data.fallback_batch_size",
+        "data.fallback_learning_rate",
+        "epochs",
+        "steps",
+        "profile",
+        "model.levers",
+        "data.skip_bad",
+    }
     old = configs.as_json(config)
     for field in configs.flat(old):
         new = json.loads(json.dumps(old))

@@ -31,13 +31,20 @@ def covers(place: Placement, compiled: Sequence[dict]) -> bool:
     sizes = place.mesh.shape
     rows = [place.row.get(f"{layers}_batch") for layers in ("conv", "dense", "output")]
     batches = [[axis for axis in axes if sizes[axis] > 1] for axes in mesh_axes_of(rows)]
-    nested = all(one[:len(other)] == other or other[:len(one)] == one
-                 for one, other in itertools.pairwise(batches))
+    nested = all(
+        one[: len(other)] == other or other[: len(one)] == one
+        for one, other in itertools.pairwise(batches)
+    )
     return nested and all(axis in sizes for row in compiled for axis in row["axes"])
 
 
-def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]], params: Sequence[tuple[str, nnx.Param]],
-                itemsize: int, dense_updates: int = 1) -> list[dict]:
+def closed_form(
+    place: Placement,
+    activations: Sequence[tuple[str, tuple, tuple]],
+    params: Sequence[tuple[str, nnx.Param]],
+    itemsize: int,
+    dense_updates: int = 1,
+) -> list[dict]:
     """JSON-ready rows: what, operation, axes, phase, bytes (payload of one device) and ring_bytes, as in hlo.py.
 
     activations: name ("conv1 input", "conv1 output"), logical axes and shape of each, in the order of the network;
@@ -47,19 +54,26 @@ def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]
     some or all of them by themselves: more than theory.)
     """
     rows, previous, batch_axes = [], None, {}
-    kernels = {name.split(".")[0]: mesh_axes_of(place.spec(param.axes, param.shape, name))
-               for name, param in params if name.endswith(".kernel")}
+    kernels = {
+        name.split(".")[0]: mesh_axes_of(place.spec(param.axes, param.shape, name))
+        for name, param in params
+        if name.endswith(".kernel")
+    }
 
     def move(what: str, operation: str, axes: set[str], phase: str, payload: float) -> None:
         axes = [axis for axis, size in place.mesh.shape.items() if axis in axes and size > 1]
         if axes:
-            rows.append(dict(what=what, operation=operation, axes=axes, phase=phase, bytes=round(payload)))
+            rows.append(
+                dict(what=what, operation=operation, axes=axes, phase=phase, bytes=round(payload))
+            )
 
     for name, axes, shape in activations:
         layer, _, end = name.partition(" ")
         dims = mesh_axes_of(place.spec(axes, shape, name))
         held = place.report(name, axes, shape, itemsize)["bytes_per_device"]
-        inputs, outputs = (set(dim) for dim in kernels[layer][-2:]) if layer in kernels else (set(), set())
+        inputs, outputs = (
+            (set(dim) for dim in kernels[layer][-2:]) if layer in kernels else (set(), set())
+        )
         after = {axis for dim in dims for axis in dim}
         if end == "output":
             scattered = inputs & after
@@ -71,13 +85,19 @@ def closed_form(place: Placement, activations: Sequence[tuple[str, tuple, tuple]
             before = set() if previous is None else {axis for dim in previous for axis in dim}
             if previous is not None:
                 gathered, sliced = before - after, after - before
-                outputs -= set(dims[-1])  # a device that holds whole towers has the whole gradient of their channels
+                outputs -= set(
+                    dims[-1]
+                )  # a device that holds whole towers has the whole gradient of their channels
                 move(name, "all-gather", gathered, "forward", held)
                 operation = "reduce-scatter" if gathered and outputs <= gathered else "all-reduce"
                 move(name, operation, outputs, "backward", held)
                 move(name, "all-gather", sliced, "backward", held * place.parts(tuple(sliced)))
-                turned = {axis for a, b in zip((previous[0], previous[-1]), (dims[0], dims[-1]), strict=True)
-                          for axis in set(a) - set(b) if axis in after}
+                turned = {
+                    axis
+                    for a, b in zip((previous[0], previous[-1]), (dims[0], dims[-1]), strict=True)
+                    for axis in set(a) - set(b)
+                    if axis in after
+                }
                 for phase in ("forward", "backward"):
                     move(name, "all-to-all", turned, phase, held)
         previous = dims
@@ -105,6 +125,12 @@ def compare(compiled: Sequence[dict], theory: Sequence[dict] | None) -> list[dic
         for row in rows:
             key = kinds.get(row["operation"], row["operation"]), tuple(row["axes"])
             totals.setdefault(key, [0, 0])[column] += row["bytes"]
-    return [dict(kind=kind, axes=list(axes), compiled_bytes=got,
-                 closed_form_bytes=None if theory is None else expected)
-            for (kind, axes), (got, expected) in sorted(totals.items())]
+    return [
+        dict(
+            kind=kind,
+            axes=list(axes),
+            compiled_bytes=got,
+            closed_form_bytes=None if theory is None else expected,
+        )
+        for (kind, axes), (got, expected) in sorted(totals.items())
+    ]

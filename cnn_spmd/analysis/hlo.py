@@ -17,9 +17,21 @@ import numpy as np
 # Parts of 1/g of the payload that each of g devices sends when the collective runs as a ring. An all-reduce is a
 # reduce-scatter and then an all-gather, and each passes on every part but one (Patarasuk and Yuan, 2009).
 RING_PARTS = {"all-reduce": lambda g: 2 * (g - 1)}
-RING_PARTS |= dict.fromkeys(("all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"), lambda g: g - 1)
+RING_PARTS |= dict.fromkeys(
+    ("all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"), lambda g: g - 1
+)
 RING_PARTS |= dict.fromkeys(("collective-permute", "collective-broadcast"), lambda g: g)
-DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
+DTYPE_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+}
 DTYPE_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 # JAX calls what it differentiates jvp(...), and the backward pass transpose(jvp(...)). A collective that XLA merged
 # from several phases goes to the first of these that it names: gradients outweigh the loss or norm that rode along.
@@ -74,7 +86,9 @@ class Collective:
     count: int = 1
 
 
-def parse_collectives(hlo_text: str, mesh_shape: dict[str, int], steps: int = 1) -> list[Collective]:
+def parse_collectives(
+    hlo_text: str, mesh_shape: dict[str, int], steps: int = 1
+) -> list[Collective]:
     """Every collective of an HLO module, one entry an instruction, in the order of the text.
 
     `mesh_shape` maps axis names to sizes, `dict(mesh.shape)`; devices are numbered row by row, as XLA numbers the
@@ -91,13 +105,17 @@ def parse_collectives(hlo_text: str, mesh_shape: dict[str, int], steps: int = 1)
                 instructions[name] = rest
                 for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(rest))):
                     trips = _TRIP_COUNT.search(rest) if opcode == "while" else None
-                    callers.setdefault(called, []).append((computation, [trips and int(trips[1])] * (opcode == "while")))
+                    callers.setdefault(called, []).append(
+                        (computation, [trips and int(trips[1])] * (opcode == "while"))
+                    )
                 if _CROSS_DEVICE.search(opcode) and not opcode.endswith(("-update", "-done")):
                     found = _collective(name, shape, opcode, instructions, mesh_shape)
                     collectives += [(computation, line, collective) for collective in found]
             elif match := _COMPUTATION.match(line):
                 computation = match[1]
-            elif not re.search("^HloModule|{$", line) and _CROSS_DEVICE.search(re.sub(r'"[^"]*"', "", line)):
+            elif not re.search("^HloModule|{$", line) and _CROSS_DEVICE.search(
+                re.sub(r'"[^"]*"', "", line)
+            ):
                 raise ValueError("neither a header nor an instruction, yet it names a collective")
         except ValueError as error:
             raise ValueError(f"{error}, in the HLO line: {line.strip()[:300]}") from error
@@ -106,7 +124,9 @@ def parse_collectives(hlo_text: str, mesh_shape: dict[str, int], steps: int = 1)
         count = 0
         for loops in _loops(computation, callers):
             if None in loops:
-                raise ValueError(f"a loop does not tell how often it runs, around the HLO line: {line.strip()[:300]}")
+                raise ValueError(
+                    f"a loop does not tell how often it runs, around the HLO line: {line.strip()[:300]}"
+                )
             count += math.prod(loops[1:] if steps > 1 and loops[:1] == [steps] else loops)
         counted.append(dataclasses.replace(collective, count=count))
     return counted
@@ -116,7 +136,9 @@ def _loops(computation: str, callers: dict[str, list[tuple[str, list]]]) -> list
     """How often the loops around a computation run, the outermost first (None: not told); a list a way to come to it."""
     if computation not in callers:
         return [[]]
-    return [outer + trips for caller, trips in callers[computation] for outer in _loops(caller, callers)]
+    return [
+        outer + trips for caller, trips in callers[computation] for outer in _loops(caller, callers)
+    ]
 
 
 def _collective(name, shape, opcode, instructions, mesh_shape) -> list[Collective]:
@@ -131,7 +153,9 @@ def _collective(name, shape, opcode, instructions, mesh_shape) -> list[Collectiv
         axes = _permuted_axes(attributes, mesh_shape)
         size = math.prod(mesh_shape[axis] for axis in axes)
     else:
-        axes, size = _grouped_axes(_replica_groups(operation, attributes, math.prod(mesh_shape.values())), mesh_shape)
+        axes, size = _grouped_axes(
+            _replica_groups(operation, attributes, math.prod(mesh_shape.values())), mesh_shape
+        )
     if not axes:
         return []
     shape = re.sub(r"\{[^{}]*\}", "", shape)  # the layouts
@@ -146,7 +170,18 @@ def _collective(name, shape, opcode, instructions, mesh_shape) -> list[Collectiv
         payload += DTYPE_BYTES[dtype] * math.prod(int(n) for n in dimensions.split(",") if n)
     payload *= size if operation == "reduce-scatter" else 1
     ring_bytes = round(RING_PARTS[operation](size) * payload / size)
-    return [Collective(operation, axes, size, tuple(shapes), payload, ring_bytes, _phase(name, instructions), name)]
+    return [
+        Collective(
+            operation,
+            axes,
+            size,
+            tuple(shapes),
+            payload,
+            ring_bytes,
+            _phase(name, instructions),
+            name,
+        )
+    ]
 
 
 def _received(operation: str, shape: str) -> str:
@@ -201,7 +236,9 @@ def _iota(text: str) -> np.ndarray:
     return np.arange(math.prod(numbers)).reshape(numbers).transpose(axes).ravel()
 
 
-def _grouped_axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> tuple[tuple[str, ...], int]:
+def _grouped_axes(
+    groups: list[list[int]], mesh_shape: dict[str, int]
+) -> tuple[tuple[str, ...], int]:
     """The `axes` of a Collective, and the number of devices in a group."""
     if sorted(itertools.chain(*groups)) != list(range(math.prod(mesh_shape.values()))):
         raise ValueError(f"replica_groups do not hold each device of {mesh_shape} once")
@@ -241,7 +278,9 @@ def _phase(name: str, instructions: dict[str, str]) -> str:
                 op_names.append(match[1])
             else:
                 queue += re.findall(r"%([\w.-]+)", instructions[current].split(")")[0])
-    return next((phase for phase, mark in PHASES.items() if re.search(mark, "\n".join(op_names))), "")
+    return next(
+        (phase for phase, mark in PHASES.items() if re.search(mark, "\n".join(op_names))), ""
+    )
 
 
 def summarise(collectives: Iterable[Collective]) -> list[dict]:
@@ -249,7 +288,15 @@ def summarise(collectives: Iterable[Collective]) -> list[dict]:
     groups = defaultdict(list)
     for c in collectives:
         groups[c.operation, c.axes, c.phase].append(c)
-    rows = [dict(operation=operation, axes=list(axes), phase=phase, count=sum(c.count for c in group),
-                 bytes=sum(c.count * c.bytes for c in group), ring_bytes=sum(c.count * c.ring_bytes for c in group))
-            for (operation, axes, phase), group in sorted(groups.items())]
+    rows = [
+        dict(
+            operation=operation,
+            axes=list(axes),
+            phase=phase,
+            count=sum(c.count for c in group),
+            bytes=sum(c.count * c.bytes for c in group),
+            ring_bytes=sum(c.count * c.ring_bytes for c in group),
+        )
+        for (operation, axes, phase), group in sorted(groups.items())
+    ]
     return sorted(rows, key=lambda row: -row["ring_bytes"])

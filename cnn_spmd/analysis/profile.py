@@ -12,13 +12,17 @@ import jax
 from jax.profiler import ProfileData
 
 TOP = 15  # kernels that a summary names
-CPU_NOTE = ("Simulated devices share the CPU's cores: an operation lasts until it is done, waiting for a core included, and a "
-            "collective waits for the slowest device. The figures tell what ran, not what an accelerator would gain.")
+CPU_NOTE = (
+    "Simulated devices share the CPU's cores: an operation lasts until it is done, waiting for a core included, and a "
+    "collective waits for the slowest device. The figures tell what ran, not what an accelerator would gain."
+)
 
 # NCCL's kernels; and whatever else runs for an HLO instruction that is a collective, as XLA names those (all-reduce-start.1).
 _SUFFIX = r"(?:\.(?:\d+|clone|remat\d*))*$"
-_COLLECTIVE = re.compile(r"(?i)nccl|^(?:all-(?:reduce|gather|to-all)|ragged-all-to-all|reduce-scatter"
-                         rf"|collective-(?:permute|broadcast))(?:-start|-done)?{_SUFFIX}")
+_COLLECTIVE = re.compile(
+    r"(?i)nccl|^(?:all-(?:reduce|gather|to-all)|ragged-all-to-all|reduce-scatter"
+    rf"|collective-(?:permute|broadcast))(?:-start|-done)?{_SUFFIX}"
+)
 _CONTROL_FLOW = re.compile(rf"(?:while|conditional|call){_SUFFIX}")
 
 
@@ -46,7 +50,9 @@ def trace(call: Callable[[], Any], calls: int, steps_per_call: int, folder: path
         for _ in range(calls):
             result = call()
         jax.block_until_ready(result)
-    devices = {device for array in jax.tree.leaves(result) for device in array.sharding.addressable_devices}
+    devices = {
+        device for array in jax.tree.leaves(result) for device in array.sharding.addressable_devices
+    }
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     return summarise(newest, calls * steps_per_call, len(devices))
 
@@ -63,8 +69,12 @@ def summarise(data: ProfileData | pathlib.Path, steps: int, devices: int) -> dic
         data = ProfileData.from_file(str(data))
     planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU:")]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)  # the profiler's classes
-        events = list(gpu_events(planes) if planes else cpu_events(data.find_plane_with_name("/host:CPU")))
+        warnings.filterwarnings(
+            "ignore", "builtin type .* has no __module__", DeprecationWarning
+        )  # the profiler's classes
+        events = list(
+            gpu_events(planes) if planes else cpu_events(data.find_plane_with_name("/host:CPU"))
+        )
     by_device, by_name = defaultdict(list), defaultdict(list)
     for event in events:
         by_device[event.device].append(event)
@@ -76,18 +86,33 @@ def summarise(data: ProfileData | pathlib.Path, steps: int, devices: int) -> dic
         return round(nanoseconds / 1e6 / steps / devices, 4)
 
     def total_busy(*kinds: bool) -> float:
-        return sum(busy((event.start, event.end) for event in device if event.communication in kinds)
-                   for device in by_device.values())
+        return sum(
+            busy((event.start, event.end) for event in device if event.communication in kinds)
+            for device in by_device.values()
+        )
 
     window = devices * (max(event.end for event in events) - min(event.start for event in events))
     compute, either = total_busy(False), total_busy(False, True)
     top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:TOP]
     return dict(
-        steps=steps, devices=devices, step_milliseconds=milliseconds(window), compute_milliseconds=milliseconds(compute),
-        communication_milliseconds=milliseconds(total_busy(True)), exposed_milliseconds=milliseconds(either - compute),
-        idle_milliseconds=milliseconds(window - either), note="" if planes else CPU_NOTE,
-        top=[dict(name=name, milliseconds=milliseconds(sum(times)), count=round(len(times) / steps / devices, 2),
-                  communication=communication) for (name, communication), times in top])
+        steps=steps,
+        devices=devices,
+        step_milliseconds=milliseconds(window),
+        compute_milliseconds=milliseconds(compute),
+        communication_milliseconds=milliseconds(total_busy(True)),
+        exposed_milliseconds=milliseconds(either - compute),
+        idle_milliseconds=milliseconds(window - either),
+        note="" if planes else CPU_NOTE,
+        top=[
+            dict(
+                name=name,
+                milliseconds=milliseconds(sum(times)),
+                count=round(len(times) / steps / devices, 2),
+                communication=communication,
+            )
+            for (name, communication), times in top
+        ],
+    )
 
 
 def busy(intervals: Iterable[tuple[float, float]]) -> float:
@@ -105,7 +130,13 @@ def gpu_events(planes: Iterable) -> Iterator[Event]:
         for line in plane.lines:
             for event in line.events if line.name.startswith("Stream #") else ():
                 names = event.name, str(dict(event.stats).get("hlo_op", ""))
-                yield Event(plane.name, event.name, event.start_ns, event.end_ns, any(map(_COLLECTIVE.search, names)))
+                yield Event(
+                    plane.name,
+                    event.name,
+                    event.start_ns,
+                    event.end_ns,
+                    any(map(_COLLECTIVE.search, names)),
+                )
 
 
 def cpu_events(plane: Any) -> Iterator[Event]:
@@ -127,4 +158,10 @@ def cpu_events(plane: Any) -> Iterator[Event]:
                 collectives.add(outer.name)
     for event, stats in found:
         communication = event.name in collectives or bool(_COLLECTIVE.search(event.name))
-        yield Event(stats["device_ordinal"], event.name, event.start_ns, ends.get(stats["_p"], event.end_ns), communication)
+        yield Event(
+            stats["device_ordinal"],
+            event.name,
+            event.start_ns,
+            ends.get(stats["_p"], event.end_ns),
+            communication,
+        )

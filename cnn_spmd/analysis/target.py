@@ -14,7 +14,8 @@ from cnn_spmd.sharding import mesh
 
 # stream_executor.GpuTargetConfigProto. The figures are NVIDIA's, as XLA keeps them in
 # xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
-CARDS = {"h100": """
+CARDS = {
+    "h100": """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
@@ -27,7 +28,8 @@ gpu_device_info {
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
-"""}
+"""
+}
 
 
 def devices(text: str) -> list[jax.Device]:
@@ -38,14 +40,22 @@ def devices(text: str) -> list[jax.Device]:
     card, _, topology = text.partition(":")
     sizes = mesh.pair(topology)
     if card not in CARDS or not sizes:
-        raise UserError(f"--target={text}: expected CARD:HOSTSxGPUS with a card of {', '.join(CARDS)}, such as h100:64x8, and "
-                        f"at most {mesh.MOST_DEVICES} GPUs")
+        raise UserError(
+            f"--target={text}: expected CARD:HOSTSxGPUS with a card of {', '.join(CARDS)}, such as h100:64x8, and "
+            f"at most {mesh.MOST_DEVICES} GPUs"
+        )
     try:
-        description = topologies.get_topology_desc(platform="cuda", topology_name=card, topology=f"1x{sizes[0]}x{sizes[1]}",
-                                                   target_config=CARDS[card])
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=card,
+            topology=f"1x{sizes[0]}x{sizes[1]}",
+            target_config=CARDS[card],
+        )
     except Exception as error:
         count = math.prod(sizes)
         simulate = f", or compile for the CPU with --cpu_devices={count}"
-        raise UserError(f"--target={text}: there is no compiler for it ({' '.join(str(error).split())[:150]}): install "
-                        f"requirements.txt{simulate if count <= MOST_CPU_DEVICES else ''}") from None
+        raise UserError(
+            f"--target={text}: there is no compiler for it ({' '.join(str(error).split())[:150]}): install "
+            f"requirements.txt{simulate if count <= MOST_CPU_DEVICES else ''}"
+        ) from None
     return list(description.devices)

@@ -3,14 +3,20 @@
 Shapes: N examples of the data set, B batch, V views, H height, W width, C channels.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array | None, key: jax.Array, *, side: int = 0, pad: int,
-                  flip: bool) -> jax.Array:
+def crop_and_flip(
+    images_NHWC: jax.Array,
+    indices_B: jax.Array | None,
+    key: jax.Array,
+    *,
+    side: int = 0,
+    pad: int,
+    flip: bool,
+) -> jax.Array:
     """Gathers images_NHWC[indices_B], each under a random crop of the reflection-padded image and a random mirroring.
 
     indices_B: None takes the images as they come, each where it is; side: of the crop, 0 keeps H and W; pad: pixels of
@@ -28,9 +34,12 @@ def crop_and_flip(images_NHWC: jax.Array, indices_B: jax.Array | None, key: jax.
     if flip:
         mirrored_B1 = jax.random.bernoulli(flip_key, 0.5, (batch, 1))
         columns_BW = jnp.where(mirrored_B1, width - 1 - columns_BW, columns_BW)
-    if indices_B is None:  # as a map over the images, which XLA partitions along them: nothing moves
+    if (
+        indices_B is None
+    ):  # as a map over the images, which XLA partitions along them: nothing moves
         return jax.vmap(lambda image_HWC, rows_H, columns_W: image_HWC[rows_H[:, None], columns_W])(
-            images_NHWC, rows_BH, columns_BW)
+            images_NHWC, rows_BH, columns_BW
+        )
     return images_NHWC[indices_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
 
 
@@ -59,20 +68,15 @@ def eval_views(images_BHWC: jax.Array, side: int, views: str, mirror: bool) -> j
     high, wide = side or height, side or width
     down, right = height - high, width - wide
     corners = [(0, 0), (0, right), (down, 0), (down, right)] if views == "ten" else []
-    crops = [images_BHWC[:, top:top + high, left:left + wide] for top, left in [(down // 2, right // 2), *corners]]
-    return jnp.stack(crops + [crop[:, :, ::-1] for crop in crops] if mirror and views != "one" else crops, 1)
+    crops = [
+        images_BHWC[:, top : top + high, left : left + wide]
+        for top, left in [(down // 2, right // 2), *corners]
+    ]
+    return jnp.stack(
+        crops + [crop[:, :, ::-1] for crop in crops] if mirror and views != "one" else crops, 1
+    )
 
 
 def normalise(images_BHWC: jax.Array, mean: jax.Array, std: jax.Array | float) -> jax.Array:
     """uint8 pixels less `mean`, a channel's or a pixel's, over `std`; float32."""
     return (images_BHWC.astype(jnp.float32) - mean) / std
-
-
-
-
-
-
-
-
-
-

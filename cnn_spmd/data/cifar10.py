@@ -65,18 +65,25 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @property
     def url_infos(self) -> dict[str, tfds.download.checksums.UrlInfo]:
         """What TFDS's download manager holds the download against."""
-        return {archive.URL: tfds.download.checksums.UrlInfo(
-            size=archive.ARCHIVE_BYTES, checksum=archive.ARCHIVE_SHA256, filename=archive.ARCHIVE)}
+        return {
+            archive.URL: tfds.download.checksums.UrlInfo(
+                size=archive.ARCHIVE_BYTES,
+                checksum=archive.ARCHIVE_SHA256,
+                filename=archive.ARCHIVE,
+            )
+        }
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description="CIFAR-10: 60,000 colour images of 32x32 pixels in 10 classes.",
             homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=archive.SHAPE_HWC, encoding_format="png"),
-                "label": tfds.features.ClassLabel(names=archive.CLASS_NAMES),
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=archive.SHAPE_HWC, encoding_format="png"),
+                    "label": tfds.features.ClassLabel(names=archive.CLASS_NAMES),
+                }
+            ),
             supervised_keys=("image", "label"),
             disable_shuffling=True,  # keep the archive's order, the same on every machine
         )
@@ -85,7 +92,9 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         splits = archive.read(self.source or Path(dl_manager.download(archive.URL)))
         return {split: self._generate_examples(*arrays) for split, arrays in splits.items()}
 
-    def _generate_examples(self, images_NHWC: np.ndarray, labels_N: np.ndarray) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(
+        self, images_NHWC: np.ndarray, labels_N: np.ndarray
+    ) -> Iterator[tuple[int, dict]]:
         for index, (image_HWC, label) in enumerate(zip(images_NHWC, labels_N, strict=True)):
             png = io.BytesIO()  # TFDS would take the array, but encode it with TensorFlow
             Image.fromarray(image_HWC).save(png, "png")
@@ -105,14 +114,23 @@ def prepare(source: Path | None, root: Path, config: tfds.core.BuilderConfig, fo
     try:
         builder = Cifar10(source, data_dir=root, config=config)
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints two banners
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    except (requests.RequestException, tfds.download.DownloadError,
-            tfds.download.download_manager.NonMatchingChecksumError) as error:
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            )
+    except (
+        requests.RequestException,
+        tfds.download.DownloadError,
+        tfds.download.download_manager.NonMatchingChecksumError,
+    ) as error:
         raise Unreachable(f"the download of {archive.URL} failed ({_one_line(error)})") from error
     except OSError as error:
-        if not folder.is_dir():  # else another process was first to rename, and what we want is there
-            raise UserError(f"TFDS_DATA_DIR={root}: cannot prepare CIFAR-10 there ({_one_line(error)}); choose a "
-                            "directory that can be written and has 600 MB of room") from error
+        if (
+            not folder.is_dir()
+        ):  # else another process was first to rename, and what we want is there
+            raise UserError(
+                f"TFDS_DATA_DIR={root}: cannot prepare CIFAR-10 there ({_one_line(error)}); choose a "
+                "directory that can be written and has 600 MB of room"
+            ) from error
 
 
 def probe() -> None:
@@ -124,7 +142,9 @@ def probe() -> None:
             with requests.get(archive.URL, stream=True, timeout=PROBE_SECONDS) as response:
                 answer.put("" if response.ok else f"HTTP status {response.status_code}")
         except Exception as error:  # whatever it is, the answer is no
-            while error.__context__ is not None:  # the cause, without requests' and urllib3's wrappings
+            while (
+                error.__context__ is not None
+            ):  # the cause, without requests' and urllib3's wrappings
                 error = error.__context__
             answer.put(_one_line(error))
 
@@ -146,14 +166,18 @@ def decode(folder: Path) -> dict[str, np.ndarray]:
         builder = tfds.builder_from_directory(folder)
         for split in archive.FILES:
             examples = builder.as_data_source(split)
-            images = arrays[f"{split}_images"] = np.empty((len(examples), *archive.SHAPE_HWC), np.uint8)
+            images = arrays[f"{split}_images"] = np.empty(
+                (len(examples), *archive.SHAPE_HWC), np.uint8
+            )
             labels = arrays[f"{split}_labels"] = np.empty(len(examples), np.int32)
             for index, example in enumerate(examples):
                 images[index], labels[index] = example["image"], example["label"]
         _check(arrays)
     except Exception as error:  # array_record, protobuf, PIL and TFDS each raise their own
-        raise UserError(f"{folder}: the prepared data is damaged ({_one_line(error)}); delete this folder, and it is "
-                        "prepared again") from error
+        raise UserError(
+            f"{folder}: the prepared data is damaged ({_one_line(error)}); delete this folder, and it is "
+            "prepared again"
+        ) from error
     return arrays
 
 
@@ -179,7 +203,9 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
             np.savez(stream, **arrays)
         os.replace(part, path)
     except OSError as error:
-        logging.warning("%s: cannot keep the decoded images (%s): the next run decodes them again.", path, error)
+        logging.warning(
+            "%s: cannot keep the decoded images (%s): the next run decodes them again.", path, error
+        )
     finally:
         part.unlink(missing_ok=True)
 

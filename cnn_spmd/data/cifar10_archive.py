@@ -33,7 +33,18 @@ OTHER_VERSIONS = {
 }
 RECORD_BYTES = 1 + 32 * 32 * 3
 DIGEST = "8f7b01b42d7c5cba"  # data/digest.py, of all its pixels and labels
-CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CLASS_NAMES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 
 
 def find(data_dir: str) -> Path:
@@ -43,13 +54,17 @@ def find(data_dir: str) -> Path:
         if archive.is_file() and archive.name not in sum(OTHER_VERSIONS.values(), ()):
             return archive
     for folder in (path, path / FOLDER):
-        if folder.is_dir() and (folder.name == FOLDER or any((folder / name).exists() for name in ALL_FILES)):
+        if folder.is_dir() and (
+            folder.name == FOLDER or any((folder / name).exists() for name in ALL_FILES)
+        ):
             return folder
     problem = "holds no CIFAR-10 in its binary version" if path.exists() else "does not exist"
     for version, names in OTHER_VERSIONS.items():
         if path.exists() and any(path.name == name or (path / name).exists() for name in names):
             problem = f"is CIFAR-10 in its {version} version, expected the binary version"
-    raise UserError(f"data.dir={data_dir}: {problem}; give {ARCHIVE}, the folder {FOLDER}, or a folder holding either")
+    raise UserError(
+        f"data.dir={data_dir}: {problem}; give {ARCHIVE}, the folder {FOLDER}, or a folder holding either"
+    )
 
 
 def fingerprint(source: Path) -> str:
@@ -65,12 +80,19 @@ def fingerprint(source: Path) -> str:
             with path.open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)
         except OSError as error:
-            raise UserError(f"data.dir={source}: {path.name}: {error.strerror}; expected a readable file") from error
+            raise UserError(
+                f"data.dir={source}: {path.name}: {error.strerror}; expected a readable file"
+            ) from error
     if digest.hexdigest() == ARCHIVE_SHA256:
         return "official"
     if source.is_file():
-        logging.warning("data.dir: %s is not the official archive: its sha256 is %s, the official one %s. Using it all "
-                        "the same.", source, digest.hexdigest(), ARCHIVE_SHA256)
+        logging.warning(
+            "data.dir: %s is not the official archive: its sha256 is %s, the official one %s. Using it all "
+            "the same.",
+            source,
+            digest.hexdigest(),
+            ARCHIVE_SHA256,
+        )
     return f"local-{digest.hexdigest()[:12]}"
 
 
@@ -79,15 +101,24 @@ def read(source: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     Raises UserError naming the file that is missing, damaged, of the wrong size, or wrong.
     """
-    records = {name: np.frombuffer(content, np.uint8).reshape(-1, RECORD_BYTES) for name, content in _files(source)}
+    records = {
+        name: np.frombuffer(content, np.uint8).reshape(-1, RECORD_BYTES)
+        for name, content in _files(source)
+    }
     for name in ALL_FILES:
         if name not in records:
             raise UserError(f"data.dir={source}: lacks {name}; expected {', '.join(ALL_FILES)}")
         if (label := records[name][:, 0].max()) >= len(CLASS_NAMES):
-            raise UserError(f"data.dir={source}: {name} holds label {label}; expected 0 to 9: damaged, or not CIFAR-10")
-    splits = {split: np.concatenate([records[name] for name in names]) for split, names in FILES.items()}
-    return {split: (rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
-            for split, rows in splits.items()}
+            raise UserError(
+                f"data.dir={source}: {name} holds label {label}; expected 0 to 9: damaged, or not CIFAR-10"
+            )
+    splits = {
+        split: np.concatenate([records[name] for name in names]) for split, names in FILES.items()
+    }
+    return {
+        split: (rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
+        for split, rows in splits.items()
+    }
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -108,11 +139,15 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
             while stream.read(1 << 20):  # to the very end, where gzip's own checksum stands
                 pass
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"data.dir={source}: damaged or truncated ({error}): {source.stat().st_size:,} bytes; expected "
-                        f"a tar.gz such as the official {ARCHIVE} of {ARCHIVE_BYTES:,} bytes") from error
+        raise UserError(
+            f"data.dir={source}: damaged or truncated ({error}): {source.stat().st_size:,} bytes; expected "
+            f"a tar.gz such as the official {ARCHIVE} of {ARCHIVE_BYTES:,} bytes"
+        ) from error
 
 
 def _check_size(source: Path, name: str, size: int) -> None:
     expected = IMAGES_PER_FILE * RECORD_BYTES
     if size != expected:
-        raise UserError(f"data.dir={source}: {name} has {size:,} bytes, not {expected:,}: truncated, or not CIFAR-10")
+        raise UserError(
+            f"data.dir={source}: {name} has {size:,} bytes, not {expected:,}: truncated, or not CIFAR-10"
+        )

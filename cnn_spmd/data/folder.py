@@ -18,14 +18,21 @@ from cnn_spmd.data.prepared import Prepared, Source, Split
 from cnn_spmd.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-LAYOUT = ("expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png, .webp) and val/CLASS/* "
-          "(or test/CLASS/*)")
+LAYOUT = (
+    "expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png, .webp) and val/CLASS/* "
+    "(or test/CLASS/*)"
+)
 CLASSES = dict(imagenet2012=1000, imagenette=10)  # TFDS's data sets, and how many classes they have
 FORM = "2"  # of the prepared files; another one prepares them anew
 
 
-def load(name: str, data_dir: str, size: int, check: Callable[[Source, Prepared], object],
-         skip_bad: int = 0) -> tuple[Source, Prepared]:
+def load(
+    name: str,
+    data_dir: str,
+    size: int,
+    check: Callable[[Source, Prepared], object],
+    skip_bad: int = 0,
+) -> tuple[Source, Prepared]:
     """The data set as it was found, and its arrays (prepared.arrays_of, images of size x size).
 
     name: "folder", or one of CLASSES; data_dir: class folders, or for the latter also TFDS's data directory ("": the usual
@@ -40,11 +47,17 @@ def load(name: str, data_dir: str, size: int, check: Callable[[Source, Prepared]
         raise UserError(f"data.dir=: is empty, {LAYOUT}")
     if data_dir and not os.path.isdir(given):
         raise UserError(f"data.dir={data_dir}: is no folder, {LAYOUT}")
-    source = from_folders(given) if name == "folder" or os.path.isdir(given / "train") else from_tfds(name, given)
+    source = (
+        from_folders(given)
+        if name == "folder" or os.path.isdir(given / "train")
+        else from_tfds(name, given)
+    )
     found, expected = len(source.class_names), CLASSES.get(name)
     if expected not in (None, found):
-        raise UserError(f"data.dir={data_dir}: holds {found} classes, but data.name={name} has {expected}: give another "
-                        "folder, or data.name=folder")
+        raise UserError(
+            f"data.dir={data_dir}: holds {found} classes, but data.name={name} has {expected}: give another "
+            "folder, or data.name=folder"
+        )
     return source, prepared.arrays_of(
         source, size, root / "cnn_spmd_photographs", functools.partial(check, source), skip_bad
     )
@@ -57,11 +70,17 @@ def from_folders(root: Path) -> Source:
     """
     where = f"data.dir={root}"
     try:
-        folders = [next((root / name for name in names if (root / name).is_dir()), None)
-                   for names in (("train",), ("val", "test"))]
+        folders = [
+            next((root / name for name in names if (root / name).is_dir()), None)
+            for names in (("train",), ("val", "test"))
+        ]
         if None in folders:
-            raise UserError(f"{where}: holds no {'val/ or test/' if folders[0] else 'train/'}, {LAYOUT}")
-        seen = [[entry for entry in os.scandir(folder) if entry.name[0] != "."] for folder in folders]
+            raise UserError(
+                f"{where}: holds no {'val/ or test/' if folders[0] else 'train/'}, {LAYOUT}"
+            )
+        seen = [
+            [entry for entry in os.scandir(folder) if entry.name[0] != "."] for folder in folders
+        ]
         classes, others = ({entry.name for entry in entries if entry.is_dir()} for entries in seen)
         other = [entry.path for entries in seen for entry in entries if not entry.is_dir()]
         refuse_classes(where, folders, seen, classes, others)
@@ -78,7 +97,9 @@ def from_folders(root: Path) -> Source:
                         continue
                     status = entry.stat()
                     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
-                        raise UserError(f"{where}: {entry.path}: is no regular file, expected images")
+                        raise UserError(
+                            f"{where}: {entry.path}: is no regular file, expected images"
+                        )
                     files.append(entry.path)
                     content.update(os.fsencode(f"{split}/{name}/{entry.name}\0{status.st_size}\0"))
                     this = identity(f"{real}/{name}/{entry.name}", status)
@@ -86,38 +107,58 @@ def from_folders(root: Path) -> Source:
                     keys.append(prepared.key_of(b"%d %b" % (label, this)))
                 labels += [label] * (len(files) - before)
                 if len(files) == before:
-                    raise UserError(f"{where}: {folder.name}/{name}/ holds no image ({', '.join(SUFFIXES)}), expected at least "
-                                    "one in each class")
+                    raise UserError(
+                        f"{where}: {folder.name}/{name}/ holds no image ({', '.join(SUFFIXES)}), expected at least "
+                        "one in each class"
+                    )
             splits[split] = Split(
                 len(files),
                 lambda i, files=files, labels=labels: (files[i], Path(files[i]), labels[i]),
                 np.array(keys, np.uint64),
             )
     except OSError as error:
-        raise UserError(f"{where}: {error.filename}: {error.strerror}, expected readable folders and files") from error
+        raise UserError(
+            f"{where}: {error.filename}: {error.strerror}, expected readable folders and files"
+        ) from error
     if other:
-        logging.warning("%s: left out, as no %s in a class folder: %s%s.", where, "/".join(SUFFIXES), other[0],
-                        f" and {len(other) - 1} more" if len(other) > 1 else "")
-    class_names = tuple(os.fsencode(name).decode(errors="replace") for name in sorted(classes))  # which can be drawn
+        logging.warning(
+            "%s: left out, as no %s in a class folder: %s%s.",
+            where,
+            "/".join(SUFFIXES),
+            other[0],
+            f" and {len(other) - 1} more" if len(other) > 1 else "",
+        )
+    class_names = tuple(
+        os.fsencode(name).decode(errors="replace") for name in sorted(classes)
+    )  # which can be drawn
     fingerprint = files_are.hexdigest()[:16]
     return Source(str(root), splits, class_names, content.hexdigest()[:8], fingerprint)
 
 
-def refuse_classes(where: str, folders: list[Path], seen: list[list[os.DirEntry]],
-                   classes: set[str], others: set[str]) -> None:
+def refuse_classes(
+    where: str,
+    folders: list[Path],
+    seen: list[list[os.DirEntry]],
+    classes: set[str],
+    others: set[str],
+) -> None:
     """Raises UserError where train and val hold other classes, or none.
 
     folders: the two; seen: what is in each; classes, others: the names of class folders in each.
     """
     for folder, names, entries in zip(folders, (classes, others), seen, strict=True):
         if not names and any(entry.name.lower().endswith(SUFFIXES) for entry in entries):
-            raise UserError(f"{where}: {folder.name}/ holds images but no class folders, expected "
-                            f"each image in the folder of its class, {folder.name}/CLASS/*")
+            raise UserError(
+                f"{where}: {folder.name}/ holds images but no class folders, expected "
+                f"each image in the folder of its class, {folder.name}/CLASS/*"
+            )
     for name in sorted(classes ^ others):
         has, lacks = folders if name in classes else folders[::-1]
         alike = alike_name(name, others if name in classes else classes)
-        raise UserError(f"{where}: class {name!r} is in {has.name}/ but not in "
-                        f"{lacks.name}/{alike}, expected the same in both")
+        raise UserError(
+            f"{where}: class {name!r} is in {has.name}/ but not in "
+            f"{lacks.name}/{alike}, expected the same in both"
+        )
     if not classes:
         first, second = (folder.name for folder in folders)
         raise UserError(f"{where}: {first}/ and {second}/ hold no class folders, {LAYOUT}")
@@ -154,22 +195,33 @@ def from_tfds(name: str, root: Path) -> Source:
 
     Raises UserError, with the command that prepares it, where it is missing, damaged or in files without random access.
     """
-    manual = ("; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org into MANUAL"
-              if name == "imagenet2012" else "")
+    manual = (
+        "; put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org into MANUAL"
+        if name == "imagenet2012"
+        else ""
+    )
     config = "/full-size-v2" if name == "imagenette" else ""  # one of six
-    build = (f"prepare it, where TensorFlow is installed too, by: tfds build {name}{config} --file_format=array_record "
-             f"--data_dir={root}{' --manual_dir=MANUAL' if manual else ''}{manual}; or give its images in class folders by "
-             "--config.data.dir=DIR (train/CLASS/*, val/CLASS/*)")
+    build = (
+        f"prepare it, where TensorFlow is installed too, by: tfds build {name}{config} --file_format=array_record "
+        f"--data_dir={root}{' --manual_dir=MANUAL' if manual else ''}{manual}; or give its images in class folders by "
+        "--config.data.dir=DIR (train/CLASS/*, val/CLASS/*)"
+    )
     found = sorted(path.parent for path in (root / name).rglob("dataset_info.json"))
     if not found:
         raise UserError(f"data.name={name}: {root / name} holds no prepared data set: {build}")
     try:
         builder = tfds.builder_from_directory(found[-1])
-        examples = [builder.as_data_source(split, decoders=dict(image=tfds.decode.SkipDecoding()))
-                    for split in ("train", "validation")]
+        examples = [
+            builder.as_data_source(split, decoders=dict(image=tfds.decode.SkipDecoding()))
+            for split in ("train", "validation")
+        ]
         class_names = tuple(builder.info.features["label"].names)
-    except Exception as error:  # TFDS raises many kinds for another file format, a missing split, a damaged file
-        raise UserError(f"data.name={name}: {found[-1]} cannot be read ({prepared.one_line(error)}): {build}") from error
+    except (
+        Exception
+    ) as error:  # TFDS raises many kinds for another file format, a missing split, a damaged file
+        raise UserError(
+            f"data.name={name}: {found[-1]} cannot be read ({prepared.one_line(error)}): {build}"
+        ) from error
 
     def split(split_name, examples):
         def read(i: int) -> tuple[str, io.BytesIO, int]:
@@ -185,5 +237,10 @@ def from_tfds(name: str, root: Path) -> Source:
     content = hashlib.sha256(names.encode()).hexdigest()[:8]
     identities = [identity(os.path.realpath(path), status) for path, status in files]
     fingerprint = hashlib.sha256(b"".join(identities)).hexdigest()[:16]
-    return Source(str(found[-1]), dict(train=split("train", examples[0]), test=split("validation", examples[1])), class_names,
-                  content, fingerprint)
+    return Source(
+        str(found[-1]),
+        dict(train=split("train", examples[0]), test=split("validation", examples[1])),
+        class_names,
+        content,
+        fingerprint,
+    )

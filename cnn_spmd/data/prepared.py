@@ -29,7 +29,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cnn_spmd.data import digest
 from cnn_spmd.errors import UserError
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # without a name; an image twice as large is refused by name
+warnings.simplefilter(
+    "ignore", Image.DecompressionBombWarning
+)  # without a name; an image twice as large is refused by name
 # pillow knows many more: an EPS file is a program, a TIFF file may hold numbers that are no pixels.
 FORMATS = ("JPEG", "PNG", "WEBP")
 CHUNK = 64  # images that a thread decodes at a time
@@ -46,7 +48,9 @@ class Split(NamedTuple):
     """Where the images of a split come from."""
 
     examples: int
-    read: Callable[[int], tuple[str, Path | io.BytesIO, int]]  # image i: a name for people, its file, its label
+    read: Callable[
+        [int], tuple[str, Path | io.BytesIO, int]
+    ]  # image i: a name for people, its file, its label
     keys: np.ndarray  # uint64 [N]: equal ones mean equal pixels and labels (key_of)
 
 
@@ -82,8 +86,9 @@ def key_of(identity: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little") | 1
 
 
-def arrays_of(source: Source, size: int, root: Path, check: Callable[[Prepared], object],
-              skip_bad: int = 0) -> Prepared:
+def arrays_of(
+    source: Source, size: int, root: Path, check: Callable[[Prepared], object], skip_bad: int = 0
+) -> Prepared:
     """Gives the images of a source as squares of `size` pixels, and their labels.
 
     They are kept in a folder of their own in `root`, all or nothing. While one process prepares
@@ -101,14 +106,18 @@ def arrays_of(source: Source, size: int, root: Path, check: Callable[[Prepared],
                     prepare(source, folder, part, size, skip_bad)
                     found = read(folder)
         except OSError as error:
-            raise UserError(f"TFDS_DATA_DIR={root.parent}: cannot keep the prepared images there "
-                            f"({one_line(error)}); choose a directory that can be written and has "
-                            "room") from error
+            raise UserError(
+                f"TFDS_DATA_DIR={root.parent}: cannot keep the prepared images there "
+                f"({one_line(error)}); choose a directory that can be written and has "
+                "room"
+            ) from error
     if found.skipped:
         refuse(source, found.skipped, skip_bad, folder / INFO)
-        say(f"WARNING: {source.name}: {len(found.skipped)} of {total_of(source):,} images cannot "
+        say(
+            f"WARNING: {source.name}: {len(found.skipped)} of {total_of(source):,} images cannot "
             f"be read and are left out, as data.skip_bad={skip_bad} allows; {folder / INFO} names "
-            "them")
+            "them"
+        )
     return found
 
 
@@ -157,8 +166,12 @@ def alone(source: Source, size: int, root: Path) -> Iterator[Path]:
                 say(f"waiting for another run, which prepares {source.name} in {root}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            logging.warning("%s cannot be locked (%s): another run may prepare the same images at "
-                            "the same time.", lock.name, error.strerror)
+            logging.warning(
+                "%s cannot be locked (%s): another run may prepare the same images at "
+                "the same time.",
+                lock.name,
+                error.strerror,
+            )
             part = place.with_suffix(f".{uuid.uuid4().hex}.part")
             try:
                 yield part
@@ -204,9 +217,11 @@ def reserve_all(source: Source, part: Path, size: int) -> None:
     free = shutil.disk_usage(part.parent).free + there
     if needed > free:
         free_text, needed_text = amounts(free, needed)
-        raise UserError(f"TFDS_DATA_DIR={part.parent.parent}: has {free_text} free, but {total:,} "
-                        f"images of {size}x{size} need {needed_text}: choose a directory with "
-                        "room, or a smaller data.image_size")
+        raise UserError(
+            f"TFDS_DATA_DIR={part.parent.parent}: has {free_text} free, but {total:,} "
+            f"images of {size}x{size} need {needed_text}: choose a directory with "
+            "room, or a smaller data.image_size"
+        )
     (room,) = amounts(needed)
     say(f"preparing {total:,} images of {source.name}, once ({room} in {part.parent})")
     part.mkdir(exist_ok=True)
@@ -250,7 +265,9 @@ def decode_all(source: Source, part: Path, size: int) -> list[Unreadable]:
     if 0 < kept < total:
         say(f"{kept:,} of these images are decoded already")
     since = said = time.monotonic()
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())  # pillow decodes and resizes without Python's lock
+    pool = concurrent.futures.ThreadPoolExecutor(
+        os.cpu_count()
+    )  # pillow decodes and resizes without Python's lock
     try:
         for name, split in source.splits.items():
             images, state = parts[name]
@@ -297,8 +314,9 @@ def rearrange(images: np.ndarray, state: np.ndarray, keys: np.ndarray) -> None:
     state["key"][np.setdiff1d(np.arange(len(state)), kept)] = 0
 
 
-def decode_chunk(split: Split, images: np.ndarray, state: np.ndarray,
-                 start: int) -> list[tuple[int, str]]:
+def decode_chunk(
+    split: Split, images: np.ndarray, state: np.ndarray, start: int
+) -> list[tuple[int, str]]:
     """Decodes images from `start` on that are not decoded yet.
 
     Returns which cannot be read: index, name and why.
@@ -336,8 +354,10 @@ def refuse(source: Source, bad: Sequence[str], skip_bad: int, listing: Path) -> 
         which += f", all of them listed in {listing}"
         if listing.name != INFO:
             listing.write_text("\n".join([*lines, ""]), "utf-8", "backslashreplace")
-    raise UserError(f"{source.name}: cannot read {which}: mend or remove them, or go on without "
-                    f"them by --config.data.skip_bad={len(bad)}")
+    raise UserError(
+        f"{source.name}: cannot read {which}: mend or remove them, or go on without "
+        f"them by --config.data.skip_bad={len(bad)}"
+    )
 
 
 def without(source: Source, bad: list[Unreadable]) -> Source:
@@ -346,21 +366,26 @@ def without(source: Source, bad: list[Unreadable]) -> Source:
     for name, split in source.splits.items():
         gone = [image.index for image in bad if image.split == name]
         kept = np.setdiff1d(np.arange(split.examples), gone)
-        splits[name] = Split(len(kept), lambda i, kept=kept, read=split.read: read(int(kept[i])),
-                             split.keys[kept])
+        splits[name] = Split(
+            len(kept), lambda i, kept=kept, read=split.read: read(int(kept[i])), split.keys[kept]
+        )
     return source._replace(splits=splits)
 
 
 def finish(source: Source, part: Path, size: int, skipped: list[str], skip_bad: int) -> None:
     """Turns what is decoded in `part` into what `read` reads."""
-    states = {split: np.fromfile(part / f"{split}_state", STATE)[:examples]
-              for split, (examples, *_) in source.splits.items()}
+    states = {
+        split: np.fromfile(part / f"{split}_state", STATE)[:examples]
+        for split, (examples, *_) in source.splits.items()
+    }
     for split, state in states.items():
         lost = np.setdiff1d(np.arange(len(source.class_names)), state["label"])
         if skipped and lost.size:
-            raise UserError(f"data.skip_bad={skip_bad}: leaves no image of class "
-                            f"{source.class_names[lost[0]]!r} in {split}, expected at least one: "
-                            "mend the images that cannot be read")
+            raise UserError(
+                f"data.skip_bad={skip_bad}: leaves no image of class "
+                f"{source.class_names[lost[0]]!r} in {split}, expected at least one: "
+                "mend the images that cannot be read"
+            )
     for split, state in states.items():
         with (part / f"{split}_images.npy").open("r+b") as file:
             file.truncate(HEADER + len(state) * size * size * 3)
@@ -385,11 +410,15 @@ def decoded(file: Path | io.BytesIO, size: int) -> np.ndarray:
     except UnidentifiedImageError:
         raise ValueError("is no JPEG, PNG or WebP image") from None
     with image:
-        if image.mode.startswith("I"):  # 16-bit grey; 16-bit colour, pillow reads as 8 bits by itself
+        if image.mode.startswith(
+            "I"
+        ):  # 16-bit grey; 16-bit colour, pillow reads as 8 bits by itself
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode == "P":
             image = image.convert("RGBA")  # a palette may hold transparency
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
+        return np.asarray(
+            ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+        )
 
 
 def read(folder: Path) -> Prepared | None:
@@ -401,8 +430,12 @@ def read(folder: Path) -> Prepared | None:
     if not folder.is_dir():
         return None
     try:
-        arrays = {f"{split}_{what}": np.load(folder / f"{split}_{what}.npy", mmap_mode="r" if what == "images" else None)
-                  for split, what in itertools.product(("train", "test"), ("images", "labels"))}
+        arrays = {
+            f"{split}_{what}": np.load(
+                folder / f"{split}_{what}.npy", mmap_mode="r" if what == "images" else None
+            )
+            for split, what in itertools.product(("train", "test"), ("images", "labels"))
+        }
         for split in ("train", "test"):
             if len(arrays[f"{split}_images"]) != len(arrays[f"{split}_labels"]):
                 raise ValueError(f"{split} images and labels differ in number")

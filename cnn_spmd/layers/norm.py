@@ -10,8 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k: float, within_map: bool = False,
-                  levers: Container[str] = ("own_gradients",)) -> jax.Array:
+def response_norm(
+    x_NHWC: jax.Array,
+    *,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    within_map: bool = False,
+    levers: Container[str] = ("own_gradients",),
+) -> jax.Array:
     """x / (k + alpha * sum of x^2 over a window of `size`) ** beta, the window clipped at the edges.
 
     Across maps: `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3). within_map: a square of `size` x `size`
@@ -25,7 +33,9 @@ def response_norm(x_NHWC: jax.Array, *, size: int, alpha: float, beta: float, k:
 
 
 def _plain(x_NHWC, window, alpha, beta, k):
-    return (x_NHWC * jnp.exp(-beta * jnp.log(_bases(x_NHWC, window, alpha, k)))).astype(x_NHWC.dtype)
+    return (x_NHWC * jnp.exp(-beta * jnp.log(_bases(x_NHWC, window, alpha, k)))).astype(
+        x_NHWC.dtype
+    )
 
 
 def _gradient(window, alpha, beta, k, x_NHWC, gradient_NHWC):
@@ -39,7 +49,9 @@ def _gradient(window, alpha, beta, k, x_NHWC, gradient_NHWC):
 
 # Its gradient keeps x alone: the sums are made again, instead of written and read in float32.
 _response_norm = jax.custom_vjp(_plain, nondiff_argnums=(1, 2, 3, 4))
-_response_norm.defvjp(lambda x_NHWC, *settings: (_response_norm(x_NHWC, *settings), x_NHWC), _gradient)
+_response_norm.defvjp(
+    lambda x_NHWC, *settings: (_response_norm(x_NHWC, *settings), x_NHWC), _gradient
+)
 
 
 def _bases(x_NHWC, window, alpha, k):
@@ -52,11 +64,15 @@ def _wide(x):
 
 def _window_sums(x_NHWC, window, turned=False):
     """The sum over each element's window; turned: over all elements whose windows hold it."""
-    padding = [((n - 1) // 2, n // 2)[::-1 if turned else 1] for n in window]
-    return jax.lax.reduce_window(x_NHWC, np.zeros((), x_NHWC.dtype), jax.lax.add, window, (1, 1, 1, 1), padding)
+    padding = [((n - 1) // 2, n // 2)[:: -1 if turned else 1] for n in window]
+    return jax.lax.reduce_window(
+        x_NHWC, np.zeros((), x_NHWC.dtype), jax.lax.add, window, (1, 1, 1, 1), padding
+    )
 
 
-def response_norm_of_towers(x_NHWC: jax.Array, groups: int, place, name: str, **settings) -> jax.Array:
+def response_norm_of_towers(
+    x_NHWC: jax.Array, groups: int, place, name: str, **settings
+) -> jax.Array:
     """response_norm across the maps of each of `groups` towers by itself, as AlexNet's two GPUs did: nothing crosses."""
     axes, width = ("conv_batch", None, None, "group_in"), x_NHWC.shape[-1] // groups
 
@@ -64,4 +80,6 @@ def response_norm_of_towers(x_NHWC: jax.Array, groups: int, place, name: str, **
         towers = jnp.split(x_NHWC, x_NHWC.shape[-1] // width, -1)
         return jnp.concatenate([response_norm(x, **settings) for x in towers], -1)
 
-    return place.towers(norm, groups, (place(x_NHWC, *axes, name=f"{name} input"), axes), out=axes, name=name)
+    return place.towers(
+        norm, groups, (place(x_NHWC, *axes, name=f"{name} input"), axes), out=axes, name=name
+    )

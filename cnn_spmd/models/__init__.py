@@ -15,8 +15,12 @@ from cnn_spmd.models.simple_cnn import SimpleCNN
 from cnn_spmd.models.stack import Stack
 
 STACKS = cuda_convnet.NETS | alexnet_2012_small.NETS | vgg.NETS
-MODELS = {"alexnet": AlexNet, "alexnet_2012": AlexNet2012, "simple_cnn": SimpleCNN,
-          **{name: functools.partial(Stack, name, net) for name, net in STACKS.items()}}
+MODELS = {
+    "alexnet": AlexNet,
+    "alexnet_2012": AlexNet2012,
+    "simple_cnn": SimpleCNN,
+    **{name: functools.partial(Stack, name, net) for name, net in STACKS.items()},
+}
 
 
 def make(name: str, **settings) -> nnx.Module:

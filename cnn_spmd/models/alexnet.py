@@ -26,10 +26,15 @@ class Sizes:
 
 
 SIZES = {
-    224: Sizes(conv1=dict(window=11, strides=4, padding=(2, 2)), conv2=dict(window=5),
-               pool=dict(window=3, strides=2), side=6),  # 224 -> 55 -> 27 -> 13 -> 6
-    32: Sizes(conv1=dict(window=3), conv2=dict(window=3),
-              pool=dict(window=2, strides=2), side=4),  # 32 -> 16 -> 8 -> 4
+    224: Sizes(
+        conv1=dict(window=11, strides=4, padding=(2, 2)),
+        conv2=dict(window=5),
+        pool=dict(window=3, strides=2),
+        side=6,
+    ),  # 224 -> 55 -> 27 -> 13 -> 6
+    32: Sizes(
+        conv1=dict(window=3), conv2=dict(window=3), pool=dict(window=2, strides=2), side=4
+    ),  # 32 -> 16 -> 8 -> 4
 }
 CHANNELS = (64, 192, 384, 256, 256)
 
@@ -42,11 +47,22 @@ class AlexNet(nnx.Module):
 
     towers = 1
 
-    def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs,
-                 levers: tuple[str, ...] = LEVERS):
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        classes: int,
+        width: int,
+        dropout: float,
+        dtype,
+        rngs: nnx.Rngs,
+        levers: tuple[str, ...] = LEVERS,
+    ):
         if image_size not in SIZES:
-            raise UserError(f"model.name=alexnet: images of {image_size}x{image_size}, expected a side of "
-                            f"{' or '.join(str(side) for side in sorted(SIZES))}")
+            raise UserError(
+                f"model.name=alexnet: images of {image_size}x{image_size}, expected a side of "
+                f"{' or '.join(str(side) for side in sorted(SIZES))}"
+            )
         self.sizes, self.dropout, self.levers = SIZES[image_size], dropout, levers
         common = dict(dtype=dtype, rngs=rngs)
         self.conv1 = conv.conv(3, CHANNELS[0], **self.sizes.conv1, **common)
@@ -67,6 +83,8 @@ class AlexNet(nnx.Module):
         x_NHWC = conv.conv_relu("conv5", self.conv5, x_NHWC, place, self.levers, self.sizes.pool)
         return dense.flatten(x_NHWC, place)
 
-    def classify(self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
+    def classify(
+        self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
         """Logits [B, classes] of the features; no key: no dropout."""
         return dense.dense_head(self, x_BF, place, self.dropout, dropout_key)

@@ -29,11 +29,22 @@ class AlexNet2012(nnx.Module):
 
     towers = 2
 
-    def __init__(self, *, image_size: int, classes: int, width: int, dropout: float, dtype, rngs: nnx.Rngs,
-                 levers: tuple[str, ...] = LEVERS):
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        classes: int,
+        width: int,
+        dropout: float,
+        dtype,
+        rngs: nnx.Rngs,
+        levers: tuple[str, ...] = LEVERS,
+    ):
         if image_size < 64:
-            raise UserError(f"model.name=alexnet_2012: images of {image_size}x{image_size}, expected a side of at least 64 "
-                            "(published: 224)")
+            raise UserError(
+                f"model.name=alexnet_2012: images of {image_size}x{image_size}, expected a side of at least 64 "
+                "(published: 224)"
+            )
         self.dropout, self.levers = dropout, levers
         common = dict(dtype=dtype, rngs=rngs, kernel_init=SMALL)
         one = dict(bias_init=ONES)
@@ -53,8 +64,11 @@ class AlexNet2012(nnx.Module):
 
     def features(self, x_NHWC: jax.Array, place=placement.UNPLACED) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
+
         def norm_pool(name, x_NHWC):
-            x_NHWC = norms.response_norm_of_towers(x_NHWC, self.towers, place, name, **RESPONSE_NORM, levers=self.levers)
+            x_NHWC = norms.response_norm_of_towers(
+                x_NHWC, self.towers, place, name, **RESPONSE_NORM, levers=self.levers
+            )
             return max_pool(x_NHWC, **POOL, place=place, channels="group_in", levers=self.levers)
 
         x_NHWC = norm_pool("norm1", conv.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers))
@@ -64,6 +78,8 @@ class AlexNet2012(nnx.Module):
         x_NHWC = conv.conv_relu("conv5", self.conv5, x_NHWC, place, self.levers, POOL)
         return dense.flatten(x_NHWC, place)
 
-    def classify(self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None) -> jax.Array:
+    def classify(
+        self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
         """Logits [B, classes] of the features; no key: no dropout."""
         return dense.dense_head(self, x_BF, place, self.dropout, dropout_key)

@@ -18,7 +18,13 @@ def vgg(*stages: int) -> tuple:
 
 NETS = {
     "fully_connected": (Hidden(), Output()),  # two layers
-    "one_convolution": (Conv(64, 3), MaxPool(4, 4), Hidden(), Hidden(), Output()),  # as many inputs of fc1 as AlexNet's
+    "one_convolution": (
+        Conv(64, 3),
+        MaxPool(4, 4),
+        Hidden(),
+        Hidden(),
+        Output(),
+    ),  # as many inputs of fc1 as AlexNet's
     "vgg_8": vgg(1, 1, 1, 1, 1),
     "vgg_11": vgg(1, 1, 2, 2, 2),
     "vgg_16": vgg(2, 2, 3, 3, 3),

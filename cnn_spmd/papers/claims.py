@@ -30,7 +30,10 @@ def steps_to_error(rows: Sequence[dict], error: float, steps_per_epoch: int) -> 
         while sum(steps for steps, _ in window[1:]) >= steps_per_epoch:
             window.pop(0)
         count = sum(steps for steps, _ in window)
-        if count >= steps_per_epoch and 1 - sum(steps * accuracy for steps, accuracy in window) / count < error:
+        if (
+            count >= steps_per_epoch
+            and 1 - sum(steps * accuracy for steps, accuracy in window) / count < error
+        ):
             return row["step"]
     return None
 
@@ -41,9 +44,10 @@ def read(folder: pathlib.Path) -> list[dict]:
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text())
         if path.with_suffix(".jsonl").exists():
-
             per_epoch = round(run["steps"] / run["epochs"])
-            steps = steps_to_error(runfiles.read(path.with_suffix(".jsonl")), TRAINING_ERROR, per_epoch)
+            steps = steps_to_error(
+                runfiles.read(path.with_suffix(".jsonl")), TRAINING_ERROR, per_epoch
+            )
             run["epochs_to_error"] = steps and steps / per_epoch
         runs.append(run)
     return runs
@@ -53,9 +57,20 @@ def depth_table(runs: Sequence[dict]) -> str:
     """A Markdown table, a row a network of experiments/deeper_cifar.py that was run, by its number of layers."""
     rows = []
     for name, layers, same in by_depth(runs):
-        rows.append([name, str(len(layers)), str(sum(layer.startswith("conv") for layer in layers)),
-                     f"{same[0]['param_count']:,}", str(len(same)), mean([100 * run["eval"]["accuracy"] for run in same], 2)])
-    return page.markdown_table(["network", "layers with weights", "convolutions", "parameters", "n", "test accuracy, %"], rows)
+        rows.append(
+            [
+                name,
+                str(len(layers)),
+                str(sum(layer.startswith("conv") for layer in layers)),
+                f"{same[0]['param_count']:,}",
+                str(len(same)),
+                mean([100 * run["eval"]["accuracy"] for run in same], 2),
+            ]
+        )
+    return page.markdown_table(
+        ["network", "layers with weights", "convolutions", "parameters", "n", "test accuracy, %"],
+        rows,
+    )
 
 
 def by_depth(runs: Sequence[dict]) -> list[tuple[str, list[str], list[dict]]]:
@@ -71,7 +86,9 @@ def by_depth(runs: Sequence[dict]) -> list[tuple[str, list[str], list[dict]]]:
             networks.setdefault(run["experiment"].removeprefix("deeper_"), []).append(run)
     found = []
     for name, same in networks.items():
-        make = functools.partial(models.make, name, image_size=32, classes=10, width=4096, dropout=0.0, dtype=jnp.float32)
+        make = functools.partial(
+            models.make, name, image_size=32, classes=10, width=4096, dropout=0.0, dtype=jnp.float32
+        )
         layers = nnx.state(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0))), nnx.Param)
         found.append((name, list(layers), same))
     return sorted(found, key=lambda network: (len(network[1]), network[0]))
@@ -82,9 +99,16 @@ def depth_plot(runs: Sequence[dict]) -> str:
     from cnn_spmd.report import plots
 
     with plots.style():
-        return plots.depth([(f"{name}\n{same[0]['param_count'] / 1e6:.1f} M", len(layers),
-                             [100 * run["eval"]["accuracy"] for run in same])
-                            for name, layers, same in by_depth(runs)])
+        return plots.depth(
+            [
+                (
+                    f"{name}\n{same[0]['param_count'] / 1e6:.1f} M",
+                    len(layers),
+                    [100 * run["eval"]["accuracy"] for run in same],
+                )
+                for name, layers, same in by_depth(runs)
+            ]
+        )
 
 
 # Experiment, without or with its variable batch -> its data's name in the table.
@@ -106,10 +130,22 @@ def batch_table(runs: Sequence[dict], published: dict[tuple[str, int], float]) -
             key = data, f"{rate}, {dense}", run["batch_size"]
             found.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
     batches = sorted({batch for *_, batch in found})
-    rows = [[data, setting, *(f"{mean(errors, 2)} (n = {len(errors)})" if (errors := found.get((data, setting, batch))) else ""
-                              for batch in batches)]
-            for data, setting in dict.fromkeys((data, setting) for data, setting, _ in found)]
-    return page.markdown_table(["data", "rate times, dense batch", *(f"batch {batch}" for batch in batches)], rows)
+    rows = [
+        [
+            data,
+            setting,
+            *(
+                f"{mean(errors, 2)} (n = {len(errors)})"
+                if (errors := found.get((data, setting, batch)))
+                else ""
+                for batch in batches
+            ),
+        ]
+        for data, setting in dict.fromkeys((data, setting) for data, setting, _ in found)
+    ]
+    return page.markdown_table(
+        ["data", "rate times, dense batch", *(f"batch {batch}" for batch in batches)], rows
+    )
 
 
 def weights_of_a_neuron(side: int) -> int:
@@ -119,4 +155,6 @@ def weights_of_a_neuron(side: int) -> int:
 
     from cnn_spmd.layers.dense import dense
 
-    return nnx.eval_shape(lambda: dense("fc1", side * side * 3, 1, dtype=jnp.float32, rngs=nnx.Rngs(0))).kernel.size
+    return nnx.eval_shape(
+        lambda: dense("fc1", side * side * 3, 1, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    ).kernel.size

@@ -41,20 +41,35 @@ def read(folder: pathlib.Path) -> list[dict]:
     for path in sorted((folder / "sweeps").glob("*.json")):
         sweep = json.loads(path.read_text())
         for group in compare.groups_of(sweep["runs"]):
-            for run, speedup in zip(group["runs"], compare.speedups(group), strict=False):  # none where there is no base
-                runs.append(run["figures"] | dict(
-                    devices=group["devices"], host_cores=sweep["hardware"]["host_cores"], speedup=speedup,
-                    command=with_base(run["command"], run["figures"]["batch_size"], group["devices"]),
-                    config=dict(run["settings"], experiment=sweep["experiment"]),
-                    # Of older sweeps only the experiment's name says it.
-                    variable=bool(run["figures"].get("dense_microbatch", "variable" in sweep["experiment"]))))
+            for run, speedup in zip(
+                group["runs"], compare.speedups(group), strict=False
+            ):  # none where there is no base
+                runs.append(
+                    run["figures"]
+                    | dict(
+                        devices=group["devices"],
+                        host_cores=sweep["hardware"]["host_cores"],
+                        speedup=speedup,
+                        command=with_base(
+                            run["command"], run["figures"]["batch_size"], group["devices"]
+                        ),
+                        config=dict(run["settings"], experiment=sweep["experiment"]),
+                        # Of older sweeps only the experiment's name says it.
+                        variable=bool(
+                            run["figures"].get(
+                                "dense_microbatch", "variable" in sweep["experiment"]
+                            )
+                        ),
+                    )
+                )
     return runs
 
 
 def with_base(command: str, batch_size: int, devices: int) -> str:
     """The sweep of a run and the one on a single device that its speedup is over."""
-    return command.replace("--mesh=", "--mesh=1x1,").replace(f"--config.batch_size={batch_size}",
-                                                            f"--batch_per_device={batch_size // devices}")
+    return command.replace("--mesh=", "--mesh=1x1,").replace(
+        f"--config.batch_size={batch_size}", f"--batch_per_device={batch_size // devices}"
+    )
 
 
 def matches(where: dict, run: dict) -> bool:
@@ -63,8 +78,12 @@ def matches(where: dict, run: dict) -> bool:
 
 def shows(run: dict) -> bool:
     """Whether one of the tables is about a run, or holds others against it."""
-    return any(matches(where, run) for figures in FIGURES.values() for figure in figures
-               for where in (figure["where"], figure["where"] | dict(experiment=figure.get("control"))))
+    return any(
+        matches(where, run)
+        for figures in FIGURES.values()
+        for figure in figures
+        for where in (figure["where"], figure["where"] | dict(experiment=figure.get("control")))
+    )
 
 
 def rows(figure: dict, runs: Sequence[dict]) -> list[list[str]]:
@@ -75,17 +94,36 @@ def rows(figure: dict, runs: Sequence[dict]) -> list[list[str]]:
             continue
         pair = [run]
         if "control" in figure:
-            same = {name: run[name] for name in ("seed", "dataset", "epochs", "devices", "device_kind")}
-            pair += [other for other in runs if matches(same | dict(experiment=figure["control"]), other)][:1]
+            same = {
+                name: run[name] for name in ("seed", "dataset", "epochs", "devices", "device_kind")
+            }
+            pair += [
+                other for other in runs if matches(same | dict(experiment=figure["control"]), other)
+            ][:1]
         if len(pair) == 1 + ("control" in figure):
             key = (compare.machine(run), str(run["mesh"]), compare.recipe(run))
             groups.setdefault(key, []).append(pair)
-    published = figure["published"] if isinstance(figure["published"], str) else f"{figure['published']:,.10g}"
-    command = "; ".join(f"python launch.py --config experiments/{config}" for config in figure["configs"])
+    published = (
+        figure["published"]
+        if isinstance(figure["published"], str)
+        else f"{figure['published']:,.10g}"
+    )
+    command = "; ".join(
+        f"python launch.py --config experiments/{config}" for config in figure["configs"]
+    )
     if not groups:
         return [[figure["name"], published, "not measured", "0", "", "", command, figure["source"]]]
-    return [[figure["name"], published, *cells(figure, pairs), machine, pairs[0][0].get("command", command), figure["source"]]
-            for (machine, *_), pairs in sorted(groups.items())]
+    return [
+        [
+            figure["name"],
+            published,
+            *cells(figure, pairs),
+            machine,
+            pairs[0][0].get("command", command),
+            figure["source"],
+        ]
+        for (machine, *_), pairs in sorted(groups.items())
+    ]
 
 
 def cells(figure: dict, pairs: Sequence[list[dict]]) -> list[str]:
@@ -99,24 +137,41 @@ def cells(figure: dict, pairs: Sequence[list[dict]]) -> list[str]:
     if "control" in figure:
         first, second = map(statistics.mean, zip(*values, strict=True))
         note = f" ({first:.{digits}f}, not {second:.{digits}f})"
-        numbers = [value / other if figure["measure"] == "epochs" else value - other for value, other in values]
-    difference = "" if isinstance(published, str) else f"{statistics.mean(numbers) - published:+,.{digits}f}"
-    return [compare.mean(numbers, digits) + note + (f"; {missed} not reached" if missed else ""), str(len(numbers)), difference]
+        numbers = [
+            value / other if figure["measure"] == "epochs" else value - other
+            for value, other in values
+        ]
+    difference = (
+        "" if isinstance(published, str) else f"{statistics.mean(numbers) - published:+,.{digits}f}"
+    )
+    return [
+        compare.mean(numbers, digits) + note + (f"; {missed} not reached" if missed else ""),
+        str(len(numbers)),
+        difference,
+    ]
 
 
 def tables(folder: pathlib.Path = RESULTS) -> dict[str, list[list[str]]]:
     """The rows of each table of FIGURES by its title."""
     runs = read(folder)
-    return {title: [row for figure in figures for row in rows(figure, runs)] for title, figures in FIGURES.items()}
+    return {
+        title: [row for figure in figures for row in rows(figure, runs)]
+        for title, figures in FIGURES.items()
+    }
 
 
 def measured_table(folder: pathlib.Path = RESULTS) -> str:
     """A Markdown table of the figures that were measured."""
-    return page.markdown_table(HEADER, [row for found in tables(folder).values() for row in found if row[2] != "not measured"])
+    return page.markdown_table(
+        HEADER,
+        [row for found in tables(folder).values() for row in found if row[2] != "not measured"],
+    )
 
 
 def batch_table(runs: Sequence[dict]) -> str:
     """claims.batch_table beside the errors of ONE_WEIRD_TRICK."""
-    published = {("128" if dense == 128 and gpus > 1 else "as large", 128 * gpus): error
-                 for gpus, dense, error, *_ in ONE_WEIRD_TRICK}
+    published = {
+        ("128" if dense == 128 and gpus > 1 else "as large", 128 * gpus): error
+        for gpus, dense, error, *_ in ONE_WEIRD_TRICK
+    }
     return claims.batch_table(runs, published)

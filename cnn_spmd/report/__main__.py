@@ -20,13 +20,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     1 says that the tables could not be printed, 2 is for bad input, 130 for Ctrl-C.
     """
-    parser = argparse.ArgumentParser(prog="python -m cnn_spmd.report", description=(
-        "Writes report.md, report.csv and report.html (tables and charts, no network needed) on runs and sweeps into the "
-        "folder given, or into the first of several. Without arguments: prints the README's tables from results/."))
-    parser.add_argument("folders", nargs="*", type=pathlib.Path, metavar="RUN_OR_SWEEP", help="a --workdir of launch.py")
-    parser.add_argument("--pictures", action="store_true", help="first draw what each RUN learned, from its newest checkpoint: "
-                        "the first layer's filters, test images with their most probable classes, nearest neighbours")
-    parser.add_argument("--data_dir", metavar="PATH", help="with --pictures: where the run's data.dir is now")
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_spmd.report",
+        description=(
+            "Writes report.md, report.csv and report.html (tables and charts, no network needed) on runs and sweeps into the "
+            "folder given, or into the first of several. Without arguments: prints the README's tables from results/."
+        ),
+    )
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        type=pathlib.Path,
+        metavar="RUN_OR_SWEEP",
+        help="a --workdir of launch.py",
+    )
+    parser.add_argument(
+        "--pictures",
+        action="store_true",
+        help="first draw what each RUN learned, from its newest checkpoint: "
+        "the first layer's filters, test images with their most probable classes, nearest neighbours",
+    )
+    parser.add_argument(
+        "--data_dir", metavar="PATH", help="with --pictures: where the run's data.dir is now"
+    )
     arguments = parser.parse_args(argv)
     folders = arguments.folders
     if arguments.pictures and not folders:

@@ -9,12 +9,32 @@ import statistics
 
 from cnn_spmd.config import flat
 
-COLUMNS = ["mesh", "parallelism", "batch and settings", "n", "images/s", "step, ms (p10 to p90)", "speedup", "efficiency, %",
-           "parameters and optimizer, MB a device", "ring MB a step", "theory", "test accuracy, %"]
+COLUMNS = [
+    "mesh",
+    "parallelism",
+    "batch and settings",
+    "n",
+    "images/s",
+    "step, ms (p10 to p90)",
+    "speedup",
+    "efficiency, %",
+    "parameters and optimizer, MB a device",
+    "ring MB a step",
+    "theory",
+    "test accuracy, %",
+]
 
 
 # Fields of a config that change no number, not even the speed, or that every table has a column for.
-NOT_COMPARED = ("run", "mesh.", "data.dir", "data.fallback", "checkpoint.", "eval.every_epochs", "profile")
+NOT_COMPARED = (
+    "run",
+    "mesh.",
+    "data.dir",
+    "data.fallback",
+    "checkpoint.",
+    "eval.every_epochs",
+    "profile",
+)
 # ... or nothing but the speed, and the seed: runs that differ in these are averaged.
 NOT_THE_RECIPE = (*NOT_COMPARED, "seed", "steps_per_call", "model.levers", "data.resident")
 
@@ -25,7 +45,13 @@ LATER = {"optimizer.clip_norm": 0.0, "data.skip_bad": 0}
 def recipe(run: dict) -> str:
     """What the summary.json of two runs must share for their figures to be averaged: the config but for NOT_THE_RECIPE."""
     fields = LATER | flat(run["config"])
-    return repr(sorted((name, str(value)) for name, value in fields.items() if not name.startswith(NOT_THE_RECIPE)))
+    return repr(
+        sorted(
+            (name, str(value))
+            for name, value in fields.items()
+            if not name.startswith(NOT_THE_RECIPE)
+        )
+    )
 
 
 def machine(run: dict) -> str:
@@ -43,13 +69,19 @@ def panel_of(run: dict) -> str:
     else:
         batch = f"batch {figures.get('batch_size', settings.get('batch_size', '?'))}"
     known = ("mesh", "parallelism", "seed", "batch_size", "batch_per_device")
-    return ", ".join([batch, *(f"{name}={value}" for name, value in settings.items() if name not in known)])
+    return ", ".join(
+        [batch, *(f"{name}={value}" for name, value in settings.items() if name not in known)]
+    )
 
 
 def key_of(run: dict) -> tuple[str, tuple[int, int], str]:
     """What the runs of a group share, of a completed run: panel, mesh (data, model), parallelism."""
     figures = run["figures"]
-    return panel_of(run), (figures["mesh"]["data"], figures["mesh"]["model"]), figures["parallelism"]
+    return (
+        panel_of(run),
+        (figures["mesh"]["data"], figures["mesh"]["model"]),
+        figures["parallelism"],
+    )
 
 
 def groups_of(runs: list[dict]) -> list[dict]:
@@ -62,15 +94,32 @@ def groups_of(runs: list[dict]) -> list[dict]:
     completed = [run for run in runs if run["status"] == "completed" and run["figures"]]
     for run in sorted(completed, key=lambda run: not run["figures"]["images_per_second"]):
         panel, mesh, parallelism = key = key_of(run)
-        groups.setdefault(key, dict(panel=panel, mesh=mesh, devices=mesh[0] * mesh[1], parallelism=parallelism, runs=[]))
+        groups.setdefault(
+            key,
+            dict(
+                panel=panel, mesh=mesh, devices=mesh[0] * mesh[1], parallelism=parallelism, runs=[]
+            ),
+        )
         if run["figures"]["seed"] not in values(groups[key], "seed"):
             groups[key]["runs"].append(run)
     panels = list(dict.fromkeys(map(panel_of, completed)))
-    ordered = sorted(groups.values(), key=lambda group: (panels.index(group["panel"]), group["devices"], -group["mesh"][0],
-                                                         group["parallelism"]))
+    ordered = sorted(
+        groups.values(),
+        key=lambda group: (
+            panels.index(group["panel"]),
+            group["devices"],
+            -group["mesh"][0],
+            group["parallelism"],
+        ),
+    )
     for group in ordered:
-        alone = [other for other in ordered if other["panel"] == group["panel"] and other["devices"] == 1
-                 and values(other, "images_per_second")]
+        alone = [
+            other
+            for other in ordered
+            if other["panel"] == group["panel"]
+            and other["devices"] == 1
+            and values(other, "images_per_second")
+        ]
         alone.sort(key=lambda other: other["parallelism"] != group["parallelism"])
         group["base"] = alone[0] if alone else None
     return ordered
@@ -93,7 +142,10 @@ def speedups(group: dict) -> list[float]:
     """Throughput of each run relative to the mean of the base; empty where there is no one-device run."""
     if group["base"] is None:
         return []
-    return [rate / average(group["base"], "images_per_second") for rate in values(group, "images_per_second")]
+    return [
+        rate / average(group["base"], "images_per_second")
+        for rate in values(group, "images_per_second")
+    ]
 
 
 def mean(numbers: list[float], digits: int) -> str:
@@ -113,19 +165,31 @@ def cells(group: dict) -> list[str]:
     """A group's row under COLUMNS."""
     times = {name: average(group, "step_milliseconds", name) for name in ("median", "p10", "p90")}
     gains = speedups(group)
-    held = [sum(size or 0 for size in run["figures"]["bytes_per_device"].values()) / 1e6 for run in group["runs"]]
+    held = [
+        sum(size or 0 for size in run["figures"]["bytes_per_device"].values()) / 1e6
+        for run in group["runs"]
+    ]
     theory = average(group, "closed_form_ring_bytes")
     # Older runs, which have no theory for a variable batch, counted one part of it.
-    older = theory is None and any(run["figures"].get("dense_microbatch", 1) for run in group["runs"])
+    older = theory is None and any(
+        run["figures"].get("dense_microbatch", 1) for run in group["runs"]
+    )
     ring = None if older else average(group, "ring_bytes")
-    return ["x".join(map(str, group["mesh"])), group["parallelism"], group["panel"], str(len(group["runs"])),
-            rate(values(group, "images_per_second")),
-            "" if None in times.values() else "{median:,.3f} ({p10:,.3f} to {p90:,.3f})".format(**times),
-            mean(gains, 2), f"{100 * statistics.mean(gains) / group['devices']:.1f}" if gains else "",
-            f"{statistics.mean(held):,.1f}", *("" if moved is None else f"{moved / 1e6:,.1f}" for moved in (ring, theory)),
-            mean([100 * accuracy for accuracy in values(group, "accuracy")], 2)]
-
-
+    return [
+        "x".join(map(str, group["mesh"])),
+        group["parallelism"],
+        group["panel"],
+        str(len(group["runs"])),
+        rate(values(group, "images_per_second")),
+        ""
+        if None in times.values()
+        else "{median:,.3f} ({p10:,.3f} to {p90:,.3f})".format(**times),
+        mean(gains, 2),
+        f"{100 * statistics.mean(gains) / group['devices']:.1f}" if gains else "",
+        f"{statistics.mean(held):,.1f}",
+        *("" if moved is None else f"{moved / 1e6:,.1f}" for moved in (ring, theory)),
+        mean([100 * accuracy for accuracy in values(group, "accuracy")], 2),
+    ]
 
 
 def hardware_of(sweep: dict) -> str:

@@ -20,10 +20,16 @@ def write(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     blocks = page.document(sweeps, notes)
-    texts = {"report.md": page.as_markdown(blocks), "report.csv": page.as_csv(sweeps), "report.html": page.as_html(blocks)}
+    texts = {
+        "report.md": page.as_markdown(blocks),
+        "report.csv": page.as_csv(sweeps),
+        "report.html": page.as_html(blocks),
+    }
     for name, text in texts.items():
         try:
-            with runfiles.whole(folders[0] / name) as temporary:  # backslashreplace: names of folders
+            with runfiles.whole(
+                folders[0] / name
+            ) as temporary:  # backslashreplace: names of folders
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"{folders[0] / name}: cannot be written: {error.strerror}") from error

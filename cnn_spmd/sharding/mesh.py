@@ -19,8 +19,10 @@ def parse(text: str) -> tuple[int, int]:
     """
     if sizes := pair(text.lower()):
         return sizes
-    raise UserError(f"--mesh={text}: expected DATAxMODEL with two positive integers, such as 4x2, of at most "
-                    f"{MOST_DEVICES} devices")
+    raise UserError(
+        f"--mesh={text}: expected DATAxMODEL with two positive integers, such as 4x2, of at most "
+        f"{MOST_DEVICES} devices"
+    )
 
 
 def pair(text: str) -> tuple[int, int] | None:
@@ -43,7 +45,9 @@ def shape(data: int, model: int, devices: int) -> tuple[int, int]:
     """
     asked = f"mesh.data={data}, mesh.model={model}"
     if data == model == -1 or any(size != -1 and size < 1 for size in (data, model)):
-        raise UserError(f"{asked}: each must be a positive integer, and at most one -1 (what is left of the devices)")
+        raise UserError(
+            f"{asked}: each must be a positive integer, and at most one -1 (what is left of the devices)"
+        )
     fixed = model if data == -1 else data
     if -1 in (data, model):
         if devices % fixed:
@@ -51,8 +55,10 @@ def shape(data: int, model: int, devices: int) -> tuple[int, int]:
         data, model = (devices // fixed, model) if data == -1 else (data, devices // fixed)
     if data * model > devices:
         simulate = f", or simulate devices on the CPU with --cpu_devices={data * model}"
-        raise UserError(f"{asked}: needs {data * model} devices, but there are {devices}: choose a mesh whose product "
-                        f"is at most {devices}{simulate if data * model <= MOST_CPU_DEVICES else ''}")
+        raise UserError(
+            f"{asked}: needs {data * model} devices, but there are {devices}: choose a mesh whose product "
+            f"is at most {devices}{simulate if data * model <= MOST_CPU_DEVICES else ''}"
+        )
     return data, model
 
 
@@ -66,6 +72,10 @@ def make(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> 
     devices = list(jax.devices() if devices is None else devices)
     data, model = shape(data, model, len(devices))
     if data * model < len(devices) and jax.process_count() > 1:
-        raise UserError(f"mesh.data={data}, mesh.model={model}: uses {data * model} of {len(devices)} devices, but with "
-                        f"{jax.process_count()} processes the mesh must hold them all")
-    return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model])
+        raise UserError(
+            f"mesh.data={data}, mesh.model={model}: uses {data * model} of {len(devices)} devices, but with "
+            f"{jax.process_count()} processes the mesh must hold them all"
+        )
+    return jax.make_mesh(
+        (data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model]
+    )

@@ -31,17 +31,27 @@ class Placement:
         """Raises UserError for an unknown row, and for a row that names an axis there is none of."""
         rows = {**TABLE, **self.own_rows}
         if self.parallelism not in rows:
-            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {', '.join(map(str, rows))}")
+            raise UserError(
+                f"parallelism={self.parallelism}: unknown, expected one of {', '.join(map(str, rows))}"
+            )
         for name, row in self.own_rows.items():
             if not isinstance(row, Mapping):
-                raise UserError(f"placement.{name}={row}: expected a row such as {{'fc1_out': 'model'}}")
+                raise UserError(
+                    f"placement.{name}={row}: expected a row such as {{'fc1_out': 'model'}}"
+                )
             if name in TABLE:
                 raise UserError(f"placement.{name}: is a built-in row, choose another name")
             for axis, mesh_axes in row.items():
                 field = f"placement.{name}.{axis}={mesh_axes}"
                 if axis not in LOGICAL_AXES:
-                    raise UserError(f"{field}: no such logical axis, expected one of {', '.join(LOGICAL_AXES)}")
-                names = sorted(map(str, mesh_axes)) if isinstance(mesh_axes, tuple | list) else [mesh_axes]
+                    raise UserError(
+                        f"{field}: no such logical axis, expected one of {', '.join(LOGICAL_AXES)}"
+                    )
+                names = (
+                    sorted(map(str, mesh_axes))
+                    if isinstance(mesh_axes, tuple | list)
+                    else [mesh_axes]
+                )
                 if names not in ([None], ["data"], ["model"], [*BOTH]):
                     raise UserError(f"{field}: expected 'data', 'model', ('data', 'model') or None")
 
@@ -65,13 +75,17 @@ class Placement:
             if size % parts and axis in MAY_REPLICATE:
                 mesh_axes = None
             elif size % parts:
-                raise UserError(f"{name} {shape}: {axis}={size} does not divide by the {parts} devices of mesh axis "
-                                f"{'+'.join(_names(mesh_axes))} {where}: change the mesh or "
-                                f"the {'batch' if axis.endswith('batch') else 'parallelism'}")
+                raise UserError(
+                    f"{name} {shape}: {axis}={size} does not divide by the {parts} devices of mesh axis "
+                    f"{'+'.join(_names(mesh_axes))} {where}: change the mesh or "
+                    f"the {'batch' if axis.endswith('batch') else 'parallelism'}"
+                )
             spec.append(tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes)
         used = [mesh_axis for mesh_axes in spec for mesh_axis in _names(mesh_axes)]
         if len(used) != len(set(used)):
-            raise UserError(f"{name} {shape}: two of its axes {axes} are split on the same mesh axis {where}")
+            raise UserError(
+                f"{name} {shape}: two of its axes {axes} are split on the same mesh axis {where}"
+            )
         return P(*spec)
 
     def parts(self, mesh_axes: str | tuple[str, ...] | None) -> int:
@@ -82,7 +96,9 @@ class Placement:
         """Into how many parts the table splits a logical axis."""
         return self.parts(self.row.get(axis))
 
-    def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> NamedSharding:
+    def sharding(
+        self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array"
+    ) -> NamedSharding:
         """The NamedSharding of `spec`, with its errors."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
@@ -92,7 +108,9 @@ class Placement:
             self.record(name, axes, x)
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
-    def towers(self, f: Callable, groups: int, *arrays: tuple[jax.Array, tuple], out: tuple, name: str) -> jax.Array:
+    def towers(
+        self, f: Callable, groups: int, *arrays: tuple[jax.Array, tuple], out: tuple, name: str
+    ) -> jax.Array:
         """f(part, *arrays) of an operation in `groups` towers; each array comes with its logical axes, `out` are the result's.
 
         Where the row splits the channels of the result, the last of `out`, each device computes its own (`part` counts
@@ -102,15 +120,26 @@ class Placement:
         mesh_axes = self.row.get(out[-1])
         if mesh_axes is None:
             return f(0, *(array for array, _ in arrays))
-        parts, where = self.parts(mesh_axes), f"(mesh {self.mesh_name}, parallelism={self.parallelism})"
+        parts, where = (
+            self.parts(mesh_axes),
+            f"(mesh {self.mesh_name}, parallelism={self.parallelism})",
+        )
         if _names(self.row.get("group_in")) not in ((), _names(mesh_axes)):
-            raise UserError(f"{name}: group_in={self.row['group_in']} and {out[-1]}={mesh_axes} {where}: expected the same")
+            raise UserError(
+                f"{name}: group_in={self.row['group_in']} and {out[-1]}={mesh_axes} {where}: expected the same"
+            )
         if groups % parts and (parts % groups or self.row.get("group_in")):
-            raise UserError(f"{name}: its {groups} towers do not divide by the {parts} devices of mesh axis "
-                            f"{'+'.join(_names(mesh_axes))} {where}")
+            raise UserError(
+                f"{name}: its {groups} towers do not divide by the {parts} devices of mesh axis "
+                f"{'+'.join(_names(mesh_axes))} {where}"
+            )
         specs = tuple(self.spec(axes, array.shape, name) for array, axes in arrays)
-        return jax.shard_map(lambda *local: f(jax.lax.axis_index(mesh_axes), *local), mesh=self.mesh, in_specs=specs,
-                             out_specs=self.spec(out, tuple(map(self.parts_of, out)), name))(*(array for array, _ in arrays))
+        return jax.shard_map(
+            lambda *local: f(jax.lax.axis_index(mesh_axes), *local),
+            mesh=self.mesh,
+            in_specs=specs,
+            out_specs=self.spec(out, tuple(map(self.parts_of, out)), name),
+        )(*(array for array, _ in arrays))
 
     def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> Any:
         """f(*arrays) of what each device holds; nothing moves. `axes` are those of the first array and of the results; those of
@@ -118,8 +147,10 @@ class Placement:
 
         For kernels that XLA cannot partition. Not to be differentiated: use it within a derivative rule.
         """
-        specs = tuple(self.spec(axes[-array.ndim:], array.shape) for array in arrays)
-        return jax.shard_map(f, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+        specs = tuple(self.spec(axes[-array.ndim :], array.shape) for array in arrays)
+        return jax.shard_map(
+            f, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+        )(*arrays)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -136,30 +167,49 @@ class Placement:
 
         Optimizer state is built by mapping over the parameters, so a momentum carries its weight's axes by itself.
         """
+
         def one(path, leaf):
             if isinstance(leaf, nnx.Variable):
                 return leaf.replace(self.sharding(leaf.axes, leaf.shape, name_of(path)))
             return self.replicated
-        return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
-    def report(self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], itemsize: int) -> dict:
+        return jax.tree_util.tree_map_with_path(
+            one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        )
+
+    def report(
+        self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], itemsize: int
+    ) -> dict:
         """A JSON-ready row for one array: name, shape, logical axes, mesh axes, bytes, bytes a device, note.
 
         `note` says which axis the table asked to split and could not (MAY_REPLICATE), else it is empty.
         """
         sharding = self.sharding(axes, shape, name)
-        missed = [f"{axis}={size} does not divide by {'+'.join(_names(self.row[axis]))}={self.parts(self.row[axis])}: "
-                  "replicated"
-                  for axis, size, got in zip(axes, shape, sharding.spec, strict=True)
-                  if got is None and self.row.get(axis) is not None]
-        return dict(name=name, shape=list(shape), logical_axes=list(axes),
-                    mesh_axes=[list(a) if isinstance(a, tuple) else a for a in sharding.spec],
-                    bytes=math.prod(shape) * itemsize,
-                    bytes_per_device=math.prod(sharding.shard_shape(shape)) * itemsize, note="; ".join(missed))
+        missed = [
+            f"{axis}={size} does not divide by {'+'.join(_names(self.row[axis]))}={self.parts(self.row[axis])}: "
+            "replicated"
+            for axis, size, got in zip(axes, shape, sharding.spec, strict=True)
+            if got is None and self.row.get(axis) is not None
+        ]
+        return dict(
+            name=name,
+            shape=list(shape),
+            logical_axes=list(axes),
+            mesh_axes=[list(a) if isinstance(a, tuple) else a for a in sharding.spec],
+            bytes=math.prod(shape) * itemsize,
+            bytes_per_device=math.prod(sharding.shard_shape(shape)) * itemsize,
+            note="; ".join(missed),
+        )
 
 
 def _names(mesh_axes: Any) -> tuple[str, ...]:
-    return () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+    return (
+        ()
+        if mesh_axes is None
+        else (mesh_axes,)
+        if isinstance(mesh_axes, str)
+        else tuple(mesh_axes)
+    )
 
 
 def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
@@ -188,5 +238,6 @@ class Unplaced:
 
     def parts_of(self, axis):
         return 1
+
 
 UNPLACED = Unplaced()

@@ -72,12 +72,16 @@ class Checkpoints:
         if jax.process_index() == 0:
             # A newer step that stayed would count among the last `keep`, and push out the next good one.
             newer = [other for other in self._steps() if other > step]
-            passed_over = dict.fromkeys(newer, f"has no {MANIFEST}, and an older checkpoint has one")
+            passed_over = dict.fromkeys(
+                newer, f"has no {MANIFEST}, and an older checkpoint has one"
+            )
             for broken, reason in (passed_over | rejected).items():
                 _set_aside(self.directory / str(broken), reason)
             if not (self.directory / str(step) / MANIFEST).exists():
                 self._write_manifest(self.directory / str(step), step, None)
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), [loaded[name] for name in named])
+        return jax.tree.unflatten(
+            jax.tree.structure(abstract_state), [loaded[name] for name in named]
+        )
 
     def _newest_usable(self, rejected: dict[int, str]) -> int | None:
         """The step to load, the same on every process; None where none was ever saved.
@@ -93,7 +97,9 @@ class Checkpoints:
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(-2 if problem else step)))
         if problem or step == -2:
-            raise UserError(problem or f"{self.directory}: process 0 finds no checkpoint that can be used")
+            raise UserError(
+                problem or f"{self.directory}: process 0 finds no checkpoint that can be used"
+            )
         return None if step == -1 else step
 
     def _choose(self, rejected: dict[int, str]) -> int:
@@ -112,15 +118,23 @@ class Checkpoints:
             except ValueError as error:
                 rejected[step] = str(error)
         if unverified:
-            logging.warning("Checkpoint %s has no %s, so nobody can check its files. It is used, as no checkpoint with "
-                            "one can be.", self.directory / str(unverified[0]), MANIFEST)
+            logging.warning(
+                "Checkpoint %s has no %s, so nobody can check its files. It is used, as no checkpoint with "
+                "one can be.",
+                self.directory / str(unverified[0]),
+                MANIFEST,
+            )
             return unverified[0]
         broken = {f"{step}": reason for step, reason in rejected.items()}
-        broken |= {path.name: "was set aside before" for path in sorted(self.directory.glob("broken-*"))}
+        broken |= {
+            path.name: "was set aside before" for path in sorted(self.directory.glob("broken-*"))
+        }
         if broken:
-            raise UserError(f"{self.directory}: holds no checkpoint that can be used ("
-                            + "; ".join(f"{name} {reason}" for name, reason in broken.items())
-                            + "): put a good copy there, or give a new --workdir to begin at step 0")
+            raise UserError(
+                f"{self.directory}: holds no checkpoint that can be used ("
+                + "; ".join(f"{name} {reason}" for name, reason in broken.items())
+                + "): put a good copy there, or give a new --workdir to begin at step 0"
+            )
         return -1
 
     def save(self, step: int, state: Any, accuracy: float | None = None) -> None:
@@ -140,8 +154,15 @@ class Checkpoints:
             response = ocp.save_async(self.directory / f"{SAVING}{step}", named, overwrite=True)
         except Exception as error:
             raise self._failed(step, error) from error
-        on_host = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in named.items()}
-        self._pending = self._background.submit(self._finish, step, response, accuracy), step, on_host
+        on_host = {
+            name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+            for name, leaf in named.items()
+        }
+        self._pending = (
+            self._background.submit(self._finish, step, response, accuracy),
+            step,
+            on_host,
+        )
 
     def _finish(self, step: int, response, accuracy: float | None) -> None:
         try:
@@ -159,7 +180,11 @@ class Checkpoints:
             _set_aside(final, "is in the way of a new save of this step")
         written.rename(final)
         steps = self._steps()
-        accuracies = {step: accuracy for step in steps if (accuracy := _accuracy_of(self.directory / str(step))) is not None}
+        accuracies = {
+            step: accuracy
+            for step in steps
+            if (accuracy := _accuracy_of(self.directory / str(step))) is not None
+        }
         best = [max(accuracies, key=lambda step: (accuracies[step], step))] if accuracies else []
         for old in set(steps) - {*steps[: self.keep], *best}:
             removed = (self.directory / str(old)).rename(self.directory / f"{REMOVING}{old}")
@@ -169,8 +194,10 @@ class Checkpoints:
         """The error to raise for a save that failed; what it left behind is removed."""
         if jax.process_index() == 0:
             self._clean()
-        return SaveError(f"{self.directory}: the checkpoint of step {step} cannot be saved ({_first_line(error)}); "
-                         f"{self.last_good()}")
+        return SaveError(
+            f"{self.directory}: the checkpoint of step {step} cannot be saved ({_first_line(error)}); "
+            f"{self.last_good()}"
+        )
 
     def wait(self) -> None:
         """Return once the last save is whole on disk, and the first one has been read back too.
@@ -183,7 +210,9 @@ class Checkpoints:
         saved.result()
         if self._readable:
             return
-        if jax.process_count() > 1:  # Orbax counts what each process asks of it: all must read, or none
+        if (
+            jax.process_count() > 1
+        ):  # Orbax counts what each process asks of it: all must read, or none
             multihost_utils.sync_global_devices(f"step {step} has its name")
         try:
             ocp.load(self.directory / str(step), on_host)
@@ -196,7 +225,11 @@ class Checkpoints:
     def last_good(self) -> str:
         """Where a person finds the newest checkpoint, in words."""
         steps = self._steps()
-        return f"the last good checkpoint is {self.directory / str(steps[0])}" if steps else "no checkpoint was saved yet"
+        return (
+            f"the last good checkpoint is {self.directory / str(steps[0])}"
+            if steps
+            else "no checkpoint was saved yet"
+        )
 
     def close(self) -> None:
         """Wait for the last save and end the thread. Raises SaveError where it failed."""
@@ -211,14 +244,18 @@ class Checkpoints:
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             if path.name.isdecimal() and path.name == str(int(path.name)):
                 if not path.is_dir():
-                    raise UserError(f"{path}: is a file, expected a checkpoint's folder: move it away")
+                    raise UserError(
+                        f"{path}: is a file, expected a checkpoint's folder: move it away"
+                    )
                 found.append(int(path.name))
         return sorted(found, reverse=True)
 
     def _clean(self) -> None:
         """Remove what a kill or a failed save left behind."""
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if path.name.startswith((SAVING, REMOVING)) or path.name.endswith(".orbax-checkpoint-tmp"):
+            if path.name.startswith((SAVING, REMOVING)) or path.name.endswith(
+                ".orbax-checkpoint-tmp"
+            ):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _write_manifest(self, directory: pathlib.Path, step: int, accuracy: float | None) -> None:
@@ -245,17 +282,26 @@ class Checkpoints:
             raise ValueError(f"is of another run ({run}, this one is {self.run})")
         if (named := manifest.get("step", step)) != step:
             raise ValueError(f"is step {named} by its {MANIFEST}")
-        wanted = {name: digest for name, digest in manifest["files"].items() if not name.startswith("metrics/")}
+        wanted = {
+            name: digest
+            for name, digest in manifest["files"].items()
+            if not name.startswith("metrics/")
+        }
         found = _hashes(directory, wanted)
         for name in sorted(wanted):
             if found.get(name) != wanted[name]:
-                raise ValueError(f"is damaged: {name} is {'changed' if name in found else 'missing'}")
+                raise ValueError(
+                    f"is damaged: {name} is {'changed' if name in found else 'missing'}"
+                )
         return True
 
 
 def _named(state: Any) -> dict[str, Any]:
     """The leaves of a state by the names that they have in a checkpoint."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def _read_manifest(directory: pathlib.Path) -> dict:
@@ -286,14 +332,18 @@ def _accuracy_of(directory: pathlib.Path) -> float | None:
 def _hashes(directory: pathlib.Path, names: Any = None) -> dict[str, str]:
     """SHA-256 of each file below `directory` (or of those of these `names`), by its relative path."""
     if names is None:
-        paths = (path for path in sorted(directory.rglob("*")) if not path.name.startswith(MANIFEST))
+        paths = (
+            path for path in sorted(directory.rglob("*")) if not path.name.startswith(MANIFEST)
+        )
     else:
         paths = (directory / name for name in names)
     hashes = {}
     for path in paths:
         if path.is_file():
             with path.open("rb") as file:
-                hashes[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+                hashes[str(path.relative_to(directory))] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
     return hashes
 
 

@@ -58,8 +58,18 @@ class Clock:
         if not self.calls:
             return None
         times = [1e3 * seconds / steps for steps, seconds in self.steady()]
-        return dict(zip(("p10", "median", "p90"), np.percentile(times, (10, 50, 90)).round(4).tolist(), strict=True))
+        return dict(
+            zip(
+                ("p10", "median", "p90"),
+                np.percentile(times, (10, 50, 90)).round(4).tolist(),
+                strict=True,
+            )
+        )
 
     def steps_per_second(self) -> float:
         steady = self.steady()
-        return sum(steps for steps, _ in steady) / sum(seconds for _, seconds in steady) if steady else math.nan
+        return (
+            sum(steps for steps, _ in steady) / sum(seconds for _, seconds in steady)
+            if steady
+            else math.nan
+        )

@@ -19,10 +19,17 @@ from cnn_spmd.errors import UserError
 # jax's settings that change a run's numbers, or refuse its code, at jax's own defaults. Each has an
 # environment variable of the same name.
 NUMBERS = dict(
-    jax_enable_x64=False, jax_default_prng_impl="threefry2x32", jax_threefry_partitionable=True,
-    jax_random_seed_offset=0, jax_default_matmul_precision=None,
-    jax_numpy_dtype_promotion="standard", jax_numpy_rank_promotion="allow", jax_disable_jit=False,
-    jax_transfer_guard=None, jax_default_device=None)
+    jax_enable_x64=False,
+    jax_default_prng_impl="threefry2x32",
+    jax_threefry_partitionable=True,
+    jax_random_seed_offset=0,
+    jax_default_matmul_precision=None,
+    jax_numpy_dtype_promotion="standard",
+    jax_numpy_rank_promotion="allow",
+    jax_disable_jit=False,
+    jax_transfer_guard=None,
+    jax_default_device=None,
+)
 
 
 class _Lossy(io.FileIO):
@@ -32,13 +39,15 @@ class _Lossy(io.FileIO):
     `write` would make the buffer write twice.
     """
 
-    error: OSError | None = None  # the last one that is no broken pipe, which has no reader to miss it
+    error: OSError | None = (
+        None  # the last one that is no broken pipe, which has no reader to miss it
+    )
 
     def write(self, data: bytes) -> int:
         rest = memoryview(data)
         try:
             while rest:
-                rest = rest[super().write(rest) or len(rest):]  # None: full, and does not block
+                rest = rest[super().write(rest) or len(rest) :]  # None: full, and does not block
         except BrokenPipeError:
             pass
         except OSError as error:
@@ -56,7 +65,9 @@ def keep_talking() -> None:
             raw = _Lossy(descriptor, "w", closefd=False)
             raw.error = None if stream else OSError(errno.EBADF, os.strerror(errno.EBADF))
             encoding = stream.encoding if stream else "utf-8"
-            setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True))
+            setattr(
+                sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+            )
 
 
 def unwritten() -> int:
@@ -77,7 +88,9 @@ def prepare() -> None:
     try:
         import jax  # noqa: F401
     except ValueError as error:
-        raise UserError(f"jax cannot be imported: {' '.join(str(error).split())}: mend or unset that variable") from None
+        raise UserError(
+            f"jax cannot be imported: {' '.join(str(error).split())}: mend or unset that variable"
+        ) from None
     warn_once()
     find_home()
     fix_numbers()
@@ -89,10 +102,14 @@ def warn_once() -> None:
     flags.FLAGS.set_default("logtostderr", True)  # the stderr of that moment, above a progress bar
     for library in ("jax", "jaxlib"):
         logging.getLogger(library).handlers.clear()  # JAX_LOGGING_LEVEL adds a second one
-    logging.getLogger("absl").addFilter(lambda record: (
-        record.levelno >= logging.ERROR or "tensorflow_datasets" not in record.pathname))
+    logging.getLogger("absl").addFilter(
+        lambda record: (
+            record.levelno >= logging.ERROR or "tensorflow_datasets" not in record.pathname
+        )
+    )
     warnings.formatwarning = lambda message, category, file, line, _=None: (
-        f"{category.__name__}: {' '.join(str(message).split())} ({file}:{line})\n")
+        f"{category.__name__}: {' '.join(str(message).split())} ({file}:{line})\n"
+    )
 
 
 def find_home() -> None:
@@ -106,8 +123,10 @@ def find_home() -> None:
         pass
     os.environ["HOME"] = tempfile.mkdtemp(prefix="cnn_spmd-home-")
     atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
-    absl_logging.warning("There is no home directory: compiled programs, and data sets without "
-                         "TFDS_DATA_DIR, are kept for this command only.")
+    absl_logging.warning(
+        "There is no home directory: compiled programs, and data sets without "
+        "TFDS_DATA_DIR, are kept for this command only."
+    )
 
 
 def fix_numbers() -> None:
@@ -119,7 +138,10 @@ def fix_numbers() -> None:
             jax.config.update(name, value)
             absl_logging.warning(
                 "%s=%s has no effect: it is %s, so that the same command gives the same numbers.",
-                name.upper(), os.environ.get(name.upper()), value)
+                name.upper(),
+                os.environ.get(name.upper()),
+                value,
+            )
 
 
 def keep_programs() -> None:

@@ -11,7 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]))
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]),
+)
 SHOW_CURSOR = b"\x1b[?25h"
 _came_early: list[int] = []
 
@@ -28,7 +32,9 @@ def early(number: int, _) -> None:
 def held() -> Iterator[None]:
     """Signals that come meanwhile are told at the end, by KeyboardInterrupt: what is begun here is done."""
     came: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
+    handlers = {
+        number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS
+    }
     try:
         yield
     finally:
@@ -70,13 +76,19 @@ class Interrupt:
                 continue
             if self._came:
                 with contextlib.suppress(OSError):
-                    os.write(sys.stderr.fileno(), f"\n{name} again: stopping at once, nothing more is saved.\n".encode())
+                    os.write(
+                        sys.stderr.fileno(),
+                        f"\n{name} again: stopping at once, nothing more is saved.\n".encode(),
+                    )
                     if os.isatty(sys.stdout.fileno()):  # where a progress bar hid it
                         os.write(sys.stdout.fileno(), SHOW_CURSOR)
                 os._exit(128 + byte[0])
             self._came = True
-            print(f"\n{name}: saving what there is, then leaving; a second signal stops at once.", file=sys.stderr,
-                  flush=True)
+            print(
+                f"\n{name}: saving what there is, then leaving; a second signal stops at once.",
+                file=sys.stderr,
+                flush=True,
+            )
         os.close(self._read)
 
     def check(self) -> None:

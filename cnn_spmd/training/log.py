@@ -27,8 +27,6 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-
-
 class Metrics:
     """metrics.jsonl and TensorBoard of one run; resuming at `step` drops what was written after it.
 
@@ -41,8 +39,14 @@ class Metrics:
         if not step and enabled and path.exists():
             os.replace(path, aside(path))
         kept = [row for row in read(path) if row["step"] <= step and row["split"] != "final"]
-        self.train_seconds = max((seconds for row in kept if isinstance(seconds := row.get("train_seconds"), int | float)),
-                                 default=0.0)
+        self.train_seconds = max(
+            (
+                seconds
+                for row in kept
+                if isinstance(seconds := row.get("train_seconds"), int | float)
+            ),
+            default=0.0,
+        )
         if not enabled:
             return
         temporary = path.with_suffix(".tmp")
@@ -66,10 +70,6 @@ class Metrics:
             self._board.close()
 
 
-
-
-
-
 def provenance() -> dict:
     """Versions of what computes, the host's cores, this code's commit, and what is set of ENVIRONMENT.
 
@@ -81,14 +81,22 @@ def provenance() -> dict:
     commit = os.environ.get("COMMIT")
     if not commit and shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent,
-                                check=False).stdout.strip() or None
-    return dict(versions=versions | dict(python=platform.python_version()), host_cores=os.cpu_count(), commit=commit,
-                environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ})
-
-
-
-
+        commit = (
+            subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                cwd=pathlib.Path(__file__).parent,
+                check=False,
+            ).stdout.strip()
+            or None
+        )
+    return dict(
+        versions=versions | dict(python=platform.python_version()),
+        host_cores=os.cpu_count(),
+        commit=commit,
+        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    )
 
 
 class Progress:
@@ -103,12 +111,16 @@ class Progress:
         self._bar = None
         if show and sys.stdout.isatty():
             self._bar = rich_progress.Progress(
-                rich_progress.TextColumn("step {task.completed}/{task.total}"), rich_progress.BarColumn(),
-                rich_progress.TextColumn("{task.fields[text]}"))
+                rich_progress.TextColumn("step {task.completed}/{task.total}"),
+                rich_progress.BarColumn(),
+                rich_progress.TextColumn("{task.fields[text]}"),
+            )
             self._bar.start()
             self._task = self._bar.add_task("", total=steps, text="")
 
-    def update(self, step: int, *, loss: float, accuracy: float, images_per_second: float, eta: float) -> None:
+    def update(
+        self, step: int, *, loss: float, accuracy: float, images_per_second: float, eta: float
+    ) -> None:
         """loss in nats, accuracy from 0 to 1, eta in seconds."""
         if not self.show:
             return

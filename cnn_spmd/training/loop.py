@@ -24,7 +24,14 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.training import cluster, optim, runfiles
 from cnn_spmd.training import log as metrics_lib
 from cnn_spmd.training import workdir as workdirs
-from cnn_spmd.training.build import Setup, compile_train, feeds, prepare, refuse_beyond_memory, report_of
+from cnn_spmd.training.build import (
+    Setup,
+    compile_train,
+    feeds,
+    prepare,
+    refuse_beyond_memory,
+    report_of,
+)
 from cnn_spmd.training.checkpoint import Checkpoints, SaveError
 from cnn_spmd.training.clock import Clock, process_seconds
 from cnn_spmd.training.interrupt import Interrupt
@@ -33,7 +40,10 @@ from cnn_spmd.training.log import say
 # One entry a program that came from JAX's persistent cache instead of being compiled.
 CACHE_HITS: list[str] = []
 jax.monitoring.register_event_listener(
-    lambda event, **_: CACHE_HITS.append(event) if event == "/jax/compilation_cache/cache_hits" else None)
+    lambda event, **_: (
+        CACHE_HITS.append(event) if event == "/jax/compilation_cache/cache_hits" else None
+    )
+)
 
 
 class NonFinite(RuntimeError):
@@ -45,22 +55,34 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 
     Raises UserError for bad input before anything is compiled, NonFinite where training diverges.
     """
+
     def folder_is_fine(setup: Setup) -> None:
         refuse_beyond_memory(setup)
         with workdirs.opened(workdir, setup.saved):
             pass
 
-    setup = prepare(config, check=folder_is_fine)  # a signal that comes meanwhile raises KeyboardInterrupt: launch.py
+    setup = prepare(
+        config, check=folder_is_fine
+    )  # a signal that comes meanwhile raises KeyboardInterrupt: launch.py
     with Interrupt() as interrupt:
         interrupt.check()
         with workdirs.opened(workdir, setup.saved) as old_summary:
             cluster.same_folder(workdir, workdir / workdirs.LOCK)
             evaluation = old_summary.get("eval")
             accuracy = evaluation.get("accuracy") if isinstance(evaluation, dict) else None
-            done = old_summary.get("status") == "completed" and old_summary.get("steps") == setup.config.steps
+            done = (
+                old_summary.get("status") == "completed"
+                and old_summary.get("steps") == setup.config.steps
+            )
             if done and isinstance(accuracy, float):
-                say(f"{workdir} is complete: {setup.config.steps} steps, test accuracy {accuracy:.2%}. Nothing to do"
-                    + (", and nothing traced: a new --workdir can be." if setup.config.profile else "."))
+                say(
+                    f"{workdir} is complete: {setup.config.steps} steps, test accuracy {accuracy:.2%}. Nothing to do"
+                    + (
+                        ", and nothing traced: a new --workdir can be."
+                        if setup.config.profile
+                        else "."
+                    )
+                )
                 return old_summary
             return train(setup, workdir, interrupt, old_summary)
 
@@ -75,40 +97,66 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
     is_main = jax.process_index() == 0
     total, batch_size, examples = config.steps, config.batch_size, len(data.train_images)
     per_epoch = examples // batch_size
-    indices_of = functools.partial(order.train_indices, batch_size=batch_size, examples=examples,
-                                   held_out=config.data.held_out, held_out_steps=config.data.held_out_steps)
+    indices_of = functools.partial(
+        order.train_indices,
+        batch_size=batch_size,
+        examples=examples,
+        held_out=config.data.held_out,
+        held_out_steps=config.data.held_out_steps,
+    )
 
     # ---- State: restored where there is a checkpoint (on whatever mesh it was saved), else new; created sharded.
     run_name = (workdirs.read(workdir / "config.json") or {}).get("run") or secrets.token_hex(8)
     checkpoints = Checkpoints(workdir.resolve() / "checkpoints", config.checkpoint.keep, run_name)
     state = checkpoints.restore(steps.abstract_state)
     start = 0 if state is None else int(state.step)
-    if state is None and old_summary.get("status") in ("completed", "interrupted"):  # which both come after a save
-        raise UserError(f"{workdir}: summary.json says that step {old_summary.get('steps')} was saved, but checkpoints/ holds "
-                        "none: put them back, or give a new --workdir to begin at step 0")
+    if state is None and old_summary.get("status") in (
+        "completed",
+        "interrupted",
+    ):  # which both come after a save
+        raise UserError(
+            f"{workdir}: summary.json says that step {old_summary.get('steps')} was saved, but checkpoints/ holds "
+            "none: put them back, or give a new --workdir to begin at step 0"
+        )
     if start > total:
-        raise UserError(f"steps={total}: {workdir} is at step {start} already; the number of steps may grow, not shrink")
+        raise UserError(
+            f"steps={total}: {workdir} is at step {start} already; the number of steps may grow, not shrink"
+        )
     if is_main:  # before anything takes long: a run that is stopped now can be started again
         runfiles.write_json(workdir / "config.json", setup.saved | dict(run=run_name))
-        (workdir / "profile.json").unlink(missing_ok=True)  # of an earlier command, maybe on another mesh
+        (workdir / "profile.json").unlink(
+            missing_ok=True
+        )  # of an earlier command, maybe on another mesh
     if start:
         say(f"Resumed {workdir} at step {start} on mesh {place.mesh_name}.")
     elif (workdir / "metrics.jsonl").exists():
-        say(f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
-            f"{runfiles.aside(workdir / 'metrics.jsonl').name}.")
+        say(
+            f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
+            f"{runfiles.aside(workdir / 'metrics.jsonl').name}."
+        )
 
     # ---- Compile, and say what the program is.
-    eval_every, save_every = config.eval.every_epochs * per_epoch, config.checkpoint.every_epochs * per_epoch
-    stops = sorted({total}.union(*(range(every, total, every) for every in (eval_every, save_every) if every)))
+    eval_every, save_every = (
+        config.eval.every_epochs * per_epoch,
+        config.checkpoint.every_epochs * per_epoch,
+    )
+    stops = sorted(
+        {total}.union(*(range(every, total, every) for every in (eval_every, save_every) if every))
+    )
     calls = plan(start, stops, config.steps_per_call)
     since, hits = time.perf_counter(), len(CACHE_HITS)
     programs = {n: compile_train(setup, n) for n in {config.steps_per_call, *calls}}
     train_feed, test_feed = feeds(setup)
     test_indices, masks = order.eval_indices(batch_size, len(data.test_images))
     masks = [put(mask, place.sharding(("conv_batch",), mask.shape)) for mask in masks]
-    eval_program = steps.jit_eval().lower(steps.abstract_state.params, *test_feed.shapes(batch_size), masks[0]).compile()
-    report = report_of(setup, programs[config.steps_per_call], config.steps_per_call, time.perf_counter() - since) | dict(
-        programs_from_cache=len(CACHE_HITS) - hits)
+    eval_program = (
+        steps.jit_eval()
+        .lower(steps.abstract_state.params, *test_feed.shapes(batch_size), masks[0])
+        .compile()
+    )
+    report = report_of(
+        setup, programs[config.steps_per_call], config.steps_per_call, time.perf_counter() - since
+    ) | dict(programs_from_cache=len(CACHE_HITS) - hits)
     say(program.as_text(report))
     interrupt.check()
 
@@ -116,8 +164,13 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
     train_feed.load()
     test_feed.load()
     state = state if state is not None else steps.jit_init()()
-    schedule, ends = optim.make_schedule(config.optimizer, total, batch_size), [*itertools.accumulate(calls, initial=start)]
-    rates = dict(zip(ends, np.asarray(jax.vmap(schedule)(np.array(ends) - 1)), strict=True))  # of the last step of each call
+    schedule, ends = (
+        optim.make_schedule(config.optimizer, total, batch_size),
+        [*itertools.accumulate(calls, initial=start)],
+    )
+    rates = dict(
+        zip(ends, np.asarray(jax.vmap(schedule)(np.array(ends) - 1)), strict=True)
+    )  # of the last step of each call
     metrics = metrics_lib.Metrics(workdir, start, identity, enabled=is_main)
     progress = metrics_lib.Progress(total, show=is_main)
     clock = Clock()
@@ -133,12 +186,26 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
         if not np.isfinite(losses).all():
             at = int(np.argmin(np.isfinite(losses)))
             bad, step = end - n + at + 1, end
-            raise NonFinite(f"loss is {losses[at]} at step {bad} (learning rate {schedule(bad - 1):.4g})")
-        row = dict(loss=float(losses.mean()), accuracy=float(accuracies.mean()), images_per_second=n * batch_size / seconds)
-        metrics.write(end, "train", **row, learning_rate=float(rates[end]), steps=n,
-                      train_seconds=metrics.train_seconds + clock.seconds)
+            raise NonFinite(
+                f"loss is {losses[at]} at step {bad} (learning rate {schedule(bad - 1):.4g})"
+            )
+        row = dict(
+            loss=float(losses.mean()),
+            accuracy=float(accuracies.mean()),
+            images_per_second=n * batch_size / seconds,
+        )
+        metrics.write(
+            end,
+            "train",
+            **row,
+            learning_rate=float(rates[end]),
+            steps=n,
+            train_seconds=metrics.train_seconds + clock.seconds,
+        )
         evals_left = 1 + ((total - 1) // eval_every - (end - 1) // eval_every if eval_every else 0)
-        progress.update(end, **row, eta=(total - end) / clock.steps_per_second() + eval_seconds * evals_left)
+        progress.update(
+            end, **row, eta=(total - end) / clock.steps_per_second() + eval_seconds * evals_left
+        )
 
     def evaluate(split: str) -> dict:
         nonlocal eval_seconds
@@ -146,22 +213,28 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
         parts = []
         for inputs, mask in zip(test_feed.calls(test_indices), masks, strict=True):
             parts.append(eval_program(state.params, *inputs, mask))
-            jax.block_until_ready(parts[-2:][0])  # or all the images of the split would pile up on the devices
+            jax.block_until_ready(
+                parts[-2:][0]
+            )  # or all the images of the split would pile up on the devices
         result = evaluation_of(parts, len(data.test_images))
         eval_seconds = time.perf_counter() - since
         if not np.isfinite(result["loss"]):
             raise NonFinite(f"test loss is {result['loss']} after step {step}")
         metrics.write(step, split, **result)
-        progress.say(f"step {step}/{total}  {split}: test accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f} "
-                     f"over {result['examples']} images")
+        progress.say(
+            f"step {step}/{total}  {split}: test accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f} "
+            f"over {result['examples']} images"
+        )
         return result
 
     def save(accuracy: float | None) -> None:
         if not all_finite(state.params):
             raise NonFinite(f"parameters are not finite after step {step}")
         if is_main and not (workdir / "config.json").exists():
-            raise SaveError(f"{workdir}: was moved or removed while the run used it; step {step} is not saved; in the "
-                            "folder's new place, the same command goes on")
+            raise SaveError(
+                f"{workdir}: was moved or removed while the run used it; step {step} is not saved; in the "
+                "folder's new place, the same command goes on"
+            )
         checkpoints.save(step, state, accuracy)
 
     def write_profile() -> None:
@@ -175,7 +248,9 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
             return values
 
         try:
-            traced = profile.trace(call, -(-config.profile // n), n, workdir / "profile" / str(jax.process_index()))
+            traced = profile.trace(
+                call, -(-config.profile // n), n, workdir / "profile" / str(jax.process_index())
+            )
             if is_main:
                 runfiles.write_json(workdir / "profile.json", traced)
         except (ValueError, RuntimeError) as error:  # the run itself is whole
@@ -183,17 +258,39 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
 
     def summarise(status: str) -> dict:
         summary = dict(
-            experiment=config.experiment, **identity, data_on_device=report["data_on_device"], model=config.model.name,
-            parallelism=config.parallelism, mesh=dict(place.mesh.shape), devices=place.mesh.size,
-            device_kind=report["compiler"]["device_kind"], processes=jax.process_count(), batch_size=batch_size, steps=step,
-            epochs=round(step / per_epoch, 3), seed=config.seed, dtype=config.dtype, param_count=report["param_count"],
-            startup_seconds=startup, compile_seconds=report["compile_seconds"],
+            experiment=config.experiment,
+            **identity,
+            data_on_device=report["data_on_device"],
+            model=config.model.name,
+            parallelism=config.parallelism,
+            mesh=dict(place.mesh.shape),
+            devices=place.mesh.size,
+            device_kind=report["compiler"]["device_kind"],
+            processes=jax.process_count(),
+            batch_size=batch_size,
+            steps=step,
+            epochs=round(step / per_epoch, 3),
+            seed=config.seed,
+            dtype=config.dtype,
+            param_count=report["param_count"],
+            startup_seconds=startup,
+            compile_seconds=report["compile_seconds"],
             programs_from_cache=report["programs_from_cache"],
             train_seconds=round(metrics.train_seconds + clock.seconds, 3),
-            images_per_second=round(clock.steps_per_second() * batch_size, 1) if clock.calls else None,
-            step_milliseconds=clock.step_milliseconds(), steady_calls=len(clock.steady()), eval=evaluation,
-            bytes_per_device=report["bytes_per_device"], collectives=report["collectives"], **metrics_lib.provenance(),
-            started=started, status=status, data_digest=data.digest, config=configs.as_json(config))
+            images_per_second=round(clock.steps_per_second() * batch_size, 1)
+            if clock.calls
+            else None,
+            step_milliseconds=clock.step_milliseconds(),
+            steady_calls=len(clock.steady()),
+            eval=evaluation,
+            bytes_per_device=report["bytes_per_device"],
+            collectives=report["collectives"],
+            **metrics_lib.provenance(),
+            started=started,
+            status=status,
+            data_digest=data.digest,
+            config=configs.as_json(config),
+        )
         if is_main:
             runfiles.write_json(workdir / "summary.json", summary)
         return summary
@@ -221,7 +318,11 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
             unread = None
             if step == total:
                 continue
-            evaluation = evaluate("eval") if eval_every and step % eval_every == 0 and not interrupted else None
+            evaluation = (
+                evaluate("eval")
+                if eval_every and step % eval_every == 0 and not interrupted
+                else None
+            )
             if interrupted or (save_every and step % save_every == 0):
                 save(evaluation["accuracy"] if evaluation else None)
             if interrupted:
@@ -249,7 +350,9 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
     return summary
 
 
-def dry_run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, devices: list | None = None) -> dict:
+def dry_run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path | None, devices: list | None = None
+) -> dict:
     """Compiles the train step, prints the report and returns it; with a workdir, also writes it there as program.json.
 
     devices: those of a machine that is not here (target.py); None: the ones there are.
@@ -259,7 +362,9 @@ def dry_run(config: ml_collections.ConfigDict, workdir: pathlib.Path | None, dev
         if workdir:
             stack.enter_context(workdirs.opened(workdir, setup.saved))
             if (workdir / "config.json").exists():
-                raise UserError(f"--workdir={workdir}: holds a run, which a dry run leaves alone: give a new folder")
+                raise UserError(
+                    f"--workdir={workdir}: holds a run, which a dry run leaves alone: give a new folder"
+                )
         since = time.perf_counter()
         n = setup.config.steps_per_call
         report = report_of(setup, compile_train(setup, n), n, time.perf_counter() - since)
@@ -284,8 +389,12 @@ def evaluation_of(parts: list[dict], examples: int) -> dict[str, Any]:
     sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
     if sums["examples"] != examples:
         raise AssertionError(f"evaluated {sums['examples']} examples of {examples}")
-    return dict(accuracy=sums["correct"] / examples, top5=sums["top5"] / examples, loss=sums["loss"] / examples,
-                examples=examples)
+    return dict(
+        accuracy=sums["correct"] / examples,
+        top5=sums["top5"] / examples,
+        loss=sums["loss"] / examples,
+        examples=examples,
+    )
 
 
 @jax.jit

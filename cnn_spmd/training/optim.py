@@ -11,7 +11,9 @@ DECAYS = {  # (learning rate, settings, steps after the warm-up)
     "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, steps),
     "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(rate, steps),
     "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
-    "staged": lambda rate, settings, steps: optax.piecewise_constant_schedule(rate, drops_of(settings, steps)),
+    "staged": lambda rate, settings, steps: optax.piecewise_constant_schedule(
+        rate, drops_of(settings, steps)
+    ),
 }
 
 
@@ -33,17 +35,28 @@ def make_schedule(settings, steps: int, batch_size: int = 128) -> optax.Schedule
     Raises UserError for an unknown decay, and for stages that are no such shares.
     """
     if settings.decay not in DECAYS:
-        raise UserError(f"optimizer.decay={settings.decay}: unknown, expected one of {', '.join(DECAYS)}")
-    if list(settings.stages) != sorted({x for x in settings.stages if isinstance(x, float) and 0 < x < 1}):
-        raise UserError(f"optimizer.stages={settings.stages}: expected ascending shares of the steps, such as (0.25, 0.5)")
-    rate, warmup = settings.learning_rate * (batch_size / 128) ** settings.scaling, round(settings.warmup * steps)
+        raise UserError(
+            f"optimizer.decay={settings.decay}: unknown, expected one of {', '.join(DECAYS)}"
+        )
+    if list(settings.stages) != sorted(
+        {x for x in settings.stages if isinstance(x, float) and 0 < x < 1}
+    ):
+        raise UserError(
+            f"optimizer.stages={settings.stages}: expected ascending shares of the steps, such as (0.25, 0.5)"
+        )
+    rate, warmup = (
+        settings.learning_rate * (batch_size / 128) ** settings.scaling,
+        round(settings.warmup * steps),
+    )
     decay = DECAYS[settings.decay](rate, settings, max(steps - warmup, 1))
     if not warmup:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), decay], [warmup])
 
 
-def make_optimizer(settings, steps: int, batch_size: int = 128, parts: int = 1) -> optax.GradientTransformation:
+def make_optimizer(
+    settings, steps: int, batch_size: int = 128, parts: int = 1
+) -> optax.GradientTransformation:
     """SGD with (Nesterov) momentum; weight decay on weights only, biases are left out.
 
     As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: it is scaled by the learning rate and
@@ -55,16 +68,29 @@ def make_optimizer(settings, steps: int, batch_size: int = 128, parts: int = 1) 
 
     def decayed(path, gradient, weight):
         layer, bias = _layer_and_bias(path)
-        return gradient if bias else gradient + settings.weight_decays.get(layer, settings.weight_decay) * weight
+        return (
+            gradient
+            if bias
+            else gradient + settings.weight_decays.get(layer, settings.weight_decay) * weight
+        )
 
     def scaled(path, update):
         layer, bias = _layer_and_bias(path)
-        return update * (settings.layer_rates.get(layer, 1.0) * (settings.bias_rate if bias else 1.0))
+        return update * (
+            settings.layer_rates.get(layer, 1.0) * (settings.bias_rate if bias else 1.0)
+        )
 
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     return optax.chain(
-        *clip, optax.stateless(lambda grads, params: jax.tree_util.tree_map_with_path(decayed, grads, params)),
-        optax.sgd(lambda count: schedule(count // parts) / parts, momentum=settings.momentum, nesterov=settings.nesterov),
+        *clip,
+        optax.stateless(
+            lambda grads, params: jax.tree_util.tree_map_with_path(decayed, grads, params)
+        ),
+        optax.sgd(
+            lambda count: schedule(count // parts) / parts,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+        ),
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)),
     )
 

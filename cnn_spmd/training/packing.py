@@ -16,8 +16,12 @@ def pack_bf16(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     Where two bfloat16 are equally near, this takes the larger one; a cast takes the even one.
     """
     bits = jax.lax.bitcast_convert_type(weight, jnp.int32)
-    near = jnp.where(jnp.isnan(weight), 0x7FC0, (bits + 2**15) >> 16)  # of a NaN, whose sum may overflow: another NaN
-    return jax.lax.bitcast_convert_type(near.astype(jnp.int16), jnp.bfloat16), (bits - (near << 16)).astype(jnp.int16)
+    near = jnp.where(
+        jnp.isnan(weight), 0x7FC0, (bits + 2**15) >> 16
+    )  # of a NaN, whose sum may overflow: another NaN
+    return jax.lax.bitcast_convert_type(near.astype(jnp.int16), jnp.bfloat16), (
+        bits - (near << 16)
+    ).astype(jnp.int16)
 
 
 def unpack_f32(near: jax.Array, rest: jax.Array) -> jax.Array:
@@ -28,10 +32,17 @@ def unpack_f32(near: jax.Array, rest: jax.Array) -> jax.Array:
 
 def layer_weights(params: nnx.State) -> nnx.State:
     """Give the weights as the layers read them: the bfloat16 half of those that are packed."""
-    return jax.tree.map(lambda x: x[0] if isinstance(x, tuple) else x, params, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda x: x[0] if isinstance(x, tuple) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 def f32_weights(params: nnx.State) -> nnx.State:
     """Give the weights as the optimizer needs them, float32: packed ones are joined."""
-    return jax.tree.map(lambda x: unpack_f32(*x) if isinstance(x, tuple) else x, params,
-                        is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda x: unpack_f32(*x) if isinstance(x, tuple) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )

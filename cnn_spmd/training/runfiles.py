@@ -12,36 +12,55 @@ from absl import logging
 
 from cnn_spmd.errors import UserError
 
-HARDWARE = ("device_kind", "host_cores", "versions", "commit")  # what a summary.json says of where and by what code it ran
+HARDWARE = (
+    "device_kind",
+    "host_cores",
+    "versions",
+    "commit",
+)  # what a summary.json says of where and by what code it ran
 KINDS = {
-    "text": str, "a whole number": int, "a number": int | float, "a list": list, "an object": dict}
+    "text": str,
+    "a whole number": int,
+    "a number": int | float,
+    "a list": list,
+    "an object": dict,
+}
 # What the report reads of each file, by kind; "?": or null, "*": each item of a list or object.
 FIELDS = {
     "summary.json": {
         "text": "experiment started status model parallelism dataset dtype device_kind fallback? "
-                "commit? data_digest? collectives.*.operation",
+        "commit? data_digest? collectives.*.operation",
         "a whole number": "devices batch_size seed steps param_count processes mesh.data mesh.model "
-                          "host_cores? steady_calls?",
+        "host_cores? steady_calls?",
         "a number": "images_per_second? train_seconds? compile_seconds? step_milliseconds.*? "
-                    "eval.accuracy? eval.loss? bytes_per_device.*? collectives.*.ring_bytes "
-                    "config.dense_microbatch?",
+        "eval.accuracy? eval.loss? bytes_per_device.*? collectives.*.ring_bytes "
+        "config.dense_microbatch?",
         "a list": "collectives?",
-        "an object": "mesh config versions bytes_per_device eval? step_milliseconds? "
-                     "collectives.*"},
+        "an object": "mesh config versions bytes_per_device eval? step_milliseconds? collectives.*",
+    },
     "program.json": {
         "an object": "memory totals",
-        "a number": "memory.peak_bytes? totals.ring_bytes? closed_form_ring_bytes?"},
+        "a number": "memory.peak_bytes? totals.ring_bytes? closed_form_ring_bytes?",
+    },
     "profile.json": {
         "a number": "steps step_milliseconds compute_milliseconds communication_milliseconds "
-                    "exposed_milliseconds idle_milliseconds top.*.milliseconds top.*.count",
-        "a list": "top", "an object": "top.*", "text": "note? top.*.name"},
+        "exposed_milliseconds idle_milliseconds top.*.milliseconds top.*.count",
+        "a list": "top",
+        "an object": "top.*",
+        "text": "note? top.*.name",
+    },
     "pictures.json": {
-        "a list": "pictures", "an object": "pictures.*",
-        "text": "pictures.*.file pictures.*.title pictures.*.caption"},
+        "a list": "pictures",
+        "an object": "pictures.*",
+        "text": "pictures.*.file pictures.*.title pictures.*.caption",
+    },
     "sweep.json": {
         "text": "experiment command? started? runs.*.name runs.*.status runs.*.reason?",
-        "a whole number": "devices", "a list": "runs",
-        "an object": "hardware? runs.* runs.*.settings? runs.*.figures?"}}
+        "a whole number": "devices",
+        "a list": "runs",
+        "an object": "hardware? runs.* runs.*.settings? runs.*.figures?",
+    },
+}
 
 
 @contextlib.contextmanager
@@ -117,7 +136,9 @@ def read(path: pathlib.Path) -> list[dict]:
 
 def aside(path: pathlib.Path) -> pathlib.Path:
     """The first free name for the old metrics: metrics.jsonl.old, metrics.jsonl.old-2, ..."""
-    names = itertools.chain([f"{path.name}.old"], (f"{path.name}.old-{n}" for n in itertools.count(2)))
+    names = itertools.chain(
+        [f"{path.name}.old"], (f"{path.name}.old-{n}" for n in itertools.count(2))
+    )
     return next(kept for name in names if not (kept := path.with_name(name)).exists())
 
 
@@ -126,21 +147,44 @@ def figures_of(folder: pathlib.Path) -> dict:
 
     Raises UserError for a file that is missing or damaged.
     """
+
     def read_checked(name: str) -> dict:
         return check(folder / name, read_json(folder / name))
 
     summary, program = map(read_checked, ("summary.json", "program.json"))
     profile = read_checked("profile.json") if (folder / "profile.json").exists() else None
     try:
-        same = ("model", "mesh", "parallelism", "batch_size", "dataset", "fallback", "seed", "dtype", "steps",
-                "images_per_second", "step_milliseconds", "train_seconds", "compile_seconds", "param_count",
-                "bytes_per_device", "collectives", "device_kind", "processes")
+        same = (
+            "model",
+            "mesh",
+            "parallelism",
+            "batch_size",
+            "dataset",
+            "fallback",
+            "seed",
+            "dtype",
+            "steps",
+            "images_per_second",
+            "step_milliseconds",
+            "train_seconds",
+            "compile_seconds",
+            "param_count",
+            "bytes_per_device",
+            "collectives",
+            "device_kind",
+            "processes",
+        )
         evaluation = summary["eval"] or dict(accuracy=None, loss=None)
         return {name: summary[name] for name in same} | dict(
-            steady_calls=summary.get("steady_calls"), accuracy=evaluation["accuracy"], loss=evaluation["loss"],
-            peak_bytes=program["memory"]["peak_bytes"], ring_bytes=program["totals"]["ring_bytes"],
+            steady_calls=summary.get("steady_calls"),
+            accuracy=evaluation["accuracy"],
+            loss=evaluation["loss"],
+            peak_bytes=program["memory"]["peak_bytes"],
+            ring_bytes=program["totals"]["ring_bytes"],
             closed_form_ring_bytes=program["closed_form_ring_bytes"],
-            dense_microbatch=summary["config"].get("dense_microbatch", 0), profile=profile)
+            dense_microbatch=summary["config"].get("dense_microbatch", 0),
+            profile=profile,
+        )
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}: summary.json or program.json lacks {error}") from error
 
