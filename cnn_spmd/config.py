@@ -61,7 +61,12 @@ RANGES = {
     "checkpoint.keep": (1, None, True),
 }
 # Fields whose entries are the user's to name, and a value of the type that each entry has.
-FREE = {"placement": {}, "optimizer.layer_rates": 0.0, "optimizer.weight_decays": 0.0}
+FREE = {
+    "placement": {},
+    "optimizer.layer_rates": 0.0,
+    "optimizer.weight_decays": 0.0,
+    "optimizer.options": 0.0,
+}
 # By the type of a field: which types its value may have, and how a message names them.
 TYPES = {
     bool: (bool, "True or False"),
@@ -93,6 +98,7 @@ MAY_DIFFER = (
     "run",
     "mesh",
     "model.levers",
+    "model.fast",
     "parallelism",
     "placement",
     "steps_per_call",

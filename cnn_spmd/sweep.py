@@ -130,7 +130,7 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
         data, model = (
             mesh.parse(settings["mesh"])
             if "mesh" in settings
-            else mesh.shape(shape.data, shape.model, devices)
+            else mesh.shape((shape.data, shape.model), devices)
         )
         arguments.append(f"--config.batch_size={int(settings['batch_per_device']) * data * model}")
     return arguments

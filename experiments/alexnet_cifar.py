@@ -43,15 +43,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             name="alexnet",
             width=4096,
             dropout=0.25,
-            # What makes it faster: layers.LEVERS.
-            levers=(
-                "space_to_depth",
-                "pool_first",
-                "pool_index",
-                "cast_once",
-                "column_groups",
-                "own_gradients",
-            ),
+            fast=True,
         )
     )
     config.data = ml_collections.ConfigDict(
@@ -101,6 +93,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.label_smoothing = 0.1
     config.optimizer = ml_collections.ConfigDict(
         dict(
+            name="sgd",
+            options={},
             learning_rate=0.25,
             warmup=0.25,
             decay="linear",

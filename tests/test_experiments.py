@@ -181,9 +181,9 @@ def test_imagenet(experiment, variant, parameters, photographs):
     classes = 10 if "imagenette" in variant else 1000
     data = dataclasses.replace(photographs, class_names=photographs.class_names[:classes])
     got = setup.prepare(config, data=data)
-    assert sum(x.size for x in jax.tree.leaves(got.steps.abstract_state.params)) == parameters
-    assert got.steps.colour_CC is not None
-    assert (got.steps.crop, got.steps.crop_pad, got.steps.flip) == (224, 0, True)
+    assert sum(x.size for x in jax.tree.leaves(got.functions.abstract_state.params)) == parameters
+    assert got.functions.colour_CC is not None
+    assert (got.functions.crop, got.functions.crop_pad, got.functions.flip) == (224, 0, True)
     k = 4 if owt else 1  # a batch k times 128: k times the rate
     schedule = optim.make_schedule(settings, 1000, 128 * 4)
     warmup = 50 if owt else 0

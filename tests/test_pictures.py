@@ -26,7 +26,7 @@ NAMES = ("filters.png", "top5.png", "neighbours.png")
 
 def features_of(run, params, images):
     """What the convolutions make of whole images, as normalised by NumPy."""
-    return nnx.merge(run.steps.graph, params).features((images - run.steps.mean) / run.steps.std)
+    return nnx.merge(run.functions.graph, params).features((images - run.functions.mean) / run.functions.std)
 
 
 def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
@@ -49,7 +49,7 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
     )
 
     run, state = pictures.restore(tmp_path, None)
-    model = nnx.merge(run.steps.graph, state.params)
+    model = nnx.merge(run.functions.graph, state.params)
     test, labels = run.data.test_images.astype(np.float32), run.data.test_labels
     logits = [
         np.asarray(model.classify(features_of(run, state.params, x)), np.float64)
@@ -111,7 +111,7 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
 
 def test_what_reaches_the_output_layer_where_none_is_hidden(config):
     run = setups.prepare(config)
-    params = run.steps.init(np.uint32(0)).params
+    params = run.functions.init(np.uint32(0)).params
     images = run.data.test_images[:4]
     np.testing.assert_allclose(
         pictures.activations(run.steps, params, images), features_of(run, params, images), atol=1e-5
@@ -123,7 +123,7 @@ def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, m
     monkeypatch.setattr(pictures, "BATCH", 24)
     run = setups.prepare(config)
     run = run._replace(data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1]))
-    (near,) = pictures.neighbours(run, run.steps.init(np.uint32(0)).params, np.array([0]))
+    (near,) = pictures.neighbours(run, run.functions.init(np.uint32(0)).params, np.array([0]))
     assert (near["train_images"][0], near["distances"][0]) == (63, pytest.approx(0, abs=1e-3))
     assert len({*near["train_images"]}) == 6
     assert near["distances"][1] > 1
@@ -147,7 +147,7 @@ def test_every_filter_is_in_the_grid_once(count, towers):
 def test_filters_are_scaled_each_to_its_own_range(config, name):
     config.model.update(dict(name=name, width=24))
     run = setups.prepare(config)
-    params = run.steps.init(np.uint32(0)).params
+    params = run.functions.init(np.uint32(0)).params
     layer, shape = ("conv1", (32, 3, 3, 3)) if name == "simple_cnn" else ("fc1", (24, 32, 32, 3))
     label, filters = pictures.first_layer(run, params)
     assert (label, filters.shape) == (f"{layer}.kernel", shape)

@@ -20,20 +20,18 @@ from flax import nnx
 from cnn_spmd import config as configs
 from cnn_spmd import models
 from cnn_spmd.analysis import communication, program
-from cnn_spmd.data import feed, statistics
-from cnn_spmd.data import order as orders
-from cnn_spmd.data import registry as sources
+from cnn_spmd.data import feed, order, registry, statistics
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers import dense
+from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.models import alexnet, alexnet_2012, stack
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement, name_of
 from cnn_spmd.sharding.table import TABLE
-from cnn_spmd.training import build as setups
-from cnn_spmd.training import loop as train
+from cnn_spmd.training import build, loop, microbatch, program_report
 from cnn_spmd.training.packing import pack_bf16, unpack_f32
-from cnn_spmd.training.step import Steps, TrainState
+from cnn_spmd.training.step import StepFunctions, TrainState
 from experiments.alexnet_cifar import get_config
 
 BATCH = 16
@@ -85,7 +83,9 @@ def narrow(request, monkeypatch):
     monkeypatch.setitem(models.MODELS, "stack", functools.partial(stack.Stack, "stack", STACK))
 
 
-def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> setups.Setup:
+def setup_of(
+    name: str, parallelism: str, shape: tuple[int, int], levers=LEVERS, **changes
+) -> build.Setup:
     """The shipped experiment with narrow dense layers and few random images, in float64."""
     config = get_config()
     config.update(
@@ -112,10 +112,11 @@ def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> 
         )
     )
     config.update(changes)
-    data = sources.load(config.data)
+    data = registry.load(config.data)
     place = Placement(mesh.make(*shape), parallelism, OWN)
     config = configs.resolve(config, data, "cpu")
-    return setups.Setup(config, data, place, setups.make_steps(config, data, place))
+    functions = build.make_functions(config, data, place, levers)
+    return build.Setup(config, data, place, functions)
 
 
 @functools.cache
@@ -123,16 +124,17 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
     """Loss, gradients and parameters of a second step, the first being one device's; the report of the compiled program."""
     with jax.enable_x64(True):
         setup = setup_of(model, parallelism, shape)
-        place, steps = setup.place, setup.steps
+        place, functions = setup.place, setup.functions
 
         def step(state, data, indices):
-            metrics, gradients = steps.gradients(data, state, indices)
-            params, optimizer = steps.update(
-                steps.optimizer, gradients, state.optimizer, state.params
+            gradients, metrics, model_state = functions.gradients(state, data, indices)
+            params, optimizer = functions.update(
+                functions.optimizer, gradients, state.optimizer, state.params
             )
-            return state._replace(params=params, optimizer=optimizer), metrics, gradients
+            state = state._replace(params=params, model_state=model_state, optimizer=optimizer)
+            return state, metrics, gradients
 
-        shardings = place.of_state(steps.abstract_state)
+        shardings = place.of_state(functions.abstract_state)
         train_data = DeviceData(
             *(
                 feed.put(x, place.replicated)
@@ -141,15 +143,15 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
         )
         indices = [
             feed.put(x, place.sharding(("conv_batch",), (BATCH,)))
-            for x in orders.train_indices(0, 0, 2, BATCH, 64)
+            for x in order.train_indices(0, 0, 2, BATCH, 64)
         ]
         compiled = (
             jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params))
-            .lower(steps.abstract_state, train_data, indices[0])
+            .lower(functions.abstract_state, train_data, indices[0])
             .compile()
         )
         if shape == (1, 1):  # the first step, which gives all meshes momenta to go on from
-            begun, _, _ = compiled(steps.jit_init()(), train_data, indices[0])
+            begun, _, _ = compiled(functions.jit_init()(), train_data, indices[0])
         else:
             begun = jax.device_put(computed(model, "data", (1, 1))["begun"], shardings)
         state, metrics, gradients = compiled(begun, train_data, indices[1])
@@ -164,7 +166,7 @@ def computed(model: str, parallelism: str, shape: tuple[int, int]) -> dict:
             held=held,
             gradients=gather(gradients),
             params=gather(state.params),
-            report=setups.report_of(setup, compiled, 1, 0.0),
+            report=program_report.report_of(setup, compiled, 1, 0.0),
         )
 
 
@@ -350,7 +352,7 @@ def test_shipped_ordering_of_the_schemes():
             dict(batch_size=1024, parallelism=parallelism, mesh=dict(data=shape[0], model=shape[1]))
         )
         config.data.update(dict(name="synthetic"))
-        report = train.dry_run(config, None)
+        report = loop.dry_run(config, None)
         for row in report["communication"]:
             assert row["compiled_bytes"] == pytest.approx(
                 row["closed_form_bytes"], rel=0.02, abs=200_000
@@ -367,7 +369,7 @@ def test_shipped_size_on_a_mesh():
     got, state = {}, None
     for parallelism, shape in (("data", (1, 1)), ("hybrid", (4, 2))):
         setup = setup_of("alexnet", parallelism, shape, dtype="float32", model=dict(width=4096))
-        place, steps = setup.place, setup.steps
+        place, functions = setup.place, setup.functions
         data = DeviceData(
             *(
                 feed.put(x, place.replicated)
@@ -375,14 +377,14 @@ def test_shipped_size_on_a_mesh():
             )
         )
         indices = feed.put(
-            orders.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,))
+            order.train_indices(0, 0, 1, BATCH, 64)[0], place.sharding(("conv_batch",), (BATCH,))
         )
         state = (
-            steps.jit_init()()
+            functions.jit_init()()
             if state is None
-            else jax.device_put(state, place.of_state(steps.abstract_state))
+            else jax.device_put(state, place.of_state(functions.abstract_state))
         )
-        metrics, gradients = jax.jit(steps.gradients)(data, state, indices)
+        gradients, metrics, _ = jax.jit(functions.gradients)(state, data, indices)
         got[shape] = float(metrics["loss"]), gather(gradients)
     assert got[4, 2][0] == pytest.approx(got[1, 1][0], rel=1e-6)
     assert_close(got[4, 2][1], got[1, 1][1], 1e-4)  # rounding that turns a ReLU is 1e-5 of a bias
@@ -390,7 +392,7 @@ def test_shipped_size_on_a_mesh():
 
 def test_state_is_created_sharded_and_the_same_on_every_mesh():
     one, many = setup_of("alexnet", "data", (1, 1)), setup_of("alexnet", "hybrid", (2, 4))
-    state = many.steps.jit_init()()
+    state = many.functions.jit_init()()
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(state)} == {many.place.mesh}
     kernel = state.optimizer[2][0].trace["fc1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (
@@ -398,26 +400,22 @@ def test_state_is_created_sharded_and_the_same_on_every_mesh():
         16,
     )  # a momentum lives where its weight does
     for (name, got), expected in zip(
-        gather(state).items(), gather(one.steps.jit_init()()).values(), strict=True
+        gather(state).items(), gather(one.functions.jit_init()()).values(), strict=True
     ):
         np.testing.assert_array_equal(got, expected, err_msg=name)
-    other = setup_of("alexnet", "data", (1, 1), seed=1).steps.jit_init()()
+    other = setup_of("alexnet", "data", (1, 1), seed=1).init()
     assert not np.array_equal(
         other.params["fc1"]["kernel"][...], state.params["fc1"]["kernel"][...]
     )
 
 
-def trained(setup: setups.Setup, calls: list[int]) -> tuple[list[float], dict]:
+def trained(setup: build.Setup, calls: list[int]) -> tuple[list[float], dict]:
     """Losses and parameters after calls of so many steps each."""
-    steps, (train_feed, _) = setup.steps, setups.feeds(setup)
+    train_feed, _ = setup.feeds
     train_feed.load()
-    state, jitted, losses, order = (
-        steps.jit_init()(),
-        steps.jit_train(),
-        [],
-        orders.train_indices(0, 0, sum(calls), BATCH, 64),
-    )
-    for inputs in train_feed.calls(np.split(order, np.cumsum(calls)[:-1])):
+    state, jitted, losses = setup.init(), setup.functions.jit_train(), []
+    indices = order.train_indices(0, 0, sum(calls), BATCH, 64)
+    for inputs in train_feed.calls(np.split(indices, np.cumsum(calls)[:-1])):
         state, metrics = jitted(state, *inputs)
         losses += metrics["loss"].tolist()
     assert int(state.step) == sum(calls)
@@ -472,14 +470,15 @@ def test_a_copy_of_the_weights_changes_nothing(changes):
             "hybrid",
             (2, 2),
             dtype="bfloat16",
-            model=dict(levers=levers, width=64),
+            levers=levers,
+            model=dict(width=64),
             **changes,
         )
-        assert setup.steps.halves == ("cast_once" in levers)
-        compiled, train_feed = setups.compile_train(setup, 2), setups.feeds(setup)[0]
+        assert setup.functions.packed == ("cast_once" in levers)
+        compiled, train_feed = setup.train_program(2), setup.feeds[0]
         train_feed.load()
-        (inputs,) = train_feed.calls([orders.train_indices(0, 0, 2, BATCH, 64)])
-        state, metrics = compiled(setup.steps.jit_init()(), *inputs)
+        (inputs,) = train_feed.calls([order.train_indices(0, 0, 2, BATCH, 64)])
+        state, metrics = compiled(setup.init(), *inputs)
         got.append(
             (
                 metrics["loss"],
@@ -501,17 +500,17 @@ def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
         setup = setup_of(
             "simple_cnn", "hybrid", (4, 2), dtype="float32", data=dict(resident=resident)
         )
-        report = program.report(setups.compile_train(setup, 2), setup.place.mesh, 2)
+        report = program.report(setup.train_program(2), setup.place.mesh, 2)
         moved = [
             (row["operation"], row["axes"], row["count"], row["bytes"])
             for row in report["collectives"]
         ]
-        _, test_feed = setups.feeds(setup)
+        _, test_feed = setup.feeds
         test_feed.load()
-        indices, mask = (x[0] for x in orders.eval_indices(BATCH, 8))
+        indices, mask = (x[0] for x in order.eval_indices(BATCH, 8))
         (inputs,) = test_feed.calls([indices])
         mask = feed.put(mask, setup.place.sharding(("conv_batch",), mask.shape))
-        sums = setup.steps.jit_eval()(setup.steps.jit_init()().params, *inputs, mask)
+        sums = setup.functions.jit_eval()(setup.init(), *inputs, mask)
         losses, params = trained(setup, [2])
         got[resident] = params | gather(sums) | dict(losses=np.array(losses)), moved
     (expected, moved), (streamed, streamed_moved) = got["yes"], got["no"]
@@ -535,14 +534,13 @@ def test_colour_noise_against_numpy():
             noisy.data.train_labels,
         )
         axes = statistics.colour_axes(data.images)
-        steps = dataclasses.replace(noisy.steps, colour_CC=0.1 * axes)
+        functions = preprocessed(noisy, colour_CC=0.1 * axes)
         indices = jnp.arange(BATCH)
-        states = [TrainState(step, 0, None, None) for step in range(2)]
-        added = [
-            (steps.batch(data, state, indices)[0] - plain.steps.batch(data, state, indices)[0])
-            * steps.std
-            for state in states
-        ]
+        added = []
+        for state in (TrainState(step, 0, None, None, None) for step in range(2)):
+            images, _, _ = functions.batch(state, data, indices)
+            without, _, _ = plain.functions.batch(state, data, indices)
+            added.append((images - without) * functions.preprocessing.std)
         alpha = np.asarray(
             jax.random.normal(
                 jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 2), (BATCH, 3, 1)
@@ -559,7 +557,8 @@ def test_colour_noise_against_numpy():
     )
     assert np.abs(added[0] - added[1]).max() > 1  # other steps, other noise
     np.testing.assert_allclose(
-        noisy.steps.colour_CC, 0.1 * statistics.colour_axes(noisy.data.train_images)
+        noisy.functions.preprocessing.colour_CC,
+        0.1 * statistics.colour_axes(noisy.data.train_images),
     )
 
 
@@ -583,7 +582,7 @@ def test_variable_batch():
 def test_what_a_variable_batch_moves(n):
     """In two parts: the activations of one batch; the dense gradients, over `data`, once a part. Compiled and in theory."""
     setup = setup_of("alexnet", "hybrid", (4, 2), dense_microbatch=8, dtype="float32")
-    report = setups.report_of(setup, setups.compile_train(setup, n), n, 0.0)
+    report = program_report.report_of(setup, setup.train_program(n), n, 0.0)
     moved = {
         (row["kind"], "+".join(row["axes"])): (row["compiled_bytes"], row["closed_form_bytes"])
         for row in report["communication"]
@@ -606,14 +605,14 @@ def test_variable_batch_against_a_plain_loop():
             model=dict(width=64, dropout=0.0),
             optimizer=dict(clip_norm=0.0),
         )
-        steps, rate = setup.steps, setup.config.optimizer.learning_rate
+        functions, rate = setup.functions, setup.config.optimizer.learning_rate
         decay, momentum = setup.config.optimizer.weight_decay, setup.config.optimizer.momentum
-        state = steps.jit_init()()
+        state = setup.init()
         data = DeviceData(
             jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels)
         )
-        indices = jnp.asarray(orders.train_indices(0, 0, 1, BATCH, 64)[0])
-        images, labels, _ = jax.jit(steps.batch)(data, state, indices)
+        indices = jnp.asarray(order.train_indices(0, 0, 1, BATCH, 64)[0])
+        images, labels, _ = jax.jit(functions.batch)(state, data, indices)
         params = jax.tree.map(jnp.asarray, state.params)
         momenta = jax.tree.map(jnp.zeros_like, params)
 
@@ -629,11 +628,13 @@ def test_variable_batch_against_a_plain_loop():
                 )
 
         conv_grads = []
-        gradient = jax.jit(
-            jax.grad(
-                lambda p, images, labels: steps.loss(p, steps.features(p, images), labels, None)[0]
-            )
-        )
+
+        @jax.jit
+        @jax.grad
+        def gradient(params, images, labels):
+            x_BF, model_state = functions.features(params, state.model_state, images)
+            return functions.loss(params, model_state, x_BF, labels, None)[0]
+
         for part in range(4):
             mine = slice(
                 part, None, 4
@@ -663,8 +664,8 @@ def test_variable_batch_against_a_plain_loop():
 def test_what_does_not_divide(model, parallelism, shape, message):
     with jax.enable_x64(True), pytest.raises(UserError, match=message):
         setup = setup_of(model, parallelism, shape, batch_size=math.prod(shape) * 2)
-        setup.steps.activations(setup.config.batch_size, IMAGE_SIZE[model])
-        setup.steps.abstract_state  # noqa: B018
+        setup.functions.activations(setup.config.batch_size, IMAGE_SIZE[model])
+        setup.functions.abstract_state  # noqa: B018
 
 
 def test_a_row_for_which_xla_splits_an_axis(monkeypatch):
@@ -734,7 +735,8 @@ def test_own_rows_that_are_refused(own, message):
 def test_two_dimensions_on_one_mesh_axis():
     place = Placement(mesh.make(4, 2), "mine", dict(mine=dict(fc1_in="model", fc1_out="model")))
     with pytest.raises(
-        UserError, match=r"fc1\.kernel \(8, 8\): two of its axes .* are split on the same mesh axis"
+        UserError,
+        match=r"fc1\.kernel \(8, 8\): two of its axes .* are split over the same mesh axis",
     ):
         place.spec(("fc1_in", "fc1_out"), (8, 8), "fc1.kernel")
     with pytest.raises(KeyError, match="fc4_in"):
@@ -750,21 +752,34 @@ def test_what_may_be_replicated_is_said():
     assert place.report("fc3.bias", ("fc3_out",), (12,), 4)["note"] == ""
 
 
+def preprocessed(setup, **changes) -> StepFunctions:
+    """Return the step functions with other settings of the preprocessing."""
+    preprocessing = dataclasses.replace(setup.functions.preprocessing, **changes)
+    return dataclasses.replace(setup.functions, preprocessing=preprocessing)
+
+
 def normal(data, images):
     pixels = data.train_images.astype(np.float64)
     return jnp.asarray((images - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2)), jnp.float32)
 
 
 def logits_of(setup, images):
-    model = nnx.merge(setup.steps.graph, initial_f32(setup).params)
+    model = network(initial_f32(setup), setup)
     return np.asarray(model.classify(model.features(images)))
 
 
+def network(state, setup) -> nnx.Module:
+    return setup.functions.model(state.params, state.model_state)
+
+
 def initial_f32(setup):
-    return setup.steps.init(jnp.uint32(0))
+    return setup.functions.init(jnp.uint32(0))
 
 
-def on_one(name: str, **changes) -> tuple[setups.Setup, DeviceData]:
+NO_STATE = TrainState(None, None, None, None, None)
+
+
+def on_one(name: str, **changes) -> tuple[build.Setup, DeviceData]:
     setup = setup_of(name, "data", (1, 1), dtype="float32", **changes)
     return setup, DeviceData(
         jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels)
@@ -773,8 +788,8 @@ def on_one(name: str, **changes) -> tuple[setups.Setup, DeviceData]:
 
 def test_train_loss_against_numpy():
     setup, data = on_one("simple_cnn")
-    plain = dataclasses.replace(setup.steps, crop_pad=0, flip=False, colour_CC=None)
-    got, _ = plain.gradients(data, initial_f32(setup), jnp.arange(BATCH))
+    plain = preprocessed(setup, crop_pad=0, flip=False, colour_CC=None)
+    _, got, _ = plain.gradients(initial_f32(setup), data, jnp.arange(BATCH))
     logits = logits_of(setup, normal(setup.data, setup.data.train_images[:BATCH]))
     targets = 0.9 * np.eye(16)[setup.data.train_labels[:BATCH]] + 0.1 / 16
     assert float(got["loss"]) == pytest.approx(
@@ -786,8 +801,8 @@ def test_train_loss_against_numpy():
 def test_eval_step_against_numpy():
     setup, _ = on_one("alexnet")
     mask, labels, images = np.arange(8) < 5, setup.data.test_labels, setup.data.test_images
-    got = setup.steps.jit_eval()(
-        initial_f32(setup).params, DeviceData(images, labels), np.arange(8), mask
+    got = setup.functions.jit_eval()(
+        initial_f32(setup), DeviceData(images, labels), np.arange(8), mask
     )
     x = normal(setup.data, images)
     chances = (
@@ -796,7 +811,7 @@ def test_eval_step_against_numpy():
     rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
     loss = -np.log(chances)[np.arange(8), labels]
     assert got["loss"] == pytest.approx(loss[mask].sum(), rel=1e-4)
-    assert [got["correct"], got["top5"], got["examples"]] == [
+    assert [got["accuracy"], got["top5"], got["examples"]] == [
         (rank[mask] == 0).sum(),
         (rank[mask] < 5).sum(),
         5,
@@ -811,11 +826,11 @@ def test_ten_views_of_a_crop_against_numpy():
         data=dict(crop=24, crop_pad=0, normalise="pixel_mean", colour_noise=0.0),
     )
     labels, images = setup.data.test_labels, setup.data.test_images.astype(np.float32)
-    params = initial_f32(setup).params
-    params["fc3"]["kernel"][...] *= 0.01  # pixels are large, and so would the logits be
-    model = nnx.merge(setup.steps.graph, params)
-    got = setup.steps.jit_eval()(
-        params, DeviceData(setup.data.test_images, labels), np.arange(8), np.ones(8, bool)
+    state = initial_f32(setup)
+    state.params["fc3"]["kernel"][...] *= 0.01  # pixels are large, and so would the logits be
+    model = network(state, setup)
+    got = setup.functions.jit_eval()(
+        state, DeviceData(setup.data.test_images, labels), np.arange(8), np.ones(8, bool)
     )
     mean = setup.data.train_images.astype(np.float64).mean(0)[4:28, 4:28].astype(np.float32)
     views = [images[:, i : i + 24, j : j + 24] for i, j in ((4, 4), (0, 0), (0, 8), (8, 0), (8, 8))]
@@ -825,12 +840,12 @@ def test_ten_views_of_a_crop_against_numpy():
     )
     rank = (chances > chances[np.arange(8), labels][:, None]).sum(1)
     assert got["loss"] == pytest.approx(-np.log(chances)[np.arange(8), labels].sum(), rel=1e-4)
-    assert [got["correct"], got["top5"], got["examples"]] == [
+    assert [got["accuracy"], got["top5"], got["examples"]] == [
         (rank == 0).sum(),
         (rank < 5).sum(),
         8,
     ]
-    batch, _, _ = setup.steps.batch(data, TrainState(0, 0, None, None), jnp.arange(BATCH))
+    batch, _, _ = setup.functions.batch(TrainState(0, 0, None, None, None), data, jnp.arange(BATCH))
     assert batch.shape == (BATCH, 24, 24, 3)
     pixels = np.asarray(batch + mean)
     np.testing.assert_allclose(pixels, pixels.round(), atol=1e-4)  # neither scaled nor off centre
@@ -842,7 +857,7 @@ def test_what_counts_as_right(label, scores, monkeypatch):
     """Of equal scores the first counts, of NaN none; padding never does."""
 
     class Fake:
-        def features(self, x, place):
+        def features(self, x, place, train=False):
             return x
 
         def classify(self, x, place):
@@ -853,14 +868,14 @@ def test_what_counts_as_right(label, scores, monkeypatch):
 
     setup, _ = on_one("simple_cnn")
     monkeypatch.setattr(nnx, "merge", lambda *_: Fake())
-    sums = setup.steps.eval_step(
-        None,
+    sums = setup.functions.eval_step(
+        NO_STATE,
         DeviceData(jnp.asarray(setup.data.test_images), jnp.full(8, label)),
         jnp.arange(8),
         jnp.arange(8) < 5,
     )
     right = scores != "nan"
-    assert (sums["correct"], sums["top5"], sums["examples"]) == (
+    assert (sums["accuracy"], sums["top5"], sums["examples"]) == (
         5 * (right and label < 1),
         5 * (right and label < 5),
         5,
@@ -873,10 +888,12 @@ def test_randomness_is_a_function_of_seed_and_step(name):
     changes = dict(crop_pad=0, flip=False) if name == "alexnet" else {}  # what is left is dropout
 
     def loss(seed, step):
-        steps = dataclasses.replace(setup.steps, **changes)
+        functions = preprocessed(setup, **changes)
         state = initial_f32(setup)._replace(step=jnp.int32(step), seed=jnp.uint32(seed))
         return float(
-            jax.jit(lambda state: steps.gradients(data, state, jnp.arange(BATCH))[0]["loss"])(state)
+            jax.jit(lambda state: functions.gradients(state, data, jnp.arange(BATCH))[1]["loss"])(
+                state
+            )
         )
 
     assert loss(0, 3) == loss(0, 3)
@@ -889,13 +906,13 @@ def test_another_seed_is_the_same_program():
         setup_of("simple_cnn", "data", (2, 2), seed=seed, dtype="float32") for seed in (0, 1)
     ]
     texts = {
-        setup.steps.jit_train()
-        .lower(setup.steps.abstract_state, *setups.feeds(setup)[0].shapes(2, BATCH))
+        setup.functions.jit_train()
+        .lower(setup.functions.abstract_state, *setup.feeds[0].shapes(2, BATCH))
         .as_text()
         for setup in setups_
     }
     assert len(texts) == 1
-    first, second = (setup.steps.jit_init()().params["fc3"]["kernel"][...] for setup in setups_)
+    first, second = (setup.init().params["fc3"]["kernel"][...] for setup in setups_)
     assert not np.array_equal(first, second)
 
 
@@ -903,7 +920,7 @@ def test_each_dense_layer_has_a_dropout_mask_of_its_own(monkeypatch):
     setup, _ = on_one("alexnet")
     keys = []
     monkeypatch.setattr(dense, "dropout", lambda x, rate, key: keys.append((rate, key)) or x)
-    model = nnx.merge(setup.steps.graph, initial_f32(setup).params)
+    model = network(initial_f32(setup), setup)
     x_BF = jnp.zeros((2, 16 * 4 * 4))
     model.classify(x_BF, dropout_key=jax.random.key(0))
     assert [rate for rate, _ in keys] == [setup.config.model.dropout] * 2 != [0, 0]
@@ -914,7 +931,7 @@ def test_each_dense_layer_has_a_dropout_mask_of_its_own(monkeypatch):
 
 def test_alexnet_forward_against_lax():
     setup, _ = on_one("alexnet")
-    model = nnx.merge(setup.steps.graph, initial_f32(setup).params)
+    model = network(initial_f32(setup), setup)
     x = h = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     for i, pooled in enumerate((True, True, False, False, True), 1):
         layer = getattr(model, f"conv{i}")
@@ -947,28 +964,28 @@ def dtypes_of_products(jaxpr):
 def test_bfloat16_computes_on_float32_parameters():
     setup = setup_of("simple_cnn", "data", (1, 1), dtype="bfloat16")
     data = DeviceData(jnp.asarray(setup.data.train_images), jnp.asarray(setup.data.train_labels))
-    abstract = setup.steps.abstract_state
+    abstract = setup.functions.abstract_state
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract.params)} == {jnp.dtype("float32")}
-    jaxpr = jax.make_jaxpr(lambda state: setup.steps.gradients(data, state, jnp.arange(4)))(
+    jaxpr = jax.make_jaxpr(lambda state: setup.functions.gradients(state, data, jnp.arange(4)))(
         initial_f32(setup)
     )
     assert set(dtypes_of_products(jaxpr.jaxpr)) == {jnp.dtype("bfloat16")}
-    metrics, grads = jax.eval_shape(
-        lambda state: setup.steps.gradients(data, state, jnp.arange(4)), abstract
+    grads, metrics, _ = jax.eval_shape(
+        lambda state: setup.functions.gradients(state, data, jnp.arange(4)), abstract
     )
     assert {x.dtype for x in jax.tree.leaves((metrics, grads))} == {jnp.dtype("float32")}
 
 
 def test_the_state_is_donated_and_stays_where_it_is():
     setup = setup_of("simple_cnn", "hybrid", (4, 2), dtype="float32")
-    compiled = setups.compile_train(setup, 1)
+    compiled = setup.train_program(1)
     assert program.memory(compiled)["alias_bytes"] >= program.bytes_per_device(
-        setup.steps.abstract_state
+        setup.functions.abstract_state
     )
     placed = jax.tree.map(
         lambda got, leaf: got.is_equivalent_to(leaf.sharding, leaf.ndim),
         compiled.output_shardings[0],
-        setup.steps.abstract_state,
+        setup.functions.abstract_state,
     )
     assert jax.tree.all(placed)
 
@@ -995,7 +1012,7 @@ def test_towers_of_a_row_that_splits_two_axes_on_the_same_devices():
         mesh.make(2, 2), "mine", dict(mine=dict(conv_batch=("data", "model"), group_out="model"))
     )
     with pytest.raises(
-        UserError, match=r"conv2 .*: two of its axes .* are split on the same mesh axis"
+        UserError, match=r"conv2 .*: two of its axes .* are split over the same mesh axis"
     ):
         place.towers(
             lambda part, x: x,
@@ -1032,16 +1049,18 @@ def test_a_row_from_json_and_its_report():
     "changes", [{}, dict(dense_microbatch=4), dict(dense_microbatch=4, dense_updates="sum")]
 )
 def test_the_bfloat16_halves_are_what_the_layers_read(monkeypatch, changes):
-    seen, features, loss = [], Steps.features, Steps.loss
+    seen, features, loss = [], StepFunctions.features, StepFunctions.loss
     monkeypatch.setattr(
-        Steps,
+        StepFunctions,
         "features",
         lambda self, params, *args: seen.append(params) or features(self, params, *args),
     )
     monkeypatch.setattr(
-        Steps, "loss", lambda self, params, *args: seen.append(params) or loss(self, params, *args)
+        StepFunctions,
+        "loss",
+        lambda self, params, *args: seen.append(params) or loss(self, params, *args),
     )
-    setups.compile_train(setup_of("alexnet", "data", (1, 1), dtype="bfloat16", **changes), 2)
+    setup_of("alexnet", "data", (1, 1), dtype="bfloat16", **changes).train_program(2)
     assert {leaf.dtype for params in seen for leaf in jax.tree.leaves(params)} == {
         jnp.dtype("bfloat16")
     }
@@ -1049,7 +1068,7 @@ def test_the_bfloat16_halves_are_what_the_layers_read(monkeypatch, changes):
 
 def test_the_softmax_is_in_float32(monkeypatch):
     class Constant:
-        def features(self, x, place):
+        def features(self, x, place, train=False):
             return x
 
         def classify(self, x, place, key=None):
@@ -1058,24 +1077,26 @@ def test_the_softmax_is_in_float32(monkeypatch):
     setup, data = on_one("simple_cnn", label_smoothing=0.0)
     monkeypatch.setattr(nnx, "merge", lambda *_: Constant())
     scores, expected = (
-        setup.steps.scores(None, data.images[:2]),
+        setup.functions.scores(NO_STATE, data.images[:2]),
         np.arange(10, dtype=jnp.bfloat16) / jnp.bfloat16(3),
     )
     expected = jax.nn.log_softmax(expected.astype(np.float32))
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores[0], expected, rtol=1e-5)
-    loss, _ = setup.steps.loss(None, data.images[:2], jnp.zeros(2, int), None)
+    loss, _ = setup.functions.loss(None, None, data.images[:2], jnp.zeros(2, int), None)
     assert float(loss) == pytest.approx(-float(expected[0]), rel=1e-5)
 
 
 def test_each_part_of_a_variable_batch_has_its_own_dropout(monkeypatch):
-    keys, old = [], Steps.loss
+    keys, old = [], StepFunctions.loss
     with jax.disable_jit():
         setup, data = on_one("alexnet", dense_microbatch=4)
         monkeypatch.setattr(
-            Steps, "loss", lambda *args: keys.append(jax.random.key_data(args[-1])) or old(*args)
+            StepFunctions,
+            "loss",
+            lambda *args: keys.append(jax.random.key_data(args[-1])) or old(*args),
         )
-        setup.steps.variable_batch_step(data, initial_f32(setup), jnp.arange(BATCH))
+        microbatch.train_step(setup.functions, initial_f32(setup), data, jnp.arange(BATCH))
     assert len({tuple(np.asarray(key).tolist()) for key in keys}) == 4
 
 
@@ -1086,7 +1107,86 @@ def test_the_accuracy_of_a_variable_batch_is_that_of_all_parts():
         model=dict(width=64, dropout=0.0),
         optimizer=dict(learning_rate=0.0),
     )
-    plain, _ = setup.steps.gradients(data, initial_f32(setup), jnp.arange(BATCH))
-    _, got = setup.steps.variable_batch_step(data, initial_f32(setup), jnp.arange(BATCH))
+    _, plain, _ = setup.functions.gradients(initial_f32(setup), data, jnp.arange(BATCH))
+    _, got = microbatch.train_step(setup.functions, initial_f32(setup), data, jnp.arange(BATCH))
     assert float(got["accuracy"]) == pytest.approx(float(plain["accuracy"]))
     assert float(plain["accuracy"]) > 0
+
+
+class Norm(nnx.Module):
+    """Batch norm with running statistics in float32, whatever it computes in."""
+
+    def __init__(self, channels):
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+
+    def __call__(self, x_NHWC, train):
+        mean_C, variance_C = self.mean[...], self.variance[...]
+        if train:
+            mean_C, variance_C = x_NHWC.mean((0, 1, 2)), x_NHWC.var((0, 1, 2))
+            for old, new in ((self.mean, mean_C), (self.variance, variance_C)):
+                old[...] = (0.9 * old[...] + 0.1 * new).astype(jnp.float32)
+        return (x_NHWC - mean_C) * jax.lax.rsqrt(variance_C + 1e-5) * self.scale[...]
+
+
+class Residual(nnx.Module):
+    """A residual block with batch norm: layers without bias, and arrays without logical axes."""
+
+    def __init__(self, *, image_size, classes, width, dropout, dtype, rngs, levers):
+        settings = dict(dtype=dtype, use_bias=False, padding="SAME", rngs=rngs)
+        self.conv1 = nnx.Conv(3, 8, (3, 3), **settings)
+        self.norm1 = Norm(8)
+        self.conv2 = nnx.Conv(8, 8, (3, 3), **settings)
+        self.norm2 = Norm(8)
+        self.fc3 = dense.dense("fc3", 8, classes, dtype=dtype, rngs=rngs)
+
+    def features(self, x_NHWC, place, train=False):
+        x_NHWC = self.conv1(place(x_NHWC, "conv_batch", None, None, None, name="conv1 input"))
+        x_NHWC = nnx.relu(self.norm1(x_NHWC, train))
+        x_NHWC += nnx.relu(self.norm2(self.conv2(x_NHWC), train))
+        return place(x_NHWC, "conv_batch", None, None, None).mean((1, 2))
+
+    def classify(self, x_BF, place, dropout_key=None):
+        return dense.logits(self.fc3, x_BF, place)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(dense_microbatch=8)])
+def test_batch_statistics_are_those_of_the_whole_batch(monkeypatch, changes):
+    """Model state is trained with, evaluated with, sharded and reported, the same on every mesh."""
+    monkeypatch.setitem(models.MODELS, "residual", Residual)
+    got = {}
+    with jax.enable_x64(True):
+        for parallelism, shape in (("data", (1, 1)), ("data", (4, 2)), ("hybrid", (2, 2))):
+            setup = setup_of("residual", parallelism, shape, **changes)
+            state, metrics = setup.train(setup.init(), 3)
+            images = setup.data.test_images
+            scores = jax.jit(setup.functions.scores)(state, images)
+            fresh = state._replace(model_state=setup.init().model_state)
+            without = jax.jit(setup.functions.scores)(fresh, images)
+            assert np.abs(scores - without).max() > 1e-3  # evaluation uses the statistics
+            got[shape] = gather((state, metrics["loss"], scores))
+            report = setup.report()
+            assert "error" not in report
+            assert report["closed_form"] is None
+            assert {row["name"] for row in report["placement"]} >= {"norm1.mean", "fc3.kernel"}
+    (mean,) = (value for name, value in got[1, 1].items() if "norm1']['mean" in name)
+    assert np.abs(mean).max() > 1e-3
+    for shape in ((4, 2), (2, 2)):
+        for name, value in got[1, 1].items():
+            np.testing.assert_allclose(got[shape][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_batch_statistics_against_numpy(monkeypatch):
+    """One step moves the running mean a tenth of the way to the mean over the whole batch."""
+    monkeypatch.setitem(models.MODELS, "residual", Residual)
+    with jax.enable_x64(True):
+        setup = setup_of("residual", "data", (4, 2))
+        state = setup.init()
+        data = DeviceData(setup.data.train_images, setup.data.train_labels)
+        images, _, _ = setup.functions.batch(state, data, order.train_indices(0, 0, 1, 16, 64)[0])
+        before = network(state, setup)
+        mean_C = np.asarray(before.conv1(images)).mean((0, 1, 2))
+        state, _ = setup.train(state, 1)
+    running_C = state.model_state["norm1"]["mean"][...]
+    np.testing.assert_allclose(running_C, 0.1 * mean_C, rtol=1e-5)

@@ -78,8 +78,16 @@ def closed_form(
         if end == "output":
             scattered = inputs & after
             move(name, "all-reduce", inputs - scattered, "forward", held)
-            move(name, "reduce-scatter", scattered, "forward", held * place.parts(tuple(scattered)))
-            move(name, "all-gather", scattered, "backward", held * place.parts(tuple(scattered)))
+            move(
+                name,
+                "reduce-scatter",
+                scattered,
+                "forward",
+                held * place.devices_on(tuple(scattered)),
+            )
+            move(
+                name, "all-gather", scattered, "backward", held * place.devices_on(tuple(scattered))
+            )
         else:
             batch_axes[layer] = dims[0]
             before = set() if previous is None else {axis for dim in previous for axis in dim}
@@ -91,7 +99,7 @@ def closed_form(
                 move(name, "all-gather", gathered, "forward", held)
                 operation = "reduce-scatter" if gathered and outputs <= gathered else "all-reduce"
                 move(name, operation, outputs, "backward", held)
-                move(name, "all-gather", sliced, "backward", held * place.parts(tuple(sliced)))
+                move(name, "all-gather", sliced, "backward", held * place.devices_on(tuple(sliced)))
                 turned = {
                     axis
                     for a, b in zip((previous[0], previous[-1]), (dims[0], dims[-1]), strict=True)
@@ -108,7 +116,7 @@ def closed_form(
         move(name, "all-reduce", set(batch_axes[name.split(".")[0]]), "backward", times * held)
 
     for row in rows:
-        devices = place.parts(row["axes"])
+        devices = place.devices_on(row["axes"])
         row["ring_bytes"] = round(RING_PARTS[row["operation"]](devices) * row["bytes"] / devices)
     return rows
 

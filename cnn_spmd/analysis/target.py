@@ -38,7 +38,7 @@ def devices(text: str) -> list[jax.Device]:
     Raises UserError for another spelling or card, or where jax[cuda12] is not installed.
     """
     card, _, topology = text.partition(":")
-    sizes = mesh.pair(topology)
+    sizes = mesh.sizes_in(topology, 2)
     if card not in CARDS or not sizes:
         raise UserError(
             f"--target={text}: expected CARD:HOSTSxGPUS with a card of {', '.join(CARDS)}, such as h100:64x8, and "

@@ -1,11 +1,59 @@
-"""Crops, flips, colour noise and test views, made on the devices inside the jitted step.
+"""Turn uint8 images into what the network sees, on the devices, inside the jitted step.
+
+Training images are cropped, mirrored and given colour noise at random. Test images are cut into
+views. Both are normalised.
 
 Shapes: N examples of the data set, B batch, V views, H height, W width, C channels.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The settings that make images ready for the network.
+
+    crop: the side of what the network sees, in pixels; 0 takes the whole image.
+    """
+
+    mean: Any  # [C] or [H, W, C], over the training set, in pixels
+    std: Any  # [C] or [], in pixels
+    crop: int
+    crop_pad: int  # pixels of reflection around a training image
+    flip: bool  # mirror half of the training images
+    colour_CC: Any  # principal axes of colour, scaled, in pixels; None: no colour noise
+    views: str  # of a test image: "one", "mirrored" or "ten"
+    mirror: bool  # whether a mirrored test image keeps its class
+
+    def train_images(
+        self, images_NHWC: jax.Array, indices_B: jax.Array | None, key: jax.Array
+    ) -> jax.Array:
+        """Return training images float32 [B, crop, crop, C], augmented by `key` alone.
+
+        indices_B: the examples to take; None takes `images_NHWC` as they are.
+        """
+        images = crop_and_flip(
+            images_NHWC,
+            indices_B,
+            jax.random.split(key)[0],
+            side=self.crop,
+            pad=self.crop_pad,
+            flip=self.flip,
+        )
+        if self.colour_CC is not None:
+            noise_BC = colour_noise(jax.random.fold_in(key, 2), len(images), self.colour_CC)
+            images = images + noise_BC[:, None, None]
+        return normalise(images, self.mean, self.std)
+
+    def test_views(self, images_BHWC: jax.Array) -> jax.Array:
+        """Return the views of test images, float32 [B, V, crop, crop, C]."""
+        views = eval_views(images_BHWC, self.crop, self.views, self.mirror)
+        return normalise(views, self.mean, self.std)
 
 
 def crop_and_flip(
@@ -17,11 +65,12 @@ def crop_and_flip(
     pad: int,
     flip: bool,
 ) -> jax.Array:
-    """Gathers images_NHWC[indices_B], each under a random crop of the reflection-padded image and a random mirroring.
+    """Return images_NHWC[indices_B], each cropped and mirrored at random.
 
-    indices_B: None takes the images as they come, each where it is; side: of the crop, 0 keeps H and W; pad: pixels of
-    reflection on each side; flip: mirror half of the images.
-    Returns [B, side, side, C] of the input's dtype, in one gather: the padded image never exists in memory.
+    indices_B: None takes the images as they come. side: of the crop; 0 keeps H and W. pad: pixels
+    of reflection on each side, from which the crop may take. flip: mirror half of the images.
+    Returns [B, side, side, C] of the input's dtype, in one gather: the padded image never exists in
+    memory.
     """
     height, width = images_NHWC.shape[1:3]
     high, wide = side or height, side or width
@@ -34,9 +83,7 @@ def crop_and_flip(
     if flip:
         mirrored_B1 = jax.random.bernoulli(flip_key, 0.5, (batch, 1))
         columns_BW = jnp.where(mirrored_B1, width - 1 - columns_BW, columns_BW)
-    if (
-        indices_B is None
-    ):  # as a map over the images, which XLA partitions along them: nothing moves
+    if indices_B is None:  # a map over the images: XLA splits it along the batch, nothing moves
         return jax.vmap(lambda image_HWC, rows_H, columns_W: image_HWC[rows_H[:, None], columns_W])(
             images_NHWC, rows_BH, columns_BW
         )
@@ -44,25 +91,27 @@ def crop_and_flip(
 
 
 def _reflect(position: jax.Array, size: int) -> jax.Array:
-    """Folds positions in [-(size-1), 2(size-1)] back into [0, size): the edge pixel is not repeated."""
+    """Fold positions in [-(size-1), 2(size-1)] into [0, size); the edge pixel is not repeated."""
     return (size - 1) - abs((size - 1) - abs(position))
 
 
 def colour_noise(key: jax.Array, batch: int, axes_CC: jax.Array) -> jax.Array:
-    """What is added to all pixels of each image, along the principal axes of colour; float32 [B, C], in pixels.
+    """Return what is added to all pixels of each image, float32 [B, C], in pixels.
 
-    Krizhevsky et al. 2012, section 4.1: alpha times the eigenvalue along each eigenvector of the covariance of RGB values.
-    A variance added to values would hang on their unit; the authors' code (cuda-convnet2, convdata.py) takes the standard
-    deviation, as here. axes_CC: colour_axes times the standard deviation of alpha, .1 in the paper.
+    axes_CC: the principal axes of colour, times the standard deviation of alpha (0.1 in the paper).
+    Krizhevsky et al. 2012, section 4.1: alpha times the eigenvalue along each eigenvector of the
+    covariance of RGB values. A variance added to values would depend on their unit; the authors'
+    code (cuda-convnet2, convdata.py) takes the standard deviation, and so does this.
     """
     return (jax.random.normal(key, (batch, len(axes_CC), 1)) * axes_CC).sum(1)
 
 
 def eval_views(images_BHWC: jax.Array, side: int, views: str, mirror: bool) -> jax.Array:
-    """The crops of `side` pixels (0: H and W) that a test image is seen in; [B, V, side, side, C].
+    """Return the crops in which a test image is seen, [B, V, side, side, C].
 
-    "one": the centre; "mirrored": the centre and its mirror; "ten": the centre and the four corners, and their mirrors
-    (Krizhevsky et al. 2012, section 4.1). mirror=False: a mirrored image would be another class, so there are none.
+    side: of a crop, in pixels; 0 keeps H and W. views: "one" is the centre; "mirrored" the centre
+    and its mirror; "ten" the centre, the four corners, and their mirrors (Krizhevsky et al. 2012,
+    section 4.1). mirror=False leaves the mirrors out: a mirrored image would be another class.
     """
     height, width = images_BHWC.shape[1:3]
     high, wide = side or height, side or width
@@ -72,11 +121,11 @@ def eval_views(images_BHWC: jax.Array, side: int, views: str, mirror: bool) -> j
         images_BHWC[:, top : top + high, left : left + wide]
         for top, left in [(down // 2, right // 2), *corners]
     ]
-    return jnp.stack(
-        crops + [crop[:, :, ::-1] for crop in crops] if mirror and views != "one" else crops, 1
-    )
+    if mirror and views != "one":
+        crops += [crop[:, :, ::-1] for crop in crops]
+    return jnp.stack(crops, 1)
 
 
-def normalise(images_BHWC: jax.Array, mean: jax.Array, std: jax.Array | float) -> jax.Array:
-    """uint8 pixels less `mean`, a channel's or a pixel's, over `std`; float32."""
-    return (images_BHWC.astype(jnp.float32) - mean) / std
+def normalise(images: jax.Array, mean: jax.Array, std: jax.Array | float) -> jax.Array:
+    """Return (images - mean) / std of uint8 pixels [..., H, W, C], as float32."""
+    return (images.astype(jnp.float32) - mean) / std

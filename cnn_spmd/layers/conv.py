@@ -226,7 +226,7 @@ def conv_relu(
             1
         ] + 1
         x_NHWC = products(
-            layer, x_NHWC, levers, place.parts_of("conv_out") > 1, place.parts_of("conv_batch") > 1
+            layer, x_NHWC, levers, place.shards("conv_out") > 1, place.shards("conv_batch") > 1
         )
         more = (
             x_NHWC.shape[2] - width

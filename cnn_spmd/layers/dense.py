@@ -27,9 +27,9 @@ def dense(
         features_out,
         dtype=dtype,
         kernel_init=kernel_init,
-        kernel_metadata={"axes": (f"{name}_in", f"{name}_out")},
+        kernel_metadata={"axes": (f"{name}_in", f"{name}_out"), "part": "dense"},
         bias_init=bias_init,
-        bias_metadata={"axes": (f"{name}_out",)},
+        bias_metadata={"axes": (f"{name}_out",), "part": "dense"},
         rngs=rngs,
     )
 
@@ -52,7 +52,7 @@ def hidden(
     """The dense `layer`, called `name`, its ReLU and dropout; the `last` one is followed by the output layer."""
     x_BF = place(x_BF, "dense_batch", f"{name}_in", name=f"{name} input")
     # Whole columns go straight to the output layer's batch: partial sums (of split rows) are then scattered as they are summed.
-    batch = "output_batch" if last and place.parts_of(f"{name}_out") == 1 else "dense_batch"
+    batch = "output_batch" if last and place.shards(f"{name}_out") == 1 else "dense_batch"
     x_BF = place(nnx.relu(layer(x_BF)), batch, f"{name}_out", name=f"{name} output")
     return place(
         dropout(x_BF, rate, key), batch, f"{name}_out"

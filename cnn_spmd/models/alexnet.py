@@ -74,7 +74,9 @@ class AlexNet(nnx.Module):
         self.fc2 = dense.dense("fc2", width, width, **common)
         self.fc3 = dense.dense("fc3", width, classes, kernel_init=SMALL, **common)
 
-    def features(self, x_NHWC: jax.Array, place=placement.UNPLACED) -> jax.Array:
+    def features(
+        self, x_NHWC: jax.Array, place=placement.UNPLACED, train: bool = False
+    ) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
         x_NHWC = conv.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers, self.sizes.pool)
         x_NHWC = conv.conv_relu("conv2", self.conv2, x_NHWC, place, self.levers, self.sizes.pool)

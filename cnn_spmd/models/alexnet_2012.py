@@ -62,7 +62,9 @@ class AlexNet2012(nnx.Module):
         self.fc2 = dense.dense("fc2", width, width, **one, **common)
         self.fc3 = dense.dense("fc3", width, classes, **common)
 
-    def features(self, x_NHWC: jax.Array, place=placement.UNPLACED) -> jax.Array:
+    def features(
+        self, x_NHWC: jax.Array, place=placement.UNPLACED, train: bool = False
+    ) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
 
         def norm_pool(name, x_NHWC):

@@ -36,7 +36,9 @@ class SimpleCNN(nnx.Module):
             "fc3", 32 * (image_size // 2) ** 2, classes, dtype=dtype, rngs=rngs, kernel_init=SMALL
         )
 
-    def features(self, x_NHWC: jax.Array, place=placement.UNPLACED) -> jax.Array:
+    def features(
+        self, x_NHWC: jax.Array, place=placement.UNPLACED, train: bool = False
+    ) -> jax.Array:
         """What the convolution makes of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
         x_NHWC = conv.conv_relu(
             "conv1", self.conv1, x_NHWC, place, self.levers, dict(window=2, strides=2)

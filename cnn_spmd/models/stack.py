@@ -169,7 +169,9 @@ class Stack(nnx.Module):
         )
         self.hidden = tuple(entry for entry in plan if isinstance(entry[1], Hidden))
 
-    def features(self, x_NHWC: jax.Array, place=placement.UNPLACED) -> jax.Array:
+    def features(
+        self, x_NHWC: jax.Array, place=placement.UNPLACED, train: bool = False
+    ) -> jax.Array:
         """What the convolutions make of images [N, side, side, 3] of zero mean; [B, F]."""
         channels, plan = "conv_in", list(self.convolutional)
         while plan:

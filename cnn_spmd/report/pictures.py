@@ -25,7 +25,7 @@ from cnn_spmd.training import log as metrics
 from cnn_spmd.training import runfiles
 from cnn_spmd.training import workdir as workdirs
 from cnn_spmd.training.checkpoint import Checkpoints
-from cnn_spmd.training.step import Steps, TrainState
+from cnn_spmd.training.step import StepFunctions, TrainState
 
 TEST_IMAGES, TOP, QUERIES, NEIGHBOURS = 8, 5, 5, 6  # as many as in the paper's figure 4
 FILTERS, COLUMNS = 128, 16  # shown at most, in a row
@@ -48,10 +48,10 @@ def draw(folder: pathlib.Path, data_dir: str | None = None) -> None:
             f"Comparing {len(run.data.train_images):,} training images of {run.data.name} with {len(compared_T)} test "
             "images."
         )
-        predicted = predictions(run, state.params, shown_T)
-        near = neighbours(run, state.params, compared_T)
+        predicted = predictions(run, state, shown_T)
+        near = neighbours(run, state, compared_T)
         kernel, filters_KHWC = first_layer(run, state.params)
-        towers = nnx.merge(run.steps.graph, state.params).towers
+        towers = run.functions.model(state.params, state.model_state).towers
         shown, size = min(len(filters_KHWC), FILTERS), "x".join(map(str, filters_KHWC.shape[1:]))
         made_by = f"{run.config.model.name} after step {int(state.step)}, {run.data.name}."
         captions = {
@@ -152,7 +152,7 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
         checkpoints = Checkpoints(
             folder.resolve() / "checkpoints", config.checkpoint.keep, saved.get("run", "")
         )
-        state = checkpoints.restore(run.steps.abstract_state)
+        state = checkpoints.restore(run.functions.abstract_state)
         checkpoints.close()
     if state is None:
         raise UserError(
@@ -176,17 +176,17 @@ def first_layer(run: setup.Setup, params: nnx.State) -> tuple[str, np.ndarray]:
         if layer in params:
             break
     kernel = np.asarray(params[layer]["kernel"][...], np.float32)
-    side = setup.image_size(run.config, run.data)
+    side = run.image_size
     kernel_HWCK = kernel if kernel.ndim == 4 else kernel.reshape(side, side, -1, kernel.shape[-1])
     kernel_KHWC = kernel_HWCK.transpose(3, 0, 1, 2)
     low, high = (bound(kernel_KHWC, (1, 2, 3), keepdims=True) for bound in (np.min, np.max))
     return f"{layer}.kernel", (kernel_KHWC - low) / np.maximum(high - low, 1e-12)
 
 
-def predictions(run: setup.Setup, params: nnx.State, test_T: np.ndarray) -> list[dict]:
+def predictions(run: setup.Setup, state: TrainState, test_T: np.ndarray) -> list[dict]:
     """Label and most probable classes of test images, as the run's evaluation sees them (all its views)."""
     probabilities_TC = np.exp(
-        jax.jit(run.steps.scores)(params, np.asarray(run.data.test_images[test_T]))
+        jax.jit(run.functions.scores)(state, np.asarray(run.data.test_images[test_T]))
     )
     classes_TC = np.argsort(-probabilities_TC, -1, kind="stable")[:, :TOP]
     return [
@@ -200,23 +200,26 @@ def predictions(run: setup.Setup, params: nnx.State, test_T: np.ndarray) -> list
     ]
 
 
-def activations(steps: Steps, params: nnx.State, images_BHWC: jax.Array) -> jax.Array:
+def activations(functions: StepFunctions, state: TrainState, images_BHWC: jax.Array) -> jax.Array:
     """What reaches the output layer, of the centre crops: the last hidden dense layer where there is one; float32 [B, F]."""
     seen = {}
-    place = dataclasses.replace(steps.place, record=lambda name, axes, x: seen.update({name: x}))
-    dataclasses.replace(steps, views="one", place=place).scores(params, images_BHWC)
+    place = dataclasses.replace(functions.place, record=lambda name, axes, x: seen.update({name: x}))
+    preprocessing = dataclasses.replace(functions.preprocessing, views="one")
+    dataclasses.replace(functions, preprocessing=preprocessing, place=place).scores(
+        state, images_BHWC
+    )
     return seen["fc3 input"].astype(jnp.float32)
 
 
-def neighbours(run: setup.Setup, params: nnx.State, test_T: np.ndarray) -> list[dict]:
+def neighbours(run: setup.Setup, state: TrainState, test_T: np.ndarray) -> list[dict]:
     """For each test image the training images whose activations are nearest, of all of them, nearest first."""
-    of_test_TF = jax.jit(lambda params, images: activations(run.steps, params, images))(
-        params, np.asarray(run.data.test_images[test_T])
+    of_test_TF = jax.jit(lambda state, images: activations(run.functions, state, images))(
+        state, np.asarray(run.data.test_images[test_T])
     )
 
     @jax.jit
-    def distances(params, images_BHWC, of_test_TF):
-        of_batch_BF = activations(run.steps, params, images_BHWC)
+    def distances(state, images_BHWC, of_test_TF):
+        of_batch_BF = activations(run.functions, state, images_BHWC)
         return jax.lax.map(
             lambda test_F: jnp.sqrt(jnp.square(of_batch_BF - test_F).sum(-1)), of_test_TF
         )
@@ -229,7 +232,7 @@ def neighbours(run: setup.Setup, params: nnx.State, test_T: np.ndarray) -> list[
         np.arange(-(-examples // BATCH) * BATCH, dtype=np.int32), examples - 1
     ).reshape(-1, BATCH)
     distances_TN = np.concatenate(
-        [np.asarray(distances(params, data.images, of_test_TF)) for data, _ in feed.calls(batches)],
+        [np.asarray(distances(state, data.images, of_test_TF)) for data, _ in feed.calls(batches)],
         1,
     )[:, :examples]
     nearest_TN = np.argsort(distances_TN, -1, kind="stable")[:, :NEIGHBOURS]

@@ -1,5 +1,6 @@
-"""Build and validate the (data, model) device mesh."""
+"""Build and validate the device mesh."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -7,75 +8,79 @@ from jax.sharding import AxisType, Mesh
 
 from cnn_spmd.config import MOST_CPU_DEVICES
 from cnn_spmd.errors import UserError
+from cnn_spmd.sharding.table import MESH_AXES
 
-AXES = ("data", "model")
 MOST_DEVICES = 2**16  # more than any machine has
+SPELLING = "x".join(axis.upper() for axis in MESH_AXES)
 
 
-def parse(text: str) -> tuple[int, int]:
-    """Reads a mesh shape as the command line spells it: "4x2" is data=4, model=2.
+def parse(text: str) -> tuple[int, ...]:
+    """Return the sizes that a mesh's name spells: "4x2" is data=4, model=2.
 
-    Raises UserError where the text is not two positive integers joined by an x.
+    Raises UserError unless `text` has one positive integer per mesh axis, joined by x.
     """
-    if sizes := pair(text.lower()):
-        return sizes
-    raise UserError(
-        f"--mesh={text}: expected DATAxMODEL with two positive integers, such as 4x2, of at most "
-        f"{MOST_DEVICES} devices"
-    )
+    sizes = sizes_in(text.lower())
+    if sizes is None:
+        raise UserError(
+            f"--mesh={text}: expected {SPELLING} with positive integers, such as 4x2, of at most "
+            f"{MOST_DEVICES} devices"
+        )
+    return sizes
 
 
-def pair(text: str) -> tuple[int, int] | None:
-    """Read two positive integers joined by an x; None for other texts.
+def sizes_in(text: str, count: int = len(MESH_AXES)) -> tuple[int, ...] | None:
+    """Return `count` positive integers joined by x, or None where `text` is something else.
 
     Their product is at most MOST_DEVICES.
     """
-    sizes = text.split("x")
-    if len(sizes) == 2 and all(size.isdecimal() and len(size) < 9 for size in sizes):
-        data, model = map(int, sizes)
-        if 0 < data * model <= MOST_DEVICES:
-            return data, model
-    return None
+    words = text.split("x")
+    if len(words) != count or not all(word.isdecimal() and len(word) < 9 for word in words):
+        return None
+    sizes = tuple(map(int, words))
+    return sizes if 0 < math.prod(sizes) <= MOST_DEVICES else None
 
 
-def shape(data: int, model: int, devices: int) -> tuple[int, int]:
-    """Resolves -1 ("what is left of the devices") in a mesh shape and checks that it fits.
+def shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
+    """Return the mesh's shape on `devices` devices; a size of -1 takes the devices that are left.
 
-    Raises UserError naming the fields, where the shape does not fit `devices` devices.
+    Raises UserError naming the config's fields where the shape does not fit.
     """
-    asked = f"mesh.data={data}, mesh.model={model}"
-    if data == model == -1 or any(size != -1 and size < 1 for size in (data, model)):
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    if sum(size == -1 for size in sizes) > 1 or any(size != -1 and size < 1 for size in sizes):
         raise UserError(
-            f"{asked}: each must be a positive integer, and at most one -1 (what is left of the devices)"
+            f"{asked}: each must be a positive integer, and at most one -1 "
+            "(what is left of the devices)"
         )
-    fixed = model if data == -1 else data
-    if -1 in (data, model):
-        if devices % fixed:
-            raise UserError(f"{asked}: {fixed} does not divide the {devices} devices there are")
-        data, model = (devices // fixed, model) if data == -1 else (data, devices // fixed)
-    if data * model > devices:
-        simulate = f", or simulate devices on the CPU with --cpu_devices={data * model}"
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and devices % fixed:
+        raise UserError(f"{asked}: {fixed} does not divide the {devices} devices there are")
+    found = tuple(devices // fixed if size == -1 else size for size in sizes)
+    needed = math.prod(found)
+    if needed > devices:
+        simulate = f", or simulate devices on the CPU with --cpu_devices={needed}"
         raise UserError(
-            f"{asked}: needs {data * model} devices, but there are {devices}: choose a mesh whose product "
-            f"is at most {devices}{simulate if data * model <= MOST_CPU_DEVICES else ''}"
+            f"{asked}: needs {needed} devices, but there are {devices}: choose a mesh whose "
+            f"product is at most {devices}{simulate if needed <= MOST_CPU_DEVICES else ''}"
         )
-    return data, model
+    return found
 
 
-def make(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, model) mesh over the first data * model devices; either size may be -1.
+def make(*sizes: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with one size per mesh axis over the first devices; one size may be -1.
 
-    Axes are Auto: XLA's partitioner chooses what our constraints leave open (Explicit ones, the default of
-    jax.make_mesh, refuse the ambiguous contractions of a model-parallel backward pass).
-    Raises UserError where the shape does not fit, or leaves a process of a cluster without its devices.
+    devices: None stands for all that JAX finds. The axes are Auto: XLA's partitioner chooses what
+    our constraints leave open. (Explicit axes, the default of jax.make_mesh, refuse contractions of
+    a model-parallel backward pass as ambiguous.)
+    Raises UserError where the shape does not fit, or leaves out devices of a cluster.
     """
     devices = list(jax.devices() if devices is None else devices)
-    data, model = shape(data, model, len(devices))
-    if data * model < len(devices) and jax.process_count() > 1:
+    found = shape(sizes, len(devices))
+    used = math.prod(found)
+    if used < len(devices) and jax.process_count() > 1:
+        asked = ", ".join(f"mesh.{axis}={n}" for axis, n in zip(MESH_AXES, found, strict=True))
         raise UserError(
-            f"mesh.data={data}, mesh.model={model}: uses {data * model} of {len(devices)} devices, but with "
+            f"{asked}: uses {used} of {len(devices)} devices, but with "
             f"{jax.process_count()} processes the mesh must hold them all"
         )
-    return jax.make_mesh(
-        (data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model]
-    )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(found, MESH_AXES, axis_types=types, devices=devices[:used])

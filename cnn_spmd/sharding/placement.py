@@ -1,4 +1,4 @@
-"""Place arrays on a mesh as a row of the table says."""
+"""Place arrays on a mesh as a row of the placement table says."""
 
 import dataclasses
 import math
@@ -11,186 +11,202 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.table import BOTH, LOGICAL_AXES, MAY_REPLICATE, TABLE
+from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_REPLICATE, MESH_AXES, TABLE
+
+Axes = tuple[str | None, ...]  # the logical axis of each dimension; None: not split
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """One row of the table on one mesh. Called as `place(x, "conv_batch", None, ...)`, it constrains an activation.
+    """A scheme, which is a row of the placement table, on a mesh.
 
-    `own_rows` are further rows by their names, from a config; `record` is called with (name, axes, array) of every named
-    activation as it is traced.
+    Inside a jitted function, `place(x, "conv_batch", None, None, "conv_out")` puts an activation
+    where the row puts its logical axes. `own_rows` are further schemes, from a config. `record`, if
+    given, is called with (name, axes, array) for each named activation while JAX traces it.
+
+    Raises UserError for an unknown scheme, and for an own row that names an unknown axis.
     """
 
     mesh: Mesh
     parallelism: str
     own_rows: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    record: Callable[[str, tuple, jax.Array], None] | None = None
+    record: Callable[[str, Axes, jax.Array], None] | None = None
 
     def __post_init__(self):
-        """Raises UserError for an unknown row, and for a row that names an axis there is none of."""
-        rows = {**TABLE, **self.own_rows}
-        if self.parallelism not in rows:
-            raise UserError(
-                f"parallelism={self.parallelism}: unknown, expected one of {', '.join(map(str, rows))}"
-            )
-        for name, row in self.own_rows.items():
-            if not isinstance(row, Mapping):
-                raise UserError(
-                    f"placement.{name}={row}: expected a row such as {{'fc1_out': 'model'}}"
-                )
-            if name in TABLE:
-                raise UserError(f"placement.{name}: is a built-in row, choose another name")
-            for axis, mesh_axes in row.items():
-                field = f"placement.{name}.{axis}={mesh_axes}"
-                if axis not in LOGICAL_AXES:
-                    raise UserError(
-                        f"{field}: no such logical axis, expected one of {', '.join(LOGICAL_AXES)}"
-                    )
-                names = (
-                    sorted(map(str, mesh_axes))
-                    if isinstance(mesh_axes, tuple | list)
-                    else [mesh_axes]
-                )
-                if names not in ([None], ["data"], ["model"], [*BOTH]):
-                    raise UserError(f"{field}: expected 'data', 'model', ('data', 'model') or None")
+        schemes = {**TABLE, **self.own_rows}
+        if self.parallelism not in schemes:
+            expected = ", ".join(map(str, schemes))
+            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {expected}")
+        for scheme, row in self.own_rows.items():
+            _check_own_row(scheme, row)
+
+    # ---- Where an array lies.
 
     @property
     def row(self) -> Mapping[str, Any]:
-        """Logical axis -> mesh axes."""
+        """Return the scheme's row: logical axis -> mesh axis or mesh axes."""
         return {**TABLE, **self.own_rows}[self.parallelism]
 
-    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> P:
-        """The PartitionSpec of an array whose dimensions carry the logical `axes`; None is replicated.
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """Return the mesh axes that a logical axis is split over."""
+        return _as_tuple(self.row.get(axis))
 
-        Raises UserError, naming the array, its shape and the axis, where a dimension does not divide by its mesh axes
-        (jax.lax.with_sharding_constraint would replicate in silence), or two dimensions are split on the same mesh axis.
+    def devices_on(self, mesh_axes: Any) -> int:
+        """Count the shards of a dimension that is split over these mesh axes."""
+        return math.prod(self.mesh.shape[name] for name in _as_tuple(mesh_axes))
+
+    def shards(self, axis: str | None) -> int:
+        """Count the shards of a logical axis."""
+        return self.devices_on(self.mesh_axes(axis))
+
+    def spec(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> P:
+        """Return the PartitionSpec of an array from its logical axes.
+
+        Raises UserError, naming the array, its shape and the axis, where a size does not divide by
+        its mesh axes (jax.lax.with_sharding_constraint would replicate the array in silence), and
+        where one mesh axis splits two dimensions.
         """
-        spec, where = [], f"(mesh {self.mesh_name}, parallelism={self.parallelism})"
-        for axis, size in zip(axes, shape, strict=True):
-            if axis is not None and axis not in LOGICAL_AXES:
-                raise KeyError(f"{name}: logical axis {axis!r} is not one of {LOGICAL_AXES}")
-            mesh_axes = self.row.get(axis)
-            parts = self.parts(mesh_axes)
-            if size % parts and axis in MAY_REPLICATE:
-                mesh_axes = None
-            elif size % parts:
-                raise UserError(
-                    f"{name} {shape}: {axis}={size} does not divide by the {parts} devices of mesh axis "
-                    f"{'+'.join(_names(mesh_axes))} {where}: change the mesh or "
-                    f"the {'batch' if axis.endswith('batch') else 'parallelism'}"
-                )
-            spec.append(tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes)
-        used = [mesh_axis for mesh_axes in spec for mesh_axis in _names(mesh_axes)]
+        spec = [self._split(name, shape, *pair) for pair in zip(axes, shape, strict=True)]
+        used = [mesh_axis for mesh_axes in spec for mesh_axis in _as_tuple(mesh_axes)]
         if len(used) != len(set(used)):
             raise UserError(
-                f"{name} {shape}: two of its axes {axes} are split on the same mesh axis {where}"
+                f"{name} {shape}: two of its axes {axes} are split over the same mesh axis "
+                f"{self._where}"
             )
         return P(*spec)
 
-    def parts(self, mesh_axes: str | tuple[str, ...] | None) -> int:
-        """Into how many parts a dimension on these mesh axes is split."""
-        return math.prod(self.mesh.shape[name] for name in _names(mesh_axes))
+    def _split(self, name: str, shape: tuple[int, ...], axis: str | None, size: int) -> Any:
+        """Return the entry of a PartitionSpec for one dimension of the array `name`."""
+        if axis is None:
+            return None
+        if axis not in LOGICAL_AXES:
+            raise KeyError(f"{name}: logical axis {axis!r} is not one of {LOGICAL_AXES}")
+        mesh_axes = self.row.get(axis)
+        shards = self.shards(axis)
+        if size % shards == 0:
+            return tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes
+        if axis in MAY_REPLICATE:
+            return None
+        raise UserError(
+            f"{name} {shape}: {axis}={size} does not divide by the {shards} devices of mesh axis "
+            f"{'+'.join(_as_tuple(mesh_axes))} {self._where}: change the mesh or "
+            f"the {'batch' if axis.endswith('batch') else 'parallelism'}"
+        )
 
-    def parts_of(self, axis: str) -> int:
-        """Into how many parts the table splits a logical axis."""
-        return self.parts(self.row.get(axis))
-
-    def sharding(
-        self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array"
-    ) -> NamedSharding:
-        """The NamedSharding of `spec`, with its errors."""
+    def sharding(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> NamedSharding:
+        """Return the NamedSharding of an array from its logical axes. Raises as `spec` does."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
+    @property
+    def replicated(self) -> NamedSharding:
+        """Return the sharding of an array that every device holds whole."""
+        return NamedSharding(self.mesh, P())
+
+    def of_state(self, state: Any) -> Any:
+        """Return a sharding for each array of a train state.
+
+        An nnx.Variable lies where its metadata `axes` says; one without, and any other array, is
+        replicated. A momentum is built from its weight and so carries the weight's axes.
+        """
+
+        def sharding_of(path, leaf):
+            if isinstance(leaf, nnx.Variable):
+                return leaf.replace(self.sharding(axes_of(leaf), leaf.shape, name_of(path)))
+            return self.replicated
+
+        return jax.tree_util.tree_map_with_path(
+            sharding_of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        )
+
+    # ---- Inside a jitted function.
+
     def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
-        """Constrains `x` inside a jitted function to where the table puts its logical axes; `name` is for people."""
+        """Constrain `x` to lie where the row puts its logical axes; `name` is for people."""
         if name and self.record:
             self.record(name, axes, x)
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
-    def towers(
-        self, f: Callable, groups: int, *arrays: tuple[jax.Array, tuple], out: tuple, name: str
-    ) -> jax.Array:
-        """f(part, *arrays) of an operation in `groups` towers; each array comes with its logical axes, `out` are the result's.
+    def micro_batches(self, x: jax.Array, count: int, *axes: str | None) -> jax.Array:
+        """Reorder [B, ...] to [count, B / count, ...], micro-batches of equal size; nothing moves.
 
-        Where the row splits the channels of the result, the last of `out`, each device computes its own (`part` counts
-        them) from what it holds of `arrays`, and nothing moves between towers; else part is 0 and the arrays are whole.
+        Each device gives every micro-batch its share of examples: example i is in micro-batch
+        i % count. axes: the logical axes of `x`.
+        """
+        x = x.reshape(len(x) // count, count, *x.shape[1:])
+        return self(x, axes[0], None, *axes[1:]).swapaxes(0, 1)
+
+    def whole_batch(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Undo `micro_batches`: [count, B / count, ...] to [B, ...], with these logical axes."""
+        x = x.swapaxes(0, 1)
+        return self(x.reshape(-1, *x.shape[2:]), *axes)
+
+    def towers(
+        self, f: Callable, groups: int, *arrays: tuple[jax.Array, Axes], out: Axes, name: str
+    ) -> jax.Array:
+        """Return f(part, *arrays) of an operation in `groups` towers.
+
+        arrays: each with its logical axes; out: the result's logical axes, channels last. Where the
+        row splits the result's channels, each device computes its own from its shards of
+        `arrays`, `part` is its number, and nothing moves between towers. Otherwise part is 0.
         Raises UserError where the mesh axis and the towers do not divide.
         """
-        mesh_axes = self.row.get(out[-1])
-        if mesh_axes is None:
+        mesh_axes = self.mesh_axes(out[-1])
+        if not mesh_axes:
             return f(0, *(array for array, _ in arrays))
-        parts, where = (
-            self.parts(mesh_axes),
-            f"(mesh {self.mesh_name}, parallelism={self.parallelism})",
-        )
-        if _names(self.row.get("group_in")) not in ((), _names(mesh_axes)):
+        parts, inputs = self.devices_on(mesh_axes), self.mesh_axes("group_in")
+        if inputs not in ((), mesh_axes):
             raise UserError(
-                f"{name}: group_in={self.row['group_in']} and {out[-1]}={mesh_axes} {where}: expected the same"
+                f"{name}: group_in={self.row['group_in']} and {out[-1]}={self.row[out[-1]]} "
+                f"{self._where}: expected the same"
             )
-        if groups % parts and (parts % groups or self.row.get("group_in")):
+        if groups % parts and (parts % groups or inputs):
             raise UserError(
                 f"{name}: its {groups} towers do not divide by the {parts} devices of mesh axis "
-                f"{'+'.join(_names(mesh_axes))} {where}"
+                f"{'+'.join(mesh_axes)} {self._where}"
             )
-        specs = tuple(self.spec(axes, array.shape, name) for array, axes in arrays)
         return jax.shard_map(
-            lambda *local: f(jax.lax.axis_index(mesh_axes), *local),
+            lambda *shards: f(jax.lax.axis_index(mesh_axes), *shards),
             mesh=self.mesh,
-            in_specs=specs,
-            out_specs=self.spec(out, tuple(map(self.parts_of, out)), name),
+            in_specs=tuple(self.spec(axes, array.shape, name) for array, axes in arrays),
+            out_specs=self.spec(out, tuple(map(self.shards, out)), name),
         )(*(array for array, _ in arrays))
 
-    def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> Any:
-        """f(*arrays) of what each device holds; nothing moves. `axes` are those of the first array and of the results; those of
-        another array, where it has fewer dimensions, are the last of them.
+    def local(self, axes: Axes, f: Callable, *arrays: jax.Array) -> Any:
+        """Return f(*arrays), computed by each device from its shards alone; nothing moves.
 
-        For kernels that XLA cannot partition. Not to be differentiated: use it within a derivative rule.
+        axes: the logical axes of the first array and of the results. Another array with fewer
+        dimensions has the last of them. For kernels that XLA cannot partition; use it inside a
+        derivative rule, as it is not to be differentiated.
         """
         specs = tuple(self.spec(axes[-array.ndim :], array.shape) for array in arrays)
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
         )(*arrays)
 
-    @property
-    def replicated(self) -> NamedSharding:
-        """Every device holds the whole array."""
-        return NamedSharding(self.mesh, P())
+    # ---- For people.
 
     @property
     def mesh_name(self) -> str:
-        """The mesh's shape as the command line spells it, such as 4x2."""
+        """Return the mesh's shape as the command line spells it, such as 4x2."""
         return "x".join(str(size) for size in self.mesh.shape.values())
 
-    def of_state(self, state: Any) -> Any:
-        """A sharding for each array of a train state: an nnx.Variable lives where its `axes` say, a scalar everywhere.
+    @property
+    def _where(self) -> str:
+        return f"(mesh {self.mesh_name}, parallelism={self.parallelism})"
 
-        Optimizer state is built by mapping over the parameters, so a momentum carries its weight's axes by itself.
-        """
+    def report(self, name: str, axes: Axes, shape: tuple[int, ...], itemsize: int) -> dict:
+        """Return a JSON-ready row on one array; itemsize: bytes per element.
 
-        def one(path, leaf):
-            if isinstance(leaf, nnx.Variable):
-                return leaf.replace(self.sharding(leaf.axes, leaf.shape, name_of(path)))
-            return self.replicated
-
-        return jax.tree_util.tree_map_with_path(
-            one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-        )
-
-    def report(
-        self, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...], itemsize: int
-    ) -> dict:
-        """A JSON-ready row for one array: name, shape, logical axes, mesh axes, bytes, bytes a device, note.
-
-        `note` says which axis the table asked to split and could not (MAY_REPLICATE), else it is empty.
+        `note` says which axis the row asked to split and could not (MAY_REPLICATE), or is empty.
         """
         sharding = self.sharding(axes, shape, name)
-        missed = [
-            f"{axis}={size} does not divide by {'+'.join(_names(self.row[axis]))}={self.parts(self.row[axis])}: "
-            "replicated"
-            for axis, size, got in zip(axes, shape, sharding.spec, strict=True)
-            if got is None and self.row.get(axis) is not None
-        ]
+        notes = []
+        for axis, size, got in zip(axes, shape, sharding.spec, strict=True):
+            if got is None and self.mesh_axes(axis):
+                split = "+".join(self.mesh_axes(axis))
+                notes.append(
+                    f"{axis}={size} does not divide by {split}={self.shards(axis)}: replicated"
+                )
         return dict(
             name=name,
             shape=list(shape),
@@ -198,32 +214,12 @@ class Placement:
             mesh_axes=[list(a) if isinstance(a, tuple) else a for a in sharding.spec],
             bytes=math.prod(shape) * itemsize,
             bytes_per_device=math.prod(sharding.shard_shape(shape)) * itemsize,
-            note="; ".join(missed),
+            note="; ".join(notes),
         )
 
 
-def _names(mesh_axes: Any) -> tuple[str, ...]:
-    return (
-        ()
-        if mesh_axes is None
-        else (mesh_axes,)
-        if isinstance(mesh_axes, str)
-        else tuple(mesh_axes)
-    )
-
-
-def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
-    """The mesh axes of each dimension, () where it is whole."""
-    return [_names(mesh_axes) for mesh_axes in spec]
-
-
-def name_of(path: tuple) -> str:
-    """A parameter's name for people, such as "fc1.kernel", from its key path."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
 class Unplaced:
-    """The `place` of a network that is called by itself, as in a notebook or a test: leaves every array where it is."""
+    """Stand in for a Placement where a network is called by itself: every array stays put."""
 
     record = None
 
@@ -236,8 +232,49 @@ class Unplaced:
     def local(self, axes, f, *arrays):
         return f(*arrays)
 
-    def parts_of(self, axis):
+    def shards(self, axis):
         return 1
 
 
 UNPLACED = Unplaced()
+
+
+def _check_own_row(scheme: str, row: Any) -> None:
+    """Raise UserError unless a config's own row maps logical axes to mesh axes."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"placement.{scheme}={row}: expected a row such as {{'fc1_out': 'model'}}")
+    if scheme in TABLE:
+        raise UserError(f"placement.{scheme}: is a built-in row, choose another name")
+    for axis, mesh_axes in row.items():
+        field = f"placement.{scheme}.{axis}={mesh_axes}"
+        if axis not in LOGICAL_AXES:
+            expected = ", ".join(LOGICAL_AXES)
+            raise UserError(f"{field}: no such logical axis, expected one of {expected}")
+        several = isinstance(mesh_axes, tuple | list)
+        names = list(mesh_axes) if several else [mesh_axes]
+        known = all(name in MESH_AXES for name in names) and len(names) == len(set(names))
+        if not (mesh_axes is None or (names and known)):
+            expected = ", ".join(map(repr, MESH_AXES))
+            raise UserError(f"{field}: expected {expected}, {MESH_AXES} or None")
+
+
+def _as_tuple(mesh_axes: Any) -> tuple[str, ...]:
+    """Return the mesh axes of one dimension, as a row or a PartitionSpec gives them, as a tuple."""
+    if mesh_axes is None:
+        return ()
+    return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+
+
+def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
+    """Return the mesh axes of each dimension; () where it is not split."""
+    return [_as_tuple(mesh_axes) for mesh_axes in spec]
+
+
+def axes_of(variable: nnx.Variable) -> Axes:
+    """Return the logical axes of a variable; one without the metadata `axes` is not split."""
+    return getattr(variable, "axes", None) or (None,) * len(variable.shape)
+
+
+def name_of(path: tuple) -> str:
+    """Return a parameter's name for people, such as "fc1.kernel", from its key path."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

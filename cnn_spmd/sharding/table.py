@@ -1,22 +1,26 @@
-"""THE TABLE: where every kind of array lives, for each kind of parallelism.
+"""The placement table: where every kind of array lives, for each scheme.
 
-Models, data and optimizer name *logical* axes only ("fc1_out", "conv_batch"). A row of the table
-maps them to the axes of the mesh, and what it does not name is replicated. Changing where an array
-lives is changing one entry here.
+A mesh arranges the devices in a grid, for instance 4x2: four along the mesh axis `data`, two along
+`model`. Networks name only *logical* axes of their arrays, such as "conv_batch" (the batch of the
+convolutions) or "fc1_out" (the columns of fc1's kernel). A scheme is a row of TABLE: it maps each
+logical axis to the mesh axes that it is split over. A logical axis that a row does not name is not
+split: each device holds it whole. To move an array, change one entry here.
 """
 
-from typing import Any
+MESH_AXES = ("data", "model")
+ALL = MESH_AXES  # split over all devices
 
-BOTH = ("data", "model")
-
-# Activations have a batch axis: of the convolutions, of the hidden dense layers, of the output layer (logits, labels and
-# loss). Weights have an input (rows) and an output (columns) axis a layer; a layer's input is split as its kernel's rows
-# are, its output as its columns. fc1 and fc2 are the 4096-wide layers, fc3 is the output layer. `group` axes are the
-# channels of a grouped convolution, which fall into towers: split, each device works on towers of its own.
-TABLE: dict[str, dict[str, Any]] = {
-    # Every device holds all weights and its share of the batch; gradients are all-reduced.
-    "data": dict(conv_batch=BOTH, dense_batch=BOTH, output_batch=BOTH),
-    # Every layer's columns are split; each layer's input is gathered along `model`.
+# Activations have one batch axis per group of layers: convolutions, hidden dense layers, output
+# layer. Kernels have an input axis (rows) and an output axis (columns). A layer's input is split
+# as its kernel's rows are, and its output as its kernel's columns are. fc1 and fc2 are the
+# 4096-wide hidden layers, fc3 is the output layer. The `group` axes are the channels of a grouped
+# convolution: split, each device works on groups of its own.
+TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
+    # Pure data parallelism. Each device holds all weights and its shard of the batch; the gradients
+    # are all-reduced.
+    "data": dict(conv_batch=ALL, dense_batch=ALL, output_batch=ALL),
+    # Pure model parallelism. The columns of every layer are split over `model`, and the input of
+    # every layer is gathered along it.
     "model": dict(
         conv_batch="data",
         dense_batch="data",
@@ -27,23 +31,30 @@ TABLE: dict[str, dict[str, Any]] = {
         fc2_out="model",
         fc3_out="model",
     ),
-    # One weird trick (Krizhevsky 2014, scheme a): convolutions as in `data`; the dense layers, which hold 96% of the weights
-    # and do 8% of the work (224x224), are split by columns, and their input is gathered along `model` instead. The output
-    # layer takes fc2's columns as they lie, by rows: a few logits are summed, instead of 4096 activations gathered.
+    # One weird trick (Krizhevsky 2014, section 4, scheme a). The convolutions are data parallel.
+    # The dense layers hold 96% of AlexNet's weights and do 8% of its work at 224x224: their columns
+    # are split, and their input is gathered along `model`. fc3 takes fc2's columns where they lie,
+    # as its rows: devices then sum a few logits instead of gathering 4096 activations.
     "hybrid": dict(
-        conv_batch=BOTH,
+        conv_batch=ALL,
         dense_batch="data",
         output_batch="data",
         fc1_out="model",
         fc2_out="model",
         fc3_in="model",
     ),
-    # fc1 by columns, fc2 by rows: nothing moves between the two (PaSE, IPDPS 2021; Megatron). fc2's partial sums are
-    # reduced straight back to a batch over both axes, where the small output layer is data parallel.
+    # As hybrid, but fc2 is split by rows: nothing moves between fc1 and fc2 (PaSE, IPDPS 2021;
+    # Megatron-LM, 2019). fc2's partial sums are reduced straight to a batch that is split over all
+    # devices, where the small output layer is data parallel.
     "hybrid_alternating": dict(
-        conv_batch=BOTH, dense_batch="data", output_batch=BOTH, fc1_out="model", fc2_in="model"
+        conv_batch=ALL,
+        dense_batch="data",
+        output_batch=ALL,
+        fc1_out="model",
+        fc2_in="model",
     ),
-    # AlexNet's two GPUs (2012): a tower each, which meet in conv3 and the dense layers only.
+    # The two GPUs of AlexNet (Krizhevsky et al. 2012, figure 2). Each holds one tower of the
+    # network; the towers meet only in conv3 and in the dense layers.
     "two_tower": dict(
         conv_batch="data",
         dense_batch="data",
@@ -73,6 +84,7 @@ LOGICAL_AXES = (
     "fc3_out",
 )
 
-# CIFAR-10's 10 classes divide by few model axes. The output layer is small, so it is replicated then, and the placement
-# report of the run says so; for every other axis, an indivisible size is an error.
+# A size that does not divide by its mesh axes is an error, except here: the 10 classes of CIFAR-10
+# divide by few meshes. The output layer is small, so each device then holds it whole, and the
+# placement report says so.
 MAY_REPLICATE = ("fc3_out",)

@@ -58,7 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
 
     def folder_is_fine(setup: Setup) -> None:
         refuse_beyond_memory(setup)
-        with workdirs.opened(workdir, setup.saved):
+        with workdirs.opened(workdir, setup.saved_config):
             pass
 
     setup = prepare(
@@ -66,7 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     )  # a signal that comes meanwhile raises KeyboardInterrupt: launch.py
     with Interrupt() as interrupt:
         interrupt.check()
-        with workdirs.opened(workdir, setup.saved) as old_summary:
+        with workdirs.opened(workdir, setup.saved_config) as old_summary:
             cluster.same_folder(workdir, workdir / workdirs.LOCK)
             evaluation = old_summary.get("eval")
             accuracy = evaluation.get("accuracy") if isinstance(evaluation, dict) else None
@@ -93,7 +93,8 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
     Raises UserError where it is past the last step, or where the checkpoints that old_summary speaks of are gone.
     """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    (config, data, place, steps), identity = setup, setup.identity
+    config, data, place, steps = setup.config, setup.data, setup.place, setup.functions
+    identity = setup.data_fields
     is_main = jax.process_index() == 0
     total, batch_size, examples = config.steps, config.batch_size, len(data.train_images)
     per_epoch = examples // batch_size
@@ -123,7 +124,7 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
             f"steps={total}: {workdir} is at step {start} already; the number of steps may grow, not shrink"
         )
     if is_main:  # before anything takes long: a run that is stopped now can be started again
-        runfiles.write_json(workdir / "config.json", setup.saved | dict(run=run_name))
+        runfiles.write_json(workdir / "config.json", setup.saved_config | dict(run=run_name))
         (workdir / "profile.json").unlink(
             missing_ok=True
         )  # of an earlier command, maybe on another mesh
@@ -151,7 +152,7 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
     masks = [put(mask, place.sharding(("conv_batch",), mask.shape)) for mask in masks]
     eval_program = (
         steps.jit_eval()
-        .lower(steps.abstract_state.params, *test_feed.shapes(batch_size), masks[0])
+        .lower(steps.abstract_state, *test_feed.shapes(batch_size), masks[0])
         .compile()
     )
     report = report_of(
@@ -212,7 +213,7 @@ def train(setup: Setup, workdir: pathlib.Path, interrupt: Interrupt, old_summary
         since = time.perf_counter()
         parts = []
         for inputs, mask in zip(test_feed.calls(test_indices), masks, strict=True):
-            parts.append(eval_program(state.params, *inputs, mask))
+            parts.append(eval_program(state, *inputs, mask))
             jax.block_until_ready(
                 parts[-2:][0]
             )  # or all the images of the split would pile up on the devices
@@ -360,7 +361,7 @@ def dry_run(
     setup = prepare(config, devices)
     with contextlib.ExitStack() as stack:
         if workdir:
-            stack.enter_context(workdirs.opened(workdir, setup.saved))
+            stack.enter_context(workdirs.opened(workdir, setup.saved_config))
             if (workdir / "config.json").exists():
                 raise UserError(
                     f"--workdir={workdir}: holds a run, which a dry run leaves alone: give a new folder"
@@ -370,7 +371,7 @@ def dry_run(
         report = report_of(setup, compile_train(setup, n), n, time.perf_counter() - since)
         say(program.as_text(report))
         if workdir:
-            runfiles.write_json(workdir / "program.json", setup.identity | report)
+            runfiles.write_json(workdir / "program.json", setup.data_fields | report)
     return report
 
 
@@ -389,12 +390,8 @@ def evaluation_of(parts: list[dict], examples: int) -> dict[str, Any]:
     sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
     if sums["examples"] != examples:
         raise AssertionError(f"evaluated {sums['examples']} examples of {examples}")
-    return dict(
-        accuracy=sums["correct"] / examples,
-        top5=sums["top5"] / examples,
-        loss=sums["loss"] / examples,
-        examples=examples,
-    )
+    means = {name: total / examples for name, total in sums.items() if name != "examples"}
+    return means | dict(examples=examples)
 
 
 @jax.jit

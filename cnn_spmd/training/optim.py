@@ -1,23 +1,62 @@
-"""Learning-rate schedules and the optimizer."""
+"""Optimizers and learning-rate schedules. To add one is to add an entry to a dict.
+
+OPTIMIZERS: name -> function(settings, rate) that returns optax transformations, a tuple of them.
+SCHEDULES: name -> function(rate, settings, steps) that returns an optax schedule.
+`settings` is the config's `optimizer`; `settings.options` holds numbers that only an optimizer of
+one's own knows.
+"""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 
 from cnn_spmd.errors import UserError
 
-DECAYS = {  # (learning rate, settings, steps after the warm-up)
+
+def sgd(settings: Any, rate: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
+    """SGD with (Nesterov) momentum and weight decay on weights, not on biases.
+
+    As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: the learning rate
+    scales it, and it passes through the momentum. `weight_decays` sets it by layer.
+    """
+
+    def add_decay(path, gradient, weight):
+        if is_bias(path):
+            return gradient
+        return gradient + settings.weight_decays.get(path[0].key, settings.weight_decay) * weight
+
+    return (
+        optax.stateless(
+            lambda grads, params: jax.tree_util.tree_map_with_path(add_decay, grads, params)
+        ),
+        optax.sgd(rate, momentum=settings.momentum, nesterov=settings.nesterov),
+    )
+
+
+def stages(rate: float, settings: Any, steps: int) -> optax.Schedule:
+    """Multiply the rate by `stage_factor` at each of `stages`, which are shares of the steps."""
+    return optax.piecewise_constant_schedule(rate, drops_of(settings, steps))
+
+
+OPTIMIZERS: dict[str, Callable[..., tuple[optax.GradientTransformation, ...]]] = {"sgd": sgd}
+
+SCHEDULES: dict[str, Callable[[float, Any, int], optax.Schedule]] = {
     "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, steps),
     "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(rate, steps),
     "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
-    "staged": lambda rate, settings, steps: optax.piecewise_constant_schedule(
-        rate, drops_of(settings, steps)
-    ),
+    "staged": stages,
 }
 
 
-def drops_of(settings, steps: int) -> dict[int, float]:
+def is_bias(path: tuple) -> bool:
+    """Return whether a parameter's path, such as (fc1, bias), is that of a bias."""
+    return "bias" in [getattr(key, "key", None) for key in path]
+
+
+def drops_of(settings: Any, steps: int) -> dict[int, float]:
     """Map each step at which stages begin to the product of their factors.
 
     Several stages of a short run may begin at the same step.
@@ -26,76 +65,56 @@ def drops_of(settings, steps: int) -> dict[int, float]:
     return {step: settings.stage_factor**count for step, count in begins.items()}
 
 
-def make_schedule(settings, steps: int, batch_size: int = 128) -> optax.Schedule:
-    """Learning rate by step: linear warm-up over `warmup` (a share of all steps) to `learning_rate`, then `decay`.
+def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Schedule:
+    """Return the learning rate by step: linear warm-up to the rate, then the decay.
 
-    With `scaling`, learning_rate is that of a batch of 128, and a batch k times as large has k**scaling times that: 1.0 is
-    what Krizhevsky 2014 (section 5) found to work, .5 what its theory says; 0.0 takes it as it is given.
-    "staged" multiplies by `stage_factor` at each of `stages`, ascending shares of the steps after the warm-up.
-    Raises UserError for an unknown decay, and for stages that are no such shares.
+    `warmup` is a share of all steps. The rate is `learning_rate` times (batch_size / 128) **
+    `scaling`: a power of 1.0 is what Krizhevsky 2014 (section 5) found to work, 0.5 what its theory
+    says, and 0.0 turns scaling off.
+    Raises UserError for an unknown decay, and for stages that are not ascending shares.
     """
-    if settings.decay not in DECAYS:
+    if settings.decay not in SCHEDULES:
+        expected = ", ".join(SCHEDULES)
+        raise UserError(f"optimizer.decay={settings.decay}: unknown, expected one of {expected}")
+    shares = {share for share in settings.stages if isinstance(share, float) and 0 < share < 1}
+    if list(settings.stages) != sorted(shares):
         raise UserError(
-            f"optimizer.decay={settings.decay}: unknown, expected one of {', '.join(DECAYS)}"
+            f"optimizer.stages={settings.stages}: expected ascending shares of the steps, such as "
+            "(0.25, 0.5)"
         )
-    if list(settings.stages) != sorted(
-        {x for x in settings.stages if isinstance(x, float) and 0 < x < 1}
-    ):
-        raise UserError(
-            f"optimizer.stages={settings.stages}: expected ascending shares of the steps, such as (0.25, 0.5)"
-        )
-    rate, warmup = (
-        settings.learning_rate * (batch_size / 128) ** settings.scaling,
-        round(settings.warmup * steps),
-    )
-    decay = DECAYS[settings.decay](rate, settings, max(steps - warmup, 1))
+    rate = settings.learning_rate * (batch_size / 128) ** settings.scaling
+    warmup = round(settings.warmup * steps)
+    decay = SCHEDULES[settings.decay](rate, settings, max(steps - warmup, 1))
     if not warmup:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), decay], [warmup])
 
 
 def make_optimizer(
-    settings, steps: int, batch_size: int = 128, parts: int = 1
+    settings: Any, steps: int, batch_size: int = 128, updates: int = 1
 ) -> optax.GradientTransformation:
-    """SGD with (Nesterov) momentum; weight decay on weights only, biases are left out.
+    """Return the optimizer `settings.name`, with clipping before it and rates by layer after it.
 
-    As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: it is scaled by the learning rate and
-    passes through the momentum. `weight_decays` has other decays for some layers, `layer_rates` multiples of the learning
-    rate, and `bias_rate` is a further multiple for all biases. A gradient longer than `clip_norm`, over all parameters
-    of the update, is scaled down to it first. parts: updates in a step, each at 1/parts of the rate.
+    A gradient longer than `clip_norm`, over all parameters of the update, is scaled down to it.
+    `layer_rates` multiplies the updates of some layers, and `bias_rate` those of all biases.
+    updates: per step, each at 1/updates of the learning rate.
+    Raises UserError for an unknown optimizer, or as make_schedule does.
     """
+    if settings.name not in OPTIMIZERS:
+        expected = ", ".join(OPTIMIZERS)
+        raise UserError(f"optimizer.name={settings.name}: unknown, expected one of {expected}")
     schedule = make_schedule(settings, steps, batch_size)
 
-    def decayed(path, gradient, weight):
-        layer, bias = _layer_and_bias(path)
-        return (
-            gradient
-            if bias
-            else gradient + settings.weight_decays.get(layer, settings.weight_decay) * weight
-        )
+    def rate(count):
+        return schedule(count // updates) / updates
 
-    def scaled(path, update):
-        layer, bias = _layer_and_bias(path)
-        return update * (
-            settings.layer_rates.get(layer, 1.0) * (settings.bias_rate if bias else 1.0)
-        )
+    def scale(path, update):
+        by_layer = settings.layer_rates.get(path[0].key, 1.0)
+        return update * (by_layer * (settings.bias_rate if is_bias(path) else 1.0))
 
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     return optax.chain(
         *clip,
-        optax.stateless(
-            lambda grads, params: jax.tree_util.tree_map_with_path(decayed, grads, params)
-        ),
-        optax.sgd(
-            lambda count: schedule(count // parts) / parts,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-        ),
-        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)),
+        *OPTIMIZERS[settings.name](settings, rate),
+        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)),
     )
-
-
-def _layer_and_bias(path: tuple) -> tuple[str, bool]:
-    """Of a parameter's path, such as fc1, bias: the layer's name, and whether it is a bias."""
-    names = [getattr(key, "key", None) for key in path]
-    return names[0], "bias" in names

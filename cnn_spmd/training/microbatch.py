@@ -1,0 +1,147 @@
+"""One weird trick's variable batch: the dense layers see the batch in micro-batches.
+
+Krizhevsky 2014, section 4: the convolutions work on the whole batch, the dense layers on
+`dense_microbatch` examples after another. With dense_updates="each" the dense weights are updated
+after each micro-batch, at 1/n of the learning rate for n micro-batches, which is no longer exact
+SGD. With "sum" the gradients are averaged first, which is plain SGD, except that each micro-batch
+has a dropout mask of its own.
+
+Each device gives every micro-batch its share of examples, so that a micro-batch is gathered from
+all devices: this is the paper's scheme (c), whose communication is spread evenly. In scheme (b) a
+micro-batch is one device's own examples, and all other links idle; scheme (a) is the whole batch at
+once. Up to UNROLLED micro-batches are written out in the program, not looped over, so that XLA can
+run the gathers of the next one behind the products of this one.
+
+Shapes: B global batch, n micro-batches, F features that reach the dense layers.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from cnn_spmd.data.feed import DeviceData
+from cnn_spmd.training import packing
+
+UNROLLED = 8  # as many as one weird trick had GPUs
+
+
+class Settings(NamedTuple):
+    """How the dense layers see the batch."""
+
+    size: int  # examples per micro-batch
+    optimizer: optax.GradientTransformation | None  # dense_updates="each"; None: "sum"
+
+
+def updates_each(settings: Settings | None) -> bool:
+    """Return whether the dense layers are updated after each micro-batch."""
+    return settings is not None and settings.optimizer is not None
+
+
+def is_dense(path: tuple, variable: Any) -> bool:
+    """Return whether a parameter belongs to the dense layers (layers/dense.py marks them)."""
+    return getattr(variable, "part", None) == "dense"
+
+
+def init_optimizer(functions: Any, params: nnx.State) -> dict:
+    """Return the state of two optimizers: of the convolutions and of the dense layers."""
+    dense, conv = nnx.split_state(params, is_dense, ...)
+    return dict(
+        conv=functions.optimizer.init(conv), dense=functions.microbatch.optimizer.init(dense)
+    )
+
+
+def train_step(
+    functions: Any, state: Any, data: DeviceData, indices_B: jax.Array | None
+) -> tuple[Any, dict]:
+    """Do one step on the examples `indices_B`; return the new state, loss and accuracy [].
+
+    functions: StepFunctions. The weights of `state` are packed where functions.packed.
+    """
+    weights = packing.layer_weights(state.params)
+    images, labels_B, dropout_key = functions.batch(state, data, indices_B)
+    x_BF, backward, model_state = jax.vjp(
+        lambda weights: functions.features(weights, state.model_state, images),
+        weights,
+        has_aux=True,
+    )
+    dense = DenseLayers(functions, state, len(labels_B) // functions.microbatch.size)
+    dense_params, dense_optimizer, total, metrics, x_gradient = dense.train(
+        x_BF, labels_B, dropout_key
+    )
+    _, conv_grads = nnx.split_state(backward(x_gradient)[0], is_dense, ...)
+    if total is None:
+        conv_params, conv_optimizer = dense.update(
+            functions.optimizer, conv_grads, state.optimizer["conv"], dense.conv_params
+        )
+        params = nnx.merge_state(dense_params, conv_params)
+        optimizer = dict(conv=conv_optimizer, dense=dense_optimizer)
+    else:
+        mean = jax.tree.map(lambda grad: grad / dense.count, total)
+        params, optimizer = dense.update(
+            functions.optimizer,
+            nnx.merge_state(mean, conv_grads),
+            state.optimizer,
+            state.params,
+        )
+    state = state._replace(
+        step=state.step + 1, params=params, model_state=model_state, optimizer=optimizer
+    )
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+class DenseLayers:
+    """The dense layers in one step: forward, backward and updates, micro-batch by micro-batch."""
+
+    def __init__(self, functions: Any, state: Any, count: int):
+        self.functions, self.state, self.count = functions, state, count
+        self.dense_params, self.conv_params = nnx.split_state(state.params, is_dense, ...)
+
+    def train(self, x_BF: jax.Array, labels_B: jax.Array, dropout_key: jax.Array) -> tuple:
+        """Return dense parameters, optimizer state, sum of gradients, metrics [n], x's gradient.
+
+        With dense_updates="each" there is no sum of gradients (None); with "sum" the parameters
+        and the optimizer's state (None) are as they were.
+        """
+        place, each = self.functions.place, updates_each(self.functions.microbatch)
+        inputs = (
+            place.micro_batches(x_BF, self.count, "conv_batch", None),
+            place.micro_batches(labels_B, self.count, "output_batch"),
+            jax.random.split(dropout_key, self.count),
+        )
+        if each:
+            carry = self.dense_params, self.state.optimizer["dense"], None
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, packing.f32_weights(self.dense_params))
+            carry = self.dense_params, None, zeros
+        carry, (metrics, gradients) = jax.lax.scan(
+            self._micro_batch, carry, inputs, unroll=min(self.count, UNROLLED)
+        )
+        gradient = place.whole_batch(gradients / self.count, "conv_batch", None)
+        return *carry, metrics, gradient.astype(x_BF.dtype)
+
+    def _micro_batch(self, carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
+        """Do one micro-batch: the body of the scan."""
+        dense, optimizer_state, total = carry
+        gradients_of = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
+        weights = packing.layer_weights(dense)
+        (_, metrics), (grads, x_gradient) = gradients_of(weights, *inputs)
+        if total is None:
+            optimizer = self.functions.microbatch.optimizer
+            dense, optimizer_state = self.update(optimizer, grads, optimizer_state, dense)
+        else:
+            total = jax.tree.map(jnp.add, total, grads)
+        return (dense, optimizer_state, total), (metrics, x_gradient)
+
+    def _loss(self, dense: nnx.State, *inputs: jax.Array) -> tuple[jax.Array, dict]:
+        weights = nnx.merge_state(dense, packing.layer_weights(self.conv_params))
+        return self.functions.loss(weights, self.state.model_state, *inputs)
+
+    def update(self, optimizer, grads, optimizer_state, params) -> tuple[nnx.State, Any]:
+        """Do an optimizer's step on parameters that are packed where functions.packed."""
+        params, optimizer_state = self.functions.update(
+            optimizer, grads, optimizer_state, packing.f32_weights(params)
+        )
+        return packing.pack_weights(params) if self.functions.packed else params, optimizer_state

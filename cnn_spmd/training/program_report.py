@@ -1,0 +1,88 @@
+"""The report on a compiled train step: what a device holds, and what moves in a step."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cnn_spmd.analysis import communication, program
+from cnn_spmd.sharding.placement import axes_of, name_of
+
+
+def report_of(setup: Any, compiled: jax.stages.Compiled, n: int, compile_seconds: float) -> dict:
+    """Report what a compiled program of n steps holds and moves per step, JSON-ready.
+
+    setup: a build.Setup. An error in the report never ends a run: what is not known is then null or
+    empty, and `error`, which is absent otherwise, says why.
+    """
+    config, abstract = setup.config, setup.functions.abstract_state
+    report = dict(
+        parallelism=config.parallelism,
+        devices=setup.place.mesh.size,
+        model=config.model.name,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        **setup.data_fields,
+        data_on_device=config.data.resident == "yes",
+        param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
+        placement=[],
+        activations=[],
+        bytes_per_device=dict(parameters=None, optimizer=None),
+        closed_form=None,
+        communication=None,
+        closed_form_ring_bytes=None,
+        compile_seconds=round(compile_seconds, 2),
+        **program.compiler_of(setup.place.mesh),
+        **program.UNKNOWN,
+    )
+    try:
+        for part in _parts(setup, compiled, n):
+            report |= part
+    except Exception as error:
+        report["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+    return report
+
+
+def _parts(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]:
+    """Yield the parts of the report one by one, so that an error leaves those before it."""
+    config, place, functions = setup.config, setup.place, setup.functions
+    abstract = functions.abstract_state
+    params, model_state = map(_named_variables, (abstract.params, abstract.model_state))
+    activations = functions.activations(config.batch_size, setup.image_size)
+    itemsize = jnp.dtype(config.dtype).itemsize
+    yield dict(
+        placement=[
+            place.report(name, axes_of(leaf), leaf.shape, leaf.dtype.itemsize)
+            for name, leaf in params + model_state
+        ],
+        activations=[place.report(*activation, itemsize) for activation in activations],
+        bytes_per_device=dict(
+            parameters=program.bytes_per_device(abstract.params),
+            optimizer=program.bytes_per_device(abstract.optimizer),
+        ),
+    )
+    if model_state:
+        held = program.bytes_per_device(abstract.model_state)
+        yield dict(model_state_bytes_per_device=held)
+    found = program.report(compiled, place.mesh, n)
+    yield found
+    theory, collectives = None, found["collectives"]
+    if not model_state and communication.covers(place, collectives):
+        each = functions.microbatch is not None and functions.microbatch.optimizer is not None
+        updates = config.batch_size // config.dense_microbatch if each else 1
+        theory = communication.closed_form(place, activations, params, itemsize, updates)
+    yield dict(
+        closed_form=theory,
+        communication=communication.compare(collectives, theory),
+        closed_form_ring_bytes=None if theory is None else sum(row["ring_bytes"] for row in theory),
+    )
+
+
+def _named_variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
+    """Return the variables of a state with their names, such as "fc1.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    return [(name_of(path), leaf) for path, leaf in leaves]
