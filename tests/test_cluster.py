@@ -15,7 +15,7 @@ from conftest import ROOT
 from jax._src.clusters import ClusterEnv
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import cluster
+from cnn_spmd.training import cluster, cluster_env, peers
 
 RUN = [
     sys.executable,
@@ -115,7 +115,7 @@ def errors(processes, code, seconds=60):
     ],
 )
 def test_one_process_is_no_cluster(variables):
-    assert cluster.named(variables) == ""
+    assert cluster_env.variable(variables) == ""
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_one_process_is_no_cluster(variables):
 )
 def test_a_bad_variable_is_named(variables, message):
     with pytest.raises(UserError, match="^" + message.replace("(", r"\(")):
-        cluster.member(variables)
+        cluster_env.membership(variables)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,10 @@ def test_a_bad_variable_is_named(variables, message):
 )
 def test_processes_of_a_node_share_its_gpus(monkeypatch, variables, ids):
     """And jax, which finds the rest of the cluster by itself, leaves the choice as it is."""
-    monkeypatch.setattr(cluster.glob, "glob", lambda _: ["/dev/nvidia0", "/dev/nvidia1"])
+    monkeypatch.setattr(cluster_env.glob, "glob", lambda _: ["/dev/nvidia0", "/dev/nvidia1"])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    member = cluster.member(os.environ)
+    member = cluster_env.membership(os.environ)
     address, count, number, found = ClusterEnv.auto_detect_unset_distributed_params(
         *member.values(), cluster_detection_method=None, initialization_timeout=1
     )
@@ -225,16 +225,15 @@ def test_processes_of_a_node_share_its_gpus(monkeypatch, variables, ids):
 
 def test_open_mpi_gives_the_numbers_where_it_does_not_know_the_address():
     """As Open MPI 5 does not."""
-    member = cluster.member(
+    member = cluster_env.membership(
         dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3", JAX_COORDINATOR_ADDRESS="h:1")
     )
     assert list(member.values()) == ["h:1", 4, 3, []]
 
 
 def test_the_first_field_that_differs_is_named_with_both_values(monkeypatch):
-    monkeypatch.setattr(
-        cluster, "_state", lambda: types.SimpleNamespace(client=True, num_processes=3)
-    )
+    joined = types.SimpleNamespace(client=True, num_processes=3)
+    monkeypatch.setattr(peers, "record", lambda: joined)
     monkeypatch.setattr(cluster, "exchange", lambda mine: [mine, mine, dict(mine, b=dict(c=3))])
     with pytest.raises(UserError, match=r"^b\.c: process 0 has 2, process 2 has 3: give all"):
         cluster.agree(dict(a=1, b=dict(c=2)))
