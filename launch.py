@@ -284,5 +284,5 @@ def parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    environment.keep_talking()
+    environment.protect_streams()
     app.run(main, flags_parser=parse)
