@@ -394,3 +394,26 @@ def test_a_checkpoint_that_lacks_arrays_or_has_more_is_refused_in_one_line(tmp_p
     saved(tmp_path / "more", full, [1])
     with pytest.raises(UserError, match=r"1 holds \.model_state\S+, which .* does not have"):
         restored(tmp_path / "more", state)
+
+
+def test_all_processes_load_the_step_that_process_0_chooses(tmp_path, state, monkeypatch):
+    saved(tmp_path, state, [1, 2])
+    monkeypatch.setattr(checkpoint.cluster, "exchange", lambda mine: [1, mine])
+    other = checkpoint.Checkpoints(tmp_path, 10, "mine")
+    other._is_main = False
+    assert int(other.restore(state).step) == 1
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_several_processes_do_not_fall_back_after_a_load_that_fails(tmp_path, state, monkeypatch):
+    """It may have succeeded on another process, and all must restore the same step."""
+    saved(tmp_path, state, [1, 2])
+
+    def fails(*_):
+        raise checkpoint.Rejected("does not load")
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "load", fails)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="2: does not load: move it away, or mend it"):
+        checkpoint.Checkpoints(tmp_path, 10, "mine").restore(state)
+    assert names(tmp_path) == ["1", "2"]
