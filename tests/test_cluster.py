@@ -56,7 +56,7 @@ EIGHT = dict(CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
 
 @pytest.fixture
 def start(tmp_path):
-    """Return a function that starts one process of launch.py; kill those that are left over."""
+    """Return a function that starts one process; kill those that are left over."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments, cwd=tmp_path, **environment):
@@ -103,7 +103,7 @@ def pair(start):
 
 
 def errors(processes, code, seconds=60):
-    """Return the one line of error that each process printed before it ended with this code."""
+    """Return the one line of error of each process; all must end with this code."""
     ended = [process.communicate(timeout=seconds) for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), ended
     assert [err.count("\n") for _, err in ended] == [1] * len(processes), ended
@@ -264,7 +264,7 @@ def test_a_workdir_that_is_not_shared_is_refused_on_each_process(pair, tmp_path)
 
 
 def test_bad_input_of_one_process_ends_the_others(pair, tmp_path):
-    """A bad flag ends process 1 before it joins; a workdir in use ends process 0 afterwards."""
+    """A bad flag ends process 1 before it joins, a locked workdir process 0 later."""
     early = pair(["--workdir", "r"], ([], ["--config.foo=1"]))
     (tmp_path / "locked").mkdir()
     with (tmp_path / "locked/.lock").open("w") as lock:

@@ -1,4 +1,4 @@
-"""Save the state of a run, verify what was saved, and restore the newest checkpoint that is whole.
+"""Save the state of a run, verify it, and restore the newest whole checkpoint.
 
 Orbax writes the arrays in the background and reads them back onto any mesh. It neither notices
 flipped bits nor falls back to an older checkpoint. This module does both.
@@ -35,7 +35,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +61,7 @@ class SaveError(RuntimeError):
 
 
 class Rejected(Exception):
-    """A checkpoint cannot be used; the text says why, and continues "Checkpoint 300 ..."."""
+    """A checkpoint cannot be used; the text completes "Checkpoint 300 ..."."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Checkpoint:
         os.replace(temporary, self.path / MANIFEST)
 
     def has_manifest(self) -> bool:
+        """Return whether the checkpoint has a manifest, readable or not."""
         return (self.path / MANIFEST).exists()
 
     def manifest(self) -> dict:
@@ -111,7 +112,7 @@ class Checkpoint:
         return accuracy if isinstance(accuracy, float) else None
 
     def verify(self, run: str) -> bool:
-        """Return True if the manifest vouches for this checkpoint, False if there is no manifest.
+        """Return whether a manifest vouches for this checkpoint; False if it has none.
 
         Files that the manifest does not name are ignored: file browsers and network disks leave
         some everywhere. Raises Rejected if the checkpoint is damaged, or is of another run or step.
@@ -146,14 +147,12 @@ class Checkpoint:
         """
         named = _arrays_by_name(target)
         try:
-            saved = ocp.metadata(self.path).metadata
-            loaded = ocp.load(self.path, named) if saved.keys() == named.keys() else {}
+            _check_names(named.keys(), ocp.metadata(self.path).metadata.keys())
+            loaded = ocp.load(self.path, named)
+        except Rejected:
+            raise
         except Exception as error:  # of many kinds, for files that are cut, missing or misshapen
             raise Rejected(f"does not load ({_first_line(error)})") from error
-        if missing := named.keys() - saved.keys():
-            raise Rejected(f"does not hold {_listed(missing)}, which this run's state has")
-        if unknown := saved.keys() - named.keys():
-            raise Rejected(f"holds {_listed(unknown)}, which this run's state does not have")
         if (step := int(loaded[".step"])) != int(self.path.name):
             raise Rejected(f"holds step {step}")
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
@@ -260,7 +259,7 @@ class Checkpoints:
         self._refuse_to_start_over(rejected)
 
     def _refuse_to_start_over(self, rejected: dict[int, str]) -> None:
-        """Raise UserError if there is any checkpoint, set aside ones included."""
+        """Raise UserError if there is any checkpoint, in use or set aside."""
         reasons = [f"{step} {reason}" for step, reason in rejected.items()]
         for path in sorted(self.directory.glob(f"{BROKEN}*")):
             reasons.append(f"{path.name} was set aside before")
@@ -290,7 +289,7 @@ class Checkpoints:
         named = _arrays_by_name(state)
         try:
             self._check_disk(sum(array.nbytes for array in named.values()))
-            written = ocp.save_async(self._saving(step).path, named, overwrite=True)
+            written = ocp.save_async(self.directory / f"{SAVING}{step}", named, overwrite=True)
         except Exception as error:
             raise self._failed(step, error) from error
         self._pending = _Pending(
@@ -326,7 +325,7 @@ class Checkpoints:
         return f"the last good checkpoint is {self.directory / str(steps[0])}"
 
     def _check_disk(self, total_bytes: int) -> None:
-        """Raise OSError if the folder cannot be written, or has no room for this process's share.
+        """Raise OSError if the folder cannot be written, or the disk has no room.
 
         If Orbax cannot make a folder, its threads wait five minutes for the folder to appear.
         """
@@ -338,15 +337,16 @@ class Checkpoints:
             raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
 
     def _finish(self, step: int, written: Any, accuracy: float | None) -> None:
-        """Wait for Orbax, then turn what it wrote into a checkpoint. Runs in the background."""
+        """Wait in the background for Orbax, then make a checkpoint of what it wrote."""
         written.result()
         if not self._is_main:
             return
-        self._saving(step).write_manifest(self.run, step, accuracy)
+        saving = self._checkpoint(f"{SAVING}{step}")
+        saving.write_manifest(self.run, step, accuracy)
         final = self._checkpoint(step)
         if final.path.exists():
             final.set_aside("is in the way of a new save of this step")
-        self._saving(step).path.rename(final.path)
+        saving.path.rename(final.path)
         self._delete_old()
 
     def _delete_old(self) -> None:
@@ -363,9 +363,9 @@ class Checkpoints:
             shutil.rmtree(removed, ignore_errors=True)
 
     def _read_back(self, pending: _Pending) -> None:
-        """Read a new checkpoint to the host. Raises SaveError, and sets it aside, on failure.
+        """Read a new checkpoint to the host, on each process: Orbax waits for all of them.
 
-        All processes read, because Orbax waits for all of them.
+        Sets it aside and raises SaveError if it cannot be read.
         """
         cluster.exchange(None)  # wait until process 0 has renamed the folder
         checkpoint = self._checkpoint(pending.step)
@@ -388,14 +388,11 @@ class Checkpoints:
 
     # ---- The folder
 
-    def _checkpoint(self, step: int) -> Checkpoint:
-        return Checkpoint(self.directory / str(step))
-
-    def _saving(self, step: int) -> Checkpoint:
-        return Checkpoint(self.directory / f"{SAVING}{step}")
+    def _checkpoint(self, name: int | str) -> Checkpoint:
+        return Checkpoint(self.directory / str(name))
 
     def _steps(self) -> list[int]:
-        """Return the steps that have a folder, newest first. Raises UserError if one is a file."""
+        """Return the steps, newest first. Raises UserError if one is a file."""
         steps = []
         for path in self._entries():
             if not path.name.isdecimal() or path.name != str(int(path.name)):
@@ -428,7 +425,7 @@ def _arrays_by_name(state: Any) -> dict[str, Any]:
 
 
 def _empty(array: Any) -> np.ndarray:
-    """Return a host array of this shape and dtype that takes the memory of one element."""
+    """Return a host array of this shape that takes the memory of one element."""
     return np.broadcast_to(np.zeros((), array.dtype), array.shape)
 
 
@@ -437,10 +434,15 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _listed(names: set[str]) -> str:
-    """Return the first of these names, and how many more there are."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return min(names) + more
+def _check_names(wanted: Set[str], saved: Set[str]) -> None:
+    """Raise Rejected if a checkpoint lacks arrays of the state, or has others."""
+    for problem, names in (
+        ("lacks arrays of this run's state", wanted - saved),
+        ("has arrays that this run's state lacks", saved - wanted),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:2]) + (", ..." if len(names) > 2 else "")
+            raise Rejected(f"{problem}: {shown}")
 
 
 def _first_line(error: Exception) -> str:

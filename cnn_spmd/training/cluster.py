@@ -1,4 +1,4 @@
-"""Join the processes of a cluster, let them agree, and end them together when one fails.
+"""Join a cluster of processes, agree with them, and end together when one fails.
 
 The processes talk through the key-value store of jax's coordination service, which process 0
 holds. The store needs neither devices nor compiled programs. So it works before there are any, and
@@ -65,7 +65,7 @@ def leave() -> None:
 
 
 def exchange(value: Any) -> list:
-    """Return the values of all processes, in their order; all processes must call this.
+    """Return the values of all processes, in their order; all must call this.
 
     value: anything that JSON holds. The wait has no limit, because one process may prepare data for
     hours; a process that fails or is lost meanwhile ends this one.
@@ -119,7 +119,7 @@ def same_folder(folder: pathlib.Path, mark: pathlib.Path) -> None:
 
 
 def size() -> str:
-    """Return how many processes there are, and how many devices each has. Creates the devices."""
+    """Return the numbers of processes and of devices of each. Creates the devices."""
     import jax
 
     counts = exchange(jax.local_device_count())
@@ -130,7 +130,7 @@ def size() -> str:
 
 
 def fail(line: str, code: int) -> None:
-    """Print why this process ends; in a cluster, end all processes with the same exit code.
+    """Print why this process ends; in a cluster, end all of them with this exit code.
 
     A process that has not joined the cluster yet joins it to inform the others. Returns if there is
     no cluster.
@@ -148,7 +148,7 @@ def fail(line: str, code: int) -> None:
 
 
 def crash(error: Exception) -> None:
-    """End all processes of a cluster after an exception; return if there is no cluster.
+    """End all processes of a cluster after an exception; return if this one is alone.
 
     A collective also raises if another process is gone. Then a thread or the handler of peers.py
     reports that process soon, which says more than this exception.

@@ -1,4 +1,4 @@
-"""Read from environment variables whether this process belongs to a cluster, and as which member.
+"""Read from environment variables which cluster this process belongs to, if any.
 
 A user sets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each host; Slurm's srun
 and Open MPI's mpirun set variables of their own. jax reads all of these too. They are checked here
@@ -22,7 +22,7 @@ LARGEST_PORT = 2**16 - 1
 
 
 def variable(env: Mapping[str, str]) -> str:
-    """Return the name of the variable that makes this process one of several; "" if none does."""
+    """Return the variable that makes this process one of several; "" if none does."""
     for name in (*JAX, COORDINATOR):
         if name in env:
             return name
@@ -33,8 +33,9 @@ def variable(env: Mapping[str, str]) -> str:
 
 
 def membership(env: Mapping[str, str]) -> dict:
-    """Return the arguments for jax.distributed.initialize; jax finds an address that is None.
+    """Return the arguments for jax.distributed.initialize.
 
+    jax finds an address that is None by itself.
     Raises UserError, which names the variable, for a bad value.
     """
     count_name, id_name = _launcher(env)
@@ -84,7 +85,7 @@ def local_devices(env: Mapping[str, str]) -> list[int]:
 
 
 def number(env: Mapping[str, str], name: str, low: int, high: int = LARGEST_INT) -> int:
-    """Return the whole number in a variable. Raises UserError, which names the variable."""
+    """Return the whole number in a variable. Raises UserError for anything else."""
     value = env.get(name)
     if value is None or not re.fullmatch("[0-9]{1,10}", value) or not low <= int(value) <= high:
         shown = f"{name} is not set" if value is None else f"{name}={value}"
@@ -94,7 +95,7 @@ def number(env: Mapping[str, str], name: str, low: int, high: int = LARGEST_INT)
 
 
 def _launcher(env: Mapping[str, str]) -> tuple[str, str]:
-    """Return the two variables that hold the number of processes, and the number of this one."""
+    """Return the variables for the number of processes and the number of this one."""
     name = variable(env)
     if name == COORDINATOR:  # the user gives the address, and a launcher may give the numbers
         return next((names for names in (MPI, SLURM) if names[0] in env), JAX)
@@ -102,7 +103,7 @@ def _launcher(env: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _check_address(env: Mapping[str, str], name: str, needed: bool) -> None:
-    """Raise UserError if a variable is not host:port; it may be absent unless it is needed."""
+    """Raise UserError if a variable is not host:port, or if it is needed and absent."""
     if name not in env and not needed:
         return
     host, _, port = env.get(name, "").rpartition(":")

@@ -62,7 +62,7 @@ class _LossyFile(io.FileIO):
 
 
 def protect_streams() -> None:
-    """Replace sys.stdout and sys.stderr by streams that accept any text and never raise."""
+    """Replace stdout and stderr by streams that accept any text and never raise."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:  # closed: otherwise the next file to be opened would get its number
@@ -125,7 +125,7 @@ def refuse_bad_xla_flags() -> None:
 
 
 def print_each_warning_once() -> None:
-    """Let only absl print what libraries log, each as one line, without the hints of TFDS."""
+    """Let only absl print what libraries log, in single lines, without TFDS's hints."""
     # absl then writes to sys.stderr as it is at that moment, which is above a progress bar.
     flags.FLAGS.set_default("logtostderr", True)
     for library in ("jax", "jaxlib"):

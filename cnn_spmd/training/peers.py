@@ -1,4 +1,4 @@
-"""End this process, with one line, when another process of the cluster fails or is lost.
+"""End this process, with one line, when another of its cluster fails or is lost.
 
 At that moment the main thread usually waits in a collective for the other process, and can do
 nothing. So the end comes from elsewhere:
@@ -32,13 +32,14 @@ PEER_TROUBLE = re.compile("gloo|nccl|coordination|barrier|UNAVAILABLE|DEADLINE_E
 _ending = threading.Lock()  # the thread that ends this process takes it, and keeps it
 _leaving = threading.Event()
 _exit_code = 1
+_abort_handler: Any = None  # C code holds it, which Python cannot know: Python must not free it
 
 
 def record() -> Any:
-    """Return jax's record of the cluster: client, process_id, num_processes, coordinator_address.
+    """Return jax's record of the cluster.
 
-    The client is None if this process has joined no cluster. jax has no public way to the client,
-    which holds the key-value store.
+    Its fields are client, process_id, num_processes and coordinator_address. The client is None if
+    this process has joined no cluster. jax has no public way to it, nor to its key-value store.
     """
     from jax._src import distributed
 
@@ -46,7 +47,7 @@ def record() -> Any:
 
 
 def prepare_to_join() -> None:
-    """Prepare for an abort in jax's C++ code. Call it before jax.distributed.initialize."""
+    """Prepare for an abort in C++ code; call it before jax.distributed.initialize."""
     _end_aborts_in_one_line(_hide_native_output(), time.monotonic())
 
 
@@ -56,6 +57,7 @@ def watch() -> None:
 
 
 def stop_watching() -> None:
+    """End that thread: from now on the other processes may leave, too."""
     _leaving.set()
 
 
@@ -65,7 +67,7 @@ def is_peer_trouble(text: str) -> bool:
 
 
 def claim_the_end(code: int) -> None:
-    """Become the one thread that ends this process, with this exit code; any other one sleeps."""
+    """Become the one thread that ends this process, with this code; others sleep."""
     global _exit_code
     if not _ending.acquire(blocking=False):
         time.sleep(60)  # the process ends meanwhile
@@ -140,7 +142,8 @@ def _end_aborts_in_one_line(output: BinaryIO, since: float) -> None:
 
     def printed() -> str:
         size = os.fstat(output.fileno()).st_size
-        return os.pread(output.fileno(), size, 0).decode(errors="replace")  # keeps the position
+        # pread does not move the position at which C++ code writes on.
+        return os.pread(output.fileno(), size, 0).decode(errors="replace")
 
     def aborted(_: int) -> None:
         # Gloo may abort before the heartbeats have shown which process is lost. jax's own abort
@@ -151,13 +154,16 @@ def _end_aborts_in_one_line(output: BinaryIO, since: float) -> None:
             _print(_reason(printed(), time.monotonic() - since))
         os._exit(_exit_code)
 
-    global _handler  # Python must not free it: C code holds it, and Python cannot know
-    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
-    ctypes.CDLL(None).signal(signal.SIGABRT, _handler)
+    global _abort_handler
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
 
 
 def _reason(printed: str, seconds: float) -> str:
-    """Return one line for what C++ code printed before it aborted, `seconds` after the join."""
+    """Return one line for what C++ code printed before it aborted.
+
+    seconds: the time since the join began.
+    """
     if "RegisterTask" in printed:
         return f"error: cannot join the cluster: {_who_is_absent()} (waited {seconds:.0f} s)"
     lost = re.search(r"stopped sending heartbeats\):\s*([0-9, \n]+)", printed)
