@@ -32,7 +32,7 @@ from absl import app, flags, logging
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import write
-from cnn_spmd.training import cluster, environment, interrupt
+from cnn_spmd.training import cluster, cluster_env, environment, interrupt
 
 CONFIG = configs.define_flag(flags.FLAGS)
 MESH = flags.DEFINE_string(
@@ -140,7 +140,7 @@ def launch(argv: list[str]) -> int:
         or "," in (MESH.value or "")
         or MESH.value == "all"
     ):
-        if name := cluster.named(os.environ):  # no other process waits for this one
+        if name := cluster_env.variable(os.environ):  # no other process waits for this one
             print(
                 f"error: {name}={os.environ[name]}: a sweep runs in one process, expected a single run, or srun's "
                 "or mpirun's variables unset",
@@ -162,7 +162,7 @@ def launch(argv: list[str]) -> int:
     if MESH.value is not None:
         config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
     config.profile = PROFILE.value or config.profile
-    if cluster.named(os.environ):
+    if cluster_env.variable(os.environ):
         given = {f"--{flag.name} given": bool(flag.value) for flag in (WORKDIR, DRY_RUN, TARGET)}
         code = {name: value for name, value in metrics.provenance().items() if name != "host_cores"}
         cluster.agree(given | code | dict(config=configs.as_json(config)))
@@ -284,5 +284,5 @@ def parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    environment.keep_talking()
+    environment.protect_streams()
     app.run(main, flags_parser=parse)

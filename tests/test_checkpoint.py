@@ -1,6 +1,7 @@
-"""What is broken is set aside and reported, and a run goes on from the newest step that is whole."""
+"""Test that checkpoints are verified, set aside if broken, and restored."""
 
 import gc
+import hashlib
 import json
 import os
 import pathlib
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from cnn_spmd.errors import UserError
@@ -22,6 +25,12 @@ from cnn_spmd.training import checkpoint
 class State(NamedTuple):
     step: jax.Array
     weights: jax.Array
+
+
+class StateWithModelState(NamedTuple):
+    step: jax.Array
+    weights: jax.Array
+    model_state: nnx.State
 
 
 @pytest.fixture
@@ -37,6 +46,7 @@ def warnings(monkeypatch):
 
 
 def saved(directory, state, steps, keep=10, accuracies=None, run="mine"):
+    """Save these steps to a new folder; return the names in it."""
     checkpoints = checkpoint.Checkpoints(directory, keep, run)
     assert checkpoints.restore(state) is None
     for step in steps:
@@ -49,24 +59,30 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def restored(directory, state, run="mine"):
-    abstract = jax.tree.map(
+def restored_state(directory, state, run="mine"):
+    """Restore into the shapes and shardings of `state`; None if nothing was saved."""
+    target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     checkpoints = checkpoint.Checkpoints(directory, 10, run)
     try:
-        got = checkpoints.restore(abstract)
+        return checkpoints.restore(target)
     finally:
         checkpoints.close()
-    if got is not None:
-        np.testing.assert_array_equal(got.weights, state.weights)
-    return got and int(got.step)
 
 
-def test_keeps_the_last_and_the_best(tmp_path, state):
-    assert saved(
-        tmp_path, state, range(1, 7), keep=2, accuracies={1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}
-    ) == ["2", "5", "6"]
+def restored(directory, state, run="mine"):
+    """Restore, check the weights, and return the step; None if nothing was saved."""
+    got = restored_state(directory, state, run)
+    if got is None:
+        return None
+    np.testing.assert_array_equal(got.weights, state.weights)
+    return int(got.step)
+
+
+def test_the_last_and_the_best_are_kept(tmp_path, state):
+    accuracies = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}
+    assert saved(tmp_path, state, range(1, 7), keep=2, accuracies=accuracies) == ["2", "5", "6"]
     assert restored(tmp_path, state) == 6
 
 
@@ -149,9 +165,8 @@ def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
     assert restored(tmp_path, state) == 2  # and is not looked at again
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # reads that Orbax leaves behind
+# Orbax leaves reads behind that nobody awaits.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -165,17 +180,17 @@ def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
         ),
     ],
 )
-def test_where_every_step_is_rejected_nothing_starts_over(tmp_path, state, damage, reason):
+def test_a_run_whose_steps_are_all_rejected_does_not_start_over(tmp_path, state, damage, reason):
     saved(tmp_path, state, [1])
     damage(tmp_path / "1")
     before = names(tmp_path)
     with pytest.raises(UserError, match=f"holds no checkpoint that can be used .*{reason}"):
         restored(tmp_path, state)
-    assert names(tmp_path) == before  # mend it, and the same command goes on
+    assert names(tmp_path) == before  # so that the same command goes on once it is mended
     gc.collect()
 
 
-def test_files_of_file_browsers_and_network_disks_do_no_harm(tmp_path, state, warnings):
+def test_files_of_file_browsers_and_network_disks_are_ignored(tmp_path, state, warnings):
     saved(tmp_path, state, [1, 2])
     for folder in [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]:
         for name in (".DS_Store", "._d", ".nfs0000a1", "Thumbs.db", "notes.txt"):
@@ -186,12 +201,12 @@ def test_files_of_file_browsers_and_network_disks_do_no_harm(tmp_path, state, wa
 
 
 def test_a_step_that_says_another_number_is_rejected(tmp_path, state, warnings):
-    """Even where no manifest tells: the state itself does."""
+    """Without a manifest, the step in the state itself shows it."""
     saved(tmp_path, state, [1, 8])
     (tmp_path / "8").rename(tmp_path / "99")
     (tmp_path / "99" / checkpoint.MANIFEST).unlink()
     (tmp_path / "1").rename(tmp_path / "aside")
-    with pytest.raises(UserError, match=r"99 does not load \(ValueError: holds step 8\)"):
+    with pytest.raises(UserError, match=r"99 holds step 8"):
         restored(tmp_path, state)
 
 
@@ -224,7 +239,7 @@ def test_an_unverified_newer_step_does_not_push_out_what_is_saved_next(tmp_path,
 
 
 def test_a_step_has_its_name_only_with_its_manifest(tmp_path, state, monkeypatch):
-    """Whenever a kill comes: what has a step's name can be checked."""
+    """A kill at any moment leaves only steps that can be verified."""
     seen = []
     rename = pathlib.Path.rename
 
@@ -239,14 +254,18 @@ def test_a_step_has_its_name_only_with_its_manifest(tmp_path, state, monkeypatch
 
 
 def test_a_checkpoint_of_earlier_versions_loads_and_is_ranked(tmp_path, state):
-    """They were written by Orbax's Checkpointer, with a manifest of files alone."""
+    """Orbax's Checkpointer wrote them, and their manifest has only the files."""
     with ocp.training.Checkpointer(tmp_path) as checkpointer:
         for step, accuracy in ((1, 0.9), (2, 0.5)):
             named = {".step": jnp.int32(step), ".weights": state.weights}
             checkpointer.save(step, named, metrics=dict(accuracy=accuracy))
-            (tmp_path / str(step) / checkpoint.MANIFEST).write_text(
-                json.dumps(checkpoint._hashes(tmp_path / str(step)))
-            )
+            folder = tmp_path / str(step)
+            files = {
+                str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in folder.rglob("*")
+                if path.is_file()
+            }
+            (folder / checkpoint.MANIFEST).write_text(json.dumps(files))
     (tmp_path / "2/metrics/metrics").write_text("garbage")
     assert restored(tmp_path, state) == 2
     checkpoints = checkpoint.Checkpoints(tmp_path, 1, "mine")
@@ -257,18 +276,14 @@ def test_a_checkpoint_of_earlier_versions_loads_and_is_ranked(tmp_path, state):
 
 def test_what_a_kill_leaves_behind_is_removed(tmp_path, state):
     saved(tmp_path, state, [1])
-    for name in (
-        "2.orbax-checkpoint-tmp",
-        "saving-3.orbax-checkpoint-tmp",
-        "saving-3",
-        "removing-1",
-    ):
+    temporary = ("2.orbax-checkpoint-tmp", "saving-3.orbax-checkpoint-tmp")
+    for name in (*temporary, "saving-3", "removing-1"):
         (tmp_path / name).mkdir()
     assert restored(tmp_path, state) == 1
     assert names(tmp_path) == ["1"]
 
 
-def test_a_file_in_the_place_of_a_folder_is_named_and_kept(tmp_path, state):
+def test_a_file_in_the_place_of_a_folder_is_refused_and_kept(tmp_path, state):
     saved(tmp_path / "a", state, [1])
     (tmp_path / "a/3").write_text("precious")
     with pytest.raises(UserError, match=r"a/3: is a file, expected a checkpoint's folder"):
@@ -278,8 +293,8 @@ def test_a_file_in_the_place_of_a_folder_is_named_and_kept(tmp_path, state):
     assert (tmp_path / "a/3").read_text() == "precious"
 
 
-@pytest.mark.parametrize("fails", ["_hashes", "disk_usage"])
-def test_a_save_that_fails_is_one_line_and_leaves_the_others(tmp_path, state, monkeypatch, fails):
+@pytest.mark.parametrize("fails", ["_sha256", "disk_usage"])
+def test_a_failed_save_is_one_line_and_leaves_the_other_steps(tmp_path, state, monkeypatch, fails):
     saved(tmp_path, state, [1])
 
     def full(*_):
@@ -298,15 +313,17 @@ def test_a_save_that_fails_is_one_line_and_leaves_the_others(tmp_path, state, mo
         assert names(tmp_path) == ["1"]
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, state, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_not_begun(tmp_path, state, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(checkpoint.SaveError, match="400,004 bytes are needed and 1 are free"):
         checkpoint.Checkpoints(tmp_path, 2, "mine").save(2, state)
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_orbax_waits_for_it(
+def test_a_folder_that_cannot_be_written_is_refused_before_orbax_is_called(
     tmp_path, state, monkeypatch
 ):
+    """Orbax would wait for five minutes."""
+
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -334,3 +351,69 @@ def test_the_first_save_is_read_back(tmp_path, state, monkeypatch):
 class Done:
     def result(self):
         pass
+
+
+def with_model_state(state, mesh_shape):
+    """Return a state with a batch norm's mean [16], split over a mesh of 8 devices."""
+    mesh = jax.make_mesh(mesh_shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("model"))
+    mean = jax.device_put(jnp.arange(16.0), sharding)
+    return StateWithModelState(*state, nnx.State(dict(bn=dict(mean=nnx.BatchStat(mean)))))
+
+
+def test_a_checkpoint_without_model_state_restores_into_an_empty_one(tmp_path, state):
+    saved(tmp_path, state, [1])
+    empty = StateWithModelState(*state, nnx.State({}))
+    got = restored_state(tmp_path, empty)
+    np.testing.assert_array_equal(got.weights, state.weights)
+    assert jax.tree.structure(got) == jax.tree.structure(empty)
+
+
+def test_an_empty_model_state_leaves_no_trace_in_a_checkpoint(tmp_path, state):
+    saved(tmp_path, StateWithModelState(*state, nnx.State({})), [1])
+    assert ocp.metadata(tmp_path / "1").metadata.keys() == {".step", ".weights"}
+    assert restored(tmp_path, state) == 1
+
+
+def test_model_state_restores_on_another_mesh(tmp_path, state):
+    saved(tmp_path, with_model_state(state, (4, 2)), [1])
+    target = with_model_state(state, (1, 8))
+    mean = restored_state(tmp_path, target).model_state["bn"]["mean"][...]
+    np.testing.assert_array_equal(mean, np.arange(16.0))
+    assert mean.sharding == target.model_state["bn"]["mean"][...].sharding
+
+
+def test_a_checkpoint_that_lacks_arrays_or_has_more_is_refused_in_one_line(tmp_path, state):
+    full = with_model_state(state, (4, 2))
+    saved(tmp_path / "lacks", state, [1])
+    with pytest.raises(UserError) as error:
+        restored(tmp_path / "lacks", full)
+    reason = r"1 lacks arrays of this run's state: \.model_state\['bn'\]\['mean'\]\S*"
+    assert re.search(rf"holds no checkpoint that can be used \({reason}\)", str(error.value))
+    assert "\n" not in str(error.value)
+    saved(tmp_path / "more", full, [1])
+    with pytest.raises(UserError, match=r"1 has arrays that this run's state lacks: \.model_state"):
+        restored(tmp_path / "more", state)
+
+
+def test_all_processes_load_the_step_that_process_0_chooses(tmp_path, state, monkeypatch):
+    saved(tmp_path, state, [1, 2])
+    monkeypatch.setattr(checkpoint.cluster, "exchange", lambda mine: [1, mine])
+    other = checkpoint.Checkpoints(tmp_path, 10, "mine")
+    other._is_main = False
+    assert int(other.restore(state).step) == 1
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_several_processes_do_not_fall_back_after_a_load_that_fails(tmp_path, state, monkeypatch):
+    """It may have succeeded on another process, and all must restore the same step."""
+    saved(tmp_path, state, [1, 2])
+
+    def fails(*_):
+        raise checkpoint.Rejected("does not load")
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "load", fails)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="2: does not load: move it away, or mend it"):
+        checkpoint.Checkpoints(tmp_path, 10, "mine").restore(state)
+    assert names(tmp_path) == ["1", "2"]

@@ -1,4 +1,7 @@
-"""Clusters of several processes: who belongs to one, that all run the same, and that none waits for a lost one."""
+"""Test clusters of several processes.
+
+Each process knows its place, all run the same config, and none waits for one that is lost.
+"""
 
 import contextlib
 import fcntl
@@ -15,7 +18,7 @@ from conftest import ROOT
 from jax._src.clusters import ClusterEnv
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import cluster
+from cnn_spmd.training import cluster, cluster_env, peers
 
 RUN = [
     sys.executable,
@@ -53,7 +56,7 @@ EIGHT = dict(CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts one process of launch.py; kills what is left over."""
+    """Return a function that starts one process; kill those that are left over."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments, cwd=tmp_path, **environment):
@@ -75,7 +78,10 @@ def start(tmp_path):
 
 @pytest.fixture
 def pair(start):
-    """Starts the two processes of a cluster: the same arguments and one more list for each, one folder for each."""
+    """Return a function that starts the two processes of a cluster.
+
+    Both get the same arguments; `more` and `folders` hold further ones for each process.
+    """
 
     def pair(arguments, more=((), ()), folders=({}, {})):
         with socket.socket() as listener:
@@ -97,7 +103,7 @@ def pair(start):
 
 
 def errors(processes, code, seconds=60):
-    """What each of the processes printed as its one line of error."""
+    """Return the one line of error of each process; all must end with this code."""
     ended = [process.communicate(timeout=seconds) for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), ended
     assert [err.count("\n") for _, err in ended] == [1] * len(processes), ended
@@ -115,7 +121,7 @@ def errors(processes, code, seconds=60):
     ],
 )
 def test_one_process_is_no_cluster(variables):
-    assert cluster.named(variables) == ""
+    assert cluster_env.variable(variables) == ""
 
 
 @pytest.mark.parametrize(
@@ -165,13 +171,13 @@ def test_one_process_is_no_cluster(variables):
 )
 def test_a_bad_variable_is_named(variables, message):
     with pytest.raises(UserError, match="^" + message.replace("(", r"\(")):
-        cluster.member(variables)
+        cluster_env.membership(variables)
 
 
 @pytest.mark.parametrize(
     ("variables", "ids"),
     [
-        (SLURM | EIGHT, []),  # a task alone on its node: all
+        (SLURM | EIGHT, []),  # a task that is alone on its node uses all GPUs
         (
             SLURM
             | EIGHT
@@ -192,6 +198,7 @@ def test_a_bad_variable_is_named(variables, message):
             ),
             [2, 3],
         ),
+        # Slurm shows each task only its own GPUs.
         (
             SLURM
             | dict(
@@ -201,40 +208,39 @@ def test_a_bad_variable_is_named(variables, message):
                 CUDA_VISIBLE_DEVICES="0",
             ),
             [],
-        ),  # Slurm shows each task its own
+        ),
         (MPI | EIGHT, [4, 5, 6, 7]),
         (MPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="1", OMPI_COMM_WORLD_LOCAL_RANK="0") | EIGHT, []),
-        (MPI, [1]),  # two GPUs in /dev
+        (MPI, [1]),  # /dev has two GPUs
         (JAX | EIGHT, []),
         (JAX | EIGHT | dict(JAX_LOCAL_DEVICE_IDS="2,3"), [2, 3]),
     ],
 )
 def test_processes_of_a_node_share_its_gpus(monkeypatch, variables, ids):
-    """And jax, which finds the rest of the cluster by itself, leaves the choice as it is."""
-    monkeypatch.setattr(cluster.glob, "glob", lambda _: ["/dev/nvidia0", "/dev/nvidia1"])
+    """jax, which finds the rest of the cluster by itself, must not change the choice."""
+    monkeypatch.setattr(cluster_env.glob, "glob", lambda _: ["/dev/nvidia0", "/dev/nvidia1"])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    member = cluster.member(os.environ)
+    membership = cluster_env.membership(os.environ)
     address, count, number, found = ClusterEnv.auto_detect_unset_distributed_params(
-        *member.values(), cluster_detection_method=None, initialization_timeout=1
+        *membership.values(), cluster_detection_method=None, initialization_timeout=1
     )
     assert found == ids
     assert address.split(":")[0] in ("n3", "10.1.1.1", "host0")
-    assert (count, number) == (member["num_processes"], member["process_id"])
+    assert (count, number) == (membership["num_processes"], membership["process_id"])
 
 
-def test_open_mpi_gives_the_numbers_where_it_does_not_know_the_address():
-    """As Open MPI 5 does not."""
-    member = cluster.member(
-        dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3", JAX_COORDINATOR_ADDRESS="h:1")
+def test_open_mpi_gives_the_numbers_and_the_user_the_address():
+    """Open MPI 5 does not give the address."""
+    variables = dict(
+        OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3", JAX_COORDINATOR_ADDRESS="h:1"
     )
-    assert list(member.values()) == ["h:1", 4, 3, []]
+    assert list(cluster_env.membership(variables).values()) == ["h:1", 4, 3, []]
 
 
 def test_the_first_field_that_differs_is_named_with_both_values(monkeypatch):
-    monkeypatch.setattr(
-        cluster, "_state", lambda: types.SimpleNamespace(client=True, num_processes=3)
-    )
+    joined = types.SimpleNamespace(client=True, num_processes=3)
+    monkeypatch.setattr(peers, "record", lambda: joined)
     monkeypatch.setattr(cluster, "exchange", lambda mine: [mine, mine, dict(mine, b=dict(c=3))])
     with pytest.raises(UserError, match=r"^b\.c: process 0 has 2, process 2 has 3: give all"):
         cluster.agree(dict(a=1, b=dict(c=2)))
@@ -242,14 +248,14 @@ def test_the_first_field_that_differs_is_named_with_both_values(monkeypatch):
     cluster.agree(dict(a=1, b=dict(c=2)))
 
 
-def test_processes_with_other_configs_do_not_train(pair, tmp_path):
+def test_processes_with_different_configs_do_not_train(pair, tmp_path):
     processes = pair(["--workdir", "r"], ([], ["--config.optimizer.learning_rate=0.5"]))
     for error in errors(processes, 2):
         assert "config.optimizer.learning_rate: process 0 has 0.001, process 1 has 0.5" in error
     assert not (tmp_path / "r").exists()
 
 
-def test_a_workdir_that_is_not_shared_is_found_on_each_process(pair, tmp_path):
+def test_a_workdir_that_is_not_shared_is_refused_on_each_process(pair, tmp_path):
     folders = [dict(cwd=tmp_path / name) for name in "ab"]
     for folder in folders:
         folder["cwd"].mkdir()
@@ -258,7 +264,7 @@ def test_a_workdir_that_is_not_shared_is_found_on_each_process(pair, tmp_path):
 
 
 def test_bad_input_of_one_process_ends_the_others(pair, tmp_path):
-    """Before it has joined the cluster (a flag), and late, on process 0 alone (a workdir in use)."""
+    """A bad flag ends process 1 before it joins, a locked workdir process 0 later."""
     early = pair(["--workdir", "r"], ([], ["--config.foo=1"]))
     (tmp_path / "locked").mkdir()
     with (tmp_path / "locked/.lock").open("w") as lock:
@@ -299,29 +305,30 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(pair, tmp
         "--config.optimizer.warmup=0.0",
     ]
 
+    def saved():
+        return set((tmp_path / "r/checkpoints").glob("[0-9]*/SHA256.json"))
+
     def training():
-        processes, saved = (
-            pair(command),
-            set((tmp_path / "r/checkpoints").glob("[0-9]*/SHA256.json")),
-        )
+        """Start both processes; return them once they have saved a checkpoint."""
+        before = saved()
+        processes = pair(command)
         assert processes[0].stdout.readline() == "2 processes x 1 devices\n"
-        while set((tmp_path / "r/checkpoints").glob("[0-9]*/SHA256.json")) <= saved:
-            assert [process.poll() for process in processes] == [None, None], [
-                p.communicate() for p in processes
-            ]
+        while saved() <= before:
+            if any(process.poll() is not None for process in processes):
+                pytest.fail(str([process.communicate() for process in processes]))
             time.sleep(0.1)
         return processes
 
     processes = training()
     processes[lost].kill()
     (error,) = errors([processes[1 - lost]], 1)
-    assert (
-        error
-        == f"error: process {lost} of the cluster was lost; the same command goes on from the last checkpoint\n"
+    assert error == (
+        f"error: process {lost} of the cluster was lost; the same command goes on from the last "
+        "checkpoint\n"
     )
     if lost:
         processes = training()
-        processes[1].send_signal(signal.SIGTERM)  # to one of them: all save
+        processes[1].send_signal(signal.SIGTERM)  # one gets the signal, and all save
         ended = [process.communicate(timeout=60) for process in processes]
         assert [process.returncode for process in processes] == [75, 75], ended
         assert "Resumed r at step" in ended[0][0]

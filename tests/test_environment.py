@@ -1,8 +1,9 @@
-"""Hostile surroundings: closed streams, settings that change numbers, no home directory, repeated warnings."""
+"""Test commands with closed streams, bad settings, no home, and repeated warnings."""
 
 import os
 import pathlib
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -11,23 +12,25 @@ import jax
 import pytest
 from conftest import ROOT
 
+from cnn_spmd.errors import UserError
 from cnn_spmd.training import environment
 
 
 @pytest.mark.parametrize(
     ("command", "code", "where"),
     [
-        *(
-            ("launch.py --help", 1, where)
-            for where in ("| true", ">&-", "<&- >&- 2>&-", ">/dev/full")
-        ),  # 1: absl's, of --help
+        # absl ends --help with exit code 1.
+        ("launch.py --help", 1, "| true"),
+        ("launch.py --help", 1, ">&-"),
+        ("launch.py --help", 1, "<&- >&- 2>&-"),
+        ("launch.py --help", 1, ">/dev/full"),
         ("-m cnn_spmd.papers", 0, "| true"),
         ("-m cnn_spmd.papers", 0, ">/dev/null"),
         ("-m cnn_spmd.report", 0, "| true"),
     ],
 )
-def test_what_prints_ends_well_wherever_it_prints(command, code, where):
-    """To nobody, to a closed descriptor, to a full disk, in ASCII."""
+def test_a_command_that_prints_ends_well_wherever_it_prints(command, code, where):
+    """It may print to no reader, to a closed descriptor or to a full disk, in ASCII."""
     shell = f"set -o pipefail; {sys.executable} {command} {where}"
     result = subprocess.run(
         ["bash", "-c", shell],
@@ -62,7 +65,9 @@ def test_tables_that_cannot_be_written_are_an_error(command, where, reason):
 
 
 def test_text_beyond_the_encoding_is_escaped():
-    code = "from cnn_spmd.training import environment; environment.keep_talking(); print('2 ± 1')"
+    code = (
+        "from cnn_spmd.training import environment; environment.protect_streams(); print('2 ± 1')"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -86,52 +91,78 @@ def test_text_beyond_the_encoding_is_escaped():
         ("jax_numpy_rank_promotion", "raise"),
     ],
 )
-def test_what_changes_a_runs_numbers_is_set_back_with_a_warning(name, other, monkeypatch, caplog):
+def test_a_setting_that_changes_numbers_is_reset_with_a_warning(name, other, monkeypatch, caplog):
     before = getattr(jax.config, name)
     monkeypatch.setenv(name.upper(), str(other))
     jax.config.update(name, other)
     try:
-        environment.fix_numbers()
+        environment.reset_jax_settings()
         assert getattr(jax.config, name) == before
     finally:
         jax.config.update(name, before)
-    environment.fix_numbers()
+    environment.reset_jax_settings()
     (message,) = caplog.messages
-    assert (
-        message
-        == f"{name.upper()}={other} has no effect: it is {before}, so that the same command gives the same numbers."
+    assert message == (
+        f"{name.upper()}={other} has no effect: it is {before}, so that the same command gives the "
+        "same numbers."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("--xla_nosuch=1", "Unknown flag in XLA_FLAGS: --xla_nosuch=1"),
+        (
+            "--xla_gpu_autotune_level=x",
+            "Couldn't interpret value x for flag xla_gpu_autotune_level",
+        ),
+        ("nosuch", 'Could not open file "nosuch" .*'),
+        ("--xla_gpu_autotune_level=2", None),
+        ("", None),
+    ],
+)
+def test_xla_flags_that_xla_cannot_read_are_refused_in_one_line(value, reason, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", value)
+    if reason is None:
+        environment.refuse_bad_xla_flags()
+        return
+    with pytest.raises(UserError) as error:
+        environment.refuse_bad_xla_flags()
+    assert re.fullmatch(
+        f"XLA_FLAGS={value}: {reason}: mend or unset that variable", str(error.value)
     )
 
 
 @pytest.mark.parametrize("home", [None, "/nowhere/at/all"])
-def test_without_a_home_there_is_one_for_the_command(home, monkeypatch, caplog):
+def test_a_command_without_a_home_gets_a_temporary_one(home, monkeypatch, caplog):
     def unknown(_):
         raise KeyError
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(environment.atexit, "register", lambda *_, **__: None)
-    monkeypatch.setenv("HOME", home or "")  # for what monkeypatch puts back
+    monkeypatch.setenv("HOME", home or "")  # so that monkeypatch restores it
     if home is None:
         monkeypatch.delenv("HOME")
-    environment.find_home()
+    environment.ensure_home()
     made = pathlib.Path("~/tensorflow_datasets").expanduser().parent
     assert made.is_dir()
-    environment.find_home()
+    environment.ensure_home()
     assert pathlib.Path.home() == made
     shutil.rmtree(made)
     assert len(caplog.messages) == 1
     assert "There is no home directory" in caplog.text
 
 
-def test_without_a_cache_folder_programs_are_not_kept(tmp_path, monkeypatch, caplog):
+def test_a_cache_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caplog):
     before = jax.config.jax_compilation_cache_dir
     (tmp_path / "file").touch()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    environment.keep_programs()
+    environment.cache_programs()
     assert jax.config.jax_compilation_cache_dir == before
     (message,) = caplog.messages
-    assert message == f"{tmp_path}/file/cnn_spmd: Not a directory: compiled programs are not kept."
+    assert message.startswith(f"{tmp_path}/file/cnn_spmd: Not a directory: compiled programs are ")
+    assert "JAX_COMPILATION_CACHE_DIR" in message
 
 
 def test_each_warning_is_one_line():
@@ -141,14 +172,15 @@ def test_each_warning_is_one_line():
         from absl import app
         import jax
         from cnn_spmd.training import environment
-        environment.warn_once()
+        environment.print_each_warning_once()
         def main(_):
             logging.getLogger("jax._src.compiler").warning("from jax")
             logging.getLogger("orbax").warning("from orbax")
             absl.logging.warning("from us")
             warnings.warn("from\\nPython")
-            hint = "import absl.logging; absl.logging.warning('TFDS hint'); absl.logging.error('TFDS error')"
-            exec(compile(hint, "/lib/tensorflow_datasets/core.py", "exec"))
+            hint = "absl.logging.warning('TFDS hint'); absl.logging.error('TFDS error')"
+            tfds = compile("import absl.logging; " + hint, "/lib/tensorflow_datasets/a.py", "exec")
+            exec(tfds)
         app.run(main, argv=["x"])"""
     err = subprocess.run(
         [sys.executable, "-c", code],

@@ -39,6 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    environment.keep_talking()
+    environment.protect_streams()
     main()
-    sys.exit(environment.unwritten())
+    sys.exit(environment.exit_code_of_output())

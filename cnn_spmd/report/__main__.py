@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--data_dir: expected --pictures with it")
     if not folders:
         print(*(table() for table in tables.TABLES.values()), sep="\n\n")
-        return environment.unwritten()
+        return environment.exit_code_of_output()
     try:
         if arguments.pictures:
             from cnn_spmd.report import pictures
@@ -72,5 +72,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    environment.keep_talking()
+    environment.protect_streams()
     sys.exit(main())

@@ -1,32 +1,58 @@
-"""Save, verify, reshard, resume.
+"""Save the state of a run, verify it, and restore the newest whole checkpoint.
 
-Orbax writes and reads the arrays, asynchronously, and places them on any mesh. This module adds what
-a run needs around that. A step is written as `saving-<step>`, gets a manifest (which run and step it
-is, and the SHA-256 of each of its files) and only then its name, `<step>`: there is no moment at
-which a step has its name and no manifest. Orbax itself does not notice flipped bits.
+Orbax writes the arrays in the background and reads them back onto any mesh. It neither notices
+flipped bits nor falls back to an older checkpoint. This module does both.
+
+The folder `checkpoints/` of a run holds:
+    <step>/           a checkpoint: Orbax's files and the manifest, SHA256.json
+    saving-<step>/    a checkpoint that is being written
+    removing-<step>/  a checkpoint that is being deleted
+    broken-<step>/    a checkpoint that was set aside (see below); it is never deleted
+
+Saving takes these steps, in this order:
+ 1. Orbax writes the arrays to saving-<step>.
+ 2. Process 0 adds the manifest: the run, the step, its accuracy, and the SHA-256 of each file.
+ 3. Process 0 renames the folder to <step>, so a kill at any moment leaves no half-written <step>.
+ 4. Process 0 deletes all checkpoints except the last `keep` and the one of best accuracy.
+ 5. The first checkpoint of a command is read back, as some paths and disks only accept writes.
+
+Restoring tries, in this order:
+ 1. the checkpoints that their manifest verifies: it names this run and this step, and each file
+    has its checksum; the newest first;
+ 2. the checkpoints without a manifest, the newest first, each with a warning;
+ 3. step 0, if the folder holds no checkpoint at all.
+If there are checkpoints and none can be used, restoring raises UserError and renames nothing: a
+run never starts over in silence. If one is used, each checkpoint that was rejected is set aside,
+and so is each newer one without a manifest. Otherwise these would count among the last `keep`, and
+the next saves would push out good checkpoints.
 """
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any
+from collections.abc import Iterator, Set
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from cnn_spmd.errors import UserError
+from cnn_spmd.training import cluster
 
 MANIFEST = "SHA256.json"
-SAVING, REMOVING = "saving-", "removing-"  # names of a step that is not whole yet, or no longer
+SAVING = "saving-"
+REMOVING = "removing-"
+BROKEN = "broken-"
+ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # the end of the name that Orbax writes to at first
 
-# Orbax logs an error that it raises as well, with hundreds of lines of traceback.
+# Orbax logs each error that it raises, with hundreds of lines of traceback.
 logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 
@@ -34,327 +60,389 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; the earlier ones are untouched."""
 
 
-class Checkpoints:
-    """The checkpoints of one run: `directory`/<step>, the last `keep` and the one of best accuracy.
+class Rejected(Exception):
+    """A checkpoint cannot be used; the text completes "Checkpoint 300 ..."."""
 
-    run: the run's name for itself, which config.json holds; a checkpoint of another run is refused.
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint: a folder with Orbax's files and the manifest."""
+
+    path: pathlib.Path
+
+    def write_manifest(self, run: str, step: int, accuracy: float | None) -> None:
+        """Write which run and step this is, its accuracy, and the SHA-256 of each file."""
+        paths = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+        files = {
+            str(path.relative_to(self.path)): _sha256(path)
+            for path in paths
+            if not path.name.startswith(MANIFEST)
+        }
+        manifest = dict(run=run, step=step, accuracy=accuracy, files=files)
+        temporary = self.path / (MANIFEST + ".tmp")
+        temporary.write_text(json.dumps(manifest, indent=1))
+        os.replace(temporary, self.path / MANIFEST)
+
+    def has_manifest(self) -> bool:
+        """Return whether the checkpoint has a manifest, readable or not."""
+        return (self.path / MANIFEST).exists()
+
+    def manifest(self) -> dict:
+        """Return the manifest; {} if it cannot be read.
+
+        The earliest runs wrote only what is now `files`.
+        """
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text())
+            return manifest if isinstance(manifest["files"], dict) else {}
+        except KeyError:
+            return dict(files=manifest)
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def accuracy(self) -> float | None:
+        """Return the accuracy that the step was saved with, if any, from 0 to 1."""
+        accuracy = self.manifest().get("accuracy")
+        if accuracy is None:  # the earliest runs wrote it to a file of its own
+            try:
+                text = (self.path / "metrics" / "metrics").read_text()
+                accuracy = json.loads(text)["accuracy"]
+            except (OSError, ValueError, KeyError, TypeError):
+                return None
+        return accuracy if isinstance(accuracy, float) else None
+
+    def verify(self, run: str) -> bool:
+        """Return whether a manifest vouches for this checkpoint; False if it has none.
+
+        Files that the manifest does not name are ignored: file browsers and network disks leave
+        some everywhere. Raises Rejected if the checkpoint is damaged, or is of another run or step.
+        """
+        if not self.has_manifest():
+            if not (self.path / "_CHECKPOINT_METADATA").exists():  # Orbax writes it in each one
+                raise Rejected("is half there" if any(self.path.iterdir()) else "is empty")
+            return False
+        manifest = self.manifest()
+        if not manifest.get("files"):
+            raise Rejected(f"has an unreadable {MANIFEST}")
+        saved_run = manifest.get("run") or run  # the earliest runs had no name
+        if saved_run != run:
+            raise Rejected(f"is of another run ({saved_run}, this one is {run})")
+        step = manifest.get("step", self.path.name)
+        if str(step) != self.path.name:
+            raise Rejected(f"is step {step} by its {MANIFEST}")
+        for name, digest in sorted(manifest["files"].items()):
+            if name.startswith("metrics/"):  # no part of the state
+                continue
+            if not (self.path / name).is_file():
+                raise Rejected(f"is damaged: {name} is missing")
+            if _sha256(self.path / name) != digest:
+                raise Rejected(f"is damaged: {name} is changed")
+        return True
+
+    def load(self, target: Any) -> Any:
+        """Return the saved state, placed as `target` says.
+
+        target: a pytree of arrays or of shapes with shardings; its field `step` is the step.
+        Raises Rejected if the files do not hold exactly the arrays of `target`.
+        """
+        named = _arrays_by_name(target)
+        try:
+            _check_names(named.keys(), ocp.metadata(self.path).metadata.keys())
+            loaded = ocp.load(self.path, named)
+        except Rejected:
+            raise
+        except Exception as error:  # of many kinds, for files that are cut, missing or misshapen
+            raise Rejected(f"does not load ({_first_line(error)})") from error
+        if (step := int(loaded[".step"])) != int(self.path.name):
+            raise Rejected(f"holds step {step}")
+        return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
+
+    def set_aside(self, reason: str) -> None:
+        """Rename the folder to broken-<step>, with a warning that says why."""
+        aside = self.path.with_name(f"{BROKEN}{self.path.name}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = self.path.with_name(f"{BROKEN}{self.path.name}-{number}")
+        self.path.rename(aside)
+        logging.warning("Checkpoint %s %s. It is set aside as %s.", self.path, reason, aside.name)
+
+
+class _Pending(NamedTuple):
+    """A save that runs in the background."""
+
+    step: int
+    saved: concurrent.futures.Future
+    on_host: dict[str, np.ndarray]  # arrays of the shapes that are saved, to read them back
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    directory: the folder that holds them. keep: how many of the newest are kept, beside the best.
+    run: the name that config.json has for the run; checkpoints of another run are rejected.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int, run: str):
-        self.directory, self.keep, self.run = directory, keep, run
-        self._readable = False  # whether a save of this command has been read back
-        self._pending: tuple[concurrent.futures.Future, int, dict] | None = None
+        self.directory = directory
+        self.keep = keep
+        self.run = run
+        self._is_main = jax.process_index() == 0
+        self._was_read_back = False  # whether a checkpoint of this command was
+        self._pending: _Pending | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1)
 
-    def restore(self, abstract_state: Any) -> Any | None:
-        """Load the newest state that is whole, or None where no step was ever saved.
+    # ---- Restore
 
-        It is placed as `abstract_state` says, on any mesh; `abstract_state.step` is the step.
-        A step without a manifest is used only where no step with one can be. The steps that are rejected,
-        or passed over, are then renamed to broken-<step>, never deleted, with a warning.
-        Raises UserError, and changes nothing, where steps were saved and none of them can be used.
+    def restore(self, target: Any) -> Any | None:
+        """Return the newest state that can be used; None if no step was ever saved.
+
+        target: the shapes and shardings of the state (see Checkpoint.load). The mesh may differ
+        from the one on which the state was saved.
+        Raises UserError, and renames nothing, if there are checkpoints and none can be used.
         """
-        named = _named(abstract_state)
         rejected: dict[int, str] = {}
-        while True:
-            step = self._newest_usable(rejected)
-            if step is None:
-                return None
+        for step in self._candidates(rejected):
+            checkpoint = self._checkpoint(step)
             try:
-                loaded = ocp.load(self.directory / str(step), named)
-                if (found := int(loaded[".step"])) != step:
-                    raise ValueError(f"holds step {found}")
-                break
-            except Exception as error:  # Orbax raises many kinds for files that are cut, missing or of another shape
-                if jax.process_count() > 1:
-                    raise  # the processes must agree on the step: a person decides
-                rejected[step] = f"does not load ({_first_line(error)})"
-        if jax.process_index() == 0:
-            # A newer step that stayed would count among the last `keep`, and push out the next good one.
-            newer = [other for other in self._steps() if other > step]
-            passed_over = dict.fromkeys(
-                newer, f"has no {MANIFEST}, and an older checkpoint has one"
-            )
-            for broken, reason in (passed_over | rejected).items():
-                _set_aside(self.directory / str(broken), reason)
-            if not (self.directory / str(step) / MANIFEST).exists():
-                self._write_manifest(self.directory / str(step), step, None)
-        return jax.tree.unflatten(
-            jax.tree.structure(abstract_state), [loaded[name] for name in named]
-        )
+                state = checkpoint.load(target)
+            except Rejected as error:
+                if jax.process_count() > 1:  # it may have loaded on the other processes
+                    raise UserError(
+                        f"{checkpoint.path}: {error}: move it away, or mend it, and give the same "
+                        "command again"
+                    ) from error
+                rejected[step] = str(error)
+                continue
+            if self._is_main:
+                self._set_aside_unused(step, rejected)
+                if not checkpoint.has_manifest():
+                    checkpoint.write_manifest(self.run, step, None)
+            return state
+        return None
 
-    def _newest_usable(self, rejected: dict[int, str]) -> int | None:
-        """The step to load, the same on every process; None where none was ever saved.
+    def _candidates(self, rejected: dict[int, str]) -> Iterator[int]:
+        """Yield the steps that process 0 finds, on every process."""
+        found = self._search(rejected) if self._is_main else iter(())
+        while (step := cluster.exchange(next(found, None))[0]) is not None:
+            yield step
 
-        rejected: steps that are known to be broken, and why; this adds those that it finds.
+    def _search(self, rejected: dict[int, str]) -> Iterator[int]:
+        """Yield the steps to try, the best first.
+
+        rejected: steps that cannot be used, and why; this adds those that it finds.
+        Raises UserError at the end if there are checkpoints.
         """
-        step, problem = -1, ""
-        if jax.process_index() == 0:
-            try:
-                step = self._choose(rejected)
-            except UserError as error:
-                problem = str(error)
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(-2 if problem else step)))
-        if problem or step == -2:
-            raise UserError(
-                problem or f"{self.directory}: process 0 finds no checkpoint that can be used"
-            )
-        return None if step == -1 else step
-
-    def _choose(self, rejected: dict[int, str]) -> int:
-        """The newest step that is not rejected and holds what its manifest says; -1 where there are no steps."""
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory}: is a file, expected a folder: move it away")
-        steps, unverified = self._steps(), []
-        self._clean()
+        steps = self._steps()
+        self._remove_leftovers()
+        unverified = []
         for step in steps:
-            if step in rejected:
-                continue
             try:
-                if self._verified(step):
-                    return step
-                unverified.append(step)
-            except ValueError as error:
+                is_verified = self._checkpoint(step).verify(self.run)
+            except Rejected as error:
                 rejected[step] = str(error)
-        if unverified:
+                continue
+            if is_verified:
+                yield step
+            else:
+                unverified.append(step)
+        for step in unverified:
             logging.warning(
-                "Checkpoint %s has no %s, so nobody can check its files. It is used, as no checkpoint with "
-                "one can be.",
-                self.directory / str(unverified[0]),
+                "Checkpoint %s has no %s, so nobody can check its files. It is used, because no "
+                "checkpoint with one can be.",
+                self.directory / str(step),
                 MANIFEST,
             )
-            return unverified[0]
-        broken = {f"{step}": reason for step, reason in rejected.items()}
-        broken |= {
-            path.name: "was set aside before" for path in sorted(self.directory.glob("broken-*"))
-        }
-        if broken:
+            yield step
+        self._refuse_to_start_over(rejected)
+
+    def _refuse_to_start_over(self, rejected: dict[int, str]) -> None:
+        """Raise UserError if there is any checkpoint, in use or set aside."""
+        reasons = [f"{step} {reason}" for step, reason in rejected.items()]
+        for path in sorted(self.directory.glob(f"{BROKEN}*")):
+            reasons.append(f"{path.name} was set aside before")
+        if reasons:
             raise UserError(
-                f"{self.directory}: holds no checkpoint that can be used ("
-                + "; ".join(f"{name} {reason}" for name, reason in broken.items())
-                + "): put a good copy there, or give a new --workdir to begin at step 0"
+                f"{self.directory}: holds no checkpoint that can be used ({'; '.join(reasons)}): "
+                "put a good copy there, or give a new --workdir to begin at step 0"
             )
-        return -1
+
+    def _set_aside_unused(self, used: int, rejected: dict[int, str]) -> None:
+        """Set aside the rejected steps, and the newer ones that were passed over."""
+        passed_over = [step for step in self._steps() if step > used and step not in rejected]
+        for step in passed_over:
+            self._checkpoint(step).set_aside(f"has no {MANIFEST}, and an older checkpoint has one")
+        for step, reason in rejected.items():
+            self._checkpoint(step).set_aside(reason)
+
+    # ---- Save
 
     def save(self, step: int, state: Any, accuracy: float | None = None) -> None:
-        """Start a save in the background; `accuracy` (of the evaluation at this step) ranks it.
+        """Start to save a state in the background, after the save before it has ended.
 
-        Raises SaveError where this save cannot begin, or the one before it failed.
+        accuracy: what the evaluation at this step gave, from 0 to 1; it decides which is the best.
+        Raises SaveError if this save cannot begin, or if the one before it failed.
         """
         self.wait()
+        named = _arrays_by_name(state)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=SAVING, dir=self.directory):
-                pass  # where Orbax cannot make a folder, its threads wait for it for five minutes
-            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
-            if (free := shutil.disk_usage(self.directory).free) < needed:
-                raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
-            named = _named(state)
-            response = ocp.save_async(self.directory / f"{SAVING}{step}", named, overwrite=True)
+            self._check_disk(sum(array.nbytes for array in named.values()))
+            written = ocp.save_async(self.directory / f"{SAVING}{step}", named, overwrite=True)
         except Exception as error:
             raise self._failed(step, error) from error
-        on_host = {
-            name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-            for name, leaf in named.items()
-        }
-        self._pending = (
-            self._background.submit(self._finish, step, response, accuracy),
+        self._pending = _Pending(
             step,
-            on_host,
-        )
-
-    def _finish(self, step: int, response, accuracy: float | None) -> None:
-        try:
-            response.result()
-            if jax.process_index() == 0:
-                self._commit(step, accuracy)
-        except Exception as error:
-            raise self._failed(step, error) from error
-
-    def _commit(self, step: int, accuracy: float | None) -> None:
-        """Give a written step its manifest and its name; remove the steps that need not be kept."""
-        written, final = self.directory / f"{SAVING}{step}", self.directory / str(step)
-        self._write_manifest(written, step, accuracy)
-        if final.exists():
-            _set_aside(final, "is in the way of a new save of this step")
-        written.rename(final)
-        steps = self._steps()
-        accuracies = {
-            step: accuracy
-            for step in steps
-            if (accuracy := _accuracy_of(self.directory / str(step))) is not None
-        }
-        best = [max(accuracies, key=lambda step: (accuracies[step], step))] if accuracies else []
-        for old in set(steps) - {*steps[: self.keep], *best}:
-            removed = (self.directory / str(old)).rename(self.directory / f"{REMOVING}{old}")
-            shutil.rmtree(removed, ignore_errors=True)
-
-    def _failed(self, step: int, error: Exception) -> SaveError:
-        """The error to raise for a save that failed; what it left behind is removed."""
-        if jax.process_index() == 0:
-            self._clean()
-        return SaveError(
-            f"{self.directory}: the checkpoint of step {step} cannot be saved ({_first_line(error)}); "
-            f"{self.last_good()}"
+            self._background.submit(self._finish, step, written, accuracy),
+            {name: _empty(array) for name, array in named.items()},
         )
 
     def wait(self) -> None:
-        """Return once the last save is whole on disk, and the first one has been read back too.
-
-        Whatever makes a path or a disk unreadable shows then. Raises SaveError where it failed.
-        """
+        """Wait for the last save. Raises SaveError if it failed."""
         if self._pending is None:
             return
-        (saved, step, on_host), self._pending = self._pending, None
-        saved.result()
-        if self._readable:
-            return
-        if (
-            jax.process_count() > 1
-        ):  # Orbax counts what each process asks of it: all must read, or none
-            multihost_utils.sync_global_devices(f"step {step} has its name")
+        pending, self._pending = self._pending, None
         try:
-            ocp.load(self.directory / str(step), on_host)
+            pending.saved.result()
         except Exception as error:
-            if jax.process_index() == 0:
-                _set_aside(self.directory / str(step), "cannot be read back")
-            raise self._failed(step, error) from error
-        self._readable = True
-
-    def last_good(self) -> str:
-        """Where a person finds the newest checkpoint, in words."""
-        steps = self._steps()
-        return (
-            f"the last good checkpoint is {self.directory / str(steps[0])}"
-            if steps
-            else "no checkpoint was saved yet"
-        )
+            raise self._failed(pending.step, error) from error
+        if not self._was_read_back:
+            self._read_back(pending)
 
     def close(self) -> None:
-        """Wait for the last save and end the thread. Raises SaveError where it failed."""
+        """Wait for the last save and end the thread. Raises SaveError if the save failed."""
         try:
             self.wait()
         finally:
             self._background.shutdown()
 
-    def _steps(self) -> list[int]:
-        """The steps that have their name, newest first. Raises UserError for a file of such a name."""
-        found = []
-        for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if path.name.isdecimal() and path.name == str(int(path.name)):
-                if not path.is_dir():
-                    raise UserError(
-                        f"{path}: is a file, expected a checkpoint's folder: move it away"
-                    )
-                found.append(int(path.name))
-        return sorted(found, reverse=True)
+    def last_good(self) -> str:
+        """Say which checkpoint is the newest, for messages."""
+        steps = self._steps()
+        if not steps:
+            return "no checkpoint was saved yet"
+        return f"the last good checkpoint is {self.directory / str(steps[0])}"
 
-    def _clean(self) -> None:
+    def _check_disk(self, total_bytes: int) -> None:
+        """Raise OSError if the folder cannot be written, or the disk has no room.
+
+        If Orbax cannot make a folder, its threads wait five minutes for the folder to appear.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=self.directory):
+            pass
+        needed = total_bytes // jax.process_count()
+        if (free := shutil.disk_usage(self.directory).free) < needed:
+            raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
+
+    def _finish(self, step: int, written: Any, accuracy: float | None) -> None:
+        """Wait in the background for Orbax, then make a checkpoint of what it wrote."""
+        written.result()
+        if not self._is_main:
+            return
+        saving = self._checkpoint(f"{SAVING}{step}")
+        saving.write_manifest(self.run, step, accuracy)
+        final = self._checkpoint(step)
+        if final.path.exists():
+            final.set_aside("is in the way of a new save of this step")
+        saving.path.rename(final.path)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Delete all checkpoints except the last `keep` and the one of best accuracy."""
+        steps = self._steps()
+        kept = set(steps[: self.keep])
+        accuracies = {step: self._checkpoint(step).accuracy() for step in steps}
+        ranked = [step for step in steps if accuracies[step] is not None]
+        if ranked:
+            kept.add(max(ranked, key=lambda step: (accuracies[step], step)))
+        for step in set(steps) - kept:
+            removed = self.directory / f"{REMOVING}{step}"
+            self._checkpoint(step).path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def _read_back(self, pending: _Pending) -> None:
+        """Read a new checkpoint to the host, on each process: Orbax waits for all of them.
+
+        Sets it aside and raises SaveError if it cannot be read.
+        """
+        cluster.exchange(None)  # wait until process 0 has renamed the folder
+        checkpoint = self._checkpoint(pending.step)
+        try:
+            ocp.load(checkpoint.path, pending.on_host)
+        except Exception as error:
+            if self._is_main:
+                checkpoint.set_aside("cannot be read back")
+            raise self._failed(pending.step, error) from error
+        self._was_read_back = True
+
+    def _failed(self, step: int, error: Exception) -> SaveError:
+        """Remove what a failed save left behind; return the error to raise."""
+        if self._is_main:
+            self._remove_leftovers()
+        return SaveError(
+            f"{self.directory}: the checkpoint of step {step} cannot be saved "
+            f"({_first_line(error)}); {self.last_good()}"
+        )
+
+    # ---- The folder
+
+    def _checkpoint(self, name: int | str) -> Checkpoint:
+        return Checkpoint(self.directory / str(name))
+
+    def _steps(self) -> list[int]:
+        """Return the steps, newest first. Raises UserError if one is a file."""
+        steps = []
+        for path in self._entries():
+            if not path.name.isdecimal() or path.name != str(int(path.name)):
+                continue
+            if not path.is_dir():
+                raise UserError(f"{path}: is a file, expected a checkpoint's folder: move it away")
+            steps.append(int(path.name))
+        return sorted(steps, reverse=True)
+
+    def _remove_leftovers(self) -> None:
         """Remove what a kill or a failed save left behind."""
-        for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if path.name.startswith((SAVING, REMOVING)) or path.name.endswith(
-                ".orbax-checkpoint-tmp"
-            ):
+        for path in self._entries():
+            if path.name.startswith((SAVING, REMOVING)) or path.name.endswith(ORBAX_TEMPORARY):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _write_manifest(self, directory: pathlib.Path, step: int, accuracy: float | None) -> None:
-        manifest = dict(run=self.run, step=step, accuracy=accuracy, files=_hashes(directory))
-        temporary = directory / (MANIFEST + ".tmp")
-        temporary.write_text(json.dumps(manifest, indent=1))
-        os.replace(temporary, directory / MANIFEST)
-
-    def _verified(self, step: int) -> bool:
-        """Whether a manifest vouches for a step; False where it has none.
-
-        Files that the manifest does not name are ignored: file browsers and network disks leave
-        some everywhere. Raises ValueError, saying why, where the step cannot be trusted.
-        """
-        directory = self.directory / str(step)
-        if not (directory / MANIFEST).exists():
-            if not (directory / "_CHECKPOINT_METADATA").exists():
-                raise ValueError("is half there" if any(directory.iterdir()) else "is empty")
-            return False
-        manifest = _read_manifest(directory)
-        if not manifest.get("files"):
-            raise ValueError(f"has an unreadable {MANIFEST}")
-        if (run := manifest.get("run") or self.run) != self.run:
-            raise ValueError(f"is of another run ({run}, this one is {self.run})")
-        if (named := manifest.get("step", step)) != step:
-            raise ValueError(f"is step {named} by its {MANIFEST}")
-        wanted = {
-            name: digest
-            for name, digest in manifest["files"].items()
-            if not name.startswith("metrics/")
-        }
-        found = _hashes(directory, wanted)
-        for name in sorted(wanted):
-            if found.get(name) != wanted[name]:
-                raise ValueError(
-                    f"is damaged: {name} is {'changed' if name in found else 'missing'}"
-                )
-        return True
+    def _entries(self) -> list[pathlib.Path]:
+        return list(self.directory.iterdir()) if self.directory.is_dir() else []
 
 
-def _named(state: Any) -> dict[str, Any]:
-    """The leaves of a state by the names that they have in a checkpoint."""
+def _arrays_by_name(state: Any) -> dict[str, Any]:
+    """Return the arrays of a state by the names that they have in a checkpoint.
+
+    A field without arrays, such as the model state of a network without batch norm, leaves no
+    trace. So a checkpoint from before there was such a field restores into a state that has it.
+    """
     return {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 
-def _read_manifest(directory: pathlib.Path) -> dict:
-    """A step's manifest: run, step, accuracy and files; {} where it cannot be read.
-
-    Before there were runs and steps in it, a manifest was what `files` is now.
-    """
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        return manifest if isinstance(manifest["files"], dict) else {}
-    except KeyError:
-        return dict(files=manifest)
-    except (OSError, ValueError, TypeError):
-        return {}
+def _empty(array: Any) -> np.ndarray:
+    """Return a host array of this shape that takes the memory of one element."""
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
 
 
-def _accuracy_of(directory: pathlib.Path) -> float | None:
-    """The accuracy that a step was saved with, if any; earlier versions kept it in a file of its own."""
-    accuracy = _read_manifest(directory).get("accuracy")
-    if accuracy is None:
-        try:
-            accuracy = json.loads((directory / "metrics" / "metrics").read_text())["accuracy"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return accuracy if isinstance(accuracy, float) else None
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hashes(directory: pathlib.Path, names: Any = None) -> dict[str, str]:
-    """SHA-256 of each file below `directory` (or of those of these `names`), by its relative path."""
-    if names is None:
-        paths = (
-            path for path in sorted(directory.rglob("*")) if not path.name.startswith(MANIFEST)
-        )
-    else:
-        paths = (directory / name for name in names)
-    hashes = {}
-    for path in paths:
-        if path.is_file():
-            with path.open("rb") as file:
-                hashes[str(path.relative_to(directory))] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
-    return hashes
-
-
-def _set_aside(directory: pathlib.Path, reason: str) -> None:
-    aside = directory.with_name(f"broken-{directory.name}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = directory.with_name(f"broken-{directory.name}-{number}")
-    directory.rename(aside)
-    logging.warning("Checkpoint %s %s. It is set aside as %s.", directory, reason, aside.name)
+def _check_names(wanted: Set[str], saved: Set[str]) -> None:
+    """Raise Rejected if a checkpoint lacks arrays of the state, or has others."""
+    for problem, names in (
+        ("lacks arrays of this run's state", wanted - saved),
+        ("has arrays that this run's state lacks", saved - wanted),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:2]) + (", ..." if len(names) > 2 else "")
+            raise Rejected(f"{problem}: {shown}")
 
 
 def _first_line(error: Exception) -> str:

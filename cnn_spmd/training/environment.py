@@ -1,4 +1,8 @@
-"""Keep a program's surroundings from ending it, changing its numbers, or repeating its warnings."""
+"""Protect a command from its surroundings.
+
+These are closed streams and full pipes, environment variables that change a run's numbers or that
+jax refuses, a missing home directory, and libraries that print the same warning twice.
+"""
 
 import atexit
 import errno
@@ -6,7 +10,9 @@ import io
 import logging
 import os
 import pathlib
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -16,9 +22,9 @@ from absl import logging as absl_logging
 
 from cnn_spmd.errors import UserError
 
-# jax's settings that change a run's numbers, or refuse its code, at jax's own defaults. Each has an
-# environment variable of the same name.
-NUMBERS = dict(
+# The jax settings that change a run's numbers, or let its code fail, with jax's own defaults. Each
+# can be set by an environment variable of its name in capitals.
+JAX_DEFAULTS = dict(
     jax_enable_x64=False,
     jax_default_prng_impl="threefry2x32",
     jax_threefry_partitionable=True,
@@ -32,22 +38,22 @@ NUMBERS = dict(
 )
 
 
-class _Lossy(io.FileIO):
-    """A descriptor that loses what it cannot write, where a pipe has no reader for example.
+class _LossyFile(io.FileIO):
+    """A file that drops what it cannot write, as when a pipe has no reader.
 
-    TextIOWrapper takes it without a buffer between, as under `python -u`: a KeyboardInterrupt inside
-    `write` would make the buffer write twice.
+    TextIOWrapper writes to it directly, without a buffer, as under `python -u`. With a buffer, a
+    KeyboardInterrupt inside `write` would make the buffer write twice.
     """
 
-    error: OSError | None = (
-        None  # the last one that is no broken pipe, which has no reader to miss it
-    )
+    # The last error, if it was no broken pipe: a pipe without a reader misses nothing.
+    error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         rest = memoryview(data)
         try:
             while rest:
-                rest = rest[super().write(rest) or len(rest) :]  # None: full, and does not block
+                # FileIO.write returns None if a non-blocking descriptor is full.
+                rest = rest[super().write(rest) or len(rest) :]
         except BrokenPipeError:
             pass
         except OSError as error:
@@ -55,23 +61,23 @@ class _Lossy(io.FileIO):
         return len(data)
 
 
-def keep_talking() -> None:
-    """Replace sys.stdout and sys.stderr by streams that take any text and never raise."""
+def protect_streams() -> None:
+    """Replace stdout and stderr by streams that accept any text and never raise."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
-        if stream is None:  # closed: the next file that is opened must not get its number
+        if stream is None:  # closed: otherwise the next file to be opened would get its number
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-        if name != "stdin":
-            raw = _Lossy(descriptor, "w", closefd=False)
-            raw.error = None if stream else OSError(errno.EBADF, os.strerror(errno.EBADF))
-            encoding = stream.encoding if stream else "utf-8"
-            setattr(
-                sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
-            )
+        if name == "stdin":
+            continue
+        raw = _LossyFile(descriptor, "w", closefd=False)
+        raw.error = None if stream else OSError(errno.EBADF, os.strerror(errno.EBADF))
+        encoding = stream.encoding if stream else "utf-8"
+        protected = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
+        setattr(sys, name, protected)
 
 
-def unwritten() -> int:
-    """Return the exit code of a command that only prints; say on stderr what stdout has lost."""
+def exit_code_of_output() -> int:
+    """Return 0, or 1 if stdout lost anything; then print an error to stderr."""
     sys.stdout.flush()
     error = getattr(getattr(sys.stdout, "buffer", None), "error", None)
     if error is None:
@@ -81,9 +87,9 @@ def unwritten() -> int:
 
 
 def prepare() -> None:
-    """Set what a command of launch.py needs, before jax computes anything.
+    """Prepare the process for a command of launch.py, before it uses jax.
 
-    Raises UserError where a variable of the environment lets jax not even be imported.
+    Raises UserError if an environment variable keeps jax from being imported, or XLA from starting.
     """
     try:
         import jax  # noqa: F401
@@ -91,17 +97,39 @@ def prepare() -> None:
         raise UserError(
             f"jax cannot be imported: {' '.join(str(error).split())}: mend or unset that variable"
         ) from None
-    warn_once()
-    find_home()
-    fix_numbers()
-    keep_programs()
+    refuse_bad_xla_flags()
+    print_each_warning_once()
+    ensure_home()
+    reset_jax_settings()
+    cache_programs()
 
 
-def warn_once() -> None:
-    """Let absl alone print what libraries log, TFDS's hints left out, each as one line."""
-    flags.FLAGS.set_default("logtostderr", True)  # the stderr of that moment, above a progress bar
+def refuse_bad_xla_flags() -> None:
+    """Raise UserError if XLA cannot read the variable XLA_FLAGS.
+
+    XLA would end this process with pages of text. So another process, which takes 0.1 s, reads the
+    variable first.
+    """
+    if "XLA_FLAGS" not in os.environ:
+        return
+    code = "from jaxlib import _jax; _jax.CompileOptions().executable_build_options.debug_options"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # A line of XLA's log: E or F for error or fatal, month and day, time, thread, file, text.
+    reason = re.search(r"^[EF]\d{4} \S+ +\d+ \S+flags\S*\] (.*)", result.stderr, re.MULTILINE)
+    if result.returncode and reason:
+        raise UserError(
+            f"XLA_FLAGS={os.environ['XLA_FLAGS']}: {reason[1].rstrip('.')}: mend or unset that "
+            "variable"
+        )
+
+
+def print_each_warning_once() -> None:
+    """Let only absl print what libraries log, in single lines, without TFDS's hints."""
+    # absl then writes to sys.stderr as it is at that moment, which is above a progress bar.
+    flags.FLAGS.set_default("logtostderr", True)
     for library in ("jax", "jaxlib"):
-        logging.getLogger(library).handlers.clear()  # JAX_LOGGING_LEVEL adds a second one
+        logging.getLogger(library).handlers.clear()  # JAX_LOGGING_LEVEL adds a second handler
     logging.getLogger("absl").addFilter(
         lambda record: (
             record.levelno >= logging.ERROR or "tensorflow_datasets" not in record.pathname
@@ -112,14 +140,14 @@ def warn_once() -> None:
     )
 
 
-def find_home() -> None:
-    """Make a HOME for this process where there is none, for the caches of all libraries."""
-    if os.environ.get("TFDS_DATA_DIR") == "":  # TFDS would take it for the current folder
+def ensure_home() -> None:
+    """Make a temporary home if there is none: libraries keep their caches there."""
+    if os.environ.get("TFDS_DATA_DIR") == "":  # TFDS would use the current folder
         del os.environ["TFDS_DATA_DIR"]
     try:
         if os.environ.get("HOME") != "" and pathlib.Path.home().is_dir():
             return
-    except (RuntimeError, OSError):  # no HOME and no such user; a parent that cannot be read
+    except (RuntimeError, OSError):  # no HOME and no such user; or a parent that cannot be read
         pass
     os.environ["HOME"] = tempfile.mkdtemp(prefix="cnn_spmd-home-")
     atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
@@ -129,26 +157,27 @@ def find_home() -> None:
     )
 
 
-def fix_numbers() -> None:
-    """Set back what would change a run's numbers and stand in none of its files, with a warning."""
+def reset_jax_settings() -> None:
+    """Reset jax settings that change numbers and that no file of a run records; warn."""
     import jax
 
-    for name, value in NUMBERS.items():
-        if getattr(jax.config, name) != value:
-            jax.config.update(name, value)
+    for name, default in JAX_DEFAULTS.items():
+        if getattr(jax.config, name) != default:
+            jax.config.update(name, default)
             absl_logging.warning(
                 "%s=%s has no effect: it is %s, so that the same command gives the same numbers.",
                 name.upper(),
                 os.environ.get(name.upper()),
-                value,
+                default,
             )
 
 
-def keep_programs() -> None:
-    """Let jax keep compiled programs in a cache folder, or warn where it cannot be written."""
+def cache_programs() -> None:
+    """Let jax keep compiled programs in a cache folder; warn if it cannot be written."""
     import jax
 
-    # The report reads a program's op_names.
+    # The report reads the op_names in a program. By default, programs that differ only in these
+    # share an entry of the cache.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -158,4 +187,9 @@ def keep_programs() -> None:
         with tempfile.TemporaryFile(dir=cache):
             jax.config.update("jax_compilation_cache_dir", str(cache))
     except OSError as error:
-        absl_logging.warning("%s: %s: compiled programs are not kept.", cache, error.strerror)
+        absl_logging.warning(
+            "%s: %s: compiled programs are not cached; make the folder writable, or set "
+            "JAX_COMPILATION_CACHE_DIR to another one.",
+            cache,
+            error.strerror,
+        )
