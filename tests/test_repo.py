@@ -11,9 +11,12 @@ from conftest import ROOT
 from cnn_spmd.papers import tables
 
 
-def test_ruff_is_clean():
+@pytest.mark.parametrize(
+    "command", [("check", "--output-format=concise"), ("format", "--check")], ids=" ".join
+)
+def test_ruff_is_clean(command):
     result = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--output-format=concise", "."],
+        [sys.executable, "-m", "ruff", *command, "."],
         cwd=ROOT,
         capture_output=True,
         text=True,
