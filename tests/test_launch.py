@@ -665,27 +665,6 @@ def test_two_processes_train_one_network(start, tmp_path):
     )  # and one process resumes
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python launch.py")]
-
-
-def test_readme_commands_run(start, tmp_path):
-    """Each launch command of the README, as it stands there, on eight simulated devices and cut to a small run."""
-    commands = readme_commands()
-    assert len(commands) >= 6
-    for first in range(0, len(commands), 2):
-        pair = []
-        for command in commands[first : first + 2]:
-            command = command.replace("--mesh all", "--mesh 2x1")  # a sweep, cut to two runs
-            arguments = shlex.split(command.replace("/shared", str(tmp_path / "shared")))[2:]
-            devices = [] if "--cpu_devices" in arguments else ["--cpu_devices", "8"]
-            pair.append(start(*arguments, *devices, *SMALL[2:]))
-        for process in pair:
-            finished(process)
-
-
 def test_makefile_runs_what_the_readme_says():
     for target, command in (
         ("train", "launch.py --config experiments/alexnet_cifar.py"),
