@@ -64,6 +64,14 @@ def test_fences_name_their_language(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_code_fits_a_page(path):
+    """GitHub shows some 98 characters of a code block; longer lines have to be scrolled."""
+    for language in ("bash", "python", "text"):
+        for block in fences(path, language):
+            assert max(map(len, block.splitlines())) <= 96, block
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_to_files(path):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         if "://" not in link:
@@ -241,9 +249,10 @@ def test_an_added_metric_shows_up_everywhere(tmp_path, registries):
 
 def commands(program):
     """Return each command of the pages that starts with `program`, once."""
-    lines = [
-        line for path in PAGES for block in fences(path, "bash") for line in block.splitlines()
-    ]
+    blocks = [block for path in PAGES for block in fences(path, "bash")]
+    # An indented line belongs to the command above it.
+    parts = [part for block in blocks for part in re.split(r"\n(?=\S)", block.strip())]
+    lines = [re.sub(r" *\\?\n +", " ", part) for part in parts]
     return [*dict.fromkeys(line for line in lines if line.startswith(program))]
 
 
