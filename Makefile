@@ -1,5 +1,5 @@
-# make train, make test: each sets up .venv first where it is missing or older than the requirements.
-REQUIREMENTS := $(shell nvidia-smi >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
+# make train and make test first set up .venv, if it is missing or older than the requirements.
+EXTRAS := $(shell nvidia-smi >/dev/null 2>&1 && echo dev,cuda12 || echo dev)
 ARGS ?=
 
 train: .venv/installed
@@ -8,7 +8,7 @@ train: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest $(ARGS)
 
-.venv/installed: requirements.txt requirements-cpu.txt
+.venv/installed: pyproject.toml requirements-cpu.txt requirements-cuda12.txt requirements-dev.txt
 	@set -e; ok='import sys; sys.exit(sys.version_info < (3, 11))'; \
 	if [ ! -x .venv/bin/python ]; then \
 	  for python in python3 python3.13 python3.12 python3.11 none; do \
@@ -20,7 +20,7 @@ test: .venv/installed
 	  $$python -m venv .venv; \
 	fi; \
 	.venv/bin/python -c "$$ok" || { echo "error: .venv has $$(.venv/bin/python --version), Python 3.11 or newer is needed: remove .venv" >&2; exit 1; }
-	.venv/bin/python -m pip install --quiet --requirement $(REQUIREMENTS)
+	.venv/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
 .PHONY: train test

@@ -1,0 +1,299 @@
+"""The README and the guide: what they show is what the code prints, draws and does."""
+
+import json
+import re
+import runpy
+import shlex
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from jax.sharding import NamedSharding, PartitionSpec
+from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
+
+import cnn_spmd
+from cnn_spmd.report.__main__ import main as report_main
+from cnn_spmd.report.write import write
+from cnn_spmd.sharding.table import TABLE
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+EXPERIMENTS = "experiments/alexnet_cifar.py"
+
+
+def fences(path, language):
+    """Return the content of each fenced block of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def table_rows(text):
+    """Return the cells of each row below the header of a Markdown table."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def section(title):
+    """Return the text of a section of the README."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README.read_text(), re.DOTALL | re.M)[1]
+
+
+# ---- Form
+
+
+def test_readme_is_short():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(text.encode()) <= 10_000
+
+
+def test_headline_has_at_most_six_rows():
+    marked = re.findall(
+        r"<!-- headline: begin -->\n(.*?)\n<!-- headline: end -->", README.read_text(), re.DOTALL
+    )
+    assert len(marked) == 1
+    assert 1 <= len(table_rows(marked[0])) <= 6
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_fences_name_their_language(path):
+    marks = re.findall("^ *```(.*)$", path.read_text(), re.MULTILINE)
+    assert len(marks) % 2 == 0
+    assert set(marks[::2]) <= {"bash", "python", "text"}
+    assert set(marks[1::2]) <= {""}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_code_fits_a_page(path):
+    """GitHub shows some 98 characters of a code block; longer lines have to be scrolled."""
+    for language in ("bash", "python", "text"):
+        for block in fences(path, language):
+            assert max(map(len, block.splitlines())) <= 96, block
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files(path):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if "://" not in link:
+            assert (path.parent / link).exists(), link
+
+
+# ---- Content
+
+
+def test_readme_has_the_placement_table():
+    """Each cell of the README's table is what TABLE says, for every scheme."""
+
+    def mesh_axes(row, logical_axis):
+        axes = row.get(logical_axis, ())
+        return ", ".join([axes] if isinstance(axes, str) else axes)
+
+    def weights(row, layer):
+        for name, axis in (("columns", f"{layer}_out"), ("rows", f"{layer}_in")):
+            if axis in row:
+                return f"{name}: {mesh_axes(row, axis)}"
+        return "-"
+
+    expected = [
+        [
+            f"`{scheme}`",
+            mesh_axes(row, "conv_batch"),
+            weights(row, "conv") if "group_in" not in row else f"towers: {row['group_in']}",
+            mesh_axes(row, "dense_batch"),
+            *(weights(row, layer) for layer in ("fc1", "fc2", "fc3")),
+        ]
+        for scheme, row in TABLE.items()
+    ]
+    assert table_rows(section("Where every array lives")) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["alexnet_cifar-h100-1x1-hybrid-seed0", "alexnet_cifar-cpu-make_train"]
+)
+def test_readme_shows_the_last_line_of_a_measured_run(name):
+    (path,) = (ROOT / "results").rglob(f"{name}.json")
+    run = json.loads(path.read_text())
+    line = (
+        f"Done: {run['dataset']} test accuracy {run['eval']['accuracy']:.2%} after "
+        f"{run['steps']} steps, {run['train_seconds']:.1f} s of training. Files: runs/"
+    )
+    assert any(block.startswith(line) for block in fences(README, "text"))
+
+
+def test_mesh_picture_is_drawn_from_the_table():
+    drawing = runpy.run_path(str(ROOT / "docs" / "draw_mesh.py"))
+    svg = (ROOT / "docs" / "mesh.svg").read_text()
+    assert drawing["draw"]() == svg
+    assert int(re.search(r'<svg [^>]*width="(\d+)"', svg)[1]) <= 800
+
+
+def test_mesh_picture_shows_what_jax_places():
+    """The shard that the picture fills is the one that jax gives the device, for each dimension."""
+    drawing = runpy.run_path(str(ROOT / "docs" / "draw_mesh.py"))
+    sizes = drawing["MESH"]
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+    row = TABLE[drawing["SCHEME"]]
+    logical_axes = {axis for array in drawing["ARRAYS"] for axis in array[2:]}
+    assert {axis for axis in row if not axis.startswith("output")} <= logical_axes
+    for axis in logical_axes:
+        sharding = NamedSharding(mesh, PartitionSpec(row.get(axis)))
+        held = sharding.devices_indices_map((64,))
+        for (data, model), device in np.ndenumerate(mesh.devices):
+            index, count = drawing["shard"](axis, dict(data=data, model=model))
+            (shard,) = held[device]
+            assert shard.indices(64)[:2] == (64 // count * index, 64 // count * (index + 1))
+
+
+# ---- Python
+
+
+@pytest.fixture
+def registries():
+    """Undo what a test adds to the dicts that users may add to."""
+    from cnn_spmd import models
+    from cnn_spmd.data import registry
+    from cnn_spmd.training import metrics, optim
+
+    dicts = (
+        models.NETWORKS,
+        registry.DATASETS,
+        optim.OPTIMIZERS,
+        optim.SCHEDULES,
+        metrics.METRICS,
+    )
+    before = [dict(entries) for entries in dicts]
+    yield
+    for entries, old in zip(dicts, before, strict=True):
+        entries.clear()
+        entries.update(old)
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    (code,) = fences(README, "python")
+    names = {}
+    exec(code, names)
+    assert len(names["metrics"]["loss"]) == 10
+    assert names["report"]["collectives"]
+    assert names["summary"]["status"] == "completed"
+    assert [run["experiment"] for run in names["runs"]] == ["alexnet_cifar"]
+
+
+EXAMPLES = {
+    re.match(r'"""(\w+)\.py: ', code)[1]: code
+    for code in fences(ROOT / "docs" / "extending.md", "python")
+}
+
+
+def train_example(name, folder):
+    """Train an example of docs/extending.md for four steps on a 4x2 mesh; return its summary."""
+    path = folder / f"{name}.py"
+    path.write_text(EXAMPLES[name])
+    config = cnn_spmd.load_config(str(path), {"steps": 4, "mesh.data": 4, "mesh.model": 2})
+    return cnn_spmd.train(config, folder / "run")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_extending_run(name, tmp_path, registries):
+    """Each runs as it stands, its whole config takes effect, and the report knows all of it."""
+    summary = train_example(name, tmp_path)
+    assert summary["status"] == "completed"
+    assert summary["experiment"] == name
+    own = runpy.run_path(str(tmp_path / f"{name}.py"))["get_config"]().to_dict()
+    assert flat(own).items() <= flat(json.loads(json.dumps(summary["config"]))).items()
+    assert "error" not in json.loads((tmp_path / "run" / "program.json").read_text())
+    assert cnn_spmd.load_runs(tmp_path)
+    assert write([tmp_path / "run"])
+
+
+def flat(tree, prefix=""):
+    """Return nested dicts as one with dotted names; tuples are lists, as in JSON."""
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def test_examples_of_extending_are_short():
+    assert EXAMPLES.keys() == {
+        "my_network",
+        "my_data",
+        "my_optimizer",
+        "my_schedule",
+        "my_metric",
+        "my_scheme",
+    }
+    for name, code in EXAMPLES.items():
+        assert len([line for line in code.splitlines() if line]) <= 40, name
+
+
+def test_an_added_metric_shows_up_everywhere(tmp_path, registries):
+    summary = train_example("my_metric", tmp_path)
+    assert 0 <= summary["eval"]["brier"] <= 2
+    run = tmp_path / "run"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["split"], last["brier"]) == ("final", summary["eval"]["brier"])
+    (events,) = run.glob("events.out.tfevents.*")
+    assert b"final/brier" in events.read_bytes()
+    write([run])
+    for name in ("report.md", "report.csv", "report.html"):
+        assert "brier" in (run / name).read_text(), name
+
+
+# ---- Commands
+
+
+def commands(program):
+    """Return each command of the pages that starts with `program`, once."""
+    blocks = [block for path in PAGES for block in fences(path, "bash")]
+    # An indented line belongs to the command above it.
+    parts = [part for block in blocks for part in re.split(r"\n(?=\S)", block.strip())]
+    lines = [re.sub(r" *\\?\n +", " ", part) for part in parts]
+    return [*dict.fromkeys(line for line in lines if line.startswith(program))]
+
+
+def small(command, folder):
+    """Return the arguments of a launch command, cut to a small run on eight simulated devices.
+
+    folder: where "/shared" is.
+    """
+    # A sweep of two runs; and micro-batches of a batch of 16.
+    command = command.replace("--mesh all", "--mesh 2x1")
+    command = command.replace("dense_microbatch=128", "dense_microbatch=8")
+    arguments = shlex.split(command.replace("/shared", str(folder / "shared")))[2:]
+    # simple_cnn, which SMALL takes, has no hidden layers.
+    arguments = [each for each in arguments if "model.width" not in each]
+    devices = [] if "--cpu_devices" in arguments else ["--cpu_devices", "8"]
+    return [*arguments, *devices, *SMALL[2:]]
+
+
+def test_there_are_commands():
+    assert len(commands("python launch.py")) >= 10
+    assert len(commands("python -m cnn_spmd.report")) == 2
+
+
+@pytest.mark.parametrize("command", commands("python launch.py"))
+def test_launch_commands_run(start, tmp_path, command):  # noqa: F811
+    finished(start(*small(command, tmp_path)))
+
+
+def test_report_commands_run(start, tmp_path, monkeypatch):  # noqa: F811
+    """Each report command works on runs/a, once there is such a run."""
+    train = next(line for line in commands("python launch.py") if line.endswith(" runs/a"))
+    finished(start(*small(train, tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    for command in commands("python -m cnn_spmd.report"):
+        assert report_main(shlex.split(command)[3:]) == 0, command
+    assert (tmp_path / "runs" / "a" / "report.html").exists()
+    assert (tmp_path / "runs" / "a" / "top5.png").exists()
+
+
+def test_make_commands_name_fields_that_exist(start):  # noqa: F811
+    """The laptop's command compiles."""
+    (line,) = [line for line in commands("make train") if "ARGS" in line]
+    arguments = shlex.split(re.search('ARGS="(.*)"', line)[1])
+    finished(start("--config", EXPERIMENTS, *arguments, "--dry_run"))
