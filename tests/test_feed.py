@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from cnn_spmd.data.feed import Feed, gather, taken
+from cnn_spmd.data.feed import Feed, gather, read_examples
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
 
@@ -16,9 +16,9 @@ class Recorded:
     def __init__(self, array: np.ndarray):
         self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
 
-    def take(self, indices, *how):
+    def take(self, indices, **how):
         self.read.append(indices)
-        return self.array.take(indices, *how)
+        return self.array.take(indices, **how)
 
 
 IMAGES = np.random.default_rng(0).integers(256, size=(20, 4, 4, 3), dtype=np.uint8)
@@ -45,7 +45,7 @@ def test_many_readers_of_a_file(tmp_path):
     np.save(tmp_path / "images.npy", images)
     indices = np.random.default_rng(1).integers(300, size=(3, 59))
     for array in (np.load(tmp_path / "images.npy", mmap_mode="r"), images, np.arange(300)):
-        np.testing.assert_array_equal(taken(array, indices), np.asarray(array)[indices])
+        np.testing.assert_array_equal(read_examples(array, indices), np.asarray(array)[indices])
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -93,7 +93,7 @@ def test_the_next_call_is_made_while_this_one_runs():
 
 def test_what_goes_wrong_while_reading_is_raised():
     class Damaged(Recorded):
-        def take(self, *_):
+        def take(self, *_, **how):
             raise OSError("Input/output error")
 
     calls = Feed(Placement(mesh.make(1, 1), "data"), Damaged(IMAGES), LABELS, resident=False).calls(

@@ -22,7 +22,8 @@ from PIL import Image
 
 from cnn_spmd import config as configs
 from cnn_spmd import sweep
-from cnn_spmd.data import dataset, digest, folder, prepared
+from cnn_spmd.data import dataset, decoding, digest, photographs, prepared, square
+from cnn_spmd.data import tfds as tfds_source
 from cnn_spmd.data import registry as sources
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import pictures
@@ -130,7 +131,7 @@ def test_shorter_side_rescaled_and_centre_cropped(tmp_path, height, width):
         image.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR), int
     )
     top, left = ((side - 256) // 2 for side in rescaled.shape[:2])
-    got = prepared.decoded(tmp_path / "image.png", 256)
+    got = square.decode(tmp_path / "image.png", 256)
     assert got.shape == (256, 256, 3)
     assert np.abs(got - rescaled[top : top + 256, left : left + 256]).max() <= 2
 
@@ -179,7 +180,7 @@ KINDS = {
 def test_every_kind_of_image_becomes_rgb(tmp_path, name):
     image = Image.fromarray(colours(SIZE, SIZE))
     write(tmp_path / name, KINDS[name](image))
-    got = prepared.decoded(tmp_path / name, SIZE).astype(int)
+    got = square.decode(tmp_path / name, SIZE).astype(int)
     assert got.shape == (SIZE, SIZE, 3)
     expected = np.asarray(
         image.convert("L" if "grey" in name else "1" if "bits" in name else "RGB").convert("RGB"),
@@ -193,7 +194,7 @@ def test_sixteen_bits_become_eight(tmp_path, channels):
     values = np.random.default_rng(0).integers(1 << 16, size=(SIZE, SIZE, channels))
     png16(tmp_path / "deep.png", values)
     np.testing.assert_array_equal(
-        prepared.decoded(tmp_path / "deep.png", SIZE), np.broadcast_to(values >> 8, (SIZE, SIZE, 3))
+        square.decode(tmp_path / "deep.png", SIZE), np.broadcast_to(values >> 8, (SIZE, SIZE, 3))
     )
 
 
@@ -249,7 +250,7 @@ def test_an_image_of_another_format_is_refused_whatever_its_name(tmp_path, spoil
     spoil(tmp_path / "a.png")
     for file in (tmp_path / "a.png", io.BytesIO((tmp_path / "a.png").read_bytes())):
         with pytest.raises(ValueError, match=r"^is no JPEG, PNG or WebP image$"):
-            prepared.decoded(file, SIZE)
+            square.decode(file, SIZE)
 
 
 def test_of_many_images_all_are_named_in_one_pass(root, tmp_path, monkeypatch, capsys):
@@ -349,7 +350,7 @@ def test_the_folder_must_be_given():
 
 def test_where_there_is_no_room_it_says_so(root, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        prepared.shutil,
+        decoding.shutil,
         "disk_usage",
         lambda _: shutil._ntuple_diskusage(1, 0, 7 * SIZE * SIZE * 3 - 1),
     )
@@ -641,12 +642,12 @@ def decoded(monkeypatch) -> list[str]:
     """The files that are decoded, by their order."""
     files = []
 
-    def note(file: Path, size: int, decoded=prepared.decoded) -> np.ndarray:
+    def note(file: Path, size: int, decoded=square.decode) -> np.ndarray:
         files.append("/".join(file.parts[-3:]))
         return decoded(file, size)
 
-    monkeypatch.setattr(prepared, "decoded", note)
-    monkeypatch.setattr(prepared.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(square, "decode", note)
+    monkeypatch.setattr(decoding.os, "cpu_count", lambda: 1)
     return files
 
 
@@ -705,19 +706,19 @@ def test_a_class_that_comes_first_moves_the_others_labels(root, monkeypatch, dec
 def test_an_interrupted_preparation_is_gone_on_with(root, tmp_path, monkeypatch, decoded, power):
     """Images whose pixels did not reach the disk are decoded again."""
 
-    def interrupted(file: Path, size: int, decode=prepared.decoded) -> np.ndarray:
+    def interrupted(file: Path, size: int, decode=square.decode) -> np.ndarray:
         if len(decoded) == 4:
             raise KeyboardInterrupt
         return decode(file, size)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepared, "decoded", interrupted)
+        patch.setattr(square, "decode", interrupted)
         load(root)
     assert caches(tmp_path) == []
     if power == "cut":
         (part,) = (tmp_path / "tfds/cnn_spmd_photographs").glob("*.part")
         with (part / "train_images.npy").open("r+b") as file:
-            file.seek(prepared.HEADER + SIZE * SIZE * 3)
+            file.seek(decoding.HEADER_BYTES + SIZE * SIZE * 3)
             file.write(bytes(SIZE * SIZE * 3))
     decoded.clear()
     data = load(root)
@@ -731,10 +732,10 @@ def test_an_interrupted_preparation_is_gone_on_with(root, tmp_path, monkeypatch,
 
 def test_an_interruption_at_the_very_end_is_none(root, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepared.np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(decoding.np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         load(root)
     assert caches(tmp_path) == []
-    monkeypatch.setattr(prepared, "decoded", None)
+    monkeypatch.setattr(square, "decode", None)
     same_data(load(root), load(root))
 
 
@@ -834,14 +835,14 @@ def test_without_locks_it_is_said_and_the_images_are_prepared(root, tmp_path, mo
 def test_two_that_prepare_the_same_without_locks_do_no_harm(root, tmp_path, monkeypatch):
     both = threading.Barrier(2, timeout=30)
 
-    def decode_all(*arguments, decode_all=prepared.decode_all):
+    def decode_all(*arguments, decode_all=decoding.Workspace.decode):
         bad = decode_all(*arguments)
         both.wait()
         return bad
 
     expected = anew(root, monkeypatch)
     monkeypatch.setattr(prepared.fcntl, "flock", no_locks)
-    monkeypatch.setattr(prepared, "decode_all", decode_all)
+    monkeypatch.setattr(decoding.Workspace, "decode", decode_all)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for found in pool.map(load, [root] * 2):
             same_data(found, expected)
@@ -856,7 +857,7 @@ def test_a_disk_that_fills_up_is_one_line_and_nothing_is_left(root, tmp_path, mo
         os.truncate(file, size)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prepared.os, "posix_fallocate", full)
+    monkeypatch.setattr(decoding.os, "posix_fallocate", full)
     with pytest.raises(
         UserError,
         match=rf"^TFDS_DATA_DIR={tmp_path}/tfds: cannot keep the prepared images there .*No space "
@@ -869,40 +870,25 @@ def test_a_disk_that_fills_up_is_one_line_and_nothing_is_left(root, tmp_path, mo
 def test_room_is_there_before_a_pixel_is_written(root, tmp_path, monkeypatch):
     """A memory map of a file with holes dies of a bus error on a full disk."""
 
-    def holes(file: Path, size: int, decoded=prepared.decoded) -> np.ndarray:
+    def holes(file: Path, size: int, decoded=square.decode) -> np.ndarray:
         (part,) = (tmp_path / "tfds/cnn_spmd_photographs").glob("*.part")
         for path in part.iterdir():
             assert path.stat().st_blocks * 512 >= path.stat().st_size > 0, path
         return decoded(file, size)
 
-    monkeypatch.setattr(prepared, "decoded", holes)
+    monkeypatch.setattr(square, "decode", holes)
     load(root, size=64)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "texts"),
-    [
-        ((0, 40_000_000), ["0.0 MB", "40.0 MB"]),
-        ((5, 5_000), ["0.0 kB", "5.0 kB"]),
-        ((999, 1_000), ["999 bytes", "1,000 bytes"]),
-        ((10**12, 10**12 + 7), ["1,000,000,000,000 bytes", "1,000,000,000,007 bytes"]),
-        ((10**9, 2 * 10**12), ["1.0 GB", "2,000.0 GB"]),
-        ((196_608,), ["196.6 kB"]),
-    ],
-)
-def test_amounts_differ_as_the_numbers_do(sizes, texts):
-    assert prepared.amounts(*sizes) == texts
 
 
 def test_one_prepares_while_another_waits(root, monkeypatch, capsys):
     calls = []
 
-    def slow(*arguments, prepare=prepared.prepare):
+    def slow(*arguments, decode_into=prepared.decode_into):
         calls.append(arguments)
         time.sleep(0.2)
-        prepare(*arguments)
+        decode_into(*arguments)
 
-    monkeypatch.setattr(prepared, "prepare", slow)
+    monkeypatch.setattr(prepared, "decode_into", slow)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first, second = pool.map(load, [root] * 2)
     np.testing.assert_array_equal(first.train_images, second.train_images)
@@ -981,19 +967,19 @@ def test_a_prepared_tfds_data_set(tmp_path, monkeypatch):
 def test_a_tfds_data_set_whose_file_was_written_again_is_another(tmp_path):
     """Though names, sizes and times of modification are equal."""
     build(tmp_path, Imagenette)
-    before = folder.from_tfds("imagenette", tmp_path / "tfds")
+    before = tfds_source.find_source("imagenette", tmp_path / "tfds")
     (records,) = (tmp_path / "tfds").rglob("*train.array_record*")
     times = records.stat()
     records.write_bytes(records.read_bytes())
     os.utime(records, ns=(times.st_atime_ns, times.st_mtime_ns))
-    after = folder.from_tfds("imagenette", tmp_path / "tfds")
+    after = tfds_source.find_source("imagenette", tmp_path / "tfds")
     assert after.content == before.content
     assert after.fingerprint != before.fingerprint
 
 
 def test_a_named_data_set_says_which_files_it_is(root, tmp_path, monkeypatch):
     """A run goes on with a copy of them, and with no others."""
-    monkeypatch.setitem(folder.CLASSES, "imagenette", 2)
+    monkeypatch.setitem(photographs.CLASSES, "imagenette", 2)
     first = load(root, "imagenette")
     shutil.copytree(root, tmp_path / "copy")
     assert load(tmp_path / "copy", "imagenette").files == first.files
