@@ -61,15 +61,17 @@ def find(data_dir: str) -> Path:
     for folder in (path, path / FOLDER):
         if folder.is_dir() and (folder.name == FOLDER or holds_any(folder, ALL_FILES)):
             return folder
-    problem = "does not exist"
+    problem, advice = "does not exist", ""
     if path.exists():
         problem = "holds no CIFAR-10 in its binary version"
+        if (path / "train").is_dir():
+            advice = "; for photographs in class folders, set --config.data.name=folder"
         for version, names in OTHER_VERSIONS.items():
             if path.name in names or holds_any(path, names):
                 problem = f"is CIFAR-10 in its {version} version, expected the binary version"
     raise UserError(
         f"data.dir={data_dir}: {problem}; give {ARCHIVE}, the folder {FOLDER}, or a folder "
-        "holding either"
+        f"holding either{advice}"
     )
 
 

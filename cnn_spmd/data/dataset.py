@@ -84,7 +84,9 @@ class Dataset(Provenance):
         classes = len(self.class_names)
         for label in (labels.min(), labels.max()):
             if not 0 <= label < classes:
-                self._refuse(field, f"label {label}", f"0 to {classes - 1}, as class_names has")
+                self._refuse(
+                    field, f"label {label}", f"0 to {classes - 1} for {classes} class names"
+                )
 
     def _refuse(self, field: str, found: str, expected: str) -> None:
         raise UserError(f"data.name={self.name}: {field}: found {found}, expected {expected}")
