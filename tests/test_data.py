@@ -98,7 +98,10 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_arrays_of_another_form_are_refused_in_one_line(monkeypatch, what):
     change, message = REFUSED[what]
-    load = lambda data: dataclasses.replace(load_greys(data), **change)  # noqa: E731
+
+    def load(data: ml_collections.ConfigDict) -> Dataset:
+        return dataclasses.replace(load_greys(data), **change)
+
     monkeypatch.setitem(registry.DATASETS, "greys", load)
     with pytest.raises(UserError, match=rf"^data.name=greys: {message}") as refusal:
         registry.load(config_data(name="greys"))

@@ -23,21 +23,46 @@ LAYOUT = (
 FORM = "2"
 
 
-class ImageFile(NamedTuple):
-    """An image in a class folder."""
-
-    path: str
-    place: str  # CLASS/FILE, below its split's folder
-    label: int
-    status: os.stat_result
-
-
 class Folder(NamedTuple):
     """The folder of one split, and what lies in it."""
 
     path: Path
     classes: set[str]  # names of the class folders
     others: list[str]  # paths of what is no folder
+
+
+class Images(NamedTuple):
+    """The images of one split, sorted by class and name."""
+
+    paths: list[str]
+    labels: list[int]
+    keys: list[int]  # key_of each
+
+    def to_split(self) -> Split:
+        """Return them as a part of a Source."""
+
+        def read(i: int) -> Photograph:
+            return Photograph(self.paths[i], Path(self.paths[i]), self.labels[i])
+
+        return Split(len(self.paths), read, np.array(self.keys, np.uint64))
+
+
+class Digests:
+    """The digests of a data set's files, as Source has them, updated file by file."""
+
+    def __init__(self):
+        self.content = hashlib.sha256()
+        self.fingerprint = hashlib.sha256()
+
+    def add(self, split: str, folder: str, place: str, status: os.stat_result) -> bytes:
+        """Add a file, and return its identity.
+
+        folder: the split's, without symbolic links; place: the file's below it, CLASS/FILE.
+        """
+        identity = identity_of(f"{folder}/{place}", status)
+        self.content.update(os.fsencode(f"{split}/{place}\0{status.st_size}\0"))
+        self.fingerprint.update(identity)
+        return identity
 
 
 def find_source(root: Path) -> Source:
@@ -47,16 +72,17 @@ def find_source(root: Path) -> Source:
     only one split has, and a file that cannot be read.
     """
     where = f"data.dir={root}"
+    digests = Digests()
     try:
-        folders = [list_folder(path) for path in split_folders(root, where)]
-        refuse_classes(where, *folders)
-        classes = sorted(folders[0].classes)
-        images, left_out = [], folders[0].others + folders[1].others
-        for folder in folders:
-            found, others = list_images(folder.path, classes, where)
-            images.append(found)
+        train, test = (list_folder(path) for path in split_folders(root, where))
+        refuse_classes(where, train, test)
+        classes = sorted(train.classes)
+        left_out = train.others + test.others
+        splits = {}
+        for split, folder in (("train", train), ("test", test)):
+            images, others = list_images(folder.path, classes, split, digests, where)
+            splits[split] = images.to_split()
             left_out += others
-        real_paths = [os.path.realpath(folder.path) for folder in folders]
     except OSError as error:
         raise UserError(
             f"{where}: {error.filename}: {error.strerror}, expected readable folders and files"
@@ -67,7 +93,10 @@ def find_source(root: Path) -> Source:
         logging.warning(
             "%s: left out, as no %s in a class folder: %s%s.", where, suffixes, left_out[0], more
         )
-    return make_source(root, classes, images, real_paths)
+    # A name in another encoding than UTF-8 becomes one that a plot can show.
+    names = tuple(os.fsencode(name).decode(errors="replace") for name in classes)
+    content = digests.content.hexdigest()[:8]
+    return Source(str(root), splits, names, content, digests.fingerprint.hexdigest()[:16])
 
 
 def split_folders(root: Path, where: str) -> tuple[Path, Path]:
@@ -92,15 +121,17 @@ def list_folder(path: Path) -> Folder:
 
 
 def list_images(
-    folder: Path, classes: Sequence[str], where: str
-) -> tuple[list[ImageFile], list[str]]:
+    folder: Path, classes: Sequence[str], split: str, digests: Digests, where: str
+) -> tuple[Images, list[str]]:
     """Return the images in the class folders of a split, and the paths of what is no image.
 
-    Raises UserError for a class without images and for an image that is no regular file.
+    Adds the images to `digests`. Raises UserError for a class without images and for an image that
+    is no regular file.
     """
-    images, others = [], []
+    images, others = Images([], [], []), []
+    real_folder = os.path.realpath(folder)
     for label, name in enumerate(classes):
-        before = len(images)
+        before = len(images.paths)
         for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
@@ -110,48 +141,16 @@ def list_images(
             status = entry.stat()
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
                 raise UserError(f"{where}: {entry.path}: is no regular file, expected images")
-            images.append(ImageFile(entry.path, f"{name}/{entry.name}", label, status))
-        if len(images) == before:
+            identity = digests.add(split, real_folder, f"{name}/{entry.name}", status)
+            images.paths.append(entry.path)
+            images.labels.append(label)
+            images.keys.append(key_of(b"%d %b" % (label, identity)))
+        if len(images.paths) == before:
             raise UserError(
                 f"{where}: {folder.name}/{name}/ holds no image ({', '.join(SUFFIXES)}), expected "
                 "at least one in each class"
             )
     return images, others
-
-
-def make_source(
-    root: Path,
-    classes: Sequence[str],
-    images: Sequence[list[ImageFile]],
-    real_paths: Sequence[str],
-) -> Source:
-    """Return the Source of images to train on and to test on.
-
-    real_paths: of the two splits' folders, without symbolic links.
-    """
-    content, fingerprint = hashlib.sha256(), hashlib.sha256()
-    splits = {}
-    for split, files, real_path in zip(("train", "test"), images, real_paths, strict=True):
-        keys = []
-        for file in files:
-            size = file.status.st_size
-            content.update(os.fsencode(f"{split}/{file.place}\0{size}\0"))
-            identity = identity_of(f"{real_path}/{file.place}", file.status)
-            fingerprint.update(identity)
-            keys.append(key_of(b"%d %b" % (file.label, identity)))
-        splits[split] = Split(len(files), reader(files), np.array(keys, np.uint64))
-    # A name in another encoding than UTF-8 becomes one that a plot can show.
-    names = tuple(os.fsencode(name).decode(errors="replace") for name in classes)
-    return Source(str(root), splits, names, content.hexdigest()[:8], fingerprint.hexdigest()[:16])
-
-
-def reader(files: Sequence[ImageFile]):
-    """Return the function that Split.read is."""
-
-    def read(i: int) -> Photograph:
-        return Photograph(files[i].path, Path(files[i].path), files[i].label)
-
-    return read
 
 
 def refuse_classes(where: str, train: Folder, test: Folder) -> None:

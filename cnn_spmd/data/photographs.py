@@ -1,6 +1,5 @@
 """Data sets of photographs, in class folders or prepared by TFDS, as squares of data.image_size."""
 
-import functools
 import os
 from pathlib import Path
 
@@ -28,15 +27,15 @@ def load(data: ml_collections.ConfigDict) -> Dataset | Undecoded:
 
     Raises UserError, in one line, for what is missing, damaged or of another form.
     """
-    source = find_source(data.name, data.dir)
-    where = (source, data.image_size, data_directory() / "cnn_spmd_photographs")
-    skip_bad = data.get("skip_bad", 0)
-    to_dataset = functools.partial(make_dataset, data.name, source)
-    if found := prepared.find(*where, skip_bad):
-        return to_dataset(found)
+    name, size, skip_bad = data.name, data.image_size, data.get("skip_bad", 0)
+    source = find_source(name, data.dir)
+    root = data_directory() / "cnn_spmd_photographs"
+    found = prepared.find(source, size, root, skip_bad)
+    if found is not None:
+        return make_dataset(name, source, found)
     return Undecoded(
-        preview=to_dataset(prepared.preview(source, data.image_size)),
-        decode=lambda: to_dataset(prepared.prepare(*where, skip_bad)),
+        preview=make_dataset(name, source, prepared.preview(source, size)),
+        decode=lambda: make_dataset(name, source, prepared.prepare(source, size, root, skip_bad)),
     )
 
 

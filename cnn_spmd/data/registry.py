@@ -18,6 +18,8 @@ from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
 from cnn_spmd.errors import UserError
 
+Loader = Callable[[ml_collections.ConfigDict], Dataset | Undecoded]
+
 
 def load(
     data: ml_collections.ConfigDict, check: Callable[[Dataset], object] = lambda _: None
@@ -48,7 +50,7 @@ def load(
     return found
 
 
-def loader_of(data: ml_collections.ConfigDict) -> Callable[[ml_collections.ConfigDict], Dataset]:
+def loader_of(data: ml_collections.ConfigDict) -> Loader:
     """Return the loader of data.name. Raises UserError for an unknown name."""
     if data.name in DATASETS:
         return DATASETS[data.name]
@@ -56,16 +58,11 @@ def loader_of(data: ml_collections.ConfigDict) -> Callable[[ml_collections.Confi
 
     root = Path(data.dir).expanduser() if data.dir else photographs.data_directory()
     if tfds.prepared_folder(data.name, root):
-        return load_photographs
+        return photographs.load
     raise UserError(
         f"data.name={data.name}: not a data set; choose from {', '.join(DATASETS)}, or a data set "
         f"that TFDS has prepared in {root} ({tfds.how_to_build('NAME', root)})"
     )
-
-
-def load_photographs(data: ml_collections.ConfigDict) -> Dataset | Undecoded:
-    """Load photographs in class folders, or those of a data set that TFDS has prepared."""
-    return photographs.load(data)
 
 
 def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
@@ -117,13 +114,13 @@ def warn_of_digits(reason: str, remedy: str) -> None:
     print(f"\n{rule}\n{text}\n{rule}\n", file=sys.stderr, flush=True)
 
 
-DATASETS: dict[str, Callable[[ml_collections.ConfigDict], Dataset | Undecoded]] = {
+DATASETS: dict[str, Loader] = {
     "cifar10": load_cifar10,
     "digits": load_digits,
     "synthetic": load_synthetic,
-    "folder": load_photographs,
-    "imagenet2012": load_photographs,
-    "imagenette": load_photographs,
+    "folder": photographs.load,
+    "imagenet2012": photographs.load,
+    "imagenette": photographs.load,
 }
 
 # The config's fields that only some data sets use, by data set; one that is not here uses all.
