@@ -23,7 +23,10 @@ PETS = (
 
 
 def colours(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Return a smooth image, uint8 [height, width, 3], which JPEG and rescaling change little."""
+    """Return a smooth image, which JPEG and rescaling change little.
+
+    It is uint8 [height, width, 3].
+    """
     start, end = np.random.default_rng(seed).integers(256, size=(2, 3))
     down, across = np.linspace(0, 1, height), np.linspace(0, 1, width)
     along = np.add.outer(down, across)[..., None] / 2

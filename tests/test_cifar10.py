@@ -1,4 +1,4 @@
-"""CIFAR-10 from small archives made here: forms, refusals, caches, download and fallback."""
+"""CIFAR-10 from small archives: forms, refusals, caches, download, fallback."""
 
 import functools
 import gzip
@@ -40,7 +40,7 @@ def small_files_and_no_network(monkeypatch, tfds_directory):
 
 
 def write_folder(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
-    """Write a random cifar-10-batches-bin; return it, and the arrays that it must be read as."""
+    """Write a random cifar-10-batches-bin; return it and the arrays it stands for."""
     folder = parent / archive.FOLDER
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -226,7 +226,7 @@ def flip_bit(path: Path) -> None:
 
 
 def flip_bit_before_padding(path: Path) -> None:
-    """Do damage that only gzip's checksum shows, and add padding that reading a tar skips."""
+    """Do damage that only gzip's checksum shows; add padding that tar readers skip."""
     padded = gzip.decompress(path.read_bytes()) + bytes(1 << 22)
     path.write_bytes(gzip.compress(padded, compresslevel=0))
     content = bytearray(path.read_bytes())
@@ -266,7 +266,7 @@ def test_the_digest_is_that_of_pixels_and_labels(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_pixels(tmp_path):
-    """It may take them from another data.dir. A run of before there were digests continues."""
+    """They may lie in another data.dir. A run from before digests existed continues."""
     write_folder(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     write_folder(tmp_path / "c", seed=1)
@@ -437,7 +437,7 @@ def test_damaged_prepared_data_is_refused(tmp_path, pattern, damage):
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-    """Return a function that starts a server, which answers every request with the same body.
+    """Return a function that starts a server with one answer to every request.
 
     length: the bytes that it says the body has, where these are not its own.
     """
@@ -471,7 +471,7 @@ def serve(tmp_path, monkeypatch):
 
 @pytest.fixture
 def official(tmp_path, monkeypatch):
-    """A small archive that passes for the official one, and the arrays that it must be read as."""
+    """A small archive that passes for the official one, and its arrays."""
     path, expected = write_archive(tmp_path / "official")
     monkeypatch.setattr(archive, "ARCHIVE_BYTES", path.stat().st_size)
     monkeypatch.setattr(archive, "ARCHIVE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())

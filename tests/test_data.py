@@ -1,4 +1,4 @@
-"""Data sets by name: your own, what a Dataset refuses, digests, digits and random images."""
+"""Data sets by name: your own, refused arrays, digests, digits, random images."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Class folders: what is found in them, in which order, and what is refused before decoding."""
+"""Class folders: what is found, in which order, and refused before decoding."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_a_class_whose_name_is_no_text_can_be_drawn(pets):
 
 
 def flatten(folder: Path) -> None:
-    """Move all images out of their class folders, as ImageNet's validation images are published."""
+    """Move all images out of their class folders, as ImageNet's validation set is."""
     for path in sorted(folder.glob("*/*")):
         path.rename(folder / f"{path.parent.name}_{path.name}")
     for path in folder.glob("*/"):

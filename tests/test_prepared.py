@@ -1,4 +1,4 @@
-"""Decoded photographs on disk: decoded once, resumed after a kill, and never mixed up."""
+"""Photographs on disk: decoded once, resumed after a kill, never mixed up."""
 
 import concurrent.futures
 import errno
@@ -450,7 +450,7 @@ def test_a_disk_that_fills_up_is_one_line_and_nothing_is_left(pets, tmp_path, mo
 
 
 def test_the_disk_has_room_before_a_pixel_is_written(pets, tmp_path, monkeypatch):
-    """On a full disk, a memory map of a file with holes ends the process with a bus error."""
+    """A write to a hole of a mapped file on a full disk ends with a bus error."""
 
     def decode(file: Path, size: int, decode=square.decode) -> np.ndarray:
         (part,) = store(tmp_path).glob("*.part")

@@ -1,4 +1,4 @@
-"""Decoding one photograph: the central square, every kind of image, and other formats refused."""
+"""Decoding one photograph: the square, every kind of image, refused formats."""
 
 import io
 import struct
@@ -65,7 +65,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, name):
 
 
 def write_png16(path: Path, values_HWC: np.ndarray) -> None:
-    """Write 16-bit grey (one channel) or colour (three), which Pillow reads and cannot write."""
+    """Write 16-bit grey (one channel) or colour (three), which Pillow cannot write."""
 
     def block(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content)

@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared: known ones, others by their names, and what is refused."""
+"""Data sets that TFDS has prepared: known ones, others, and what is refused."""
 
 import os
 import shutil

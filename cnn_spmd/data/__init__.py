@@ -1,1 +1,1 @@
-"""Data sets as arrays on the host, the order of their examples, and their way to the devices."""
+"""Data sets on the host, the order of their examples, and the way to devices."""

@@ -113,7 +113,9 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare(source: Path | None, root: Path, config: tfds.core.BuilderConfig, folder: Path) -> None:
-    """Build the TFDS data set in `folder`: TFDS writes elsewhere and renames at the end.
+    """Build the TFDS data set in `folder`.
+
+    TFDS writes elsewhere and renames at the end, so that `folder` is complete or missing.
 
     Raises Unreachable where the download fails, and UserError where the source is damaged or the
     data directory cannot be written. Then it leaves nothing behind.

@@ -1,4 +1,4 @@
-"""CIFAR-10's binary archive, or the folder it unpacks to: found, digested, read and checked.
+"""CIFAR-10's binary archive, or the folder it unpacks to.
 
 No pickle is loaded. Shapes: N images, H = W = 32 rows and columns, C = 3 channels (RGB).
 Format: https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version".
@@ -81,14 +81,15 @@ def holds_any(folder: Path, names: Sequence[str]) -> bool:
 
 
 def fingerprint(source: Path) -> str:
-    """Return a name of the content: "official", or "local-" and 12 digits of its SHA-256.
+    """Return a name for the content.
 
-    Logs a warning where an archive is not the official one. Raises UserError naming the file that
-    is missing or cannot be read.
+    It is "official", or "local-" and 12 hexadecimal digits of the SHA-256. Logs a warning where an
+    archive is not the official one. Raises UserError naming the file that is missing or cannot be
+    read.
     """
     digest = hashlib.sha256()
     for path in [source] if source.is_file() else [source / name for name in ALL_FILES]:
-        if path.is_fifo():  # to open it would wait for its writer
+        if path.is_fifo():  # opening it would wait for its writer
             raise UserError(f"data.dir={source}: {path.name}: is a pipe; expected a readable file")
         try:
             with path.open("rb") as stream:
@@ -138,7 +139,7 @@ def read(source: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each of the six files that a folder or an archive holds.
+    """Yield name and content of each of the six files of a folder or archive.
 
     Nothing is unpacked to disk. Raises UserError for a damaged archive and a file of another size.
     """

@@ -1,5 +1,6 @@
-"""Decoding many photographs into files on disk, by all cores; a killed process loses nothing.
+"""Decoding many photographs into files on disk, by all cores.
 
+A killed process loses nothing: the next one continues where it stopped.
 Shapes: N photographs of a split, M rows of a file (the largest N of all attempts),
 H = W = size rows and columns, C = 3 channels (red, green, blue).
 """
@@ -20,7 +21,7 @@ from cnn_spmd.data import digest, square
 from cnn_spmd.data.source import Source, Split, Unreadable
 from cnn_spmd.errors import UserError, one_line
 
-IMAGES_PER_TASK = 64  # that one thread decodes before it takes the next task
+IMAGES_PER_TASK = 64  # a thread decodes these before it takes the next task
 PROGRESS_SECONDS = 10.0
 HEADER_BYTES = 128  # of a .npy file, before its values: NumPy's header for uint8 [N, H, W, C]
 
@@ -41,9 +42,10 @@ class Rows(NamedTuple):
 
 
 class Workspace:
-    """A folder in which photographs are decoded, in three steps: reserve, decode, finish.
+    """A folder in which photographs are decoded.
 
-    A killed process leaves the folder behind, and the next one continues there.
+    The steps are `reserve`, `decode`, `finish` and `clean`. A killed process leaves the folder
+    behind, and the next one continues there.
     """
 
     def __init__(self, folder: Path, size: int):
@@ -147,8 +149,9 @@ class Workspace:
         shape = (count, self.size, self.size, 3)
         images = np.memmap(self._images_file(name), np.uint8, "r+", HEADER_BYTES, shape)
         state = np.memmap(self._state_file(name), STATE, "r+", 0, (count,))
-        rearrange(Rows(images, state), split.keys)
-        return Rows(images, state)
+        rows = Rows(images, state)
+        rearrange(rows, split.keys)
+        return rows
 
 
 def allocate(path: Path, size: int) -> None:
@@ -165,7 +168,7 @@ def allocate(path: Path, size: int) -> None:
 
 
 def rearrange(rows: Rows, keys: np.ndarray) -> None:
-    """Move each image that an earlier attempt decoded to its row in `keys`, uint64 [N].
+    """Move the images of an earlier attempt to their rows in `keys`, uint64 [N].
 
     Files may have been added or removed since. Both lists are sorted by name. So moves to the
     front, first row first, and then moves to the back, last row first, never overwrite an image
@@ -186,7 +189,7 @@ def rearrange(rows: Rows, keys: np.ndarray) -> None:
 
 
 def decode_some(split: Split, rows: Rows, start: int) -> list[tuple[int, str]]:
-    """Decode up to IMAGES_PER_TASK photographs from `start` on that are not decoded yet.
+    """Decode the IMAGES_PER_TASK photographs from `start` on, where still needed.
 
     Returns index and text of each that cannot be read.
     """

@@ -1,4 +1,7 @@
-"""Digests of data sets: equal when all pixels and labels are equal, in the same order."""
+"""Digests of data sets.
+
+Two are equal when all pixels and labels are equal, in the same order.
+"""
 
 import hashlib
 from collections.abc import Iterable

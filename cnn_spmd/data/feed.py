@@ -1,4 +1,4 @@
-"""The way of the images to the devices: the whole data set at once, or each chunk's images.
+"""The way of the images to the devices: all at once, or those of each chunk.
 
 Shapes: N examples of a split, S steps of a chunk, B global batch, H height, W width, C channels.
 """
@@ -33,7 +33,7 @@ class DeviceData(NamedTuple):
 
 
 def labels_of(data: DeviceData, indices_B: jax.Array | None) -> jax.Array:
-    """Return the labels of the examples `indices_B`; None: `data` holds just these examples."""
+    """Return the labels of the examples `indices_B`; None: of all in `data`."""
     return data.labels if indices_B is None else data.labels[indices_B]
 
 
@@ -62,9 +62,9 @@ class Feed:
             )
 
     def shapes(self, *shape: int) -> tuple[DeviceData, jax.ShapeDtypeStruct | None]:
-        """Return shapes, dtypes and shardings of what `calls` yields for indices of this shape.
+        """Return shapes, dtypes and shardings of what `calls` yields.
 
-        shape: [B] or [S, B].
+        shape: of the indices of a call, [B] or [S, B].
         """
         if self.resident:
             everywhere = self.place.replicated
@@ -118,7 +118,7 @@ class Feed:
     def _sharding(
         self, axis: str, shape: tuple[int, ...], inner: tuple[int, ...] = ()
     ) -> jax.sharding.NamedSharding:
-        """Return the sharding of an array [*shape, *inner]: only its batch, shape[-1], is split."""
+        """Return the sharding of [*shape, *inner]: only the batch, shape[-1], is split."""
         axes = (None,) * (len(shape) - 1) + (axis,) + (None,) * len(inner)
         return self.place.sharding(axes, (*shape, *inner))
 
@@ -143,7 +143,7 @@ def gather(array: np.ndarray, indices: np.ndarray, sharding: jax.sharding.Shardi
 
 
 def read_examples(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return array[indices], where `indices` name rows of the first axis; uses all cores.
+    """Return array[indices], copied by all cores; an index names a row of axis 0.
 
     NumPy releases Python's lock while it copies. Where the array is mapped from a file, several
     reads at once also keep the disk busy.

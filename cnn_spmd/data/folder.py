@@ -1,4 +1,7 @@
-"""Photographs in class folders: DIR/train/CLASS/* to train on, DIR/val/CLASS/* to test on."""
+"""Photographs in class folders.
+
+DIR/train/CLASS/* are to train on, DIR/val/CLASS/* or DIR/test/CLASS/* to test on.
+"""
 
 import hashlib
 import os
@@ -100,7 +103,7 @@ def find_source(root: Path) -> Source:
 
 
 def split_folders(root: Path, where: str) -> tuple[Path, Path]:
-    """Return the folders to train and to test on. Raises UserError where one is missing."""
+    """Return the folders to train and to test on. Raises UserError without them."""
     train, val, test = (root / name for name in ("train", "val", "test"))
     if not train.is_dir():
         raise UserError(f"{where}: holds no train/, {LAYOUT}")
@@ -123,7 +126,7 @@ def list_folder(path: Path) -> Folder:
 def list_images(
     folder: Path, classes: Sequence[str], split: str, digests: Digests, where: str
 ) -> tuple[Images, list[str]]:
-    """Return the images in the class folders of a split, and the paths of what is no image.
+    """Return the images in a split's class folders, and paths of what is no image.
 
     Adds the images to `digests`. Raises UserError for a class without images and for an image that
     is no regular file.

@@ -1,4 +1,4 @@
-"""Data sets of photographs, in class folders or prepared by TFDS, as squares of data.image_size."""
+"""Photographs in class folders or prepared by TFDS, as squares of one size."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def data_directory() -> Path:
 
 
 def load(data: ml_collections.ConfigDict) -> Dataset | Undecoded:
-    """Return the photographs of config.data; undecoded where no earlier run decoded them.
+    """Return the photographs of config.data, decoded if an earlier run did so.
 
     data.name: "folder", one of CLASSES, or another name of TFDS; data.dir: the class folders, or
     TFDS's data directory ("": the usual one). The decoded images go to TFDS's data directory.

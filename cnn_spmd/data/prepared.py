@@ -52,7 +52,7 @@ def preview(source: Source, size: int) -> Prepared:
 
 
 def find(source: Source, size: int, root: Path, skip_bad: int) -> Prepared | None:
-    """Return the images of a source as squares of `size` pixels, or None: not decoded yet.
+    """Return the decoded squares of a source, or None where there are none yet.
 
     Warns of a damaged folder. Raises UserError where more than skip_bad images are left out.
     """
@@ -85,7 +85,7 @@ def prepare(source: Source, size: int, root: Path, skip_bad: int) -> Prepared:
 
 
 def folder_of(source: Source, size: int, root: Path) -> Path:
-    """Return the folder of a source's decoded images: another one when a file has changed."""
+    """Return the folder of a source's decoded images; a changed file makes another."""
     return root / f"{source.fingerprint}-{size}"
 
 
@@ -100,7 +100,7 @@ def workspace_of(source: Source, size: int, root: Path) -> Path:
 
 @contextlib.contextmanager
 def exclusive(source: Source, size: int, root: Path) -> Iterator[Path]:
-    """Keep other processes from decoding the same images; yield the folder to decode in.
+    """Keep others from decoding the same images; yield the folder to decode in.
 
     Where the file system has no locks, the folder is this process's own and is removed at the end.
     Then two processes at once do the work twice, without harm.
@@ -118,7 +118,7 @@ def exclusive(source: Source, size: int, root: Path) -> Iterator[Path]:
 
 
 def acquire(lock: io.TextIOBase, waiting: str) -> bool:
-    """Lock an open file, and return whether that worked; print `waiting` before a wait."""
+    """Lock an open file; return whether that worked. Prints `waiting` if it waits."""
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,9 +221,10 @@ def refuse_lost_class(source: Source, states: dict[str, np.ndarray], skip_bad: i
 
 
 def read(folder: Path, warn: bool = False) -> Prepared | None:
-    """Return what is prepared in `folder`, or None: nothing is there, or it is damaged.
+    """Return what is prepared in `folder`, or None where that is nothing.
 
-    warn: log what is damaged. A folder of before there were digests gets one.
+    A damaged folder counts as nothing. warn: log what is damaged. A folder that an older version
+    wrote without a digest gets one.
     """
     if not folder.is_dir():
         return None

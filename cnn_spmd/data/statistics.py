@@ -1,4 +1,4 @@
-"""Statistics of a training set's images: means, deviations, and the principal axes of colour.
+"""Statistics of a training set's images: means, deviations, axes of colour.
 
 Shapes: N images, H height, W width, C channels, V = 256 values of a pixel, P pixels.
 """
@@ -12,7 +12,10 @@ BLOCK_BYTES = 2**18
 
 
 def sample(images_NHWC: np.ndarray) -> np.ndarray:
-    """Return the images to take statistics from: all, or SAMPLE_BYTES of them, evenly spaced."""
+    """Return the images to take statistics from.
+
+    These are all, or SAMPLE_BYTES of them, evenly spaced.
+    """
     every = -(-images_NHWC.nbytes // SAMPLE_BYTES)
     return images_NHWC[::every] if every > 1 else images_NHWC
 
@@ -32,10 +35,10 @@ def mean_image(images_NHWC: np.ndarray, side: int) -> np.ndarray:
 
 
 def channel_statistics(images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation per channel; float32 [C] each, in pixel values.
+    """Return mean and standard deviation per channel; float32 [C] each.
 
-    They are exact, from the histograms of the uint8 images. A deviation is at least 1, so that
-    dividing by it is safe.
+    They are in pixel values, and exact, from the histograms of the uint8 images. A deviation is at
+    least 1, so that dividing by it is safe.
     """
     values_V = np.arange(256)
     counts_CV = sum(histograms(block) for block in blocks(images_NHWC))

@@ -10,7 +10,7 @@ from cnn_spmd.data.dataset import Dataset
 
 
 def load_synthetic(data: ml_collections.ConfigDict) -> Dataset:
-    """Return random images and labels of the sizes in data.synthetic, always the same ones."""
+    """Return random images and labels, always the same, of sizes data.synthetic."""
     sizes = data.synthetic
     generator = np.random.Generator(np.random.SFC64(0))
     arrays = {}

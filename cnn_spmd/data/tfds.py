@@ -23,7 +23,7 @@ MANUAL = {
 
 
 def prepared_folder(name: str, root: Path) -> Path | None:
-    """Return where TFDS has prepared the last version of a data set below `root`, or None."""
+    """Return where TFDS has prepared a data set, its last version, or None."""
     if not name.isidentifier():  # as all of TFDS's names
         return None
     found = sorted(path.parent for path in (root / name).rglob("dataset_info.json"))
@@ -74,7 +74,7 @@ def find_source(name: str, root: Path) -> Source:
 
 
 def class_names_of(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
-    """Return the names of a data set's labels. Raises ValueError without `image` and `label`."""
+    """Return the class names. Raises ValueError without `image` and `label`."""
     kinds = dict(image=tfds.features.Image, label=tfds.features.ClassLabel)
     found = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
     for feature, kind in kinds.items():
@@ -87,7 +87,7 @@ def class_names_of(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
 
 
 def split_names(splits: Sequence[str], where: str) -> tuple[str, str]:
-    """Return the splits to train and to test on. Raises ValueError where one is missing."""
+    """Return the splits to train and to test on. Raises ValueError without them."""
     tests = [name for name in ("validation", "test") if name in splits]
     if "train" not in splits or not tests:
         raise ValueError(
@@ -99,7 +99,7 @@ def split_names(splits: Sequence[str], where: str) -> tuple[str, str]:
 
 
 def make_split(examples: Sequence[dict], name: str, fingerprint: str) -> Split:
-    """Return a split whose `examples` TFDS reads, each with an encoded image and a label."""
+    """Return a split of TFDS's `examples`: an encoded image and a label each."""
 
     def read(i: int) -> Photograph:
         example = examples[i]
@@ -110,7 +110,7 @@ def make_split(examples: Sequence[dict], name: str, fingerprint: str) -> Split:
 
 
 def digests_of(folder: Path) -> tuple[str, str]:
-    """Return content and fingerprint of a prepared data set's files, as Source has them."""
+    """Return content and fingerprint of TFDS's files, as Source has them."""
     files = [(path, path.stat()) for path in sorted(folder.iterdir())]
     sizes = str([(path.name, status.st_size) for path, status in files])
     identities = [identity_of(os.path.realpath(path), status) for path, status in files]
