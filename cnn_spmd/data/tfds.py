@@ -80,7 +80,7 @@ def class_names_of(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
     for feature, kind in kinds.items():
         if not isinstance(found.get(feature), kind):
             raise ValueError(
-                f"has the features {', '.join(found) or features}, expected image (an Image) and "
+                f"has the features {', '.join(sorted(found)) or features}, expected image (an Image) and "
                 "label (a ClassLabel)"
             )
     return tuple(found["label"].names)
@@ -91,7 +91,7 @@ def split_names(splits: Sequence[str], where: str) -> tuple[str, str]:
     tests = [name for name in ("validation", "test") if name in splits]
     if "train" not in splits or not tests:
         raise ValueError(
-            f"has the splits {', '.join(splits)}, expected train, and validation or test"
+            f"has the splits {', '.join(sorted(splits))}, expected train, and validation or test"
         )
     if len(tests) > 1:
         logging.warning("%s: tests on the split validation; the split test is not used.", where)
