@@ -168,7 +168,6 @@ def test_test_images_are_chosen_by_the_seed():
 
 def test_few_classes_and_images_are_drawn(config):
     """Three classes, long names, and fewer images than there is room for."""
-    config.data.synthetic.classes = 3
     data = dataclasses.replace(setups.prepare(config).data, class_names=("a", "b" * 40, "$c_1$"))
     row = dict(test_image=0, label=1, classes=[2, 1, 0], probabilities=[0.5, 0.3, 0.2])
     near = dict(test_image=0, label=1, train_images=[3, 4], labels=[1, 0])

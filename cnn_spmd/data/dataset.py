@@ -31,10 +31,7 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset(Provenance):
-    """Images and labels to train on and to test on.
-
-    Raises UserError, in one line, for arrays of another form and for labels without a class.
-    """
+    """Images and labels to train on and to test on."""
 
     # What the data really are: "digits" also where cifar10 was asked for.
     name: str
@@ -53,7 +50,8 @@ class Dataset(Provenance):
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return {name: getattr(self, name) for name in names}
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise UserError, in one line, for arrays of another form and labels without a class."""
         for split in ("train", "test"):
             self._check_images(f"{split}_images")
             self._check_labels(f"{split}_labels", len(self.arrays[f"{split}_images"]))

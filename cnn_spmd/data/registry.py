@@ -45,6 +45,7 @@ def load(
         raise UserError(
             f"data.name={data.name}: its loader returns {type(found).__name__}, expected a Dataset"
         )
+    found.check()
     if not found.digest:
         found = dataclasses.replace(found, digest=digest.of_arrays(found.arrays))
     return found
