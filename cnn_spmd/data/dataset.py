@@ -51,7 +51,7 @@ class Dataset(Provenance):
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
-        """Raise UserError, in one line, for arrays of another form and labels without a class."""
+        """Raise UserError for arrays of another form and for labels without a class."""
         for split in ("train", "test"):
             self._check_images(f"{split}_images")
             self._check_labels(f"{split}_labels", len(self.arrays[f"{split}_images"]))
