@@ -84,7 +84,7 @@ def main() -> None:
         """Trains for whole calls of `at_least` steps or more; returns the milliseconds a step."""
         nonlocal state, step
         first, values = step, None
-        jax.block_until_ready((state, train_feed.whole))
+        jax.block_until_ready((state, train_feed.resident_data))
         since = time.perf_counter()
         starts = range(first, first + at_least, n)
         for inputs in train_feed.calls(

@@ -397,8 +397,15 @@ def resolve(
         config.dtype = "float32" if platform == "cpu" else "bfloat16"
     examples, side = data.train_images.shape[:2]
     if config.batch_size > examples:
+        remedy = f"set --config.batch_size={examples} or less"
+        if side == config.data.image_size:  # photographs
+            remedy += (
+                f"; they become squares of data.image_size={side} pixels: set "
+                f"--config.data.image_size too where model.name={config.model.name} takes others"
+            )
         raise UserError(
-            f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected at most that"
+            f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected "
+            f"at most that: {remedy}"
         )
     if config.data.crop_pad >= side:
         raise UserError(

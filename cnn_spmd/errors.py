@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     def __init__(self, message: object):
         super().__init__(str(message).replace("\n", r"\n"))  # of a file's name
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and the start of its text, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

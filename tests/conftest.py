@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import tempfile
 
 # Most of the time goes into compiling small programs, here and in the processes that tests start: LLVM may hurry, and the
 # older code generator, where jaxlib still has it, is three times as quick. What the tests are about, how XLA partitions a
@@ -22,6 +23,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import ml_collections
+import photos
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
@@ -44,4 +46,27 @@ def config() -> ml_collections.ConfigDict:
     config.mesh.update(dict(data=1, model=1))
     config.optimizer.learning_rate = 0.001
     config.eval.every_epochs = config.checkpoint.every_epochs = 1
+    return config
+
+
+@pytest.fixture
+def tfds_directory(monkeypatch, tmp_path) -> pathlib.Path:
+    """A TFDS data directory of the test's own, which is not there yet."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    # TFDS leaves an empty temporary folder for each builder.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / "tfds"
+
+
+@pytest.fixture
+def pets(tmp_path, tfds_directory) -> pathlib.Path:
+    """Class folders of seven photographs: photos.PETS."""
+    return photos.write_pets(tmp_path / "pets")
+
+
+@pytest.fixture
+def pets_config(config, pets) -> ml_collections.ConfigDict:
+    """Two steps of four of the photographs."""
+    config.update(dict(batch_size=4, steps=2, epochs=0))
+    config.data.update(dict(name="folder", dir=str(pets), image_size=photos.SIZE, crop_pad=1))
     return config

@@ -152,7 +152,7 @@ def test_statistics_of_large_sets_come_from_evenly_spaced_images(monkeypatch):
 def test_statistics_in_parts(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
     whole = [*statistics.channel_statistics(images), statistics.colour_axes(images)]
-    monkeypatch.setattr(statistics, "CHUNK_BYTES", 2 * images[0].nbytes)
+    monkeypatch.setattr(statistics, "BLOCK_BYTES", 2 * images[0].nbytes)
     parts = [*statistics.channel_statistics(images), statistics.colour_axes(images)]
     for got, expected in zip(parts, whole, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)

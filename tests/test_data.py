@@ -1,672 +1,209 @@
-"""The data sets: CIFAR-10 built from small archives made here, every refusal, the fallback, digits, synthetic."""
+"""Data sets by name: your own, refused arrays, digests, digits, random images."""
 
-import gzip
-import hashlib
-import http.server
-import os
+import dataclasses
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import tarfile
-import tempfile
-import threading
-import time
-from pathlib import Path
 
 import ml_collections
 import numpy as np
 import pytest
-import requests
-import tensorflow_datasets as tfds
 
-from cnn_spmd import config as configs
-from cnn_spmd.data import cifar10, digest
-from cnn_spmd.data import cifar10_archive as archive
-from cnn_spmd.data import registry as sources
+from cnn_spmd.data import dataset, digest, registry
+from cnn_spmd.data.dataset import Dataset
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import build as setup
-
-N = 7  # images a file, instead of 10,000
-KEYS = ["train_images", "train_labels", "test_images", "test_labels"]
+from cnn_spmd.training import loop
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
-    """Small files, a data directory of the test's own, and no way out to the network."""
-    monkeypatch.setattr(archive, "IMAGES_PER_FILE", N)
-    monkeypatch.setattr(
-        archive, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz"
-    )  # nobody listens there
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(
-        tempfile, "tempdir", str(tmp_path)
-    )  # TFDS leaves an empty temporary folder a builder
-
-
-def write_folder(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
-    """A random cifar-10-batches-bin in `parent`, and the arrays that loading it must give."""
-    folder = parent / archive.FOLDER
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    images = rng.integers(256, size=(6 * N, 32, 32, 3), dtype=np.uint8)
-    labels = rng.integers(10, size=6 * N, dtype=np.int32)
-    for i, name in enumerate(archive.ALL_FILES):
-        with open(folder / name, "wb") as file:
-            for n in range(i * N, (i + 1) * N):
-                file.write(
-                    bytes([labels[n]]) + b"".join(images[n, :, :, c].tobytes() for c in range(3))
-                )
-    (folder / "batches.meta.txt").write_text("\n".join(archive.CLASS_NAMES) + "\n\n")
-    return folder, dict(
-        zip(KEYS, (images[:-N], labels[:-N], images[-N:], labels[-N:]), strict=True)
-    )
-
-
-def write_archive(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
-    folder, arrays = write_folder(parent / "unpacked", seed)
-    return pack(folder, parent / archive.ARCHIVE), arrays
-
-
-def pack(folder: Path, path: Path) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, arcname=archive.FOLDER)
-    return path
-
-
-def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]):
-    assert list(found) == KEYS
-    for key in KEYS:
-        assert found[key].dtype == expected[key].dtype, key
-        np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
-
-
-def prepared(tmp_path: Path) -> list[Path]:
-    """Every folder TFDS has prepared, finished or not."""
-    return sorted((tmp_path / "tfds").glob("cnn_spmd_cifar10/*/*"))
-
-
-def config(**fields) -> ml_collections.ConfigDict:
+def config_data(**fields) -> ml_collections.ConfigDict:
     synthetic = dict(image_size=24, classes=5, train_examples=20, test_examples=10)
-    return ml_collections.ConfigDict(
-        dict(name="cifar10", dir="", fallback="digits", synthetic=synthetic) | fields
+    return ml_collections.ConfigDict(dict(dir="", fallback="", synthetic=synthetic) | fields)
+
+
+def arrays() -> dict[str, np.ndarray]:
+    """Return 6 + 4 grey images of three classes."""
+    labels = np.arange(10, dtype=np.int32) % 3
+    images = np.zeros((10, 8, 8, 3), np.uint8) + (80 * labels[:, None, None, None]).astype(np.uint8)
+    return dict(
+        train_images=images[:6],
+        train_labels=labels[:6],
+        test_images=images[6:],
+        test_labels=labels[6:],
     )
 
 
-# ---------------------------------------------------------------------------------------------- CIFAR-10 from data.dir
+def load_greys(data: ml_collections.ConfigDict) -> Dataset:
+    return Dataset(name="greys", **arrays(), class_names=("black", "dark", "light"))
 
 
-@pytest.mark.parametrize(
-    "form", ["archive", "folder holding the archive", "folder", "folder holding the folder"]
-)
-def test_every_form_of_data_dir_gives_what_was_written(tmp_path, form):
-    path, expected = (write_archive if "archive" in form else write_folder)(tmp_path / "given")
-    dataset = sources.load(config(dir=str(path.parent if "holding" in form else path)))
-    assert_equal({key: getattr(dataset, key) for key in KEYS}, expected)
-    assert (dataset.name, dataset.fallback, dataset.mirror) == ("cifar10", None, True)
-    assert (
-        " ".join(dataset.class_names)
-        == "airplane automobile bird cat deer dog frog horse ship truck"
-    )
+# ---- A data set of your own
 
 
-def test_tfds_prints_nothing_of_its_own(tmp_path, capfd):
-    path, _ = write_archive(tmp_path)
-    cifar10.load(str(path))
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert [line.split()[0] for line in err.splitlines()] == ["preparing", "decoding"]
+def test_a_loader_of_arrays_is_all_that_a_data_set_takes(monkeypatch, tmp_path):
+    monkeypatch.setitem(registry.DATASETS, "greys", load_greys)
+    data = registry.load(config_data(name="greys"))
+    assert (data.name, data.mirror, data.fallback) == ("greys", True, None)
+    assert data.digest == digest.of_arrays(arrays())
+    for field, array in arrays().items():
+        np.testing.assert_array_equal(data.arrays[field], array)
 
 
-def test_second_load_comes_from_the_cache_alone(tmp_path, monkeypatch):
-    path, expected = write_archive(tmp_path)
-    cifar10.load(str(path))
-    for name in ("prepare", "decode", "probe", "write_cache"):
-        monkeypatch.setattr(cifar10, name, None)  # calling it is a TypeError
-    monkeypatch.setattr(archive, "read", None)
-    assert_equal(cifar10.load(str(path)), expected)
+def test_a_run_trains_on_it_and_records_its_digest(monkeypatch, tmp_path, config):
+    monkeypatch.setitem(registry.DATASETS, "greys", load_greys)
+    config.update(dict(batch_size=3, epochs=1))
+    config.data.update(dict(name="greys", crop_pad=1))
+    summary = loop.run(config, tmp_path / "r")
+    assert summary["dataset"] == "greys"
+    assert summary["data_digest"] == digest.of_arrays(arrays())
+    assert summary["eval"]["examples"] == 4
 
 
-def test_prepared_data_alone_is_enough(tmp_path, monkeypatch):
-    path, expected = write_archive(tmp_path)
-    cifar10.load(str(path))
-    (cache,) = (tmp_path / "tfds").rglob("decoded.npz")
-    cache.unlink()
-    monkeypatch.setattr(cifar10, "prepare", None)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert cache.exists()
-
-
-def test_it_is_a_tfds_data_set(tmp_path):
-    path, expected = write_folder(tmp_path)
-    cifar10.load(str(path))
-    (folder,) = prepared(tmp_path)
-    builder = tfds.builder_from_directory(folder)
-    assert builder.info.features["label"].names == list(archive.CLASS_NAMES)
-    example = builder.as_data_source("test")[2]
-    np.testing.assert_array_equal(example["image"], expected["test_images"][2])
-    assert example["label"] == expected["test_labels"][2]
-
-
-def test_another_archive_is_not_served_from_the_cache(tmp_path):
-    path, first = write_archive(tmp_path / "a", seed=0)
-    other, second = write_archive(tmp_path / "b", seed=1)
-    assert_equal(cifar10.load(str(path)), first)
-    shutil.copy(other, path)
-    assert_equal(cifar10.load(str(path)), second)
-    assert len(prepared(tmp_path)) == 2
-
-
-def test_two_builds_are_equal_byte_for_byte(tmp_path, monkeypatch):
-    path, _ = write_folder(tmp_path)
-    records = []
-    for machine in "ab":
-        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / machine))
-        cifar10.load(str(path))
-        records.append(
-            [file.read_bytes() for file in sorted((tmp_path / machine).rglob("*.array_record*"))]
-        )
-    assert len(records[0]) == 2
-    assert records[0] == records[1]
-
-
-def test_an_archive_that_is_not_the_official_one_is_named_once(tmp_path, caplog, monkeypatch):
-    path, expected = write_archive(tmp_path)
-    cifar10.load(str(path))
-    (line,) = [
-        record.getMessage() for record in caplog.records if "official" in record.getMessage()
-    ]
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert str(path) in line and sha256 in line and archive.ARCHIVE_SHA256 in line
-    caplog.clear()
-    monkeypatch.setattr(archive, "ARCHIVE_SHA256", sha256)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert "official" not in caplog.text.replace(
-        "'official'", ""
-    )  # TFDS itself logs the configuration's name
-
-
-def test_official_checksum_and_size_are_those_of_tfds():
-    info = tfds.download.checksums.get_all_url_infos()[
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-    ]
-    assert (info.checksum, int(info.size)) == (archive.ARCHIVE_SHA256, archive.ARCHIVE_BYTES)
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def wrong_label(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[archive.RECORD_BYTES] = 10
-    path.write_bytes(content)
-
-
-BAD_FILES = {
-    "short": (cut, r"data_batch_3.bin has 21,411 bytes, not 21,511"),
-    "missing": (Path.unlink, r"data_batch_3.bin"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), r"data_batch_3.bin"),
-    "wrong label": (wrong_label, r"data_batch_3.bin holds label 10; expected 0 to 9"),
+IMAGES = np.zeros((6, 8, 8, 3), np.uint8)
+REFUSED = {
+    "a list": (dict(train_images=[1]), "train_images: found list, expected a NumPy array, uint8"),
+    "floats": (
+        dict(train_images=IMAGES.astype(np.float32)),
+        r"train_images: found float32 \(6, 8, 8, 3\), expected uint8 \[N, H, W, 3\] with H = W",
+    ),
+    "grey": (dict(test_images=IMAGES[..., 0]), r"test_images: found uint8 \(6, 8, 8\), expected"),
+    "one channel": (dict(train_images=IMAGES[..., :1]), r"train_images: found uint8 \(6, 8, 8, 1"),
+    "oblong": (dict(train_images=IMAGES[:, 1:]), r"train_images: found uint8 \(6, 7, 8, 3\)"),
+    "nothing to train on": (
+        dict(train_images=IMAGES[:0], train_labels=np.zeros(0, np.int32)),
+        r"train_images: found uint8 \(0, 8, 8, 3\), expected at least one image",
+    ),
+    "nothing to test on": (
+        dict(test_images=IMAGES[:0], test_labels=np.zeros(0, np.int32)),
+        r"test_images: found uint8 \(0, 8, 8, 3\), expected at least one image",
+    ),
+    "two sizes": (
+        dict(test_images=np.zeros((4, 9, 9, 3), np.uint8)),
+        r"train_images, test_images: found \(6, 8, 8, 3\) and \(4, 9, 9, 3\), expected images of",
+    ),
+    "long labels": (
+        dict(train_labels=np.zeros(6, np.int64)),
+        r"train_labels: found int64 \(6,\), expected int32 \[6\], one label per image",
+    ),
+    "a list of labels": (dict(test_labels=[0] * 4), "test_labels: found list, expected a NumPy"),
+    "a label too few": (dict(train_labels=np.zeros(5, np.int32)), r"train_labels: found int32 \(5"),
+    "label 3": (
+        dict(test_labels=np.array([0, 1, 2, 3], np.int32)),
+        "test_labels: found label 3, expected 0 to 2 for 3 class names",
+    ),
+    "label -1": (
+        dict(test_labels=np.array([0, 1, 2, -1], np.int32)),
+        "test_labels: found label -1, expected 0 to 2",
+    ),
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
-@pytest.mark.parametrize("bad", BAD_FILES)
-def test_a_bad_file_is_refused_by_name(tmp_path, bad, packed):
-    spoil, message = BAD_FILES[bad]
-    path, _ = write_folder(tmp_path)
-    spoil(path / "data_batch_3.bin")
-    if packed:
-        path = pack(path, tmp_path / "some.tar.gz")
-    with pytest.raises(UserError, match=message) as refusal:
-        sources.load(config(dir=str(path)))  # with a fallback, which must not hide it
-    assert f"data.dir={path}" in str(refusal.value) and "\n" not in str(refusal.value)
-    assert prepared(tmp_path) == []
+@pytest.mark.parametrize("what", REFUSED)
+def test_arrays_of_another_form_are_refused_in_one_line(monkeypatch, what):
+    change, message = REFUSED[what]
 
+    def load(data: ml_collections.ConfigDict) -> Dataset:
+        return dataclasses.replace(load_greys(data), **change)
 
-def flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def flip_bit_before_padding(path: Path) -> None:
-    """Damage that only gzip's checksum tells, at the end of more padding than reading the tar needs to see."""
-    path.write_bytes(
-        gzip.compress(gzip.decompress(path.read_bytes()) + bytes(1 << 22), compresslevel=0)
-    )
-    content = bytearray(path.read_bytes())
-    content[3 * archive.RECORD_BYTES] ^= 1
-    path.write_bytes(content)
-
-
-BAD_ARCHIVES = {
-    "truncated": cut,
-    "flipped bit": flip_bit_before_padding,
-    "empty": lambda path: path.write_bytes(b""),
-    "a web page": lambda path: path.write_text("<html>Not found</html>"),
-    "no tar inside": lambda path: path.write_bytes(gzip.compress(b"x" * 5000)),
-    "half a header": lambda path: path.write_bytes(gzip.compress(b"x" * 100)),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_ARCHIVES)
-def test_a_damaged_archive_is_refused(tmp_path, bad):
-    path, _ = write_archive(tmp_path)
-    BAD_ARCHIVES[bad](path)
-    with pytest.raises(UserError) as refusal:
-        sources.load(config(dir=str(path)))
-    assert f"data.dir={path}" in str(refusal.value) and "expected" in str(refusal.value)
-    assert "\n" not in str(refusal.value) and prepared(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["cifar10", "digits", "synthetic"])
-def test_the_digest_is_that_of_pixels_and_labels(tmp_path, name):
-    """Of synthetic images, that of their sizes."""
-    write_folder(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    write_folder(tmp_path / "c", seed=1)
-    first, copy, other = (
-        sources.load(config(name=name, dir=str(tmp_path / folder))).digest for folder in "abc"
-    )
-    assert first == copy
-    assert re.fullmatch("[0-9a-f]{16}", first)
-    assert (other != first) == (name == "cifar10")
-    sizes = dict(image_size=24, classes=5, train_examples=20, test_examples=11)
-    assert (
-        sources.load(config(name=name, dir=str(tmp_path / "a"), synthetic=sizes)).digest != first
-    ) == (name == "synthetic")
-
-
-def test_each_pixel_and_label_counts_in_the_digest():
-    arrays = {
-        key: np.zeros(
-            (3, 4, 4, 3) if "images" in key else 3, np.uint8 if "images" in key else np.int32
-        )
-        for key in KEYS
-    }
-    digests = {digest.of_arrays(arrays)}
-    for key in KEYS:
-        arrays[key].flat[-1] = 1
-        digests.add(digest.of_arrays(arrays))
-    arrays["train_images"] = arrays["train_images"][::-1]  # in another order
-    digests.add(digest.of_arrays(arrays))
-    assert len(digests) == 6
-
-
-def test_a_resumed_run_keeps_its_pixels(tmp_path):
-    """Another data.dir with the same ones is fine; a run of before digests were kept goes on."""
-    write_folder(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    write_folder(tmp_path / "c", seed=1)
-
-    def saved(folder: str) -> dict:
-        fields = config(dir=str(tmp_path / folder))
-        return setup.Setup(
-            ml_collections.ConfigDict(dict(data=fields)), sources.load(fields), None, None
-        ).saved
-
-    first, copy, other = map(saved, "abc")
-    assert len({first["data_digest"], other["data_digest"]}) == 2
-    configs.refuse_changes("--workdir=r", first, copy)
-    differ = f"data_digest: {first['data_digest']} -> {other['data_digest']}"
-    with pytest.raises(
-        UserError,
-        match=rf"^--workdir=r: .*\({differ}\): give the same config with the same "
-        r"data \(data.dir\) or another --workdir$",
-    ):
-        configs.refuse_changes("--workdir=r", first, other)
-    configs.refuse_changes(
-        "--workdir=r", {field: first[field] for field in first if field != "data_digest"}, other
-    )
-
-
-@pytest.mark.parametrize(
-    "name, problem", [("nowhere", "does not exist"), ("empty", "holds no CIFAR-10")]
-)
-def test_data_dir_must_hold_cifar10(tmp_path, name, problem):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=f"data.dir=.*{name}: {problem}.*; give {archive.ARCHIVE}"):
-        sources.load(config(dir=str(tmp_path / name)))
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1", "cifar-10-batches-mat/a.mat"],
-)
-def test_cifar10_in_another_version_is_named(tmp_path, name):
-    path = tmp_path / "given" / name
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"a pickle")
-    version = "MATLAB" if "mat" in name else "Python"
-    for given in (tmp_path / "given", tmp_path / "given" / name.split("/")[0]):
-        with pytest.raises(
-            UserError,
-            match=rf"^data.dir={given}: is CIFAR-10 in its {version} version, expected the binary "
-            rf"version; give {archive.ARCHIVE}, the folder",
-        ):
-            sources.load(config(dir=str(given)))
-    _, expected = write_archive(tmp_path / "given")  # which lies beside it
-    assert_equal(cifar10.load(str(tmp_path / "given")), expected)
-
-
-def test_an_empty_folder_of_the_right_name_names_what_it_lacks(tmp_path):
-    (tmp_path / archive.FOLDER).mkdir()
-    with pytest.raises(UserError, match=r"data_batch_1.bin: No such file"):
-        sources.load(config(dir=str(tmp_path)))
-
-
-def test_a_data_directory_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "tfds").write_text("a file, not a directory")
-    path, _ = write_folder(tmp_path)
-    with pytest.raises(UserError, match=r"TFDS_DATA_DIR=.*tfds: cannot prepare CIFAR-10"):
-        sources.load(config(dir=str(path)))
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match=r"data.name=mnist: .*cifar10, digits, synthetic"):
-        sources.load(config(name="mnist"))
-    with pytest.raises(UserError, match=r"data.fallback=mnist: choose digits"):
-        sources.load(config(fallback="mnist"))
-
-
-# ------------------------------------------------------------------------------------ interruptions and damaged caches
-
-
-def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
-    path, expected = write_folder(tmp_path)
-
-    def interrupted(self, images, labels):
-        yield 0, next(iter(generate(self, images, labels)))[1]
-        raise KeyboardInterrupt
-
-    generate = cifar10.Cifar10._generate_examples
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cifar10.Cifar10, "_generate_examples", interrupted)
-        cifar10.load(str(path))
-    assert prepared(tmp_path) == []
-    assert_equal(cifar10.load(str(path)), expected)
-
-
-def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
-    path, expected = write_folder(tmp_path)
-
-    def read_while_another_prepares(source):
-        monkeypatch.setattr(archive, "read", read)
-        assert_equal(cifar10.load(str(path)), expected)  # finishes first
-        return read(source)
-
-    read = archive.read
-    monkeypatch.setattr(archive, "read", read_while_another_prepares)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert len(prepared(tmp_path)) == 1
-
-
-def other_arrays(path: Path) -> None:
-    np.savez(path, **{key: np.zeros(3, np.uint8) for key in KEYS})
-
-
-def pickled(path: Path) -> None:
-    np.savez(path, **{key: np.array([{}]) for key in KEYS})
-
-
-@pytest.mark.parametrize("damage", [cut, flip_bit, other_arrays, pickled])
-def test_a_damaged_cache_is_rebuilt_and_said(tmp_path, caplog, damage):
-    path, expected = write_folder(tmp_path)
-    cifar10.load(str(path))
-    (cache,) = (tmp_path / "tfds").rglob("decoded.npz")
-    damage(cache)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert f"{cache} is damaged" in caplog.text and not list(cache.parent.glob("*.part"))
-    caplog.clear()
-    assert_equal(cifar10.load(str(path)), expected)
-    assert "damaged" not in caplog.text
-
-
-def test_a_cache_that_cannot_be_written_is_said_and_not_fatal(tmp_path, caplog, monkeypatch):
-    def full(*args):
-        raise OSError("No space left on device")
-
-    path, expected = write_folder(tmp_path)
-    monkeypatch.setattr(cifar10.os, "replace", full)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert "cannot keep the decoded images" in caplog.text and not list(
-        (tmp_path / "tfds").rglob("*.part")
-    )
-
-
-@pytest.mark.parametrize(
-    "pattern, damage",
-    [
-        ("*train.array_record*", cut),
-        ("*test.array_record*", flip_bit),
-        ("*test.array_record*", Path.unlink),
-        ("dataset_info.json", cut),
-    ],
-)
-def test_damaged_prepared_data_is_refused(tmp_path, pattern, damage):
-    path, _ = write_folder(tmp_path)
-    cifar10.load(str(path))
-    (folder,) = prepared(tmp_path)
-    (folder / "decoded.npz").unlink()
-    damage(next(folder.glob(pattern)))
-    with pytest.raises(
-        UserError, match=f"{folder}: the prepared data is damaged .*delete this folder"
-    ) as refusal:
-        sources.load(config(dir=str(path)))
+    monkeypatch.setitem(registry.DATASETS, "greys", load)
+    with pytest.raises(UserError, match=rf"^data.name=greys: {message}") as refusal:
+        registry.load(config_data(name="greys"))
     assert "\n" not in str(refusal.value)
 
 
-# ----------------------------------------------------------------------------------------------- download and fallback
+def test_a_loader_that_returns_something_else_is_refused(monkeypatch):
+    monkeypatch.setitem(registry.DATASETS, "greys", lambda data: arrays())
+    message = "^data.name=greys: its loader returns dict, expected a Dataset"
+    with pytest.raises(UserError, match=message):
+        registry.load(config_data(name="greys"))
 
 
-@pytest.fixture
-def serve(tmp_path, monkeypatch):
-    """serve(body, length): a host that answers every request with `body` and claims `length` bytes of it."""
-    servers = []
+def test_a_data_set_that_is_still_to_be_decoded_is_checked_before(monkeypatch):
+    """The check may refuse it, and then nothing is decoded."""
 
-    def start(body: bytes, length: int | None = None, status: int = 200) -> None:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(body) if length is None else length))
-                    self.end_headers()
-                    self.wfile.write(body)
-                except ConnectionError:  # the probe hangs up on the body
-                    pass
+    def load_later(data: ml_collections.ConfigDict) -> dataset.Undecoded:
+        return dataset.Undecoded(load_greys(data), decode=lambda: decoded.append(data))
 
-            def log_message(self, *args):
-                pass
+    def refuse(preview: Dataset) -> None:
+        raise UserError(f"{preview.name} is refused")
 
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(
-            target=servers[-1].serve_forever, kwargs=dict(poll_interval=0.05), daemon=True
-        ).start()
-        monkeypatch.setattr(
-            archive, "URL", f"http://127.0.0.1:{servers[-1].server_port}/{archive.ARCHIVE}"
-        )
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    decoded = []
+    monkeypatch.setitem(registry.DATASETS, "greys", load_later)
+    with pytest.raises(UserError, match="greys is refused"):
+        registry.load(config_data(name="greys"), refuse)
+    assert decoded == []
 
 
-@pytest.fixture
-def official(tmp_path, monkeypatch):
-    """A small archive that passes for the official one: its content, and the arrays that loading it must give."""
-    path, expected = write_archive(tmp_path / "official")
-    monkeypatch.setattr(archive, "ARCHIVE_BYTES", path.stat().st_size)
-    monkeypatch.setattr(archive, "ARCHIVE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    return path, expected
+def test_an_unknown_name_is_refused(tfds_directory):
+    with pytest.raises(UserError, match=r"data.name=mnist: .*cifar10, digits, synthetic"):
+        registry.load(config_data(name="mnist"))
 
 
-def test_download_once_then_no_network(official, serve, tmp_path, monkeypatch):
-    path, expected = official
-    serve(path.read_bytes())
-    assert_equal(cifar10.load(""), expected)
-    monkeypatch.setattr(requests, "get", None)
-    monkeypatch.setattr(requests, "Session", None)
-    assert_equal(cifar10.load(""), expected)
-    assert_equal(cifar10.load(str(path)), expected)  # the same archive, so the same prepared data
-    assert [folder.parent.name for folder in prepared(tmp_path)] == ["official"]
+# ---- Digests
 
 
-def test_official_archive_given_once_needs_no_download(official):
-    path, expected = official
-    cifar10.load(str(path))
-    assert_equal(cifar10.load(""), expected)
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+def test_the_digest_is_the_same_every_time(name):
+    """A digest of synthetic images is made of their sizes."""
+    first, again = (registry.load(config_data(name=name)).digest for _ in range(2))
+    assert first == again
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    sizes = dict(image_size=24, classes=5, train_examples=20, test_examples=11)
+    other = registry.load(config_data(name=name, synthetic=sizes)).digest
+    assert (other != first) == (name == "synthetic")
 
 
-@pytest.mark.parametrize("how", ["dies half way", "another content", "refused"])
-def test_a_failed_download_is_unreachable(official, serve, tmp_path, how):
-    content = official[0].read_bytes()
-    if how == "dies half way":
-        serve(content[: len(content) // 2], length=len(content))
-    else:
-        serve(b"<html>Please log in</html>", status=403 if how == "refused" else 200)
-    with pytest.raises(cifar10.Unreachable, match=archive.URL) as refusal:
-        sources.load(config(fallback=""))
-    assert "\n" not in str(refusal.value) and "--config.data.dir" in str(refusal.value)
-    assert how != "refused" or "HTTP status 403" in str(
-        refusal.value
-    )  # by the probe: TFDS retries some of these
-    assert prepared(tmp_path) == []
-    assert sources.load(config()).fallback == "cifar10"
+def test_each_pixel_and_label_counts_in_the_digest():
+    values = {field: np.zeros_like(array) for field, array in arrays().items()}
+    digests = {digest.of_arrays(values)}
+    for field in values:
+        values[field].flat[-1] = 1
+        digests.add(digest.of_arrays(values))
+    values["train_images"] = values["train_images"][::-1]  # in another order
+    digests.add(digest.of_arrays(values))
+    assert len(digests) == 6
 
 
-@pytest.mark.parametrize(
-    "host", ["refuses", "is silent", "has no address", "stalls the name server"]
-)
-def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
-    monkeypatch.setattr(cifar10, "PROBE_SECONDS", 0.5)
-    answered = threading.Event()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        if host == "is silent":
-            monkeypatch.setattr(archive, "URL", f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        if host == "has no address":
-            monkeypatch.setattr(archive, "URL", "http://cifar.invalid/")
-        if host == "stalls the name server":
-            monkeypatch.setattr(
-                socket, "getaddrinfo", lambda *args, **kwargs: answered.wait(30) and []
-            )
-        start = time.monotonic()
-        with pytest.raises(cifar10.Unreachable, match="cannot reach"):
-            cifar10.load("")
-        assert time.monotonic() - start < 3
-        answered.set()
-
-
-def test_the_fallback_cannot_be_missed(capsys):
-    dataset = sources.load(config())
-    assert (dataset.name, dataset.fallback, len(dataset.train_images)) == (
-        "digits",
-        "cifar10",
-        1437,
-    )
-    banner = capsys.readouterr().err
-    assert banner.count("\n") >= 6
-    for part in (
-        "WARNING",
-        "DOES NOT USE CIFAR-10",
-        archive.URL,
-        "--config.data.dir=",
-        '--config.data.fallback=""',
-    ):
-        assert part in banner
-
-
-def test_without_fallback_it_is_an_error():
-    with pytest.raises(
-        cifar10.Unreachable, match=r"data.name=cifar10: cannot reach .*--config.data.dir"
-    ):
-        sources.load(config(fallback=""))
-
-
-# ---------------------------------------------------------------------------------------------------------- the others
+# ---- Digits and random images
 
 
 def test_digits():
-    dataset, again = sources.load(config(name="digits")), sources.load(config(name="digits"))
-    assert_equal(
-        {key: getattr(dataset, key) for key in KEYS}, {key: getattr(again, key) for key in KEYS}
+    found, again = (
+        registry.load(config_data(name="digits")),
+        registry.load(config_data(name="digits")),
     )
-    assert dataset.train_images.shape == (1437, 32, 32, 3) and dataset.test_images.shape == (
-        360,
-        32,
-        32,
-        3,
-    )
-    assert dataset.train_images.dtype == np.uint8 and dataset.train_labels.dtype == np.int32
-    assert dataset.train_images.min() == 0 and dataset.train_images.max() == 255
-    assert (dataset.name, dataset.fallback, dataset.mirror) == ("digits", None, False)
-    assert dataset.class_names == tuple("0123456789")
-    per_class = np.bincount(dataset.test_labels, minlength=10)
-    assert per_class.min() >= 34 and per_class.max() <= 37  # stratified
-    means = np.stack([dataset.train_images[dataset.train_labels == k].mean(0) for k in range(10)])
-    distances = ((dataset.test_images[:, None] - means) ** 2).sum((2, 3, 4))
-    assert (
-        distances.argmin(1) == dataset.test_labels
-    ).mean() > 0.85  # images and labels belong together
+    for field, array in found.arrays.items():
+        np.testing.assert_array_equal(again.arrays[field], array)
+    assert found.train_images.shape == (1437, 32, 32, 3)
+    assert found.test_images.shape == (360, 32, 32, 3)
+    assert (found.train_images.dtype, found.train_labels.dtype) == (np.uint8, np.int32)
+    assert (found.train_images.min(), found.train_images.max()) == (0, 255)
+    assert (found.name, found.fallback, found.mirror) == ("digits", None, False)
+    assert found.class_names == tuple("0123456789")
+    per_class = np.bincount(found.test_labels, minlength=10)
+    assert 34 <= per_class.min() <= per_class.max() <= 37  # stratified
+    # Images and labels belong together: most are nearest to the mean image of their class.
+    means = np.stack([found.train_images[found.train_labels == k].mean(0) for k in range(10)])
+    distances = ((found.test_images[:, None] - means) ** 2).sum((2, 3, 4))
+    assert (distances.argmin(1) == found.test_labels).mean() > 0.85
 
 
 def test_synthetic():
-    dataset, again = sources.load(config(name="synthetic")), sources.load(config(name="synthetic"))
-    assert_equal(
-        {key: getattr(dataset, key) for key in KEYS}, {key: getattr(again, key) for key in KEYS}
+    found, again = (
+        registry.load(config_data(name="synthetic")),
+        registry.load(config_data(name="synthetic")),
     )
-    assert dataset.train_images.shape == (20, 24, 24, 3) and dataset.test_images.shape == (
-        10,
-        24,
-        24,
-        3,
-    )
-    assert dataset.train_images.dtype == np.uint8 and dataset.train_labels.dtype == np.int32
-    assert set(dataset.train_labels) == set(range(5)) and len(dataset.class_names) == 5
-    assert abs(dataset.train_images.mean() - 127.5) < 3
-    assert not np.array_equal(dataset.train_images[:10], dataset.test_images)
+    for field, array in found.arrays.items():
+        np.testing.assert_array_equal(again.arrays[field], array)
+    assert found.train_images.shape == (20, 24, 24, 3)
+    assert found.test_images.shape == (10, 24, 24, 3)
+    assert (found.train_images.dtype, found.train_labels.dtype) == (np.uint8, np.int32)
+    assert set(found.train_labels) == set(range(5))
+    assert len(found.class_names) == 5
+    assert abs(found.train_images.mean() - 127.5) < 3
+    assert not np.array_equal(found.train_images[:10], found.test_images)
 
 
 def test_a_data_set_larger_than_memory_is_refused():
-    huge = config(name="synthetic")
+    huge = config_data(name="synthetic")
     huge.synthetic.update(dict(train_examples=10**7, image_size=4096))
-    with pytest.raises(
-        UserError,
-        match=r"data.name=synthetic: does not fit in this machine's memory \(Unable to allocate",
-    ):
-        sources.load(huge)
-
-
-def test_no_tensorflow_is_imported(tmp_path):
-    path, _ = write_folder(tmp_path)
-    program = (
-        f"import sys; from cnn_spmd.data import cifar10, cifar10_archive; "
-        f"cifar10_archive.IMAGES_PER_FILE = {N}; cifar10.load({str(path)!r}); "
-        "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules"
-    )
-    subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        check=True,
-        capture_output=True,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"PYTHONPATH": "."},
-    )
-
-
-def test_other_pixels_than_cifar10s_are_named(tmp_path, caplog, monkeypatch):
-    folder, _ = write_folder(tmp_path / "a")
-    found = sources.load(config(name="cifar10", dir=str(folder))).digest
-    assert f"these are not CIFAR-10's pixels and labels (their digest is {found}" in caplog.text
-    caplog.clear()
-    monkeypatch.setattr(archive, "DIGEST", found)
-    sources.load(config(name="cifar10", dir=str(folder)))
-    assert "these are not" not in caplog.text
+    message = r"data.name=synthetic: does not fit in this machine's memory \(Unable to allocate"
+    with pytest.raises(UserError, match=message):
+        registry.load(huge)

@@ -438,7 +438,7 @@ def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path
         Image.new("RGB", (32, 32)).save(tmp_path / "pets" / place)
     root = tmp_path / "tfds/cnn_spmd_photographs"
     root.mkdir(parents=True)
-    place = prepared.place_of(folder.from_folders(tmp_path / "pets"), 32, root)
+    place = prepared.workspace_of(folder.find_source(tmp_path / "pets"), 32, root)
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start(

@@ -142,7 +142,7 @@ def test_no_two_combinations_have_one_folder(monkeypatch):
 def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     monkeypatch.chdir(ROOT)
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
-    monkeypatch.setattr(sources, "load_cifar10", lambda data: digits)
+    monkeypatch.setitem(sources.DATASETS, "cifar10", lambda data: digits)
     arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
     assert row["status"] == "pending", row["reason"]

@@ -1,7 +1,8 @@
-"""CIFAR-10 as a TFDS data set that needs no TensorFlow: downloaded or local, prepared once, decoded once.
+"""CIFAR-10 as a TFDS data set: downloaded or local, prepared once, decoded once.
 
-Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"; https://www.cs.toronto.edu/~kriz/cifar.html
-Legend: N images, H = W = 32 rows and columns, C = 3 channels (red, green, blue).
+It needs no TensorFlow. Shapes: N images, H = W = 32 rows and columns, C = 3 channels (RGB).
+Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images";
+https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 import contextlib
@@ -20,24 +21,29 @@ from absl import logging
 from PIL import Image
 
 from cnn_spmd.data import cifar10_archive as archive
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, one_line
 
-PROBE_SECONDS = 10.0  # an unreachable host is noticed within this; TFDS alone retries for minutes
+# An unreachable host is noticed within this time. TFDS alone retries for minutes.
+PROBE_SECONDS = 10.0
 
 
 class Unreachable(UserError):
-    """CIFAR-10 is neither on disk nor downloadable."""
+    """Raised where CIFAR-10 is not on disk and cannot be downloaded."""
 
 
 def load(data_dir: str) -> dict[str, np.ndarray]:
-    """CIFAR-10 in the archive's order: {train,test}_images uint8 [N, H, W, C], {train,test}_labels int32 [N].
+    """Return CIFAR-10's arrays, in the archive's order.
 
-    data_dir: the archive, the folder cifar-10-batches-bin, or a folder that holds one of them; "" is the official
-    archive, as prepared before or else downloaded. The first call prepares a TFDS data set in TFDS's data directory
-    ($TFDS_DATA_DIR or ~/tensorflow_datasets) and keeps the decoded arrays beside it, both under a name made from the
-    source's content, so that one archive is never served from another one's cache.
+    These are {train,test}_images, uint8 [N, H, W, C], and {train,test}_labels, int32 [N].
 
-    Raises UserError for a missing, damaged or wrong source, Unreachable where there is none to be had.
+    data_dir: the archive, the folder cifar-10-batches-bin, or a folder that holds one of them;
+    "": the official archive, which is downloaded where it was not prepared before.
+
+    The first call prepares a TFDS data set in TFDS's data directory ($TFDS_DATA_DIR or
+    ~/tensorflow_datasets), and stores the decoded arrays beside it. Both have a name made from the
+    source's content, so that another archive never gets these arrays.
+
+    Raises UserError for a missing, damaged or wrong source, and Unreachable where none can be had.
     """
     source = archive.find(data_dir) if data_dir else None
     config = tfds.core.BuilderConfig(name=archive.fingerprint(source) if source else "official")
@@ -53,7 +59,10 @@ def load(data_dir: str) -> dict[str, np.ndarray]:
 
 
 class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The TFDS data set: PNG images and labels in array_record files, from `source` (None: the download)."""
+    """The TFDS data set: PNG images and labels in array_record files.
+
+    source: the archive, or the folder it unpacks to; None: the download.
+    """
 
     name = "cnn_spmd_cifar10"  # TFDS's own cifar10 may lie in the same data directory
     VERSION = tfds.core.Version("1.0.0")
@@ -64,7 +73,7 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @property
     def url_infos(self) -> dict[str, tfds.download.checksums.UrlInfo]:
-        """What TFDS's download manager holds the download against."""
+        """Return the size and checksum that TFDS expects of the download."""
         return {
             archive.URL: tfds.download.checksums.UrlInfo(
                 size=archive.ARCHIVE_BYTES,
@@ -85,7 +94,8 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 }
             ),
             supervised_keys=("image", "label"),
-            disable_shuffling=True,  # keep the archive's order, the same on every machine
+            # The archive's order, which is the same on every machine.
+            disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
@@ -96,15 +106,19 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self, images_NHWC: np.ndarray, labels_N: np.ndarray
     ) -> Iterator[tuple[int, dict]]:
         for index, (image_HWC, label) in enumerate(zip(images_NHWC, labels_N, strict=True)):
-            png = io.BytesIO()  # TFDS would take the array, but encode it with TensorFlow
+            # TFDS accepts the array too, but would encode it with TensorFlow.
+            png = io.BytesIO()
             Image.fromarray(image_HWC).save(png, "png")
             yield index, {"image": png.getvalue(), "label": int(label)}
 
 
 def prepare(source: Path | None, root: Path, config: tfds.core.BuilderConfig, folder: Path) -> None:
-    """Builds the TFDS data set in `folder`, all or nothing: TFDS writes elsewhere and renames at the end.
+    """Build the TFDS data set in `folder`.
 
-    Raises Unreachable where the download fails, UserError where the source or the data directory is not right.
+    TFDS writes elsewhere and renames at the end, so that `folder` is complete or missing.
+
+    Raises Unreachable where the download fails, and UserError where the source is damaged or the
+    data directory cannot be written. Then it leaves nothing behind.
     """
     if source is None:
         probe()
@@ -122,19 +136,30 @@ def prepare(source: Path | None, root: Path, config: tfds.core.BuilderConfig, fo
         tfds.download.DownloadError,
         tfds.download.download_manager.NonMatchingChecksumError,
     ) as error:
-        raise Unreachable(f"the download of {archive.URL} failed ({_one_line(error)})") from error
+        raise Unreachable(f"the download of {archive.URL} failed ({one_line(error)})") from error
     except OSError as error:
-        if (
-            not folder.is_dir()
-        ):  # else another process was first to rename, and what we want is there
+        # Where the folder is there, another process was first to rename, with the same result.
+        if not folder.is_dir():
             raise UserError(
-                f"TFDS_DATA_DIR={root}: cannot prepare CIFAR-10 there ({_one_line(error)}); choose a "
-                "directory that can be written and has 600 MB of room"
+                f"TFDS_DATA_DIR={root}: cannot prepare CIFAR-10 there ({one_line(error)}); choose "
+                "a directory that can be written and has 600 MB of room"
             ) from error
+    finally:
+        remove_empty(folder.parent, folder.parent.parent)
+
+
+def remove_empty(*folders: Path) -> None:
+    """Remove those of the folders that are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def probe() -> None:
-    """Raises Unreachable unless the archive's host answers within PROBE_SECONDS; proxies are respected."""
+    """Raise Unreachable unless the archive's host answers within PROBE_SECONDS.
+
+    It asks through a proxy where the environment names one.
+    """
     answer: queue.Queue[str] = queue.Queue()
 
     def ask() -> None:
@@ -142,13 +167,13 @@ def probe() -> None:
             with requests.get(archive.URL, stream=True, timeout=PROBE_SECONDS) as response:
                 answer.put("" if response.ok else f"HTTP status {response.status_code}")
         except Exception as error:  # whatever it is, the answer is no
-            while (
-                error.__context__ is not None
-            ):  # the cause, without requests' and urllib3's wrappings
+            # The first cause says most: requests and urllib3 wrap it several times.
+            while error.__context__ is not None:
                 error = error.__context__
-            answer.put(_one_line(error))
+            answer.put(one_line(error))
 
-    # In a thread that can be left behind: requests' own timeout covers neither a stalled name server nor retries.
+    # The timeout of requests covers neither a stalled name server nor retries. So we ask in a
+    # thread, and do not wait for it longer than that.
     threading.Thread(target=ask, daemon=True).start()
     try:
         problem = answer.get(timeout=PROBE_SECONDS)
@@ -159,7 +184,10 @@ def probe() -> None:
 
 
 def decode(folder: Path) -> dict[str, np.ndarray]:
-    """Reads the prepared data set; returns what `load` does. Raises UserError where it is damaged."""
+    """Read the prepared data set; return the arrays as `load` does.
+
+    Raises UserError where it is damaged.
+    """
     print(f"decoding CIFAR-10 from {folder}, once (less than a minute)", file=sys.stderr)
     arrays = {}
     try:
@@ -172,31 +200,37 @@ def decode(folder: Path) -> dict[str, np.ndarray]:
             labels = arrays[f"{split}_labels"] = np.empty(len(examples), np.int32)
             for index, example in enumerate(examples):
                 images[index], labels[index] = example["image"], example["label"]
-        _check(arrays)
-    except Exception as error:  # array_record, protobuf, PIL and TFDS each raise their own
+        check_form(arrays)
+    except Exception as error:  # array_record, protobuf, Pillow and TFDS each raise their own
         raise UserError(
-            f"{folder}: the prepared data is damaged ({_one_line(error)}); delete this folder, and it is "
-            "prepared again"
+            f"{folder}: the prepared data is damaged ({one_line(error)}); delete this folder, and "
+            "it is prepared again"
         ) from error
     return arrays
 
 
 def read_cache(path: Path) -> dict[str, np.ndarray] | None:
-    """The decoded arrays, or None where they are to be decoded (again). The npz's checksums tell a damaged file."""
+    """Return the decoded arrays, or None where there are none.
+
+    The .npz file has checksums. Where they show damage, a warning is logged.
+    """
     if not path.exists():
         return None
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as cache:
             arrays = dict(cache)
-        _check(arrays)
+        check_form(arrays)
         return arrays
-    except Exception as error:  # whatever is wrong with it, it can be made again
-        logging.warning("%s is damaged (%s): decoding CIFAR-10 again.", path, _one_line(error))
+    except Exception as error:  # whatever is wrong with the file, it can be made again
+        logging.warning("%s is damaged (%s): decoding CIFAR-10 again.", path, one_line(error))
         return None
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Keeps the decoded arrays, all or nothing; where the folder cannot be written, says so and goes on."""
+    """Store the decoded arrays, all or nothing.
+
+    Where the folder cannot be written, a warning is logged.
+    """
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         with part.open("wb") as stream:
@@ -210,15 +244,11 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _check(arrays: dict[str, np.ndarray]) -> None:
-    """Raises ValueError unless `arrays` are what `load` returns."""
+def check_form(arrays: dict[str, np.ndarray]) -> None:
+    """Raise ValueError unless the arrays have the shapes and dtypes of CIFAR-10."""
     for split, names in archive.FILES.items():
         n = len(names) * archive.IMAGES_PER_FILE
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         found = (images.shape, images.dtype, labels.shape, labels.dtype)
         if found != ((n, *archive.SHAPE_HWC), np.uint8, (n,), np.int32):
             raise ValueError(f"{split} images and labels are {found}, expected {n:,} images")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

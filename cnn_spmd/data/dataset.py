@@ -1,20 +1,99 @@
-"""A data set as arrays on the host."""
+"""A data set as arrays on the host.
+
+Shapes: N images, H rows and as many columns W, C = 3 channels (red, green, blue).
+"""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
+from cnn_spmd.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    name: str  # what it really is: "digits" even where cifar10 was asked for
-    train_images: np.ndarray  # uint8 [N, H, W, C]; in memory, or photographs as np.memmap
-    train_labels: np.ndarray  # int32 [N]
+class Provenance:
+    """What the files of a run record of its data, besides the name.
+
+    A loader of arrays may leave all of it out.
+    """
+
+    # The data set that was asked for, where this one stands in for it.
+    fallback: str | None = None
+    # A digest of its files' names and sizes, where the name does not contain one.
+    files: str = ""
+    # A digest of all pixels and labels, which the registry fills in. Photographs that are not
+    # decoded yet have none.
+    digest: str = ""
+    # The number of photographs that cannot be read and are left out.
+    skipped: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset(Provenance):
+    """Images and labels to train on and to test on."""
+
+    # What the data really are: "digits" also where cifar10 was asked for.
+    name: str
+    # uint8 [N, H, W, C], in memory, or photographs as np.memmap. int32 [N].
+    train_images: np.ndarray
+    train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
     class_names: tuple[str, ...]
-    mirror: bool  # a mirrored image keeps its label (digits: no)
-    fallback: str | None = None  # the data set that was asked for, where this one stands in for it
-    files: str = ""  # a digest of its files' names and sizes, where the name does not have one
-    digest: str = ""  # of all pixels and labels; "": they are still to be decoded
-    skipped: int = 0  # photographs that cannot be read and are left out
+    # Whether a mirrored image keeps its label, which a digit does not.
+    mirror: bool = True
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the four arrays by the names of their fields."""
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return {name: getattr(self, name) for name in names}
+
+    def check(self) -> None:
+        """Raise UserError for arrays of another form and for labels without a class."""
+        for split in ("train", "test"):
+            self._check_images(f"{split}_images")
+            self._check_labels(f"{split}_labels", len(self.arrays[f"{split}_images"]))
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            shapes = f"{self.train_images.shape} and {self.test_images.shape}"
+            self._refuse("train_images, test_images", shapes, "images of one size in both")
+
+    def _check_images(self, field: str) -> None:
+        images = getattr(self, field)
+        expected = "uint8 [N, H, W, 3] with H = W"
+        if not isinstance(images, np.ndarray):
+            self._refuse(field, type(images).__name__, f"a NumPy array, {expected}")
+        form = f"{images.dtype} {images.shape}"
+        if images.dtype != np.uint8 or images.ndim != 4:
+            self._refuse(field, form, expected)
+        if images.shape[1] != images.shape[2] or images.shape[3] != 3:
+            self._refuse(field, form, expected)
+        if not len(images):
+            self._refuse(field, form, "at least one image")
+
+    def _check_labels(self, field: str, examples: int) -> None:
+        labels = getattr(self, field)
+        expected = f"int32 [{examples}], one label per image"
+        if not isinstance(labels, np.ndarray):
+            self._refuse(field, type(labels).__name__, f"a NumPy array, {expected}")
+        if labels.dtype != np.int32 or labels.shape != (examples,):
+            self._refuse(field, f"{labels.dtype} {labels.shape}", expected)
+        classes = len(self.class_names)
+        for label in (labels.min(), labels.max()):
+            if not 0 <= label < classes:
+                self._refuse(
+                    field, f"label {label}", f"0 to {classes - 1} for {classes} class names"
+                )
+
+    def _refuse(self, field: str, found: str, expected: str) -> None:
+        raise UserError(f"data.name={self.name}: {field}: found {found}, expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Undecoded:
+    """Photographs that are found, but not decoded yet: decoding them can take hours."""
+
+    # Zeros in the shapes of what `decode` returns; they take no memory.
+    preview: Dataset
+    decode: Callable[[], Dataset]

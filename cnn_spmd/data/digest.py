@@ -1,4 +1,7 @@
-"""Digests of data sets: two are equal where all pixels and labels are, in the same order."""
+"""Digests of data sets.
+
+Two are equal when all pixels and labels are equal, in the same order.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,12 +10,15 @@ import numpy as np
 
 
 def of_image(image_HWC: np.ndarray) -> int:
-    """Digests one image's pixels; 64 bits."""
+    """Return the digest of one image's pixels; 64 bits."""
     return int.from_bytes(hashlib.blake2b(image_HWC, digest_size=8).digest(), "little")
 
 
 def of_splits(splits: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:
-    """Digests a data set, from (digests of images uint64 [N], labels int32 [N]) of each split."""
+    """Return a data set's digest; 16 hexadecimal digits.
+
+    splits: for each, the digests of its images, uint64 [N], and its labels, int32 [N].
+    """
     whole = hashlib.blake2b(digest_size=8)
     for digests_N, labels_N in splits:
         whole.update(np.array([len(labels_N)], "<u8"))
@@ -22,7 +28,10 @@ def of_splits(splits: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:
 
 
 def of_arrays(arrays: dict[str, np.ndarray]) -> str:
-    """Digests {train,test}_images and {train,test}_labels, at about 1 GB a second."""
+    """Return the digest of {train,test}_images and {train,test}_labels.
+
+    It takes about a second per GB.
+    """
     splits = []
     for split in ("train", "test"):
         digests_N = np.array([of_image(image) for image in arrays[f"{split}_images"]], np.uint64)
@@ -31,5 +40,5 @@ def of_arrays(arrays: dict[str, np.ndarray]) -> str:
 
 
 def of_text(text: str) -> str:
-    """Digests data that are a function of this text."""
+    """Return the digest of data that are a function of this text."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

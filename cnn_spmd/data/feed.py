@@ -1,6 +1,6 @@
-"""How the devices get their images: the whole data set lies on each of them, or a call's images are streamed from the host.
+"""The way of the images to the devices: all at once, or those of each chunk.
 
-Shapes: N examples of a split, S steps a call, B global batch, H height, W width, C channels.
+Shapes: N examples of a split, S steps of a chunk, B global batch, H height, W width, C channels.
 """
 
 import concurrent.futures
@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,33 @@ import numpy as np
 
 from cnn_spmd.sharding.placement import Placement
 
-READERS, MIN_PART = (
-    concurrent.futures.ThreadPoolExecutor(os.cpu_count()),
-    16,
-)  # examples that are worth a thread
+READERS = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+# A thread copies at least this many examples: for fewer, starting it takes longer.
+EXAMPLES_PER_READER = 16
 
 
 class DeviceData(NamedTuple):
-    """A split of the data set, whole on every device; or, streamed, the examples of a call, split along their batch."""
+    """Examples on the devices.
 
-    images: jax.Array  # uint8 [N, H, W, 3] or [S, B, H, W, 3]
-    labels: jax.Array  # int32 [N] or [S, B]
+    Resident data are a whole split, on every device. Streamed data are the examples of one chunk,
+    and each device holds its part of each batch.
+    """
+
+    images: jax.Array  # uint8 [N, H, W, C], or streamed [S, B, H, W, C]
+    labels: jax.Array  # int32 [N], or streamed [S, B]
 
 
 def labels_of(data: DeviceData, indices_B: jax.Array | None) -> jax.Array:
-    """The labels of the examples `indices_B`; None: `data` are these examples."""
+    """Return the labels of the examples `indices_B`; None: of all in `data`."""
     return data.labels if indices_B is None else data.labels[indices_B]
 
 
 @dataclasses.dataclass
 class Feed:
-    """A split of the data set, as the programs of Steps take it.
+    """A split of the data set, as the compiled programs take it.
 
-    resident: all of it is put on every device once, and a call is given the indices of its examples; else a call is given
-    the examples themselves, each device its own, and no indices. The numbers are the same.
+    resident: every device holds the whole split, and a program takes the indices of its examples.
+    Otherwise a program takes the examples themselves, and no indices. The results are the same.
     """
 
     place: Placement
@@ -47,36 +50,48 @@ class Feed:
     labels: np.ndarray  # int32 [N]
     resident: bool
 
-    whole: DeviceData | None = None  # the split on every device, once `load` has put it there
+    # The split on every device, where it is resident; `load` puts it there.
+    resident_data: DeviceData | None = None
 
     def load(self) -> None:
-        """Puts a resident split on the devices."""
+        """Put a resident split on the devices; do nothing for a streamed one."""
         if self.resident:
-            self.whole = DeviceData(
-                put(self.images, self.place.replicated), put(self.labels, self.place.replicated)
+            everywhere = self.place.replicated
+            self.resident_data = DeviceData(
+                put(self.images, everywhere), put(self.labels, everywhere)
             )
 
     def shapes(self, *shape: int) -> tuple[DeviceData, jax.ShapeDtypeStruct | None]:
-        """What a call takes for indices of this shape, [B] or [S, B]: shapes, dtypes and shardings alone."""
+        """Return shapes, dtypes and shardings of what `calls` yields.
+
+        shape: of the indices of a call, [B] or [S, B].
+        """
         if self.resident:
-            data = [
-                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.place.replicated)
-                for x in (self.images, self.labels)
-            ]
-            return DeviceData(*data), jax.ShapeDtypeStruct(
+            everywhere = self.place.replicated
+            data = DeviceData(
+                jax.ShapeDtypeStruct(self.images.shape, self.images.dtype, sharding=everywhere),
+                jax.ShapeDtypeStruct(self.labels.shape, self.labels.dtype, sharding=everywhere),
+            )
+            indices = jax.ShapeDtypeStruct(
                 shape, jnp.int32, sharding=self._sharding("conv_batch", shape)
             )
-        return DeviceData(
-            *(
-                jax.ShapeDtypeStruct(
-                    (*shape, *x.shape[1:]), x.dtype, sharding=self._sharding(axis, shape, x)
-                )
-                for axis, x in (("conv_batch", self.images), ("output_batch", self.labels))
+            return data, indices
+        data = [
+            jax.ShapeDtypeStruct(
+                (*shape, *array.shape[1:]),
+                array.dtype,
+                sharding=self._sharding(axis, shape, array.shape[1:]),
             )
-        ), None
+            for axis, array in self._streamed()
+        ]
+        return DeviceData(*data), None
 
     def calls(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[DeviceData, jax.Array | None]]:
-        """What each call takes, for int32 [B] or [S, B] which examples it sees; made one call ahead, in a thread."""
+        """Yield the data and indices that a program takes, for each call of it.
+
+        indices: the examples that each call sees; int32 [B] or [S, B]. A thread prepares the next
+        call while the devices run this one.
+        """
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             ahead = None
             for each in indices:
@@ -88,48 +103,59 @@ class Feed:
 
     def _call(self, indices: np.ndarray) -> tuple[DeviceData, jax.Array | None]:
         if self.resident:
-            return self.whole, put(indices, self._sharding("conv_batch", indices.shape))
-        return DeviceData(
-            *(
-                gather(x, indices, self._sharding(axis, indices.shape, x))
-                for axis, x in (("conv_batch", self.images), ("output_batch", self.labels))
-            )
-        ), None
+            sharding = self._sharding("conv_batch", indices.shape)
+            return self.resident_data, put(indices, sharding)
+        data = [
+            gather(array, indices, self._sharding(axis, indices.shape, array.shape[1:]))
+            for axis, array in self._streamed()
+        ]
+        return DeviceData(*data), None
+
+    def _streamed(self) -> tuple[tuple[str, np.ndarray], ...]:
+        """Return each array with the logical axis of its batch."""
+        return ("conv_batch", self.images), ("output_batch", self.labels)
 
     def _sharding(
-        self, axis: str, shape: tuple[int, ...], examples: Any = None
+        self, axis: str, shape: tuple[int, ...], inner: tuple[int, ...] = ()
     ) -> jax.sharding.NamedSharding:
-        """Of indices [..., B], or of the `examples` that they name: all split along their batch."""
-        inner = () if examples is None else examples.shape[1:]
-        return self.place.sharding(
-            (None,) * (len(shape) - 1) + (axis,) + (None,) * len(inner), (*shape, *inner)
-        )
+        """Return the sharding of [*shape, *inner]: only the batch, shape[-1], is split."""
+        axes = (None,) * (len(shape) - 1) + (axis,) + (None,) * len(inner)
+        return self.place.sharding(axes, (*shape, *inner))
 
 
 def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The host's array on the devices of any process; every process gives the same array."""
+    """Return the host's array on the devices; every process gives the same array."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def gather(array: np.ndarray, indices: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """array[indices] on the devices; a process reads what its own devices hold, once."""
-    batch = indices.ndim - 1
-    read = functools.cache(lambda start, stop: taken(array, indices[..., start:stop]))
-    return jax.make_array_from_callback(
-        (*indices.shape, *array.shape[1:]),
-        sharding,
-        lambda index: read(index[batch].start, index[batch].stop),
-    )
+    """Return array[indices] on the devices, for indices of [B] or [S, B].
+
+    A process reads only what its own devices hold, and reads it once.
+    """
+    batch_axis = indices.ndim - 1
+    read = functools.cache(lambda start, stop: read_examples(array, indices[..., start:stop]))
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        return read(index[batch_axis].start, index[batch_axis].stop)
+
+    return jax.make_array_from_callback((*indices.shape, *array.shape[1:]), sharding, shard)
 
 
-def taken(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """array[indices] for the first axis, by many threads: NumPy copies without Python's lock, and a disk likes company."""
-    flat, found = indices.ravel(), np.empty((indices.size, *array.shape[1:]), array.dtype)
-    part = max(MIN_PART, -(-indices.size // os.cpu_count()))
-    list(
-        READERS.map(
-            lambda at: array.take(flat[at : at + part], 0, found[at : at + part], "clip"),
-            range(0, len(flat), part),
-        )
-    )
+def read_examples(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Return array[indices], copied by all cores; an index names a row of axis 0.
+
+    NumPy releases Python's lock while it copies. Where the array is mapped from a file, several
+    reads at once also keep the disk busy.
+    """
+    flat = indices.ravel()
+    found = np.empty((indices.size, *array.shape[1:]), array.dtype)
+    rows = max(EXAMPLES_PER_READER, -(-indices.size // os.cpu_count()))
+
+    def copy(start: int) -> None:
+        part = slice(start, start + rows)
+        array.take(flat[part], axis=0, out=found[part], mode="clip")
+
+    for _ in READERS.map(copy, range(0, len(flat), rows)):
+        pass  # the result raises what went wrong in a thread
     return found.reshape(*indices.shape, *array.shape[1:])

@@ -1,127 +1,136 @@
-"""The data sets, as arrays on the host: CIFAR-10, scikit-learn's digits, photographs, and random images for timing.
+"""The data sets by name. Add your own with DATASETS["mine"] = load_mine.
 
-Legend: N images, H rows, W columns, C = 3 channels (red, green, blue).
+A loader gets config.data and returns a Dataset, or Undecoded for photographs. USES may have an
+entry for it too: then fields that it does not use are refused when they are set by hand.
 """
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_collections
 from absl import logging
 
-from cnn_spmd.data import cifar10_archive, digest
-from cnn_spmd.data.dataset import Dataset
+from cnn_spmd.data import cifar10_archive, digest, photographs
+from cnn_spmd.data.dataset import Dataset, Undecoded
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
 from cnn_spmd.errors import UserError
+
+Loader = Callable[[ml_collections.ConfigDict], Dataset | Undecoded]
 
 
 def load(
     data: ml_collections.ConfigDict, check: Callable[[Dataset], object] = lambda _: None
 ) -> Dataset:
-    """Loads the data set that config.data describes, whose numbers are valid ones.
+    """Return the data set that config.data describes, with the digest of its arrays.
 
-    It reads the fields name, dir, fallback, image_size, skip_bad and synthetic.*.
-    check: sees photographs that are still to be decoded as black ones, so that what does not fit is refused before.
-    Raises UserError for an unknown name or fallback, a missing or damaged data.dir, more than fits in memory, and where
-    CIFAR-10 is not to be had and data.fallback is "".
+    data: a ConfigDict in which the numbers are valid. check: called with zeros of the same shapes
+    before photographs are decoded, so that a bad config fails in seconds.
+
+    Raises UserError for an unknown name, for what the loader refuses, for arrays of another form
+    than Dataset has, and for data that do not fit in memory.
     """
-    loaders = {
-        "cifar10": load_cifar10,
-        "digits": load_digits,
-        "synthetic": load_synthetic,
-        **dict.fromkeys(
-            ("folder", "imagenet2012", "imagenette"),
-            functools.partial(load_photographs, check=check),
-        ),
-    }
-    if data.name not in loaders:
-        raise UserError(f"data.name={data.name}: not a data set; choose from {', '.join(loaders)}")
     try:
-        return loaders[data.name](data)
+        found = loader_of(data)(data)
+        if isinstance(found, Undecoded):
+            check(found.preview)
+            found = found.decode()
     except MemoryError as error:
         raise UserError(
             f"data.name={data.name}: does not fit in this machine's memory ({error})"
         ) from None
+    if not isinstance(found, Dataset):
+        raise UserError(
+            f"data.name={data.name}: its loader returns {type(found).__name__}, expected a Dataset"
+        )
+    found.check()
+    if not found.digest:
+        found = dataclasses.replace(found, digest=digest.of_arrays(found.arrays))
+    return found
+
+
+def loader_of(data: ml_collections.ConfigDict) -> Loader:
+    """Return the loader of data.name. Raises UserError for an unknown name."""
+    if data.name in DATASETS:
+        return DATASETS[data.name]
+    from cnn_spmd.data import tfds  # importing TFDS takes a second
+
+    root = Path(data.dir).expanduser() if data.dir else photographs.data_directory()
+    if tfds.prepared_folder(data.name, root):
+        return photographs.load
+    raise UserError(
+        f"data.name={data.name}: not a data set; choose from {', '.join(DATASETS)}, or a data set "
+        f"that TFDS has prepared in {root} ({tfds.how_to_build('NAME', root)})"
+    )
 
 
 def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
-    """CIFAR-10, 50,000 + 10,000 images; or the digits, where it is not to be had and data.fallback says so."""
-    from cnn_spmd.data import (
-        cifar10,
-    )  # imports TFDS, which takes a second: the other data sets need not wait for it
+    """Load CIFAR-10; or the digits, where it is missing and data.fallback says so.
+
+    Raises UserError for a wrong data.dir, and where CIFAR-10 is missing and data.fallback is "".
+    """
+    from cnn_spmd.data import cifar10  # importing TFDS takes a second
 
     if data.fallback not in ("", "digits"):
         raise UserError(
-            f'data.fallback={data.fallback}: choose digits, or "" to make a missing CIFAR-10 an error'
+            f'data.fallback={data.fallback}: choose digits, or "" to make a missing CIFAR-10 an '
+            "error"
         )
     try:
         arrays = cifar10.load(data.dir)
     except cifar10.Unreachable as error:
-        give = f"give {cifar10_archive.ARCHIVE} or the folder {cifar10_archive.FOLDER} by --config.data.dir=PATH"
-        if not data.fallback:
-            raise cifar10.Unreachable(f"data.name=cifar10: {error}; {give}") from error
-        lines = [
-            "WARNING: THIS RUN DOES NOT USE CIFAR-10. It uses scikit-learn's 1,797 handwritten digits instead.",
-            f"Why: {error}",
-            f"To use CIFAR-10, {give}",
-            'To make this an error: --config.data.fallback=""',
-        ]
-        print(
-            "",
-            "!" * 110,
-            *(f"!! {line}" for line in lines),
-            "!" * 110,
-            "",
-            sep="\n",
-            file=sys.stderr,
-            flush=True,
+        remedy = (
+            f"give {cifar10_archive.ARCHIVE} or the folder {cifar10_archive.FOLDER} by "
+            "--config.data.dir=PATH"
         )
+        if not data.fallback:
+            raise cifar10.Unreachable(f"data.name=cifar10: {error}; {remedy}") from error
+        warn_of_digits(str(error), remedy)
         return dataclasses.replace(load_digits(data), fallback="cifar10")
     found = digest.of_arrays(arrays)
     if found != cifar10_archive.DIGEST:
         logging.warning(
-            "data.dir=%s: these are not CIFAR-10's pixels and labels (their digest is %s, CIFAR-10's %s). "
-            "Using them all the same.",
+            "data.dir=%s: these are not CIFAR-10's pixels and labels (their digest is %s, "
+            "CIFAR-10's %s). Using them all the same.",
             data.dir,
             found,
             cifar10_archive.DIGEST,
         )
-    return Dataset(
-        name="cifar10", **arrays, class_names=cifar10_archive.CLASS_NAMES, mirror=True, digest=found
-    )
+    return Dataset(name="cifar10", **arrays, class_names=cifar10_archive.CLASS_NAMES, digest=found)
 
 
-def load_photographs(
-    data: ml_collections.ConfigDict, check: Callable[[Dataset], object]
-) -> Dataset:
-    """Photographs in class folders, or those of a TFDS data set, as squares of data.image_size pixels; read from disk."""
-    from cnn_spmd.data import folder  # imports TFDS, as above
+def warn_of_digits(reason: str, remedy: str) -> None:
+    """Print a banner that nobody can miss: the digits stand in for CIFAR-10."""
+    lines = [
+        "WARNING: THIS RUN DOES NOT USE CIFAR-10. "
+        "It uses scikit-learn's 1,797 handwritten digits instead.",
+        f"Why: {reason}",
+        f"To use CIFAR-10, {remedy}",
+        'To make this an error: --config.data.fallback=""',
+    ]
+    rule = "!" * 110
+    text = "\n".join(f"!! {line}" for line in lines)
+    print(f"\n{rule}\n{text}\n{rule}\n", file=sys.stderr, flush=True)
 
-    def dataset(source: folder.Source, found: folder.Prepared) -> Dataset:
-        name, files = (
-            (f"folder-{source.content}", "")
-            if data.name == "folder"
-            else (data.name, source.content)
-        )
-        return Dataset(
-            name=name,
-            **found.arrays,
-            class_names=source.class_names,
-            mirror=True,
-            files=files,
-            digest=found.digest,
-            skipped=len(found.skipped),
-        )
 
-    return dataset(
-        *folder.load(
-            data.name,
-            data.dir,
-            data.image_size,
-            lambda *found: check(dataset(*found)),
-            data.get("skip_bad", 0),
-        )
-    )
+DATASETS: dict[str, Loader] = {
+    "cifar10": load_cifar10,
+    "digits": load_digits,
+    "synthetic": load_synthetic,
+    "folder": photographs.load,
+    "imagenet2012": photographs.load,
+    "imagenette": photographs.load,
+}
+
+# The config's fields that only some data sets use, by data set; one that is not here uses all.
+PHOTOGRAPHS = ("data.dir", "data.flip", "data.image_size", "data.skip_bad")
+FALLBACK = ("fallback", "fallback_epochs", "fallback_batch_size", "fallback_learning_rate")
+SIZES = ("image_size", "classes", "train_examples", "test_examples")
+USES = {
+    "cifar10": ("data.dir", "data.flip", *(f"data.{name}" for name in FALLBACK)),
+    "digits": (),
+    "synthetic": ("data.flip", *(f"data.synthetic.{name}" for name in SIZES)),
+    **dict.fromkeys(("folder", "imagenet2012", "imagenette"), PHOTOGRAPHS),
+}

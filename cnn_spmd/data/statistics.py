@@ -1,60 +1,83 @@
-"""Statistics of a training set's images: means, deviations, and the principal axes of colour."""
+"""Statistics of a training set's images: means, deviations, axes of colour.
+
+Shapes: N images, H height, W width, C channels, V = 256 values of a pixel, P pixels.
+"""
 
 import numpy as np
 
-SAMPLE_BYTES, CHUNK_BYTES = (
-    2**30,
-    2**18,
-)  # of images that statistics are taken from, in all and at a time (in a cache)
+# The most bytes of images that statistics are taken from.
+SAMPLE_BYTES = 2**30
+# The bytes of images that are worked on at a time, so that they stay in a CPU's cache.
+BLOCK_BYTES = 2**18
 
 
 def sample(images_NHWC: np.ndarray) -> np.ndarray:
-    """The images that statistics of a training set are taken from: all, or SAMPLE_BYTES of them, evenly spaced."""
+    """Return the images to take statistics from.
+
+    These are all, or SAMPLE_BYTES of them, evenly spaced.
+    """
     every = -(-images_NHWC.nbytes // SAMPLE_BYTES)
     return images_NHWC[::every] if every > 1 else images_NHWC
 
 
 def mean_image(images_NHWC: np.ndarray, side: int) -> np.ndarray:
-    """The mean of the images, in pixels, and of it the centre of `side` pixels (0: all of it); float32 [side, side, C]."""
+    """Return the central `side` x `side` pixels of the mean image; 0: all of it.
+
+    The result is float32 [side, side, C], in pixel values of 0 to 255.
+    """
     mean_HWC = images_NHWC.mean(0, dtype=np.float64).astype(np.float32)
-    top, left = ((size - (side or size)) // 2 for size in mean_HWC.shape[:2])
-    return mean_HWC[top : top + side, left : left + side] if side else mean_HWC
+    if not side:
+        return mean_HWC
+    height, width = mean_HWC.shape[:2]
+    top = (height - side) // 2
+    left = (width - side) // 2
+    return mean_HWC[top : top + side, left : left + side]
 
 
 def channel_statistics(images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation a channel of uint8 images, exact from their histograms; float32 [C] each, in pixels."""
-    values = np.arange(256)
-    counts_CV = sum(
-        np.stack(
-            [np.bincount(chunk[..., c].ravel(), minlength=256) for c in range(chunk.shape[-1])]
-        )
-        for chunk in _chunks(images_NHWC)
-    )
-    total = counts_CV.sum(1)
-    mean_C = counts_CV @ values / total
-    std_C = np.sqrt(np.maximum(counts_CV @ values**2 / total - mean_C**2, 1.0))
+    """Return mean and standard deviation per channel; float32 [C] each.
+
+    They are in pixel values, and exact, from the histograms of the uint8 images. A deviation is at
+    least 1, so that dividing by it is safe.
+    """
+    values_V = np.arange(256)
+    counts_CV = sum(histograms(block) for block in blocks(images_NHWC))
+    total_C = counts_CV.sum(1)
+    mean_C = counts_CV @ values_V / total_C
+    variance_C = counts_CV @ values_V**2 / total_C - mean_C**2
+    std_C = np.sqrt(np.maximum(variance_C, 1.0))
     return mean_C.astype(np.float32), std_C.astype(np.float32)
 
 
+def histograms(images_NHWC: np.ndarray) -> np.ndarray:
+    """Count each value in each channel; int [C, V]."""
+    channels = images_NHWC.shape[-1]
+    return np.stack(
+        [np.bincount(images_NHWC[..., c].ravel(), minlength=256) for c in range(channels)]
+    )
+
+
 def colour_axes(images_NHWC: np.ndarray) -> np.ndarray:
-    """The principal axes of the pixels' colours, as rows as long as the standard deviation along each; float32 [C, C].
+    """Return the principal axes of the pixels' colours, one per row; float32 [C, C].
 
-    Eigenvectors of the covariance of all pixels; of an axis's two directions, the one whose largest component is positive.
+    Each is an eigenvector of the covariance of all pixels, as long as the standard deviation along
+    it. An axis has two directions: we take the one whose largest component is positive.
     """
-    channels, sums = images_NHWC.shape[-1], 0.0
-    for chunk in _chunks(images_NHWC):
-        pixels = np.ones(
-            (chunk.size // channels, channels + 1)
-        )  # the last column: then a product holds the sums, too
-        pixels[:, :channels] = chunk.reshape(-1, channels)
-        sums = sums + pixels.T @ pixels
-    sums = sums / sums[-1, -1]
-    variances_C, vectors = np.linalg.eigh(sums[:-1, :-1] - np.outer(sums[-1, :-1], sums[-1, :-1]))
+    channels = images_NHWC.shape[-1]
+    sums = 0.0
+    for block in blocks(images_NHWC):
+        # The last column holds ones: then one product gives the sums of values and pixels too.
+        pixels_PC = np.ones((block.size // channels, channels + 1))
+        pixels_PC[:, :channels] = block.reshape(-1, channels)
+        sums = sums + pixels_PC.T @ pixels_PC
+    means = sums / sums[-1, -1]
+    mean_C = means[-1, :-1]
+    variances_C, vectors = np.linalg.eigh(means[:-1, :-1] - np.outer(mean_C, mean_C))
     axes_CC = np.sqrt(np.maximum(variances_C, 0))[:, None] * vectors.T
-    largest_C = np.take_along_axis(axes_CC, np.abs(axes_CC).argmax(1)[:, None], 1)
-    return (axes_CC * np.where(largest_C < 0, -1, 1)).astype(np.float32)
+    largest_C1 = np.take_along_axis(axes_CC, np.abs(axes_CC).argmax(1)[:, None], 1)
+    return (axes_CC * np.where(largest_C1 < 0, -1, 1)).astype(np.float32)
 
 
-def _chunks(images_NHWC: np.ndarray) -> list[np.ndarray]:
-    """The images in parts, so that wider numbers made of them fit into memory."""
-    return np.array_split(images_NHWC, -(-images_NHWC.nbytes // CHUNK_BYTES))
+def blocks(images_NHWC: np.ndarray) -> list[np.ndarray]:
+    """Split the images into blocks of about BLOCK_BYTES."""
+    return np.array_split(images_NHWC, -(-images_NHWC.nbytes // BLOCK_BYTES))

@@ -61,7 +61,8 @@ class AlexNet(nnx.Module):
         if image_size not in SIZES:
             raise UserError(
                 f"model.name=alexnet: images of {image_size}x{image_size}, expected a side of "
-                f"{' or '.join(str(side) for side in sorted(SIZES))}"
+                f"{' or '.join(str(side) for side in sorted(SIZES))}: set "
+                "--config.data.image_size for photographs, or --config.data.crop"
             )
         self.sizes, self.dropout, self.levers = SIZES[image_size], dropout, levers
         common = dict(dtype=dtype, rngs=rngs)

@@ -42,8 +42,8 @@ class AlexNet2012(nnx.Module):
     ):
         if image_size < 64:
             raise UserError(
-                f"model.name=alexnet_2012: images of {image_size}x{image_size}, expected a side of at least 64 "
-                "(published: 224)"
+                f"model.name=alexnet_2012: images of {image_size}x{image_size}, expected a side of "
+                "at least 64 (published: 224): set --config.data.image_size for photographs"
             )
         self.dropout, self.levers = dropout, levers
         common = dict(dtype=dtype, rngs=rngs, kernel_init=SMALL)

@@ -1,0 +1,77 @@
+"""Photographs in class folders or prepared by TFDS, as squares of one size."""
+
+import os
+from pathlib import Path
+
+import ml_collections
+
+from cnn_spmd.data import folder, prepared
+from cnn_spmd.data.dataset import Dataset, Undecoded
+from cnn_spmd.data.source import Source
+from cnn_spmd.errors import UserError
+
+# The data sets of TFDS that may also be given in class folders, and their numbers of classes.
+CLASSES = dict(imagenet2012=1000, imagenette=10)
+
+
+def data_directory() -> Path:
+    """Return TFDS's data directory, which also holds what we prepare."""
+    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def load(data: ml_collections.ConfigDict) -> Dataset | Undecoded:
+    """Return the photographs of config.data, decoded if an earlier run did so.
+
+    data.name: "folder", one of CLASSES, or another name of TFDS; data.dir: the class folders, or
+    TFDS's data directory ("": the usual one). The decoded images go to TFDS's data directory.
+
+    Raises UserError, in one line, for what is missing, damaged or of another form.
+    """
+    name, size, skip_bad = data.name, data.image_size, data.get("skip_bad", 0)
+    source = find_source(name, data.dir)
+    root = data_directory() / "cnn_spmd_photographs"
+    found = prepared.find(source, size, root, skip_bad)
+    if found is not None:
+        return make_dataset(name, source, found)
+    return Undecoded(
+        preview=make_dataset(name, source, prepared.preview(source, size)),
+        decode=lambda: make_dataset(name, source, prepared.prepare(source, size, root, skip_bad)),
+    )
+
+
+def find_source(name: str, data_dir: str) -> Source:
+    """Return the data set as it is found. Raises UserError as `load`."""
+    if name == "folder" and not data_dir:
+        raise UserError(f"data.dir=: is empty, {folder.LAYOUT}")
+    root = Path(data_dir).expanduser() if data_dir else data_directory()
+    if data_dir and not root.is_dir():
+        raise UserError(f"data.dir={data_dir}: is no folder, {folder.LAYOUT}")
+    if name == "folder" or (name in CLASSES and (root / "train").is_dir()):
+        source = folder.find_source(root)
+    else:
+        from cnn_spmd.data import tfds  # importing TFDS takes a second
+
+        source = tfds.find_source(name, root)
+    found, expected = len(source.class_names), CLASSES.get(name)
+    if expected not in (None, found):
+        raise UserError(
+            f"data.dir={data_dir}: holds {found} classes, but data.name={name} has {expected}: "
+            "give another folder, or data.name=folder"
+        )
+    return source
+
+
+def make_dataset(name: str, source: Source, found: prepared.Prepared) -> Dataset:
+    """Return decoded images, or zeros that stand for them, as a Dataset.
+
+    A data set of class folders is named after its files. A named one records their digest.
+    """
+    is_folder = name == "folder"
+    return Dataset(
+        name=f"folder-{source.content}" if is_folder else name,
+        **found.arrays,
+        class_names=source.class_names,
+        files="" if is_folder else source.content,
+        digest=found.digest,
+        skipped=len(found.skipped),
+    )

@@ -1,0 +1,40 @@
+"""Decoding one photograph into a square of pixels."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Pillow reads many more formats. We refuse those: an EPS file is a program that Ghostscript would
+# run, and a TIFF file may hold numbers that are not pixels.
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+# Pillow warns of a very large image without saying which. We ignore the warning. Above twice that
+# size, Pillow raises an error, which is reported with the image's name.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def decode(file: Path | io.BytesIO, size: int) -> np.ndarray:
+    """Return the central square of an image, rescaled to uint8 [size, size, 3].
+
+    The filter is bilinear, with antialiasing. Grey, palette, CMYK and 16-bit images become RGB.
+    Transparency and a camera's orientation (EXIF) are ignored, as in TFDS's and torchvision's
+    readers. The content decides what a file is, not its name.
+
+    Raises ValueError for another format, and Pillow's errors for a damaged file.
+    Source: Krizhevsky et al. 2012, section 2, rescales the shorter side and keeps the centre.
+    """
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("is no JPEG, PNG or WebP image") from None
+    with image:
+        if image.mode.startswith("I"):
+            # 16-bit grey. Pillow reads 16-bit colour as 8 bits by itself.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode == "P":
+            image = image.convert("RGBA")  # a palette may hold transparency
+        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+        return np.asarray(square)

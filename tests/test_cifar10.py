@@ -1,0 +1,586 @@
+"""CIFAR-10 from small archives: forms, refusals, caches, download, fallback."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+import requests
+import tensorflow_datasets as tfds
+
+from cnn_spmd import config as configs
+from cnn_spmd.data import cifar10, registry
+from cnn_spmd.data import cifar10_archive as archive
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import build
+
+N = 7  # images per file, instead of 10,000
+KEYS = ["train_images", "train_labels", "test_images", "test_labels"]
+
+
+@pytest.fixture(autouse=True)
+def small_files_and_no_network(monkeypatch, tfds_directory):
+    monkeypatch.setattr(archive, "IMAGES_PER_FILE", N)
+    # No server listens on this port.
+    monkeypatch.setattr(archive, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+def write_folder(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
+    """Write a random cifar-10-batches-bin; return it and the arrays it stands for."""
+    folder = parent / archive.FOLDER
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    images = rng.integers(256, size=(6 * N, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(10, size=6 * N, dtype=np.int32)
+    for i, name in enumerate(archive.ALL_FILES):
+        with open(folder / name, "wb") as file:
+            for n in range(i * N, (i + 1) * N):
+                planes = [images[n, :, :, c].tobytes() for c in range(3)]
+                file.write(bytes([labels[n]]) + b"".join(planes))
+    (folder / "batches.meta.txt").write_text("\n".join(archive.CLASS_NAMES) + "\n\n")
+    arrays = (images[:-N], labels[:-N], images[-N:], labels[-N:])
+    return folder, dict(zip(KEYS, arrays, strict=True))
+
+
+def write_archive(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
+    folder, arrays = write_folder(parent / "unpacked", seed)
+    return pack(folder, parent / archive.ARCHIVE), arrays
+
+
+def pack(folder: Path, path: Path) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(folder, arcname=archive.FOLDER)
+    return path
+
+
+def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]):
+    assert list(found) == KEYS
+    for key in KEYS:
+        assert found[key].dtype == expected[key].dtype, key
+        np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
+
+
+def prepared(tmp_path: Path) -> list[Path]:
+    """Return every folder that TFDS has prepared, finished or not."""
+    return sorted((tmp_path / "tfds").glob("cnn_spmd_cifar10/*/*"))
+
+
+def left_behind(tmp_path: Path) -> list[Path]:
+    """Return all folders and files of CIFAR-10 in TFDS's data directory."""
+    return sorted((tmp_path / "tfds").glob("cnn_spmd_cifar10/**"))
+
+
+def config(**fields) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(dict(name="cifar10", dir="", fallback="digits") | fields)
+
+
+# ---- CIFAR-10 from data.dir
+
+
+@pytest.mark.parametrize(
+    "form", ["archive", "folder holding the archive", "folder", "folder holding the folder"]
+)
+def test_every_form_of_data_dir_gives_what_was_written(tmp_path, form):
+    path, expected = (write_archive if "archive" in form else write_folder)(tmp_path / "given")
+    dataset = registry.load(config(dir=str(path.parent if "holding" in form else path)))
+    assert_equal(dataset.arrays, expected)
+    assert (dataset.name, dataset.fallback, dataset.mirror) == ("cifar10", None, True)
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    assert " ".join(dataset.class_names) == names
+
+
+def test_tfds_prints_nothing_of_its_own(tmp_path, capfd):
+    path, _ = write_archive(tmp_path)
+    cifar10.load(str(path))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [line.split()[0] for line in err.splitlines()] == ["preparing", "decoding"]
+
+
+def test_second_load_comes_from_the_cache_alone(tmp_path, monkeypatch):
+    path, expected = write_archive(tmp_path)
+    cifar10.load(str(path))
+    for name in ("prepare", "decode", "probe", "write_cache"):
+        monkeypatch.setattr(cifar10, name, None)  # calling it is a TypeError
+    monkeypatch.setattr(archive, "read", None)
+    assert_equal(cifar10.load(str(path)), expected)
+
+
+def test_prepared_data_alone_is_enough(tmp_path, monkeypatch):
+    path, expected = write_archive(tmp_path)
+    cifar10.load(str(path))
+    (cache,) = (tmp_path / "tfds").rglob("decoded.npz")
+    cache.unlink()
+    monkeypatch.setattr(cifar10, "prepare", None)
+    assert_equal(cifar10.load(str(path)), expected)
+    assert cache.exists()
+
+
+def test_it_is_a_tfds_data_set(tmp_path):
+    path, expected = write_folder(tmp_path)
+    cifar10.load(str(path))
+    (folder,) = prepared(tmp_path)
+    builder = tfds.builder_from_directory(folder)
+    assert builder.info.features["label"].names == list(archive.CLASS_NAMES)
+    example = builder.as_data_source("test")[2]
+    np.testing.assert_array_equal(example["image"], expected["test_images"][2])
+    assert example["label"] == expected["test_labels"][2]
+
+
+def test_another_archive_is_not_served_from_the_cache(tmp_path):
+    path, first = write_archive(tmp_path / "a", seed=0)
+    other, second = write_archive(tmp_path / "b", seed=1)
+    assert_equal(cifar10.load(str(path)), first)
+    shutil.copy(other, path)
+    assert_equal(cifar10.load(str(path)), second)
+    assert len(prepared(tmp_path)) == 2
+
+
+def test_two_builds_are_equal_byte_for_byte(tmp_path, monkeypatch):
+    path, _ = write_folder(tmp_path)
+    records = []
+    for machine in "ab":
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / machine))
+        cifar10.load(str(path))
+        files = sorted((tmp_path / machine).rglob("*.array_record*"))
+        records.append([file.read_bytes() for file in files])
+    assert len(records[0]) == 2
+    assert records[0] == records[1]
+
+
+def test_an_archive_that_is_not_the_official_one_is_named_once(tmp_path, caplog, monkeypatch):
+    path, expected = write_archive(tmp_path)
+    cifar10.load(str(path))
+    messages = [record.getMessage() for record in caplog.records]
+    (line,) = [message for message in messages if "official" in message]
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    for part in (str(path), sha256, archive.ARCHIVE_SHA256):
+        assert part in line
+    caplog.clear()
+    monkeypatch.setattr(archive, "ARCHIVE_SHA256", sha256)
+    assert_equal(cifar10.load(str(path)), expected)
+    # TFDS itself logs the configuration's name.
+    assert "official" not in caplog.text.replace("'official'", "")
+
+
+def test_official_checksum_and_size_are_those_of_tfds():
+    url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+    info = tfds.download.checksums.get_all_url_infos()[url]
+    assert (info.checksum, int(info.size)) == (archive.ARCHIVE_SHA256, archive.ARCHIVE_BYTES)
+
+
+# ---- Refusals
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def wrong_label(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[archive.RECORD_BYTES] = 10
+    path.write_bytes(content)
+
+
+BAD_FILES = {
+    "short": (cut, r"data_batch_3.bin has 21,411 bytes, not 21,511"),
+    "missing": (Path.unlink, r"data_batch_3.bin"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), r"data_batch_3.bin"),
+    "wrong label": (wrong_label, r"data_batch_3.bin holds label 10; expected 0 to 9"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+@pytest.mark.parametrize("bad", BAD_FILES)
+def test_a_bad_file_is_refused_by_name(tmp_path, bad, packed):
+    spoil, message = BAD_FILES[bad]
+    path, _ = write_folder(tmp_path)
+    spoil(path / "data_batch_3.bin")
+    if packed:
+        path = pack(path, tmp_path / "some.tar.gz")
+    with pytest.raises(UserError, match=message) as refusal:
+        registry.load(config(dir=str(path)))  # the fallback must not hide it
+    assert f"data.dir={path}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert left_behind(tmp_path) == []
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_bit_before_padding(path: Path) -> None:
+    """Do damage that only gzip's checksum shows; add padding that tar readers skip."""
+    padded = gzip.decompress(path.read_bytes()) + bytes(1 << 22)
+    path.write_bytes(gzip.compress(padded, compresslevel=0))
+    content = bytearray(path.read_bytes())
+    content[3 * archive.RECORD_BYTES] ^= 1
+    path.write_bytes(content)
+
+
+BAD_ARCHIVES = {
+    "truncated": cut,
+    "flipped bit": flip_bit_before_padding,
+    "empty": lambda path: path.write_bytes(b""),
+    "a web page": lambda path: path.write_text("<html>Not found</html>"),
+    "no tar inside": lambda path: path.write_bytes(gzip.compress(b"x" * 5000)),
+    "half a header": lambda path: path.write_bytes(gzip.compress(b"x" * 100)),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ARCHIVES)
+def test_a_damaged_archive_is_refused(tmp_path, bad):
+    path, _ = write_archive(tmp_path)
+    BAD_ARCHIVES[bad](path)
+    with pytest.raises(UserError, match=rf"^data.dir={path}: .*expected") as refusal:
+        registry.load(config(dir=str(path)))
+    assert "\n" not in str(refusal.value)
+    assert left_behind(tmp_path) == []
+
+
+def test_the_digest_is_that_of_pixels_and_labels(tmp_path):
+    write_folder(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    write_folder(tmp_path / "c", seed=1)
+    first, copy, other = (
+        registry.load(config(dir=str(tmp_path / folder))).digest for folder in "abc"
+    )
+    assert first == copy != other
+    assert re.fullmatch("[0-9a-f]{16}", first)
+
+
+def test_a_resumed_run_keeps_its_pixels(tmp_path):
+    """They may lie in another data.dir. A run from before digests existed continues."""
+    write_folder(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    write_folder(tmp_path / "c", seed=1)
+
+    def saved(folder: str) -> dict:
+        fields = config(dir=str(tmp_path / folder))
+        whole = ml_collections.ConfigDict(dict(data=fields))
+        return build.Setup(whole, registry.load(fields), None, None).saved
+
+    first, copy, other = map(saved, "abc")
+    assert len({first["data_digest"], other["data_digest"]}) == 2
+    configs.refuse_changes("--workdir=r", first, copy)
+    change = f"data_digest: {first['data_digest']} -> {other['data_digest']}"
+    message = (
+        rf"^--workdir=r: .*\({change}\): give the same config with the same data \(data.dir\) or "
+        "another --workdir$"
+    )
+    with pytest.raises(UserError, match=message):
+        configs.refuse_changes("--workdir=r", first, other)
+    del first["data_digest"]
+    configs.refuse_changes("--workdir=r", first, other)
+
+
+@pytest.mark.parametrize(
+    "name, problem", [("nowhere", "does not exist"), ("empty", "holds no CIFAR-10")]
+)
+def test_data_dir_must_hold_cifar10(tmp_path, name, problem):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"data.dir=.*{name}: {problem}.*; give {archive.ARCHIVE}"):
+        registry.load(config(dir=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1", "cifar-10-batches-mat/a.mat"],
+)
+def test_cifar10_in_another_version_is_named(tmp_path, name):
+    path = tmp_path / "given" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"a pickle")
+    version = "MATLAB" if "mat" in name else "Python"
+    for given in (tmp_path / "given", tmp_path / "given" / name.split("/")[0]):
+        message = (
+            rf"^data.dir={given}: is CIFAR-10 in its {version} version, expected the binary "
+            rf"version; give {archive.ARCHIVE}, the folder"
+        )
+        with pytest.raises(UserError, match=message):
+            registry.load(config(dir=str(given)))
+    _, expected = write_archive(tmp_path / "given")  # beside the other version
+    assert_equal(cifar10.load(str(tmp_path / "given")), expected)
+
+
+def test_an_empty_folder_of_the_right_name_names_what_it_lacks(tmp_path):
+    (tmp_path / archive.FOLDER).mkdir()
+    with pytest.raises(UserError, match=r"data_batch_1.bin: No such file"):
+        registry.load(config(dir=str(tmp_path)))
+
+
+def test_a_data_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "tfds").write_text("a file, not a directory")
+    path, _ = write_folder(tmp_path)
+    with pytest.raises(UserError, match=r"TFDS_DATA_DIR=.*tfds: cannot prepare CIFAR-10"):
+        registry.load(config(dir=str(path)))
+
+
+def test_photographs_are_not_taken_for_cifar10(pets):
+    message = (
+        rf"^data.dir={pets}: holds no CIFAR-10 .*; for photographs in class folders, set "
+        "--config.data.name=folder$"
+    )
+    with pytest.raises(UserError, match=message):
+        registry.load(config(dir=str(pets)))
+
+
+def test_an_unknown_fallback_is_refused():
+    with pytest.raises(UserError, match=r"data.fallback=mnist: choose digits"):
+        registry.load(config(fallback="mnist"))
+
+
+# ---- Interruptions and damaged caches
+
+
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+    path, expected = write_folder(tmp_path)
+
+    def interrupted(self, images, labels):
+        yield 0, next(iter(generate(self, images, labels)))[1]
+        raise KeyboardInterrupt
+
+    generate = cifar10.Cifar10._generate_examples
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cifar10.Cifar10, "_generate_examples", interrupted)
+        cifar10.load(str(path))
+    assert prepared(tmp_path) == []
+    assert_equal(cifar10.load(str(path)), expected)
+
+
+def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
+    path, expected = write_folder(tmp_path)
+
+    def read_while_another_prepares(source):
+        monkeypatch.setattr(archive, "read", read)
+        assert_equal(cifar10.load(str(path)), expected)  # finishes first
+        return read(source)
+
+    read = archive.read
+    monkeypatch.setattr(archive, "read", read_while_another_prepares)
+    assert_equal(cifar10.load(str(path)), expected)
+    assert len(prepared(tmp_path)) == 1
+
+
+def other_arrays(path: Path) -> None:
+    np.savez(path, **{key: np.zeros(3, np.uint8) for key in KEYS})
+
+
+def pickled(path: Path) -> None:
+    np.savez(path, **{key: np.array([{}]) for key in KEYS})
+
+
+@pytest.mark.parametrize("damage", [cut, flip_bit, other_arrays, pickled])
+def test_a_damaged_cache_is_rebuilt_and_said(tmp_path, caplog, damage):
+    path, expected = write_folder(tmp_path)
+    cifar10.load(str(path))
+    (cache,) = (tmp_path / "tfds").rglob("decoded.npz")
+    damage(cache)
+    assert_equal(cifar10.load(str(path)), expected)
+    assert f"{cache} is damaged" in caplog.text
+    assert not list(cache.parent.glob("*.part"))
+    caplog.clear()
+    assert_equal(cifar10.load(str(path)), expected)
+    assert "damaged" not in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_not_fatal(tmp_path, caplog, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    path, expected = write_folder(tmp_path)
+    monkeypatch.setattr(cifar10.os, "replace", full)
+    assert_equal(cifar10.load(str(path)), expected)
+    assert "cannot keep the decoded images" in caplog.text
+    assert not list((tmp_path / "tfds").rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "pattern, damage",
+    [
+        ("*train.array_record*", cut),
+        ("*test.array_record*", flip_bit),
+        ("*test.array_record*", Path.unlink),
+        ("dataset_info.json", cut),
+    ],
+)
+def test_damaged_prepared_data_is_refused(tmp_path, pattern, damage):
+    path, _ = write_folder(tmp_path)
+    cifar10.load(str(path))
+    (folder,) = prepared(tmp_path)
+    (folder / "decoded.npz").unlink()
+    damage(next(folder.glob(pattern)))
+    message = f"{folder}: the prepared data is damaged .*delete this folder"
+    with pytest.raises(UserError, match=message) as refusal:
+        registry.load(config(dir=str(path)))
+    assert "\n" not in str(refusal.value)
+
+
+# ---- Download and fallback
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Return a function that starts a server with one answer to every request.
+
+    length: the bytes that it says the body has, where these are not its own.
+    """
+    servers = []
+
+    def start(body: bytes, length: int | None = None, status: int = 200) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(body) if length is None else length))
+                    self.end_headers()
+                    self.wfile.write(body)
+                except ConnectionError:  # the probe hangs up on the body
+                    pass
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        serve_forever = functools.partial(servers[-1].serve_forever, poll_interval=0.05)
+        threading.Thread(target=serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{servers[-1].server_port}/{archive.ARCHIVE}"
+        monkeypatch.setattr(archive, "URL", url)
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """A small archive that passes for the official one, and its arrays."""
+    path, expected = write_archive(tmp_path / "official")
+    monkeypatch.setattr(archive, "ARCHIVE_BYTES", path.stat().st_size)
+    monkeypatch.setattr(archive, "ARCHIVE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path, expected
+
+
+def test_download_once_then_no_network(official, serve, tmp_path, monkeypatch):
+    path, expected = official
+    serve(path.read_bytes())
+    assert_equal(cifar10.load(""), expected)
+    monkeypatch.setattr(requests, "get", None)
+    monkeypatch.setattr(requests, "Session", None)
+    assert_equal(cifar10.load(""), expected)
+    assert_equal(cifar10.load(str(path)), expected)  # the same archive, so the same prepared data
+    assert [folder.parent.name for folder in prepared(tmp_path)] == ["official"]
+
+
+def test_official_archive_given_once_needs_no_download(official):
+    path, expected = official
+    cifar10.load(str(path))
+    assert_equal(cifar10.load(""), expected)
+
+
+@pytest.mark.parametrize("how", ["dies half way", "another content", "refused"])
+def test_a_failed_download_is_unreachable(official, serve, tmp_path, how):
+    content = official[0].read_bytes()
+    if how == "dies half way":
+        serve(content[: len(content) // 2], length=len(content))
+    else:
+        serve(b"<html>Please log in</html>", status=403 if how == "refused" else 200)
+    with pytest.raises(cifar10.Unreachable, match=rf"{archive.URL}.*--config.data.dir") as refusal:
+        registry.load(config(fallback=""))
+    assert "\n" not in str(refusal.value)
+    if how == "refused":  # the probe finds it: TFDS would try some of these again
+        assert "HTTP status 403" in str(refusal.value)
+    assert left_behind(tmp_path) == []
+    assert registry.load(config()).fallback == "cifar10"
+
+
+@pytest.mark.parametrize(
+    "host", ["refuses", "is silent", "has no address", "stalls the name server"]
+)
+def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
+    monkeypatch.setattr(cifar10, "PROBE_SECONDS", 0.5)
+    answered = threading.Event()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        if host == "is silent":
+            monkeypatch.setattr(archive, "URL", f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        if host == "has no address":
+            monkeypatch.setattr(archive, "URL", "http://cifar.invalid/")
+        if host == "stalls the name server":
+
+            def stall(*args, **kwargs):
+                answered.wait(30)
+                return []
+
+            monkeypatch.setattr(socket, "getaddrinfo", stall)
+        start = time.monotonic()
+        with pytest.raises(cifar10.Unreachable, match="cannot reach"):
+            cifar10.load("")
+        assert time.monotonic() - start < 3
+        answered.set()
+
+
+def test_the_fallback_cannot_be_missed(capsys):
+    dataset = registry.load(config())
+    assert (dataset.name, dataset.fallback) == ("digits", "cifar10")
+    assert len(dataset.train_images) == 1437
+    banner = capsys.readouterr().err
+    assert banner.count("\n") >= 6
+    for part in (
+        "WARNING",
+        "DOES NOT USE CIFAR-10",
+        archive.URL,
+        "--config.data.dir=",
+        '--config.data.fallback=""',
+    ):
+        assert part in banner
+
+
+def test_without_fallback_it_is_an_error():
+    message = r"data.name=cifar10: cannot reach .*--config.data.dir"
+    with pytest.raises(cifar10.Unreachable, match=message):
+        registry.load(config(fallback=""))
+
+
+def test_no_tensorflow_is_imported(tmp_path):
+    path, _ = write_folder(tmp_path)
+    program = (
+        "import sys; from cnn_spmd.data import cifar10, cifar10_archive; "
+        f"cifar10_archive.IMAGES_PER_FILE = {N}; cifar10.load({str(path)!r}); "
+        "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        check=True,
+        capture_output=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+
+
+def test_pixels_that_are_not_cifar10s_are_named(tmp_path, caplog, monkeypatch):
+    folder, _ = write_folder(tmp_path / "a")
+    found = registry.load(config(dir=str(folder))).digest
+    assert f"these are not CIFAR-10's pixels and labels (their digest is {found}" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(archive, "DIGEST", found)
+    registry.load(config(dir=str(folder)))
+    assert "these are not" not in caplog.text

@@ -1,0 +1,178 @@
+"""Data sets that TFDS has prepared: known ones, others, and what is refused."""
+
+import os
+import shutil
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from photos import SIZE, colours, load, write_image
+
+from cnn_spmd import config as configs
+from cnn_spmd.data import photographs, prepared
+from cnn_spmd.data import tfds as tfds_source
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import build
+
+pytestmark = pytest.mark.usefixtures("tfds_directory")
+
+
+class Imagenette(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A small copy of what TFDS's own prepares: JPEG bytes, and labels of ten classes."""
+
+    name = "imagenette"
+    VERSION = tfds.core.Version("1.0.0")
+    splits = (("train", 12), ("validation", 11))
+
+    def features(self) -> dict:
+        image = tfds.features.Image(encoding_format="jpeg")
+        return dict(image=image, label=tfds.features.ClassLabel(names=[f"n{i}" for i in range(10)]))
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(self.features())
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split, n) for split, n in self.splits}
+
+    def _generate_examples(self, split, n):
+        for i in range(n):
+            path = Path(self.data_dir).parent / f"{i}.jpg"
+            write_image(path, colours(20, 30, i + 100 * (split != "train")))
+            yield i, dict(image=path.read_bytes(), label=i % 10)
+
+
+class Flowers(Imagenette, skip_registration=True):
+    """A data set that this package does not know."""
+
+    name = "flowers"
+    splits = (("train", 12), ("test", 11))
+
+
+class Sentences(Imagenette, skip_registration=True):
+    """A data set without images."""
+
+    name = "sentences"
+
+    def features(self) -> dict:
+        return dict(text=tfds.features.Text(), label=tfds.features.ClassLabel(names=["a", "b"]))
+
+    def _generate_examples(self, split, n):
+        for i in range(n):
+            yield i, dict(text="a sentence", label=i % 2)
+
+
+def prepare(tmp_path: Path, builder: type) -> None:
+    builder(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+
+
+@pytest.mark.parametrize("builder", [Imagenette, Flowers])
+def test_a_prepared_data_set_is_loaded_by_its_name(tmp_path, monkeypatch, builder):
+    """It tests on `validation`, or on `test` where there is no such split."""
+    prepare(tmp_path, builder)
+    data = load("", builder.name)
+    assert (data.name, data.class_names[3], len(data.class_names)) == (builder.name, "n3", 10)
+    assert data.train_labels.tolist() == [*range(10), 0, 1]
+    assert data.test_labels.tolist() == [*range(10), 0]
+    for seed, image in [*enumerate(data.train_images), *enumerate(data.test_images, 100)]:
+        expected = colours(20, 30, seed)[:, 5:25]
+        np.testing.assert_allclose(image.mean((0, 1)), expected.mean((0, 1)), atol=3)
+    monkeypatch.setattr(prepared, "prepare", None)
+    again = load(tmp_path / "tfds", builder.name)
+    np.testing.assert_array_equal(again.train_images, data.train_images)
+    assert again.files == data.files != ""
+
+
+def test_of_validation_and_test_the_former_is_used(tmp_path, caplog):
+    class Both(Flowers, skip_registration=True):
+        name = "both"
+        splits = (("train", 12), ("test", 10), ("validation", 11))
+
+    prepare(tmp_path, Both)
+    assert len(load("", "both").test_images) == 11
+    assert "tests on the split validation; the split test is not used" in caplog.text
+
+
+def test_a_data_set_without_images_is_refused(tmp_path):
+    prepare(tmp_path, Sentences)
+    message = (
+        r"^data.name=sentences: .*sentences/1.0.0 cannot be read \(ValueError: has the features "
+        r"label, text, expected image \(an Image\) and label"
+    )
+    with pytest.raises(UserError, match=message) as refusal:
+        load("", "sentences")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["flowers", "flower/s", "..", ""])
+def test_a_name_that_is_nowhere_says_what_there_is(tmp_path, name):
+    prepare(tmp_path, Imagenette)
+    message = (
+        rf"^data.name={name}: not a data set; choose from cifar10, .*folder, .*, or a data set "
+        rf"that TFDS has prepared in {tmp_path}/tfds \(prepare it, .*: tfds build NAME "
+    )
+    with pytest.raises(UserError, match=message):
+        load("", name)
+
+
+def test_files_that_were_written_again_are_another_data_set(tmp_path):
+    """Although names, sizes and times of modification are equal."""
+    prepare(tmp_path, Imagenette)
+    before = tfds_source.find_source("imagenette", tmp_path / "tfds")
+    (records,) = (tmp_path / "tfds").rglob("*train.array_record*")
+    times = records.stat()
+    records.write_bytes(records.read_bytes())
+    os.utime(records, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = tfds_source.find_source("imagenette", tmp_path / "tfds")
+    assert after.content == before.content
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_named_data_set_says_which_files_it_is(pets, tmp_path, monkeypatch):
+    """A run continues with a copy of them, and with no others."""
+    monkeypatch.setitem(photographs.CLASSES, "imagenette", 2)
+    first = load(pets, "imagenette")
+    shutil.copytree(pets, tmp_path / "copy")
+    assert load(tmp_path / "copy", "imagenette").files == first.files
+    (tmp_path / "copy/train/cat/c.png").unlink()
+    other = load(tmp_path / "copy", "imagenette")
+    assert (other.name, first.name) == ("imagenette", "imagenette")
+    saved, changed = (
+        build.Setup(ml_collections.ConfigDict(), data, None, None).saved for data in (first, other)
+    )
+    configs.refuse_changes("a", saved, saved)
+    with pytest.raises(UserError, match=rf"data_files: {first.files} -> {other.files}"):
+        configs.refuse_changes("a", saved, changed)
+
+
+@pytest.mark.parametrize("name", ["imagenet2012", "imagenette"])
+def test_a_known_data_set_that_is_not_there_says_how_to_get_it(tmp_path, name):
+    message = (
+        f"data.name={name}: {tmp_path}/tfds/{name} holds no prepared data set: .*tfds build "
+        f"{name}.* --file_format=array_record .*--config.data.dir=DIR"
+    )
+    with pytest.raises(UserError, match=message) as refusal:
+        load("", name)
+    assert ("ILSVRC2012_img_train.tar" in str(refusal.value)) == (name == "imagenet2012")
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match=rf"^data.dir={tmp_path}/gone: is no folder"):
+        load(tmp_path / "gone", name)
+
+
+def test_a_data_set_without_a_split_to_test_on_is_refused(tmp_path):
+    class Trained(Imagenette, skip_registration=True):
+        name, splits = "imagenette", (("train", 1),)
+
+    prepare(tmp_path, Trained)
+    message = r"imagenette/1.0.0 cannot be read \(.*validation.*tfds build"
+    with pytest.raises(UserError, match=message) as refusal:
+        load("", "imagenette")
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_classes_of_a_known_data_set_are_counted(pets):
+    message = r"holds 2 classes, but data.name=imagenette has 10"
+    with pytest.raises(UserError, match=message):
+        load(pets, "imagenette", SIZE)
