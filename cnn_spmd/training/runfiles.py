@@ -33,7 +33,7 @@ FIELDS = {
         "a whole number": "devices batch_size seed steps param_count processes mesh.data mesh.model "
         "host_cores? steady_calls?",
         "a number": "images_per_second? train_seconds? compile_seconds? step_milliseconds.*? "
-        "eval.accuracy? eval.loss? bytes_per_device.*? collectives.*.ring_bytes "
+        "eval.*? bytes_per_device.*? collectives.*.ring_bytes "
         "config.dense_microbatch?",
         "a list": "collectives?",
         "an object": "mesh config versions bytes_per_device eval? step_milliseconds? collectives.*",
@@ -179,6 +179,7 @@ def figures_of(folder: pathlib.Path) -> dict:
             steady_calls=summary.get("steady_calls"),
             accuracy=evaluation["accuracy"],
             loss=evaluation["loss"],
+            eval=summary["eval"],
             peak_bytes=program["memory"]["peak_bytes"],
             ring_bytes=program["totals"]["ring_bytes"],
             closed_form_ring_bytes=program["closed_form_ring_bytes"],
