@@ -1,0 +1,1 @@
+"""Published figures, what was measured here, and the pages of results/ that show both."""

@@ -258,7 +258,11 @@ def profile_blocks(runs: Sequence[dict]) -> tuple[list[Block], list[Block]]:
     ]
     rows = [row for run in profiled for row in kernel_rows(run)]
     legend = f"The {KERNELS} that take longest in each run; profile.json has more."
-    kernels = [Heading(3, "Top kernels, by profile"), Table(KERNELS_HEADER, rows), Paragraph(legend)]
+    kernels = [
+        Heading(3, "Top kernels, by profile"),
+        Table(KERNELS_HEADER, rows),
+        Paragraph(legend),
+    ]
     return shares, kernels
 
 

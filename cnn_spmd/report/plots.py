@@ -152,9 +152,7 @@ def error_bars(groups: Sequence[dict], rates: Sequence[float]) -> list[list[floa
     """Return the distances below and above `rates` to the p90 and p10 step time, in images/s."""
     below, above = [], []
     for group, rate in zip(groups, rates, strict=True):
-        slow, fast = (
-            compare.average(group, "step_milliseconds", name) for name in ("p90", "p10")
-        )
+        slow, fast = (compare.average(group, "step_milliseconds", name) for name in ("p90", "p10"))
         images = 1e3 * group["runs"][0]["figures"]["batch_size"]
         below.append(max(0.0, rate - images / slow) if slow else 0.0)
         above.append(max(0.0, images / fast - rate) if fast else 0.0)
@@ -187,7 +185,9 @@ def draw_published(axes: Axes, curves: dict[str, dict], most: int) -> list[tuple
     """Draw the published curves up to `most` GPUs; return GPUs, speedup and letter of their ends."""
     ends = []
     for letter, curve in curves.items():
-        points = {gpus: gain for gpus, gain in published.curve_speedups(curve).items() if gpus <= most}
+        points = {
+            gpus: gain for gpus, gain in published.curve_speedups(curve).items() if gpus <= most
+        }
         axes.plot(list(points), list(points.values()), color="#aaaaaa", linewidth=0.8)
         ends.append((max(points), points[max(points)], letter))
     return ends

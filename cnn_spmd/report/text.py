@@ -51,7 +51,9 @@ def mean_and_deviation(numbers: Sequence[float], digits: int) -> str:
 
 def throughput(images_per_second: Sequence[float]) -> str:
     """Return images/s as text: whole numbers from 100 on, one decimal below."""
-    return mean_and_deviation(images_per_second, 0 if max(images_per_second, default=0) >= 100 else 1)
+    return mean_and_deviation(
+        images_per_second, 0 if max(images_per_second, default=0) >= 100 else 1
+    )
 
 
 def optional(value: float | None, digits: int, factor: float = 1.0) -> str:
@@ -95,7 +97,9 @@ def as_csv(sweeps: Sequence[dict]) -> str:
 
 
 def _csv_rows(sweep: dict) -> list[dict]:
-    groups = {compare.group_key(group["runs"][0]): group for group in compare.groups_of(sweep["runs"])}
+    groups = {
+        compare.group_key(group["runs"][0]): group for group in compare.groups_of(sweep["runs"])
+    }
     rows = []
     for run in sweep["runs"]:
         row = dict(folder=sweep["title"])
