@@ -495,12 +495,12 @@ def test_pictures_of_other_photographs_are_refused_before_these_are_decoded(
         UserError,
         match=rf"^{tmp_path}/r: was trained on {run.data.name}, but .*/other holds folder-",
     ):
-        pictures.restore(tmp_path / "r", str(tmp_path / "other"))
+        pictures.restore_run(tmp_path / "r", str(tmp_path / "other"))
     shutil.rmtree(root)
     with pytest.raises(
         UserError, match=r"/r: data.dir=.* is no folder.*; where it has moved: --data_dir=PATH$"
     ):
-        pictures.restore(tmp_path / "r", None)
+        pictures.restore_run(tmp_path / "r", None)
 
 
 def test_the_check_sees_the_data_set_as_it_will_be(root):

@@ -16,7 +16,7 @@ from PIL import Image
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import __main__ as report
-from cnn_spmd.report import pictures
+from cnn_spmd.report import drawings, pictures
 from cnn_spmd.training import build as setups
 from cnn_spmd.training import loop as train
 from cnn_spmd.training import workdir
@@ -48,7 +48,7 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
         list(NAMES),
     )
 
-    run, state = pictures.restore(tmp_path, None)
+    run, state = pictures.restore_run(tmp_path, None)
     model = nnx.merge(run.steps.graph, state.params)
     test, labels = run.data.test_images.astype(np.float32), run.data.test_labels
     logits = [
@@ -99,7 +99,7 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(pictures.Figure, "savefig", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        pictures.draw(tmp_path)
+        pictures.draw_pictures(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in NAMES} == old
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -133,7 +133,7 @@ def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, m
 def test_every_filter_is_in_the_grid_once(count, towers):
     """Filter k is of one colour, k: each tower has its own, in their order."""
     filters = np.broadcast_to(np.arange(count)[:, None, None, None] / 128, (count, 3, 3, 3))
-    grids = [axes.images[0].get_array() for axes in pictures.filter_grid(filters, towers).axes]
+    grids = [axes.images[0].get_array() for axes in drawings.filter_grid(filters, towers).axes]
     assert len(grids) == towers
     for tower, grid in enumerate(grids):
         colours, counts = np.unique(np.asarray(grid)[..., 0], return_counts=True)
@@ -159,11 +159,11 @@ def test_filters_are_scaled_each_to_its_own_range(config, name):
 
 
 def test_test_images_are_chosen_by_the_seed():
-    shown, compared = pictures.choose(3, 100)
+    shown, compared = pictures.choose_images(3, 100)
     assert (len({*shown}), len({*compared}), {*shown} & {*compared}) == (8, 5, set())
-    assert [*pictures.choose(3, 100)[0]] == [*shown]
-    assert [*pictures.choose(4, 100)[0]] != [*shown]
-    assert [len(indices) for indices in pictures.choose(3, 4)] == [4, 4]
+    assert [*pictures.choose_images(3, 100)[0]] == [*shown]
+    assert [*pictures.choose_images(4, 100)[0]] != [*shown]
+    assert [len(indices) for indices in pictures.choose_images(3, 4)] == [4, 4]
 
 
 def test_few_classes_and_images_are_drawn(config):
@@ -180,8 +180,8 @@ def test_few_classes_and_images_are_drawn(config):
                 if text.get_text()
             ]
             for fig in (
-                pictures.prediction_bars(data, [row] * 3),
-                pictures.neighbour_rows(data, [near]),
+                drawings.prediction_bars(data, [row] * 3),
+                drawings.neighbour_rows(data, [near]),
             )
         ]
     above, _, _, second, *_ = texts[0]
@@ -197,15 +197,15 @@ def test_few_classes_and_images_are_drawn(config):
         (texts[1][1], 5, 11),
     ):
         assert re.fullmatch(rf"b{{{fewest},{most}}}…", text)
-    wide, narrow = (len(pictures.short(letter * 40, 0.12, fontsize=7)) for letter in "Wi")
+    wide, narrow = (len(drawings.shortened(letter * 40, 0.12, fontsize=7)) for letter in "Wi")
     assert wide < narrow / 2 < 20  # by their width, not their number
-    assert pictures.short("i" * 20, 0.12, fontsize=7) == "i" * 20
+    assert drawings.shortened("i" * 20, 0.12, fontsize=7) == "i" * 20
 
 
 def test_a_long_name_keeps_all_letters_that_fit_and_the_rest_is_not_measured(monkeypatch):
-    measured, of_text = [], pictures.TextPath
+    measured, of_text = [], drawings.TextPath
     monkeypatch.setattr(
-        pictures,
+        drawings,
         "TextPath",
         lambda at, text, *rest, **more: measured.append(text) or of_text(at, text, *rest, **more),
     )
@@ -218,16 +218,16 @@ def test_a_long_name_keeps_all_letters_that_fit_and_the_rest_is_not_measured(mon
         "x" + " " * 40 + "y",
         " ",
     ):
-        short = pictures.short(name, 0.12, fontsize=7)
+        short = drawings.shortened(name, 0.12, fontsize=7)
         fitting = [
             f"{name[:kept]}…"
             for kept in range(len(name))
-            if pictures.short(f"{name[:kept]}…", 0.12, fontsize=7) == f"{name[:kept]}…"
+            if drawings.shortened(f"{name[:kept]}…", 0.12, fontsize=7) == f"{name[:kept]}…"
         ]
         assert short in (name, fitting[-1])
         assert (short == name) == (name in ("n01440764", " "))
     measured.clear()
-    assert pictures.short("abcdefgh " * 222, 0.12, fontsize=7).startswith("abcdefgh")
+    assert drawings.shortened("abcdefgh " * 222, 0.12, fontsize=7).startswith("abcdefgh")
     assert sum(map(len, measured)) < 400
 
 
@@ -312,7 +312,9 @@ def test_a_place_for_data_that_have_none_is_refused(saved, capsys, dataset):
 
 
 def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pictures, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        pictures, "draw_pictures", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert report.main(["--pictures", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -1,4 +1,4 @@
-"""The repository keeps its promises: ruff is clean, the README's table is what results/ says."""
+"""The repository keeps its promises: ruff is clean, results/data says where it comes from."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from cnn_spmd.papers import tables
+from cnn_spmd.papers.measured import DATA
 
 
 def test_ruff_is_clean():
@@ -22,15 +23,9 @@ def test_ruff_is_clean():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(("name", "table"), tables.TABLES.items())
-def test_readme_tables_are_what_the_results_say(name, table):
-    readme = (ROOT / "README.md").read_text()
-    assert re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", readme, re.DOTALL)[1] == table()
-
-
 def test_programs_move_what_theory_says():
     """On the GPU's compiler too, up to 512 GPUs: within 2%, and 2 MB where activations are small beside softmax sums."""
-    files = sorted((ROOT / "results" / "programs").glob("*.json"))
+    files = sorted((DATA / "programs").glob("*.json"))
     assert len(files) > 20
     for path in files:
         run = json.loads(path.read_text())
@@ -47,31 +42,18 @@ def test_programs_move_what_theory_says():
             ), path.name
 
 
-def test_readme_says_how_long_make_train_took():
-    run = json.loads((ROOT / "results" / "alexnet_cifar-cpu-make_train.json").read_text())
-    assert f"took {run['make_train_seconds']:.0f} s in all" in (ROOT / "README.md").read_text()
-    assert run["host_cores"] == 2
-
-
-def test_readme_says_how_long_a_start_takes():
+def test_start_up_times_are_of_the_runs_that_the_page_names():
+    """results/cifar10.md names an empty compilation cache, then a full one, and two cores."""
     starts = [
-        json.loads(
-            (ROOT / "results" / f"alexnet_cifar-h200-1x1-hybrid-seed{seed}.json").read_text()
-        )
+        json.loads((DATA / f"alexnet_cifar-h200-1x1-hybrid-seed{seed}.json").read_text())
         for seed in range(2)
     ]
     assert [run["programs_from_cache"] > 0 for run in starts] == [False, True]
-    first, cached = (f"{run['startup_seconds']:.1f} s" for run in starts)
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"took {first} on one H200 with an empty cache, and {cached} with" in readme
+    assert json.loads((DATA / "alexnet_cifar-cpu-make_train.json").read_text())["host_cores"] == 2
 
 
 def test_results_say_where_they_come_from():
-    files = [
-        path
-        for folder in (".", "claims")
-        for path in sorted((ROOT / "results" / folder).glob("*.json"))
-    ]
+    files = [path for folder in (".", "claims") for path in sorted((DATA / folder).glob("*.json"))]
     assert files
     for path in files:
         run = json.loads(path.read_text())
@@ -86,9 +68,7 @@ def test_results_say_where_they_come_from():
 
 
 def test_measured_sweeps_and_speeds_say_where_they_come_from():
-    sweeps, speeds = (
-        sorted((ROOT / "results" / name).glob("*.json")) for name in ("sweeps", "speed")
-    )
+    sweeps, speeds = (sorted((DATA / name).glob("*.json")) for name in ("sweeps", "speed"))
     assert sweeps
     assert speeds
     sweeps, speeds = (
@@ -134,13 +114,14 @@ def test_table_on_known_runs(tmp_path):
         "i.json", experiment="cuda_convnet_80sec", dataset="cifar10"
     )  # in the papers' table instead
     write("j.json", experiment="cuda_convnet_80sec", dataset="digits")
-    rows = tables.results_table(tmp_path).splitlines()[2:]
-    assert rows == [
-        "| cuda_convnet_80sec | digits | 2 x GPU | 1x2 | hybrid | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
-        "| e | d | 2 x GPU | 2x1 | hybrid | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
-        "| e | d | 2 x GPU | 1x2 | hybrid | 7.5 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
-        "| e | d | 2 x GPU | 1x2 | hybrid | 60 | 2 | 91.00 ± 1.41 | 11.0 ± 1.4 | 1.0 ± 0.0 | 1,000 ± 0 |",
-        "| e | d | 2 x GPU | 1x2 | hybrid | 100 | 2 | 90.00 ± 0.00 | 10.0 ± 0.0 | 1.0 ± 0.0 | 1,000 ± 0 |",
-        "| e | d | 2 x GPU | 1x2 | hybrid | 100 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
-        "| e | d | CPU, 4 cores | 1x2 | data | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
+    assert tables.results_table("digits", tmp_path).splitlines()[2:] == [
+        "| cuda_convnet_80sec | 2 x GPU | 1x2 hybrid | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
+    ]
+    assert tables.results_table("d", tmp_path).splitlines()[2:] == [
+        "| e | 2 x GPU | 2x1 hybrid | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
+        "| e | 2 x GPU | 1x2 hybrid | 7.5 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
+        "| e | 2 x GPU | 1x2 hybrid | 60 | 2 | 91.00 ± 1.41 | 11.0 ± 1.4 | 1.0 | 1,000 ± 0 |",
+        "| e | 2 x GPU | 1x2 hybrid | 100 | 2 | 90.00 ± 0.00 | 10.0 ± 0.0 | 1.0 | 1,000 ± 0 |",
+        "| e | 2 x GPU | 1x2 hybrid | 100 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
+        "| e | CPU, 4 cores | 1x2 data | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
     ]

@@ -1,1 +1,1 @@
-"""Published figures, what was measured here, and the pages of results/ that show both."""
+"""Published figures, measured figures, and the pages of results/ that show both."""

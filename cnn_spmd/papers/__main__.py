@@ -1,4 +1,4 @@
-"""`python -m cnn_spmd.papers` prints the pages of results/; `--write` writes them there."""
+"""Print the pages of results/: `python -m cnn_spmd.papers`; `--write` writes them."""
 
 import argparse
 import pathlib

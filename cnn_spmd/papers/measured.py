@@ -35,7 +35,7 @@ MEASURES = {
 
 
 def load_results(folder: pathlib.Path = DATA) -> list[dict]:
-    """Return every run in `folder` and its claims/, and the runs of its sweeps/ with a speedup."""
+    """Return all runs in `folder`, its claims/ and, with their speedup, its sweeps/."""
     runs = load_summaries(folder) + load_summaries(folder / "claims")
     for path in sorted((folder / "sweeps").glob("*.json")):
         sweep = runfiles.read_json(path)
@@ -48,9 +48,10 @@ def load_results(folder: pathlib.Path = DATA) -> list[dict]:
 
 
 def load_summaries(folder: pathlib.Path) -> list[dict]:
-    """Return the summaries in a folder, those with metrics beside them with epochs_to_error.
+    """Return the summaries in a folder.
 
-    epochs_to_error is the number of epochs to TRAINING_ERROR; None where it was not reached.
+    Those with metrics beside them get epochs_to_error: the number of epochs to TRAINING_ERROR, or
+    None where it was not reached.
     """
     runs = []
     for path in sorted(folder.glob("*.json")):
@@ -65,7 +66,7 @@ def load_summaries(folder: pathlib.Path) -> list[dict]:
 
 
 def steps_to_error(rows: Sequence[dict], error: float, steps_per_epoch: int) -> int | None:
-    """Return the first step at which the training error is below `error`; None for never.
+    """Return the first step with a training error below `error`; None for never.
 
     The error is the mean over the newest lines that together have an epoch's steps. rows: lines
     of metrics.jsonl; a train line has the mean accuracy of its `steps` steps, which end at `step`.
@@ -85,7 +86,7 @@ def steps_to_error(rows: Sequence[dict], error: float, steps_per_epoch: int) -> 
 
 
 def scaled_run(run: dict, speedup: float, devices: int, sweep: dict) -> dict:
-    """Return a sweep's run in the form of a summary, with speedup, command and variable."""
+    """Return a sweep's run in the form of a summary, with its speedup and command."""
     figures = run["figures"]
     # Older sweeps say it only by the name of their experiment.
     variable = figures.get("dense_microbatch", "variable" in sweep["experiment"])
@@ -100,7 +101,7 @@ def scaled_run(run: dict, speedup: float, devices: int, sweep: dict) -> dict:
 
 
 def command_with_base(command: str, batch_size: int, devices: int) -> str:
-    """Return the command of the sweep of a run and the one-device run that it is compared with."""
+    """Return the command of a sweep over a run and its one-device run."""
     command = command.replace("--mesh=", "--mesh=1x1,")
     per_device = f"--batch_per_device={batch_size // devices}"
     return command.replace(f"--config.batch_size={batch_size}", per_device)
@@ -110,7 +111,10 @@ def command_with_base(command: str, batch_size: int, devices: int) -> str:
 
 
 class MeasuredRow(NamedTuple):
-    """A published figure and what was measured, as text; measured is "not measured" for no runs."""
+    """A published figure and what was measured, as text.
+
+    measured is "not measured" where there are no runs.
+    """
 
     name: str
     published: str
@@ -132,7 +136,7 @@ def measured_tables(folder: pathlib.Path = DATA) -> dict[str, list[MeasuredRow]]
 
 
 def measured_rows(figure: PublishedFigure, runs: Sequence[dict]) -> list[MeasuredRow]:
-    """Return a row for each group of runs that differ in nothing but their seed, at least one."""
+    """Return one row per group of runs that differ only in their seed, at least one."""
     groups: dict[tuple, list[tuple[dict, ...]]] = {}
     for run in runs:
         pair = with_control(figure, run, runs) if matches(figure.where, run) else None
@@ -164,7 +168,7 @@ def matches(where: dict, run: dict) -> bool:
 def with_control(
     figure: PublishedFigure, run: dict, runs: Sequence[dict]
 ) -> tuple[dict, ...] | None:
-    """Return (run,), or (run, its control) where the figure has one; None without that control."""
+    """Return (run,) or (run, its control); None where a control is missing."""
     if figure.control is None:
         return (run,)
     shared = ("seed", "dataset", "epochs", "devices", "device_kind")
@@ -195,7 +199,7 @@ def measured_cells(figure: PublishedFigure, pairs: Sequence[tuple[dict, ...]]) -
 
 
 def is_beside_a_paper(run: dict) -> bool:
-    """Return whether the papers' tables show a run, as a measured figure or as a control."""
+    """Return whether the papers' tables show a run, possibly as a control."""
     for figure in (figure for figures in FIGURES.values() for figure in figures):
         if matches(figure.where, run) or matches(
             figure.where | dict(experiment=figure.control), run

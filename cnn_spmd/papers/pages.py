@@ -17,21 +17,20 @@ from cnn_spmd.training import runfiles
 RESULTS = DATA.parent
 COMMAND = "python -m cnn_spmd.papers --write"
 HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
-HARDWARE = (
-    "H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says config,"
-    " commit, versions, hardware and seed."
-)
+HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
+    config, commit, versions, hardware and seed."""
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 
 def joined(*parts: str) -> str:
-    """Return the parts of a page with blank lines between; prose is wrapped at 100 columns."""
+    """Return the parts of a page with blank lines between, prose wrapped."""
     return "\n\n".join(part if is_laid_out(part) else filled(part) for part in parts if part) + "\n"
 
 
 def filled(text: str) -> str:
     """Return prose on lines of at most 100 columns."""
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+    words = " ".join(text.split())
+    return textwrap.fill(words, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def is_laid_out(part: str) -> bool:
@@ -73,17 +72,17 @@ def cifar10_page() -> str:
     return joined(
         "# CIFAR-10",
         HEAD,
-        "AlexNet's layers with 3x3 windows, for 32x32 images, and a recipe of today. No paper has"
-        " published this network. AlexNet's paper reports 11% test error for a CIFAR-10 network of"
-        " four layers with response norms (section 3.3); [papers.md](papers.md) has that and more.",
+        """AlexNet's layers with 3x3 windows, for 32x32 images, and a recipe of today. No paper has
+        published this network. AlexNet's paper reports 11% test error for a CIFAR-10 network of
+        four layers with response norms (section 3.3); [papers.md](papers.md) has that and more.""",
         tables.results_table("cifar10"),
-        f"{SEEDS} Accuracy is on all 10,000 test images and their mirrors, in bfloat16. The training"
-        " time leaves out compilation, evaluation and checkpoints. The compile time is that of the"
-        " slowest seed: the other seeds found the program in the compilation cache. On H200s other"
-        f" runs used the same host. {HARDWARE}",
-        f"On one H200 the first steps ended {empty['startup_seconds']:.1f} s after the command with"
-        f" an empty compilation cache, and {cached['startup_seconds']:.1f} s after it with the"
-        " programs in the cache.",
+        f"""{SEEDS} Accuracy is on all 10,000 test images and their mirrors, in bfloat16. The
+        training time leaves out compilation, evaluation and checkpoints. The compile time is
+        that of the slowest seed: the other seeds found the program in the compilation cache. On
+        H200s other runs used the same host. {HARDWARE}""",
+        f"""On one H200 the first steps ended {empty["startup_seconds"]:.1f} s after the command
+        with an empty compilation cache, and {cached["startup_seconds"]:.1f} s after it with the
+        programs in the cache.""",
         commands(
             "Commands",
             (
@@ -98,47 +97,55 @@ def cifar10_page() -> str:
             ),
         ),
         "## Digits, on a CPU without a network",
-        "`make train` trains on the handwritten digits of scikit-learn where it cannot download"
-        " CIFAR-10.",
+        """`make train` trains on the handwritten digits of scikit-learn where it cannot download
+        CIFAR-10.""",
         tables.results_table("digits"),
-        f"From a fresh clone `make train` took {digits['make_train_seconds']:.0f} s in all,"
-        f" installation included. The first steps ended {digits['startup_seconds']:.1f} s after"
-        " `launch.py` was started, with empty caches.",
+        f"""From a fresh clone `make train` took {digits["make_train_seconds"]:.0f} s in all,
+        installation included. The first steps ended {digits["startup_seconds"]:.1f} s after
+        `launch.py` was started, with empty caches.""",
+        *imagenette_section(),
+    )
+
+
+def imagenette_section() -> list[str]:
+    """Return the section on AlexNet as published, on ten of ImageNet's classes."""
+    launch = "python launch.py --config experiments/alexnet_2012_imagenet.py:imagenette"
+    return [
         "## Imagenette, ten of ImageNet's classes",
-        "AlexNet as published in 2012, with two towers; ten crops of each of the 3,925 test images."
-        " ImageNet itself is not measured.",
+        """AlexNet as published in 2012, with two towers; ten crops of each of the 3,925 test
+        images. ImageNet itself is not measured.""",
         tables.results_table("imagenette"),
         commands(
             "Command",
             (
                 "The data are class folders of files whose shorter side is 224.",
-                [f"{launch}2012_imagenet.py:imagenette --config.data.dir=imagenette2 --mesh 1x1"],
+                [f"{launch} --config.data.dir=imagenette2 --mesh 1x1"],
             ),
         ),
-    )
+    ]
 
 
 # Title of a table of figures -> what to know about it.
 PAPER_NOTES = {
     "cuda-convnet's CIFAR-10 networks": (
-        "Error is on the 10,000 test images, in float32. Seconds on other hardware say only how"
-        " long the recipe takes today."
+        """Error is on the 10,000 test images, in float32. Seconds on other hardware say only how
+        long the recipe takes today."""
     ),
     "Claims of AlexNet 2012, on CIFAR-10": (
-        "Each row compares runs with control runs of the same seed: (error - control's error), or"
-        " (epochs / control's epochs). These seeds show that ReLU is faster than tanh, by less"
-        " than claimed, and that conv2 is worth about three points. They cannot tell from chance"
-        " what overlapping pools, response norms, dropout, conv3, conv4 and the second tower are"
-        " worth. Two of 11pct's pairs ran on one kind of card, so n is 2 there."
+        """Each row compares runs with control runs of the same seed: (error - control's error), or
+        (epochs / control's epochs). These seeds show that ReLU is faster than tanh, by less
+        than claimed, and that conv2 is worth about three points. They cannot tell from chance
+        what overlapping pools, response norms, dropout, conv3, conv4 and the second tower are
+        worth. Two of 11pct's pairs ran on one kind of card, so n is 2 there."""
     ),
     "AlexNet 2012 on ImageNet": "",
     "One weird trick": (
-        "Batches are (convolutions, dense layers). Speedups are measured on random images; their n"
-        " counts sweeps, whose learning rates and warm-ups differ, which no speed depends on."
+        """Batches are (convolutions, dense layers). Speedups are measured on random images; their
+        n counts sweeps, whose learning rates and warm-ups differ, which no speed depends on."""
     ),
     "Speedup over one GPU": (
-        "Each GPU has the same batch; random images. Speedups are relative to one GPU of the same"
-        " kind."
+        """Each GPU has the same batch; random images. Speedups are relative to one GPU of the same
+        kind."""
     ),
 }
 
@@ -148,8 +155,8 @@ def papers_page() -> str:
     parts = [
         "# Beside the papers",
         HEAD,
-        "Every published figure that an experiment of this repository is set up to measure."
-        f" Difference is measured minus published. {SEEDS} {HARDWARE}",
+        f"""Every published figure that an experiment of this repository is set up to measure.
+        Difference is measured minus published. {SEEDS} {HARDWARE}""",
     ]
     for title, rows in measured.measured_tables().items():
         numbered = [(str(number), *row[:6]) for number, row in enumerate(rows, 1)]
@@ -175,15 +182,16 @@ def depth_page() -> str:
     return joined(
         "# The deeper the better?",
         HEAD,
-        "Networks of 2 to 16 layers with weights on CIFAR-10, all under the recipe of AlexNet"
-        " (`experiments/deeper_cifar.py`), on one H200. From one_convolution on, all end in two"
-        " hidden dense layers of 4096. [rates.md](rates.md) has the learning rates that were tried.",
+        """Networks of 2 to 16 layers with weights on CIFAR-10, all under the recipe of AlexNet
+        (`experiments/deeper_cifar.py`), on one H200. From one_convolution on, all end in two
+        hidden dense layers of 4096. [rates.md](rates.md) has the learning rates that were
+        tried.""",
         tables.depth_table(measured.load_summaries(DATA / "claims")),
         f"{SEEDS} {HARDWARE}",
         "![Test accuracy by depth](depth.svg)",
-        f"Why convolutions: a neuron that sees a whole image has {weights_of_a_neuron(32):,} weights"
-        f" at 32x32x3 and {weights_of_a_neuron(200):,} at 200x200x3. A 3x3 filter has 27, at any"
-        " size.",
+        f"""Why convolutions: a neuron that sees a whole image has {weights_of_a_neuron(32):,}
+        weights at 32x32x3 and {weights_of_a_neuron(200):,} at 200x200x3. A 3x3 filter has 27,
+        at any size.""",
         commands(
             "Command",
             (
@@ -195,7 +203,7 @@ def depth_page() -> str:
 
 
 def weights_of_a_neuron(side: int) -> int:
-    """Return the weights of a neuron that sees all pixels and colours of a square image."""
+    """Return the weights of a neuron that sees all of a square colour image."""
     return side * side * 3
 
 
@@ -205,17 +213,17 @@ def batches_page() -> str:
     return joined(
         "# What larger batches cost",
         HEAD,
-        "One weird trick's question (Krizhevsky 2014, section 5): test error in % for a batch k"
-        " times as large as 128. The learning rate grows with k or with sqrt(k). The dense layers"
-        " see the whole batch (as large), or 128 examples at a time and are updated after each"
-        " (128). CIFAR-10 is `experiments/owt_cifar.py`. Imagenette, ten of ImageNet's classes, is"
-        " the paper's network at 224x224 (`experiments/owt_imagenet.py:imagenette`, 90 epochs).",
+        """One weird trick's question (Krizhevsky 2014, section 5): test error in % for a batch k
+        times as large as 128. The learning rate grows with k or with sqrt(k). The dense layers
+        see the whole batch (as large), or 128 examples at a time and are updated after each
+        (128). CIFAR-10 is `experiments/owt_cifar.py`. Imagenette, ten of ImageNet's classes, is
+        the paper's network at 224x224 (`experiments/owt_imagenet.py:imagenette`, 90 epochs).""",
         tables.batch_table(measured.load_summaries(DATA / "claims")),
         f"Measured on one H200. {SEEDS} {HARDWARE}",
-        "The learning rate should grow with k, as the paper says. On CIFAR-10, updating the dense"
-        " layers after each 128 images makes up for all that a batch of 1024 costs; on photographs,"
-        " for more than half of what 512 costs; in the paper, for less than half of what 1024"
-        " costs.",
+        """The learning rate should grow with k, as the paper says. On CIFAR-10, updating the dense
+        layers after each 128 images makes up for all that a batch of 1024 costs; on
+        photographs, for more than half of what 512 costs; in the paper, for less than half of
+        what 1024 costs.""",
         commands(
             "Commands",
             (
@@ -243,30 +251,30 @@ def rates_page() -> str:
         HEAD,
         HARDWARE,
         "## ReLU and tanh",
-        "Epochs to 25% training error on CIFAR-10, one seed on one H100; -: not within 20 epochs."
-        " relu was then run at 0.02, and tanh at 0.03, between the two rates that tie.",
+        """Epochs to 25% training error on CIFAR-10, one seed on one H100; -: not within 20 epochs.
+        relu was then run at 0.02, and tanh at 0.03, between the two rates that tie.""",
         tables.rates_table(claims, "claims_2012_", epochs_text),
         commands(
             "Command",
             (
                 "The same for :tanh.",
                 [
-                    f"{sweep}claims_2012_cifar.py:relu --config.epochs=20"
-                    " --sweep optimizer.learning_rate=.005,.01,.02,.05,.1"
+                    f"""{sweep}claims_2012_cifar.py:relu --config.epochs=20 --sweep
+                    optimizer.learning_rate=.005,.01,.02,.05,.1"""
                 ],
             ),
         ),
         "## Networks of different depth",
-        "Test accuracy in % on CIFAR-10, one H200; one value per seed. All networks were then run"
-        " at 0.25, the best rate from one_convolution on.",
+        """Test accuracy in % on CIFAR-10, one H200; one value per seed. All networks were then run
+        at 0.25, the best rate from one_convolution on.""",
         tables.rates_table(deeper, "deeper_", lambda run: f"{100 * run['eval']['accuracy']:.2f}"),
         commands(
             "Command",
             (
                 "The same for the other networks.",
                 [
-                    f"{sweep}deeper_cifar.py:vgg_16 --config.seed=9"
-                    " --sweep optimizer.learning_rate=.05,.1,.25"
+                    f"""{sweep}deeper_cifar.py:vgg_16 --config.seed=9 --sweep
+                    optimizer.learning_rate=.05,.1,.25"""
                 ],
             ),
         ),
@@ -284,12 +292,12 @@ def meshes_page() -> str:
     parts = [
         "# Meshes and schemes",
         HEAD,
-        "Each section is one sweep. Speedup is relative to the one-device run of the same sweep,"
-        " batch and scheme. Ring MB is what a device sends per step if each collective runs as a"
-        " ring. MB per device are parameters and optimizer state. The first call of each run is"
-        " left out; a call on a GPU has 20 steps. n is the number of seeds. Synthetic data are"
-        " random 224x224 images of 1,000 classes, in bfloat16. The digits ran 12 steps in float32,"
-        " which amplify rounding: hence the small differences in accuracy.",
+        """Each section is one sweep. Speedup is relative to the one-device run of the same sweep,
+        batch and scheme. Ring MB is what a device sends per step if each collective runs as a
+        ring. MB per device are parameters and optimizer state. The first call of each run is
+        left out; a call on a GPU has 20 steps. n is the number of seeds. Synthetic data are
+        random 224x224 images of 1,000 classes, in bfloat16. The digits ran 12 steps in float32,
+        which amplify rounding: hence the small differences in accuracy.""",
     ]
     for path in sorted((DATA / "sweeps").glob("*.json")):
         sweep = runfiles.read_json(path)
@@ -324,24 +332,24 @@ def pytorch_page() -> str:
     return joined(
         "# Beside PyTorch",
         HEAD,
-        "Training steps of AlexNet at 224x224 in bfloat16, ours and PyTorch's in turn on one"
-        " machine, each in a process of its own. PyTorch's step (`benchmarks/peer.py`) uses"
-        " channels_last, bfloat16 autocast, torch.compile and fused SGD. Ours draws its batches,"
-        " crops and mirrors from a data set on the device; PyTorch trains on one fixed batch."
-        " Neither clips gradients.",
+        """Training steps of AlexNet at 224x224 in bfloat16, ours and PyTorch's in turn on one
+        machine, each in a process of its own. PyTorch's step (`benchmarks/peer.py`) uses
+        channels_last, bfloat16 autocast, torch.compile and fused SGD. Ours draws its batches,
+        crops and mirrors from a data set on the device; PyTorch trains on one fixed batch.
+        Neither clips gradients.""",
         tables.speed_table(),
-        "Ratio is ours divided by PyTorch's. % is the share of the card's own bfloat16 rate in an"
-        f" 8192^3 matrix product, at {one_gpu['flop_per_image'] / 1e9:.2f} GFLOP per image. The last"
-        " two columns are our throughput relative to our one-GPU step and to our step with scheme"
-        f" `data`. PyTorch {versions['torch']}, jax {one_gpu['versions']['jax']}. {HARDWARE}",
-        "PyTorch's rate is that of its fastest mode measured. On the H100 and on several GPUs (DDP)"
-        " only plain torch.compile was measured; its host is the limit at 32 images per GPU and,"
-        " with DDP, at 128. On one H200 CUDA graphs (`graphs`, its mode reduce-overhead) were"
-        " measured, too. max-autotune is not measured: it searches for minutes.",
-        "The two-GPU rows were measured before fc2's sums were scattered in hybrid_alternating. The"
-        " two batches on one H200 were timed at the same time, each on a card of its own. The rows"
-        " on four GPUs are of three timings over at least 400 steps, the others of five over at"
-        " least 30. [NOTES.md](../benchmarks/NOTES.md) says what made our step fast.",
+        f"""Ratio is ours divided by PyTorch's. % is the share of the card's own bfloat16 rate in an
+        8192^3 matrix product, at {one_gpu["flop_per_image"] / 1e9:.2f} GFLOP per image. The
+        last two columns are our throughput relative to our one-GPU step and to our step with
+        scheme `data`. PyTorch {versions["torch"]}, jax {one_gpu["versions"]["jax"]}. {HARDWARE}""",
+        """PyTorch's rate is that of its fastest mode measured. On the H100 and on several GPUs
+        (DDP) only plain torch.compile was measured; its host is the limit at 32 images per GPU
+        and, with DDP, at 128. On one H200 CUDA graphs (`graphs`, its mode reduce-overhead) were
+        measured, too. max-autotune is not measured: it searches for minutes.""",
+        """The two-GPU rows were measured before fc2's sums were scattered in hybrid_alternating.
+        The two batches on one H200 were timed at the same time, each on a card of its own. The
+        rows on four GPUs are of three timings over at least 400 steps, the others of five over
+        at least 30. [NOTES.md](../benchmarks/NOTES.md) says what made our step fast.""",
         commands(
             "Command",
             (
@@ -357,12 +365,12 @@ def programs_page() -> str:
     parts = [
         "# What a step moves",
         HEAD,
-        "Train steps as compiled, in float32, for the CPU and for NVIDIA H100 80GB HBM3; the GPU's"
-        " compiler needs no GPU. Ring MB is what a device sends per step if each collective runs as"
-        " a ring. The closed form is that of `cnn_spmd/analysis/communication.py` (Gholami et al."
-        " 2018): it counts a reduce-scatter, which the GPU's compiler makes, where the CPU's makes"
-        " an all-reduce of twice the cost. Where weights are split, a few bytes more are summed for"
-        " the norm by which gradients are clipped. MB per device are parameters.",
+        """Train steps as compiled, in float32, for the CPU and for NVIDIA H100 80GB HBM3; the
+        GPU's compiler needs no GPU. Ring MB is what a device sends per step if each collective
+        runs as a ring. The closed form is that of `cnn_spmd/analysis/communication.py` (Gholami
+        et al. 2018): it counts a reduce-scatter, which the GPU's compiler makes, where the
+        CPU's makes an all-reduce of twice the cost. Where weights are split, a few bytes more
+        are summed for the norm by which gradients are clipped. MB per device are parameters.""",
     ]
     for title, table in tables.program_tables(tables.load_programs()).items():
         parts += [f"## {title}", table]
@@ -370,8 +378,8 @@ def programs_page() -> str:
         commands(
             "Commands",
             (
-                "All of them; needs requirements.txt. Then the same for any config: here 64 hosts"
-                " of 8 H100s, on a laptop.",
+                """All of them; needs requirements.txt. Then the same for any config: here 64 hosts
+                of 8 H100s, on a laptop.""",
                 [
                     "python benchmarks/programs.py",
                     "python launch.py --config experiments/alexnet_cifar.py --dry_run"
@@ -403,7 +411,7 @@ def print_pages() -> None:
 
 
 def write_pages() -> list[pathlib.Path]:
-    """Write all pages, depth.svg and README's headline table; return the paths of what changed.
+    """Write all pages, depth.svg and README's headline table; return what changed.
 
     Raises UserError where there are no results.
     """

@@ -26,7 +26,7 @@ def mesh_name(run: dict) -> str:
 
 
 def results_table(dataset: str, folder: pathlib.Path = DATA) -> str:
-    """Return the runs on a data set, one row for those that differ in nothing but their seed.
+    """Return the runs on a data set; runs that differ only in their seed share a row.
 
     Runs that stand beside a paper's figure are left out: the papers' tables have them.
     """
@@ -104,7 +104,10 @@ def sweep_table(groups: Sequence[dict]) -> str:
 
 
 def sweep_command(sweep: dict) -> str:
-    """Return the command of a sweep; older files have only the arguments that all runs share."""
+    """Return the command of a sweep, put together for files that do not have it.
+
+    Those have the arguments that all runs share.
+    """
     if sweep.get("command"):
         return sweep["command"]
     meshes = dict.fromkeys(run["mesh"] for run in sweep["runs"])
@@ -163,7 +166,7 @@ def speed_row(gpus: int, kind: str, batch: dict) -> list[str]:
 
 
 def fastest(rows: Sequence[dict], gpus: int) -> dict | None:
-    """Return the fastest of the timings on so many GPUs that did not fail; None for none."""
+    """Return the fastest timing on a number of GPUs; None where all failed."""
     done = [row for row in rows if "error" not in row and row["gpus"] == gpus]
     return max(done, key=lambda row: row["images_per_second"], default=None)
 
@@ -172,7 +175,7 @@ def fastest(rows: Sequence[dict], gpus: int) -> dict | None:
 
 
 def load_programs(folder: pathlib.Path = DATA / "programs") -> list[dict]:
-    """Return the reports of compiled programs, by image size, devices, compiler, mesh, scheme."""
+    """Return the reports of compiled programs in the order of the page."""
     programs = [runfiles.read_json(path) for path in folder.glob("*.json")]
 
     def place(run: dict) -> tuple:
@@ -184,7 +187,7 @@ def load_programs(folder: pathlib.Path = DATA / "programs") -> list[dict]:
 
 
 def program_tables(programs: Sequence[dict]) -> dict[str, str]:
-    """Return a table for each network and target: what a device holds, what a step moves."""
+    """Return one table per network and target: what a device holds and sends."""
     tables: dict[str, list[list[str]]] = {}
     for run in programs:
         kind = run["compiler"]["device_kind"]
@@ -268,7 +271,7 @@ RATES = {1.0: "k", 0.5: "sqrt(k)"}
 
 
 def published_batch_errors() -> dict[tuple[str, int], float]:
-    """Return the errors of published.ONE_WEIRD_TRICK by dense batch (as the table says), batch."""
+    """Return the paper's errors by dense batch (in the table's words) and batch."""
     errors = {}
     for gpus, dense_batch, error, *_ in published.ONE_WEIRD_TRICK:
         dense = "128" if dense_batch == 128 and gpus > 1 else "as large"
@@ -277,7 +280,7 @@ def published_batch_errors() -> dict[tuple[str, int], float]:
 
 
 def batch_table(runs: Sequence[dict], paper: dict[tuple[str, int], float] | None = None) -> str:
-    """Return test error in % by batch size, from experiments/owt_cifar.py and owt_imagenet.py.
+    """Return test error in % by batch size, of the runs of experiments/owt_*.py.
 
     paper: the paper's errors on ImageNet, by default published_batch_errors().
     """

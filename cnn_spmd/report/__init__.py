@@ -1,4 +1,7 @@
-"""Reports on runs and sweeps; imports neither jax nor TFDS, so that it works on a laptop."""
+"""Reports on runs and sweeps.
+
+Importing this package imports neither jax nor TFDS.
+"""
 
 from cnn_spmd.report.load import load_runs
 from cnn_spmd.report.write import write_report

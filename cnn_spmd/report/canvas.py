@@ -1,4 +1,6 @@
-"""Import matplotlib independently of the user's settings: MPLBACKEND, matplotlibrc, a notebook.
+"""Import matplotlib independently of the user's settings.
+
+Settings are MPLBACKEND, a matplotlibrc, or those of a notebook.
 
 Pictures are made without pyplot and drawn within `style`, so that no backend is ever used.
 """
@@ -34,7 +36,7 @@ if _BACKEND is not None:
 
 @contextlib.contextmanager
 def style(settings: Mapping[str, object]) -> Iterator[None]:
-    """Draw with these settings on top of matplotlib's own defaults, then restore the user's."""
+    """Draw with these settings on top of matplotlib's own defaults."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)

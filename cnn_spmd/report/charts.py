@@ -1,4 +1,4 @@
-"""The report's charts: which there are, what they show, and what their captions say."""
+"""Make the report's charts: which there are, what they show, their captions."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -161,7 +161,7 @@ def without_base(groups: Sequence[dict]) -> str:
 
 
 def comparable_curves(sweep: dict, groups: Sequence[dict]) -> dict[str, dict]:
-    """Return letter -> published curve for AlexNet on several real devices; otherwise {}."""
+    """Return letter -> published curve; {} unless this is AlexNet on real devices."""
     models = {model for group in groups for model in compare.values(group, "model")}
     simulated = (sweep["hardware"] or {}).get("device_kind") == "cpu"
     if simulated or not all(model.startswith("alexnet") for model in models):
@@ -221,7 +221,10 @@ def has_collectives(group: dict) -> bool:
 
 
 def step_split(group: dict) -> tuple[str, dict[str, float]]:
-    """Return how a group's step was split ("profile", "model", "": not), and its parts in ms."""
+    """Return how a group's step was split, and its parts in ms.
+
+    The first value is a key of SPLIT_CAPTIONS.
+    """
     compute, communication, exposed, idle = (
         compare.average(group, "profile", f"{name}_milliseconds")
         for name in ("compute", "communication", "exposed", "idle")
@@ -269,7 +272,7 @@ def moved_bars(groups: list[dict]) -> Bars:
     """Return the ring bytes by operation; ticks: the closed form."""
     programs = [group["runs"][0]["figures"]["collectives"] for group in groups]
     found = {row["operation"] for collectives in programs for row in collectives}
-    looks = OPERATIONS | {name: ("#ffffff", "++++") for name in sorted(found - OPERATIONS.keys())}
+    looks = OPERATIONS | dict.fromkeys(sorted(found - OPERATIONS.keys()), ("#ffffff", "++++"))
     parts = {}
     for name, look in looks.items():
         sizes = [
@@ -282,7 +285,7 @@ def moved_bars(groups: list[dict]) -> Bars:
 
 
 def held_bars(groups: list[dict]) -> Bars:
-    """Return the bytes of parameters and optimizer state; ticks: the compiled program's peak."""
+    """Return the bytes of parameters and optimizer; ticks: the program's peak."""
     parts = {
         name: (*look, [size or 0.0 for size in megabytes(groups, "bytes_per_device", name)])
         for name, look in HELD_PARTS.items()

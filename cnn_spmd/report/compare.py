@@ -1,4 +1,4 @@
-"""Runs side by side: which differ in nothing but their seed, and how much faster than one device.
+"""Compare runs: which differ in nothing but their seed, and their speedups.
 
 A run is an entry of sweep.json: name, mesh, settings (the swept fields), status, reason, figures
 (runfiles.figures_of). A group is the completed runs that differ in nothing but their seed. A panel
@@ -38,14 +38,14 @@ SHARES = ("accuracy", "top5")
 
 
 def recipe(run: dict) -> str:
-    """Return what two runs (summary.json) must share to be averaged: the config without seeds."""
+    """Return what two runs (summary.json) must share to be averaged."""
     fields = ADDED_LATER | flat(run["config"])
     kept = {name: str(fields[name]) for name in fields if not name.startswith(NOT_THE_RECIPE)}
     return repr(sorted(kept.items()))
 
 
 def panel_of(run: dict) -> str:
-    """Return the panel of a run: its batch (per device where that was swept) and settings."""
+    """Return the panel of a run: its batch and its settings."""
     settings, figures = run["settings"], run["figures"]
     if "batch_per_device" in settings:
         batch = f"batch {settings['batch_per_device']} per device"
@@ -57,17 +57,18 @@ def panel_of(run: dict) -> str:
 
 
 def group_key(run: dict) -> tuple[str, tuple[int, int], str]:
-    """Return panel, mesh (data, model) and scheme of a completed run: the same within a group."""
+    """Return what the runs of a group share: panel, mesh (data, model) and scheme."""
     mesh = run["figures"]["mesh"]
     return panel_of(run), (mesh["data"], mesh["model"]), run["figures"]["parallelism"]
 
 
 def groups_of(runs: list[dict]) -> list[dict]:
-    """Return the groups of the completed runs, by panel (as they come), devices, mesh and scheme.
+    """Return the groups of the completed runs.
 
-    A seed counts once, by the first run that has a speed. Keys of a group: panel, mesh (data,
-    model), devices, parallelism, runs, and base: the one-device group of the panel, of the same
-    scheme where there is one; None where the panel has no one-device run.
+    Their order is by panel (as they come), devices, mesh and scheme. A seed counts once, by the
+    first run that has a speed. Keys of a group: panel, mesh (data, model), devices, parallelism,
+    runs, and base. base is the one-device group of the panel, of the same scheme where there is
+    one; None where the panel has no one-device run.
     """
     groups: dict[tuple, dict] = {}
     completed = [run for run in runs if run["status"] == "completed" and run["figures"]]
@@ -104,7 +105,10 @@ def _base_of(group: dict, groups: list[dict]) -> dict | None:
 
 
 def values(group: dict, *path: str) -> list[float]:
-    """Return a figure of each run, such as ("step_milliseconds", "median"); runs without: left out."""
+    """Return a figure of each run that has it.
+
+    path: its names, such as "step_milliseconds", "median".
+    """
     found = [run["figures"] for run in group["runs"]]
     for name in path:
         found = [value.get(name) for value in found if value is not None]
@@ -117,7 +121,7 @@ def average(group: dict, *path: str) -> float | None:
 
 
 def group_speedups(group: dict) -> list[float]:
-    """Return each run's throughput relative to the base's mean; [] where there is no base."""
+    """Return each run's throughput relative to the base's mean; [] without a base."""
     if group["base"] is None:
         return []
     base = average(group["base"], "images_per_second")

@@ -1,4 +1,4 @@
-"""What a report says of each sweep, as a list of blocks: facts, charts, tables, pictures."""
+"""Make the blocks of a report: facts, charts, tables and pictures of each sweep."""
 
 import base64
 import html
@@ -53,7 +53,7 @@ def sweep_blocks(sweep: dict) -> list[Block]:
 
 
 def facts_table(sweep: dict) -> Table:
-    """Return what the runs of a sweep have in common: network, data, hardware, command, ..."""
+    """Return what a sweep's runs share: network, data, hardware, command, ..."""
     hardware = sweep["hardware"] or {}
     versions = (f"{name} {version}" for name, version in hardware.get("versions", {}).items())
     facts = {
@@ -162,7 +162,7 @@ def moved_bytes(group: dict) -> tuple[float | None, float | None]:
 
 
 def metric_text(name: str, values: Sequence[float]) -> str:
-    """Return mean and deviation of a metric: in % where it is a share, else with 4 decimals."""
+    """Return mean and deviation of a metric, in % where it is a share."""
     if name in compare.SHARES:
         return text.mean_and_deviation([100 * value for value in values], 2)
     return text.mean_and_deviation(values, 4)
@@ -246,7 +246,7 @@ KERNELS_HEADER = [
 
 
 def profile_blocks(runs: Sequence[dict]) -> tuple[list[Block], list[Block]]:
-    """Return the blocks on communication, and those on kernels; none where no run has a profile."""
+    """Return the blocks on communication, and those on kernels, of profiled runs."""
     profiled = [run for run in runs if run["figures"].get("profile")]
     if not profiled:
         return [], []

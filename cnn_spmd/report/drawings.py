@@ -20,7 +20,7 @@ WRONG = "#56B4E9"
 
 
 def filter_grid(filters_KHWC: np.ndarray, towers: int) -> Figure:
-    """Return the filters in rows, large enough to see their pixels; one block per tower."""
+    """Return the filters in rows, enlarged; one block per tower."""
     scale = max(1, 64 // filters_KHWC.shape[1])
     enlarged = filters_KHWC.repeat(scale, 1).repeat(scale, 2)
     blocks = [filter_block(filters) for filters in np.array_split(enlarged, towers)]
@@ -52,7 +52,7 @@ def filter_block(filters_KHWC: np.ndarray) -> np.ndarray:
 
 
 def prediction_bars(data: Dataset, predicted: list[dict]) -> Figure:
-    """Return two columns of test images, with bars of the classes' probabilities beside each."""
+    """Return test images in two columns, each with bars of its class probabilities."""
     rows = -(-len(predicted) // 2)
     fig = Figure(figsize=(plots.WIDTH, 1.05 * rows))
     grid = fig.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.5, 1, 1.5])
@@ -97,7 +97,7 @@ def neighbour_rows(data: Dataset, near: list[dict]) -> Figure:
 
 
 def show_image(axes: Axes, image_HWC: np.ndarray, label: str, share: float, **style) -> None:
-    """Draw an image, and above it as much of its label as fits into `share` of the width."""
+    """Draw an image, and above it its label, shortened to `share` of the width."""
     axes.imshow(image_HWC, interpolation="nearest")
     axes.set_title(shortened(label, share, **style), loc="center", pad=2, **style)
 

@@ -1,4 +1,4 @@
-"""Load runs from their folders: load_runs for analysis, load_sweeps for the report."""
+"""Load runs from their folders, for analysis (load_runs) and for the report."""
 
 import contextlib
 import functools
@@ -71,10 +71,11 @@ def load_run(folder: pathlib.Path) -> dict:
 
 
 def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
-    """Return the sweeps in `folders`, as in sweep.json, and one more of all runs of no sweep.
+    """Return the sweeps in `folders`, and one more that holds all lone runs.
 
-    Each run also gets `metrics` (the lines of metrics.jsonl) and `pictures`. notes gets a line for
-    each unfinished run and each damaged file. Raises UserError for a folder that is neither.
+    A sweep has the form of sweep.json; each run also gets `metrics` and `pictures`. notes gets a
+    line for each unfinished run and each damaged file. Raises UserError for a folder that is
+    neither a sweep nor a run.
     """
     sweeps, alone = [], []
     for folder in dict.fromkeys(folders):
@@ -86,13 +87,14 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
             alone.append(folder)
         else:
             raise UserError(
-                f"{folder}: holds neither a sweep (sweep.json) nor a run (config.json, summary.json)"
+                f"{folder}: holds neither a sweep (sweep.json) nor a run "
+                "(config.json, summary.json)"
             )
     return sweeps + ([sweep_of_runs(alone, notes)] if alone else [])
 
 
 def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
-    """Return sweep.json, with the figures of runs that finished after it was last written."""
+    """Return sweep.json, with the figures of runs that it does not know yet."""
     path = folder / "sweep.json"
     sweep = runfiles.read_json(path)
     if {"experiment", "devices", "hardware", "runs"} - sweep.keys():
@@ -109,7 +111,7 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
 
 
 def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
-    """Return run folders as one sweep whose settings are the fields in which the runs differ."""
+    """Return run folders as one sweep; its settings are the fields that differ."""
     names = [folder.resolve().name for folder in folders]
     runs, fields, summaries = [], [], []
     for folder, name in zip(folders, names, strict=True):
@@ -145,13 +147,13 @@ def load_config_fields(folder: pathlib.Path, notes: list[str]) -> dict:
 
 
 def mesh_name(mesh: dict | None, config: dict) -> str | None:
-    """Return "4x2" for a mesh, or for the one in a flat config; None where neither says it."""
+    """Return "4x2" for a mesh, or for a flat config's; None where neither says it."""
     sizes = mesh or {axis: config.get(f"mesh.{axis}") for axis in ("data", "model")}
     return f"{sizes['data']}x{sizes['model']}" if all(sizes.values()) else None
 
 
 def compared_fields(config: dict, summary: dict | None) -> dict:
-    """Return the fields of a run that tell it from others, the device and the data included."""
+    """Return the fields that tell a run from others: config, device and data."""
     unused = () if summary and summary["dataset"] == "synthetic" else ("data.synthetic.",)
     hidden = (*compare.NOT_COMPARED, *unused)
     fields = {field: value for field, value in config.items() if not field.startswith(hidden)}
@@ -162,7 +164,7 @@ def compared_fields(config: dict, summary: dict | None) -> dict:
 
 
 def differing_fields(own: dict, others: Sequence[dict]) -> dict:
-    """Return the fields in which a run differs from another that has them; scheme and batch always."""
+    """Return the fields in which a run differs from another; scheme and batch always."""
     shown = {}
     for field, value in own.items():
         differs = any(field in other and value != other[field] for other in others)
@@ -177,7 +179,10 @@ def distinct(summaries: Sequence[dict], key: str) -> str:
 
 
 def load_outcome(folder: pathlib.Path, notes: list[str]) -> dict:
-    """Return status, reason and figures of a run; "unfinished" and a note where files are missing."""
+    """Return status, reason and figures of a run.
+
+    The status is "unfinished" where a file is missing or damaged; notes gets a line.
+    """
     try:
         summary = runfiles.read_json(folder / "summary.json")
         if summary.get("status") == "running":
@@ -193,12 +198,12 @@ def load_outcome(folder: pathlib.Path, notes: list[str]) -> dict:
 
 
 def load_curves_and_pictures(folder: pathlib.Path, notes: list[str]) -> dict:
-    """Return `metrics`, the lines of metrics.jsonl, and `pictures` (title, PNG, caption)."""
+    """Return `metrics` (load_metrics) and `pictures` (load_pictures) of a run."""
     return dict(metrics=load_metrics(folder, notes), pictures=load_pictures(folder, notes))
 
 
 def load_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
-    """Return the whole lines of a run's metrics.jsonl; a note says how many are damaged."""
+    """Return the lines of metrics.jsonl; a note says how many are damaged."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -214,7 +219,7 @@ def load_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
 
 
 def load_pictures(folder: pathlib.Path, notes: list[str]) -> list[tuple[str, bytes, str]]:
-    """Return title, PNG and caption of the pictures of what a run learned; a note on damage."""
+    """Return title, PNG and caption of each picture; a note where one is damaged."""
     path = folder / "pictures.json"
     if not path.exists():
         return []

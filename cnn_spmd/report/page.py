@@ -1,4 +1,7 @@
-"""The report as one HTML page, with the charts in it; it needs no other file and no network."""
+"""Write the blocks of a report as one HTML page.
+
+The charts are in the page: it needs no other file and no network.
+"""
 
 import html
 import re

@@ -44,10 +44,11 @@ SAVED_BESIDE_CONFIG = (
 
 
 def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
-    """Draw the run in `folder` from its newest checkpoint, on one device, whatever its mesh was.
+    """Draw what the run in `folder` learned, from its newest checkpoint.
 
-    data_dir: where the run's data set is now, if it has moved. Raises UserError for a folder that
-    is no run or has no checkpoint, and where the data set is missing.
+    One device is enough, whatever the run's mesh was. data_dir: where the run's data set is now, if
+    it has moved. Raises UserError for a folder that is no run or has no checkpoint, and where the
+    data set is missing.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no run (no config.json)")
@@ -90,7 +91,7 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
 
 
 def write_pictures(folder: pathlib.Path, pictures: Mapping[str, Figure], numbers: dict) -> None:
-    """Write the PNG files and pictures.json; raise UserError where the folder is not writable."""
+    """Write the PNG files and pictures.json; raise UserError where that fails."""
     try:
         for name, picture in pictures.items():
             with runfiles.whole(folder / name) as temporary:
@@ -132,7 +133,7 @@ def neighbours_caption(near: list[dict]) -> tuple[str, str]:
 
 
 def restore_run(folder: pathlib.Path, data_dir: str | None) -> tuple[build.Setup, TrainState]:
-    """Return the run in `folder`, set up on the first device, and its newest usable state.
+    """Return the run's setup on the first device, and its newest usable state.
 
     Raises UserError for a damaged config.json, for other data than the run's, and for a run
     without a usable checkpoint.
@@ -167,7 +168,7 @@ def restore_run(folder: pathlib.Path, data_dir: str | None) -> tuple[build.Setup
 
 
 def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.ConfigDict:
-    """Return a run's config for one device; the data set is not replaced where it is missing."""
+    """Return a run's config for one device, without a fallback for its data set."""
     if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
         raise UserError(
             f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
@@ -184,7 +185,7 @@ def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.Co
 
 
 def refuse_other_data(setup: build.Setup, saved: dict) -> None:
-    """Raise UserError where the data set found is not the one that the run was trained on."""
+    """Raise UserError where the data are not those that the run was trained on."""
     data = setup.data
     asked = saved["dataset"]
     other_files = data.files != saved.get("data_files", data.files)
@@ -202,13 +203,13 @@ def refuse_other_data(setup: build.Setup, saved: dict) -> None:
 
 
 def choose_images(seed: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of the test images shown and of those compared; the seed decides."""
+    """Return the indices of the test images that are shown and that are compared."""
     order = np.random.Generator(np.random.Philox(key=[seed, examples])).permutation(examples)
     return np.sort(order[:TEST_IMAGES]), np.sort(order[-QUERIES:])
 
 
 def first_layer(setup: build.Setup, params: nnx.State) -> tuple[str, np.ndarray]:
-    """Return the first kernel's name, and its filters [K, H, W, C], each scaled to 0 to 1."""
+    """Return the first kernel's name, and its filters [K, H, W, C], scaled to 0 to 1."""
     layer = "conv1" if "conv1" in params else "fc1"
     kernel = np.asarray(params[layer]["kernel"][...], np.float32)
     side = build.image_size(setup.config, setup.data)
@@ -220,7 +221,7 @@ def first_layer(setup: build.Setup, params: nnx.State) -> tuple[str, np.ndarray]
 
 
 def predictions(setup: build.Setup, params: nnx.State, test_T: np.ndarray) -> list[dict]:
-    """Return label and most probable classes of test images, as the run's evaluation sees them."""
+    """Return label and most probable classes of test images, as evaluated."""
     images = np.asarray(setup.data.test_images[test_T])
     probabilities_TC = np.exp(jax.jit(setup.steps.scores)(params, images))
     classes_TC = np.argsort(-probabilities_TC, -1, kind="stable")[:, : drawings.TOP_CLASSES]
@@ -247,7 +248,7 @@ def activations(steps: Steps, params: nnx.State, images_BHWC: jax.Array) -> jax.
 
 
 def neighbours(setup: build.Setup, params: nnx.State, test_T: np.ndarray) -> list[dict]:
-    """Return for each test image the training images whose activations are nearest, in order.
+    """Return the training images with the nearest activations, nearest first.
 
     All training images are looked through.
     """
@@ -269,7 +270,7 @@ def neighbours(setup: build.Setup, params: nnx.State, test_T: np.ndarray) -> lis
 def training_distances(
     setup: build.Setup, params: nnx.State, test_THWC: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Return the distances [T, N] to all training images, and the number of activations."""
+    """Return distances [T, N] to all training images, and the activations' number."""
     of_test = jax.jit(lambda params, images: activations(setup.steps, params, images))
     test_TF = of_test(params, np.asarray(test_THWC))
 

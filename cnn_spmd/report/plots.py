@@ -95,7 +95,7 @@ def panel_title(panel: str) -> str:
 
 
 def schemes_of(groups: Sequence[dict]) -> list[str]:
-    """Return the groups' schemes in the table's order, those that a config defines last."""
+    """Return the schemes of groups, those that a config defines last."""
     found = {group["parallelism"] for group in groups}
     return [scheme for scheme in SCHEMES if scheme in found] + sorted(found - SCHEMES.keys())
 
@@ -137,7 +137,7 @@ def throughput(groups: list[dict]) -> str:
 
 
 def draw_ideal(axes: Axes, groups: Sequence[dict], meshes: Sequence[tuple[int, int]]) -> None:
-    """Draw what the fastest one-device run would make on each mesh, if it scaled perfectly."""
+    """Draw the fastest one-device run's rate times the devices, on each mesh."""
     one_device = [group for group in groups if group["devices"] == 1]
     rates = [compare.average(group, "images_per_second") for group in one_device]
     rates = [rate for rate in rates if rate]
@@ -149,7 +149,7 @@ def draw_ideal(axes: Axes, groups: Sequence[dict], meshes: Sequence[tuple[int, i
 
 
 def error_bars(groups: Sequence[dict], rates: Sequence[float]) -> list[list[float]]:
-    """Return the distances below and above `rates` to the p90 and p10 step time, in images/s."""
+    """Return how far below and above `rates` the p90 and p10 step times lie."""
     below, above = [], []
     for group, rate in zip(groups, rates, strict=True):
         slow, fast = (compare.average(group, "step_milliseconds", name) for name in ("p90", "p10"))
@@ -163,7 +163,7 @@ def error_bars(groups: Sequence[dict], rates: Sequence[float]) -> list[list[floa
 
 
 def speedup(groups: list[dict], curves: dict[str, dict]) -> str:
-    """Return speedup by devices, one line per scheme; published curves (by letter) behind."""
+    """Return speedup by devices, one line per scheme; published curves behind."""
     fig = Figure(figsize=(WIDTH, 3.6))
     title = panel_title(groups[0]["panel"])
     axes = fig.add_subplot(title=title, xlabel="devices", ylabel="speedup")
@@ -182,7 +182,7 @@ def speedup(groups: list[dict], curves: dict[str, dict]) -> str:
 
 
 def draw_published(axes: Axes, curves: dict[str, dict], most: int) -> list[tuple]:
-    """Draw the published curves up to `most` GPUs; return GPUs, speedup and letter of their ends."""
+    """Draw the curves up to `most` GPUs; return GPUs, speedup, letter of their ends."""
     ends = []
     for letter, curve in curves.items():
         points = {
@@ -209,7 +209,7 @@ def draw_scheme(axes: Axes, scheme: str, groups: Sequence[dict]) -> None:
 
 
 def write_letters(axes: Axes, ends: Sequence[tuple]) -> None:
-    """Write the published curves' letters at their ends, moved apart where they would overlap."""
+    """Write the published curves' letters at their ends, without overlaps."""
     low, high = axes.get_ylim()
     gap = (high / low) ** (1 / 19)
     last = 0.0
@@ -269,7 +269,7 @@ def curves(runs: list[dict], metrics: Sequence[str] = ()) -> list[str]:
 
 
 def draw_curves(panel: str, runs: Sequence[dict], metrics: Sequence[str]) -> str:
-    """Return the curves of a panel: training as lines, test as markers, one colour per scheme."""
+    """Return a panel's curves: training as lines, test as markers."""
     names = ["loss", "accuracy", *metrics]
     fig = Figure(figsize=(WIDTH, 2.2 * len(names)))
     column = fig.subplots(len(names), sharex=True)
@@ -309,7 +309,10 @@ def draw_run(axes: Axes, rows: Sequence[dict], name: str, look: tuple) -> None:
 
 
 def depth(networks: Sequence[tuple[str, int, list[float]]]) -> str:
-    """Return test accuracy in % by layers, one dot per run: networks are (label, layers, runs)."""
+    """Return test accuracy by depth, one dot per run.
+
+    networks: label, layers with weights, accuracies in %.
+    """
     fig = Figure(figsize=(WIDTH, 3.2))
     axes = fig.add_subplot(xlabel="layers with weights", ylabel="test accuracy, %")
     for name, layers, accuracies in networks:

@@ -42,7 +42,7 @@ Block = Heading | Paragraph | Table | Chart
 
 
 def mean_and_deviation(numbers: Sequence[float], digits: int) -> str:
-    """Return the mean, and ± the sample standard deviation of several; "" for no numbers."""
+    """Return mean ± sample standard deviation; "" for no numbers."""
     if not numbers:
         return ""
     mean = f"{statistics.mean(numbers):,.{digits}f}"
@@ -86,7 +86,7 @@ def as_markdown(blocks: Sequence[Block]) -> str:
 
 
 def as_csv(sweeps: Sequence[dict]) -> str:
-    """Return one row per run, as CSV: numbers in full, and nested fields with dotted names."""
+    """Return one row per run, as CSV: numbers in full, dotted names."""
     rows = [row for sweep in sweeps for row in _csv_rows(sweep)]
     buffer = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -116,7 +116,7 @@ def _csv_rows(sweep: dict) -> list[dict]:
 
 
 def _plain_figures(figures: dict) -> dict:
-    """Return a run's figures without lists: ring bytes summed by operation, no kernels."""
+    """Return a run's figures without lists: ring bytes by operation, no kernels."""
     plain = dict(figures)
     for row in plain.pop("collectives", None) or ():
         name = f"ring_bytes.{row['operation']}"

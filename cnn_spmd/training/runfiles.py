@@ -33,7 +33,7 @@ FIELDS = {
         "a whole number": "devices batch_size seed steps param_count processes mesh.data mesh.model "
         "host_cores? steady_calls?",
         "a number": "images_per_second? train_seconds? compile_seconds? step_milliseconds.*? "
-        "eval.*? bytes_per_device.*? collectives.*.ring_bytes "
+        "eval.accuracy? eval.loss? eval.*? bytes_per_device.*? collectives.*.ring_bytes "
         "config.dense_microbatch?",
         "a list": "collectives?",
         "an object": "mesh config versions bytes_per_device eval? step_milliseconds? collectives.*",
