@@ -1,4 +1,4 @@
-"""Epochs to an error, accuracy by depth and errors by batch size, from runs with known numbers."""
+"""Epochs to an error, accuracy by depth, error by batch size, from known runs."""
 
 import json
 
@@ -11,7 +11,7 @@ from cnn_spmd.papers import measured, pages, tables
 
 
 def test_steps_to_error():
-    """10 steps per epoch, lines of 4 steps: the newest 12 steps count, once there are 12."""
+    """10 steps per epoch, lines of 4 steps: the newest 12 steps count."""
     accuracies = [0.9, 0.5, 0.6, 0.7, 0.8, 0.9]
     rows = [
         dict(step=4 * (i + 1), split="train", steps=4, accuracy=accuracy)

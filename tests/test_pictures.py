@@ -1,4 +1,4 @@
-"""Pictures of what a run learned: their numbers are the model's own, and report.html shows them."""
+"""Pictures of what a run learned: their numbers, and that the report shows them."""
 
 import dataclasses
 import errno
@@ -29,11 +29,13 @@ def features_of(run, params, images):
     return nnx.merge(run.steps.graph, params).features((images - run.steps.mean) / run.steps.std)
 
 
-def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
-    """A net with hidden layers of 48, trained on 1x2 and drawn on one device, 64 training images in batches of 24."""
-    monkeypatch.setattr(
-        pictures.plots, "svg", lambda fig, label: "<svg></svg>"
-    )  # the report's other charts
+@pytest.fixture
+def trained(config, tmp_path, monkeypatch):
+    """Train a net with hidden layers of 48 on 1x2 and draw it; return its folder.
+
+    There are 64 training images, looked through in batches of 24.
+    """
+    monkeypatch.setattr(pictures.plots, "svg", lambda fig, label: "<svg></svg>")  # other charts
     monkeypatch.setattr(pictures, "BATCH", 24)
     config.update(dict(steps=3, seed=5, parallelism="hybrid", mesh=dict(data=1, model=2)))
     config.model.update(dict(name="one_convolution", width=48))
@@ -41,57 +43,29 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
     config.eval.every_epochs = config.checkpoint.every_epochs = 0
     train.run(config, tmp_path)
     assert report.main(["--pictures", str(tmp_path)]) == 0
-    said = json.loads((tmp_path / "pictures.json").read_text())
-    assert (said["step"], said["filters"], [row["file"] for row in said["pictures"]]) == (
-        3,
-        64,
-        list(NAMES),
-    )
+    return tmp_path
 
-    run, state = pictures.restore_run(tmp_path, None)
-    model = nnx.merge(run.steps.graph, state.params)
-    test, labels = run.data.test_images.astype(np.float32), run.data.test_labels
-    logits = [
-        np.asarray(model.classify(features_of(run, state.params, x)), np.float64)
-        for x in (test, test[:, :, ::-1])
-    ]
-    odds = (
-        sum(np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits) / 2
-    )  # eval.views=mirrored
-    assert len({row["test_image"] for row in said["predictions"]}) == 8
-    for row in said["predictions"]:
-        own = odds[row["test_image"]]
-        assert row["label"] == labels[row["test_image"]]
-        assert row["classes"] == np.argsort(-own)[:5].tolist()
-        np.testing.assert_allclose(row["probabilities"], np.sort(own)[::-1][:5], rtol=1e-4)
 
-    def hidden(images):
-        x = np.asarray(features_of(run, state.params, images.astype(np.float32)), np.float64)
-        for layer in (state.params["fc1"], state.params["fc2"]):
-            x = np.maximum(x @ np.asarray(layer["kernel"][...]) + np.asarray(layer["bias"][...]), 0)
-        return x
-
-    hidden_TF, hidden_NF = hidden(test), hidden(run.data.train_images)
-    assert len({row["test_image"] for row in said["neighbours"]}) == 5
-    for row in said["neighbours"]:
-        distances = np.linalg.norm(hidden_NF - hidden_TF[row["test_image"]], axis=-1)
-        assert row["width"] == 48
-        assert row["train_images"] == np.argsort(distances)[:6].tolist()
-        assert row["labels"] == run.data.train_labels[row["train_images"]].tolist()
-        np.testing.assert_allclose(row["distances"], np.sort(distances)[:6], rtol=1e-3)
+def test_pictures_of_a_run(trained, monkeypatch, capsys):
+    said = json.loads((trained / "pictures.json").read_text())
+    assert (said["step"], said["filters"]) == (3, 64)
+    assert [row["file"] for row in said["pictures"]] == list(NAMES)
+    run, state = pictures.restore_run(trained, None)
+    check_predictions(run, state, said["predictions"])
+    check_neighbours(run, state, said["neighbours"])
 
     for name in NAMES:
-        with Image.open(tmp_path / name) as image:
+        with Image.open(trained / name) as image:
             assert image.format == "PNG"
             assert np.asarray(image).std() > 10
-    page = (tmp_path / "report.html").read_text()
+    page = (trained / "report.html").read_text()
     titles = re.findall(r"<h3>([^<]*): ", page)[-3:]
     assert list(map(html.unescape, titles)) == [row["title"] for row in said["pictures"]]
     assert page.count('src="data:image/png;base64,iVBOR') == 3
     assert "after step 3, synthetic." in page
     capsys.readouterr()
 
-    old = {name: (tmp_path / name).read_bytes() for name in NAMES}
+    old = {name: (trained / name).read_bytes() for name in NAMES}
 
     def full(_, path, **__):
         path.write_bytes(b"half")
@@ -99,14 +73,51 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(pictures.Figure, "savefig", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        pictures.draw_pictures(tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in NAMES} == old
-    assert not list(tmp_path.glob("*.tmp"))
+        pictures.draw_pictures(trained)
+    assert {name: (trained / name).read_bytes() for name in NAMES} == old
+    assert not list(trained.glob("*.tmp"))
 
     summary, saved = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "config")
+        json.loads((trained / f"{name}.json").read_text()) for name in ("summary", "config")
     )
     assert summary["data_digest"] == saved["data_digest"] == run.data.digest
+
+
+def check_predictions(run, state, rows):
+    """Check classes and probabilities of test images against NumPy's."""
+    model = nnx.merge(run.steps.graph, state.params)
+    test, labels = run.data.test_images.astype(np.float32), run.data.test_labels
+    logits = [
+        np.asarray(model.classify(features_of(run, state.params, x)), np.float64)
+        for x in (test, test[:, :, ::-1])
+    ]
+    # eval.views is mirrored: two views.
+    odds = sum(np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits) / 2
+    assert len({row["test_image"] for row in rows}) == 8
+    for row in rows:
+        own = odds[row["test_image"]]
+        assert row["label"] == labels[row["test_image"]]
+        assert row["classes"] == np.argsort(-own)[:5].tolist()
+        np.testing.assert_allclose(row["probabilities"], np.sort(own)[::-1][:5], rtol=1e-4)
+
+
+def check_neighbours(run, state, rows):
+    """Check the nearest training images against NumPy's distances."""
+
+    def hidden(images):
+        x = np.asarray(features_of(run, state.params, images.astype(np.float32)), np.float64)
+        for layer in (state.params["fc1"], state.params["fc2"]):
+            x = np.maximum(x @ np.asarray(layer["kernel"][...]) + np.asarray(layer["bias"][...]), 0)
+        return x
+
+    hidden_TF, hidden_NF = hidden(run.data.test_images), hidden(run.data.train_images)
+    assert len({row["test_image"] for row in rows}) == 5
+    for row in rows:
+        distances = np.linalg.norm(hidden_NF - hidden_TF[row["test_image"]], axis=-1)
+        assert row["width"] == 48
+        assert row["train_images"] == np.argsort(distances)[:6].tolist()
+        assert row["labels"] == run.data.train_labels[row["train_images"]].tolist()
+        np.testing.assert_allclose(row["distances"], np.sort(distances)[:6], rtol=1e-3)
 
 
 def test_what_reaches_the_output_layer_where_none_is_hidden(config):
@@ -119,7 +130,7 @@ def test_what_reaches_the_output_layer_where_none_is_hidden(config):
 
 
 def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, monkeypatch):
-    """Of 64 training images in batches of 24, the last fills up a batch."""
+    """64 training images come in batches of 24; the last image fills up a batch."""
     monkeypatch.setattr(pictures, "BATCH", 24)
     run = setups.prepare(config)
     run = run._replace(data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1]))
@@ -152,9 +163,8 @@ def test_filters_are_scaled_each_to_its_own_range(config, name):
     label, filters = pictures.first_layer(run, params)
     assert (label, filters.shape) == (f"{layer}.kernel", shape)
     assert np.ptp(filters.reshape(len(filters), -1), 1) == pytest.approx(np.ones(len(filters)))
-    weights = np.asarray(params[layer]["kernel"][..., 7]).reshape(
-        filters.shape[1:]
-    )  # as flatten orders an image
+    # In the order in which flatten puts an image.
+    weights = np.asarray(params[layer]["kernel"][..., 7]).reshape(filters.shape[1:])
     np.testing.assert_allclose(filters[7], (weights - weights.min()) / np.ptp(weights), rtol=1e-5)
 
 
@@ -233,7 +243,7 @@ def test_a_long_name_keeps_all_letters_that_fit_and_the_rest_is_not_measured(mon
 
 @pytest.fixture
 def saved(config, tmp_path):
-    """Writes config.json of a run of `config` with some changes, and nothing else; returns the folder."""
+    """Write nothing but config.json of a run, with some changes; return the folder."""
 
     def write(**changes):
         run = setups.prepare(config)
@@ -257,7 +267,8 @@ def saved(config, tmp_path):
         (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
         (
             dict(dataset="digits"),
-            "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir",
+            "was trained on digits, but its data.dir= holds synthetic: give the former's place by "
+            "--data_dir",
         ),
         (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
         (
@@ -326,9 +337,8 @@ def test_what_is_no_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'}: damaged JSON")
-    with workdir.locked(
-        tmp_path
-    ):  # as a run that is going on does, whose half-made checkpoint must not be cleaned away
+    # A run that is still training holds the lock: its half-made checkpoint must stay.
+    with workdir.locked(tmp_path):
         assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: another run is using it")
     for arguments in (["--pictures"], ["--data_dir", "x", str(tmp_path)]):

@@ -24,7 +24,10 @@ def test_ruff_is_clean():
 
 
 def test_programs_move_what_theory_says():
-    """On the GPU's compiler too, up to 512 GPUs: within 2%, and 2 MB where activations are small beside softmax sums."""
+    """Within 2% with the GPU's compiler, too, up to 512 GPUs.
+
+    2 MB are allowed where activations are small beside the softmax's sums.
+    """
     files = sorted((DATA / "programs").glob("*.json"))
     assert len(files) > 20
     for path in files:

@@ -1,8 +1,9 @@
-"""The report on runs and sweeps: its numbers are theirs, and half-written folders, failed runs and bad input are told."""
+"""Reports on runs and sweeps have their numbers and name what is damaged."""
 
 import csv
 import errno
 import html
+import io
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import rich.console
 
 from cnn_spmd import sweep
 from cnn_spmd.config import flat
@@ -44,7 +46,7 @@ PROFILE = dict(
 
 @pytest.fixture
 def drawn():
-    """For the tests that look at the pictures: the others go without, which is much faster."""
+    """Draw the pictures in this test; other tests go without, which is much faster."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def a_run(
     reason="",
     **more,
 ):
-    """An entry of sweep.json with invented numbers, all different; batch per device."""
+    """Return an entry of sweep.json with invented numbers; batch is per device."""
     data, model = map(int, mesh.split("x"))
     size = batch * data * model
     step = 1e3 * size / speed
@@ -74,47 +76,17 @@ def a_run(
         mesh=dict(data=data, model=model),
         parallelism=parallelism,
         batch_size=size,
-        dataset="synthetic",
-        fallback=None,
-        seed=seed,
-        dtype="bfloat16",
-        steps=100,
         images_per_second=speed,
-        steady_calls=9,
-        train_seconds=12.5 + seed,
-        compile_seconds=3.25,
-        param_count=1000,
         step_milliseconds=dict(p10=0.9 * step, median=step, p90=1.2 * step),
-        accuracy=0.5 + 0.01 * seed,
-        loss=1.25 + seed,
-        eval=dict(accuracy=0.5 + 0.01 * seed, loss=1.25 + seed),
         bytes_per_device=dict(parameters=143_400_000 // model, optimizer=143_400_000 // model),
-        peak_bytes=400_000_000,
         ring_bytes=3_000_000 * data + 70_000 * model,
         closed_form_ring_bytes=3_100_000 * data,
-        dense_microbatch=0,
         collectives=[
-            dict(
-                operation="all-reduce",
-                axes=["data"],
-                phase="backward",
-                count=1,
-                bytes=9,
-                ring_bytes=3_000_000 * data,
-            ),
-            dict(
-                operation="all-gather",
-                axes=["model"],
-                phase="forward",
-                count=2,
-                bytes=9,
-                ring_bytes=70_000 * model,
-            ),
+            collective("all-reduce", "data", 3_000_000 * data),
+            collective("all-gather", "model", 70_000 * model),
         ],
-        device_kind="NVIDIA H200",
-        processes=1,
-        profile=None,
     )
+    figures |= figures_of_seed(seed)
     settings = dict(parallelism=parallelism, batch_per_device=batch, seed=seed) | (settings or {})
     name = ",".join([mesh, *(f"{key}={value}" for key, value in settings.items())])
     return dict(
@@ -126,6 +98,36 @@ def a_run(
         command="python launch.py",
         seconds=31.25,
         figures=figures | more if status == "completed" else {},
+    )
+
+
+def collective(operation, axis, ring_bytes):
+    """Return a row of the collectives of a program."""
+    shared = dict(phase="backward", count=1, bytes=9)
+    return dict(operation=operation, axes=[axis], ring_bytes=ring_bytes) | shared
+
+
+def figures_of_seed(seed):
+    """Return the figures that do not depend on mesh and batch."""
+    accuracy, loss = 0.5 + 0.01 * seed, 1.25 + seed
+    return dict(
+        dataset="synthetic",
+        fallback=None,
+        seed=seed,
+        dtype="bfloat16",
+        steps=100,
+        steady_calls=9,
+        train_seconds=12.5 + seed,
+        compile_seconds=3.25,
+        param_count=1000,
+        accuracy=accuracy,
+        loss=loss,
+        eval=dict(accuracy=accuracy, loss=loss),
+        peak_bytes=400_000_000,
+        dense_microbatch=0,
+        device_kind="NVIDIA H200",
+        processes=1,
+        profile=None,
     )
 
 
@@ -179,7 +181,7 @@ def write_run(
     batch_size=128,
     rate=0.1,
 ):
-    """A run folder, as training/loop.py writes it (the fields that the report reads); returns it."""
+    """Write a run folder with the fields that the report reads; return it."""
     figures = a_run(mesh, speed, seed=seed)["figures"] | dict(batch_size=batch_size)
     config = dict(
         experiment="e",
@@ -227,7 +229,7 @@ def fifo(path: pathlib.Path) -> None:
 
 
 def written(capsys, *folders) -> tuple[str, str, list[dict], str]:
-    """report.md, report.html as text, the rows of report.csv, and stderr."""
+    """Return report.md, report.html, the rows of report.csv, and stderr."""
     assert report.main(list(map(str, folders))) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-3:] == [
@@ -243,7 +245,7 @@ def written(capsys, *folders) -> tuple[str, str, list[dict], str]:
 
 
 def cells_of(page: str) -> list[list[str]]:
-    """The rows of all tables of an HTML page."""
+    """Return the rows of all tables of an HTML page."""
     return [
         [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
         for row in re.findall(r"<tr>(.*?)</tr>", page)
@@ -338,7 +340,7 @@ def test_a_run_without_a_speed_has_no_bar_for_its_step(tmp_path, capsys):
 
 
 def test_runs_without_a_speed_have_a_report(tmp_path, capsys):
-    """A run that was stopped after its last step, and then completed."""
+    """Such a run was stopped after its last step, and then completed."""
     write_run(tmp_path / "r")
     summary = json.loads((tmp_path / "r/summary.json").read_text()) | dict(
         images_per_second=None, step_milliseconds=None
@@ -352,10 +354,8 @@ def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", RUNS))
     assert row_of(page, "8x1", "data", "batch 128 per device")[3:5] == ["2", "5,500 ± 707"]
     assert row_of(page, "8x1", "data", "batch 128 per device")[6:8] == ["5.50 ± 0.71", "68.8"]
-    assert row_of(page, "4x2", "hybrid", "batch 128 per device")[6:8] == [
-        "7.12",
-        "89.0",
-    ]  # over data's one device
+    # hybrid has no one-device run of its own: it is relative to data's.
+    assert row_of(page, "4x2", "hybrid", "batch 128 per device")[6:8] == ["7.12", "89.0"]
     assert row_of(page, "8x1", "data", "batch 32 per device")[6:8] == ["6.00", "75.0"]
     assert row_of(page, "1x1", "data", "batch 32 per device")[6:8] == ["1.00", "100.0"]
     assert row_of(page, "8x1", "data", "batch 64 per device")[6:8] == ["", ""]
@@ -470,7 +470,7 @@ def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):
 
 @pytest.mark.usefixtures("drawn")
 def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
-    """Neither on those of this process, nor on an unknown backend and a matplotlibrc with TeX in another one."""
+    """This process has other settings; another has a matplotlibrc and a wrong backend."""
     folder = write_sweep(tmp_path / "s", RUNS[:2])
     page = written(capsys, folder)[1]
     own = {"text.usetex": True, "font.size": 30, "axes.facecolor": "red", "savefig.bbox": "tight"}
@@ -495,7 +495,7 @@ def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
 
 
 def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monkeypatch):
-    """As with a matplotlibrc that is no text, or without a folder for its cache."""
+    """Causes are a matplotlibrc that is no text, or no folder for its cache."""
     for name in ("canvas", "plots", "charts"):
         monkeypatch.delitem(sys.modules, f"cnn_spmd.report.{name}")
         monkeypatch.delattr(f"cnn_spmd.report.{name}")
@@ -522,7 +522,7 @@ def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monk
     ],
 )
 def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch, broken):
-    """Its files have all fields, and the report on it and on others leaves out what is not known."""
+    """Its files have all fields, and reports leave out what is not known."""
 
     def breaks(*_, **__):
         raise ValueError("a form that\nis not known")
@@ -606,9 +606,7 @@ def test_published_curves():
     }
     assert by_name["OptCNN,", "layer-wise"][16] == pytest.approx(12.15, abs=0.01)
     assert by_name["FlexFlo", "FlexFlow"][16] == pytest.approx(11.12, abs=0.01)
-    assert by_name["TensorF", "data"][8] == pytest.approx(
-        5.97, abs=0.01
-    )  # as REFERENCES and the source say
+    assert by_name["TensorF", "data"][8] == pytest.approx(5.97, abs=0.01)
 
 
 def test_a_lone_run_and_several(tmp_path, capsys):
@@ -624,9 +622,9 @@ def test_a_lone_run_and_several(tmp_path, capsys):
         for name, speed, seed in (("a", 1500.0, 0), ("b", 1700.0, 1))
     ]
     summary = json.loads((seeds[1] / "summary.json").read_text())
-    summary["config"] |= dict(
-        checkpoint=dict(keep=3), data=dict(dir="elsewhere", synthetic=dict(classes=3))
-    )  # of no import
+    # Fields that change no number.
+    elsewhere = dict(dir="elsewhere", synthetic=dict(classes=3))
+    summary["config"] |= dict(checkpoint=dict(keep=3), data=elsewhere)
     (seeds[1] / "summary.json").write_text(json.dumps(summary))
     changed = write_run(tmp_path / "c", "2x1", 900.0, rate=0.2)
     _, page, *_ = written(capsys, one, *seeds, changed)
@@ -639,7 +637,7 @@ def test_a_lone_run_and_several(tmp_path, capsys):
 
 
 def test_runs_that_differ_in_their_data_are_not_averaged(tmp_path, capsys):
-    """Where only one of them says what its data are, they may be the same."""
+    """If only one of two runs says what its data are, the data may be the same."""
     digests = ("a" * 16, "b" * 16, "a" * 16)
     runs = [
         write_run(tmp_path / f"r{seed}", speed=1000.0 + 100 * seed, seed=seed) for seed in range(3)
@@ -755,13 +753,13 @@ def test_a_killed_sweep_finds_the_run_that_had_finished(tmp_path, capsys):
     _, page, _, errors = written(capsys, folder)
     assert row_of(page, runs[1]["name"])[1:3] == ["completed", "1,900"]
     assert row_of(page, runs[2]["name"])[1] == "unfinished"
-    assert (
-        errors
-        == f"warning: {folder / runs[2]['name']}: unfinished: summary.json: No such file or directory\n"
+    unfinished = folder / runs[2]["name"]
+    assert errors == (
+        f"warning: {unfinished}: unfinished: summary.json: No such file or directory\n"
     )
 
 
-def test_a_cut_last_line_of_metrics_is_told_and_the_rest_kept(tmp_path, capsys):
+def test_a_cut_last_line_of_metrics_is_named_and_the_rest_is_read(tmp_path, capsys):
     folder = write_run(tmp_path / "run")
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
@@ -772,7 +770,7 @@ def test_a_cut_last_line_of_metrics_is_told_and_the_rest_kept(tmp_path, capsys):
 
 
 def test_pictures_of_what_was_learned(tmp_path, capsys):
-    """Of a lone run and of one in a sweep; those that are damaged are left out, with a line that says so."""
+    """They are in reports on a run and on a sweep; damage is named and left out."""
     run = write_run(tmp_path / "run")
     assert "<img" not in written(capsys, run)[1]
     (run / "a.png").write_bytes(b"pixels")
@@ -837,7 +835,7 @@ def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
-    """Also where a FIFO has its name, or that of the file written first."""
+    """This holds, too, where a FIFO has its name or that of the temporary file."""
     run = write_run(tmp_path / "run")
     for name in ("report.md", "report.csv.tmp"):
         fifo(run / name)
@@ -898,7 +896,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_the_tables_of_a_sweep(tmp_path):
-    """One table per batch, smallest first; accuracies where the data are no random images."""
+    """One table per batch, smallest first; accuracies unless the images are random."""
     runs = [*RUNS[:3], a_run(speed=500.0, batch=32), BROKEN[0]]
     sweep = json.loads((write_sweep(tmp_path / "s", runs) / "sweep.json").read_text())
     made = tables.sweep_tables(sweep)
@@ -911,7 +909,8 @@ def test_the_tables_of_a_sweep(tmp_path):
     ]
     assert made["batch 128 per device"].splitlines()[2:] == [
         "| 1x1 | data | 1 | 286.8 | 1,000 | 128.000 (115.200 to 153.600) | 1.00 | 3.1 |",
-        "| 8x1 | data | 2 | 286.8 | 5,500 ± 707 | 187.733 (168.960 to 225.280) | 5.50 ± 0.71 | 24.1 |",
+        "| 8x1 | data | 2 | 286.8 | 5,500 ± 707 | 187.733 (168.960 to 225.280) |"
+        " 5.50 ± 0.71 | 24.1 |",
     ]
     (said,) = pages.unfinished_runs(sweep)
     assert said == f"{BROKEN[0]['name']}: refused: two towers | need <2> devices"
@@ -926,7 +925,7 @@ def test_the_tables_of_a_sweep(tmp_path):
 
 
 def write_ranked_run(folder, seed=0, mean_rank=2.5):
-    """Write a run whose evaluation has top5, examples and a user's mean_rank; return it."""
+    """Write a run whose evaluation has top5, examples and mean_rank; return it."""
     run = write_run(folder, seed=seed)
     evaluation = dict(accuracy=0.5, top5=0.875, loss=1.25, examples=100, mean_rank=mean_rank)
     change(run / "summary.json", eval=evaluation)
@@ -963,12 +962,26 @@ def test_a_registered_metric_is_in_every_part_of_the_report(tmp_path, capsys):
 
 
 def test_a_registered_metric_of_a_finished_sweep_is_in_its_report(tmp_path, capsys):
-    """Its figures come from sweep.json, where a run of the sweep leaves what figures_of says."""
+    """sweep.json holds what figures_of returned when the run ended."""
     run = write_ranked_run(tmp_path / "a")
-    entry = a_run(**{"eval": runfiles.figures_of(run)["eval"]})
+    entry = a_run(eval=runfiles.figures_of(run)["eval"])
     _, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", [entry, a_run("2x1")]))
     assert row_of(page, "1x1", "data")[-1] == "2.5000"
     assert [row["eval.mean_rank"] for row in rows] == ["2.5", ""]
+
+
+def test_a_registered_metric_is_in_the_terminals_table_of_a_sweep(capsys):
+    runs = [a_run(eval=dict(accuracy=0.5, loss=1.0, mean_rank=2.53)), a_run("2x1", status="failed")]
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    console.print(sweep.table_of(runs))
+    lines = console.file.getvalue().splitlines()
+    assert "mean_rank" in lines[1]
+    assert "2.53" in lines[3]
+    with sweep._Lines(runs):
+        pass
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("  mean_rank 2.53")
+    assert "mean_rank" not in header + second
 
 
 def test_a_metric_that_is_no_number_is_damage(tmp_path, capsys):
@@ -1019,16 +1032,19 @@ def test_load_runs_keeps_every_field_of_a_summary(tmp_path):
     assert lacking == {"collectives", *(name for name in summary if summary[name] is None)}
 
 
+def damage_both(run):
+    """Damage config.json and summary.json."""
+    for name in ("config.json", "summary.json"):
+        (run / name).write_text("{")
+
+
 def test_load_runs_says_what_is_unfinished(tmp_path):
-    """The config is there where summary.json is not; a damaged program.json costs its fields only."""
+    """Where summary.json is damaged, config.json is read; damage costs one file only."""
     for name, damage in (
         ("a", lambda run: (run / "summary.json").unlink()),
         ("b", lambda run: (run / "summary.json").write_text("{")),
         ("c", lambda run: (run / "program.json").write_text("[]")),
-        (
-            "d",
-            lambda run: [(run / f"{name}.json").write_text("{") for name in ("config", "summary")],
-        ),
+        ("d", damage_both),
     ):
         damage(write_run(tmp_path / name))
     *unfinished, damaged, empty = load_runs(tmp_path)

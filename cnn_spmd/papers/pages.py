@@ -48,11 +48,11 @@ def commands(summary: str, *groups: tuple[str, Sequence[str]]) -> str:
 
 
 def wrapped_command(command: str) -> str:
-    """Return a shell command on lines of at most 100 columns, broken before flags."""
+    """Return a shell command on lines of at most 96 columns, broken before flags."""
     first, *flags = command.split(" --")
     lines = [first]
     for flag in flags:
-        if len(lines[-1]) + len(flag) < 90:
+        if len(lines[-1]) + len(flag) < 87:
             lines[-1] += f" --{flag}"
         else:
             lines.append(f"--{flag}")

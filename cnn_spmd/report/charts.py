@@ -7,6 +7,7 @@ from cnn_spmd.papers import published
 from cnn_spmd.report import compare, plots
 from cnn_spmd.report.plots import Bars
 from cnn_spmd.report.text import Chart
+from cnn_spmd.training import runfiles
 
 # Part of a step -> colour, hatch.
 STEP_PARTS = {
@@ -86,7 +87,7 @@ def speedup_chart(sweep: dict, groups: list[dict]) -> Chart:
 
 def metrics_chart(sweep: dict) -> Chart:
     """Return the chart of loss, accuracy and registered metrics by step."""
-    metrics = compare.registered_metrics(sweep["runs"])
+    metrics = runfiles.registered_metrics(run["figures"] for run in sweep["runs"])
     none = [run["name"] for run in sweep["runs"] if not run["metrics"]]
     caption = (
         "Lines: training, the mean over each call; markers: test. From metrics.jsonl, one curve per"

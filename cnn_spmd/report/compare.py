@@ -11,6 +11,7 @@ from cnn_spmd.config import flat
 
 # Fields of a config that change no number, not even the speed, or that have columns of their own.
 NOT_COMPARED = (
+    "schema",
     "run",
     "mesh.",
     "data.dir",
@@ -31,8 +32,6 @@ NOT_THE_RECIPE = (
 # Fields that older runs in results/data do not have, with the value that those runs had.
 ADDED_LATER = {"optimizer.clip_norm": 0.0, "data.skip_bad": 0}
 
-# Keys of `eval` that have columns of their own, or say nothing of the network.
-KNOWN_METRICS = ("accuracy", "loss", "examples")
 # Metrics from 0 to 1 that are shown as percentages.
 SHARES = ("accuracy", "top5")
 
@@ -126,12 +125,6 @@ def group_speedups(group: dict) -> list[float]:
         return []
     base = average(group["base"], "images_per_second")
     return [rate / base for rate in values(group, "images_per_second")]
-
-
-def registered_metrics(runs: list[dict]) -> list[str]:
-    """Return the names of the metrics in the runs' `eval` besides accuracy and loss."""
-    names = [name for run in runs for name in run["figures"].get("eval") or ()]
-    return [name for name in dict.fromkeys(names) if name not in KNOWN_METRICS]
 
 
 def metric_label(name: str) -> str:

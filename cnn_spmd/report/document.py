@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from cnn_spmd.report import compare, text
 from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
+from cnn_spmd.training import runfiles
 
 KERNELS = 10  # rows per run in the table of kernels
 LEGEND = (
@@ -105,7 +106,8 @@ COMPARISON_HEADER = [
 
 def comparison_blocks(groups: Sequence[dict]) -> list[Block]:
     """Return the table of groups, and the panels that have no one-device run."""
-    metrics = compare.registered_metrics([run for group in groups for run in group["runs"]])
+    runs = [run for group in groups for run in group["runs"]]
+    metrics = runfiles.registered_metrics(run["figures"] for run in runs)
     header = [*COMPARISON_HEADER, *map(compare.metric_label, metrics)]
     rows = []
     for group in groups:
@@ -188,7 +190,7 @@ RUNS_HEADER = [
 
 def runs_table(runs: Sequence[dict]) -> Table:
     """Return the table of all runs; registered metrics have columns after the loss."""
-    metrics = compare.registered_metrics(list(runs))
+    metrics = runfiles.registered_metrics(run["figures"] for run in runs)
     after_loss = RUNS_HEADER.index("loss") + 1
     header, rows = list(RUNS_HEADER), []
     header[after_loss:after_loss] = map(compare.metric_label, metrics)

@@ -55,7 +55,9 @@ def load_run(folder: pathlib.Path) -> dict:
     except UserError as error:
         fields = dict(status="unfinished", reason=str(error))
         with contextlib.suppress(UserError):
-            fields |= flat(dict(config=runfiles.read_json(folder / "config.json")))
+            saved = runfiles.read_json(folder / "config.json")
+            config = {name: saved[name] for name in saved if name not in runfiles.NOT_CONFIG}
+            fields |= flat(dict(config=config))
     with contextlib.suppress(UserError):
         path = folder / "program.json"
         program = runfiles.check(path, runfiles.read_json(path))

@@ -31,16 +31,6 @@ QUERIES = 5
 NEIGHBOURS = 6
 FILTERS = 128  # drawn at most
 BATCH = 256  # training images per call
-# What config.json holds beside the config (build.Setup.saved).
-SAVED_BESIDE_CONFIG = (
-    "run",
-    "dataset",
-    "fallback",
-    "data_files",
-    "data_digest",
-    "skipped_images",
-    "schema",
-)
 
 
 def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
@@ -63,7 +53,7 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
         predicted = predictions(setup, state.params, shown_T)
         near = neighbours(setup, state.params, compared_T)
         kernel_name, filters_KHWC = first_layer(setup, state.params)
-        towers = nnx.merge(setup.steps.graph, state.params).towers
+        towers = getattr(nnx.merge(setup.steps.graph, state.params), "towers", 1)
         with plots.style():
             pictures = {
                 "filters.png": drawings.filter_grid(filters_KHWC[:FILTERS], towers),
@@ -173,7 +163,7 @@ def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.Co
         raise UserError(
             f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
         )
-    fields = {name: value for name, value in saved.items() if name not in SAVED_BESIDE_CONFIG}
+    fields = {name: value for name, value in saved.items() if name not in runfiles.NOT_CONFIG}
     config = ml_collections.ConfigDict(fields)
     config.data = dict(skip_bad=0) | config.data.to_dict()  # older runs lack it
     config.mesh.update(dict(data=1, model=1))

@@ -5,13 +5,23 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from absl import logging
 
 from cnn_spmd.errors import UserError
 
+# The fields of config.json that are not fields of the config.
+NOT_CONFIG = (
+    "schema",
+    "run",
+    "dataset",
+    "fallback",
+    "data_files",
+    "data_digest",
+    "skipped_images",
+)
 HARDWARE = (
     "device_kind",
     "host_cores",
@@ -207,3 +217,12 @@ def joined(old: Any, new: Any) -> Any:
     if isinstance(new, dict):
         return {key: joined(old.get(key, value), value) for key, value in new.items()}
     return new if old == new else ", ".join(dict.fromkeys([*str(old).split(", "), str(new)]))
+
+
+def registered_metrics(figures: Iterable[dict]) -> list[str]:
+    """Return the names of the metrics in the runs' `eval` besides accuracy and loss.
+
+    figures: of each run (figures_of); {} for a run that has none.
+    """
+    names = dict.fromkeys(name for run in figures for name in run.get("eval") or ())
+    return [name for name in names if name not in ("accuracy", "loss", "examples")]
