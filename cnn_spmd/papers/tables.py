@@ -57,7 +57,7 @@ def results_row(runs: Sequence[dict]) -> list[str]:
     """Return the cells of runs that differ in nothing but their seed."""
     run = runs[0]
     return [
-        run["experiment"],
+        run["experiment"].removesuffix(f"_{run['dataset']}"),
         compare.machine(run),
         f"{mesh_name(run)} {run['parallelism']}",
         f"{run['epochs']:g}",
