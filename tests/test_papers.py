@@ -14,6 +14,7 @@ from cnn_spmd.config import flat
 from cnn_spmd.papers import __main__ as command
 from cnn_spmd.papers import headline, measured, pages, published, tables
 from cnn_spmd.report import compare
+from experiments import owt_imagenet
 
 FIGURES = [figure for figures in published.FIGURES.values() for figure in figures]
 
@@ -229,6 +230,12 @@ def test_commands_make_the_runs_that_a_figure_is_of(figure):
             figure.where["experiment"],
             *([figure.control] if figure.control else []),
         ]
+
+
+def test_one_weird_tricks_table_is_in_its_experiment():
+    text = re.sub(" +", " ", owt_imagenet.__doc__)
+    for gpus, dense, error, hours, speedup in published.ONE_WEIRD_TRICK:
+        assert f"{gpus} ({128 * gpus}, {dense}) {error} {hours:.2f} {speedup}" in text
 
 
 # ---- The pages of results/
