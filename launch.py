@@ -224,7 +224,7 @@ def launch_sweep() -> int:
         result = sweep.run(
             CONFIG.value.experiment, shared, combos, jax.devices(), CPU_DEVICES.value, folder
         )
-        for path in write.write([folder]):
+        for path in write.write_report([folder]):
             print(path)
     except KeyboardInterrupt:
         again = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(folder)]

@@ -1,6 +1,6 @@
 """Compiles the schemes for meshes that are not here and writes a report each: python benchmarks/programs.py
 
-Needs requirements.txt (jax[cuda12]) for the GPU compiler; no GPU. Writes results/programs/*.json, from which
+Needs requirements.txt (jax[cuda12]) for the GPU compiler; no GPU. Writes results/data/programs/*.json, from which
 `python -m cnn_spmd.report` makes the README's table. float32, so that the CPU's and the GPU's bytes compare.
 """
 

@@ -212,7 +212,7 @@ def main() -> int:
         "--limit", type=float, default=600, help="seconds for a process (default: 600)"
     )
     parser.add_argument(
-        "--output", type=pathlib.Path, help="default: results/speed/<card>-x<gpus>.json"
+        "--output", type=pathlib.Path, help="default: results/data/speed/<card>-x<gpus>.json"
     )
     parser.add_argument(
         "--card", action="store_true", help=argparse.SUPPRESS
@@ -260,7 +260,7 @@ def main() -> int:
         batches=[],
     )
     slug = re.sub(r"\W+", "-", hardware["device_kind"].lower())
-    output = args.output or HERE.parent / "results" / "speed" / f"{slug}-x{args.gpus}.json"
+    output = args.output or HERE.parent / "results" / "data" / "speed" / f"{slug}-x{args.gpus}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     for batch in args.batches.split(","):
         row = dict(batch_per_gpu=int(batch), ours=[], peer=[], ratio=None)

@@ -338,10 +338,17 @@ def reason_of(code: int, log: pathlib.Path) -> str:
 
 def table_of(rows: Sequence[dict], caption: str = "") -> table.Table:
     """The sweep as a table for a terminal."""
-    made = table.Table(*COLUMNS, caption=caption or None, caption_justify="left")
+    metrics = runfiles.registered_metrics(row["figures"] for row in rows)
+    made = table.Table(*COLUMNS, *metrics, caption=caption or None, caption_justify="left")
     for row in rows:
-        made.add_row(*_cells(row))
+        made.add_row(*_cells(row), *_metric_cells(row, metrics))
     return made
+
+
+def _metric_cells(row: dict, metrics: Sequence[str]) -> list[str]:
+    """Return the values of registered metrics; empty where a run has none."""
+    values = row["figures"].get("eval") or {}
+    return [f"{values[name]:.4g}" if name in values else "" for name in metrics]
 
 
 def _cells(row: dict) -> list[str]:
@@ -377,7 +384,10 @@ class _Lines:
         for row in self.rows:
             if self.told.get(row["name"], "pending") != row["status"]:
                 self.told[row["name"]] = row["status"]
-                print("  ".join(cell for cell in _cells(row) if cell), flush=True)
+                metrics = runfiles.registered_metrics([row["figures"]])
+                named = zip(metrics, _metric_cells(row, metrics), strict=True)
+                cells = [*_cells(row), *(f"{name} {value}" for name, value in named)]
+                print("  ".join(cell for cell in cells if cell), flush=True)
 
 
 def _number(text: str) -> int | float | str:

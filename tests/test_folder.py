@@ -256,11 +256,11 @@ def test_pictures_of_other_photographs_are_refused_early(pets_config, pets, tmp_
     monkeypatch.setattr(prepared, "prepare", None)
     message = rf"^{tmp_path}/r: was trained on {setup.data.name}, but .*/other holds folder-"
     with pytest.raises(UserError, match=message):
-        pictures.restore(tmp_path / "r", str(tmp_path / "other"))
+        pictures.restore_run(tmp_path / "r", str(tmp_path / "other"))
     shutil.rmtree(pets)
     message = r"/r: data.dir=.* is no folder.*; where it has moved: --data_dir=PATH$"
     with pytest.raises(UserError, match=message):
-        pictures.restore(tmp_path / "r", None)
+        pictures.restore_run(tmp_path / "r", None)
 
 
 def test_the_check_sees_the_data_set_as_it_will_be(pets):

@@ -1,9 +1,9 @@
-"""Published beside measured: the tables' numbers, from runs that are known, and that what is published can be run."""
+"""Published beside measured: tables of known runs, and the pages of results/."""
 
 import importlib
 import json
+import os
 import re
-import statistics
 import subprocess
 import sys
 
@@ -11,20 +11,12 @@ import pytest
 from conftest import ROOT
 
 from cnn_spmd.config import flat
-from cnn_spmd.papers import __main__, measured
-from cnn_spmd.papers import published as papers
+from cnn_spmd.papers import __main__ as command
+from cnn_spmd.papers import headline, measured, pages, published, tables
 from cnn_spmd.report import compare
-from experiments import (
-    alexnet_2012_imagenet,
-    alexnet_cifar,
-    claims_2012_cifar,
-    cuda_convnet_cifar,
-    deeper_cifar,
-    owt_cifar,
-    owt_imagenet,
-)
+from experiments import owt_imagenet
 
-FIGURES = [figure for figures in papers.FIGURES.values() for figure in figures]
+FIGURES = [figure for figures in published.FIGURES.values() for figure in figures]
 
 
 def write(folder, experiment, seed=0, accuracy=0.75, **more):
@@ -46,18 +38,19 @@ def write(folder, experiment, seed=0, accuracy=0.75, **more):
 
 
 def figures(folder, name):
-    """Published, measured, n, difference and hardware of each row of the figure of that name."""
-    figure = next(figure for figure in FIGURES if figure["name"] == name)
-    return [row[1:6] for row in measured.rows(figure, measured.read(folder))]
+    """Return published, measured, n, difference and hardware of each row of a figure."""
+    figure = next(figure for figure in FIGURES if figure.name == name)
+    rows = measured.measured_rows(figure, measured.load_results(folder))
+    return [list(row[1:6]) for row in rows]
 
 
 def test_errors_and_seconds_on_known_runs(tmp_path):
     write(tmp_path, "cuda_convnet_80sec", seed=0, accuracy=0.75)
     write(tmp_path, "cuda_convnet_80sec", seed=1, accuracy=0.77, train_seconds=4.0)
-    write(tmp_path, "cuda_convnet_80sec", accuracy=0.7, device_kind="cpu")  # a row of its own
-    write(
-        tmp_path, "cuda_convnet_80sec", accuracy=0.6, config=dict(batch_size=512)
-    )  # and so has another recipe
+    # Other hardware has a row of its own.
+    write(tmp_path, "cuda_convnet_80sec", accuracy=0.7, device_kind="cpu")
+    # So has another recipe.
+    write(tmp_path, "cuda_convnet_80sec", accuracy=0.6, config=dict(batch_size=512))
     write(tmp_path, "cuda_convnet_80sec", accuracy=0.99, dataset="digits")
     write(tmp_path, "cuda_convnet_11pct", accuracy=0.88)
     write(tmp_path, "cuda_convnet_11pct_no_lrn", accuracy=0.5)
@@ -75,16 +68,21 @@ def test_errors_and_seconds_on_known_runs(tmp_path):
     ]
     assert figures(tmp_path, "11pct: test error, %") == [["11", "12.00", "1", "+1.00", "1 x H100"]]
     assert figures(tmp_path, "18pct: test error, %") == [["18", "not measured", "0", "", ""]]
-    names = [line.split(" | ")[0] for line in measured.measured_table(tmp_path).splitlines()[2:]]
-    assert names == ["| 80sec: test error, %"] * 3 + ["| 80sec: training, s"] * 3 + [
-        "| 11pct: test error, %",
-        "| 11pct: training, s",
-        "| 11pct without response norms: test error, points more",
+    rows = [row for rows in measured.measured_tables(tmp_path).values() for row in rows]
+    assert [row.name for row in rows if row.measured != "not measured"] == [
+        *["80sec: test error, %"] * 3,
+        *["80sec: training, s"] * 3,
+        "11pct: test error, %",
+        "11pct: training, s",
+        "11pct without response norms: added error, points",
     ]
 
 
 def test_claims_on_known_runs(tmp_path):
-    """A run counts beside its control of the same seed, epochs and hardware; what was not reached is told."""
+    """A run counts beside its control of the same seed, epochs and hardware.
+
+    What was not reached is said.
+    """
     (tmp_path / "claims").mkdir()
 
     def reach(variant, seed, step):
@@ -107,7 +105,7 @@ def test_claims_on_known_runs(tmp_path):
     assert figures(tmp_path, tanh) == [["6", "not reached", "0", "", "1 x H100"]]
     reach("tanh", 0, 40)
     assert figures(tmp_path, tanh) == [
-        ["6", "4.0 (4.0, not 1.0); 1 not reached", "1", "-2.0", "1 x H100"]
+        ["6", "4.0 (4.0 / 1.0); 1 not reached", "1", "-2.0", "1 x H100"]
     ]
 
     for experiment, seed, accuracy in (
@@ -121,61 +119,24 @@ def test_claims_on_known_runs(tmp_path):
         write(tmp_path / "claims", f"claims_2012_{experiment}", seed, accuracy)
     write(tmp_path / "claims", "claims_2012_plain_pool", 0, 0.5, epochs=2.0)
     write(tmp_path / "claims", "claims_2012_plain_pool", 1, 0.5, device_kind="H200")
-    assert figures(tmp_path, "without response norms: test error, points more") == [
-        ["1.4", "1.50 ± 0.71 (10.50, not 9.00)", "2", "+0.10", "1 x H100"]
+    assert figures(tmp_path, "without response norms: added error, points") == [
+        ["1.4", "1.50 ± 0.71 (10.50 - 9.00)", "2", "+0.10", "1 x H100"]
     ]
-    assert figures(tmp_path, "without dropout: test error, points more") == [
-        ["overfits substantially", "1.00 (11.00, not 10.00)", "1", "", "1 x H100"]
+    assert figures(tmp_path, "without dropout: added error, points") == [
+        ["overfits substantially", "1.00 (11.00 - 10.00)", "1", "", "1 x H100"]
     ]
-    assert figures(tmp_path, "pools that do not overlap: test error, points more") == [
+    assert figures(tmp_path, "pools that do not overlap: added error, points") == [
         ["0.4", "not measured", "0", "", ""]
     ]
 
 
-def test_imagenet_and_speedups_on_known_runs(tmp_path):
-    """Only whole runs on ImageNet count; a speedup is that of the scheme, the batch a GPU and the size of network."""
-    whole = dict(
-        dataset="imagenet2012", epochs=90.0, devices=2, batch_size=256, train_seconds=7200.0
-    )
-    write(tmp_path, "owt_imagenet", accuracy=0.6, **whole)
+def test_imagenet_on_known_runs(tmp_path):
+    """Only whole runs on ImageNet count."""
+    whole = dict(dataset="imagenet2012", epochs=90.0, devices=2, batch_size=256)
+    write(tmp_path, "owt_imagenet", accuracy=0.6, train_seconds=7200.0, **whole)
     write(tmp_path, "owt_imagenet", accuracy=0.1, **whole | dict(epochs=5.0))
     write(tmp_path, "owt_imagenet_variable", accuracy=0.58, **whole)
     write(tmp_path, "alexnet_2012_imagenet", **whole)
-    (tmp_path / "sweeps").mkdir()
-
-    def run(devices, batch, rate, parallelism="hybrid", size=61_100_840, micro=0):
-        figures = dict(
-            model="alexnet",
-            mesh=dict(data=1, model=devices),
-            parallelism=parallelism,
-            batch_size=batch * devices,
-            param_count=size,
-            images_per_second=rate,
-            dense_microbatch=micro,
-            device_kind="H100",
-            seed=0,
-        )
-        return dict(
-            status="completed",
-            settings=dict(batch_per_device=batch, size=size, micro=micro),
-            figures=figures,
-            command=f"{parallelism} --mesh=1x{devices} --config.batch_size={batch * devices}",
-        )
-
-    for name, runs in dict(
-        a=[
-            run(1, 128, 100.0),
-            run(2, 128, 180.0),
-            run(2, 128, 500.0, "model"),
-            run(2, 256, 900.0),
-            run(4, 128, 300.0),
-            run(1, 128, 1.0, size=5),
-            run(2, 128, 9.0, size=5),
-        ],
-        b=[run(1, 128, 100.0, micro=128), run(2, 128, 150.0, micro=128)],
-    ).items():
-        sweep = dict(experiment="owt", hardware=dict(host_cores=4), runs=runs)
-        (tmp_path / "sweeps" / f"{name}.json").write_text(json.dumps(sweep))
     plain, variable = "2 GPUs, batches (256, 256): ", "2 GPUs, batches (256, 128): "
     assert figures(tmp_path, plain + "top-1 error, %") == [
         ["42.63", "40.00", "1", "-2.63", "2 x H100"]
@@ -187,29 +148,71 @@ def test_imagenet_and_speedups_on_known_runs(tmp_path):
     assert figures(tmp_path, "alexnet_2012: top-5 error, %") == [
         ["18.2", "10.00", "1", "-8.20", "2 x H100"]
     ]
+    assert figures(tmp_path, "1 GPU, batches (128, 128): hours") == [
+        ["98.05", "not measured", "0", "", ""]
+    ]
+
+
+def swept_run(devices, batch, rate, parallelism="hybrid", size=61_100_840, micro=0):
+    """Return an entry of sweep.json; batch is per device."""
+    figures = dict(
+        model="alexnet",
+        mesh=dict(data=1, model=devices),
+        parallelism=parallelism,
+        batch_size=batch * devices,
+        param_count=size,
+        images_per_second=rate,
+        dense_microbatch=micro,
+        device_kind="H100",
+        seed=0,
+    )
+    return dict(
+        status="completed",
+        settings=dict(batch_per_device=batch, size=size, micro=micro),
+        figures=figures,
+        command=f"{parallelism} --mesh=1x{devices} --config.batch_size={batch * devices}",
+    )
+
+
+def test_speedups_on_known_runs(tmp_path):
+    """A speedup is that of the scheme, the batch per GPU, and the size of the network."""
+    sweeps = dict(
+        a=[
+            swept_run(1, 128, 100.0),
+            swept_run(2, 128, 180.0),
+            swept_run(2, 128, 500.0, "model"),
+            swept_run(2, 256, 900.0),
+            swept_run(4, 128, 300.0),
+            swept_run(1, 128, 1.0, size=5),
+            swept_run(2, 128, 9.0, size=5),
+        ],
+        b=[swept_run(1, 128, 100.0, micro=128), swept_run(2, 128, 150.0, micro=128)],
+    )
+    (tmp_path / "sweeps").mkdir()
+    for name, runs in sweeps.items():
+        sweep = dict(experiment="owt", hardware=dict(host_cores=4), runs=runs)
+        (tmp_path / "sweeps" / f"{name}.json").write_text(json.dumps(sweep))
+    plain, variable = "2 GPUs, batches (256, 256): ", "2 GPUs, batches (256, 128): "
     assert figures(tmp_path, plain + "speedup") == [["1.95", "1.80", "1", "-0.15", "2 x H100"]]
     assert figures(tmp_path, variable + "speedup") == [["1.93", "1.50", "1", "-0.43", "2 x H100"]]
     assert figures(tmp_path, "4 GPUs, batches (512, 512): speedup") == [
         ["3.74", "3.00", "1", "-0.74", "4 x H100"]
     ]
-    assert figures(tmp_path, "1 GPU, batches (128, 128): hours") == [
-        ["98.05", "not measured", "0", "", ""]
-    ]
-    assert (
-        figures(tmp_path, "one weird trick, batch 256 a GPU, 2 GPUs: speedup")[0][1]
-        == "not measured"
-    )  # there is no base
-    command = (
-        "| hybrid --mesh=1x1,1x2 --batch_per_device=128 | Krizhevsky 2014"  # the run, and its base
-    )
-    assert command in measured.measured_table(tmp_path)
+    # Its panel has no one-device run.
+    (row,) = figures(tmp_path, "one weird trick, batch 256 per GPU, 2 GPUs")
+    assert row[1] == "not measured"
+    rows = measured.measured_tables(tmp_path)["One weird trick"]
+    row = next(row for row in rows if row.name == plain + "speedup")
+    # The command of the run and of the one-device run.
+    assert row.command == "hybrid --mesh=1x1,1x2 --batch_per_device=128"
+    assert row.source.startswith("Krizhevsky 2014")
 
 
-@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure["name"])
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
 def test_commands_make_the_runs_that_a_figure_is_of(figure):
     made = []
-    for command in figure["configs"]:
-        file, *settings = command.split(" ")
+    for arguments in figure.configs:
+        file, *settings = arguments.split(" ")
         name, _, variant = file.partition(".py")
         config = importlib.import_module(f"experiments.{name}").get_config(
             *filter(None, [variant.removeprefix(":")])
@@ -221,160 +224,159 @@ def test_commands_make_the_runs_that_a_figure_is_of(figure):
             if text.startswith("--config.")
         ]
         assert {*fields} <= {*flat(config.to_dict())}
-        assert config.data.name == figure["where"].get("dataset", "imagenet2012")
-    if "experiment" in figure["where"]:
+        assert config.data.name == figure.where.get("dataset", "imagenet2012")
+    if "experiment" in figure.where:
         assert made == [
-            figure["where"]["experiment"],
-            *([figure["control"]] if "control" in figure else []),
+            figure.where["experiment"],
+            *([figure.control] if figure.control else []),
         ]
 
 
-def test_experiment_says_what_was_measured():
-    """cuda_convnet_cifar.py's figures are those of results/."""
-    for variant in cuda_convnet_cifar.RECIPES:
-        runs = [
-            run
-            for run in measured.read(ROOT / "results")
-            if run.get("experiment") == f"cuda_convnet_{variant}"
-        ]
-        error = compare.mean([100 * (1 - run["eval"]["accuracy"]) for run in runs], 2)
-        seconds = sum(run["train_seconds"] for run in runs) / len(runs)
-        line = rf"^  {variant} +{re.escape(error)} % +n = {len(runs)} +{seconds:.1f} s"
-        assert re.search(line, cuda_convnet_cifar.__doc__, re.MULTILINE), line
-
-
-def test_other_experiments_say_what_was_measured():
-    """So are alexnet_cifar.py's, deeper_cifar.py's, owt_cifar.py's and owt_imagenet.py's."""
-    runs = [run for run in measured.read(ROOT / "results") if run.get("dataset") == "cifar10"]
-    found = {}
-    for run in runs:
-        if run["experiment"].startswith("alexnet_cifar"):
-            variant = run["experiment"].removeprefix("alexnet_cifar").replace(
-                "_", ":"
-            ) or ":best" * (run["epochs"] == 100)
-            place = f"{run['devices']} x {run['device_kind'].removeprefix('NVIDIA ').split()[0]}"
-            mesh = (
-                f"mesh {run['mesh']['data']}x{run['mesh']['model']}"
-                + f", {run['parallelism']}" * (run["devices"] > 1)
-            )
-            found.setdefault(f"{variant}, {place}" if variant else f"{place}, {mesh}", []).append(
-                run
-            )
-    assert len(found) == 6
-    for place, same in found.items():
-        accuracy = compare.mean([100 * run["eval"]["accuracy"] for run in same], 2)
-        seconds = sum(run["train_seconds"] for run in same) / len(same)
-        line = rf"^  {place} +{accuracy} % +n = {len(same)} +{seconds:.1f} s"
-        assert re.search(line, alexnet_cifar.__doc__, re.MULTILINE), line
-    for name in deeper_cifar.VARIANTS:
-        same = [run for run in runs if run["experiment"] == f"deeper_{name}"]
-        accuracy = compare.mean([100 * run["eval"]["accuracy"] for run in same], 2)
-        assert re.search(
-            rf"^  {name} .* {accuracy} % +n = {len(same)}$", deeper_cifar.__doc__, re.MULTILINE
-        ), name
-    for label, variable, scaling in (
-        ("rate k, as large", "", 1.0),
-        ("rate k, dense 128", "_variable", 1.0),
-        ("sqrt\\(k\\), as large", "", 0.5),
-        ("sqrt\\(k\\), dense 128", "_variable", 0.5),
-    ):
-        same = [
-            run
-            for run in runs
-            if run["experiment"] == f"owt_cifar{variable}"
-            and run["config"]["optimizer"]["scaling"] == scaling
-        ]
-        errors = {
-            batch: [
-                100 * (1 - run["eval"]["accuracy"]) for run in same if run["batch_size"] == batch
-            ]
-            for batch in sorted({run["batch_size"] for run in same})
-        }
-        assert {len(values) for values in errors.values()} == {3}
-        means = " +".join(f"{statistics.mean(values):.2f}" for values in errors.values())
-        assert re.search(rf"^  {label} +{means}( %)?$", owt_cifar.__doc__, re.MULTILINE), (
-            label,
-            means,
-        )
-    for batch, dense, variable in ((128, 128, ""), (512, 512, ""), (512, 128, "_variable")):
-        errors = [
-            100 * (1 - run["eval"]["accuracy"])
-            for run in measured.read(ROOT / "results")
-            if (run.get("experiment"), run["batch_size"]) == (f"owt_imagenette{variable}", batch)
-        ]
-        assert len(errors) == 3
-        assert f"({batch}, {dense})   {compare.mean(errors, 2)} %" in owt_imagenet.__doc__
-    errors = [
-        100 * (1 - run["eval"]["accuracy"])
-        for run in measured.read(ROOT / "results")
-        if run.get("experiment") == "alexnet_2012_imagenette"
-    ]
-    assert f"  {compare.mean(errors, 2)} %   n = {len(errors)} " in alexnet_2012_imagenet.__doc__
-    of_claims = {
-        variant: [
-            100 * (1 - run["eval"]["accuracy"])
-            for run in runs
-            if run["experiment"] == f"claims_2012_{variant}"
-        ]
-        for variant in ("base", "plain_pool")
-    }
-    more = compare.mean(
-        [
-            one - other
-            for one, other in zip(of_claims["plain_pool"], of_claims["base"], strict=True)
-        ],
-        2,
-    )
-    assert f"Plain pools cost {more.replace('0.', '.')};" in claims_2012_cifar.__doc__
-
-
-def test_one_weird_tricks_table_and_speedups_are_told():
+def test_one_weird_tricks_table_is_in_its_experiment():
     text = re.sub(" +", " ", owt_imagenet.__doc__)
-    for gpus, dense, error, hours, speedup in papers.ONE_WEIRD_TRICK:
+    for gpus, dense, error, hours, speedup in published.ONE_WEIRD_TRICK:
         assert f"{gpus} ({128 * gpus}, {dense}) {error} {hours:.2f} {speedup}" in text
-    found: dict[tuple, list[str]] = {}
-    for run in measured.read(ROOT / "results"):
-        if (
-            run.get("config", {}).get("experiment", "").startswith("owt_imagenet")
-            and run.get("speedup")
-            and run["devices"] > 1
-        ):
-            found.setdefault((run["devices"], run["variable"]), []).append(f"{run['speedup']:.2f}")
-    assert {key: len(values) for key, values in found.items()} == {
-        (2, False): 2,
-        (2, True): 2,
-        (4, False): 1,
-        (4, True): 1,
-    }
-    for (gpus, variable), values in found.items():
-        batches = f"({128 * gpus}, {128 if variable else 128 * gpus})"
-        assert f"{gpus} {batches} {', '.join(sorted(values))} " in text.replace("\n", " ")
 
 
-def test_it_prints_every_table(tmp_path):
+# ---- The pages of results/
+
+
+@pytest.mark.parametrize(("name", "make"), pages.PAGES.items())
+def test_pages_are_what_the_results_say(name, make):
+    page = (ROOT / "results" / name).read_text()
+    assert page == make(), f"out of date: {pages.COMMAND}"
+    assert f"`{pages.COMMAND}`" in page.split("\n\n")[1]
+
+
+def test_no_page_is_left_over():
+    assert {path.name for path in (ROOT / "results").glob("*.md")} == {*pages.PAGES}
+
+
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_pages_fit_a_screen(name):
+    """Rows of tables, about 100 characters; other lines and commands, 100 columns."""
+    for line in (ROOT / "results" / name).read_text().splitlines():
+        is_header = line.startswith(("| experiment", "| GPUs", "| mesh"))
+        limit = 135 if is_header else 120 if line.startswith("|") else 100
+        assert len(line) <= limit, line
+        assert "launch.py" not in line or not line.startswith("|"), line
+
+
+def test_every_published_figure_is_on_the_papers_page():
+    page = pages.papers_page()
+    for title, rows in measured.measured_tables().items():
+        assert f"## {title}\n" in page
+        for row in rows:
+            assert " | ".join(row[:6]) in page
+            assert row.source in " ".join(page.split())
+            for line in row.command.split("; "):
+                assert line in " ".join(page.replace("\\\n", "").split())
+
+
+def test_the_depth_plot_is_what_the_results_say():
+    runs = measured.load_summaries(measured.DATA / "claims")
+    assert (ROOT / "results" / "depth.svg").read_text() == tables.depth_plot(runs)
+
+
+def test_the_headline_table_fits_readme():
+    table = headline.headline_table()
+    rows = re.sub(r"\(results/.*?\)", "", table).splitlines()
+    assert len(rows) == 2 + 6
+    assert max(map(len, rows)) <= 120
+    for target in re.findall(r"\]\((.*?)\)", table):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_headline_goes_between_readmes_markers():
+    readme = f"a\n{headline.BEGIN}old\ntable\n{headline.END}\nb\n"
+    table = headline.headline_table()
+    assert headline.with_headline(readme) == f"a\n{headline.BEGIN}{table}\n{headline.END}\nb\n"
+    assert headline.with_headline("no markers") == "no markers"
+
+
+def test_readmes_headline_is_what_the_results_say():
+    readme = (ROOT / "README.md").read_text()
+    assert headline.with_headline(readme) == readme, f"out of date: {pages.COMMAND}"
+
+
+def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    (tmp_path / "README.md").write_text(f"{headline.BEGIN}{headline.END}")
+    monkeypatch.setattr(pages, "RESULTS", results)
+    made = dict.fromkeys(pages.PAGES, lambda: "page")
+    monkeypatch.setattr(pages, "PAGES", made)
+    assert command.main(["--write"]) == 0
+    written = capsys.readouterr().out.splitlines()
+    assert written == [
+        *(str(results / name) for name in made),
+        str(results / "depth.svg"),
+        str(tmp_path / "README.md"),
+    ]
+    assert headline.headline_table() in (tmp_path / "README.md").read_text()
+    assert command.main(["--write"]) == 0
+    assert not capsys.readouterr().out.strip()
+
+
+def test_it_prints_every_page(tmp_path):
+    """From any folder, and with the depth plot beside."""
     result = subprocess.run(
         [sys.executable, "-m", "cnn_spmd.papers", "--depth_plot", str(tmp_path / "depth.svg")],
-        cwd=ROOT,
+        cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    for title, rows in measured.tables().items():
-        assert f"{title}\n\n| figure | published | measured | n | difference" in result.stdout
-        for row in rows:
-            assert " | ".join(row) in result.stdout
-    assert "3,072 weights at 32x32x3, 120,000 at 200x200x3" in result.stdout
+    for name in pages.PAGES:
+        assert (ROOT / "results" / name).read_text() in result.stdout
+    printed = " ".join(result.stdout.split())
+    assert "3,072 weights at 32x32x3 and 120,000 at 200x200x3" in printed
     assert "<svg" in (tmp_path / "depth.svg").read_text()
 
 
 def test_a_plot_that_cannot_be_written(capsys):
     with pytest.raises(SystemExit):
-        __main__.main(["--depth_plot", "/no/where/depth.svg"])
+        command.main(["--depth_plot", "/no/where/depth.svg"])
     assert (
         "error: --depth_plot=/no/where/depth.svg: cannot be written (No such file or directory)"
         in capsys.readouterr().err
     )
+
+
+def test_a_copy_without_results_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "DATA", tmp_path / "data")
+    assert command.main([]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'data'}: does not exist: use a checkout, or give the folders of runs\n"
+    )
+
+
+def test_the_command_of_an_older_sweep():
+    """Older files hold the arguments that all runs share, without what was swept."""
+    run = dict(mesh="1x1", settings=dict(batch_per_device=32, parallelism="data"))
+    other = dict(mesh="2x1", settings=dict(batch_per_device=64, parallelism="data"))
+    sweep = dict(arguments=["--config", "e.py"], runs=[run, other])
+    assert tables.sweep_command(sweep) == (
+        "python launch.py --config e.py --mesh 1x1,2x1 --batch_per_device 32,64"
+        " --sweep parallelism=data"
+    )
+    assert tables.sweep_command(sweep | dict(command="c")) == "c"
+
+
+def test_learning_rates_on_known_runs():
+    def run(rate, accuracy):
+        config = dict(optimizer=dict(learning_rate=rate))
+        return dict(experiment="deeper_a", config=config, eval=dict(accuracy=accuracy))
+
+    runs = [run(0.1, 0.5), run(0.02, 0.6), run(0.1, 0.7)]
+    made = tables.rates_table(runs, "deeper_", lambda run: f"{run['eval']['accuracy']}")
+    assert made.splitlines()[0] == "| variant | rate 0.02 | rate 0.1 |"
+    assert made.splitlines()[2:] == ["| a | 0.6 | 0.5; 0.7 |"]
+
+
+# ---- Recipes
 
 
 def test_what_makes_another_recipe():

@@ -1,4 +1,4 @@
-"""Pictures of what a run learned: their numbers are the model's own, and report.html shows them."""
+"""Pictures of what a run learned: their numbers, and that the report shows them."""
 
 import dataclasses
 import errno
@@ -16,7 +16,7 @@ from PIL import Image
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import __main__ as report
-from cnn_spmd.report import pictures
+from cnn_spmd.report import drawings, pictures
 from cnn_spmd.training import build as setups
 from cnn_spmd.training import loop as train
 from cnn_spmd.training import workdir
@@ -24,16 +24,24 @@ from cnn_spmd.training import workdir
 NAMES = ("filters.png", "top5.png", "neighbours.png")
 
 
+def network(run, params):
+    return nnx.merge(run.functions.graph, params, run.init().model_state)
+
+
 def features_of(run, params, images):
     """What the convolutions make of whole images, as normalised by NumPy."""
-    return nnx.merge(run.functions.graph, params).features((images - run.functions.mean) / run.functions.std)
+    return network(run, params).features(
+        (images - run.functions.preprocessing.mean) / run.functions.preprocessing.std
+    )
 
 
-def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
-    """A net with hidden layers of 48, trained on 1x2 and drawn on one device, 64 training images in batches of 24."""
-    monkeypatch.setattr(
-        pictures.plots, "svg", lambda fig, label: "<svg></svg>"
-    )  # the report's other charts
+@pytest.fixture
+def trained(config, tmp_path, monkeypatch):
+    """Train a net with hidden layers of 48 on 1x2 and draw it; return its folder.
+
+    There are 64 training images, looked through in batches of 24.
+    """
+    monkeypatch.setattr(pictures.plots, "svg", lambda fig, label: "<svg></svg>")  # other charts
     monkeypatch.setattr(pictures, "BATCH", 24)
     config.update(dict(steps=3, seed=5, parallelism="hybrid", mesh=dict(data=1, model=2)))
     config.model.update(dict(name="one_convolution", width=48))
@@ -41,57 +49,29 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
     config.eval.every_epochs = config.checkpoint.every_epochs = 0
     train.run(config, tmp_path)
     assert report.main(["--pictures", str(tmp_path)]) == 0
-    said = json.loads((tmp_path / "pictures.json").read_text())
-    assert (said["step"], said["filters"], [row["file"] for row in said["pictures"]]) == (
-        3,
-        64,
-        list(NAMES),
-    )
+    return tmp_path
 
-    run, state = pictures.restore(tmp_path, None)
-    model = nnx.merge(run.functions.graph, state.params)
-    test, labels = run.data.test_images.astype(np.float32), run.data.test_labels
-    logits = [
-        np.asarray(model.classify(features_of(run, state.params, x)), np.float64)
-        for x in (test, test[:, :, ::-1])
-    ]
-    odds = (
-        sum(np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits) / 2
-    )  # eval.views=mirrored
-    assert len({row["test_image"] for row in said["predictions"]}) == 8
-    for row in said["predictions"]:
-        own = odds[row["test_image"]]
-        assert row["label"] == labels[row["test_image"]]
-        assert row["classes"] == np.argsort(-own)[:5].tolist()
-        np.testing.assert_allclose(row["probabilities"], np.sort(own)[::-1][:5], rtol=1e-4)
 
-    def hidden(images):
-        x = np.asarray(features_of(run, state.params, images.astype(np.float32)), np.float64)
-        for layer in (state.params["fc1"], state.params["fc2"]):
-            x = np.maximum(x @ np.asarray(layer["kernel"][...]) + np.asarray(layer["bias"][...]), 0)
-        return x
-
-    hidden_TF, hidden_NF = hidden(test), hidden(run.data.train_images)
-    assert len({row["test_image"] for row in said["neighbours"]}) == 5
-    for row in said["neighbours"]:
-        distances = np.linalg.norm(hidden_NF - hidden_TF[row["test_image"]], axis=-1)
-        assert row["width"] == 48
-        assert row["train_images"] == np.argsort(distances)[:6].tolist()
-        assert row["labels"] == run.data.train_labels[row["train_images"]].tolist()
-        np.testing.assert_allclose(row["distances"], np.sort(distances)[:6], rtol=1e-3)
+def test_pictures_of_a_run(trained, monkeypatch, capsys):
+    said = json.loads((trained / "pictures.json").read_text())
+    assert (said["step"], said["filters"]) == (3, 64)
+    assert [row["file"] for row in said["pictures"]] == list(NAMES)
+    run, state = pictures.restore_run(trained, None)
+    check_predictions(run, state, said["predictions"])
+    check_neighbours(run, state, said["neighbours"])
 
     for name in NAMES:
-        with Image.open(tmp_path / name) as image:
+        with Image.open(trained / name) as image:
             assert image.format == "PNG"
             assert np.asarray(image).std() > 10
-    page = (tmp_path / "report.html").read_text()
+    page = (trained / "report.html").read_text()
     titles = re.findall(r"<h3>([^<]*): ", page)[-3:]
     assert list(map(html.unescape, titles)) == [row["title"] for row in said["pictures"]]
     assert page.count('src="data:image/png;base64,iVBOR') == 3
     assert "after step 3, synthetic." in page
     capsys.readouterr()
 
-    old = {name: (tmp_path / name).read_bytes() for name in NAMES}
+    old = {name: (trained / name).read_bytes() for name in NAMES}
 
     def full(_, path, **__):
         path.write_bytes(b"half")
@@ -99,31 +79,71 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(pictures.Figure, "savefig", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        pictures.draw(tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in NAMES} == old
-    assert not list(tmp_path.glob("*.tmp"))
+        pictures.draw_pictures(trained)
+    assert {name: (trained / name).read_bytes() for name in NAMES} == old
+    assert not list(trained.glob("*.tmp"))
 
     summary, saved = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "config")
+        json.loads((trained / f"{name}.json").read_text()) for name in ("summary", "config")
     )
     assert summary["data_digest"] == saved["data_digest"] == run.data.digest
 
 
+def check_predictions(run, state, rows):
+    """Check classes and probabilities of test images against NumPy's."""
+    model = network(run, state.params)
+    test, labels = run.data.test_images.astype(np.float32), run.data.test_labels
+    logits = [
+        np.asarray(model.classify(features_of(run, state.params, x)), np.float64)
+        for x in (test, test[:, :, ::-1])
+    ]
+    # eval.views is mirrored: two views.
+    odds = sum(np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in logits) / 2
+    assert len({row["test_image"] for row in rows}) == 8
+    for row in rows:
+        own = odds[row["test_image"]]
+        assert row["label"] == labels[row["test_image"]]
+        assert row["classes"] == np.argsort(-own)[:5].tolist()
+        np.testing.assert_allclose(row["probabilities"], np.sort(own)[::-1][:5], rtol=1e-4)
+
+
+def check_neighbours(run, state, rows):
+    """Check the nearest training images against NumPy's distances."""
+
+    def hidden(images):
+        x = np.asarray(features_of(run, state.params, images.astype(np.float32)), np.float64)
+        for layer in (state.params["fc1"], state.params["fc2"]):
+            x = np.maximum(x @ np.asarray(layer["kernel"][...]) + np.asarray(layer["bias"][...]), 0)
+        return x
+
+    hidden_TF, hidden_NF = hidden(run.data.test_images), hidden(run.data.train_images)
+    assert len({row["test_image"] for row in rows}) == 5
+    for row in rows:
+        distances = np.linalg.norm(hidden_NF - hidden_TF[row["test_image"]], axis=-1)
+        assert row["width"] == 48
+        assert row["train_images"] == np.argsort(distances)[:6].tolist()
+        assert row["labels"] == run.data.train_labels[row["train_images"]].tolist()
+        np.testing.assert_allclose(row["distances"], np.sort(distances)[:6], rtol=1e-3)
+
+
 def test_what_reaches_the_output_layer_where_none_is_hidden(config):
     run = setups.prepare(config)
-    params = run.functions.init(np.uint32(0)).params
+    state = run.init()
+    params = state.params
     images = run.data.test_images[:4]
     np.testing.assert_allclose(
-        pictures.activations(run.steps, params, images), features_of(run, params, images), atol=1e-5
+        pictures.activations(run.functions, state, images),
+        features_of(run, params, images),
+        atol=1e-5,
     )
 
 
 def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, monkeypatch):
-    """Of 64 training images in batches of 24, the last fills up a batch."""
+    """64 training images come in batches of 24; the last image fills up a batch."""
     monkeypatch.setattr(pictures, "BATCH", 24)
     run = setups.prepare(config)
     run = run._replace(data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1]))
-    (near,) = pictures.neighbours(run, run.functions.init(np.uint32(0)).params, np.array([0]))
+    (near,) = pictures.neighbours(run, run.init(), np.array([0]))
     assert (near["train_images"][0], near["distances"][0]) == (63, pytest.approx(0, abs=1e-3))
     assert len({*near["train_images"]}) == 6
     assert near["distances"][1] > 1
@@ -133,7 +153,7 @@ def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, m
 def test_every_filter_is_in_the_grid_once(count, towers):
     """Filter k is of one colour, k: each tower has its own, in their order."""
     filters = np.broadcast_to(np.arange(count)[:, None, None, None] / 128, (count, 3, 3, 3))
-    grids = [axes.images[0].get_array() for axes in pictures.filter_grid(filters, towers).axes]
+    grids = [axes.images[0].get_array() for axes in drawings.filter_grid(filters, towers).axes]
     assert len(grids) == towers
     for tower, grid in enumerate(grids):
         colours, counts = np.unique(np.asarray(grid)[..., 0], return_counts=True)
@@ -147,23 +167,23 @@ def test_every_filter_is_in_the_grid_once(count, towers):
 def test_filters_are_scaled_each_to_its_own_range(config, name):
     config.model.update(dict(name=name, width=24))
     run = setups.prepare(config)
-    params = run.functions.init(np.uint32(0)).params
+    state = run.init()
+    params = state.params
     layer, shape = ("conv1", (32, 3, 3, 3)) if name == "simple_cnn" else ("fc1", (24, 32, 32, 3))
     label, filters = pictures.first_layer(run, params)
     assert (label, filters.shape) == (f"{layer}.kernel", shape)
     assert np.ptp(filters.reshape(len(filters), -1), 1) == pytest.approx(np.ones(len(filters)))
-    weights = np.asarray(params[layer]["kernel"][..., 7]).reshape(
-        filters.shape[1:]
-    )  # as flatten orders an image
+    # In the order in which flatten puts an image.
+    weights = np.asarray(params[layer]["kernel"][..., 7]).reshape(filters.shape[1:])
     np.testing.assert_allclose(filters[7], (weights - weights.min()) / np.ptp(weights), rtol=1e-5)
 
 
 def test_test_images_are_chosen_by_the_seed():
-    shown, compared = pictures.choose(3, 100)
+    shown, compared = pictures.choose_images(3, 100)
     assert (len({*shown}), len({*compared}), {*shown} & {*compared}) == (8, 5, set())
-    assert [*pictures.choose(3, 100)[0]] == [*shown]
-    assert [*pictures.choose(4, 100)[0]] != [*shown]
-    assert [len(indices) for indices in pictures.choose(3, 4)] == [4, 4]
+    assert [*pictures.choose_images(3, 100)[0]] == [*shown]
+    assert [*pictures.choose_images(4, 100)[0]] != [*shown]
+    assert [len(indices) for indices in pictures.choose_images(3, 4)] == [4, 4]
 
 
 def test_few_classes_and_images_are_drawn(config):
@@ -180,8 +200,8 @@ def test_few_classes_and_images_are_drawn(config):
                 if text.get_text()
             ]
             for fig in (
-                pictures.prediction_bars(data, [row] * 3),
-                pictures.neighbour_rows(data, [near]),
+                drawings.prediction_bars(data, [row] * 3),
+                drawings.neighbour_rows(data, [near]),
             )
         ]
     above, _, _, second, *_ = texts[0]
@@ -197,15 +217,15 @@ def test_few_classes_and_images_are_drawn(config):
         (texts[1][1], 5, 11),
     ):
         assert re.fullmatch(rf"b{{{fewest},{most}}}…", text)
-    wide, narrow = (len(pictures.short(letter * 40, 0.12, fontsize=7)) for letter in "Wi")
+    wide, narrow = (len(drawings.shortened(letter * 40, 0.12, fontsize=7)) for letter in "Wi")
     assert wide < narrow / 2 < 20  # by their width, not their number
-    assert pictures.short("i" * 20, 0.12, fontsize=7) == "i" * 20
+    assert drawings.shortened("i" * 20, 0.12, fontsize=7) == "i" * 20
 
 
 def test_a_long_name_keeps_all_letters_that_fit_and_the_rest_is_not_measured(monkeypatch):
-    measured, of_text = [], pictures.TextPath
+    measured, of_text = [], drawings.TextPath
     monkeypatch.setattr(
-        pictures,
+        drawings,
         "TextPath",
         lambda at, text, *rest, **more: measured.append(text) or of_text(at, text, *rest, **more),
     )
@@ -218,22 +238,22 @@ def test_a_long_name_keeps_all_letters_that_fit_and_the_rest_is_not_measured(mon
         "x" + " " * 40 + "y",
         " ",
     ):
-        short = pictures.short(name, 0.12, fontsize=7)
+        short = drawings.shortened(name, 0.12, fontsize=7)
         fitting = [
             f"{name[:kept]}…"
             for kept in range(len(name))
-            if pictures.short(f"{name[:kept]}…", 0.12, fontsize=7) == f"{name[:kept]}…"
+            if drawings.shortened(f"{name[:kept]}…", 0.12, fontsize=7) == f"{name[:kept]}…"
         ]
         assert short in (name, fitting[-1])
         assert (short == name) == (name in ("n01440764", " "))
     measured.clear()
-    assert pictures.short("abcdefgh " * 222, 0.12, fontsize=7).startswith("abcdefgh")
+    assert drawings.shortened("abcdefgh " * 222, 0.12, fontsize=7).startswith("abcdefgh")
     assert sum(map(len, measured)) < 400
 
 
 @pytest.fixture
 def saved(config, tmp_path):
-    """Writes config.json of a run of `config` with some changes, and nothing else; returns the folder."""
+    """Write nothing but config.json of a run, with some changes; return the folder."""
 
     def write(**changes):
         run = setups.prepare(config)
@@ -257,7 +277,8 @@ def saved(config, tmp_path):
         (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
         (
             dict(dataset="digits"),
-            "was trained on digits, but its data.dir= holds synthetic: give the former's place by --data_dir",
+            "was trained on digits, but its data.dir= holds synthetic: give the former's place by "
+            "--data_dir",
         ),
         (dict(data_files="0a"), "was trained on synthetic, but its data.dir= holds other files or"),
         (
@@ -312,7 +333,9 @@ def test_a_place_for_data_that_have_none_is_refused(saved, capsys, dataset):
 
 
 def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pictures, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        pictures, "draw_pictures", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert report.main(["--pictures", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -324,9 +347,8 @@ def test_what_is_no_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'}: damaged JSON")
-    with workdir.locked(
-        tmp_path
-    ):  # as a run that is going on does, whose half-made checkpoint must not be cleaned away
+    # A run that is still training holds the lock: its half-made checkpoint must stay.
+    with workdir.locked(tmp_path):
         assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: another run is using it")
     for arguments in (["--pictures"], ["--data_dir", "x", str(tmp_path)]):

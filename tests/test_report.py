@@ -1,8 +1,9 @@
-"""The report on runs and sweeps: its numbers are theirs, and half-written folders, failed runs and bad input are told."""
+"""Reports on runs and sweeps have their numbers and name what is damaged."""
 
 import csv
 import errno
 import html
+import io
 import json
 import os
 import pathlib
@@ -11,12 +12,14 @@ import subprocess
 import sys
 
 import pytest
+import rich.console
 
 from cnn_spmd import sweep
-from cnn_spmd.papers import published as papers
-from cnn_spmd.papers import tables
+from cnn_spmd.config import flat
+from cnn_spmd.errors import UserError
+from cnn_spmd.papers import pages, published, tables
 from cnn_spmd.report import __main__ as report
-from cnn_spmd.report import canvas, charts, compare, plots, write
+from cnn_spmd.report import canvas, charts, compare, load_runs, plots, write_report
 from cnn_spmd.training import loop as train
 from cnn_spmd.training import runfiles
 
@@ -43,7 +46,7 @@ PROFILE = dict(
 
 @pytest.fixture
 def drawn():
-    """For the tests that look at the pictures: the others go without, which is much faster."""
+    """Draw the pictures in this test; other tests go without, which is much faster."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,7 @@ def a_run(
     reason="",
     **more,
 ):
-    """An entry of sweep.json with invented numbers, all different; batch a device."""
+    """Return an entry of sweep.json with invented numbers; batch is per device."""
     data, model = map(int, mesh.split("x"))
     size = batch * data * model
     step = 1e3 * size / speed
@@ -73,46 +76,17 @@ def a_run(
         mesh=dict(data=data, model=model),
         parallelism=parallelism,
         batch_size=size,
-        dataset="synthetic",
-        fallback=None,
-        seed=seed,
-        dtype="bfloat16",
-        steps=100,
         images_per_second=speed,
-        steady_calls=9,
-        train_seconds=12.5 + seed,
-        compile_seconds=3.25,
-        param_count=1000,
         step_milliseconds=dict(p10=0.9 * step, median=step, p90=1.2 * step),
-        accuracy=0.5 + 0.01 * seed,
-        loss=1.25 + seed,
         bytes_per_device=dict(parameters=143_400_000 // model, optimizer=143_400_000 // model),
-        peak_bytes=400_000_000,
         ring_bytes=3_000_000 * data + 70_000 * model,
         closed_form_ring_bytes=3_100_000 * data,
-        dense_microbatch=0,
         collectives=[
-            dict(
-                operation="all-reduce",
-                axes=["data"],
-                phase="backward",
-                count=1,
-                bytes=9,
-                ring_bytes=3_000_000 * data,
-            ),
-            dict(
-                operation="all-gather",
-                axes=["model"],
-                phase="forward",
-                count=2,
-                bytes=9,
-                ring_bytes=70_000 * model,
-            ),
+            collective("all-reduce", "data", 3_000_000 * data),
+            collective("all-gather", "model", 70_000 * model),
         ],
-        device_kind="NVIDIA H200",
-        processes=1,
-        profile=None,
     )
+    figures |= figures_of_seed(seed)
     settings = dict(parallelism=parallelism, batch_per_device=batch, seed=seed) | (settings or {})
     name = ",".join([mesh, *(f"{key}={value}" for key, value in settings.items())])
     return dict(
@@ -124,6 +98,36 @@ def a_run(
         command="python launch.py",
         seconds=31.25,
         figures=figures | more if status == "completed" else {},
+    )
+
+
+def collective(operation, axis, ring_bytes):
+    """Return a row of the collectives of a program."""
+    shared = dict(phase="backward", count=1, bytes=9)
+    return dict(operation=operation, axes=[axis], ring_bytes=ring_bytes) | shared
+
+
+def figures_of_seed(seed):
+    """Return the figures that do not depend on mesh and batch."""
+    accuracy, loss = 0.5 + 0.01 * seed, 1.25 + seed
+    return dict(
+        dataset="synthetic",
+        fallback=None,
+        seed=seed,
+        dtype="bfloat16",
+        steps=100,
+        steady_calls=9,
+        train_seconds=12.5 + seed,
+        compile_seconds=3.25,
+        param_count=1000,
+        accuracy=accuracy,
+        loss=loss,
+        eval=dict(accuracy=accuracy, loss=loss),
+        peak_bytes=400_000_000,
+        dense_microbatch=0,
+        device_kind="NVIDIA H200",
+        processes=1,
+        profile=None,
     )
 
 
@@ -177,7 +181,7 @@ def write_run(
     batch_size=128,
     rate=0.1,
 ):
-    """A run folder, as training/loop.py writes it (the fields that the report reads); returns it."""
+    """Write a run folder with the fields that the report reads; return it."""
     figures = a_run(mesh, speed, seed=seed)["figures"] | dict(batch_size=batch_size)
     config = dict(
         experiment="e",
@@ -225,7 +229,7 @@ def fifo(path: pathlib.Path) -> None:
 
 
 def written(capsys, *folders) -> tuple[str, str, list[dict], str]:
-    """report.md, report.html as text, the rows of report.csv, and stderr."""
+    """Return report.md, report.html, the rows of report.csv, and stderr."""
     assert report.main(list(map(str, folders))) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-3:] == [
@@ -241,7 +245,7 @@ def written(capsys, *folders) -> tuple[str, str, list[dict], str]:
 
 
 def cells_of(page: str) -> list[list[str]]:
-    """The rows of all tables of an HTML page."""
+    """Return the rows of all tables of an HTML page."""
     return [
         [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
         for row in re.findall(r"<tr>(.*?)</tr>", page)
@@ -336,7 +340,7 @@ def test_a_run_without_a_speed_has_no_bar_for_its_step(tmp_path, capsys):
 
 
 def test_runs_without_a_speed_have_a_report(tmp_path, capsys):
-    """A run that was stopped after its last step, and then completed."""
+    """Such a run was stopped after its last step, and then completed."""
     write_run(tmp_path / "r")
     summary = json.loads((tmp_path / "r/summary.json").read_text()) | dict(
         images_per_second=None, step_milliseconds=None
@@ -348,16 +352,14 @@ def test_runs_without_a_speed_have_a_report(tmp_path, capsys):
 
 def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_path, capsys):
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", RUNS))
-    assert row_of(page, "8x1", "data", "batch 128 a device")[3:5] == ["2", "5,500 ± 707"]
-    assert row_of(page, "8x1", "data", "batch 128 a device")[6:8] == ["5.50 ± 0.71", "68.8"]
-    assert row_of(page, "4x2", "hybrid", "batch 128 a device")[6:8] == [
-        "7.12",
-        "89.0",
-    ]  # over data's one device
-    assert row_of(page, "8x1", "data", "batch 32 a device")[6:8] == ["6.00", "75.0"]
-    assert row_of(page, "1x1", "data", "batch 32 a device")[6:8] == ["1.00", "100.0"]
-    assert row_of(page, "8x1", "data", "batch 64 a device")[6:8] == ["", ""]
-    assert "No one-device run, so no speedup: batch 64 a device." in markdown
+    assert row_of(page, "8x1", "data", "batch 128 per device")[3:5] == ["2", "5,500 ± 707"]
+    assert row_of(page, "8x1", "data", "batch 128 per device")[6:8] == ["5.50 ± 0.71", "68.8"]
+    # hybrid has no one-device run of its own: it is relative to data's.
+    assert row_of(page, "4x2", "hybrid", "batch 128 per device")[6:8] == ["7.12", "89.0"]
+    assert row_of(page, "8x1", "data", "batch 32 per device")[6:8] == ["6.00", "75.0"]
+    assert row_of(page, "1x1", "data", "batch 32 per device")[6:8] == ["1.00", "100.0"]
+    assert row_of(page, "8x1", "data", "batch 64 per device")[6:8] == ["", ""]
+    assert "No one-device run, so no speedup: batch 64 per device." in markdown
     assert [float(row["speedup"] or 0) for row in rows] == pytest.approx(
         [1, 5, 6, 7.1234, 1, 6.002, 0]
     )
@@ -378,7 +380,7 @@ def test_a_fixed_batch_compares_with_the_same_batch_and_scheme(tmp_path):
         run["settings"].pop("batch_per_device")
         run["figures"]["batch_size"] = run["settings"]["batch_size"]
     gains = {
-        (group["mesh"], group["panel"]): compare.speedups(group)
+        (group["mesh"], group["panel"]): compare.group_speedups(group)
         for group in compare.groups_of(runs)
     }
     assert gains == {
@@ -398,7 +400,7 @@ def test_charts_say_what_they_show_and_what_is_left_out(tmp_path, capsys):
         "Speedup",
         "Step time",
         "Bytes moved by collectives",
-        "Memory a device",
+        "Memory per device",
         "Loss and accuracy",
     ]
     for title, chart in figures.items():
@@ -410,19 +412,21 @@ def test_charts_say_what_they_show_and_what_is_left_out(tmp_path, capsys):
         assert chart.count("<svg") == (2 if title == "Speedup" else 3), title
     for title in ("Throughput", "Speedup", "Step time"):
         assert (
-            "n = 1 to 2 runs (seeds) a point, averaged, each over 9 steady calls" in figures[title]
+            "n = 1 to 2 runs (seeds) per point, averaged, each over 9 steady calls"
+            in figures[title]
         )
         assert (
             f"runs refused: {BROKEN[0]['name']}; runs failed: {BROKEN[1]['name']}; runs pending:"
             in figures[title]
         )
     assert "<td>two towers | need &lt;2&gt; devices</td>" in page
-    assert "no ideal and no speedup, with: batch 64 a device" in figures["Speedup"]
+    assert "no ideal and no speedup, with: batch 64 per device" in figures["Speedup"]
     assert (
-        "Krizhevsky 2014, arXiv 1404.5997v2, 8 K20, PCIe 2.0, batch 128 a GPU" in figures["Speedup"]
+        "Krizhevsky 2014, arXiv 1404.5997v2, 8 K20, PCIe 2.0, batch 128 per GPU"
+        in figures["Speedup"]
     )
-    assert ">8x1 data</text>" in figures["Memory a device"]
-    assert ">286.8</text>" in figures["Memory a device"]  # parameters and optimizer
+    assert ">8x1 data</text>" in figures["Memory per device"]
+    assert ">286.8</text>" in figures["Memory per device"]  # parameters and optimizer
     assert ">12.1</text>" in figures["Bytes moved by collectives"]  # of 4x2
 
 
@@ -466,7 +470,7 @@ def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):
 
 @pytest.mark.usefixtures("drawn")
 def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
-    """Neither on those of this process, nor on an unknown backend and a matplotlibrc with TeX in another one."""
+    """This process has other settings; another has a matplotlibrc and a wrong backend."""
     folder = write_sweep(tmp_path / "s", RUNS[:2])
     page = written(capsys, folder)[1]
     own = {"text.usetex": True, "font.size": 30, "axes.facecolor": "red", "savefig.bbox": "tight"}
@@ -491,7 +495,7 @@ def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
 
 
 def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monkeypatch):
-    """As with a matplotlibrc that is no text, or without a folder for its cache."""
+    """Causes are a matplotlibrc that is no text, or no folder for its cache."""
     for name in ("canvas", "plots", "charts"):
         monkeypatch.delitem(sys.modules, f"cnn_spmd.report.{name}")
         monkeypatch.delattr(f"cnn_spmd.report.{name}")
@@ -518,7 +522,7 @@ def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monk
     ],
 )
 def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch, broken):
-    """Its files have all fields, and the report on it and on others leaves out what is not known."""
+    """Its files have all fields, and reports leave out what is not known."""
 
     def breaks(*_, **__):
         raise ValueError("a form that\nis not known")
@@ -552,7 +556,7 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
 
 
 def test_error_bars_are_the_percentiles_of_the_step_time():
-    below, above = plots.spread(compare.groups_of([a_run("4x2", 4000.0)]), [4000.0])
+    below, above = plots.error_bars(compare.groups_of([a_run("4x2", 4000.0)]), [4000.0])
     assert (below, above) == (
         pytest.approx([4000 - 4000 / 1.2]),
         pytest.approx([4000 / 0.9 - 4000]),
@@ -561,7 +565,11 @@ def test_error_bars_are_the_percentiles_of_the_step_time():
 
 def test_no_point_is_cut_off(monkeypatch):
     seen = []
-    monkeypatch.setattr(plots, "finish", lambda fig, axes, label: seen.append(axes.get_ylim()))
+
+    def keep_limits(fig, axes, label):
+        seen.append(axes.get_ylim())
+
+    monkeypatch.setattr(plots, "svg_with_legend", keep_limits)
     lone = a_run("1x1", 4000.0, step_milliseconds=dict(p10=31.99, median=32.0, p90=32.01))
     plots.throughput(compare.groups_of([lone]))
     ((bottom, top),) = seen
@@ -571,7 +579,7 @@ def test_no_point_is_cut_off(monkeypatch):
 
 def test_step_time_split():
     def split(**more):
-        return charts.split_of(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
+        return charts.step_split(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
 
     kind, parts = split(profile=PROFILE)
     assert (kind, list(parts.values())) == ("profile", [2.125, 0.625, 0.875, 0.375])
@@ -591,15 +599,14 @@ def test_on_a_cpu_nothing_is_split_and_papers_do_not_compare(tmp_path, capsys):
 
 
 def test_published_curves():
-    assert papers.speedups(papers.CURVES[0])[8] == 6.25
+    assert published.curve_speedups(published.CURVES[0])[8] == 6.25
     by_name = {
-        (curve["paper"][:7], curve["scheme"]): papers.speedups(curve) for curve in papers.CURVES
+        (curve["paper"][:7], curve["scheme"]): published.curve_speedups(curve)
+        for curve in published.CURVES
     }
     assert by_name["OptCNN,", "layer-wise"][16] == pytest.approx(12.15, abs=0.01)
     assert by_name["FlexFlo", "FlexFlow"][16] == pytest.approx(11.12, abs=0.01)
-    assert by_name["TensorF", "data"][8] == pytest.approx(
-        5.97, abs=0.01
-    )  # as REFERENCES and the source say
+    assert by_name["TensorF", "data"][8] == pytest.approx(5.97, abs=0.01)
 
 
 def test_a_lone_run_and_several(tmp_path, capsys):
@@ -615,9 +622,9 @@ def test_a_lone_run_and_several(tmp_path, capsys):
         for name, speed, seed in (("a", 1500.0, 0), ("b", 1700.0, 1))
     ]
     summary = json.loads((seeds[1] / "summary.json").read_text())
-    summary["config"] |= dict(
-        checkpoint=dict(keep=3), data=dict(dir="elsewhere", synthetic=dict(classes=3))
-    )  # of no import
+    # Fields that change no number.
+    elsewhere = dict(dir="elsewhere", synthetic=dict(classes=3))
+    summary["config"] |= dict(checkpoint=dict(keep=3), data=elsewhere)
     (seeds[1] / "summary.json").write_text(json.dumps(summary))
     changed = write_run(tmp_path / "c", "2x1", 900.0, rate=0.2)
     _, page, *_ = written(capsys, one, *seeds, changed)
@@ -630,7 +637,7 @@ def test_a_lone_run_and_several(tmp_path, capsys):
 
 
 def test_runs_that_differ_in_their_data_are_not_averaged(tmp_path, capsys):
-    """Where only one of them says what its data are, they may be the same."""
+    """If only one of two runs says what its data are, the data may be the same."""
     digests = ("a" * 16, "b" * 16, "a" * 16)
     runs = [
         write_run(tmp_path / f"r{seed}", speed=1000.0 + 100 * seed, seed=seed) for seed in range(3)
@@ -724,7 +731,7 @@ def test_a_half_written_run_is_unfinished_and_the_others_are_reported(
     assert row_of(page, "whole")[2] == "4,321"
     assert [row["status"] for row in rows] == ["unfinished", "completed"]
     assert "unfinished" in markdown
-    assert "having no metrics: no run" in page  # its curves, as far as they go, are drawn
+    assert "without metrics: no run" in page  # its curves, as far as they go, are drawn
 
 
 def test_a_run_folder_with_nothing_whole_but_its_name(tmp_path, capsys):
@@ -746,13 +753,13 @@ def test_a_killed_sweep_finds_the_run_that_had_finished(tmp_path, capsys):
     _, page, _, errors = written(capsys, folder)
     assert row_of(page, runs[1]["name"])[1:3] == ["completed", "1,900"]
     assert row_of(page, runs[2]["name"])[1] == "unfinished"
-    assert (
-        errors
-        == f"warning: {folder / runs[2]['name']}: unfinished: summary.json: No such file or directory\n"
+    unfinished = folder / runs[2]["name"]
+    assert errors == (
+        f"warning: {unfinished}: unfinished: summary.json: No such file or directory\n"
     )
 
 
-def test_a_cut_last_line_of_metrics_is_told_and_the_rest_kept(tmp_path, capsys):
+def test_a_cut_last_line_of_metrics_is_named_and_the_rest_is_read(tmp_path, capsys):
     folder = write_run(tmp_path / "run")
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
@@ -763,7 +770,7 @@ def test_a_cut_last_line_of_metrics_is_told_and_the_rest_kept(tmp_path, capsys):
 
 
 def test_pictures_of_what_was_learned(tmp_path, capsys):
-    """Of a lone run and of one in a sweep; those that are damaged are left out, with a line that says so."""
+    """They are in reports on a run and on a sweep; damage is named and left out."""
     run = write_run(tmp_path / "run")
     assert "<img" not in written(capsys, run)[1]
     (run / "a.png").write_bytes(b"pixels")
@@ -823,12 +830,12 @@ def test_metrics_of_another_kind_are_left_out(tmp_path, capsys):
 
 
 def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
-    paths = write.write([write_run(tmp_path / os.fsdecode(b"run\xff"))])
+    paths = write_report([write_run(tmp_path / os.fsdecode(b"run\xff"))])
     assert all(b"run\\udcff" in path.read_bytes() for path in paths)
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
-    """Also where a FIFO has its name, or that of the file written first."""
+    """This holds, too, where a FIFO has its name or that of the temporary file."""
     run = write_run(tmp_path / "run")
     for name in ("report.md", "report.csv.tmp"):
         fifo(run / name)
@@ -888,23 +895,195 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert refused(folder) == f"error: {folder / 'report.md'}: cannot be written: Is a directory\n"
 
 
-def test_the_readmes_table_of_sweeps(tmp_path):
-    folder = write_sweep(tmp_path / "s", [*RUNS[:3], a_run(speed=500.0, batch=32), BROKEN[0]])
-    assert tables.sweeps_table(folder).splitlines() == [
-        "alexnet_cifar, synthetic, 8 x NVIDIA H200, 32 host cores:",
-        "",
-        "| mesh | parallelism | parameters and optimizer, MB a device | n | batch 32 a device: images/s | step, ms (p10 to "
-        "p90) | speedup | ring MB a step | batch 128 a device: images/s | step, ms (p10 to p90) | speedup | ring MB a step |",
-        "|" + "---|" * 12,
-        "| 1x1 | data | 286.8 | 1 | 500 | 64.000 (57.600 to 76.800) | 1.00 | 3.1 | 1,000 | 128.000 (115.200 to 153.600) | "
-        "1.00 | 3.1 |",
-        "| 8x1 | data | 286.8 | 2 |  |  |  |  | 5,500 ± 707 | 187.733 (168.960 to 225.280) | 5.50 ± 0.71 | 24.1 |",
-        "",
-        f"{BROKEN[0]['name']}: refused: two towers | need <2> devices",
+def test_the_tables_of_a_sweep(tmp_path):
+    """One table per batch, smallest first; accuracies unless the images are random."""
+    runs = [*RUNS[:3], a_run(speed=500.0, batch=32), BROKEN[0]]
+    sweep = json.loads((write_sweep(tmp_path / "s", runs) / "sweep.json").read_text())
+    made = tables.sweep_tables(sweep)
+    header = "| mesh | scheme | n | MB per device | images/s | step, ms (p10 to p90) | speedup |"
+    assert list(made) == ["batch 32 per device", "batch 128 per device"]
+    assert made["batch 32 per device"].splitlines() == [
+        f"{header} ring MB per step |",
+        "|" + "---|" * 8,
+        "| 1x1 | data | 1 | 286.8 | 500 | 64.000 (57.600 to 76.800) | 1.00 | 3.1 |",
     ]
-    digits = json.loads((folder / "sweep.json").read_text())
-    for run in digits["runs"]:
+    assert made["batch 128 per device"].splitlines()[2:] == [
+        "| 1x1 | data | 1 | 286.8 | 1,000 | 128.000 (115.200 to 153.600) | 1.00 | 3.1 |",
+        "| 8x1 | data | 2 | 286.8 | 5,500 ± 707 | 187.733 (168.960 to 225.280) |"
+        " 5.50 ± 0.71 | 24.1 |",
+    ]
+    (said,) = pages.unfinished_runs(sweep)
+    assert said == f"{BROKEN[0]['name']}: refused: two towers | need <2> devices"
+    for run in sweep["runs"]:
         run["figures"].update(dataset="digits")
-    (folder / "sweep.json").write_text(json.dumps(digits))
-    assert "5.50 ± 0.71 | 24.1 | 50.50 ± 0.71 |" in tables.sweeps_table(folder)
-    assert not tables.sweeps_table(tmp_path / "none")
+    digits = tables.sweep_tables(sweep)["batch 128 per device"]
+    assert digits.startswith(f"{header} ring MB per step | test accuracy, % |")
+    assert "5.50 ± 0.71 | 24.1 | 50.50 ± 0.71 |" in digits
+
+
+# ---- Metrics that a user registers
+
+
+def write_ranked_run(folder, seed=0, mean_rank=2.5):
+    """Write a run whose evaluation has top5, examples and mean_rank; return it."""
+    run = write_run(folder, seed=seed)
+    evaluation = dict(accuracy=0.5, top5=0.875, loss=1.25, examples=100, mean_rank=mean_rank)
+    change(run / "summary.json", eval=evaluation)
+    rows = [
+        dict(step=50, split="eval", **evaluation),
+        dict(step=100, split="final", **evaluation),
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return run
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_registered_metric_is_in_every_part_of_the_report(tmp_path, capsys):
+    """A column in both tables and in the CSV file, and curves of its own."""
+    runs = [
+        write_ranked_run(tmp_path / "a", seed=0, mean_rank=2.5),
+        write_ranked_run(tmp_path / "b", seed=1, mean_rank=3.5),
+        write_run(tmp_path / "c", seed=2),
+    ]
+    markdown, page, rows, errors = written(capsys, *runs)
+    assert not errors
+    tables_of_page = [line for line in markdown.splitlines() if "test mean_rank |" in line]
+    assert len(tables_of_page) == 2
+    assert "| test accuracy, % | test top5, % | test mean_rank |" in tables_of_page[0]
+    assert "| loss | test top5, % | test mean_rank | train, s |" in tables_of_page[1]
+    assert row_of(page, "1x1", "data")[-2:] == ["87.50 ± 0.00", "3.0000 ± 0.7071"]
+    assert row_of(page, "a", "completed")[8:10] == ["87.50", "2.5000"]
+    assert row_of(page, "c", "completed")[8:10] == ["", ""]
+    assert [row["eval.mean_rank"] for row in rows] == ["2.5", "3.5", ""]
+    assert "<h3>Loss, top5, mean_rank and accuracy</h3>" in page
+    assert ">test mean_rank</text>" in page
+    assert "examples" not in markdown
+
+
+def test_a_registered_metric_of_a_finished_sweep_is_in_its_report(tmp_path, capsys):
+    """sweep.json holds what figures_of returned when the run ended."""
+    run = write_ranked_run(tmp_path / "a")
+    entry = a_run(eval=runfiles.figures_of(run)["eval"])
+    _, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", [entry, a_run("2x1")]))
+    assert row_of(page, "1x1", "data")[-1] == "2.5000"
+    assert [row["eval.mean_rank"] for row in rows] == ["2.5", ""]
+
+
+def test_a_registered_metric_is_in_the_terminals_table_of_a_sweep(capsys):
+    runs = [a_run(eval=dict(accuracy=0.5, loss=1.0, mean_rank=2.53)), a_run("2x1", status="failed")]
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    console.print(sweep.table_of(runs))
+    lines = console.file.getvalue().splitlines()
+    assert "mean_rank" in lines[1]
+    assert "2.53" in lines[3]
+    with sweep._Lines(runs):
+        pass
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("  mean_rank 2.53")
+    assert "mean_rank" not in header + second
+
+
+def test_a_metric_that_is_no_number_is_damage(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    change(run / "summary.json", eval=dict(accuracy=0.5, loss=1.0, mean_rank="high"))
+    assert 'eval.* is "high", expected a number' in written(capsys, run)[3]
+
+
+# ---- load_runs
+
+
+def test_load_runs_gives_one_flat_dict_per_run(tmp_path):
+    sweep = write_sweep(tmp_path / "s", [])
+    write_ranked_run(sweep / "seed=0")
+    write_run(sweep / "seed=1", "4x2", 4000.0, seed=1, rate=0.2)
+    write_run(tmp_path / "alone", status="interrupted")
+    rows = load_runs(tmp_path)
+    assert [row["folder"] for row in rows] == ["alone", "s/seed=0", "s/seed=1"]
+    assert [row["status"] for row in rows] == ["interrupted", "completed", "completed"]
+    for row in rows:
+        assert not [name for name, value in row.items() if isinstance(value, dict)]
+        assert None not in row.values()
+    last = rows[2]
+    expected = {
+        "config.optimizer.learning_rate": 0.2,
+        "config.batch_size": 128,
+        "mesh.data": 4,
+        "seed": 1,
+        "images_per_second": 4000.0,
+        "eval.accuracy": 0.51,
+        "eval.loss": 2.25,
+        "versions.jax": "0.11.2",
+        "peak_bytes": 400_000_000,
+        "ring_bytes": 3_000_000 * 4 + 70_000 * 2,
+        "closed_form_ring_bytes": 3_100_000 * 4,
+    }
+    assert {name: last[name] for name in expected} == expected
+    assert rows[1]["eval.mean_rank"] == 2.5
+    assert "eval.mean_rank" not in last
+    assert "collectives" not in last
+    assert load_runs(str(tmp_path / "alone"))[0]["folder"] == "."
+
+
+def test_load_runs_keeps_every_field_of_a_summary(tmp_path):
+    run = write_run(tmp_path / "run")
+    summary = flat(json.loads((run / "summary.json").read_text()))
+    lacking = summary.keys() - load_runs(run)[0].keys()
+    assert lacking == {"collectives", *(name for name in summary if summary[name] is None)}
+
+
+def damage_both(run):
+    """Damage config.json and summary.json."""
+    for name in ("config.json", "summary.json"):
+        (run / name).write_text("{")
+
+
+def test_load_runs_says_what_is_unfinished(tmp_path):
+    """Where summary.json is damaged, config.json is read; damage costs one file only."""
+    for name, damage in (
+        ("a", lambda run: (run / "summary.json").unlink()),
+        ("b", lambda run: (run / "summary.json").write_text("{")),
+        ("c", lambda run: (run / "program.json").write_text("[]")),
+        ("d", damage_both),
+    ):
+        damage(write_run(tmp_path / name))
+    *unfinished, damaged, empty = load_runs(tmp_path)
+    for row in unfinished:
+        assert row["status"] == "unfinished"
+        assert "summary.json" in row["reason"]
+        assert row["config.optimizer.learning_rate"] == 0.1
+    assert damaged["status"] == "completed"
+    assert "ring_bytes" not in damaged
+    assert empty.keys() >= {"folder", "status", "reason", "ring_bytes"}
+    assert not [name for name in empty if name.startswith("config.")]
+
+
+def test_load_runs_refuses_a_folder_without_runs(tmp_path):
+    with pytest.raises(UserError, match=r"holds no run \(no config.json, no summary.json\)"):
+        load_runs(tmp_path)
+    with pytest.raises(UserError, match="none: does not exist"):
+        load_runs(tmp_path / "none")
+
+
+# ---- What a report needs
+
+
+def test_a_report_needs_neither_jax_nor_tfds(tmp_path):
+    """Importing cnn_spmd.report, loading runs, and a whole report from any folder."""
+    run = write_run(tmp_path / "run")
+    code = (
+        "import sys, cnn_spmd.report; from cnn_spmd.report import __main__ as command; "
+        f"cnn_spmd.report.load_runs({str(run)!r}); assert command.main([{str(run)!r}]) == 0; "
+        "print(*sys.modules)"
+    )
+    root = pathlib.Path(report.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=str(root)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not {"jax", "tensorflow_datasets"} & set(done.stdout.split())
+    assert (run / "report.html").is_file()

@@ -1,0 +1,1 @@
+"""Published figures, measured figures, and the pages of results/ that show both."""

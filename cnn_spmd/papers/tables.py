@@ -1,241 +1,325 @@
-"""The README's tables, from results/.
+"""The Markdown tables of the pages in results/, made from results/data.
 
-results/*.json are each the summary.json of a run, copied there: config, commit, versions, hardware and figures;
-results/programs/*.json are reports of compiled programs, written by benchmarks/programs.py; results/sweeps/*.json are each
-the sweep.json of a sweep; results/speed/*.json are written by benchmarks/speed.py; results/rates/*.json are lists of summaries
-by which an experiment's learning rates were chosen.
+*.json and claims/*.json are summaries of runs (measured.py). sweeps/*.json are each the sweep.json
+of a sweep. programs/*.json are reports of compiled programs (benchmarks/programs.py), speed/*.json
+timings beside PyTorch (benchmarks/speed.py), and rates/*.json the summaries of runs by which an
+experiment's learning rates were chosen. MB are 1e6 bytes.
 """
 
 import collections
-import json
 import pathlib
+from collections.abc import Callable, Sequence
 
-from cnn_spmd.papers import claims, measured
-from cnn_spmd.papers.measured import RESULTS
-from cnn_spmd.report import compare, page
-from cnn_spmd.report.compare import mean
+from cnn_spmd.papers import published
+from cnn_spmd.papers.measured import DATA, is_beside_a_paper, load_summaries
+from cnn_spmd.report import compare, document
+from cnn_spmd.report.text import markdown_table, mean_and_deviation
+from cnn_spmd.training import runfiles
 
 
-def results_table(folder: pathlib.Path = RESULTS) -> str:
-    """A Markdown table, one row for the runs that differ in nothing but their seed; mean, and ± sample deviation.
+def mesh_name(run: dict) -> str:
+    """Return "4x2" for a run on data=4, model=2."""
+    return f"{run['mesh']['data']}x{run['mesh']['model']}"
 
-    Runs that are held against a paper's figure are in the papers' table instead.
+
+# ---- Runs
+
+
+def results_table(dataset: str, folder: pathlib.Path = DATA) -> str:
+    """Return the runs on a data set; runs that differ only in their seed share a row.
+
+    Runs that stand beside a paper's figure are left out: the papers' tables have them.
     """
     groups = collections.defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text())
-        if not measured.shows(run):
-            mesh = run["mesh"]
-            key = (
-                run["experiment"],
-                run["dataset"],
-                run["device_kind"],
-                run["devices"],
-                -mesh["data"],
-                run["parallelism"],
-                run["epochs"],
-                compare.machine(run),
-                compare.recipe(run),
-            )
-            groups[key].append(run)
-    rows = []
-    for _, runs in sorted(groups.items()):
-        run = runs[0]
-        rows.append(
-            [
-                run["experiment"],
-                run["dataset"],
-                compare.machine(run),
-                f"{run['mesh']['data']}x{run['mesh']['model']}",
-                run["parallelism"],
-                f"{run['epochs']:g}",
-                str(len(runs)),
-                mean([100 * run["eval"]["accuracy"] for run in runs], 2),
-                *(
-                    mean([run[name] for run in runs], digits)
-                    for name, digits in (
-                        ("train_seconds", 1),
-                        ("compile_seconds", 1),
-                        ("images_per_second", 0),
-                    )
-                ),
-            ]
-        )
-    return page.markdown_table(
-        [
-            "experiment",
-            "data",
-            "hardware",
-            "mesh",
-            "parallelism",
-            "epochs",
-            "n",
-            "test accuracy, %",
-            "train, s",
-            "compile, s",
-            "images/s",
-        ],
-        rows,
+    for run in load_summaries(folder):
+        if run["dataset"] == dataset and not is_beside_a_paper(run):
+            groups[results_key(run)].append(run)
+    header = ["experiment", "hardware", "mesh, scheme", "epochs", "n"]
+    header += ["test accuracy, %", "train, s", "compile, s", "images/s"]
+    return markdown_table(header, [results_row(runs) for _, runs in sorted(groups.items())])
+
+
+def results_key(run: dict) -> tuple:
+    """Return what runs in one row share, in the order of the rows."""
+    return (
+        run["experiment"],
+        run["device_kind"],
+        run["devices"],
+        -run["mesh"]["data"],
+        run["parallelism"],
+        run["epochs"],
+        compare.machine(run),
+        compare.recipe(run),
     )
 
 
-def programs_table(folder: pathlib.Path = RESULTS / "programs") -> str:
-    """A Markdown table, one row a compiled program: what a device holds, and what a step moves (MB of 1e6 bytes)."""
-    runs = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    runs.sort(
-        key=lambda run: (
-            run["image_size"],
-            run["devices"],
-            run["compiler"]["platform"],
-            run["model"],
-            list(run["mesh"].values()),
+def results_row(runs: Sequence[dict]) -> list[str]:
+    """Return the cells of runs that differ in nothing but their seed."""
+    run = runs[0]
+    return [
+        run["experiment"].removesuffix(f"_{run['dataset']}"),
+        compare.machine(run),
+        f"{mesh_name(run)} {run['parallelism']}",
+        f"{run['epochs']:g}",
+        str(len(runs)),
+        mean_and_deviation([100 * run["eval"]["accuracy"] for run in runs], 2),
+        mean_and_deviation([run["train_seconds"] for run in runs], 1),
+        # The first seed compiles; the others may find its program in the cache.
+        f"{max(run['compile_seconds'] for run in runs):.1f}",
+        mean_and_deviation([run["images_per_second"] for run in runs], 0),
+    ]
+
+
+# ---- Sweeps
+
+SWEEP_HEADER = ["mesh", "scheme", "n", "MB per device", "images/s", "step, ms (p10 to p90)"]
+SWEEP_HEADER += ["speedup", "ring MB per step"]
+
+
+def sweep_tables(sweep: dict) -> dict[str, str]:
+    """Return one table per batch: a row for each mesh and scheme, seeds averaged."""
+    panels: dict[str, list[dict]] = {}
+    for group in compare.groups_of(sweep["runs"]):
+        panels.setdefault(group["panel"], []).append(group)
+
+    def batch_per_device(panel: str) -> int:
+        group = panels[panel][0]
+        return group["runs"][0]["figures"]["batch_size"] // group["devices"]
+
+    return {panel: sweep_table(panels[panel]) for panel in sorted(panels, key=batch_per_device)}
+
+
+def sweep_table(groups: Sequence[dict]) -> str:
+    """Return the table of one panel; accuracies where the data are no random images."""
+    rows = []
+    for group in groups:
+        row = dict(zip(document.COMPARISON_HEADER, document.comparison_row(group), strict=True))
+        cells = [row["mesh"], row["parallelism"], row["n"]]
+        cells.append(row["parameters and optimizer, MB per device"])
+        cells += [row["images/s"], row["step, ms (p10 to p90)"], row["speedup"]]
+        rows.append([*cells, row["ring MB per step"], row["test accuracy, %"]])
+    if groups[0]["runs"][0]["figures"]["dataset"] == "synthetic":
+        return markdown_table(SWEEP_HEADER, [row[:-1] for row in rows])
+    return markdown_table([*SWEEP_HEADER, "test accuracy, %"], rows)
+
+
+def sweep_command(sweep: dict) -> str:
+    """Return the command of a sweep, put together for files that do not have it.
+
+    Those have the arguments that all runs share.
+    """
+    if sweep.get("command"):
+        return sweep["command"]
+    meshes = dict.fromkeys(run["mesh"] for run in sweep["runs"])
+    swept: dict[str, dict[str, None]] = {}
+    for run in sweep["runs"]:
+        for name, value in run["settings"].items():
+            swept.setdefault(name, {})[str(value)] = None
+    arguments = [*sweep["arguments"], f"--mesh {','.join(meshes)}"]
+    for name, values in swept.items():
+        flag = "--batch_per_device " if name == "batch_per_device" else f"--sweep {name}="
+        arguments.append(flag + ",".join(values))
+    return f"python launch.py {' '.join(arguments)}"
+
+
+# ---- PyTorch
+
+
+def speed_table(folder: pathlib.Path = DATA / "speed") -> str:
+    """Return our fastest step beside PyTorch's fastest of the same machine, by batch.
+
+    On several GPUs also relative to our own step on one, and to `data`, where they were measured.
+    """
+    batches = []
+    for path in sorted(folder.glob("*.json")):
+        run = runfiles.read_json(path)
+        kind = compare.short_kind(run["hardware"]["device_kind"])
+        batches += [(run["gpus"], kind, batch) for batch in run["batches"]]
+    batches.sort(key=lambda row: (row[0], row[1], row[2]["batch_per_gpu"]))
+    rows = [speed_row(*row) for row in batches]
+    header = ["GPUs", "batch per GPU", "mesh, scheme", "ours, images/s", "PyTorch, images/s"]
+    header += ["ratio", "ours, %", "PyTorch, %", "over 1 GPU", "over `data`"]
+    return markdown_table(header, [row for row in rows if row])
+
+
+def speed_row(gpus: int, kind: str, batch: dict) -> list[str]:
+    """Return the cells of one batch; [] where a side failed or was not measured."""
+    ours = fastest(batch["ours"], gpus)
+    peer = fastest(batch["peer"], gpus)
+    if ours is None or peer is None:
+        return []
+    one_gpu = fastest(batch["ours"], 1) if gpus > 1 else None
+    data = fastest([row for row in batch["ours"] if row.get("parallelism") == "data"], gpus)
+    rate = ours["images_per_second"]
+    others = (one_gpu, data if gpus > 1 else None)
+    return [
+        f"{gpus} x {kind}",
+        str(batch["batch_per_gpu"]),
+        f"{ours['mesh']} {ours['parallelism']}",
+        f"{rate:,}",
+        f"{peer['images_per_second']:,} ({peer['name']})",
+        f"{rate / peer['images_per_second']:.2f}",
+        f"{100 * ours['matrix_share']:.0f}",
+        f"{100 * peer['matrix_share']:.0f}",
+        *(f"{rate / other['images_per_second']:.2f}" if other else "" for other in others),
+    ]
+
+
+def fastest(rows: Sequence[dict], gpus: int) -> dict | None:
+    """Return the fastest timing on a number of GPUs; None where all failed."""
+    done = [row for row in rows if "error" not in row and row["gpus"] == gpus]
+    return max(done, key=lambda row: row["images_per_second"], default=None)
+
+
+# ---- Compiled programs
+
+
+def load_programs(folder: pathlib.Path = DATA / "programs") -> list[dict]:
+    """Return the reports of compiled programs in the order of the page."""
+    programs = [runfiles.read_json(path) for path in folder.glob("*.json")]
+
+    def place(run: dict) -> tuple:
+        shape = (list(run["mesh"].values()), run["parallelism"])
+        network = (run["image_size"], run["devices"], run["compiler"]["platform"], run["model"])
+        return network + shape
+
+    return sorted(programs, key=place)
+
+
+def program_tables(programs: Sequence[dict]) -> dict[str, str]:
+    """Return one table per network and target: what a device holds and sends."""
+    tables: dict[str, list[list[str]]] = {}
+    for run in programs:
+        kind = run["compiler"]["device_kind"]
+        target = "CPU devices" if kind == "cpu" else compare.short_kind(kind)
+        title = (
+            f"{run['model']}, {run['image_size']}x{run['image_size']} images, "
+            f"{run['devices']} x {target}"
+        )
+        counts: collections.Counter[str] = collections.Counter()
+        for row in run["collectives"]:
+            counts[row["operation"]] += row["count"]
+        cells = [
+            mesh_name(run),
             run["parallelism"],
-        )
-    )
-    lines = [
-        "| network | compiled for | mesh | parallelism | batch | parameters, MB a device | collectives | ring MB a step "
-        "| theory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        counts = ", ".join(
-            f"{sum(row['count'] for row in run['collectives'] if row['operation'] == operation)} {operation}"
-            for operation in sorted({row["operation"] for row in run["collectives"]})
-        )
-        lines.append(
-            f"| {run['model']}, {run['image_size']}x{run['image_size']} | {run['devices']} x {run['compiler']['device_kind']} "
-            f"| {run['mesh']['data']}x{run['mesh']['model']} | {run['parallelism']} | {run['batch_size']} "
-            f"| {run['bytes_per_device']['parameters'] / 1e6:.1f} | {counts} | {run['totals']['ring_bytes'] / 1e6:.1f} "
-            f"| {run['closed_form_ring_bytes'] / 1e6:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def sweeps_table(folder: pathlib.Path = RESULTS / "sweeps") -> str:
-    """A Markdown table for each sweep: a row a mesh and scheme, columns for each batch; below it what did not work, and why.
-
-    Runs that differ in nothing but their seed are averaged.
-    """
-    held, parts = "parameters and optimizer, MB a device", []
-    for path in sorted(folder.glob("*.json")):
-        sweep = json.loads(path.read_text())
-        panels: dict[str, int] = {}  # and the batch a device
-        rows: dict[tuple[str, str], dict[str, dict[str, str]]] = collections.defaultdict(
-            dict
-        )  # mesh, scheme -> panel -> cells
-        for group in compare.groups_of(sweep["runs"]):
-            figures = group["runs"][0]["figures"]
-            panels.setdefault(group["panel"], figures["batch_size"] // group["devices"])
-            cells = dict(zip(compare.COLUMNS, compare.cells(group), strict=True))
-            rows[cells["mesh"], cells["parallelism"]][group["panel"]] = cells
-        shown = ["images/s", "step, ms (p10 to p90)", "speedup", "ring MB a step"]
-        if figures["dataset"] != "synthetic":
-            shown.append("test accuracy, %")
-        columns = [(panel, column) for panel in sorted(panels, key=panels.get) for column in shown]
-        table = []
-        for row, found in rows.items():
-            every = list(found.values())
-            table.append(
-                [
-                    *row,
-                    every[0][held],
-                    "/".join(dict.fromkeys(cells["n"] for cells in every)),
-                    *(found.get(panel, {}).get(column, "") for panel, column in columns),
-                ]
-            )
-        header = [
-            f"{panel}: {column}" if column == shown[0] else column for panel, column in columns
+            str(run["batch_size"]),
+            f"{run['bytes_per_device']['parameters'] / 1e6:.1f}",
+            ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items())),
+            f"{run['totals']['ring_bytes'] / 1e6:.1f}",
+            f"{run['closed_form_ring_bytes'] / 1e6:.1f}",
         ]
-        parts += [
-            f"{sweep['experiment']}, {figures['dataset']}, {compare.hardware_of(sweep)}:",
-            page.markdown_table(["mesh", "parallelism", held, "n", *header], table),
-        ]
-        parts += [
-            f"{run['name']}: {run['status']}: {run['reason']}"
-            for run in sweep["runs"]
-            if run["status"] != "completed"
-        ]
-    return "\n\n".join(parts)
+        tables.setdefault(title, []).append(cells)
+    header = ["mesh", "scheme", "batch", "MB per device", "collectives per step"]
+    header += ["ring MB per step", "closed form"]
+    return {title: markdown_table(header, rows) for title, rows in tables.items()}
 
 
-def speed_table(folder: pathlib.Path = RESULTS / "speed") -> str:
-    """A Markdown table: our fastest step beside PyTorch's fastest of the same machine and session, by batch.
+# ---- Depth
 
-    On several GPUs also beside our own on one, and beside `data`, where they were measured.
-    """
-    runs = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    batches = [
-        (run["gpus"], run["hardware"]["device_kind"], batch)
-        for run in runs
-        for batch in run["batches"]
-    ]
-    rows = []
-    for gpus, device_kind, batch in sorted(
-        batches, key=lambda row: (*row[:2], row[2]["batch_per_gpu"])
-    ):
-        done = {
-            side: [row for row in batch[side] if "error" not in row] for side in ("ours", "peer")
-        }
-        ours, peer = (
-            max(
-                (row for row in done[side] if row["gpus"] == gpus),
-                key=lambda row: row["images_per_second"],
-                default=None,
-            )
-            for side in ("ours", "peer")
-        )
-        if not (
-            ours and peer
-        ):  # measured without the other, or failed: there is nothing to hold it against
-            continue
-        several = done["ours"] if gpus > 1 else []
-        others = (
-            [row["images_per_second"] for row in several if row["gpus"] == 1],
-            [
-                row["images_per_second"]
-                for row in several
-                if row["gpus"] == gpus and row["parallelism"] == "data"
-            ],
-        )
-        rows.append(
-            [
-                f"{gpus} x {device_kind}",
-                str(batch["batch_per_gpu"]),
-                f"{ours['mesh']} {ours['parallelism']}",
-                f"{ours['images_per_second']:,}",
-                f"{peer['images_per_second']:,} ({peer['name']})",
-                f"{ours['images_per_second'] / peer['images_per_second']:.2f}",
-                f"{100 * ours['matrix_share']:.0f}",
-                f"{100 * peer['matrix_share']:.0f}",
-                *(
-                    f"{ours['images_per_second'] / other[0]:.2f}" if other else ""
-                    for other in others
-                ),
-            ]
-        )
-    return page.markdown_table(
-        [
-            "hardware",
-            "batch a GPU",
-            "mesh",
-            "ours, images/s",
-            "PyTorch, images/s",
-            "ratio",
-            "ours, % of the matrix rate",
-            "PyTorch, %",
-            "ours over one GPU",
-            "ours over `data`",
-        ],
-        rows,
-    )
-
-
-TABLES = {
-    "results": results_table,
-    "papers": measured.measured_table,
-    "programs": programs_table,
-    "sweeps": sweeps_table,
-    "speed": speed_table,
-    "depth": lambda: claims.depth_table(claims.read(RESULTS / "claims")),
-    "batches": lambda: measured.batch_table(claims.read(RESULTS / "claims")),
+# Network of experiments/deeper_cifar.py -> layers with weights, how many are convolutions.
+DEEPER = {
+    "fully_connected": (2, 0),
+    "simple_cnn": (2, 1),
+    "one_convolution": (4, 1),
+    "alexnet": (8, 5),
+    "vgg_8": (8, 5),
+    "vgg_11": (11, 8),
+    "vgg_16": (16, 13),
 }
+
+
+def runs_by_depth(runs: Sequence[dict]) -> dict[str, list[dict]]:
+    """Return the runs of each network of DEEPER that was run, in its order."""
+    found = {}
+    for name in DEEPER:
+        same = [run for run in runs if run["experiment"] == f"deeper_{name}"]
+        if same:
+            found[name] = same
+    return found
+
+
+def depth_table(runs: Sequence[dict]) -> str:
+    """Return accuracy by depth, a row for each network of experiments/deeper_cifar.py."""
+    rows = []
+    for name, same in runs_by_depth(runs).items():
+        layers, convolutions = DEEPER[name]
+        size = f"{same[0]['param_count']:,}"
+        accuracy = mean_and_deviation([100 * run["eval"]["accuracy"] for run in same], 2)
+        rows.append([name, str(layers), str(convolutions), size, str(len(same)), accuracy])
+    header = ["network", "layers with weights", "convolutions", "parameters", "n"]
+    return markdown_table([*header, "test accuracy, %"], rows)
+
+
+def depth_plot(runs: Sequence[dict]) -> str:
+    """Return the accuracies of depth_table as a picture, SVG."""
+    from cnn_spmd.report import plots  # loads matplotlib, which the tables do not need
+
+    networks = []
+    for name, same in runs_by_depth(runs).items():
+        label = f"{name}\n{same[0]['param_count'] / 1e6:.1f} M"
+        accuracies = [100 * run["eval"]["accuracy"] for run in same]
+        networks.append((label, DEEPER[name][0], accuracies))
+    with plots.style():
+        return plots.depth(networks)
+
+
+# ---- Batches
+
+# Experiment, without _variable -> the name of its data in the table.
+BATCH_DATA = {"owt_cifar": "CIFAR-10", "owt_imagenette": "Imagenette"}
+RATES = {1.0: "k", 0.5: "sqrt(k)"}
+
+
+def published_batch_errors() -> dict[tuple[str, int], float]:
+    """Return the paper's errors by dense batch (in the table's words) and batch."""
+    errors = {}
+    for gpus, dense_batch, error, *_ in published.ONE_WEIRD_TRICK:
+        dense = "128" if dense_batch == 128 and gpus > 1 else "as large"
+        errors[dense, 128 * gpus] = error
+    return errors
+
+
+def batch_table(runs: Sequence[dict], paper: dict[tuple[str, int], float] | None = None) -> str:
+    """Return test error in % by batch size, of the runs of experiments/owt_*.py.
+
+    paper: the paper's errors on ImageNet, by default published_batch_errors().
+    """
+    paper = published_batch_errors() if paper is None else paper
+    errors: dict[tuple[str, str, int], list[float]] = {
+        ("ILSVRC-2012, published", f"k, {dense}", batch): [error]
+        for (dense, batch), error in paper.items()
+    }
+    for run in runs:
+        data = BATCH_DATA.get(run["experiment"].removesuffix("_variable"))
+        if data:
+            dense = "128" if run["config"]["dense_microbatch"] else "as large"
+            rate = RATES[run["config"]["optimizer"]["scaling"]]
+            key = (data, f"{rate}, {dense}", run["batch_size"])
+            errors.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
+    batches = sorted({batch for *_, batch in errors})
+    rows = []
+    for data, setting in dict.fromkeys((data, setting) for data, setting, _ in errors):
+        found = [errors.get((data, setting, batch), []) for batch in batches]
+        counts = dict.fromkeys(str(len(row)) for row in found if row)
+        means = (mean_and_deviation(row, 2) for row in found)
+        rows.append([data, setting, "/".join(counts), *means])
+    header = ["data", "rate times, dense batch", "n", *(f"batch {batch}" for batch in batches)]
+    return markdown_table(header, rows)
+
+
+# ---- Learning rates
+
+
+def rates_table(runs: Sequence[dict], prefix: str, value_of: Callable[[dict], str]) -> str:
+    """Return a value by experiment (without its prefix) and learning rate."""
+    cells: dict[tuple[str, float], list[str]] = {}
+    for run in runs:
+        name = run["experiment"].removeprefix(prefix)
+        rate = run["config"]["optimizer"]["learning_rate"]
+        cells.setdefault((name, rate), []).append(value_of(run))
+    rates = sorted({rate for _, rate in cells})
+    rows = [
+        [name, *("; ".join(cells.get((name, rate), [])) for rate in rates)]
+        for name in dict.fromkeys(name for name, _ in cells)
+    ]
+    return markdown_table(["variant", *(f"rate {rate:g}" for rate in rates)], rows)

@@ -1,0 +1,9 @@
+"""Reports on runs and sweeps.
+
+Importing this package imports neither jax nor TFDS.
+"""
+
+from cnn_spmd.report.load import load_runs
+from cnn_spmd.report.write import write_report
+
+__all__ = ["load_runs", "write_report"]

@@ -1,7 +1,8 @@
-"""Reports from measured runs: `python -m cnn_spmd.report RUN_OR_SWEEP...` writes report.md, report.csv and report.html.
+"""Write reports on runs and sweeps: `python -m cnn_spmd.report RUN_OR_SWEEP...`.
 
-They lie in the folder given, or in the first of several. `--pictures RUN` first draws what the run learned (pictures.py).
-Without arguments it prints the README's tables (papers/tables.py).
+report.md, report.csv and report.html go into the folder given, or into the first of several.
+`--pictures RUN` first draws what the run learned (pictures.py). Without arguments the command
+prints the pages of results/ (papers/pages.py).
 """
 
 import argparse
@@ -10,55 +11,62 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.papers import tables
-from cnn_spmd.report.write import write
+from cnn_spmd.papers import pages
+from cnn_spmd.report.write import write_report
 from cnn_spmd.training import environment
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code.
-
-    1 says that the tables could not be printed, 2 is for bad input, 130 for Ctrl-C.
-    """
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(
         prog="python -m cnn_spmd.report",
         description=(
-            "Writes report.md, report.csv and report.html (tables and charts, no network needed) on runs and sweeps into the "
-            "folder given, or into the first of several. Without arguments: prints the README's tables from results/."
+            "Write report.md, report.csv and report.html (tables and charts, no network needed) on "
+            "runs and sweeps into the folder given, or into the first of several. Without "
+            "arguments: print the pages of results/."
         ),
     )
-    parser.add_argument(
+    made.add_argument(
         "folders",
         nargs="*",
         type=pathlib.Path,
         metavar="RUN_OR_SWEEP",
         help="a --workdir of launch.py",
     )
-    parser.add_argument(
+    made.add_argument(
         "--pictures",
         action="store_true",
-        help="first draw what each RUN learned, from its newest checkpoint: "
-        "the first layer's filters, test images with their most probable classes, nearest neighbours",
+        help="first draw what each RUN learned, from its newest checkpoint: the first layer's "
+        "filters, test images with their most probable classes, nearest neighbours",
     )
-    parser.add_argument(
+    made.add_argument(
         "--data_dir", metavar="PATH", help="with --pictures: where the run's data.dir is now"
     )
-    arguments = parser.parse_args(argv)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    1: the pages could not be printed; 2: bad input; 130: Ctrl-C.
+    """
+    command = parser()
+    arguments = command.parse_args(argv)
     folders = arguments.folders
     if arguments.pictures and not folders:
-        parser.error("--pictures: expected the folder of a run")
+        command.error("--pictures: expected the folder of a run")
     if arguments.data_dir is not None and not arguments.pictures:
-        parser.error("--data_dir: expected --pictures with it")
-    if not folders:
-        print(*(table() for table in tables.TABLES.values()), sep="\n\n")
-        return environment.exit_code_of_output()
+        command.error("--data_dir: expected --pictures with it")
     try:
+        if not folders:
+            pages.print_pages()
+            return environment.exit_code_of_output()
         if arguments.pictures:
-            from cnn_spmd.report import pictures
+            from cnn_spmd.report import pictures  # imports jax, which a report does not need
 
             for folder in folders:
-                pictures.draw(folder, arguments.data_dir)
-        paths = write(folders)
+                pictures.draw_pictures(folder, arguments.data_dir)
+        paths = write_report(folders)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,8 @@
-"""Matplotlib as our pictures need it: whatever MPLBACKEND, a matplotlibrc or a notebook has set.
+"""Import matplotlib independently of the user's settings.
 
-Figures are made without pyplot, and drawn within `style`, so that no backend is ever used.
+Settings are MPLBACKEND, a matplotlibrc, or those of a notebook.
+
+Pictures are made without pyplot and drawn within `style`, so that no backend is ever used.
 """
 
 import contextlib
@@ -11,7 +13,8 @@ from cnn_spmd.errors import UserError
 
 __all__ = ["Axes", "Figure", "FontProperties", "TextPath", "style", "ticker"]
 
-_BACKEND = os.environ.pop("MPLBACKEND", None)  # one that is not installed would end the import
+# A backend that is not installed would end the import.
+_BACKEND = os.environ.pop("MPLBACKEND", None)
 try:
     import matplotlib
     from matplotlib import ticker
@@ -19,12 +22,14 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
-except (OSError, ValueError) as error:  # no folder for its cache, a matplotlibrc that is no text
+except (OSError, ValueError) as error:
+    # There is no folder for its cache, or its matplotlibrc is no text.
     raise UserError(f"matplotlib cannot be imported: {error}") from error
 finally:
     if _BACKEND is not None:
         os.environ["MPLBACKEND"] = _BACKEND
-if _BACKEND is not None:  # what else is drawn in this process, as in a notebook, may need it
+if _BACKEND is not None:
+    # Other code of this process, such as a notebook's, may need the backend.
     with contextlib.suppress(ValueError):
         matplotlib.rcParams["backend"] = _BACKEND
 

@@ -1,11 +1,16 @@
-"""The report's charts: which there are, what they show, and captions that say hardware, n and what was left out."""
+"""Make the report's charts: which there are, what they show, their captions."""
 
-from cnn_spmd.papers import published as papers
-from cnn_spmd.report import plots
-from cnn_spmd.report.compare import average, hardware_of, speedups, values
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from cnn_spmd.papers import published
+from cnn_spmd.report import compare, plots
+from cnn_spmd.report.plots import Bars
+from cnn_spmd.report.text import Chart
+from cnn_spmd.training import runfiles
 
 # Part of a step -> colour, hatch.
-SPLIT = {
+STEP_PARTS = {
     "computing": ("#56B4E9", ""),
     "computing + communicating": ("#0072B2", "////"),
     "communicating, exposed": ("#D55E00", "xxxx"),
@@ -21,108 +26,121 @@ OPERATIONS = {
     "all-to-all": ("#CC79A7", "...."),
     "collective-permute": ("#56B4E9", "\\\\\\\\"),
 }
-HELD = {"parameters": ("#0072B2", ""), "optimizer": ("#E69F00", "////")}
+HELD_PARTS = {"parameters": ("#0072B2", ""), "optimizer": ("#E69F00", "////")}
+NO_PUBLISHED_CURVES = (
+    "Published curves are left out: simulated devices, or another network than AlexNet, do not "
+    "compare with them."
+)
+SPLIT_CAPTIONS = {
+    "profile": "Split as measured by a profile of {steps} steps, mean over the devices; the tick is"
+    " the median step without the profiler.",
+    "model": "Marked (model), not measured: communication is the ring bytes at the link's datasheet"
+    " speed (NVLink, 450 GB/s each way), and the rest is what is left of the measured median step.",
+    "": "Grey bars are not split: there is no profile, and no known speed of a link between the"
+    " devices.",
+}
 
 
-def charts(sweep: dict, groups: list[dict]) -> list[tuple[str, list[str], str]]:
-    """Title, SVG pictures and caption of each chart that there are figures for."""
-    panels = {}
-    for group in groups:
-        panels.setdefault(group["panel"], []).append(group)
-    scaled = {panel: members for panel, members in panels.items() if any(map(speedups, members))}
-    alone = "; ".join(panel for panel in panels if panel not in scaled)
-    alone = (
-        f" There is no one-device run, so no ideal and no speedup, with: {alone}." if alone else ""
-    )
-    hardware, missing = hardware_of(sweep), left_out(sweep["runs"])
-    timed = f"{hardware}; {count(groups)}. Left out: first calls (warm-up), compilation, evaluation, checkpoints{missing}."
-    compiled = f"From the step as compiled for {hardware}; {count(groups, calls=False)}. Left out: evaluation{missing}."
+def all_charts(sweep: dict, groups: list[dict]) -> list[Chart]:
+    """Return the charts that a sweep has figures for."""
     drawn = []
     with plots.style():
         if groups:
-            drawn.append(
-                (
-                    "Throughput",
-                    [plots.throughput(members) for members in panels.values()],
-                    "Images a second over the steady calls; error bars reach from the 10th to the 90th percentile of the "
-                    f"step time. Dashed: ideal, the fastest one-device run times the devices.{alone} {timed}",
-                )
-            )
-        if scaled:
-            published = papers_for(sweep, groups)
-            drawn.append(
-                (
-                    "Speedup",
-                    [plots.speedup(members, published) for members in scaled.values()],
-                    "Throughput relative to the one-device run with the same settings, both scales logarithmic; a line "
-                    f"joins each scheme's fastest meshes.{alone} {papers_caption(published)} {timed}",
-                )
-            )
-        for title, bars, caption in BARS if groups else ():
-            choose = {step_bars: with_a_speed, moved_bars: with_a_report}.get(bars, list)
-            pictures = [
-                plots.bars(shown, *bars(shown)) for shown in map(choose, panels.values()) if shown
-            ]
-            silent = [
-                run["name"]
-                for group in groups
-                if group not in choose(groups)
-                for run in group["runs"]
-            ]
-            silent = f" Without a report on the program: {', '.join(silent)}." if silent else ""
-            drawn.append(
-                (
-                    title,
-                    pictures,
-                    f"{caption} {compiled}{silent}"
-                    if caption
-                    else f"{split_caption(with_a_speed(groups))} {timed}",
-                )
-            )
+            drawn.append(throughput_chart(sweep, groups))
+            if any(map(compare.group_speedups, groups)):
+                drawn.append(speedup_chart(sweep, groups))
+            drawn += [bar_chart(kind, sweep, groups) for kind in BAR_CHARTS]
         if any(run["metrics"] for run in sweep["runs"]):
-            none = [run["name"] for run in sweep["runs"] if not run["metrics"]]
-            drawn.append(
-                (
-                    "Loss and accuracy",
-                    plots.curves(sweep["runs"]),
-                    "Lines: training, the mean over each call; markers: test. From metrics.jsonl, a curve a run (n = 1), "
-                    f"cut short or not. {hardware}. Left out, having no metrics: {', '.join(none) or 'no run'}.",
-                )
-            )
+            drawn.append(metrics_chart(sweep))
     return drawn
 
 
-def with_a_speed(groups: list[dict]) -> list[dict]:
-    return [group for group in groups if average(group, "images_per_second")]
+def panels_of(groups: Sequence[dict]) -> list[list[dict]]:
+    """Return the groups by panel."""
+    panels: dict[str, list[dict]] = {}
+    for group in groups:
+        panels.setdefault(group["panel"], []).append(group)
+    return list(panels.values())
 
 
-def with_a_report(groups: list[dict]) -> list[dict]:
-    return [group for group in groups if group["runs"][0]["figures"]["collectives"] is not None]
+def throughput_chart(sweep: dict, groups: list[dict]) -> Chart:
+    """Return the chart of images/s by mesh."""
+    caption = (
+        "Images/s over the steady calls; error bars reach from the 10th to the 90th percentile of "
+        "the step time. Dashed: ideal, the fastest one-device run times the devices."
+        f"{without_base(groups)} {timed_caption(sweep, groups)}"
+    )
+    return Chart("Throughput", list(map(plots.throughput, panels_of(groups))), caption)
 
 
-# ---- Words
+def speedup_chart(sweep: dict, groups: list[dict]) -> Chart:
+    """Return the chart of speedups beside the published ones."""
+    curves = comparable_curves(sweep, groups)
+    scaled = [panel for panel in panels_of(groups) if any(map(compare.group_speedups, panel))]
+    caption = (
+        "Throughput relative to the one-device run with the same settings, both scales "
+        "logarithmic; a line joins each scheme's fastest meshes."
+        f"{without_base(groups)} {curves_caption(curves)} {timed_caption(sweep, groups)}"
+    )
+    return Chart("Speedup", [plots.speedup(panel, curves) for panel in scaled], caption)
 
 
-def count(groups: list[dict], calls: bool = True) -> str:
-    """How many runs, and steady calls, a point stands for."""
+def metrics_chart(sweep: dict) -> Chart:
+    """Return the chart of loss, accuracy and registered metrics by step."""
+    metrics = runfiles.registered_metrics(run["figures"] for run in sweep["runs"])
+    none = [run["name"] for run in sweep["runs"] if not run["metrics"]]
+    caption = (
+        "Lines: training, the mean over each call; markers: test. From metrics.jsonl, one curve per"
+        f" run (n = 1), finished or not. {compare.hardware_of(sweep)}. "
+        f"Left out, without metrics: {', '.join(none) or 'no run'}."
+    )
+    title = f"{', '.join(['Loss', *metrics])} and accuracy"
+    return Chart(title, plots.curves(sweep["runs"], metrics), caption)
 
-    def span(numbers: set[int]) -> str:
-        return f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
 
-    if not groups:
-        return "n = 0"
-    steady = {n for group in groups for n in values(group, "steady_calls")} if calls else set()
-    sizes = {len(group["runs"]) for group in groups}
+# ---- Captions
+
+
+def timed_caption(sweep: dict, groups: list[dict]) -> str:
+    """Return hardware, number of runs and what is left out, for a chart of times."""
+    left_out = left_out_text(sweep["runs"])
     return (
-        f"n = {span(sizes)} run{'s' * (sizes != {1})} (seeds) a point{', averaged' * (max(sizes) > 1)}"
-        + (f", each over {span(steady)} steady call{'s' * (steady != {1})}" if steady else "")
+        f"{compare.hardware_of(sweep)}; {count_text(groups)}. Left out: first calls (warm-up), "
+        f"compilation, evaluation, checkpoints{left_out}."
     )
 
 
-def left_out(runs: list[dict]) -> str:
-    """The runs that did not complete, by status, and those without a speed; "" where there are none. The table of all runs
-    has the reasons."""
-    names = {}
+def compiled_caption(sweep: dict, groups: list[dict]) -> str:
+    """Return the same for a chart of what the compiled program says."""
+    count = count_text(groups, calls=False)
+    left_out = left_out_text(sweep["runs"])
+    return (
+        f"From the step as compiled for {compare.hardware_of(sweep)}; {count}. "
+        f"Left out: evaluation{left_out}."
+    )
+
+
+def count_text(groups: Sequence[dict], calls: bool = True) -> str:
+    """Return how many runs, and steady calls of each, a point stands for."""
+    sizes = {len(group["runs"]) for group in groups}
+    if not sizes:
+        return "n = 0"
+    counted = f"n = {range_text(sizes)} run{'s' * (sizes != {1})} (seeds) per point"
+    counted += ", averaged" * (max(sizes) > 1)
+    steady = {n for group in groups for n in compare.values(group, "steady_calls")}
+    if calls and steady:
+        counted += f", each over {range_text(steady)} steady call{'s' * (steady != {1})}"
+    return counted
+
+
+def range_text(numbers: set[int]) -> str:
+    """Return "3" for {3}, "1 to 3" for {1, 3}."""
+    return f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
+
+
+def left_out_text(runs: Sequence[dict]) -> str:
+    """Return the runs that did not complete or have no speed, by reason; "" for none."""
+    names: dict[str, list[str]] = {}
     for run in runs:
         if run["status"] != "completed":
             names.setdefault(run["status"], []).append(run["name"])
@@ -131,65 +149,95 @@ def left_out(runs: list[dict]) -> str:
     return "".join(f"; runs {status}: {', '.join(some)}" for status, some in names.items())
 
 
-def papers_for(sweep: dict, groups: list[dict]) -> dict[str, dict]:
-    """Letter -> published curve, where ours compare with them: AlexNet, on devices of their own."""
-    models = {model for group in groups for model in values(group, "model")}
-    if (sweep["hardware"] or {}).get("device_kind") == "cpu" or not all(
-        model.startswith("alexnet") for model in models
-    ):
+def without_base(groups: Sequence[dict]) -> str:
+    """Return which panels have no one-device run; "" for none."""
+    alone = [
+        panel[0]["panel"]
+        for panel in panels_of(groups)
+        if not any(map(compare.group_speedups, panel))
+    ]
+    if not alone:
+        return ""
+    return f" There is no one-device run, so no ideal and no speedup, with: {'; '.join(alone)}."
+
+
+def comparable_curves(sweep: dict, groups: Sequence[dict]) -> dict[str, dict]:
+    """Return letter -> published curve; {} unless this is AlexNet on real devices."""
+    models = {model for group in groups for model in compare.values(group, "model")}
+    simulated = (sweep["hardware"] or {}).get("device_kind") == "cpu"
+    if simulated or not all(model.startswith("alexnet") for model in models):
         return {}
-    return dict(zip("abcdefghij", papers.CURVES, strict=False))
+    return dict(zip("abcdefghij", published.CURVES, strict=False))
 
 
-def papers_caption(published: dict[str, dict]) -> str:
-    if not published:
-        return "Published curves are left out: simulated devices, or another network than AlexNet, do not compare with them."
-    sources = {}
-    for letter, curve in published.items():
+def curves_caption(curves: dict[str, dict]) -> str:
+    """Return the sources of the published curves."""
+    if not curves:
+        return NO_PUBLISHED_CURVES
+    sources: dict[tuple, list[str]] = {}
+    for letter, curve in curves.items():
         source = (curve["paper"], curve["hardware"], f"batch {curve['batch']}")
         sources.setdefault(source, []).append(f"{letter} {curve['scheme']}")
     texts = [f"{', '.join(letters)} ({', '.join(source)})" for source, letters in sources.items()]
     return (
-        "Grey: published, each relative to one GPU of its own, on 224x224 images, the batch growing with the GPUs: "
-        f"{'; '.join(texts)}."
+        "Grey: published, each relative to one GPU of its own, on 224x224 images, the batch growing"
+        f" with the GPUs: {'; '.join(texts)}."
     )
 
 
-def split_caption(groups: list[dict]) -> str:
-    kinds = {}
-    for group in groups:
-        kinds.setdefault(split_of(group)[0], []).append(group)
-    steps = sorted({int(n) for group in groups for n in values(group, "profile", "steps")})
-    texts = {
-        "profile": f"Split as measured by a profile of {' or '.join(map(str, steps))} steps, mean over the devices; the "
-        "tick is the median step without the profiler.",
-        "model": "Marked (model), not measured: communication is the ring bytes at the link's datasheet speed (NVLink, "
-        "450 GB/s each way), and the rest is what is left of the measured median step.",
-        "": "Grey bars are not split: there is no profile, and no known speed of a link between the devices.",
-    }
-    return " ".join(text for kind, text in texts.items() if kind in kinds)
+# ---- Charts of bars
 
 
-# ---- Bars: unit, parts (name -> colour, hatch and a length for each group), and the ticks on them (name, places)
+class BarChart(NamedTuple):
+    """One kind of bar chart; caption "": says how the step was split."""
+
+    title: str
+    bars_of: Callable[[list[dict]], Bars]
+    shows: Callable[[dict], bool]
+    caption: str
 
 
-def split_of(group: dict) -> tuple[str, dict[str, float]]:
-    """How a group's step was split ("profile", "model" or "": not at all), and its parts in ms."""
-    part = {
-        name: average(group, "profile", f"{name}_milliseconds")
+def bar_chart(kind: BarChart, sweep: dict, groups: list[dict]) -> Chart:
+    """Return one bar chart: a picture per panel, a bar per group that has the figures."""
+    shown = [group for group in groups if kind.shows(group)]
+    pictures = [plots.bars(panel, kind.bars_of(panel)) for panel in panels_of(shown)]
+    if not kind.caption:
+        caption = f"{split_caption(shown)} {timed_caption(sweep, groups)}"
+        return Chart(kind.title, pictures, caption)
+    caption = f"{kind.caption} {compiled_caption(sweep, groups)}"
+    silent = [run["name"] for group in groups if group not in shown for run in group["runs"]]
+    if silent:
+        caption += f" Without a report on the program: {', '.join(silent)}."
+    return Chart(kind.title, pictures, caption)
+
+
+def has_speed(group: dict) -> bool:
+    """Return whether a group was timed."""
+    return bool(compare.average(group, "images_per_second"))
+
+
+def has_collectives(group: dict) -> bool:
+    """Return whether the collectives of a group's program are known."""
+    return group["runs"][0]["figures"]["collectives"] is not None
+
+
+def step_split(group: dict) -> tuple[str, dict[str, float]]:
+    """Return how a group's step was split, and its parts in ms.
+
+    The first value is a key of SPLIT_CAPTIONS.
+    """
+    compute, communication, exposed, idle = (
+        compare.average(group, "profile", f"{name}_milliseconds")
         for name in ("compute", "communication", "exposed", "idle")
-    }
-    if None not in part.values():
-        hidden = part["communication"] - part["exposed"]
-        return "profile", dict(
-            zip(
-                SPLIT,
-                (part["compute"] - hidden, hidden, part["exposed"], part["idle"]),
-                strict=False,
-            )
-        )
-    figures, step = group["runs"][0]["figures"], average(group, "step_milliseconds", "median")
-    link, ring = papers.LINKS.get(figures["device_kind"]), average(group, "ring_bytes")
+    )
+    if None not in (compute, communication, exposed, idle):
+        hidden = communication - exposed
+        parts = (compute - hidden, hidden, exposed, idle)
+        return "profile", dict(zip(STEP_PARTS, parts, strict=False))
+    figures = group["runs"][0]["figures"]
+    step = compare.average(group, "step_milliseconds", "median")
+    link = published.LINKS.get(figures["device_kind"])
+    ring = compare.average(group, "ring_bytes")
     if link is None or ring is None or figures.get("processes", 1) > 1:
         return "", {"step, not split": step}
     communication = min(step, 1e3 * ring / link)
@@ -199,68 +247,73 @@ def split_of(group: dict) -> tuple[str, dict[str, float]]:
     }
 
 
-def step_bars(groups: list[dict]) -> tuple:
-    splits = [split_of(group) for group in groups]
+def split_caption(groups: Sequence[dict]) -> str:
+    """Return the captions of the ways in which the groups' steps were split."""
+    kinds = {step_split(group)[0] for group in groups}
+    steps = sorted({int(n) for group in groups for n in compare.values(group, "profile", "steps")})
+    captions = [caption for kind, caption in SPLIT_CAPTIONS.items() if kind in kinds]
+    return " ".join(captions).format(steps=" or ".join(map(str, steps)))
+
+
+def step_bars(groups: list[dict]) -> Bars:
+    """Return the step time, split; ticks: the step time without the profiler."""
+    splits = [step_split(group) for group in groups]
     parts = {
         part: (*look, [max(0.0, split.get(part, 0.0)) for _, split in splits])
-        for part, look in SPLIT.items()
+        for part, look in STEP_PARTS.items()
     }
     medians = [
-        average(group, "step_milliseconds", "median") if kind == "profile" else None
+        compare.average(group, "step_milliseconds", "median") if kind == "profile" else None
         for group, (kind, _) in zip(groups, splits, strict=True)
     ]
-    return "ms a step", parts, ("without profiler", medians)
+    return Bars("ms per step", parts, "without profiler", medians)
 
 
-def moved_bars(groups: list[dict]) -> tuple:
-    rows = [group["runs"][0]["figures"]["collectives"] for group in groups]
-    looks = OPERATIONS | {
-        row["operation"]: ("#ffffff", "++++")
-        for some in rows
-        for row in some
-        if row["operation"] not in OPERATIONS
-    }
-    parts = {
-        name: (
-            *look,
-            [
-                sum(row["ring_bytes"] for row in some if row["operation"] == name) / 1e6
-                for some in rows
-            ],
-        )
-        for name, look in looks.items()
-    }
-    return (
-        "MB sent by a device in a step",
-        parts,
-        ("closed form", megabytes(groups, "closed_form_ring_bytes")),
-    )
+def moved_bars(groups: list[dict]) -> Bars:
+    """Return the ring bytes by operation; ticks: the closed form."""
+    programs = [group["runs"][0]["figures"]["collectives"] for group in groups]
+    found = {row["operation"] for collectives in programs for row in collectives}
+    looks = OPERATIONS | dict.fromkeys(sorted(found - OPERATIONS.keys()), ("#ffffff", "++++"))
+    parts = {}
+    for name, look in looks.items():
+        sizes = [
+            sum(row["ring_bytes"] for row in collectives if row["operation"] == name) / 1e6
+            for collectives in programs
+        ]
+        parts[name] = (*look, sizes)
+    theory = megabytes(groups, "closed_form_ring_bytes")
+    return Bars("MB sent per device and step", parts, "closed form", theory)
 
 
-def held_bars(groups: list[dict]) -> tuple:
+def held_bars(groups: list[dict]) -> Bars:
+    """Return the bytes of parameters and optimizer; ticks: the program's peak."""
     parts = {
         name: (*look, [size or 0.0 for size in megabytes(groups, "bytes_per_device", name)])
-        for name, look in HELD.items()
+        for name, look in HELD_PARTS.items()
     }
-    return "MB on a device", parts, ("peak", megabytes(groups, "peak_bytes"))
+    return Bars("MB per device", parts, "peak", megabytes(groups, "peak_bytes"))
 
 
-def megabytes(groups: list[dict], *path: str) -> list[float | None]:
-    return [None if (size := average(group, *path)) is None else size / 1e6 for group in groups]
+def megabytes(groups: Sequence[dict], *path: str) -> list[float | None]:
+    """Return the mean of a figure of each group in MB; None where it is not known."""
+    sizes = [compare.average(group, *path) for group in groups]
+    return [None if size is None else size / 1e6 for size in sizes]
 
 
-BARS = (
-    ("Step time", step_bars, ""),
-    (
+BAR_CHARTS = (
+    BarChart("Step time", step_bars, has_speed, ""),
+    BarChart(
         "Bytes moved by collectives",
         moved_bars,
-        "What a step's collectives send from each device if each runs as a ring, in MB "
-        "of 1e6 bytes; the tick is the closed form (Gholami et al. 2018).",
+        has_collectives,
+        "What the collectives of a step send from each device if each runs as a ring, in MB of 1e6"
+        " bytes; the tick is the closed form (Gholami et al. 2018).",
     ),
-    (
-        "Memory a device",
+    BarChart(
+        "Memory per device",
         held_bars,
-        "Parameters and optimizer state, in MB of 1e6 bytes; the tick is XLA's figure for the peak "
-        "of the compiled call, with activations and data, where it gives one.",
+        lambda group: True,
+        "Parameters and optimizer state, in MB of 1e6 bytes; the tick is the peak of the compiled"
+        " call as XLA gives it, with activations and data.",
     ),
 )

@@ -1,32 +1,17 @@
-"""Runs side by side: which differ in nothing but their seed, and how much faster than one device they are.
+"""Compare runs: which differ in nothing but their seed, and their speedups.
 
-A run is an entry of sweep.json (sweep.py): name, mesh, settings (what was swept), status, reason and figures
-(report.figures_of). A group is the completed runs that differ in nothing but their seed; a panel is the groups that differ
-in nothing but mesh and parallelism, the ones that one chart compares.
+A run is an entry of sweep.json: name, mesh, settings (the swept fields), status, reason, figures
+(runfiles.figures_of). A group is the completed runs that differ in nothing but their seed. A panel
+is the groups that differ in nothing but mesh and scheme: one chart compares the groups of a panel.
 """
 
 import statistics
 
 from cnn_spmd.config import flat
 
-COLUMNS = [
-    "mesh",
-    "parallelism",
-    "batch and settings",
-    "n",
-    "images/s",
-    "step, ms (p10 to p90)",
-    "speedup",
-    "efficiency, %",
-    "parameters and optimizer, MB a device",
-    "ring MB a step",
-    "theory",
-    "test accuracy, %",
-]
-
-
-# Fields of a config that change no number, not even the speed, or that every table has a column for.
+# Fields of a config that change no number, not even the speed, or that have columns of their own.
 NOT_COMPARED = (
+    "schema",
     "run",
     "mesh.",
     "data.dir",
@@ -35,98 +20,94 @@ NOT_COMPARED = (
     "eval.every_epochs",
     "profile",
 )
-# ... or nothing but the speed, and the seed: runs that differ in these are averaged.
-NOT_THE_RECIPE = (*NOT_COMPARED, "seed", "steps_per_call", "model.levers", "data.resident")
+# Fields that change the speed at most, and the seed: runs that differ in these are averaged.
+NOT_THE_RECIPE = (
+    *NOT_COMPARED,
+    "seed",
+    "steps_per_call",
+    "model.levers",
+    "model.fast",
+    "data.resident",
+)
+# Fields that older runs in results/data do not have, with the value that those runs had.
+ADDED_LATER = {"optimizer.clip_norm": 0.0, "data.skip_bad": 0}
 
-# Fields that older runs in results/ do not have, and what they would have said.
-LATER = {"optimizer.clip_norm": 0.0, "data.skip_bad": 0}
+# Metrics from 0 to 1 that are shown as percentages.
+SHARES = ("accuracy", "top5")
 
 
 def recipe(run: dict) -> str:
-    """What the summary.json of two runs must share for their figures to be averaged: the config but for NOT_THE_RECIPE."""
-    fields = LATER | flat(run["config"])
-    return repr(
-        sorted(
-            (name, str(value))
-            for name, value in fields.items()
-            if not name.startswith(NOT_THE_RECIPE)
-        )
-    )
-
-
-def machine(run: dict) -> str:
-    """The devices of a run, from its summary.json, in words."""
-    if run["device_kind"] == "cpu":
-        return f"CPU, {run['host_cores']} cores"
-    return f"{run['devices']} x {run['device_kind']}"
+    """Return what two runs (summary.json) must share to be averaged."""
+    fields = ADDED_LATER | flat(run["config"])
+    kept = {name: str(fields[name]) for name in fields if not name.startswith(NOT_THE_RECIPE)}
+    return repr(sorted(kept.items()))
 
 
 def panel_of(run: dict) -> str:
-    """What a run shares with those it is compared with: its batch, a device where that was swept, and other settings."""
+    """Return the panel of a run: its batch and its settings."""
     settings, figures = run["settings"], run["figures"]
     if "batch_per_device" in settings:
-        batch = f"batch {settings['batch_per_device']} a device"
+        batch = f"batch {settings['batch_per_device']} per device"
     else:
         batch = f"batch {figures.get('batch_size', settings.get('batch_size', '?'))}"
     known = ("mesh", "parallelism", "seed", "batch_size", "batch_per_device")
-    return ", ".join(
-        [batch, *(f"{name}={value}" for name, value in settings.items() if name not in known)]
-    )
+    others = [f"{name}={value}" for name, value in settings.items() if name not in known]
+    return ", ".join([batch, *others])
 
 
-def key_of(run: dict) -> tuple[str, tuple[int, int], str]:
-    """What the runs of a group share, of a completed run: panel, mesh (data, model), parallelism."""
-    figures = run["figures"]
-    return (
-        panel_of(run),
-        (figures["mesh"]["data"], figures["mesh"]["model"]),
-        figures["parallelism"],
-    )
+def group_key(run: dict) -> tuple[str, tuple[int, int], str]:
+    """Return what the runs of a group share: panel, mesh (data, model) and scheme."""
+    mesh = run["figures"]["mesh"]
+    return panel_of(run), (mesh["data"], mesh["model"]), run["figures"]["parallelism"]
 
 
 def groups_of(runs: list[dict]) -> list[dict]:
-    """The completed runs in groups, ordered by panel (as they come), devices, mesh and parallelism.
+    """Return the groups of the completed runs.
 
-    A seed counts once, by the first run that has a speed. Each: panel, mesh (data, model), devices, parallelism, runs, and
-    base: the group on one device in the same panel, of the same parallelism where there is a choice; None where there is none.
+    Their order is by panel (as they come), devices, mesh and scheme. A seed counts once, by the
+    first run that has a speed. Keys of a group: panel, mesh (data, model), devices, parallelism,
+    runs, and base. base is the one-device group of the panel, of the same scheme where there is
+    one; None where the panel has no one-device run.
     """
-    groups = {}
+    groups: dict[tuple, dict] = {}
     completed = [run for run in runs if run["status"] == "completed" and run["figures"]]
     for run in sorted(completed, key=lambda run: not run["figures"]["images_per_second"]):
-        panel, mesh, parallelism = key = key_of(run)
-        groups.setdefault(
-            key,
-            dict(
-                panel=panel, mesh=mesh, devices=mesh[0] * mesh[1], parallelism=parallelism, runs=[]
-            ),
-        )
-        if run["figures"]["seed"] not in values(groups[key], "seed"):
-            groups[key]["runs"].append(run)
+        panel, mesh, scheme = key = group_key(run)
+        empty = dict(panel=panel, mesh=mesh, devices=mesh[0] * mesh[1], parallelism=scheme, runs=[])
+        group = groups.setdefault(key, empty)
+        if run["figures"]["seed"] not in values(group, "seed"):
+            group["runs"].append(run)
     panels = list(dict.fromkeys(map(panel_of, completed)))
-    ordered = sorted(
-        groups.values(),
-        key=lambda group: (
+
+    def place(group: dict) -> tuple:
+        return (
             panels.index(group["panel"]),
             group["devices"],
             -group["mesh"][0],
             group["parallelism"],
-        ),
-    )
+        )
+
+    ordered = sorted(groups.values(), key=place)
     for group in ordered:
-        alone = [
-            other
-            for other in ordered
-            if other["panel"] == group["panel"]
-            and other["devices"] == 1
-            and values(other, "images_per_second")
-        ]
-        alone.sort(key=lambda other: other["parallelism"] != group["parallelism"])
-        group["base"] = alone[0] if alone else None
+        group["base"] = _base_of(group, ordered)
     return ordered
 
 
+def _base_of(group: dict, groups: list[dict]) -> dict | None:
+    """Return the one-device group that a group's speedup is relative to."""
+    bases = [
+        other for other in groups if other["panel"] == group["panel"] and other["devices"] == 1
+    ]
+    timed = [other for other in bases if values(other, "images_per_second")]
+    timed.sort(key=lambda other: other["parallelism"] != group["parallelism"])
+    return timed[0] if timed else None
+
+
 def values(group: dict, *path: str) -> list[float]:
-    """A figure of each run of a group, such as ("step_milliseconds", "median"); runs that have none are left out."""
+    """Return a figure of each run that has it.
+
+    path: its names, such as "step_milliseconds", "median".
+    """
     found = [run["figures"] for run in group["runs"]]
     for name in path:
         found = [value.get(name) for value in found if value is not None]
@@ -134,66 +115,37 @@ def values(group: dict, *path: str) -> list[float]:
 
 
 def average(group: dict, *path: str) -> float | None:
-    """The mean of a figure over a group's runs; None where no run has it."""
+    """Return the mean of a figure over a group's runs; None where no run has it."""
     return statistics.mean(found) if (found := values(group, *path)) else None
 
 
-def speedups(group: dict) -> list[float]:
-    """Throughput of each run relative to the mean of the base; empty where there is no one-device run."""
+def group_speedups(group: dict) -> list[float]:
+    """Return each run's throughput relative to the base's mean; [] without a base."""
     if group["base"] is None:
         return []
-    return [
-        rate / average(group["base"], "images_per_second")
-        for rate in values(group, "images_per_second")
-    ]
+    base = average(group["base"], "images_per_second")
+    return [rate / base for rate in values(group, "images_per_second")]
 
 
-def mean(numbers: list[float], digits: int) -> str:
-    """The mean with thousands separated, and ± the sample standard deviation where there are several; "" for none."""
-    if not numbers:
-        return ""
-    text = f"{statistics.mean(numbers):,.{digits}f}"
-    return text + (f" ± {statistics.stdev(numbers):,.{digits}f}" if len(numbers) > 1 else "")
+def metric_label(name: str) -> str:
+    """Return the header of a metric's column, or the label of its axis."""
+    return f"test {name}, %" if name in SHARES else f"test {name}"
 
 
-def rate(numbers: list[float]) -> str:
-    """Images/s: whole ones, with a decimal where they are few."""
-    return mean(numbers, 0 if max(numbers, default=0) >= 100 else 1)
+def machine(run: dict) -> str:
+    """Return the devices of a run (summary.json) in words: "2 x H100", "CPU, 4 cores"."""
+    if run["device_kind"] == "cpu":
+        return f"CPU, {run['host_cores']} cores"
+    return f"{run['devices']} x {short_kind(run['device_kind'])}"
 
 
-def cells(group: dict) -> list[str]:
-    """A group's row under COLUMNS."""
-    times = {name: average(group, "step_milliseconds", name) for name in ("median", "p10", "p90")}
-    gains = speedups(group)
-    held = [
-        sum(size or 0 for size in run["figures"]["bytes_per_device"].values()) / 1e6
-        for run in group["runs"]
-    ]
-    theory = average(group, "closed_form_ring_bytes")
-    # Older runs, which have no theory for a variable batch, counted one part of it.
-    older = theory is None and any(
-        run["figures"].get("dense_microbatch", 1) for run in group["runs"]
-    )
-    ring = None if older else average(group, "ring_bytes")
-    return [
-        "x".join(map(str, group["mesh"])),
-        group["parallelism"],
-        group["panel"],
-        str(len(group["runs"])),
-        rate(values(group, "images_per_second")),
-        ""
-        if None in times.values()
-        else "{median:,.3f} ({p10:,.3f} to {p90:,.3f})".format(**times),
-        mean(gains, 2),
-        f"{100 * statistics.mean(gains) / group['devices']:.1f}" if gains else "",
-        f"{statistics.mean(held):,.1f}",
-        *("" if moved is None else f"{moved / 1e6:,.1f}" for moved in (ring, theory)),
-        mean([100 * accuracy for accuracy in values(group, "accuracy")], 2),
-    ]
+def short_kind(device_kind: str) -> str:
+    """Return "H100" for "NVIDIA H100 80GB HBM3"."""
+    return device_kind.removeprefix("NVIDIA ").split(" ")[0]
 
 
 def hardware_of(sweep: dict) -> str:
-    """The hardware in words."""
+    """Return the hardware of a sweep in words."""
     hardware = sweep["hardware"]
     if not hardware:
         return "hardware not known (no run has finished)"

@@ -1,6 +1,8 @@
-"""Load runs and sweeps from their folders for a report."""
+"""Load runs from their folders, for analysis (load_runs) and for the report."""
 
+import contextlib
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -8,144 +10,208 @@ from cnn_spmd.config import flat
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import compare
 from cnn_spmd.training import runfiles
-from cnn_spmd.training.runfiles import figures_of, read_json
-
-# ---- Runs
 
 
-def load(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
-    """The sweeps in `folders`, as in sweep.json, and one more of all lone runs; each run with its metrics (lines)
-    and pictures.
+def load_runs(folder: str | os.PathLike) -> list[dict]:
+    """Return one flat dict per run in `folder` or below, as pandas.DataFrame takes it.
 
-    notes gets a line for each run that is unfinished and each damaged line. Raises UserError for what is no such folder.
+    A run is a folder that holds a config.json or a summary.json. Runs come in the order of their
+    paths. Nested fields have dotted names; a field that is null or lacking is not in the dict.
+
+    Keys:
+      folder: the run's folder, relative to `folder`; "." is `folder` itself.
+      status: completed, interrupted, failed or running; "unfinished" where summary.json is missing
+        or damaged.
+      reason: why a run is unfinished; only unfinished runs have it.
+      config.*: the config as it was resolved, such as config.optimizer.learning_rate.
+      eval.*: the last evaluation: eval.accuracy (0 to 1), eval.loss (nats), eval.top5 (0 to 1),
+        eval.examples, and every further metric of training.metrics.METRICS.
+      peak_bytes, ring_bytes, closed_form_ring_bytes: from program.json; bytes per device, the
+        latter two per step.
+      Each other number and text of summary.json, under its own name: experiment, seed, steps,
+        mesh.data, images_per_second, step_milliseconds.median, train_seconds, versions.jax, ...
+
+    Raises UserError where `folder` is no folder or there is no run in it.
     """
-    sweeps, lone = [], []
+    root = pathlib.Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root}: {'not a folder' if root.exists() else 'does not exist'}")
+    names = ("config.json", "summary.json")
+    found = sorted({path.parent for name in names for path in root.rglob(name)})
+    if not found:
+        raise UserError(f"{root}: holds no run (no config.json, no summary.json)")
+    runs = []
+    for path in found:
+        fields = dict(folder=str(path.relative_to(root))) | load_run(path)
+        runs.append({name: value for name, value in fields.items() if value is not None})
+    return runs
+
+
+def load_run(folder: pathlib.Path) -> dict:
+    """Return the flat fields of one run, without its folder: a row of load_runs."""
+    try:
+        fields = flat(runfiles.read_json(folder / "summary.json"))
+        fields.pop("collectives", None)
+    except UserError as error:
+        fields = dict(status="unfinished", reason=str(error))
+        with contextlib.suppress(UserError):
+            saved = runfiles.read_json(folder / "config.json")
+            config = {name: saved[name] for name in saved if name not in runfiles.NOT_CONFIG}
+            fields |= flat(dict(config=config))
+    with contextlib.suppress(UserError):
+        path = folder / "program.json"
+        program = runfiles.check(path, runfiles.read_json(path))
+        fields |= dict(
+            peak_bytes=program["memory"].get("peak_bytes"),
+            ring_bytes=program["totals"].get("ring_bytes"),
+            closed_form_ring_bytes=program.get("closed_form_ring_bytes"),
+        )
+    return fields
+
+
+# ---- For the report
+
+
+def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
+    """Return the sweeps in `folders`, and one more that holds all lone runs.
+
+    A sweep has the form of sweep.json; each run also gets `metrics` and `pictures`. notes gets a
+    line for each unfinished run and each damaged file. Raises UserError for a folder that is
+    neither a sweep nor a run.
+    """
+    sweeps, alone = [], []
     for folder in dict.fromkeys(folders):
         if not folder.is_dir():
             raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}")
         if (folder / "sweep.json").exists():
-            sweeps.append(read_sweep(folder, notes))
+            sweeps.append(load_sweep(folder, notes))
         elif (folder / "config.json").exists() or (folder / "summary.json").exists():
-            lone.append(folder)
+            alone.append(folder)
         else:
             raise UserError(
-                f"{folder}: holds neither a sweep (sweep.json) nor a run (config.json, summary.json)"
+                f"{folder}: holds neither a sweep (sweep.json) nor a run "
+                "(config.json, summary.json)"
             )
-    return sweeps + ([lone_runs(lone, notes)] if lone else [])
+    return sweeps + ([sweep_of_runs(alone, notes)] if alone else [])
 
 
-def read_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
-    """sweep.json, its unfinished runs looked up in their folders."""
-    sweep = read_json(folder / "sweep.json")
-    missing = {"experiment", "devices", "hardware", "runs"} - sweep.keys()
-    if missing:
-        raise UserError(
-            f"{folder / 'sweep.json'}: not a sweep; give the folders of its runs instead"
-        )
-    runfiles.check(folder / "sweep.json", sweep)
+def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
+    """Return sweep.json, with the figures of runs that it does not know yet."""
+    path = folder / "sweep.json"
+    sweep = runfiles.read_json(path)
+    if {"experiment", "devices", "hardware", "runs"} - sweep.keys():
+        raise UserError(f"{path}: not a sweep; give the folders of its runs instead")
+    runfiles.check(path, sweep)
     empty = dict(mesh=None, settings={}, reason="", command="", seconds=None, figures={})
-    runs = [
-        empty | {name: value for name, value in run.items() if value is not None}
-        for run in sweep["runs"]
-    ]
-    for run in runs:
+    runs = []
+    for entry in sweep["runs"]:
+        run = empty | {name: value for name, value in entry.items() if value is not None}
         if run["status"] in ("running", "completed") and not run["figures"]:
-            finish(run, folder / run["name"], notes)
-        run["metrics"] = read_metrics(folder / run["name"], notes)
-        run["pictures"] = read_pictures(folder / run["name"], notes)
+            run |= load_outcome(folder / run["name"], notes)
+        runs.append(run | load_curves_and_pictures(folder / run["name"], notes))
     return sweep | dict(title=folder.resolve().name, runs=runs)
 
 
-def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
-    """Run folders as one sweep; swept is every field that differs (but compare.NOT_COMPARED), and another device."""
+def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
+    """Return run folders as one sweep; its settings are the fields that differ."""
     names = [folder.resolve().name for folder in folders]
-    runs, fields, made_by = [], [], []
+    runs, fields, summaries = [], [], []
     for folder, name in zip(folders, names, strict=True):
-        run = dict(
-            name=name if names.count(name) == 1 else str(folder),
-            mesh=None,
-            command="",
-            seconds=None,
-            figures={},
-        )
-        finish(run, folder, notes)
-        try:
-            if run["figures"]:
-                made_by.append(read_json(folder / "summary.json"))
-            own = flat(
-                made_by[-1]["config"] if run["figures"] else read_json(folder / "config.json")
-            )
-        except UserError as error:
-            notes.append(str(error))
-            own = {}
-        mesh = run["figures"].get("mesh") or {
-            axis: own.get(f"mesh.{axis}") for axis in ("data", "model")
-        }
-        if all(mesh.values()):
-            run["mesh"] = f"{mesh['data']}x{mesh['model']}"
-        unused = ("data.synthetic.",) * (run["figures"].get("dataset") != "synthetic")
-        own = {
-            field: value
-            for field, value in own.items()
-            if not field.startswith((*compare.NOT_COMPARED, *unused))
-        }
-        said = made_by[-1] if run["figures"] else {}
-        fields.append(
-            own | {key: said[key] for key in ("device_kind", "data_digest") if said.get(key)}
-        )
-        runs.append(
-            run | dict(metrics=read_metrics(folder, notes), pictures=read_pictures(folder, notes))
-        )
+        run = dict(name=name if names.count(name) == 1 else str(folder), command="", seconds=None)
+        run |= load_outcome(folder, notes)
+        summary = runfiles.read_json(folder / "summary.json") if run["figures"] else None
+        if summary:
+            summaries.append(summary)
+        config = flat(summary["config"]) if summary else load_config_fields(folder, notes)
+        run["mesh"] = mesh_name(run["figures"].get("mesh"), config)
+        runs.append(run | load_curves_and_pictures(folder, notes))
+        fields.append(compared_fields(config, summary))
     for run, own in zip(runs, fields, strict=True):
-        run["settings"] = {
-            field: value
-            for field, value in own.items()
-            if field in ("parallelism", "batch_size")
-            or any(field in other and value != other[field] for other in fields)
-        }
-
-    def joined(key: str) -> str:
-        return ", ".join(dict.fromkeys(str(summary[key]) for summary in made_by))
-
-    where = [{key: summary.get(key) for key in runfiles.HARDWARE} for summary in made_by]
-    hardware = functools.reduce(runfiles.joined, where) if where else None
+        run["settings"] = differing_fields(own, fields)
+    where = [{key: summary.get(key) for key in runfiles.HARDWARE} for summary in summaries]
     return dict(
         title=", ".join(run["name"] for run in runs),
-        experiment=joined("experiment") or "unfinished runs",
+        experiment=distinct(summaries, "experiment") or "unfinished runs",
         runs=runs,
-        devices=max((summary["devices"] for summary in made_by), default=0),
-        started=joined("started"),
-        hardware=hardware,
+        devices=max((summary["devices"] for summary in summaries), default=0),
+        started=distinct(summaries, "started"),
+        hardware=functools.reduce(runfiles.joined, where) if where else None,
     )
 
 
-def finish(run: dict, folder: pathlib.Path, notes: list[str]) -> None:
-    """Fills in a run's status, reason and figures from its folder; where they are not whole, it is unfinished."""
+def load_config_fields(folder: pathlib.Path, notes: list[str]) -> dict:
+    """Return the flat config of an unfinished run; {} and a note where it is damaged."""
     try:
-        summary = read_json(folder / "summary.json")
+        return flat(runfiles.read_json(folder / "config.json"))
+    except UserError as error:
+        notes.append(str(error))
+        return {}
+
+
+def mesh_name(mesh: dict | None, config: dict) -> str | None:
+    """Return "4x2" for a mesh, or for a flat config's; None where neither says it."""
+    sizes = mesh or {axis: config.get(f"mesh.{axis}") for axis in ("data", "model")}
+    return f"{sizes['data']}x{sizes['model']}" if all(sizes.values()) else None
+
+
+def compared_fields(config: dict, summary: dict | None) -> dict:
+    """Return the fields that tell a run from others: config, device and data."""
+    unused = () if summary and summary["dataset"] == "synthetic" else ("data.synthetic.",)
+    hidden = (*compare.NOT_COMPARED, *unused)
+    fields = {field: value for field, value in config.items() if not field.startswith(hidden)}
+    for key in ("device_kind", "data_digest"):
+        if summary and summary.get(key):
+            fields[key] = summary[key]
+    return fields
+
+
+def differing_fields(own: dict, others: Sequence[dict]) -> dict:
+    """Return the fields in which a run differs from another; scheme and batch always."""
+    shown = {}
+    for field, value in own.items():
+        differs = any(field in other and value != other[field] for other in others)
+        if differs or field in ("parallelism", "batch_size"):
+            shown[field] = value
+    return shown
+
+
+def distinct(summaries: Sequence[dict], key: str) -> str:
+    """Return the distinct values of a field, joined by commas."""
+    return ", ".join(dict.fromkeys(str(summary[key]) for summary in summaries))
+
+
+def load_outcome(folder: pathlib.Path, notes: list[str]) -> dict:
+    """Return status, reason and figures of a run.
+
+    The status is "unfinished" where a file is missing or damaged; notes gets a line.
+    """
+    try:
+        summary = runfiles.read_json(folder / "summary.json")
         if summary.get("status") == "running":
             raise UserError(f"{folder}: summary.json says running")
-        run.update(figures=figures_of(folder), status=summary["status"], reason="")
-        if run["status"] != "completed":
-            run["reason"] = f"stopped after step {summary['steps']}"
+        figures = runfiles.figures_of(folder)
     except UserError as error:
-        run.update(
-            status="unfinished",
-            reason=str(error).removeprefix(f"{folder}/").removeprefix(f"{folder}: "),
-            figures={},
-        )
-        notes.append(f"{folder}: unfinished: {run['reason']}")
+        reason = str(error).removeprefix(f"{folder}/").removeprefix(f"{folder}: ")
+        notes.append(f"{folder}: unfinished: {reason}")
+        return dict(status="unfinished", reason=reason, figures={})
+    stopped = summary["status"] != "completed"
+    reason = f"stopped after step {summary['steps']}" if stopped else ""
+    return dict(status=summary["status"], reason=reason, figures=figures)
 
 
-def read_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
-    """The lines of a run's metrics.jsonl that are whole; a note for those that are not."""
+def load_curves_and_pictures(folder: pathlib.Path, notes: list[str]) -> dict:
+    """Return `metrics` (load_metrics) and `pictures` (load_pictures) of a run."""
+    return dict(metrics=load_metrics(folder, notes), pictures=load_pictures(folder, notes))
 
+
+def load_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
+    """Return the lines of metrics.jsonl; a note says how many are damaged."""
     path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
     try:
         rows = runfiles.read(path)
-        lines = (
-            runfiles.contents(path).decode(errors="replace").splitlines() if path.exists() else []
-        )
+        lines = runfiles.contents(path).decode(errors="replace").splitlines()
     except UserError as error:
         notes.append(str(error))
         return []
@@ -154,22 +220,19 @@ def read_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
     return rows
 
 
-def read_pictures(folder: pathlib.Path, notes: list[str]) -> list[tuple[str, bytes, str]]:
-    """Title, PNG and caption of each picture of what a run learned, if there are any; a note for damaged ones."""
+def load_pictures(folder: pathlib.Path, notes: list[str]) -> list[tuple[str, bytes, str]]:
+    """Return title, PNG and caption of each picture; a note where one is damaged."""
     path = folder / "pictures.json"
     if not path.exists():
         return []
+    pictures = []
     try:
-        rows = runfiles.check(path, read_json(path))["pictures"]
-        for row in rows:
+        for row in runfiles.check(path, runfiles.read_json(path))["pictures"]:
             if row["file"] != pathlib.Path(row["file"]).name:
                 raise UserError(f"{path}: file={row['file']}: expected a name without a folder")
-        return [
-            (row["title"], runfiles.contents(folder / row["file"]), row["caption"]) for row in rows
-        ]
-    except ValueError as error:  # also a name that no file can have
+            png = runfiles.contents(folder / row["file"])
+            pictures.append((row["title"], png, row["caption"]))
+    except ValueError as error:  # UserError, or a name that no file can have
         notes.append(f"{folder}: pictures are left out, draw them again with --pictures ({error})")
         return []
-
-
-# ---- Command line
+    return pictures

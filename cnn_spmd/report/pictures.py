@@ -1,13 +1,15 @@
-"""Pictures of what a run learned, as in AlexNet's paper (Krizhevsky et al. 2012): the first layer's filters (figure 3), test
-images with their five most probable classes (figure 4, left), and nearest neighbours by the last hidden layer (right).
+"""Draw what a run learned, as in AlexNet's paper (Krizhevsky et al. 2012).
 
-They and pictures.json, which holds their captions and numbers, go into the run's folder; report/page.py shows them.
-Shapes: K filters, H height, W width, C channels or classes; T test images, N training images, B batch, F activations.
+The pictures are the first layer's filters (figure 3), test images with their five most probable
+classes (figure 4, left), and nearest neighbours by the last hidden layer (figure 4, right). The
+PNG files go into the run's folder with pictures.json, which holds their captions and numbers; the
+report shows them. Shapes: K filters, H height, W width, C channels or classes, T test images, N
+training images, B batch, F activations.
 """
 
-import bisect
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,184 +17,208 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from cnn_spmd.data import dataset
 from cnn_spmd.data.feed import Feed
 from cnn_spmd.errors import UserError
-from cnn_spmd.report import plots
-from cnn_spmd.report.canvas import Figure, FontProperties, TextPath
-from cnn_spmd.training import build as setup
-from cnn_spmd.training import log as metrics
-from cnn_spmd.training import runfiles
-from cnn_spmd.training import workdir as workdirs
+from cnn_spmd.report import drawings, plots
+from cnn_spmd.report.canvas import Figure
+from cnn_spmd.training import build, log, runfiles, workdir
 from cnn_spmd.training.checkpoint import Checkpoints
 from cnn_spmd.training.step import StepFunctions, TrainState
 
-TEST_IMAGES, TOP, QUERIES, NEIGHBOURS = 8, 5, 5, 6  # as many as in the paper's figure 4
-FILTERS, COLUMNS = 128, 16  # shown at most, in a row
-BATCH = 256
-RIGHT, OTHER = "#E69F00", "#56B4E9"  # of plots.SCHEMES' palette, light enough for black letters
+# As many as in the paper's figure 4.
+TEST_IMAGES = 8
+QUERIES = 5
+NEIGHBOURS = 6
+FILTERS = 128  # drawn at most
+BATCH = 256  # training images per call
 
 
-def draw(folder: pathlib.Path, data_dir: str | None = None) -> None:
-    """Draws the run in `folder` from its newest checkpoint, on one device, whatever mesh it was trained on.
+def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
+    """Draw what the run in `folder` learned, from its newest checkpoint.
 
-    data_dir: where its data set has moved to. Raises UserError, in one line, for what is no run or has no checkpoint, and
-    where its data set is not to be had.
+    One device is enough, whatever the run's mesh was. data_dir: where the run's data set is now, if
+    it has moved. Raises UserError for a folder that is no run or has no checkpoint, and where the
+    data set is missing.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no run (no config.json)")
-    with workdirs.locked(folder, ""):  # a run that goes on there would lose what it is saving
-        run, state = restore(folder, data_dir)
-        shown_T, compared_T = choose(run.config.seed, len(run.data.test_images))
-        metrics.say(
-            f"Comparing {len(run.data.train_images):,} training images of {run.data.name} with {len(compared_T)} test "
-            "images."
+    # Without the lock, a run that continues there could lose the checkpoint that it is saving.
+    with workdir.locked(folder, ""):
+        setup, state = restore_run(folder, data_dir)
+        shown_T, compared_T = choose_images(setup.config.seed, len(setup.data.test_images))
+        log.say(
+            f"Comparing {len(setup.data.train_images):,} training images of {setup.data.name} with "
+            f"{len(compared_T)} test images."
         )
-        predicted = predictions(run, state, shown_T)
-        near = neighbours(run, state, compared_T)
-        kernel, filters_KHWC = first_layer(run, state.params)
-        towers = run.functions.model(state.params, state.model_state).towers
-        shown, size = min(len(filters_KHWC), FILTERS), "x".join(map(str, filters_KHWC.shape[1:]))
-        made_by = f"{run.config.model.name} after step {int(state.step)}, {run.data.name}."
-        captions = {
-            "filters.png": (
-                "The first layer's filters",
-                (
-                    f"{f'The first {shown} of the' if shown < len(filters_KHWC) else 'The'} {len(filters_KHWC)} filters of {size} "
-                    f"weights ({kernel}), each scaled to its own range{'; the towers apart' if towers > 1 else ''}. {made_by}"
-                ),
-            ),
-            "top5.png": (
-                "Test images and their most probable classes",
-                (
-                    f"{len(predicted)} test images, the label above each, and its most probable classes with their probabilities "
-                    f"in %; the right one is orange and bold. {made_by}"
-                ),
-            ),
-            "neighbours.png": (
-                "Nearest neighbours",
-                (
-                    f"Test images (left), and for each the training images whose {near[0]['width']} activations before the output "
-                    f"layer are nearest (Euclidean distance), with their labels; another class than the test image's is in "
-                    f"italics. {made_by}"
-                ),
-            ),
-        }
-        try:
-            with plots.style():
-                for name, fig in (
-                    ("filters.png", filter_grid(filters_KHWC[:shown], towers)),
-                    ("top5.png", prediction_bars(run.data, predicted)),
-                    ("neighbours.png", neighbour_rows(run.data, near)),
-                ):
-                    with runfiles.whole(folder / name) as temporary:
-                        fig.savefig(temporary, format="png", dpi=200)
-            runfiles.write_json(
-                folder / "pictures.json",
-                dict(
-                    step=int(state.step),
-                    filters=len(filters_KHWC),
-                    predictions=predicted,
-                    neighbours=near,
-                    pictures=[
-                        dict(file=name, title=title, caption=caption)
-                        for name, (title, caption) in captions.items()
-                    ],
-                ),
+        predicted = predictions(setup, state, shown_T)
+        near = neighbours(setup, state, compared_T)
+        kernel_name, filters_KHWC = first_layer(setup, state.params)
+        towers = getattr(setup.functions.model(state.params, state.model_state), "towers", 1)
+        with plots.style():
+            pictures = {
+                "filters.png": drawings.filter_grid(filters_KHWC[:FILTERS], towers),
+                "top5.png": drawings.prediction_bars(setup.data, predicted),
+                "neighbours.png": drawings.neighbour_rows(setup.data, near),
+            }
+            captions = {
+                "filters.png": filters_caption(kernel_name, filters_KHWC.shape, towers),
+                "top5.png": predictions_caption(predicted),
+                "neighbours.png": neighbours_caption(near),
+            }
+            source = f"{setup.config.model.name} after step {int(state.step)}, {setup.data.name}."
+            rows = [
+                dict(file=name, title=title, caption=f"{caption} {source}")
+                for name, (title, caption) in captions.items()
+            ]
+            numbers = dict(
+                step=int(state.step),
+                filters=len(filters_KHWC),
+                predictions=predicted,
+                neighbours=near,
+                pictures=rows,
             )
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+            write_pictures(folder, pictures, numbers)
 
 
-def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, TrainState]:
-    """The run in `folder`, set up on the first device, and its newest whole state."""
-    saved = runfiles.read_json(folder / "config.json")
-
-    def the_same(run: setup.Setup) -> None:
-        asked, found = saved["dataset"], run.data.name
-        files, digest = run.data.files, run.data.digest  # no digest: they are still to be decoded
-        other = digest and saved.get("data_digest", digest) != digest
-        if found != asked or files != saved.get("data_files", files) or other:
-            holds = found if found != asked else "other files or pixels of it"
-            raise UserError(
-                f"was trained on {asked}, but its data.dir={run.config.data.dir} holds "
-                f"{holds}: give the former's place by --data_dir=PATH"
-            )
-
+def write_pictures(folder: pathlib.Path, pictures: Mapping[str, Figure], numbers: dict) -> None:
+    """Write the PNG files and pictures.json; raise UserError where that fails."""
     try:
-        if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
-            raise UserError(
-                f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
-            )
-        of_data = ("run", "dataset", "fallback", "data_files", "data_digest", "skipped_images")
-        config = ml_collections.ConfigDict(
-            {name: saved[name] for name in saved if name not in of_data}
-        )
-        config.data = dict(skip_bad=0) | config.data.to_dict()  # which older runs do not have
-        config.mesh.update(dict(data=1, model=1))
-        config.parallelism, config.data.fallback = "data", ""
-        if data_dir is not None:
-            config.data.dir = data_dir
-        run = setup.prepare(config, check=the_same)
+        for name, picture in pictures.items():
+            with runfiles.whole(folder / name) as temporary:
+                picture.savefig(temporary, format="png", dpi=200)
+        runfiles.write_json(folder / "pictures.json", numbers)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def filters_caption(kernel_name: str, shape: tuple[int, ...], towers: int) -> tuple[str, str]:
+    """Return title and caption of the filters, of shape [K, H, W, C]."""
+    count, *window = shape
+    which = f"The first {FILTERS} of the {count}" if count > FILTERS else f"The {count}"
+    apart = "; the towers apart" if towers > 1 else ""
+    return "The first layer's filters", (
+        f"{which} filters of {'x'.join(map(str, window))} weights ({kernel_name}), each scaled to "
+        f"its own range{apart}."
+    )
+
+
+def predictions_caption(predicted: list[dict]) -> tuple[str, str]:
+    """Return title and caption of the most probable classes."""
+    return "Test images and their most probable classes", (
+        f"{len(predicted)} test images, the label above each, and its most probable classes with "
+        "their probabilities in %; the right class is orange and bold."
+    )
+
+
+def neighbours_caption(near: list[dict]) -> tuple[str, str]:
+    """Return title and caption of the nearest neighbours."""
+    return "Nearest neighbours", (
+        f"Test images (left), and for each the training images whose {near[0]['width']} activations"
+        " before the output layer are nearest (Euclidean distance), with their labels. Labels of"
+        " another class than the test image's are in italics."
+    )
+
+
+# ---- Restoring
+
+
+def restore_run(folder: pathlib.Path, data_dir: str | None) -> tuple[build.Setup, TrainState]:
+    """Return the run's setup on the first device, and its newest usable state.
+
+    Raises UserError for a damaged config.json, for other data than the run's, and for a run
+    without a usable checkpoint.
+    """
+    saved = runfiles.read_json(folder / "config.json")
+    try:
+        config = config_on_one_device(saved, data_dir)
+        setup = build.prepare(config, check=lambda made: refuse_other_data(made, saved))
     except (AttributeError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())
         raise UserError(
-            f"{folder}: config.json is damaged or of another version ({' '.join(str(error).split())})"
+            f"{folder}: config.json is damaged or of another version ({said})"
         ) from error
     except UserError as error:
-        moved = (
-            "; where it has moved: --data_dir=PATH"
-            if data_dir is None and str(error).startswith("data.dir=")
-            else ""
-        )
-        raise UserError(
-            f"{folder}: {str(error).replace('--config.data.dir=', '--data_dir=')}{moved}"
-        ) from error
+        message = str(error).replace("--config.data.dir=", "--data_dir=")
+        if data_dir is None and message.startswith("data.dir="):
+            message += "; where it has moved: --data_dir=PATH"
+        raise UserError(f"{folder}: {message}") from error
     state = None
     if any((folder / "checkpoints").glob("[0-9]*")):
+        run = saved.get("run", "")
         checkpoints = Checkpoints(
-            folder.resolve() / "checkpoints", config.checkpoint.keep, saved.get("run", "")
+            folder.resolve() / "checkpoints", setup.config.checkpoint.keep, run
         )
-        state = checkpoints.restore(run.functions.abstract_state)
+        state = checkpoints.restore(setup.functions.abstract_state)
         checkpoints.close()
     if state is None:
         raise UserError(
             f"{folder}: holds no checkpoint that can be used: train it to its end first"
         )
-    return run, state
+    return setup, state
+
+
+def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.ConfigDict:
+    """Return a run's config for one device, without a fallback for its data set."""
+    if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
+        raise UserError(
+            f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
+        )
+    fields = {name: value for name, value in saved.items() if name not in runfiles.NOT_CONFIG}
+    config = ml_collections.ConfigDict(fields)
+    config.data = dict(skip_bad=0) | config.data.to_dict()  # older runs lack it
+    config.mesh.update(dict(data=1, model=1))
+    config.parallelism = "data"
+    config.data.fallback = ""
+    if data_dir is not None:
+        config.data.dir = data_dir
+    return config
+
+
+def refuse_other_data(setup: build.Setup, saved: dict) -> None:
+    """Raise UserError where the data are not those that the run was trained on."""
+    data = setup.data
+    asked = saved["dataset"]
+    other_files = data.files != saved.get("data_files", data.files)
+    # There is no digest yet where the images are still to be decoded.
+    other_pixels = data.digest and saved.get("data_digest", data.digest) != data.digest
+    if data.name != asked or other_files or other_pixels:
+        found = data.name if data.name != asked else "other files or pixels of it"
+        raise UserError(
+            f"was trained on {asked}, but its data.dir={setup.config.data.dir} holds {found}: "
+            "give the former's place by --data_dir=PATH"
+        )
 
 
 # ---- Numbers
 
 
-def choose(seed: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which test images are shown with their classes, and which with their neighbours: a function of the run's seed."""
+def choose_images(seed: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the test images that are shown and that are compared."""
     order = np.random.Generator(np.random.Philox(key=[seed, examples])).permutation(examples)
     return np.sort(order[:TEST_IMAGES]), np.sort(order[-QUERIES:])
 
 
-def first_layer(run: setup.Setup, params: nnx.State) -> tuple[str, np.ndarray]:
-    """The first kernel's name, and its filters [K, H, W, C], each scaled to 0 to 1."""
-    for layer in ("conv1", "fc1"):
-        if layer in params:
-            break
+def first_layer(setup: build.Setup, params: nnx.State) -> tuple[str, np.ndarray]:
+    """Return the first kernel's name, and its filters [K, H, W, C], scaled to 0 to 1."""
+    layer = "conv1" if "conv1" in params else "fc1"
     kernel = np.asarray(params[layer]["kernel"][...], np.float32)
-    side = run.image_size
+    side = setup.image_size
     kernel_HWCK = kernel if kernel.ndim == 4 else kernel.reshape(side, side, -1, kernel.shape[-1])
-    kernel_KHWC = kernel_HWCK.transpose(3, 0, 1, 2)
-    low, high = (bound(kernel_KHWC, (1, 2, 3), keepdims=True) for bound in (np.min, np.max))
-    return f"{layer}.kernel", (kernel_KHWC - low) / np.maximum(high - low, 1e-12)
+    filters_KHWC = kernel_HWCK.transpose(3, 0, 1, 2)
+    low = filters_KHWC.min((1, 2, 3), keepdims=True)
+    high = filters_KHWC.max((1, 2, 3), keepdims=True)
+    return f"{layer}.kernel", (filters_KHWC - low) / np.maximum(high - low, 1e-12)
 
 
-def predictions(run: setup.Setup, state: TrainState, test_T: np.ndarray) -> list[dict]:
-    """Label and most probable classes of test images, as the run's evaluation sees them (all its views)."""
-    probabilities_TC = np.exp(
-        jax.jit(run.functions.scores)(state, np.asarray(run.data.test_images[test_T]))
-    )
-    classes_TC = np.argsort(-probabilities_TC, -1, kind="stable")[:, :TOP]
+def predictions(setup: build.Setup, state: TrainState, test_T: np.ndarray) -> list[dict]:
+    """Return label and most probable classes of test images, as evaluated."""
+    images = np.asarray(setup.data.test_images[test_T])
+    probabilities_TC = np.exp(jax.jit(setup.functions.scores)(state, images))
+    classes_TC = np.argsort(-probabilities_TC, -1, kind="stable")[:, : drawings.TOP_CLASSES]
     return [
         dict(
             test_image=int(index),
-            label=int(run.data.test_labels[index]),
+            label=int(setup.data.test_labels[index]),
             classes=classes.tolist(),
             probabilities=[float(row[at]) for at in classes],
         )
@@ -201,167 +227,60 @@ def predictions(run: setup.Setup, state: TrainState, test_T: np.ndarray) -> list
 
 
 def activations(functions: StepFunctions, state: TrainState, images_BHWC: jax.Array) -> jax.Array:
-    """What reaches the output layer, of the centre crops: the last hidden dense layer where there is one; float32 [B, F]."""
+    """Return the input of the output layer for the centre crops, float32 [B, F].
+
+    That is the last hidden dense layer's output, or the features where no dense layer is hidden.
+    """
     seen = {}
-    place = dataclasses.replace(functions.place, record=lambda name, axes, x: seen.update({name: x}))
-    preprocessing = dataclasses.replace(functions.preprocessing, views="one")
-    dataclasses.replace(functions, preprocessing=preprocessing, place=place).scores(
-        state, images_BHWC
+    place = dataclasses.replace(
+        functions.place, record=lambda name, axes, x: seen.update({name: x})
     )
+    centre = dataclasses.replace(functions.preprocessing, views="one")
+    functions = dataclasses.replace(functions, preprocessing=centre, place=place)
+    functions.scores(state, images_BHWC)
     return seen["fc3 input"].astype(jnp.float32)
 
 
-def neighbours(run: setup.Setup, state: TrainState, test_T: np.ndarray) -> list[dict]:
-    """For each test image the training images whose activations are nearest, of all of them, nearest first."""
-    of_test_TF = jax.jit(lambda state, images: activations(run.functions, state, images))(
-        state, np.asarray(run.data.test_images[test_T])
-    )
+def neighbours(setup: build.Setup, state: TrainState, test_T: np.ndarray) -> list[dict]:
+    """Return the training images with the nearest activations, nearest first.
 
-    @jax.jit
-    def distances(state, images_BHWC, of_test_TF):
-        of_batch_BF = activations(run.functions, state, images_BHWC)
-        return jax.lax.map(
-            lambda test_F: jnp.sqrt(jnp.square(of_batch_BF - test_F).sum(-1)), of_test_TF
-        )
-
-    feed, examples = (
-        Feed(run.place, run.data.train_images, run.data.train_labels, resident=False),
-        len(run.data.train_images),
-    )
-    batches = np.minimum(
-        np.arange(-(-examples // BATCH) * BATCH, dtype=np.int32), examples - 1
-    ).reshape(-1, BATCH)
-    distances_TN = np.concatenate(
-        [np.asarray(distances(state, data.images, of_test_TF)) for data, _ in feed.calls(batches)],
-        1,
-    )[:, :examples]
+    All training images are looked through.
+    """
+    distances_TN, width = training_distances(setup, state, setup.data.test_images[test_T])
     nearest_TN = np.argsort(distances_TN, -1, kind="stable")[:, :NEIGHBOURS]
     return [
         dict(
             test_image=int(index),
-            label=int(run.data.test_labels[index]),
-            width=of_test_TF.shape[1],
+            label=int(setup.data.test_labels[index]),
+            width=width,
             train_images=nearest.tolist(),
-            labels=run.data.train_labels[nearest].tolist(),
+            labels=setup.data.train_labels[nearest].tolist(),
             distances=[float(row[at]) for at in nearest],
         )
         for index, row, nearest in zip(test_T, distances_TN, nearest_TN, strict=True)
     ]
 
 
-# ---- Figures
+def training_distances(
+    setup: build.Setup, state: TrainState, test_THWC: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Return distances [T, N] to all training images, and the activations' number."""
+    of_test = jax.jit(lambda state, images: activations(setup.functions, state, images))
+    test_TF = of_test(state, np.asarray(test_THWC))
 
+    @jax.jit
+    def distances(state: TrainState, images_BHWC: jax.Array, test_TF: jax.Array) -> jax.Array:
+        train_BF = activations(setup.functions, state, images_BHWC)
+        # One test image at a time: [T, B, F] need not fit into memory.
+        return jax.lax.map(lambda test_F: jnp.linalg.norm(train_BF - test_F, axis=-1), test_TF)
 
-def filter_grid(filters_KHWC: np.ndarray, towers: int) -> Figure:
-    """The filters in rows, large enough to see their pixels; a block a tower."""
-    scale = max(1, 64 // filters_KHWC.shape[1])
-    filters_KHWC = filters_KHWC.repeat(scale, 1).repeat(scale, 2)
-    side, gap = filters_KHWC.shape[1], 6
-    blocks = []
-    for filters in np.array_split(filters_KHWC, towers):
-        rows = -(-len(filters) // COLUMNS)
-        block = np.ones((rows * (side + gap) - gap, COLUMNS * (side + gap) - gap, 3), np.float32)
-        for number, pixels in enumerate(filters):
-            top, left = ((side + gap) * at for at in divmod(number, COLUMNS))
-            block[top : top + side, left : left + side] = pixels
-        blocks.append(block)
-    width, heights = plots.WIDTH, [len(block) for block in blocks]
-    fig = Figure(
-        figsize=(
-            width,
-            width * sum(heights) / blocks[0].shape[1] + (0.3 * towers if towers > 1 else 0.06),
-        )
-    )
-    for number, (block, axes) in enumerate(
-        zip(blocks, fig.subplots(towers, squeeze=False, height_ratios=heights)[:, 0], strict=True)
-    ):
-        axes.imshow(block, interpolation="nearest")
-        axes.axis("off")
-        if towers > 1:
-            axes.set_title(f"tower {number + 1}")
-    return fig
-
-
-def prediction_bars(data: dataset.Dataset, predicted: list[dict]) -> Figure:
-    """Two columns of test images, the bars beside each."""
-    rows = -(-len(predicted) // 2)
-    fig = Figure(figsize=(plots.WIDTH, 1.05 * rows))
-    grid = fig.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.5, 1, 1.5])
-    for axes in grid.flat:
-        axes.axis("off")
-    for row, (picture, bars) in zip(predicted, grid.reshape(-1, 2), strict=False):
-        show(
-            picture,
-            data.test_images[row["test_image"]],
-            data.class_names[row["label"]],
-            0.19,
-            weight="bold",
-            fontsize=8,
-        )
-        for at, (label, share) in enumerate(zip(row["classes"], row["probabilities"], strict=True)):
-            right = label == row["label"]
-            bars.barh(at, share, 0.82, color=RIGHT if right else OTHER)
-            style = dict(fontsize=7, va="center", weight="bold" if right else "normal")
-            bars.text(0.02, at, short(data.class_names[label], 0.22, **style), **style)
-            bars.text(1.18, at, f"{100 * share:.0f}", ha="right", **style)
-        bars.set(xlim=(0, 1.18), ylim=(TOP - 0.5, -0.5))
-    return fig
-
-
-def neighbour_rows(data: dataset.Dataset, near: list[dict]) -> Figure:
-    """A row a test image: itself, and its neighbours."""
-    fig = Figure(figsize=(plots.WIDTH, 0.78 * len(near)))
-    grid = fig.subplots(
-        len(near), 2 + NEIGHBOURS, squeeze=False, width_ratios=[1, 0.15] + [1] * NEIGHBOURS
-    )
-    for axes in grid.flat:
-        axes.axis("off")
-    for row, (picture, _, *others) in zip(near, grid, strict=True):
-        show(
-            picture,
-            data.test_images[row["test_image"]],
-            data.class_names[row["label"]],
-            0.12,
-            weight="bold",
-            fontsize=7,
-        )
-        for axes, index, label in zip(others, row["train_images"], row["labels"], strict=False):
-            show(
-                axes,
-                data.train_images[index],
-                data.class_names[label],
-                0.12,
-                weight="normal",
-                fontsize=7,
-                style="normal" if label == row["label"] else "italic",
-            )
-    return fig
-
-
-def show(axes, image_HWC: np.ndarray, label: str, share: float, **style) -> None:
-    axes.imshow(image_HWC, interpolation="nearest")
-    axes.set_title(short(label, share, **style), loc="center", pad=2, **style)
-
-
-def short(text: str, share: float, *, fontsize: float, weight: str = "normal", **_) -> str:
-    """As much of the text, in letters of this size, as fits into a share of the figure's width."""
-
-    def width(
-        text: str,
-    ) -> float:  # in points; of "$" this would see formulas, and of blanks nothing
-        if not text.strip():
-            return 0.0
-        return (
-            TextPath((0, 0), text.replace("$", "S"), fontsize, prop=FontProperties(weight=weight))
-            .get_extents()
-            .width
-        )
-
-    room, longest = share * 72 * plots.WIDTH, 16  # of a long name only a beginning is measured
-    while longest < len(text) and width(text[:longest]) <= room:
-        longest *= 2
-    if width(text[:longest]) <= room:
-        return text
-    lengths = range(1, min(longest, len(text)))
-    kept = bisect.bisect_right(lengths, room, key=lambda length: width(f"{text[:length]}…"))
-    return f"{text[:kept]}…"
+    images, labels = setup.data.train_images, setup.data.train_labels
+    feed = Feed(setup.place, images, labels, resident=False)
+    calls = -(-len(images) // BATCH)
+    # The last batch is filled up with the last image.
+    indices = np.minimum(np.arange(calls * BATCH, dtype=np.int32), len(images) - 1)
+    found = [
+        np.asarray(distances(state, data.images, test_TF))
+        for data, _ in feed.calls(indices.reshape(calls, BATCH))
+    ]
+    return np.concatenate(found, 1)[:, : len(images)], test_TF.shape[1]

@@ -1,20 +1,22 @@
-"""Pictures for the report: SVG, one a panel (groups of runs that differ in mesh and parallelism only: report/compare.py).
+"""Draw the report's pictures as SVG, one per panel (compare.py).
 
-Light, and readable in black and white: a marker and a line style a scheme, a hatch a part of a bar. The colours are those of
-Okabe and Ito (2008), which the colour-blind tell apart. Draw within `style()`.
+They are light, and readable in black and white: each scheme has a marker and a line style, each
+part of a bar a hatch. The colours are those of Okabe and Ito (2008), which colour-blind readers can
+tell apart. Draw within `style()`.
 """
 
 import contextlib
 import io
 import re
 import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from cnn_spmd.papers import published as papers
-from cnn_spmd.report import canvas
+from cnn_spmd.papers import published
+from cnn_spmd.report import canvas, compare
 from cnn_spmd.report.canvas import Axes, Figure, ticker
-from cnn_spmd.report.compare import average, panel_of, speedups, values
 
-RC = {
+SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cnn_spmd",
     "font.size": 9,
@@ -34,7 +36,7 @@ RC = {
     "text.parse_math": False,
 }
 WIDTH = 4.6  # inches
-# Scheme -> colour, marker, line style. Rows of one's own get the last.
+# Scheme -> colour, marker, line style. Schemes that a config defines get the last.
 SCHEMES = {
     "data": ("#0072B2", "o", "-"),
     "hybrid": ("#D55E00", "s", "--"),
@@ -43,65 +45,81 @@ SCHEMES = {
     "two_tower": ("#E69F00", "v", (0, (5, 1, 1, 1, 1, 1))),
 }
 OTHER = ("#222222", "P", (0, (1, 3)))
+LABEL = dict(textcoords="offset points", fontsize=8)
+
+
+class Bars(NamedTuple):
+    """Stacked bars, one per group.
+
+    parts: name -> colour, hatch, and one length per group. marks: where a tick stands on each bar;
+    None for no tick.
+    """
+
+    unit: str
+    parts: dict[str, tuple[str, str, list[float]]]
+    mark_name: str
+    marks: list[float | None]
 
 
 def style() -> contextlib.AbstractContextManager:
-    return canvas.style(RC)
+    """Return the context in which to draw."""
+    return canvas.style(SETTINGS)
 
 
 def svg(fig: Figure, label: str) -> str:
-    """The figure as an <svg> element that scales, without what only a file of its own needs."""
+    """Return the picture as an <svg> element that scales, for use within a page."""
     buffer = io.StringIO()
     fig.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(
-        r' id="[A-Za-z0-9.]+_\d+"', "", text
-    )  # the same in every picture, and nothing refers to them
-    text = re.sub(
-        r'(<svg [^>]*?)width="[^"]*"', rf'\1role="img" aria-label="{label}"', text, count=1
-    )
-    return re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", text, count=1)
+    svg_text = buffer.getvalue()
+    svg_text = svg_text[svg_text.index("<svg") :]
+    svg_text = re.sub(r"<metadata>.*?</metadata>", "", svg_text, flags=re.DOTALL)
+    # Nothing refers to these, and they would be the same in every picture of the page.
+    svg_text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg_text)
+    role = rf'\1role="img" aria-label="{label}"'
+    svg_text = re.sub(r'(<svg [^>]*?)width="[^"]*"', role, svg_text, count=1)
+    return re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", svg_text, count=1)
 
 
-def title_of(panel: str) -> str:
-    """A panel's name in two lines at most; the tables have all of it."""
+def svg_with_legend(fig: Figure, axes: Axes, label: str) -> str:
+    """Return the picture with the legend of `axes` below it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = 2 if max(map(len, labels)) > 18 else 3
+        fig.legend(handles, labels, loc="outside lower center", ncols=columns)
+    return svg(fig, label)
+
+
+def panel_title(panel: str) -> str:
+    """Return a panel's name in two lines at most; the tables have all of it."""
     return textwrap.fill(textwrap.shorten(panel, 100, placeholder=" …"), 56)
 
 
+def schemes_of(groups: Sequence[dict]) -> list[str]:
+    """Return the schemes of groups, those that a config defines last."""
+    found = {group["parallelism"] for group in groups}
+    return [scheme for scheme in SCHEMES if scheme in found] + sorted(found - SCHEMES.keys())
+
+
+# ---- Throughput
+
+
 def throughput(groups: list[dict]) -> str:
-    """Images/s by mesh, a marker a scheme."""
+    """Return images/s by mesh, one marker per scheme."""
     fig = Figure(figsize=(WIDTH, 3.2))
-    axes = fig.add_subplot(title=title_of(groups[0]["panel"]), ylabel="images/s")
+    axes = fig.add_subplot(title=panel_title(groups[0]["panel"]), ylabel="images/s")
     meshes = list(dict.fromkeys(group["mesh"] for group in groups))
-    bases = [average(group, "images_per_second") for group in groups if group["devices"] == 1]
-    if rates := [rate for rate in bases if rate]:
-        ideal = [max(rates) * rows * columns for rows, columns in meshes]
-        axes.hlines(
-            ideal,
-            [i - 0.42 for i in range(len(meshes))],
-            [i + 0.42 for i in range(len(meshes))],
-            "#777777",
-            "dashed",
-            label="ideal",
-        )
+    draw_ideal(axes, groups, meshes)
     schemes = schemes_of(groups)
     for number, scheme in enumerate(schemes):
-        some = [
-            group
-            for group in groups
-            if group["parallelism"] == scheme and values(group, "images_per_second")
-        ]
-        x = [
-            meshes.index(group["mesh"]) + (number - (len(schemes) - 1) / 2) * 0.7 / len(schemes)
-            for group in some
-        ]
-        y = [average(group, "images_per_second") for group in some]
+        offset = (number - (len(schemes) - 1) / 2) * 0.7 / len(schemes)
+        members = [group for group in groups if group["parallelism"] == scheme]
+        timed = [group for group in members if compare.values(group, "images_per_second")]
+        rates = [compare.average(group, "images_per_second") for group in timed]
         colour, marker, _ = SCHEMES.get(scheme, OTHER)
         axes.errorbar(
-            x,
-            y,
-            yerr=spread(some, y),
+            [meshes.index(group["mesh"]) + offset for group in timed],
+            rates,
+            yerr=error_bars(timed, rates),
             fmt=marker,
             color=colour,
             markersize=5,
@@ -109,225 +127,203 @@ def throughput(groups: list[dict]) -> str:
             capsize=2,
             label=scheme,
         )
-    axes.set_xticks(range(len(meshes)), [f"{rows}x{columns}" for rows, columns in meshes])
+    axes.set_xticks(range(len(meshes)), [f"{data}x{model}" for data, model in meshes])
     axes.set_xlim(-0.5, len(meshes) - 0.5)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_xlabel("mesh, data x model")
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
-    return finish(fig, axes, "Throughput")
+    return svg_with_legend(fig, axes, "Throughput")
 
 
-def spread(groups: list[dict], rates: list[float]) -> list[list[float]]:
-    """How far below and above `rates` the 90th and 10th percentile of the step time lie, in images/s."""
+def draw_ideal(axes: Axes, groups: Sequence[dict], meshes: Sequence[tuple[int, int]]) -> None:
+    """Draw the fastest one-device run's rate times the devices, on each mesh."""
+    one_device = [group for group in groups if group["devices"] == 1]
+    rates = [compare.average(group, "images_per_second") for group in one_device]
+    rates = [rate for rate in rates if rate]
+    if rates:
+        ideal = [max(rates) * data * model for data, model in meshes]
+        left = [place - 0.42 for place in range(len(meshes))]
+        right = [place + 0.42 for place in range(len(meshes))]
+        axes.hlines(ideal, left, right, "#777777", "dashed", label="ideal")
+
+
+def error_bars(groups: Sequence[dict], rates: Sequence[float]) -> list[list[float]]:
+    """Return how far below and above `rates` the p90 and p10 step times lie."""
     below, above = [], []
     for group, rate in zip(groups, rates, strict=True):
-        slow, fast = (average(group, "step_milliseconds", name) for name in ("p90", "p10"))
+        slow, fast = (compare.average(group, "step_milliseconds", name) for name in ("p90", "p10"))
         images = 1e3 * group["runs"][0]["figures"]["batch_size"]
         below.append(max(0.0, rate - images / slow) if slow else 0.0)
         above.append(max(0.0, images / fast - rate) if fast else 0.0)
     return [below, above]
 
 
-def speedup(groups: list[dict], published: dict[str, dict]) -> str:
-    """Speedup by devices, a line a scheme, the ideal line, and published curves behind."""
+# ---- Speedup
+
+
+def speedup(groups: list[dict], curves: dict[str, dict]) -> str:
+    """Return speedup by devices, one line per scheme; published curves behind."""
     fig = Figure(figsize=(WIDTH, 3.6))
-    axes = fig.add_subplot(title=title_of(groups[0]["panel"]), xlabel="devices", ylabel="speedup")
-    most = max(2, *(group["devices"] for group in groups if speedups(group)))
-    ends = []
-    for letter, curve in published.items():
-        points = {gpus: gain for gpus, gain in papers.speedups(curve).items() if gpus <= most}
-        axes.plot(list(points), list(points.values()), color="#aaaaaa", linewidth=0.8)
-        ends.append([max(points), points[max(points)], letter])
+    title = panel_title(groups[0]["panel"])
+    axes = fig.add_subplot(title=title, xlabel="devices", ylabel="speedup")
+    scaled = [group for group in groups if compare.group_speedups(group)]
+    most = max(2, *(group["devices"] for group in scaled))
+    ends = draw_published(axes, curves, most)
     axes.plot([1, most], [1, most], "--", color="#444444", linewidth=1, label="ideal")
-    for scheme in schemes_of(groups):
-        gains = [
-            (group["devices"], sum(found) / len(found))
-            for group in groups
-            if group["parallelism"] == scheme and (found := speedups(group))
-        ]
-        colour, marker, style = SCHEMES.get(scheme, OTHER)
-        best = sorted(
-            {
-                devices: max(gain for other, gain in gains if other == devices)
-                for devices, _ in gains
-            }.items()
-        )
-        axes.plot(*zip(*gains, strict=True), marker, color=colour, markersize=5)
-        axes.plot(
-            *zip(*best, strict=True),
-            marker=marker,
-            color=colour,
-            linestyle=style,
-            markersize=5,
-            label=scheme,
-        )
+    for scheme in schemes_of(scaled):
+        draw_scheme(axes, scheme, [group for group in scaled if group["parallelism"] == scheme])
     for scale_axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         set_scale("log", base=2)
         scale_axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes.set_xlim(0.93, most * (1.3 if published else 1.08))
+    axes.set_xlim(0.93, most * (1.3 if curves else 1.08))
+    write_letters(axes, ends)
+    return svg_with_legend(fig, axes, "Speedup")
+
+
+def draw_published(axes: Axes, curves: dict[str, dict], most: int) -> list[tuple]:
+    """Draw the curves up to `most` GPUs; return GPUs, speedup, letter of their ends."""
+    ends = []
+    for letter, curve in curves.items():
+        points = {
+            gpus: gain for gpus, gain in published.curve_speedups(curve).items() if gpus <= most
+        }
+        axes.plot(list(points), list(points.values()), color="#aaaaaa", linewidth=0.8)
+        ends.append((max(points), points[max(points)], letter))
+    return ends
+
+
+def draw_scheme(axes: Axes, scheme: str, groups: Sequence[dict]) -> None:
+    """Draw a scheme's speedups, and a line through the best on each number of devices."""
+    gains = []
+    best: dict[int, float] = {}
+    for group in groups:
+        speedups = compare.group_speedups(group)
+        devices, gain = group["devices"], sum(speedups) / len(speedups)
+        gains.append((devices, gain))
+        best[devices] = max(gain, best.get(devices, gain))
+    colour, marker, line = SCHEMES.get(scheme, OTHER)
+    axes.plot(*zip(*gains, strict=True), marker, color=colour, markersize=5)
+    look = dict(marker=marker, color=colour, linestyle=line, markersize=5, label=scheme)
+    axes.plot(*zip(*sorted(best.items()), strict=True), **look)
+
+
+def write_letters(axes: Axes, ends: Sequence[tuple]) -> None:
+    """Write the published curves' letters at their ends, without overlaps."""
     low, high = axes.get_ylim()
-    gap, last = (high / low) ** (1 / 19), 0.0
-    for gpus, gain, letter in sorted(
-        ends, key=lambda end: end[:2]
-    ):  # letters at the curves' ends, moved apart
+    gap = (high / low) ** (1 / 19)
+    last = 0.0
+    for gpus, gain, letter in sorted(ends, key=lambda end: end[:2]):
         last = max(gain, last * gap)
-        axes.annotate(
-            letter,
-            (gpus, last),
-            (7, 0),
-            textcoords="offset points",
-            color="#555555",
-            fontsize=8,
-            va="center",
-        )
-    return finish(fig, axes, "Speedup")
+        axes.annotate(letter, (gpus, last), (7, 0), color="#555555", va="center", **LABEL)
 
 
-def bars(
-    groups: list[dict],
-    unit: str,
-    parts: dict[str, tuple[str, str, list[float]]],
-    ticks: tuple[str, list[float | None]],
-) -> str:
-    """Lying stacked bars, one a group, with their sum at the end.
+# ---- Bars
 
-    parts: name -> colour, hatch, and a length for each group; ticks: a name, and a place on each bar (None: no tick).
-    """
+
+def bars(groups: list[dict], shown: Bars) -> str:
+    """Return horizontal stacked bars, one per group, with their sums at the ends."""
     fig = Figure(figsize=(WIDTH, 1.3 + 0.22 * len(groups)))
-    axes = fig.add_subplot(title=title_of(groups[0]["panel"]), xlabel=unit)
-    left, rows = [0.0] * len(groups), list(range(len(groups)))
-    for name, (colour, hatch, widths) in parts.items():
+    axes = fig.add_subplot(title=panel_title(groups[0]["panel"]), xlabel=shown.unit)
+    rows = list(range(len(groups)))
+    ends = [0.0] * len(groups)
+    edge = dict(edgecolor="#333333", linewidth=0.5)
+    for name, (colour, hatch, widths) in shown.parts.items():
         if any(widths):
-            axes.barh(
-                rows,
-                widths,
-                0.7,
-                left,
-                label=name,
-                color=colour,
-                hatch=hatch,
-                edgecolor="#333333",
-                linewidth=0.5,
-            )
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-    name, marks = ticks
-    if marked := [(mark, row) for row, mark in zip(rows, marks, strict=True) if mark is not None]:
-        axes.plot(
-            *zip(*marked, strict=True),
-            "|",
-            color="black",
-            markersize=11,
-            markeredgewidth=1.6,
-            label=name,
-        )
-    longest = max([*left, *(mark or 0 for mark in marks)]) or 1
-    for row, (total, mark) in enumerate(zip(left, marks, strict=True)):
-        behind = (
-            mark if mark is not None and total < mark < total + 0.2 * longest else total
-        )  # do not write over the tick
-        axes.annotate(
-            f"{total:,.{1 if total >= 10 else 2}f}",
-            (behind, row),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    axes.set_yticks(
-        rows, [f"{group['mesh'][0]}x{group['mesh'][1]} {group['parallelism']}" for group in groups]
-    )
+            axes.barh(rows, widths, 0.7, ends, label=name, color=colour, hatch=hatch, **edge)
+            ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    draw_marks(axes, shown)
+    longest = max([*ends, *(mark or 0 for mark in shown.marks)]) or 1
+    for row, (end, mark) in enumerate(zip(ends, shown.marks, strict=True)):
+        # A mark just behind the end would be written over.
+        hidden = mark is not None and end < mark < end + 0.2 * longest
+        place = (mark if hidden else end, row)
+        digits = 1 if end >= 10 else 2
+        axes.annotate(f"{end:,.{digits}f}", place, (4, 0), va="center", **LABEL)
+    names = [f"{group['mesh'][0]}x{group['mesh'][1]} {group['parallelism']}" for group in groups]
+    axes.set_yticks(rows, names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 1.2 * longest)
-    return finish(fig, axes, unit)
+    return svg_with_legend(fig, axes, shown.unit)
 
 
-def curves(runs: list[dict]) -> list[str]:
-    """Loss and accuracy by step, one picture a panel: training as lines, test as markers, a colour a scheme."""
-    panels = {}
+def draw_marks(axes: Axes, shown: Bars) -> None:
+    """Draw the ticks on the bars."""
+    marked = [(mark, row) for row, mark in enumerate(shown.marks) if mark is not None]
+    if marked:
+        look = dict(color="black", markersize=11, markeredgewidth=1.6, label=shown.mark_name)
+        axes.plot(*zip(*marked, strict=True), "|", **look)
+
+
+# ---- Curves
+
+
+def curves(runs: list[dict], metrics: Sequence[str] = ()) -> list[str]:
+    """Return loss, accuracy and `metrics` by step, one picture per panel."""
+    panels: dict[str, list[dict]] = {}
     for run in runs:
         if run["metrics"]:
-            panels.setdefault(panel_of(run), []).append(run)
-    pictures = []
-    for panel, members in panels.items():
-        fig, seen = Figure(figsize=(WIDTH, 4.4)), set()
-        pair = fig.subplots(2, sharex=True)
-        for run in members:
-            scheme = (
-                run["figures"].get("parallelism")
-                or run["settings"].get("parallelism")
-                or run["status"]
-            )
-            colour, marker, style = SCHEMES.get(scheme, OTHER)
-            for axes, name, factor in zip(pair, ("loss", "accuracy"), (1, 100), strict=True):
-                train, test = (
-                    [
-                        (row["step"], factor * row[name])
-                        for row in run["metrics"]
-                        if name in row and (row["split"] == "train") == training
-                    ]
-                    for training in (True, False)
-                )
-                if train:
-                    axes.plot(
-                        *zip(*train, strict=True),
-                        color=colour,
-                        linestyle=style,
-                        linewidth=1,
-                        alpha=0.7,
-                    )
-                if test:
-                    axes.plot(
-                        *zip(*test, strict=True), marker, color=colour, markersize=5, alpha=0.7
-                    )
-            if scheme not in seen:
-                seen.add(scheme)
-                pair[0].plot([], [], marker=marker, color=colour, linestyle=style, label=scheme)
-        pair[0].set(title=title_of(panel), ylabel="loss, nats")
-        pair[1].set(xlabel="step", ylabel="accuracy, %")
-        pictures.append(finish(fig, pair[0], "Loss and accuracy"))
-    return pictures
+            panels.setdefault(compare.panel_of(run), []).append(run)
+    return [draw_curves(panel, members, metrics) for panel, members in panels.items()]
 
 
-def depth(networks: list[tuple[str, int, list[float]]]) -> str:
-    """Test accuracy, %, by the number of layers with weights: a dot a run of each (label, layers, accuracies)."""
+def draw_curves(panel: str, runs: Sequence[dict], metrics: Sequence[str]) -> str:
+    """Return a panel's curves: training as lines, test as markers."""
+    names = ["loss", "accuracy", *metrics]
+    fig = Figure(figsize=(WIDTH, 2.2 * len(names)))
+    column = fig.subplots(len(names), sharex=True)
+    schemes = {}
+    for run in runs:
+        scheme = run["figures"].get("parallelism") or run["settings"].get("parallelism")
+        look = schemes.setdefault(scheme or run["status"], SCHEMES.get(scheme, OTHER))
+        for axes, name in zip(column, names, strict=True):
+            draw_run(axes, run["metrics"], name, look)
+    for scheme, (colour, marker, line) in schemes.items():
+        column[0].plot([], [], marker=marker, color=colour, linestyle=line, label=scheme)
+    labels = ["loss, nats", "accuracy, %", *map(compare.metric_label, metrics)]
+    for axes, label in zip(column, labels, strict=True):
+        axes.set_ylabel(label)
+    column[0].set_title(panel_title(panel))
+    column[-1].set_xlabel("step")
+    return svg_with_legend(fig, column[0], "Loss and accuracy")
+
+
+def draw_run(axes: Axes, rows: Sequence[dict], name: str, look: tuple) -> None:
+    """Draw one metric of one run's metrics.jsonl."""
+    colour, marker, line = look
+    factor = 100 if name in compare.SHARES else 1
+    train, test = [], []
+    for row in rows:
+        if isinstance(row.get(name), int | float):
+            points = train if row["split"] == "train" else test
+            points.append((row["step"], factor * row[name]))
+    if train:
+        thin = dict(color=colour, linestyle=line, linewidth=1, alpha=0.7)
+        axes.plot(*zip(*train, strict=True), **thin)
+    if test:
+        axes.plot(*zip(*test, strict=True), marker, color=colour, markersize=5, alpha=0.7)
+
+
+# ---- Depth
+
+
+def depth(networks: Sequence[tuple[str, int, list[float]]]) -> str:
+    """Return test accuracy by depth, one dot per run.
+
+    networks: label, layers with weights, accuracies in %.
+    """
     fig = Figure(figsize=(WIDTH, 3.2))
     axes = fig.add_subplot(xlabel="layers with weights", ylabel="test accuracy, %")
     for name, layers, accuracies in networks:
-        axes.plot(
-            [layers] * len(accuracies), accuracies, "o", color="#0072B2", markersize=5, alpha=0.7
-        )
-        # Of two with as many layers, which may be close to each other, the better one's label is above it.
-        above = any(
-            other == layers and max(worse) < max(accuracies) for _, other, worse in networks
-        )
-        axes.annotate(
-            name,
-            (layers, max(accuracies) if above else min(accuracies)),
-            xytext=(4, 4 if above else -4),
-            textcoords="offset points",
-            fontsize=8,
-            va="bottom" if above else "top",
-        )
+        x = [layers] * len(accuracies)
+        axes.plot(x, accuracies, "o", color="#0072B2", markersize=5, alpha=0.7)
+        rivals = [max(other) for _, depth, other in networks if depth == layers]
+        # Of two networks of one depth, the better one's label is above its dots.
+        above = min(rivals) < max(accuracies)
+        place = (layers, max(accuracies) if above else min(accuracies))
+        align = dict(va="bottom" if above else "top")
+        axes.annotate(name, place, xytext=(4, 4 if above else -4), **align, **LABEL)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.margins(x=0.2, y=0.2)
     return svg(fig, "Test accuracy by depth")
-
-
-def schemes_of(groups: list[dict]) -> list[str]:
-    """The schemes of some groups, in the table's order; rows of one's own last."""
-    found = {group["parallelism"] for group in groups}
-    return [scheme for scheme in SCHEMES if scheme in found] + sorted(found - SCHEMES.keys())
-
-
-def finish(fig: Figure, axes: Axes, label: str) -> str:
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        fig.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=2 if max(map(len, labels)) > 18 else 3,
-        )
-    return svg(fig, label)

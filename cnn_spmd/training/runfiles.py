@@ -5,13 +5,23 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from absl import logging
 
 from cnn_spmd.errors import UserError
 
+# The fields of config.json that are not fields of the config.
+NOT_CONFIG = (
+    "schema",
+    "run",
+    "dataset",
+    "fallback",
+    "data_files",
+    "data_digest",
+    "skipped_images",
+)
 HARDWARE = (
     "device_kind",
     "host_cores",
@@ -33,7 +43,7 @@ FIELDS = {
         "a whole number": "devices batch_size seed steps param_count processes mesh.data mesh.model "
         "host_cores? steady_calls?",
         "a number": "images_per_second? train_seconds? compile_seconds? step_milliseconds.*? "
-        "eval.accuracy? eval.loss? bytes_per_device.*? collectives.*.ring_bytes "
+        "eval.accuracy? eval.loss? eval.*? bytes_per_device.*? collectives.*.ring_bytes "
         "config.dense_microbatch?",
         "a list": "collectives?",
         "an object": "mesh config versions bytes_per_device eval? step_milliseconds? collectives.*",
@@ -179,6 +189,7 @@ def figures_of(folder: pathlib.Path) -> dict:
             steady_calls=summary.get("steady_calls"),
             accuracy=evaluation["accuracy"],
             loss=evaluation["loss"],
+            eval=summary["eval"],
             peak_bytes=program["memory"]["peak_bytes"],
             ring_bytes=program["totals"]["ring_bytes"],
             closed_form_ring_bytes=program["closed_form_ring_bytes"],
@@ -206,3 +217,12 @@ def joined(old: Any, new: Any) -> Any:
     if isinstance(new, dict):
         return {key: joined(old.get(key, value), value) for key, value in new.items()}
     return new if old == new else ", ".join(dict.fromkeys([*str(old).split(", "), str(new)]))
+
+
+def registered_metrics(figures: Iterable[dict]) -> list[str]:
+    """Return the names of the metrics in the runs' `eval` besides accuracy and loss.
+
+    figures: of each run (figures_of); {} for a run that has none.
+    """
+    names = dict.fromkeys(name for run in figures for name in run.get("eval") or ())
+    return [name for name in names if name not in ("accuracy", "loss", "examples")]

@@ -1,0 +1,95 @@
+"""Make README's headline table: at most six results to know first, with links."""
+
+import re
+
+from cnn_spmd.papers import measured, tables
+from cnn_spmd.papers.measured import DATA
+from cnn_spmd.report import compare
+from cnn_spmd.report.text import markdown_table, mean_and_deviation
+from cnn_spmd.training import runfiles
+
+BEGIN = "<!-- headline: begin -->\n"
+END = "<!-- headline: end -->"
+
+
+def with_headline(readme: str) -> str:
+    """Return README's text with the table between its markers, if it has them."""
+    between = f"(?<={BEGIN}).*?(?={END})"
+    return re.sub(between, lambda _: f"{headline_table()}\n", readme, count=1, flags=re.DOTALL)
+
+
+def headline_table() -> str:
+    """Return the table as Markdown, six rows."""
+    figures = {row.name: row for rows in measured.measured_tables().values() for row in rows}
+    convnet = figures["13pct: test error, %"]
+    hybrid, data = (
+        figures[f"{scheme}, batch 32 per GPU, 4 GPUs"].measured
+        for scheme in ("one weird trick", "data")
+    )
+    errors = batch_errors()
+    rows = [
+        ["CIFAR-10, 40 epochs, one H100", accuracy_text(), "cifar10"],
+        [
+            'cuda-convnet\'s "13%" network, test error',
+            f"{convnet.measured} % (published: {convnet.published} %)",
+            "papers",
+        ],
+        [
+            "CIFAR-10 error, batch 1024, dense layers per 128",
+            f"{errors[1024]} % (batch 128: {errors[128]} %)",
+            "batches",
+        ],
+        ["AlexNet at 224x224, batch 128, one H100", speed_text(), "pytorch"],
+        [
+            "Four H200s over one, 32 images per GPU",
+            f"`hybrid` {hybrid}, `data` {data} times",
+            "meshes",
+        ],
+        ["`hybrid` on 8 to 512 H100s: bytes moved, as compiled", bytes_text(), "programs"],
+    ]
+    linked = [[*cells, f"[{page}](results/{page}.md)"] for *cells, page in rows]
+    return markdown_table(["what", "measured", "page"], linked)
+
+
+def accuracy_text() -> str:
+    """Return accuracy and training time of AlexNet's recipe on one H100."""
+    runs = [
+        run
+        for run in measured.load_summaries(DATA)
+        if (run["experiment"], run["epochs"]) == ("alexnet_cifar", 40)
+    ]
+    runs = [run for run in runs if compare.machine(run) == "1 x H100"]
+    accuracy = mean_and_deviation([100 * run["eval"]["accuracy"] for run in runs], 2)
+    seconds = sum(run["train_seconds"] for run in runs) / len(runs)
+    return f"{accuracy} % (n = {len(runs)}) in {seconds:.1f} s of training"
+
+
+def batch_errors() -> dict[int, str]:
+    """Return CIFAR-10's errors at batch 128, and at 1024 with the variable batch."""
+    errors: dict[int, list[float]] = {128: [], 1024: []}
+    experiments = {128: "owt_cifar", 1024: "owt_cifar_variable"}
+    for run in measured.load_summaries(DATA / "claims"):
+        batch = run["batch_size"]
+        scaling = run["config"]["optimizer"]["scaling"]
+        if run["experiment"] == experiments.get(batch) and scaling == 1.0:
+            errors[batch].append(100 * (1 - run["eval"]["accuracy"]))
+    return {batch: mean_and_deviation(values, 2) for batch, values in errors.items()}
+
+
+def speed_text() -> str:
+    """Return images/s at batch 128 on one H100, and the ratio to PyTorch's."""
+    timings = runfiles.read_json(DATA / "speed" / "h100-x1.json")["batches"]
+    batch = next(row for row in timings if row["batch_per_gpu"] == 128)
+    ours, peer = (tables.fastest(batch[side], 1)["images_per_second"] for side in ("ours", "peer"))
+    return f"{ours:,} images/s, {ours / peer:.2f} times PyTorch"
+
+
+def bytes_text() -> str:
+    """Return how far hybrid's GPU programs are from the closed form at most."""
+    programs = [run for run in tables.load_programs() if run["parallelism"] == "hybrid"]
+    away = [
+        abs(run["totals"]["ring_bytes"] / run["closed_form_ring_bytes"] - 1)
+        for run in programs
+        if run["compiler"]["platform"] != "cpu"
+    ]
+    return f"within {100 * max(away):.1f} % of the closed form"

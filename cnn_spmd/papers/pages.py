@@ -1,0 +1,435 @@
+"""The pages of results/, generated from results/data.
+
+`python -m cnn_spmd.papers --write` writes them; a test holds that they are up to date.
+"""
+
+import pathlib
+import textwrap
+from collections.abc import Callable, Sequence
+
+from cnn_spmd.errors import UserError
+from cnn_spmd.papers import headline, measured, tables
+from cnn_spmd.papers.measured import DATA, MeasuredRow
+from cnn_spmd.report import compare
+from cnn_spmd.report.text import markdown_table
+from cnn_spmd.training import runfiles
+
+RESULTS = DATA.parent
+COMMAND = "python -m cnn_spmd.papers --write"
+HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
+HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
+    config, commit, versions, hardware and seed."""
+SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
+
+
+def joined(*parts: str) -> str:
+    """Return the parts of a page with blank lines between, prose wrapped."""
+    return "\n\n".join(part if is_laid_out(part) else filled(part) for part in parts if part) + "\n"
+
+
+def filled(text: str) -> str:
+    """Return prose on lines of at most 100 columns."""
+    words = " ".join(text.split())
+    return textwrap.fill(words, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def is_laid_out(part: str) -> bool:
+    """Return whether a part's line breaks matter: a heading, table, picture or HTML."""
+    return part.startswith(("#", "|", "!", "<"))
+
+
+def commands(summary: str, *groups: tuple[str, Sequence[str]]) -> str:
+    """Return a closed <details> block: per group a text, and commands in a code fence."""
+    parts = [f"<details>\n<summary>{summary}</summary>"]
+    for text, lines in groups:
+        fence = "\n".join(map(wrapped_command, lines))
+        parts.append(filled(text) + f"\n\n```bash\n{fence}\n```")
+    return "\n\n".join([*parts, "</details>"])
+
+
+def wrapped_command(command: str) -> str:
+    """Return a shell command on lines of at most 96 columns, broken before flags."""
+    first, *flags = command.split(" --")
+    lines = [first]
+    for flag in flags:
+        if len(lines[-1]) + len(flag) < 87:
+            lines[-1] += f" --{flag}"
+        else:
+            lines.append(f"--{flag}")
+    return " \\\n    ".join(lines)
+
+
+# ---- Pages
+
+
+def cifar10_page() -> str:
+    """Return the page on our own networks and recipes."""
+    runs = {path.stem: runfiles.read_json(path) for path in DATA.glob("alexnet_cifar-*.json")}
+    # Seed 0 started with an empty compilation cache, seed 1 found its programs there.
+    empty, cached = (runs[f"alexnet_cifar-h200-1x1-hybrid-seed{seed}"] for seed in range(2))
+    digits = runs["alexnet_cifar-cpu-make_train"]
+    launch = "python launch.py --config experiments/alexnet_"
+    return joined(
+        "# CIFAR-10",
+        HEAD,
+        """AlexNet's layers with 3x3 windows, for 32x32 images, and a recipe of today. No paper has
+        published this network. AlexNet's paper reports 11% test error for a CIFAR-10 network of
+        four layers with response norms (section 3.3); [papers.md](papers.md) has that and more.""",
+        tables.results_table("cifar10"),
+        f"""{SEEDS} Accuracy is on all 10,000 test images and their mirrors, in bfloat16. The
+        training time leaves out compilation, evaluation and checkpoints. The compile time is
+        that of the slowest seed: the other seeds found the program in the compilation cache. On
+        H200s other runs used the same host. {HARDWARE}""",
+        f"""On one H200 the first steps ended {empty["startup_seconds"]:.1f} s after the command
+        with an empty compilation cache, and {cached["startup_seconds"]:.1f} s after it with the
+        programs in the cache.""",
+        commands(
+            "Commands",
+            (
+                "Epochs 40, 25 and 100; --config.seed=N for the seeds.",
+                [
+                    f"{launch}cifar.py --mesh 1x1",
+                    f"{launch}cifar.py --mesh 2x1 --config.parallelism=data",
+                    f"{launch}cifar.py --mesh 1x2",
+                    f"{launch}cifar.py:fast --mesh 1x1",
+                    f"{launch}cifar.py:best --mesh 1x1",
+                ],
+            ),
+        ),
+        "## Digits, on a CPU without a network",
+        """`make train` trains on the handwritten digits of scikit-learn where it cannot download
+        CIFAR-10.""",
+        tables.results_table("digits"),
+        f"""From a fresh clone `make train` took {digits["make_train_seconds"]:.0f} s in all,
+        installation included. The first steps ended {digits["startup_seconds"]:.1f} s after
+        `launch.py` was started, with empty caches.""",
+        *imagenette_section(),
+    )
+
+
+def imagenette_section() -> list[str]:
+    """Return the section on AlexNet as published, on ten of ImageNet's classes."""
+    launch = "python launch.py --config experiments/alexnet_2012_imagenet.py:imagenette"
+    return [
+        "## Imagenette, ten of ImageNet's classes",
+        """AlexNet as published in 2012, with two towers; ten crops of each of the 3,925 test
+        images. ImageNet itself is not measured.""",
+        tables.results_table("imagenette"),
+        commands(
+            "Command",
+            (
+                "The data are class folders of files whose shorter side is 224.",
+                [f"{launch} --config.data.dir=imagenette2 --mesh 1x1"],
+            ),
+        ),
+    ]
+
+
+# Title of a table of figures -> what to know about it.
+PAPER_NOTES = {
+    "cuda-convnet's CIFAR-10 networks": (
+        """Error is on the 10,000 test images, in float32. Seconds on other hardware say only how
+        long the recipe takes today."""
+    ),
+    "Claims of AlexNet 2012, on CIFAR-10": (
+        """Each row compares runs with control runs of the same seed: (error - control's error), or
+        (epochs / control's epochs). These seeds show that ReLU is faster than tanh, by less
+        than claimed, and that conv2 is worth about three points. They cannot tell from chance
+        what overlapping pools, response norms, dropout, conv3, conv4 and the second tower are
+        worth. Two of 11pct's pairs ran on one kind of card, so n is 2 there."""
+    ),
+    "AlexNet 2012 on ImageNet": "",
+    "One weird trick": (
+        """Batches are (convolutions, dense layers). Speedups are measured on random images; their
+        n counts sweeps, whose learning rates and warm-ups differ, which no speed depends on."""
+    ),
+    "Speedup over one GPU": (
+        """Each GPU has the same batch; random images. Speedups are relative to one GPU of the same
+        kind."""
+    ),
+}
+
+
+def papers_page() -> str:
+    """Return the page with every published figure that this repository can measure."""
+    parts = [
+        "# Beside the papers",
+        HEAD,
+        f"""Every published figure that an experiment of this repository is set up to measure.
+        Difference is measured minus published. {SEEDS} {HARDWARE}""",
+    ]
+    for title, rows in measured.measured_tables().items():
+        numbered = [(str(number), *row[:6]) for number, row in enumerate(rows, 1)]
+        header = ["#", "figure", "published", "measured", "n", "difference", "hardware"]
+        parts += [f"## {title}", PAPER_NOTES[title], markdown_table(header, numbered)]
+        parts.append(commands("Commands and sources", *command_groups(rows)))
+    return joined(*parts)
+
+
+def command_groups(rows: Sequence[MeasuredRow]) -> list[tuple[str, list[str]]]:
+    """Return text and commands for the rows that share a command and a source."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        groups.setdefault((row.command, row.source), []).append(str(number))
+    return [
+        (f"Row {', '.join(numbers)}: {source}.", command.split("; "))
+        for (command, source), numbers in groups.items()
+    ]
+
+
+def depth_page() -> str:
+    """Return the page on accuracy by depth."""
+    return joined(
+        "# The deeper the better?",
+        HEAD,
+        """Networks of 2 to 16 layers with weights on CIFAR-10, all under the recipe of AlexNet
+        (`experiments/deeper_cifar.py`), on one H200. From one_convolution on, all end in two
+        hidden dense layers of 4096. [rates.md](rates.md) has the learning rates that were
+        tried.""",
+        tables.depth_table(measured.load_summaries(DATA / "claims")),
+        f"{SEEDS} {HARDWARE}",
+        "![Test accuracy by depth](depth.svg)",
+        f"""Why convolutions: a neuron that sees a whole image has {weights_of_a_neuron(32):,}
+        weights at 32x32x3 and {weights_of_a_neuron(200):,} at 200x200x3. A 3x3 filter has 27,
+        at any size.""",
+        commands(
+            "Command",
+            (
+                "One run per network, here vgg_16; --config.seed=N for the seeds.",
+                ["python launch.py --config experiments/deeper_cifar.py:vgg_16"],
+            ),
+        ),
+    )
+
+
+def weights_of_a_neuron(side: int) -> int:
+    """Return the weights of a neuron that sees all of a square colour image."""
+    return side * side * 3
+
+
+def batches_page() -> str:
+    """Return the page on the cost of larger batches."""
+    sweep = "python launch.py --config experiments/owt_"
+    return joined(
+        "# What larger batches cost",
+        HEAD,
+        """One weird trick's question (Krizhevsky 2014, section 5): test error in % for a batch k
+        times as large as 128. The learning rate grows with k or with sqrt(k). The dense layers
+        see the whole batch (as large), or 128 examples at a time and are updated after each
+        (128). CIFAR-10 is `experiments/owt_cifar.py`. Imagenette, ten of ImageNet's classes, is
+        the paper's network at 224x224 (`experiments/owt_imagenet.py:imagenette`, 90 epochs).""",
+        tables.batch_table(measured.load_summaries(DATA / "claims")),
+        f"Measured on one H200. {SEEDS} {HARDWARE}",
+        """The learning rate should grow with k, as the paper says. On CIFAR-10, updating the dense
+        layers after each 128 images makes up for all that a batch of 1024 costs; on
+        photographs, for more than half of what 512 costs; in the paper, for less than half of
+        what 1024 costs.""",
+        commands(
+            "Commands",
+            (
+                "With --config.optimizer.scaling=0.5 the rate grows with sqrt(k).",
+                [
+                    f"{sweep}cifar.py --sweep batch_size=128,256,512,1024 --sweep seed=0,1,2",
+                    f"{sweep}cifar.py:variable --sweep batch_size=256,512,1024 --sweep seed=0,1,2",
+                    f"{sweep}imagenet.py:imagenette --mesh 1x1 --config.batch_size=512",
+                    f"{sweep}imagenet.py:variable,imagenette --mesh 1x1 --config.batch_size=512",
+                ],
+            ),
+        ),
+    )
+
+
+def rates_page() -> str:
+    """Return the page on the learning rates that were tried."""
+    claims, deeper = (
+        runfiles.read_json(DATA / "rates" / f"{name}.json")["runs"]
+        for name in ("claims_2012_relu_tanh", "deeper_cifar")
+    )
+    sweep = "python launch.py --config experiments/"
+    return joined(
+        "# Learning rates that were tried",
+        HEAD,
+        HARDWARE,
+        "## ReLU and tanh",
+        """Epochs to 25% training error on CIFAR-10, one seed on one H100; -: not within 20 epochs.
+        relu was then run at 0.02, and tanh at 0.03, between the two rates that tie.""",
+        tables.rates_table(claims, "claims_2012_", epochs_text),
+        commands(
+            "Command",
+            (
+                "The same for :tanh.",
+                [
+                    f"""{sweep}claims_2012_cifar.py:relu --config.epochs=20 --sweep
+                    optimizer.learning_rate=.005,.01,.02,.05,.1"""
+                ],
+            ),
+        ),
+        "## Networks of different depth",
+        """Test accuracy in % on CIFAR-10, one H200; one value per seed. All networks were then run
+        at 0.25, the best rate from one_convolution on.""",
+        tables.rates_table(deeper, "deeper_", lambda run: f"{100 * run['eval']['accuracy']:.2f}"),
+        commands(
+            "Command",
+            (
+                "The same for the other networks.",
+                [
+                    f"""{sweep}deeper_cifar.py:vgg_16 --config.seed=9 --sweep
+                    optimizer.learning_rate=.05,.1,.25"""
+                ],
+            ),
+        ),
+    )
+
+
+def epochs_text(run: dict) -> str:
+    """Return the epochs to 25% training error; "-" where it was not reached."""
+    epochs = run["epochs_to_error"]
+    return "-" if epochs is None else f"{epochs:.1f}"
+
+
+def meshes_page() -> str:
+    """Return the page of sweeps over meshes and schemes."""
+    parts = [
+        "# Meshes and schemes",
+        HEAD,
+        """Each section is one sweep. Speedup is relative to the one-device run of the same sweep,
+        batch and scheme. Ring MB is what a device sends per step if each collective runs as a
+        ring. MB per device are parameters and optimizer state. The first call of each run is
+        left out; a call on a GPU has 20 steps. n is the number of seeds. Synthetic data are
+        random 224x224 images of 1,000 classes, in bfloat16. The digits ran 12 steps in float32,
+        which amplify rounding: hence the small differences in accuracy.""",
+    ]
+    for path in sorted((DATA / "sweeps").glob("*.json")):
+        sweep = runfiles.read_json(path)
+        dataset = next(run["figures"]["dataset"] for run in sweep["runs"] if run["figures"])
+        title = f"{sweep['experiment']}, {dataset}, {compare.hardware_of(sweep)}"
+        parts.append(f"## {title}")
+        for panel, table in tables.sweep_tables(sweep).items():
+            parts += [f"{panel[0].upper()}{panel[1:]}:", table]
+        parts += unfinished_runs(sweep)
+        picture = f"{path.stem}.png"
+        if (RESULTS / picture).exists():
+            parts.append(f"Charts of this sweep: [{picture}]({picture}).")
+        hardware = sweep["hardware"]
+        source = f"Commit {hardware['commit']}, jax {hardware['versions']['jax']}."
+        parts.append(commands("Command", (source, [tables.sweep_command(sweep)])))
+    return joined(*parts)
+
+
+def unfinished_runs(sweep: dict) -> list[str]:
+    """Return a sentence on each run of a sweep that did not complete."""
+    return [
+        f"{run['name']}: {run['status']}: {run['reason']}"
+        for run in sweep["runs"]
+        if run["status"] != "completed"
+    ]
+
+
+def pytorch_page() -> str:
+    """Return the page of timings beside PyTorch."""
+    one_gpu = runfiles.read_json(DATA / "speed" / "h100-x1.json")
+    versions = one_gpu["peer_versions"]
+    return joined(
+        "# Beside PyTorch",
+        HEAD,
+        """Training steps of AlexNet at 224x224 in bfloat16, ours and PyTorch's in turn on one
+        machine, each in a process of its own. PyTorch's step (`benchmarks/peer.py`) uses
+        channels_last, bfloat16 autocast, torch.compile and fused SGD. Ours draws its batches,
+        crops and mirrors from a data set on the device; PyTorch trains on one fixed batch.
+        Neither clips gradients.""",
+        tables.speed_table(),
+        f"""Ratio is ours divided by PyTorch's. % is the share of the card's own bfloat16 rate in an
+        8192^3 matrix product, at {one_gpu["flop_per_image"] / 1e9:.2f} GFLOP per image. The
+        last two columns are our throughput relative to our one-GPU step and to our step with
+        scheme `data`. PyTorch {versions["torch"]}, jax {one_gpu["versions"]["jax"]}. {HARDWARE}""",
+        """PyTorch's rate is that of its fastest mode measured. On the H100 and on several GPUs
+        (DDP) only plain torch.compile was measured; its host is the limit at 32 images per GPU
+        and, with DDP, at 128. On one H200 CUDA graphs (`graphs`, its mode reduce-overhead) were
+        measured, too. max-autotune is not measured: it searches for minutes.""",
+        """The two-GPU rows were measured before fc2's sums were scattered in hybrid_alternating.
+        The two batches on one H200 were timed at the same time, each on a card of its own. The
+        rows on four GPUs are of three timings over at least 400 steps, the others of five over
+        at least 30. [NOTES.md](../benchmarks/NOTES.md) says what made our step fast.""",
+        commands(
+            "Command",
+            (
+                "--peer_modes names PyTorch's modes; this is the command on four GPUs.",
+                ["python benchmarks/speed.py --gpus 4 --peer_modes compile"],
+            ),
+        ),
+    )
+
+
+def programs_page() -> str:
+    """Return the page of compiled programs."""
+    parts = [
+        "# What a step moves",
+        HEAD,
+        """Train steps as compiled, in float32, for the CPU and for NVIDIA H100 80GB HBM3; the
+        GPU's compiler needs no GPU. Ring MB is what a device sends per step if each collective
+        runs as a ring. The closed form is that of `cnn_spmd/analysis/communication.py` (Gholami
+        et al. 2018): it counts a reduce-scatter, which the GPU's compiler makes, where the
+        CPU's makes an all-reduce of twice the cost. Where weights are split, a few bytes more
+        are summed for the norm by which gradients are clipped. MB per device are parameters.""",
+    ]
+    for title, table in tables.program_tables(tables.load_programs()).items():
+        parts += [f"## {title}", table]
+    parts.append(
+        commands(
+            "Commands",
+            (
+                """All of them; needs requirements.txt. Then the same for any config: here 64 hosts
+                of 8 H100s, on a laptop.""",
+                [
+                    "python benchmarks/programs.py",
+                    "python launch.py --config experiments/alexnet_cifar.py --dry_run"
+                    " --target h100:64x8",
+                ],
+            ),
+        )
+    )
+    return joined(*parts)
+
+
+# File in results/ -> the function that makes it.
+PAGES: dict[str, Callable[[], str]] = {
+    "cifar10.md": cifar10_page,
+    "papers.md": papers_page,
+    "depth.md": depth_page,
+    "batches.md": batches_page,
+    "rates.md": rates_page,
+    "meshes.md": meshes_page,
+    "pytorch.md": pytorch_page,
+    "programs.md": programs_page,
+}
+
+
+def print_pages() -> None:
+    """Print all pages. Raises UserError where there are no results."""
+    require_results()
+    print(*(make() for make in PAGES.values()), sep="\n")
+
+
+def write_pages() -> list[pathlib.Path]:
+    """Write all pages, depth.svg and README's headline table; return what changed.
+
+    Raises UserError where there are no results.
+    """
+    require_results()
+    readme = RESULTS.parent / "README.md"
+    texts = {RESULTS / name: make() for name, make in PAGES.items()}
+    texts[RESULTS / "depth.svg"] = tables.depth_plot(measured.load_summaries(DATA / "claims"))
+    texts[readme] = headline.with_headline(readme.read_text())
+    changed = [
+        path for path, text in texts.items() if not path.exists() or path.read_text() != text
+    ]
+    for path in changed:
+        with runfiles.whole(path) as temporary:
+            temporary.write_text(texts[path])
+    return changed
+
+
+def require_results() -> None:
+    """Raise UserError where results/data is missing, as in an installed copy."""
+    if not DATA.is_dir():
+        raise UserError(f"{DATA}: does not exist: use a checkout, or give the folders of runs")

@@ -1,0 +1,126 @@
+"""A report as text: its blocks, numbers in words, Markdown and CSV."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cnn_spmd.config import flat
+from cnn_spmd.report import compare
+
+
+class Heading(NamedTuple):
+    """A heading; level 1 is the title of the report."""
+
+    level: int
+    text: str
+
+
+class Paragraph(NamedTuple):
+    """One paragraph of plain text."""
+
+    text: str
+
+
+class Table(NamedTuple):
+    """A table; a header of empty cells is a list of facts, name and value."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+class Chart(NamedTuple):
+    """Pictures under one title and caption; each picture is an HTML element."""
+
+    title: str
+    pictures: list[str]
+    caption: str
+
+
+Block = Heading | Paragraph | Table | Chart
+
+
+def mean_and_deviation(numbers: Sequence[float], digits: int) -> str:
+    """Return mean ± sample standard deviation; "" for no numbers."""
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):,.{digits}f}"
+    return mean + (f" ± {statistics.stdev(numbers):,.{digits}f}" if len(numbers) > 1 else "")
+
+
+def throughput(images_per_second: Sequence[float]) -> str:
+    """Return images/s as text: whole numbers from 100 on, one decimal below."""
+    return mean_and_deviation(
+        images_per_second, 0 if max(images_per_second, default=0) >= 100 else 1
+    )
+
+
+def optional(value: float | None, digits: int, factor: float = 1.0) -> str:
+    """Return factor * value as text; "" for None."""
+    return "" if value is None else f"{factor * value:,.{digits}f}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; white space in a cell becomes single blanks."""
+
+    def line(cells: Sequence[str]) -> str:
+        escaped = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+        return f"| {' | '.join(escaped)} |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+def as_markdown(blocks: Sequence[Block]) -> str:
+    """Return the blocks as Markdown; charts are in report.html only."""
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading(level, text):
+                parts.append(f"{'#' * level} {text}")
+            case Paragraph(text):
+                parts.append(text)
+            case Table(header, rows):
+                parts.append(markdown_table(header, rows))
+    return "\n\n".join([*parts, "The charts are in [report.html](report.html).\n"])
+
+
+def as_csv(sweeps: Sequence[dict]) -> str:
+    """Return one row per run, as CSV: numbers in full, dotted names."""
+    rows = [row for sweep in sweeps for row in _csv_rows(sweep)]
+    buffer = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _csv_rows(sweep: dict) -> list[dict]:
+    groups = {
+        compare.group_key(group["runs"][0]): group for group in compare.groups_of(sweep["runs"])
+    }
+    rows = []
+    for run in sweep["runs"]:
+        row = dict(folder=sweep["title"])
+        row |= {name: run[name] for name in ("name", "status", "reason", "seconds", "command")}
+        row |= flat(dict(settings=run["settings"]) | _plain_figures(run["figures"]))
+        rate = run["figures"].get("images_per_second")
+        if run["status"] == "completed" and rate:
+            group = groups[compare.group_key(run)]
+            if group["base"] is not None:
+                row["speedup"] = rate / compare.average(group["base"], "images_per_second")
+                row["efficiency"] = row["speedup"] / group["devices"]
+        rows.append(row)
+    return rows
+
+
+def _plain_figures(figures: dict) -> dict:
+    """Return a run's figures without lists: ring bytes by operation, no kernels."""
+    plain = dict(figures)
+    for row in plain.pop("collectives", None) or ():
+        name = f"ring_bytes.{row['operation']}"
+        plain[name] = plain.get(name, 0) + row["ring_bytes"]
+    profile = dict(plain.get("profile") or {})
+    profile.pop("top", None)
+    return plain | dict(profile=profile)
