@@ -36,7 +36,7 @@ def main() -> None:
     provenance = (
         metrics.provenance()
     )  # before the files that are written make the checkout differ from its commit
-    folder = ROOT / "results" / "programs"
+    folder = ROOT / "results" / "data" / "programs"
     folder.mkdir(parents=True, exist_ok=True)
     cases = [
         ("alexnet", size, parallelism, mesh if splits else (count, 1), compiler)

@@ -142,7 +142,9 @@ def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, m
     """64 training images come in batches of 24; the last image fills up a batch."""
     monkeypatch.setattr(pictures, "BATCH", 24)
     run = setups.prepare(config)
-    run = run._replace(data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1]))
+    run = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1])
+    )
     (near,) = pictures.neighbours(run, run.init(), np.array([0]))
     assert (near["train_images"][0], near["distances"][0]) == (63, pytest.approx(0, abs=1e-3))
     assert len({*near["train_images"]}) == 6
