@@ -1,10 +1,12 @@
 """Every experiment and variant can be set up, and the recipes are those of the papers."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import dataset, synthetic
@@ -219,3 +221,12 @@ def test_unknown_variants_of_imagenet(experiment):
         ValueError, match=r"imagenet.py:fast: unknown variant, expected .*imagenette"
     ):
         experiment.get_config("fast")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
+def test_measured_figures_stand_in_the_results_pages_only(path):
+    """An experiment names the page; means and spreads of runs are not typed again."""
+    text = path.read_text()
+    assert re.search(r"results/\w+\.md", text)
+    assert "±" not in text
+    assert "n = " not in text

@@ -22,6 +22,7 @@ from PIL import Image
 
 import launch
 from cnn_spmd import config as configs
+from cnn_spmd import experiment
 from cnn_spmd.analysis import program
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
@@ -191,7 +192,7 @@ def test_an_experiment_that_fails_says_where(tmp_path, content, message):
     with pytest.raises(
         UserError, match=f"^{re.escape(message.replace('OWN', str(path)))}"
     ) as error:
-        configs.parsed(["--config", str(path)])
+        experiment.parsed(["--config", str(path)])
     assert "\n" not in str(error.value)
 
 
@@ -253,7 +254,7 @@ def test_types_in_an_experiment_are_those_of_the_shipped_one(tmp_path, change, m
         f"def get_config(config=alexnet_cifar.get_config()):\n    {change}\n    return config"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message.replace('OWN', str(path)))}"):
-        configs.parsed(["--config", str(path)])
+        experiment.parsed(["--config", str(path)])
 
 
 def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
@@ -263,7 +264,7 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
         "    config = alexnet_cifar.get_config().to_dict()\n    config['optimizer']['warmup'] = 0\n"
         "    config['model']['levers'] = ['pool_first']\n    return ConfigDict(config)"
     )
-    configs.validate(configs.parsed(["--config", str(path)]))
+    configs.validate(experiment.parsed(["--config", str(path)])[0])
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
 )
 def test_types_on_the_command_line(argument, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        configs.parsed(["--config", str(ROOT / SMALL[1]), argument])
+        experiment.parsed(["--config", str(ROOT / SMALL[1]), argument])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
 from cnn_spmd import config as configs
-from cnn_spmd import sweep
+from cnn_spmd import experiment, sweep
 from cnn_spmd.data import registry as sources
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
@@ -55,7 +55,7 @@ else:
         ("all", None, [], 5),
         ("8x1", "32,128", ["parallelism=data,hybrid", "config.seed=0,1"], 8),
         (None, None, ["seed=0,1,1"], 2),
-        (None, None, ['model.levers=("a", "b"),()', 'placement={"a": {"b": ("c", "d")}}'], 2),
+        (None, None, ["optimizer.stages=(0.5, 0.7),()", 'placement={"a": {"b": ("c", "d")}}'], 2),
     ],
 )
 def test_combinations(meshes, batches, fields, count):
@@ -146,7 +146,8 @@ def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
     assert row["status"] == "pending", row["reason"]
-    config = configs.resolve(configs.parsed(row["command"].split()[2:]), digits, "cpu")
+    config, _ = experiment.parsed(row["command"].split()[2:])
+    config = configs.resolve(config, digits, "cpu")
     found = configs.flat(config.to_dict()) | dict(
         batch_per_device=config.batch_size, epochs=config.steps // (1437 // 64)
     )
@@ -271,7 +272,7 @@ def test_a_terminal_shows_brackets_as_they_are(monkeypatch, tmp_path):
         dict(name=name, status="refused", reason="levers=[]", seconds=None, figures={})
         for name in ("[red]:x:", "[/a]")
     ]
-    sweep._run_all({}, rows, [], tmp_path)
+    sweep._Sweep({}, rows, [], tmp_path).run()
     for text in ("[red]:x:", "[/a]", "levers=[]"):
         assert f" {text} " in sys.stdout.getvalue()
 
@@ -392,7 +393,7 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
                             devices=8,
                             cpu_devices=None,
                             runs=[],
-                            config=configs.flat(configs.as_json(configs.parsed(SHARED)))
+                            config=configs.flat(configs.as_json(experiment.parsed(SHARED)[0]))
                             | {"optimizer.momentum": 0.5},
                         )
                     )

@@ -17,6 +17,17 @@ from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
 from cnn_spmd.errors import UserError
 
+# The config's fields that only some data sets use, by data set; one that is not here uses all.
+PHOTOGRAPHS = ("data.dir", "data.flip", "data.image_size", "data.skip_bad")
+FALLBACK = ("fallback", "fallback_epochs", "fallback_batch_size", "fallback_learning_rate")
+SIZES = ("image_size", "classes", "train_examples", "test_examples")
+USES = {
+    "cifar10": ("data.dir", "data.flip", *(f"data.{name}" for name in FALLBACK)),
+    "digits": (),
+    "synthetic": ("data.flip", *(f"data.synthetic.{name}" for name in SIZES)),
+    **dict.fromkeys(("folder", "imagenet2012", "imagenette"), PHOTOGRAPHS),
+}
+
 
 def load(
     data: ml_collections.ConfigDict, check: Callable[[Dataset], object] = lambda _: None

@@ -7,7 +7,7 @@ in nothing but mesh and parallelism, the ones that one chart compares.
 
 import statistics
 
-from cnn_spmd.config import flat
+from cnn_spmd.config import complete, flat
 
 COLUMNS = [
     "mesh",
@@ -36,15 +36,12 @@ NOT_COMPARED = (
     "profile",
 )
 # ... or nothing but the speed, and the seed: runs that differ in these are averaged.
-NOT_THE_RECIPE = (*NOT_COMPARED, "seed", "steps_per_call", "model.levers", "data.resident")
-
-# Fields that older runs in results/ do not have, and what they would have said.
-LATER = {"optimizer.clip_norm": 0.0, "data.skip_bad": 0}
+NOT_THE_RECIPE = (*NOT_COMPARED, "seed", "steps_per_call", "model.fast", "data.resident")
 
 
 def recipe(run: dict) -> str:
     """What the summary.json of two runs must share for their figures to be averaged: the config but for NOT_THE_RECIPE."""
-    fields = LATER | flat(run["config"])
+    fields = flat(complete(run["config"]))
     return repr(
         sorted(
             (name, str(value))

@@ -4,7 +4,7 @@ import functools
 import pathlib
 from collections.abc import Sequence
 
-from cnn_spmd.config import flat
+from cnn_spmd.config import complete, flat
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import compare
 from cnn_spmd.training import runfiles
@@ -72,9 +72,8 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         try:
             if run["figures"]:
                 made_by.append(read_json(folder / "summary.json"))
-            own = flat(
-                made_by[-1]["config"] if run["figures"] else read_json(folder / "config.json")
-            )
+            saved = made_by[-1]["config"] if run["figures"] else read_json(folder / "config.json")
+            own = flat(complete(saved))
         except UserError as error:
             notes.append(str(error))
             own = {}

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from cnn_spmd.config import complete
 from cnn_spmd.data import dataset
 from cnn_spmd.data.feed import Feed
 from cnn_spmd.errors import UserError
@@ -124,11 +125,7 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
             raise UserError(
                 f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
             )
-        of_data = ("run", "dataset", "fallback", "data_files", "data_digest", "skipped_images")
-        config = ml_collections.ConfigDict(
-            {name: saved[name] for name in saved if name not in of_data}
-        )
-        config.data = dict(skip_bad=0) | config.data.to_dict()  # which older runs do not have
+        config = ml_collections.ConfigDict(complete(saved))
         config.mesh.update(dict(data=1, model=1))
         config.parallelism, config.data.fallback = "data", ""
         if data_dir is not None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from cnn_spmd.data import dataset, statistics
 from cnn_spmd.data import registry as sources
 from cnn_spmd.data.feed import Feed
 from cnn_spmd.errors import UserError
+from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh as meshes
 from cnn_spmd.sharding.placement import Placement, name_of
 from cnn_spmd.training import cluster, optim
@@ -54,11 +55,13 @@ def prepare(
     devices: list | None = None,
     data: dataset.Dataset | None = None,
     check: Callable[[Setup], object] = lambda _: None,
+    levers: Sequence[str] | None = None,
 ) -> Setup:
     """Mesh, data, model and step functions of a config. Every UserError but those of the workdir is raised here.
 
     devices: None are the ones there are; data: the config's, where it is loaded already; check: sees what is returned, and
     before photographs are decoded the same with black ones: what it refuses is refused before that takes its time.
+    levers: of layers/common.py, instead of model.fast: an ablation in benchmarks/ takes some of them.
     """
     configs.validate(config)
     place = Placement(
@@ -69,7 +72,7 @@ def prepare(
     memory = device_memory(place)
 
     def assemble(data: dataset.Dataset) -> Setup:
-        setup = _assemble(config, place, memory, data)
+        setup = _assemble(config, place, memory, data, levers)
         check(setup)
         return setup
 
@@ -80,7 +83,11 @@ def prepare(
 
 
 def _assemble(
-    config: ml_collections.ConfigDict, place: Placement, memory: float | None, data: dataset.Dataset
+    config: ml_collections.ConfigDict,
+    place: Placement,
+    memory: float | None,
+    data: dataset.Dataset,
+    levers: Sequence[str] | None,
 ) -> Setup:
     """What `prepare` gives. Raises UserError for what does not go together."""
     config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, memory)
@@ -88,7 +95,7 @@ def _assemble(
     if data.fallback:
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
-    setup = Setup(config, data, place, make_steps(config, data, place))
+    setup = Setup(config, data, place, make_steps(config, data, place, levers))
     setup.steps.activations(config.batch_size, image_size(config, data))
     setup.steps.abstract_state  # noqa: B018  (placed here for its errors)
     return setup
@@ -128,8 +135,18 @@ def refuse_beyond_memory(setup: Setup) -> None:
         configs.refuse_beyond(machine, images * data.train_images[0].nbytes, fields)
 
 
-def make_steps(config: ml_collections.ConfigDict, data: dataset.Dataset, place: Placement) -> Steps:
-    """The step functions of a resolved config. Raises UserError for what does not go together."""
+def make_steps(
+    config: ml_collections.ConfigDict,
+    data: dataset.Dataset,
+    place: Placement,
+    levers: Sequence[str] | None = None,
+) -> Steps:
+    """The step functions of a resolved config. Raises UserError for what does not go together.
+
+    levers: as in `prepare`.
+    """
+    if levers is None:
+        levers = LEVERS if config.model.fast else ()
     make_model = functools.partial(
         models.make,
         config.model.name,
@@ -138,7 +155,7 @@ def make_steps(config: ml_collections.ConfigDict, data: dataset.Dataset, place: 
         width=config.model.width,
         dropout=config.model.dropout,
         dtype=jnp.dtype(config.dtype),
-        levers=tuple(config.model.levers),
+        levers=tuple(levers),
     )
     model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0)))
     if place.row.get("group_in") and model.towers == 1:
@@ -180,7 +197,7 @@ def make_steps(config: ml_collections.ConfigDict, data: dataset.Dataset, place: 
         if config.data.colour_noise
         else None
     )
-    halves = config.dtype == "bfloat16" and "cast_once" in config.model.levers
+    halves = config.dtype == "bfloat16" and "cast_once" in levers
     return Steps(
         make_model=lambda rngs: make_model(rngs=rngs),
         place=place,

@@ -16,6 +16,13 @@ DECAYS = {  # (learning rate, settings, steps after the warm-up)
     ),
 }
 
+# The config's fields that only some of them use, by optimizer and by decay.
+USES = {
+    "sgd": ("optimizer.momentum", "optimizer.nesterov"),
+    "your own": ("optimizer.options",),
+}
+DECAY_USES = dict.fromkeys(DECAYS, ()) | {"staged": ("optimizer.stages", "optimizer.stage_factor")}
+
 
 def drops_of(settings, steps: int) -> dict[int, float]:
     """Map each step at which stages begin to the product of their factors.
