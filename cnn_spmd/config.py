@@ -290,7 +290,7 @@ def refuse_unknown(field: str, value: str = "") -> None:
     if field in SCHEMA or field in _sections():
         return
     remedy = GONE.get(field, "expected one of docs/config.md")
-    near = difflib.get_close_matches(field, SCHEMA, 1)
+    near = difflib.get_close_matches(field, [*SCHEMA, *sorted(_sections())], 1)
     if near and field not in GONE:
         remedy += f'; did you mean "{near[0]}"?'
     raise UserError(f"{field}{value and f'={value}'}: no such field, {remedy}")

@@ -34,19 +34,25 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_col
     config = load(path)
     overrides = dict(overrides or {})
     for field, value in overrides.items():
-        configs.refuse_unknown(field, str(value))
-        if field not in configs.SCHEMA:
-            raise UserError(f"{field}: is a section, expected a field such as {field}.name")
-        configs.check_value(field, value)
-        *sections, last = field.split(".")
-        with config.ignore_type():  # an integer may stand for a float, and a list for a tuple
-            configs.get(config, ".".join(sections))[last] = type(configs.SCHEMA[field].default)(
-                value
-            )
+        _override(config, field, value)
     configs.keep_given(config, overrides)
     configs.validate(config)
     unused.refuse(config, overrides)
     return config
+
+
+def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None:
+    """Set a field by its dotted name. Raises UserError for an unknown field and a wrong type."""
+    configs.refuse_unknown(field, str(value))
+    if field not in configs.SCHEMA:
+        raise UserError(f"{field}: is a section, expected a field such as {field}.name")
+    configs.check_value(field, value)
+    *sections, last = field.split(".")
+    for section in sections:
+        config = config[section]
+    kind = type(configs.SCHEMA[field].default)
+    with config.ignore_type():  # an integer may stand for a float, and a list for a tuple
+        config[last] = kind(value)
 
 
 def load(text: str) -> ml_collections.ConfigDict:
