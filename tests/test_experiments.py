@@ -33,7 +33,9 @@ def few() -> dataset.Dataset:
     return data
 
 
-EPOCHS = {  # variant: epochs without batch 5, with it, at a tenth of the rate, at a hundredth; test views; weight decays
+# Variant: epochs without batch 5, with it, at a tenth of the rate, at a hundredth; test views;
+# weight decays.
+EPOCHS = {
     "80sec": (0, 8, 2, 0, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc1=0.03, fc3=0.03)),
     "19pct": (0, 120, 10, 10, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc3=3)),
     "18pct": (0, 120, 10, 10, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc3=1)),
@@ -161,7 +163,7 @@ def photographs() -> dataset.Dataset:
     ],
 )
 def test_imagenet(experiment, variant, parameters, photographs):
-    """The published counts of parameters on 224x224 crops of 256x256 images; a tenth of the rates thrice, or 1/250 in all."""
+    """The published counts of parameters, crops of 224 from 256, and the falls of the rate."""
     config = experiment.get_config(variant)
     assert config.data.name == ("imagenette" if "imagenette" in variant else "imagenet2012")
     assert (config.dense_microbatch, config.batch_size) == (

@@ -26,7 +26,7 @@ from cnn_spmd import experiment
 from cnn_spmd.analysis import program
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import interrupt
+from cnn_spmd.training import interrupt, unused
 from cnn_spmd.training import workdir as workdirs
 
 SMALL = [
@@ -40,11 +40,13 @@ SMALL = [
     "--config.optimizer.learning_rate=0.001",
     "--config.epochs=1",
 ]
+# The same without what only random images use, for another data set.
+OTHER_DATA = [argument for argument in SMALL if "synthetic" not in argument]
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts launch.py in a folder that looks like the repository but is the test's own; kills what is left over."""
+    """Starts launch.py in a copy of the repository's layout; kills what is left over."""
     for name in ("launch.py", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
     started = []
@@ -260,7 +262,8 @@ def test_types_in_an_experiment_are_those_of_the_shipped_one(tmp_path, change, m
 def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
-        "from ml_collections import ConfigDict\nfrom experiments import alexnet_cifar\ndef get_config():\n"
+        "from ml_collections import ConfigDict\nfrom experiments import alexnet_cifar\n"
+        "def get_config():\n"
         "    config = alexnet_cifar.get_config().to_dict()\n    config['optimizer']['warmup'] = 0\n"
         "    config['optimizer']['stages'] = [0.5]\n    return ConfigDict(config)"
     )
@@ -447,7 +450,7 @@ def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start(
-            *SMALL,
+            *OTHER_DATA,
             "--config.data.name=folder",
             "--config.data.dir=pets",
             "--config.data.image_size=32",
@@ -497,7 +500,7 @@ def test_a_run_that_is_deaf_to_a_closed_terminal_stays_so():
     code = """if True:
         import signal
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        from cnn_spmd.training import interrupt
+        from cnn_spmd.training import interrupt, unused
         print(interrupt.SIGNALS)"""
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True
@@ -515,7 +518,7 @@ def test_non_finite_loss_has_an_exit_code_of_its_own(start):
 
 
 def test_sigterm_before_training_is_told(start):
-    process = start(*SMALL, "--config.data.name=digits", "--config.model.name=alexnet")
+    process = start(*OTHER_DATA, "--config.data.name=digits", "--config.model.name=alexnet")
     assert "no effect" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     _, err = finished(process, code=75)
@@ -546,8 +549,10 @@ def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_1(monkeypatch, 
     monkeypatch.setattr(launch, "launch", refused)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert launch.main([]) == 1
-    line = "error: r/metrics.jsonl: Operation not permitted: mend it, and give the same command again\n"
-    assert capsys.readouterr().err == line
+    line = (
+        "error: r/metrics.jsonl: Operation not permitted: mend it, and give the same command again"
+    )
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 @pytest.mark.parametrize("variable", ["JAX_ENABLE_X64", "JAX_DEBUG_NANS", "JAX_NUM_CPU_DEVICES"])
@@ -629,7 +634,7 @@ def free_port() -> int:
 
 
 def test_two_processes_train_one_network(start, tmp_path):
-    """Two processes of four devices give what one process of eight gives, to the last bit of what is logged; streamed, too."""
+    """Two processes with four devices each log what one process with eight logs; streamed, too."""
     arguments = [*SMALL, "--mesh", "4x2", "--config.parallelism=hybrid"]
 
     def pair(workdir, *more):
@@ -670,23 +675,36 @@ def test_two_processes_train_one_network(start, tmp_path):
     )  # and one process resumes
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def written_commands() -> list[str]:
+    """The launch commands in the fenced blocks of README.md and docs/*.md."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text().replace("\\\n", " ") for page in pages)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python launch.py")]
+    return [line for line in lines if line.startswith("python launch.py") and "..." not in line]
 
 
-def test_readme_commands_run(start, tmp_path):
-    """Each launch command of the README, as it stands there, on eight simulated devices and cut to a small run."""
-    commands = readme_commands()
+def cut(command: str, tmp_path: pathlib.Path) -> list[str]:
+    """A command's arguments for a small run: without the fields that the run would not use."""
+    command = command.replace("--mesh all", "--mesh 2x1")  # a sweep, cut to two runs
+    arguments = shlex.split(command.replace("/shared", str(tmp_path / "shared")))[2:]
+    if "--cpu_devices" not in arguments:
+        arguments += ["--cpu_devices", "8"]
+    small, _ = experiment.parsed(["--config", str(ROOT / SMALL[1]), *SMALL[2:]])
+    used = []
+    for argument in arguments:
+        field = argument.partition("=")[0].removeprefix("--config.")
+        if not unused.reason(small, field):
+            used.append(argument)
+    return [*used, *SMALL[2:]]
+
+
+def test_written_commands_run(start, tmp_path):
+    """Each launch command of README.md and docs/, cut to a small run on eight simulated devices."""
+    commands = written_commands()
     assert len(commands) >= 6
     for first in range(0, len(commands), 2):
-        pair = []
-        for command in commands[first : first + 2]:
-            command = command.replace("--mesh all", "--mesh 2x1")  # a sweep, cut to two runs
-            arguments = shlex.split(command.replace("/shared", str(tmp_path / "shared")))[2:]
-            devices = [] if "--cpu_devices" in arguments else ["--cpu_devices", "8"]
-            pair.append(start(*arguments, *devices, *SMALL[2:]))
+        pair = [start(*cut(command, tmp_path)) for command in commands[first : first + 2]]
         for process in pair:
             finished(process)
 

@@ -1,4 +1,4 @@
-"""Sweeps: combinations, refusals, runs that fail in every way, going on, and one real sweep from the command line."""
+"""Sweeps: combinations, refusals, runs that fail in every way, going on, and a real sweep."""
 
 import dataclasses
 import io
@@ -32,13 +32,12 @@ with open(folder.parent / "started", "a") as file:
     file.write(seed + "\\n")
 if (folder.parent / "repaired").exists() or seed == "0":
     folder.mkdir(exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(dict(status="completed", device_kind="card", host_cores=2, versions={},
-                                                         commit="c")))
+    summary = dict(status="completed", device_kind="card", host_cores=2, versions={}, commit="c")
+    (folder / "summary.json").write_text(json.dumps(summary))
 elif seed == "1":
     sys.exit("error: seed=1: is refused by the run itself")
 elif seed == "2":
-    print("one\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory\\nat the end", file=sys.stderr)
-    sys.exit(1)
+    sys.exit("one\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory\\nat the end")
 elif seed == "3":
     os.kill(os.getpid(), signal.SIGKILL)
 else:
@@ -86,6 +85,32 @@ def test_combinations(meshes, batches, fields, count):
 def test_lists_that_are_refused(meshes, batches, fields, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         sweep.combinations(meshes, batches, fields, 8)
+
+
+@pytest.mark.parametrize(
+    ("swept", "message"),
+    [
+        ("model.dropout=0.0,0.5", "--sweep=model.dropout: model.name=simple_cnn does not use it;"),
+        ("model.droput=0.0,0.5", '--sweep=model.droput: no such field, .* mean "model.dropout"'),
+        ("model.levers=(),1", "--sweep=model.levers: no such field, set model.fast to True"),
+        ("dense_updates=each,sum", "--sweep=dense_updates: has no effect with dense_microbatch=0"),
+    ],
+)
+def test_a_sweep_over_what_nothing_uses_is_refused(monkeypatch, swept, message):
+    monkeypatch.chdir(ROOT)
+    combos = sweep.combinations("1x1,2x1", None, [swept], 8)
+    with pytest.raises(UserError, match=f"^{message}"):
+        sweep.refuse_fields(combos, SMALL, 8)
+
+
+def test_a_sweep_in_which_some_use_a_field_refuses_the_others(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fields = ["model.name=simple_cnn,one_convolution", "model.dropout=0.0,0.3", "model.width=8"]
+    combos = sweep.combinations(None, None, fields, 8)
+    sweep.refuse_fields(combos, SMALL, 8)
+    reasons = [row["reason"] for row in sweep.plan(combos, SMALL, jax.devices()[:1])]
+    assert ["does not use it" in reason for reason in reasons] == [True, True, False, False]
+    assert reasons[2:] == ["", ""]
 
 
 def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
@@ -399,7 +424,7 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
                     )
                 )
             ),  # the experiment's file was another
-            r"a sweep with other config \(\{'optimizer.momentum': 0.5\}, now \{'optimizer.momentum': 0.9\}\)",
+            r"other config \(\{'optimizer.momentum': 0.5\}, now \{'optimizer.momentum': 0.9\}\)",
         ),
     ],
 )
@@ -451,14 +476,16 @@ def test_a_sweep_from_a_file_of_flags(start, tmp_path):  # noqa: F811
     assert "2 of 2 runs are completed" in out
 
 
-def test_sweeps_that_are_refused_at_once(start):  # noqa: F811
+def test_sweeps_that_are_refused_at_once(start, tmp_path):  # noqa: F811
     for more, message in (
         (["--dry_run"], "--dry_run: expected a single mesh"),
         (["--mesh", "1x1,"], "has an empty value"),
+        (["--sweep", "model.dropout=0.0,0.5"], "--sweep=model.dropout: model.name=simple_cnn"),
     ):
         _, err = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1", *more), code=2)
         assert err.startswith("error: ")
         assert message in err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
