@@ -85,7 +85,9 @@ def narrow(request, monkeypatch):
     monkeypatch.setitem(models.MODELS, "stack", functools.partial(stack.Stack, "stack", STACK))
 
 
-def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> setups.Setup:
+def setup_of(
+    name: str, parallelism: str, shape: tuple[int, int], levers=None, **changes
+) -> setups.Setup:
     """The shipped experiment with narrow dense layers and few random images, in float64."""
     config = get_config()
     config.update(
@@ -115,7 +117,7 @@ def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> 
     data = sources.load(config.data)
     place = Placement(mesh.make(*shape), parallelism, OWN)
     config = configs.resolve(config, data, "cpu")
-    return setups.Setup(config, data, place, setups.make_steps(config, data, place))
+    return setups.Setup(config, data, place, setups.make_steps(config, data, place, levers))
 
 
 @functools.cache
@@ -472,7 +474,7 @@ def test_a_copy_of_the_weights_changes_nothing(changes):
             "hybrid",
             (2, 2),
             dtype="bfloat16",
-            model=dict(levers=levers, width=64),
+            levers=levers,
             **changes,
         )
         assert setup.steps.halves == ("cast_once" in levers)
