@@ -27,11 +27,11 @@ class Field(NamedTuple):
 
     default: Any
     help: str
-    low: float | None = None  # the lowest value, of the type of the default (of each entry)
+    low: float | None = None  # the lowest value; of a dict, the lowest value of an entry
     high: float | None = None  # the highest value
     below: float | None = None  # every value is less than this
     choices: tuple[str, ...] = ()
-    item: Any = None  # what each entry of a tuple or dict is like; a dict's names are the user's
+    item: Any = None  # a value of the type of each entry of a tuple or dict
 
 
 # Every field, by its dotted name. Which names of networks, data sets, optimizers, decays and
@@ -283,11 +283,12 @@ def get(config: Any, field: str) -> Any:
 
 
 def refuse_unknown(field: str, value: str = "") -> None:
-    """Raise UserError unless there is a field, or a section, of this dotted name.
+    """Raise UserError unless there is a field, a section or an entry of this dotted name.
 
+    An entry is that of a dict whose names are the user's, such as optimizer.layer_rates.fc3.
     value: as the user gave it, for the message.
     """
-    if field in SCHEMA or field in _sections():
+    if field in SCHEMA or field in _sections() or is_entry(field):
         return
     remedy = GONE.get(field, "expected one of docs/config.md")
     near = difflib.get_close_matches(field, [*SCHEMA, *sorted(_sections())], 1)
@@ -296,8 +297,14 @@ def refuse_unknown(field: str, value: str = "") -> None:
     raise UserError(f"{field}{value and f'={value}'}: no such field, {remedy}")
 
 
+def is_entry(field: str) -> bool:
+    """Return whether a dotted name is of an entry of a dict whose names are the user's."""
+    parent = SCHEMA.get(field.rpartition(".")[0])
+    return parent is not None and isinstance(parent.default, dict)
+
+
 def _sections() -> set[str]:
-    """The names of the dicts that hold fields, such as data and data.synthetic."""
+    """Return the names of the dicts that hold fields, such as data and data.synthetic."""
     found = set()
     for name in SCHEMA:
         while "." in name:

@@ -44,15 +44,18 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_col
 def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None:
     """Set a field by its dotted name. Raises UserError for an unknown field and a wrong type."""
     configs.refuse_unknown(field, str(value))
-    if field not in configs.SCHEMA:
+    section, _, last = field.rpartition(".")
+    if configs.is_entry(field):
+        configs.check_value(section, {last: value})
+        kind = type(configs.SCHEMA[section].item)
+    elif field in configs.SCHEMA:
+        configs.check_value(field, value)
+        kind = type(configs.SCHEMA[field].default)
+    else:
         raise UserError(f"{field}: is a section, expected a field such as {field}.name")
-    configs.check_value(field, value)
-    *sections, last = field.split(".")
-    for section in sections:
-        config = config[section]
-    kind = type(configs.SCHEMA[field].default)
-    with config.ignore_type():  # an integer may stand for a float, and a list for a tuple
-        config[last] = kind(value)
+    at = configs.get(config, section) if section else config
+    with at.ignore_type():  # an integer may stand for a float, and a list for a tuple
+        at[last] = kind(value)
 
 
 def load(text: str) -> ml_collections.ConfigDict:

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from cnn_spmd import config as configs
-from cnn_spmd import experiment
+from cnn_spmd import experiment, sweep
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import compare, load
 from cnn_spmd.training import build, loop, unused
@@ -67,12 +67,23 @@ def test_load_config_is_what_the_command_line_does():
     assert isinstance(config.optimizer.warmup, float)
 
 
+def test_entries_of_dicts_can_be_set_and_swept():
+    config = experiment.load_config(ALEXNET, {"optimizer.layer_rates.fc3": 1})
+    assert config.optimizer.layer_rates.to_dict() == dict(fc3=1.0)
+    path = f"{ROOT / 'experiments/alexnet_2012_imagenet.py'}:imagenette"
+    config, _ = experiment.parsed(["--config", path, "--config.optimizer.layer_rates.fc3=0.1"])
+    assert config.optimizer.layer_rates.fc3 == 0.1
+    combos = [{"optimizer.layer_rates.fc3": value} for value in ("0.1", "0.2")]
+    sweep.refuse_fields(combos, ["--config", path], 1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"model.widht": 3}, 'model.widht=3: no such field, .*did you mean "model.width"'),
         ({"model": dict(width=3)}, "model: is a section, expected a field such as model.name"),
         ({"model.width": "3"}, "model.width='3': expected an integer"),
+        ({"optimizer.layer_rates.fc3": "x"}, "optimizer.layer_rates.fc3='x': expected a number"),
         ({"model.width": 0}, "model.width=0: expected from 1 to 1000000"),
         ({"dtype": "float16"}, "dtype=float16: unknown, expected one of auto, float32"),
         ({"model.levers": ()}, r"model.levers=\(\): no such field, set model.fast to True"),

@@ -119,6 +119,10 @@ def finished(process, code=0):
             [*SMALL, "--dry_run", "--target", "h100:9999999x8"],
             "such as h100:64x8, and at most 65536 GPUs",
         ),
+        (
+            [*SMALL, "--config.model.dropout=0.9"],
+            "model.dropout=0.9: model.name=simple_cnn does not use it; those that do: alexnet, ",
+        ),
         ([*SMALL, "--config.batch_size=many"], "--config.batch_size=many: expected an integer"),
         (
             [*SMALL, "--flagfile=nope"],
