@@ -135,7 +135,7 @@ def launch(argv: list[str]) -> int:
     """
     refuse_flags(argv)
     set_up_jax()
-    from cnn_spmd.training import unused
+    from cnn_spmd.training import unused  # as all that imports jax: after set_up_jax
 
     if is_sweep():
         return launch_sweep()

@@ -336,8 +336,7 @@ def _refuse_another_sweep(folder: pathlib.Path, old: dict, same: dict) -> None:
 def _take_completed(rows: list[dict], old: list[dict], folder: pathlib.Path) -> list[dict]:
     """Replace the rows that an earlier command completed; return its rows that are not in `rows`.
 
-    Of those, the refused ones are left out. Raises UserError where a run of a killed sweep still
-    lives.
+    Its refused rows are left out. Raises UserError where a run of a killed sweep still lives.
     """
     earlier = {row["name"]: row for row in old}
     for i, row in enumerate(rows):
