@@ -1,21 +1,24 @@
-"""Command line of cnn_spmd.
+"""Command line of cnn_spmd: train a network, sweep, or only compile and report.
 
-  python launch.py --config experiments/alexnet_cifar.py                       train, on every device there is
-  python launch.py --config experiments/alexnet_cifar.py --mesh 4x2            data=4, model=2
-  python launch.py --config ... --mesh all --sweep parallelism=data,hybrid     a sweep; 8x1,4x2 is one, too
-  python launch.py --config ... --mesh 1x1,4x1 --batch_per_device 32,128       a sweep of global batches that grow with the mesh
-  python launch.py --config ... --config.optimizer.learning_rate=0.02          any field
-  python launch.py --config ... --cpu_devices 8                                simulate 8 devices on the CPU
-  python launch.py --config ... --workdir runs/a                               the same workdir again resumes
-  python launch.py --config ... --dry_run                                      compile, print the report, stop
-  python launch.py --config ... --dry_run --target h100:64x8                   the same for 64 hosts of 8 GPUs each
+Below, E stands for experiments/alexnet_cifar.py.
 
-Several hosts: the same command on each, with JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID set,
-or under Slurm's srun or Open MPI's mpirun.
+  python launch.py --config E                                   train, on every device there is
+  python launch.py --config E --mesh 4x2                        data=4, model=2
+  python launch.py --config E --mesh all --sweep parallelism=data,hybrid    a sweep; 8x1,4x2 is one
+  python launch.py --config E --mesh 1x1,4x1 --batch_per_device 32,128
+                                                                a batch that grows with the mesh
+  python launch.py --config E --config.optimizer.learning_rate=0.02        any field: docs/config.md
+  python launch.py --config E --cpu_devices 8                   simulate 8 devices on the CPU
+  python launch.py --config E --workdir runs/a                  the same workdir again resumes
+  python launch.py --config E --dry_run                         compile, print the report, stop
+  python launch.py --config E --dry_run --target h100:64x8      the same for 64 hosts of 8 GPUs each
 
-Exit codes: 0 done; 1 a crash, a process of the cluster that is absent or lost, or a sweep of which not every run is completed;
-2 bad input, or a sweep of which every run is refused; 3 the loss is not finite; 75 interrupted (what resumes is printed, if
-anything was saved).
+Several hosts: give the same command on each, with JAX_COORDINATOR_ADDRESS=host:port,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID set, or under Slurm's srun or Open MPI's mpirun.
+
+Exit codes: 0 done; 1 a crash, a process of the cluster that is absent or lost, or a sweep in which
+not every run is completed; 2 bad input, or a sweep in which every run is refused; 3 the loss is not
+finite; 75 interrupted (the command that resumes is printed, if anything was saved).
 """
 
 import concurrent.futures
@@ -23,18 +26,21 @@ import datetime
 import errno
 import multiprocessing
 import os
+import pathlib
 import shlex
 import signal
 import sys
 
+import ml_collections
 from absl import app, flags, logging
 
 from cnn_spmd import config as configs
+from cnn_spmd import experiment
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import write
 from cnn_spmd.training import cluster, cluster_env, environment, interrupt
 
-CONFIG = configs.define_flag(flags.FLAGS)
+CONFIG = experiment.define_flag(flags.FLAGS)
 MESH = flags.DEFINE_string(
     "mesh",
     None,
@@ -55,8 +61,8 @@ BATCH_PER_DEVICE = flags.DEFINE_string(
 PROFILE = flags.DEFINE_integer(
     "profile",
     None,
-    "After the last step, trace this many more (whole calls, whose results are "
-    "thrown away): top kernels and communication go to profile.json.",
+    "After the last step, trace at least this many more (whole chunks, whose results are thrown "
+    "away): profile.json gets the top kernels and the communication.",
     lower_bound=1,
 )
 CPU_DEVICES = flags.DEFINE_integer(
@@ -81,10 +87,12 @@ TARGET = flags.DEFINE_string(
     "target", None, "With --dry_run: compile for GPUs that are not here, such as h100:64x8."
 )
 
-BAD_INPUT, NON_FINITE, INTERRUPTED = 2, 3, 75  # 75 is EX_TEMPFAIL of sysexits.h
+CRASHED, BAD_INPUT, NON_FINITE = 1, 2, 3
+INTERRUPTED = 75  # EX_TEMPFAIL in sysexits.h
 
 
 def main(argv: list[str]) -> int:
+    """Run what the flags say, and return the exit code; every known error is one line."""
     for number in interrupt.SIGNALS:  # until the run takes over
         signal.signal(number, interrupt.early)
     try:
@@ -97,146 +105,85 @@ def main(argv: list[str]) -> int:
         cluster.fail("Interrupted outside of the training loop: nothing to save.", INTERRUPTED)
         return INTERRUPTED
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            line = (
-                f"--workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same command with that "
-                "folder again"
-            )
-        elif error.filename is not None:
-            line = f"{os.fsdecode(error.filename)}: {error.strerror}: mend it, and give the same command again"
-        else:
-            cluster.crash(error)
-            raise
-        cluster.fail(f"error: {line}", 1)
-        return 1
+        if line := advice(error):
+            cluster.fail(f"error: {line}", CRASHED)
+            return CRASHED
+        cluster.crash(error)
+        raise
     except Exception as error:
         cluster.crash(error)
         raise
 
 
+def advice(error: OSError) -> str:
+    """Say what to do about a full disk or a file that fails; empty for other errors."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"--workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same "
+            "command with that folder again"
+        )
+    if error.filename is not None:
+        name = os.fsdecode(error.filename)
+        return f"{name}: {error.strerror}: mend it, and give the same command again"
+    return ""
+
+
 def launch(argv: list[str]) -> int:
-    if TARGET.value:  # both before jax is imported
+    """Sweep, dry-run or train, as the flags say; return the exit code.
+
+    Raises UserError for bad input.
+    """
+    refuse_flags(argv)
+    set_up_jax()
+    from cnn_spmd.training import unused  # as all that imports jax: after set_up_jax
+
+    if is_sweep():
+        return launch_sweep()
+    unused.refuse(CONFIG.value, experiment.given(flags.FLAGS))
+    cluster.join()
+    device_count()
+    config = config_of_run()
+    if cluster_env.variable(os.environ):
+        compare_processes(config)
+    return dry_run(config) if DRY_RUN.value else train(config)
+
+
+def refuse_flags(argv: list[str]) -> None:
+    """Raise UserError for flags that do not go together, and for arguments that are no flags."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
+    if WORKDIR.value == "":
+        raise UserError("--workdir=: is empty, expected a folder")
+    if TARGET.value and not DRY_RUN.value:
+        raise UserError(
+            f"--target={TARGET.value}: those GPUs are not here, expected --dry_run with it"
+        )
+    if is_sweep() and DRY_RUN.value:
+        raise UserError("--dry_run: expected a single mesh with it, and no --sweep")
+
+
+def set_up_jax() -> None:
+    """Prepare the process and import jax, on the platform that the flags ask for."""
+    if TARGET.value:  # jax reads both variables when it is imported
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of each save in thirty lines
+        logging.set_verbosity(logging.WARNING)  # Orbax logs thirty lines for each save
     environment.prepare()
-    import jax
-
-    if len(argv) > 1:
-        return refuse(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
-    if WORKDIR.value == "":
-        return refuse("--workdir=: is empty, expected a folder")
-    if TARGET.value and not DRY_RUN.value:
-        return refuse(
-            f"--target={TARGET.value}: those GPUs are not here, expected --dry_run with it"
-        )
     if CPU_DEVICES.value:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
-    if (
-        SWEEP.value
-        or BATCH_PER_DEVICE.value is not None
-        or "," in (MESH.value or "")
-        or MESH.value == "all"
-    ):
-        if name := cluster_env.variable(os.environ):  # no other process waits for this one
-            print(
-                f"error: {name}={os.environ[name]}: a sweep runs in one process, expected a single run, or srun's "
-                "or mpirun's variables unset",
-                file=sys.stderr,
-            )
-            return BAD_INPUT
-        return launch_sweep()
-
-    from cnn_spmd.analysis import target
-    from cnn_spmd.sharding import mesh
-    from cnn_spmd.training import checkpoint
-    from cnn_spmd.training import log as metrics
-    from cnn_spmd.training import loop as train
-    from cnn_spmd.training import workdir as workdirs
-
-    cluster.join()
-    device_count()
-    config = CONFIG.value
-    if MESH.value is not None:
-        config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
-    config.profile = PROFILE.value or config.profile
-    if cluster_env.variable(os.environ):
-        given = {f"--{flag.name} given": bool(flag.value) for flag in (WORKDIR, DRY_RUN, TARGET)}
-        code = {name: value for name, value in metrics.provenance().items() if name != "host_cores"}
-        cluster.agree(given | code | dict(config=configs.as_json(config)))
-        metrics.say(cluster.size())
-    workdir = WORKDIR.value and workdirs.local(WORKDIR.value)
-    if DRY_RUN.value:
-        report = train.dry_run(
-            config, workdir, target.devices(TARGET.value) if TARGET.value else None
-        )
-        if "error" in report:
-            print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
-        return int("error" in report)
-    workdir = workdir or workdirs.local(default_workdir(config.experiment))
-    try:
-        summary = train.run(config, workdir)
-    except checkpoint.SaveError as error:
-        cluster.fail(f"error: {error}", 1)
-        return 1
-    except train.NonFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NON_FINITE
-    if summary["status"] == "interrupted":
-        again = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(workdir)]
-        print(
-            f"Interrupted and saved at step {summary['steps']}. To resume: python {shlex.join(again)}"
-        )
-        return INTERRUPTED
-    print(
-        f"Done: {summary['dataset']} test accuracy {summary['eval']['accuracy']:.2%} after {summary['steps']} steps, "
-        f"{summary['train_seconds']:.1f} s of training. Files: {workdir}"
-    )
-    return 0
+        simulate(CPU_DEVICES.value)
 
 
-def launch_sweep() -> int:
-    """A sweep over what the flags name; 0 where every run is completed."""
+def simulate(devices: int) -> None:
+    """Let jax take this many simulated devices on the CPU."""
     import jax
 
-    from cnn_spmd import sweep
-    from cnn_spmd.training import workdir as workdirs
-
-    if DRY_RUN.value:
-        return refuse("--dry_run: expected a single mesh with it, and no --sweep")
-    count = CPU_DEVICES.value
-    if not count:  # counted in a process that ends: this one must leave the devices to the runs
-        with concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn")
-        ) as pool:
-            count = pool.submit(device_count).result()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
-    folder = workdirs.local(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
-    try:
-        combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, count)
-        shared = without(
-            flags.FLAGS.read_flags_from_files(sys.argv[1:]),
-            {"mesh", "sweep", "batch_per_device", "workdir"},
-        )
-        result = sweep.run(
-            CONFIG.value.experiment, shared, combos, jax.devices(), CPU_DEVICES.value, folder
-        )
-        for path in write.write_report([folder]):
-            print(path)
-    except KeyboardInterrupt:
-        again = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(folder)]
-        print(f"Interrupted. To go on: python {shlex.join(again)}")
-        return INTERRUPTED
-    statuses = [run["status"] for run in result["runs"]]
-    print(f"{statuses.count('completed')} of {len(statuses)} runs are completed. Files: {folder}")
-    return 0 if set(statuses) == {"completed"} else BAD_INPUT if set(statuses) == {"refused"} else 1
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def device_count() -> int:
-    """Counts the devices. Raises UserError where JAX_PLATFORMS names one that is not here."""
+    """Count the devices. Raises UserError where JAX_PLATFORMS names one that is not here."""
     import jax
 
     try:
@@ -246,9 +193,143 @@ def device_count() -> int:
         raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}") from None
 
 
+# ---- A run
+
+
+def config_of_run() -> ml_collections.ConfigDict:
+    """Return the config with what --mesh and --profile set in it."""
+    from cnn_spmd.sharding import mesh
+
+    config = CONFIG.value
+    if MESH.value is not None:
+        config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
+    config.profile = PROFILE.value or config.profile
+    return config
+
+
+def compare_processes(config: ml_collections.ConfigDict) -> None:
+    """End all processes of a cluster whose flags, code or config differ; otherwise say its size."""
+    from cnn_spmd.training import log
+
+    given = {f"--{flag.name} given": bool(flag.value) for flag in (WORKDIR, DRY_RUN, TARGET)}
+    code = {name: value for name, value in log.provenance().items() if name != "host_cores"}
+    cluster.agree(given | code | dict(config=configs.as_json(config)))
+    log.say(cluster.size())
+
+
+def dry_run(config: ml_collections.ConfigDict) -> int:
+    """Compile, print the report, and return the exit code."""
+    from cnn_spmd.analysis import target
+    from cnn_spmd.training import loop, workdir
+
+    folder = workdir.local(WORKDIR.value) if WORKDIR.value else None
+    devices = target.devices(TARGET.value) if TARGET.value else None
+    report = loop.dry_run(config, folder, devices)
+    if "error" in report:
+        print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
+        return CRASHED
+    return 0
+
+
+def train(config: ml_collections.ConfigDict) -> int:
+    """Train or resume the run, print how it ended, and return the exit code."""
+    from cnn_spmd.training import checkpoint, loop, workdir
+
+    folder = workdir.local(WORKDIR.value or default_workdir(config.experiment))
+    try:
+        summary = loop.run(config, folder)
+    except checkpoint.SaveError as error:
+        cluster.fail(f"error: {error}", CRASHED)
+        return CRASHED
+    except loop.NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NON_FINITE
+    if summary["status"] == "interrupted":
+        print(f"Interrupted and saved at step {summary['steps']}. To resume: {again(folder)}")
+        return INTERRUPTED
+    print(
+        f"Done: {summary['dataset']} test accuracy {summary['eval']['accuracy']:.2%} after "
+        f"{summary['steps']} steps, {summary['train_seconds']:.1f} s of training. Files: {folder}"
+    )
+    return 0
+
+
+def again(folder: pathlib.Path) -> str:
+    """Return the command that goes on in a folder."""
+    arguments = sys.argv if WORKDIR.value else [*sys.argv, "--workdir", str(folder)]
+    return f"python {shlex.join(arguments)}"
+
+
+def default_workdir(name: str) -> str:
+    """Return runs/<name>-<UTC time>, the same on every process of a cluster.
+
+    The time has microseconds, since runs that a script starts at once may share a millisecond.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    return f"runs/{name}-{cluster.exchange(f'{now:%Y%m%d-%H%M%S-%f}')[0]}"
+
+
+# ---- A sweep
+
+
+def is_sweep() -> bool:
+    """Return whether the flags name several runs."""
+    meshes = MESH.value or ""
+    several_meshes = "," in meshes or meshes == "all"
+    return bool(SWEEP.value) or BATCH_PER_DEVICE.value is not None or several_meshes
+
+
+def launch_sweep() -> int:
+    """Run every combination that the flags name; return 0 where every run is completed.
+
+    This process only plans: it simulates the devices, so that the runs can have the real ones.
+    """
+    import jax
+
+    from cnn_spmd import sweep
+    from cnn_spmd.training import workdir
+
+    if name := cluster_env.variable(os.environ):  # no other process waits for this one
+        message = (
+            f"error: {name}={os.environ[name]}: a sweep runs in one process, expected a single "
+            "run, or srun's or mpirun's variables unset"
+        )
+        print(message, file=sys.stderr)
+        return BAD_INPUT
+    simulate(CPU_DEVICES.value or devices_of_another_process())
+    folder = workdir.local(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
+    devices = jax.devices()
+    try:
+        combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, len(devices))
+        arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])
+        shared = without(arguments, {"mesh", "sweep", "batch_per_device", "workdir"})
+        sweep.refuse_fields(combos, shared, len(devices))
+        result = sweep.run(
+            CONFIG.value.experiment, shared, combos, devices, CPU_DEVICES.value, folder
+        )
+        for path in write.write([folder]):
+            print(path)
+    except KeyboardInterrupt:
+        print(f"Interrupted. To go on: {again(folder)}")
+        return INTERRUPTED
+    statuses = [run["status"] for run in result["runs"]]
+    print(f"{statuses.count('completed')} of {len(statuses)} runs are completed. Files: {folder}")
+    if set(statuses) == {"completed"}:
+        return 0
+    return BAD_INPUT if set(statuses) == {"refused"} else CRASHED
+
+
+def devices_of_another_process() -> int:
+    """Count the devices in a process that ends, so that this one leaves them to the runs."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        return pool.submit(device_count).result()
+
+
 def without(arguments: list[str], names: set[str]) -> list[str]:
-    """The arguments without the flags of these names and their values."""
-    kept, value_follows = [], False
+    """Return the arguments without the flags of these names and their values."""
+    rest = []
+    value_follows = False
     for argument in arguments:
         name, equals, _ = argument.lstrip("-").partition("=")
         if value_follows:
@@ -256,33 +337,27 @@ def without(arguments: list[str], names: set[str]) -> list[str]:
         elif argument.startswith("-") and name in names:
             value_follows = not equals
         else:
-            kept.append(argument)
-    return kept
+            rest.append(argument)
+    return rest
 
 
-def default_workdir(experiment: str) -> str:
-    """runs/<experiment>-<UTC time to the microsecond>, the same on every process of a cluster.
-
-    Runs that a script starts at once share their millisecond now and then.
-    """
-    now = datetime.datetime.now(datetime.UTC)
-    return f"runs/{experiment}-{cluster.exchange(f'{now:%Y%m%d-%H%M%S-%f}')[0]}"
+# ---- The program
 
 
 def refuse(reason: object) -> int:
-    """Prints bad input as one line; returns its exit code, or ends all processes of a cluster with it."""
+    """Print bad input as one line and return its exit code; all processes of a cluster end."""
     cluster.fail(f"error: {reason}", BAD_INPUT)
     return BAD_INPUT
 
 
 def parse(argv: list[str]) -> list[str]:
-    """The flags of the command line; bad ones end the program with one line."""
+    """Return the arguments that are no flags; bad flags end the program with one line."""
     try:
-        return configs.parse_flags(flags.FLAGS, argv)
+        return experiment.parse_flags(flags.FLAGS, argv)
     except UserError as error:
         sys.exit(refuse(error))
 
 
 if __name__ == "__main__":
-    environment.protect_streams()
+    environment.keep_talking()
     app.run(main, flags_parser=parse)

@@ -1,72 +1,184 @@
-"""What a config means: from the command line, ranges of its fields, how it resolves, what a resumed run may change."""
+"""Define the config: its fields, how it resolves, what a resumed run may change.
 
+SCHEMA has every field. docs/config.md is generated from it:
+`python -m cnn_spmd.config > docs/config.md`.
+"""
+
+import copy
+import difflib
 import json
 import math
 import os
 import pathlib
 import re
-import runpy
-import traceback
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
 from cnn_spmd.errors import UserError
 
-flags.disclaim_key_flags()  # --help shows --config as a flag of launch.py
 
-# Field: (lowest, highest or None, whether the highest is itself allowed). Names are checked by the module that knows them.
-RANGES = {
-    "seed": (0, 2**31, False),
-    "batch_size": (1, None, True),
-    "epochs": (0, 10**7, True),
-    "steps": (0, 10**7, True),
-    "steps_per_call": (0, 10**5, True),
-    "profile": (0, 1000, True),  # a trace takes some 4 MB of memory a step, of a small network
-    "mesh.data": (-1, 2**16, True),
-    "mesh.model": (-1, 2**16, True),
-    "dense_microbatch": (0, None, True),
-    "label_smoothing": (0.0, 1.0, False),
-    "model.width": (1, 10**6, True),
-    "model.dropout": (0.0, 1.0, False),
-    "data.image_size": (1, 4096, True),
-    "data.skip_bad": (0, None, True),
-    "data.synthetic.image_size": (1, 4096, True),
-    "data.synthetic.classes": (1, 10**6, True),
-    "data.synthetic.train_examples": (1, 10**7, True),
-    "data.synthetic.test_examples": (1, 10**7, True),
-    "data.crop": (0, None, True),
-    "data.colour_noise": (0.0, None, True),
-    "data.crop_pad": (0, None, True),
-    "data.held_out": (0, None, True),
-    "data.held_out_steps": (0, None, True),
-    "data.fallback_epochs": (0, None, True),
-    "data.fallback_batch_size": (0, None, True),
-    "data.fallback_learning_rate": (0.0, None, True),
-    "optimizer.learning_rate": (0.0, None, True),
-    "optimizer.scaling": (0.0, 1.0, True),
-    "optimizer.bias_rate": (0.0, None, True),
-    "optimizer.warmup": (0.0, 1.0, True),
-    "optimizer.stage_factor": (0.0, 1.0, True),
-    "optimizer.momentum": (0.0, 1.0, False),
-    "optimizer.weight_decay": (0.0, None, True),
-    "optimizer.clip_norm": (0.0, None, True),
-    "optimizer.weight_decays": (0.0, None, True),
-    "optimizer.layer_rates": (0.0, None, True),
-    "eval.every_epochs": (0, None, True),
-    "checkpoint.every_epochs": (0, None, True),
-    "checkpoint.keep": (1, None, True),
+class Field(NamedTuple):
+    """A field of the config: its default, what it does, and the values that it may have.
+
+    A value has the type of the default. An integer may stand for a float, and a list for a tuple.
+    """
+
+    default: Any
+    help: str
+    low: float | None = None  # the lowest value; of a dict, the lowest value of an entry
+    high: float | None = None  # the highest value
+    below: float | None = None  # every value is less than this
+    choices: tuple[str, ...] = ()
+    item: Any = None  # a value of the type of each entry of a tuple or dict
+
+
+MESH_AXES = ("data", "model")  # a further axis needs a row of the placement table that uses it
+
+# Every field, by its dotted name. Which names of networks, data sets, optimizers, decays and
+# schemes there are is checked by the module that has them.
+SCHEMA = {
+    "experiment": Field("experiment", "name of the experiment; its folders are named after it"),
+    "seed": Field(0, "of weights, batches, crops and dropout masks", low=0, below=2**31),
+    # How long, and how much at a time.
+    "batch_size": Field(512, "global batch: images per step, over all devices", low=1),
+    "epochs": Field(40, "passes over the training images", low=0, high=10**7),
+    "steps": Field(0, "steps to train, instead of epochs; 0: epochs says it", low=0, high=10**7),
+    "steps_per_call": Field(
+        0,
+        "steps of one compiled call (a chunk); 0: up to 100 on a GPU, 1 on a CPU",
+        low=0,
+        high=10**5,
+    ),
+    "dtype": Field(
+        "auto",
+        "of the computation; auto: bfloat16, on a CPU float32",
+        choices=("auto", "float32", "bfloat16"),
+    ),
+    "profile": Field(0, "steps, at least, to trace after the last one", low=0, high=1000),
+    # Where arrays live: cnn_spmd/sharding/table.py.
+    **{
+        f"mesh.{axis}": Field(
+            -1 if axis == MESH_AXES[-1] else 1,
+            f"devices along the {axis} axis; -1: all that are left",
+            low=-1,
+            high=2**16,
+        )
+        for axis in MESH_AXES
+    },
+    "parallelism": Field("data", "scheme: a row of the placement table, or of placement"),
+    "placement": Field({}, "rows of your own, in the form of the placement table", item={}),
+    # The network.
+    "model.name": Field("alexnet", "network: a name in cnn_spmd/models"),
+    "model.width": Field(4096, "units of each hidden dense layer", low=1, high=10**6),
+    "model.dropout": Field(0.5, "share of hidden dense units that are dropped", low=0.0, below=1.0),
+    "model.fast": Field(True, "fast forms of layers and gradients; False: the plain forms"),
+    "dense_microbatch": Field(
+        0, "examples that the dense layers see at a time (variable batch); 0: the batch", low=0
+    ),
+    "dense_updates": Field(
+        "each",
+        "with dense_microbatch: update the dense layers after each micro-batch, or once (sum)",
+        choices=("each", "sum"),
+    ),
+    # The images.
+    "data.name": Field("cifar10", "data set: a name in cnn_spmd/data/registry.py"),
+    "data.dir": Field("", "where its files are; empty: where TFDS keeps them"),
+    "data.resident": Field(
+        "auto",
+        "yes: images on every device; no: streamed from the host; auto: on the devices if they fit",
+        choices=("auto", "yes", "no"),
+    ),
+    "data.image_size": Field(
+        256, "side of photographs in pixels: their central square, rescaled", low=1, high=4096
+    ),
+    "data.skip_bad": Field(0, "photographs that may be left out as they cannot be read", low=0),
+    "data.normalise": Field(
+        "channel",
+        "channel: zero mean and unit deviation per channel; pixel_mean: less the mean image",
+        choices=("channel", "pixel_mean"),
+    ),
+    "data.crop": Field(0, "side of the random crop that the network sees; 0: the image's", low=0),
+    "data.crop_pad": Field(0, "reflected pixels around an image before it is cropped", low=0),
+    "data.flip": Field(True, "mirror training images at random, where the data set allows it"),
+    "data.colour_noise": Field(
+        0.0,
+        "noise along the principal axes of colour, in standard deviations (AlexNet 2012: 0.1)",
+        low=0.0,
+    ),
+    "data.held_out": Field(0, "last training images that the first steps leave out", low=0),
+    "data.held_out_steps": Field(0, "steps that leave out data.held_out images", low=0),
+    "data.fallback": Field("", "digits: stand in where CIFAR-10 cannot be had; empty: an error"),
+    "data.fallback_epochs": Field(
+        6, "epochs on the fallback, unless epochs or steps is set by hand; 0: as given", low=0
+    ),
+    "data.fallback_batch_size": Field(
+        64, "batch_size on the fallback, unless that is set by hand; 0: as given", low=0
+    ),
+    "data.fallback_learning_rate": Field(
+        0.05, "learning rate on the fallback, unless that is set by hand; 0: as given", low=0.0
+    ),
+    "data.synthetic.image_size": Field(32, "of random images: side in pixels", low=1, high=4096),
+    "data.synthetic.classes": Field(10, "of random images: classes", low=1, high=10**6),
+    "data.synthetic.train_examples": Field(
+        4096, "of random images: how many to train on", low=1, high=10**7
+    ),
+    "data.synthetic.test_examples": Field(
+        1024, "of random images: how many to test on", low=1, high=10**7
+    ),
+    # The loss and the update.
+    "label_smoothing": Field(
+        0.0, "share of each label that is spread over all classes", low=0.0, below=1.0
+    ),
+    "optimizer.name": Field("sgd", "optimizer: a name in cnn_spmd/training/optim.py"),
+    "optimizer.options": Field({}, "numbers for an optimizer of your own, by name", item=0.0),
+    "optimizer.learning_rate": Field(0.01, "highest learning rate", low=0.0),
+    "optimizer.scaling": Field(
+        0.0,
+        "multiply the rate by (batch_size / 128) ** scaling; 0 turns scaling off",
+        low=0.0,
+        high=1.0,
+    ),
+    "optimizer.warmup": Field(
+        0.0, "share of the steps over which the rate grows from 0", low=0.0, high=1.0
+    ),
+    "optimizer.decay": Field("linear", "schedule after the warm-up: a name in training/optim.py"),
+    "optimizer.stages": Field(
+        (),
+        "decay=staged: shares of the steps at which the rate falls, such as (0.25, 0.5)",
+        item=0.0,
+    ),
+    "optimizer.stage_factor": Field(
+        0.1, "decay=staged: what the rate is multiplied by at each stage", low=0.0, high=1.0
+    ),
+    "optimizer.bias_rate": Field(1.0, "multiply the rate of all biases by this", low=0.0),
+    "optimizer.layer_rates": Field(
+        {}, 'multiply the rate of some layers, such as {"fc1": 0.25}', low=0.0, item=0.0
+    ),
+    "optimizer.momentum": Field(0.9, "share of the last update that goes on", low=0.0, below=1.0),
+    "optimizer.nesterov": Field(False, "Nesterov's form of momentum"),
+    "optimizer.weight_decay": Field(5e-4, "of weights, not of biases", low=0.0),
+    "optimizer.weight_decays": Field(
+        {}, 'another weight decay for some layers, such as {"fc3": 0.01}', low=0.0, item=0.0
+    ),
+    "optimizer.clip_norm": Field(
+        0.0, "scale a longer gradient down to this norm; 0 turns clipping off", low=0.0
+    ),
+    # Between the steps.
+    "eval.every_epochs": Field(10, "epochs between evaluations; 0: only at the end", low=0),
+    "eval.views": Field(
+        "one",
+        "views of a test image whose softmax outputs are averaged; mirrored: two; ten: crops",
+        choices=("one", "mirrored", "ten"),
+    ),
+    "checkpoint.every_epochs": Field(20, "epochs between checkpoints; 0: only at the end", low=0),
+    "checkpoint.keep": Field(2, "newest checkpoints to keep, beside the most accurate one", low=1),
 }
-# Fields whose entries are the user's to name, and a value of the type that each entry has.
-FREE = {
-    "placement": {},
-    "optimizer.layer_rates": 0.0,
-    "optimizer.weight_decays": 0.0,
-    "optimizer.options": 0.0,
-}
+
+# Fields that there were, and what to do instead. A saved run may have them: they are ignored.
+GONE = {"model.levers": "set model.fast to True (all of them) or False (none) instead"}
+
 # By the type of a field: which types its value may have, and how a message names them.
 TYPES = {
     bool: (bool, "True or False"),
@@ -77,27 +189,20 @@ TYPES = {
     dict: (dict, "a dict"),
 }
 LARGEST = {float: 3e38, int: 2**31 - 1}  # of open ranges: a float32 or an int32 holds it
-MOST_CPU_DEVICES = 2048  # of one process: XLA takes the next one for that of another process
-CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16"),
-    "dense_updates": ("each", "sum"),
-    "data.resident": ("auto", "yes", "no"),
-    "data.normalise": ("channel", "pixel_mean"),
-    "eval.views": ("one", "mirrored", "ten"),
-}
+MOST_CPU_DEVICES = 2048  # of one process: XLA numbers those of another process from here on
 
-# data.resident="auto": a data set lives on the devices where it takes at most this share of their memory, or so many bytes
-# where nobody knows that; else it is streamed, by default in calls of at most so many bytes of images, or one step.
-RESIDENT_SHARE, RESIDENT_BYTES, CALL_BYTES = 0.4, 4e9, 1e9
+# data.resident="auto" keeps a data set on the devices where it takes at most this share of their
+# memory, or at most these bytes where nobody knows their memory. Otherwise the host streams it; a
+# call then has at most CALL_BYTES of images, or a single step.
+RESIDENT_SHARE = 0.4
+RESIDENT_BYTES = 4e9
+CALL_BYTES = 1e9
 
-EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
-
-# What a resumed run may change: the numbers do not depend on it, but for steps and epochs, which the learning rate follows from
-# there on. Which images are left out is in the data's digest; `run` is what a run calls itself (training/checkpoint.py).
+# What a resumed run may change, as its numbers do not depend on it. Two exceptions: steps and
+# epochs, which the learning rate follows from there on. Which images are left out shows in
+# data_digest.
 MAY_DIFFER = (
-    "run",
     "mesh",
-    "model.levers",
     "model.fast",
     "parallelism",
     "placement",
@@ -111,12 +216,12 @@ MAY_DIFFER = (
     "data.fallback_batch_size",
     "data.fallback_learning_rate",
     "data.skip_bad",
-    "skipped_images",
     "epochs",
     "steps",
     "profile",
 )
-
+# What a run's config.json says of its data beside the config; a resumed run has the same.
+OF_THE_DATA = ("dataset", "fallback", "data_files", "data_digest")
 
 # Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another.
 OF_THE_FALLBACK = {
@@ -125,222 +230,170 @@ OF_THE_FALLBACK = {
     "fallback_learning_rate": ("optimizer.learning_rate",),
 }
 
-
-class Experiments(flags.ArgumentParser):
-    """Parses --config=FILE or --config=FILE:VARIANT with `load`."""
-
-    def parse(self, path: str) -> ml_collections.ConfigDict:
-        return load(path).lock()
+# ---- Fields: defaults, types, ranges
 
 
-def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> flags.FlagHolder:
-    """Define --config, and through it --config.FIELD for the fields that argv sets.
-
-    argv: as sys.argv, which None stands for.
-    """
-
-    def define(argv: Sequence[str] | None) -> flags.FlagHolder:
-        return config_flags.DEFINE_config_file(
-            "config",
-            None,
-            "Experiment: experiments/NAME.py, or NAME.py:VARIANT. Its fields are set with "
-            "--config.FIELD=VALUE.",
-            flag_values=values,
-            sys_argv=argv,
-        )
-
-    try:
-        holder = define(argv)
-    except (flags.Error, ValueError):  # a --flagfile that cannot be read; parse_flags says so
-        holder = define([""])
-    values["config"].parser = Experiments()
-    return holder
-
-
-def load(text: str) -> ml_collections.ConfigDict:
-    """Run get_config() of an experiment, given as FILE or FILE:VARIANT.
-
-    Raises UserError where there is no such file, and for whatever fails in it, with its line there.
-    """
-    path, *variant = (
-        [text] if os.path.isfile(text) else text.split(":", 1)
-    )  # a folder's name may have a colon
-    if not os.path.isfile(path):
-        seen_from_here = pathlib.Path("experiments").is_dir()
-        folder = "experiments" if seen_from_here else EXPERIMENTS
-        known = ", ".join(sorted(f"{folder}/{path.name}" for path in EXPERIMENTS.glob("*.py")))
-        raise UserError(f"--config={path}: no such experiment, expected one of {known}")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        config = get_config(*variant) if get_config else None
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        text = error.msg if isinstance(error, SyntaxError) else str(error)
-        text = " ".join(f"{_line_of(error, path)}: {type(error).__name__}: {text}".split())
-        raise UserError(text.removesuffix(":")) from None
-    if isinstance(config, ml_collections.FrozenConfigDict):
-        config = ml_collections.ConfigDict(config)
-    if not isinstance(config, ml_collections.ConfigDict):
-        found = f"returns {type(config).__name__}" if get_config else "is missing"
-        raise UserError(
-            f"--config={path}: get_config() {found}, expected it to return a ConfigDict as that of "
-            "experiments/alexnet_cifar.py"
-        )
+def default() -> ml_collections.ConfigDict:
+    """Return a new config in which every field has its default."""
+    config = ml_collections.ConfigDict()
+    fill(config)
     return config
 
 
-def _line_of(error: BaseException, path: str) -> str:
-    """Name the place in the file at `path` where an error arose: FILE:LINE, or FILE."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == path
-    ]
-    return f"{path}:{lines[-1]}" if lines else path
+def fill(config: ml_collections.ConfigDict | dict) -> None:
+    """Give each field that a config lacks its default, in place.
 
-
-def parse_flags(
-    values: flags.FlagValues, argv: Sequence[str], known_only: bool = False
-) -> list[str]:
-    """absl's flag parser, which returns what is no flag; known_only leaves unknown flags in it.
-
-    Fields that the flags set win over data.fallback_*. Raises UserError, a line each, for unknown
-    flags and fields, wrong types, missing or failing experiments, and missing flag files.
+    Raises UserError for a section, such as config.mesh, that is no dict.
     """
-    try:
-        if {"--flagfile=", "-flagfile="} & set(argv):
-            raise flags.Error("--flagfile=: is empty, expected a file of flags")
-        rest = values(argv, known_only)
-        if values.config is None:
-            raise flags.Error(
-                "--config is missing: give an experiment, such as --config experiments/alexnet_cifar.py"
-            )
-        check_types(values.config)
-        keep_given(values.config, values["config"].override_values)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_text_of(error, argv)) from None
-    return rest
+    for name, field in SCHEMA.items():
+        *sections, last = name.split(".")
+        at = config
+        for depth, section in enumerate(sections, 1):
+            if section not in at:
+                at[section] = {}
+            at = at[section]
+            if not isinstance(at, dict | ml_collections.ConfigDict):
+                raise UserError(f"{'.'.join(sections[:depth])}={at!r}: expected a dict")
+        if last not in at:
+            at[last] = copy.deepcopy(field.default)
 
 
-def _text_of(error: Exception, argv: Sequence[str]) -> str:
-    """Say in one line what the libraries that parse the flags found wrong."""
-    while error.args and isinstance(error.args[0], Exception):
-        error = error.args[0]
-    text, cause = str(error.args[0] if error.args else error).strip(), error.__context__
-    if isinstance(cause, UserError):  # an error of `load`
-        text = str(cause)
-    elif isinstance(error, UnicodeDecodeError):
-        text = "--flagfile: is not UTF-8, expected a text file of flags"
-    elif isinstance(cause, OSError):
-        text = f"--flagfile={cause.filename}: {cause.strerror}, expected a file of flags"
-    elif isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --config."):
-        given = text.removeprefix("flag ").removesuffix(f": {cause}")
-        like = flat(_schema()).get(given.removeprefix("--config.").partition("=")[0])
-        text = f"{given}: expected {TYPES[type(like)][1]}" if type(like) in TYPES else text
-    elif isinstance(error, KeyError | AttributeError):
-        given = [argument for argument in argv if argument.split("=")[0].endswith(f".{text[1:-1]}")]
-        text = f"no such config field: {text}"
-        if given:
-            text = f"{given[0]}: no such field, expected those of the experiment"
-    return " ".join(text.split())
+def complete(saved: dict) -> dict:
+    """Return the config that a run saved with the fields of today.
 
-
-def keep_given(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
-    """Set each of data.fallback_* to 0 that would replace a given field.
-
-    given: the fields that the command line sets, with dotted names; those of data.fallback_* that
-    are among them stay.
+    saved: what config.json, or summary.json under "config", holds; or the same with dotted names.
+    A field that it lacks has its default; what is no field (any more) is left out. Values are as
+    JSON reads them back: tuples are lists. Raises UserError as `fill`.
     """
-    for fallback, fields in OF_THE_FALLBACK.items():
-        replaces_given = any(
-            f"{field}.".startswith(f"{name}.") for field in fields for name in given
-        )
-        if replaces_given and not {"data", f"data.{fallback}"} & set(given):
-            config.data[fallback] = type(config.data[fallback])(0)
+    whole: dict = {}
+    for name, value in saved.items():
+        _merge(whole, name.split("."), value)
+    fill(whole)
+    found: dict = {}
+    for name in SCHEMA:
+        _merge(found, name.split("."), get(whole, name))
+    return json.loads(json.dumps(found))
 
 
-def parsed(arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """The config that launch.py's arguments give; their other flags count for nothing. Raises UserError as parse_flags."""
-    values = flags.FlagValues()
-    define_flag(values, ["", *arguments])
-    parse_flags(values, ["", *arguments], known_only=True)
-    return values.config
+def _merge(tree: dict, path: list[str], value: Any) -> None:
+    """Set tree[path[0]][path[1]]... to a value; dicts are copied, so that nothing is shared."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = copy.deepcopy(value)
 
 
-def _schema() -> dict:
-    """The config that has every field, each with a value of its type."""
-    from experiments import alexnet_cifar
+def get(config: Any, field: str) -> Any:
+    """Return the value of a field by its dotted name."""
+    for name in field.split("."):
+        config = config[name]
+    return config
 
-    return alexnet_cifar.get_config().to_dict()
+
+def refuse_unknown(field: str, value: str = "") -> None:
+    """Raise UserError unless there is a field, a section or an entry of this dotted name.
+
+    An entry is that of a dict whose names are the user's, such as optimizer.layer_rates.fc3.
+    value: as the user gave it, for the message.
+    """
+    if field in SCHEMA or field in _sections() or is_entry(field):
+        return
+    remedy = GONE.get(field, "expected one of docs/config.md")
+    near = difflib.get_close_matches(field, [*SCHEMA, *sorted(_sections())], 1)
+    if near and field not in GONE:
+        remedy += f'; did you mean "{near[0]}"?'
+    raise UserError(f"{field}{value and f'={value}'}: no such field, {remedy}")
+
+
+def is_entry(field: str) -> bool:
+    """Return whether a dotted name is of an entry of a dict whose names are the user's."""
+    parent = SCHEMA.get(field.rpartition(".")[0])
+    return parent is not None and isinstance(parent.default, dict)
+
+
+def _sections() -> set[str]:
+    """Return the names of the dicts that hold fields, such as data and data.synthetic."""
+    found = set()
+    for name in SCHEMA:
+        while "." in name:
+            name = name.rpartition(".")[0]
+            found.add(name)
+    return found
 
 
 def check_types(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field that is unknown, missing or of a wrong type."""
-    _check_type("", config.to_dict(), _schema())
+    """Raise UserError for the first field that is unknown, missing or of a wrong type."""
+    _check_section("", config.to_dict())
+    present = config.to_dict()
+    for field in SCHEMA:
+        try:
+            get(present, field)
+        except KeyError:
+            raise UserError(f"{field}: missing, expected a value as in docs/config.md") from None
 
 
-def _check_type(field: str, value: Any, like: Any) -> None:
-    """Raises UserError unless a field's value, and all in it, has the type of `like`.
+def _check_section(section: str, values: dict) -> None:
+    for name, value in values.items():
+        _refuse_unless_string(section or "config", name)
+        field = f"{section}.{name}" if section else name
+        if field in SCHEMA:
+            check_value(field, value)
+        elif field not in _sections():
+            refuse_unknown(field, "" if isinstance(value, dict) else str(value))
+        elif isinstance(value, dict):
+            _check_section(field, value)
+        else:
+            raise UserError(f"{field}={value!r}: expected a dict")
 
-    An integer may stand for a float, and a list for a tuple. An empty dict or tuple says nothing of
-    its entries.
-    """
+
+def check_value(field: str, value: Any) -> None:
+    """Raise UserError unless a value, and each entry of it, has the type of its field."""
+    like, item = SCHEMA[field].default, SCHEMA[field].item
+    _check_type(field, value, like)
+    if isinstance(like, tuple):
+        for i, each in enumerate(value):
+            _check_type(f"{field}[{i}]", each, item)
+    elif isinstance(like, dict):
+        for name, each in value.items():
+            _check_type(f"{field}.{name}", each, item)
+
+
+def _check_type(name: str, value: Any, like: Any) -> None:
+    """Raise UserError unless a value has the type of `like`; the names in a dict are strings."""
     kinds, expected = TYPES[type(like)]
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(like, bool):
-        raise UserError(f"{field}={value!r}: expected {expected}")
-    if isinstance(like, tuple):
-        for i, item in enumerate(value if like else ()):
-            _check_type(f"{field}[{i}]", item, like[0])
-    if not isinstance(like, dict):
-        return
-    for name, each in value.items():
-        inner = f"{field}.{name}" if field else str(name)
-        if not isinstance(name, str):
-            raise UserError(f"{field or 'config'}: has the name {name!r}, expected a string")
-        if field in FREE:
-            _check_type(inner, each, FREE[field])
-        elif name in like:
-            _check_type(inner, each, like[name])
-        elif like:
-            shown = inner if isinstance(each, dict) else f"{inner}={each}"
-            raise UserError(
-                f"{shown}: no such field, expected those of experiments/alexnet_cifar.py"
-            )
-    for name in like:
-        if name not in value:
-            inner = f"{field}.{name}" if field else name
-            raise UserError(f"{inner}: missing, expected as in experiments/alexnet_cifar.py")
+        raise UserError(f"{name}={value!r}: expected {expected}")
+    if isinstance(like, dict):
+        for inner in value:
+            _refuse_unless_string(name, inner)
+
+
+def _refuse_unless_string(of: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise UserError(f"{of}: has the name {name!r}, expected a string")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field outside its range, or as check_types.
+    """Raise UserError for the first field outside its range, or as check_types.
 
     The message names the field, its value and the range.
     """
     check_types(config)
     if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", config.experiment):  # folders are named after it
         raise UserError(
-            f"experiment={config.experiment}: expected letters, digits and _.+- only, such as alexnet_cifar"
+            f"experiment={config.experiment}: expected letters, digits and _.+- only, such as "
+            "alexnet_cifar"
         )
-    for field, (low, high, inclusive) in RANGES.items():
-        value = _get(config, field)
-        values = {field: value}
-        if field in FREE:
-            values = {f"{field}.{name}": each for name, each in value.items()}
-        for name, each in values.items():  # a number, or one a layer
-            largest = LARGEST[type(low)]
-            too_high = high is not None and (each > high if inclusive else each >= high)
-            if too_high or not low <= each <= largest:
-                expected = f"from {low} to {'' if inclusive else 'below '}{high}"
-                if high is None:
-                    expected = f"at least {low} and at most {largest}"
-                raise UserError(f"{name}={each}: expected {expected}")
-    for field, choices in CHOICES.items():
-        if (value := _get(config, field)) not in choices:
-            raise UserError(f"{field}={value}: unknown, expected one of {', '.join(choices)}")
+    for name, field in SCHEMA.items():
+        value = get(config, name)
+        if field.choices and value not in field.choices:
+            raise UserError(f"{name}={value}: unknown, expected one of {', '.join(field.choices)}")
+        if field.low is None:
+            continue
+        if not isinstance(field.default, dict):
+            _check_range(name, value, field)
+            continue
+        for key, each in value.items():
+            _check_range(f"{name}.{key}", each, field)
     if not config.epochs and not config.steps:
         raise UserError("epochs=0, steps=0: expected a positive number in one of them")
     expanded("data.dir", config.data.dir)
@@ -351,6 +404,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
         needed = (sizes.train_examples + sizes.test_examples) * sizes.image_size**2 * 3
         refuse_beyond(machine_memory(), needed, fields)
+
+
+def _check_range(name: str, value: float, field: Field) -> None:
+    """Raise UserError for a number outside the range of its field."""
+    high = LARGEST[type(field.low)] if field.high is None else field.high
+    if field.low <= value <= high and (field.below is None or value < field.below):
+        return  # written so that NaN is refused
+    expected = f"from {field.low} to {high}"
+    if field.below is not None:
+        expected = f"from {field.low} to below {field.below}"
+    elif field.high is None:
+        expected = f"at least {field.low} and at most {high}"
+    raise UserError(f"{name}={value}: expected {expected}")
 
 
 def expanded(field: str, path: str) -> pathlib.Path:
@@ -369,33 +435,79 @@ def machine_memory() -> int:
 
 
 def refuse_beyond(memory: float, needed: float, fields: str) -> None:
-    """Raises UserError naming the fields that make more bytes than there are of memory."""
+    """Raise UserError, naming the fields, where they need more bytes than the memory has."""
     if needed > memory:
         raise UserError(
-            f"{fields}: needs {needed / 1e9:,.1f} GB, expected at most the {memory / 1e9:,.1f} GB of "
-            "memory that there are"
+            f"{fields}: needs {needed / 1e9:,.1f} GB, expected at most the {memory / 1e9:,.1f} GB "
+            "of memory that there are"
         )
+
+
+# ---- From a config to what it means for a data set
+
+
+def keep_given(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
+    """Set each of data.fallback_* to 0 that would replace a field which was set by hand.
+
+    given: the dotted names of the fields that were set by hand; those of data.fallback_* that are
+    among them stay.
+    """
+    for fallback, fields in OF_THE_FALLBACK.items():
+        replaces_given = any(
+            f"{field}.".startswith(f"{name}.") for field in fields for name in given
+        )
+        if replaces_given and not {"data", f"data.{fallback}"} & set(given):
+            config.data[fallback] = type(config.data[fallback])(0)
 
 
 def resolve(
     config: ml_collections.ConfigDict, data: Any, platform: str, memory: float | None = None
 ) -> ml_collections.ConfigDict:
-    """A copy with what was left open filled in: the data set there is, where it lives, batch size, learning rate, steps, dtype.
+    """Return a copy in which everything that was left open is filled in.
 
-    data: a Dataset; platform: of the devices, "cpu" or another; memory: bytes that each of them can hold, where that is
-    known. Raises UserError where the batch is larger than the data set or the crop does not fit the images.
+    These are the data set that there is, where it lives, batch size, learning rate, steps, steps
+    per call and dtype. data: a Dataset; platform: of the devices, "cpu" or another; memory: bytes
+    that each of them can hold, where that is known. Raises UserError where the batch is larger than
+    the data set, or where crop or held_out do not fit it.
     """
     config = ml_collections.ConfigDict(config.to_dict())
     if data.fallback:
-        if config.data.fallback_epochs:
-            config.epochs, config.steps = config.data.fallback_epochs, 0
-        config.batch_size = config.data.fallback_batch_size or config.batch_size
-        rates = config.data.fallback_learning_rate, config.optimizer.learning_rate
-        config.optimizer.learning_rate = rates[0] or rates[1]
-        config.data.name = data.name
+        _take_fallback(config, data.name)
+    _refuse_misfits(config, data)
     if config.dtype == "auto":
         config.dtype = "float32" if platform == "cpu" else "bfloat16"
+    per_epoch = len(data.train_images) // config.batch_size
+    config.steps = config.steps or config.epochs * per_epoch
+    if config.steps > 10**7:
+        raise UserError(
+            f"epochs={config.epochs}: makes {config.steps} steps, expected at most 10000000"
+        )
+    config.epochs = 0  # steps says it from here on
+    if config.data.resident == "auto":
+        room = RESIDENT_SHARE * memory if memory else RESIDENT_BYTES
+        needed = data.train_images.nbytes + data.test_images.nbytes
+        config.data.resident = "yes" if needed <= room else "no"
+    if not config.steps_per_call:
+        config.steps_per_call = _steps_per_call(config, data, platform)
+    return config
+
+
+def _take_fallback(config: ml_collections.ConfigDict, name: str) -> None:
+    """Give a config the values of data.fallback_* that are not 0, and the name of the data set."""
+    if config.data.fallback_epochs:
+        config.epochs = config.data.fallback_epochs
+        config.steps = 0
+    if config.data.fallback_batch_size:
+        config.batch_size = config.data.fallback_batch_size
+    if config.data.fallback_learning_rate:
+        config.optimizer.learning_rate = config.data.fallback_learning_rate
+    config.data.name = name
+
+
+def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
+    """Raise UserError for a batch, crop or held-out part that a data set cannot give."""
     examples, side = data.train_images.shape[:2]
+    crop = config.data.crop
     if config.batch_size > examples:
         remedy = f"set --config.batch_size={examples} or less"
         if side == config.data.image_size:  # photographs
@@ -409,43 +521,22 @@ def resolve(
         )
     if config.data.crop_pad >= side:
         raise UserError(
-            f"data.crop_pad={config.data.crop_pad}: images are {side} pixels wide, expected less than that"
+            f"data.crop_pad={config.data.crop_pad}: images are {side} pixels wide, expected less "
+            "than that"
         )
-    if config.data.crop > side:
+    if crop > side:
+        raise UserError(f"data.crop={crop}: images are {side} pixels wide, expected at most that")
+    if config.eval.views == "ten" and crop in (0, side):
         raise UserError(
-            f"data.crop={config.data.crop}: images are {side} pixels wide, expected at most that"
+            f"eval.views=ten: data.crop={crop} leaves no corners, expected a crop below "
+            f"{side} pixels"
         )
-    if config.eval.views == "ten" and config.data.crop in (0, side):
+    left = max(examples - config.data.held_out, 0)
+    if config.data.held_out_steps and left < config.batch_size:
         raise UserError(
-            f"eval.views=ten: data.crop={config.data.crop} leaves no corners, expected a crop below {side} pixels"
+            f"data.held_out={config.data.held_out}: leaves {left} of {examples} training images, "
+            f"expected at least batch_size={config.batch_size}"
         )
-    if config.data.held_out_steps and examples - config.data.held_out < config.batch_size:
-        raise UserError(
-            f"data.held_out={config.data.held_out}: leaves {max(examples - config.data.held_out, 0)} of {examples} "
-            f"training images, expected at least batch_size={config.batch_size}"
-        )
-    per_epoch = examples // config.batch_size
-    config.steps = config.steps or config.epochs * per_epoch
-    if config.steps > 10**7:
-        raise UserError(
-            f"epochs={config.epochs}: makes {config.steps} steps, expected at most 10000000"
-        )
-    config.epochs = 0  # steps says it from here on
-    if config.data.resident == "auto":
-        size = data.train_images.nbytes + data.test_images.nbytes
-        config.data.resident = (
-            "yes" if size <= (RESIDENT_SHARE * memory if memory else RESIDENT_BYTES) else "no"
-        )
-    if (
-        not config.steps_per_call
-    ):  # a CPU runs the body of a scan some fifty times slower than the bare step
-        config.steps_per_call = 1 if platform == "cpu" else steps_per_call(config, per_epoch)
-        if config.data.resident == "no":
-            batch_bytes = config.batch_size * data.train_images[0].nbytes
-            config.steps_per_call = min(
-                config.steps_per_call, max(1, int(CALL_BYTES / batch_bytes))
-            )
-    return config
 
 
 def values_on_fallback(config: ml_collections.ConfigDict) -> str:
@@ -453,45 +544,60 @@ def values_on_fallback(config: ml_collections.ConfigDict) -> str:
     origins: dict[str, list[str]] = {}
     for fallback, (field, *_) in OF_THE_FALLBACK.items():
         origin = "from data.fallback_*" if config.data[fallback] else "as given"
-        origins.setdefault(origin, []).append(f"{field}={_get(config, field)}")
+        origins.setdefault(origin, []).append(f"{field}={get(config, field)}")
     return "; ".join(f"{', '.join(fields)}, {origin}" for origin, fields in origins.items())
 
 
-def steps_per_call(config: ml_collections.ConfigDict, per_epoch: int) -> int:
-    """The most steps, up to 100, of which whole calls end at each evaluation and checkpoint: one program serves them all.
+def _steps_per_call(config: ml_collections.ConfigDict, data: Any, platform: str) -> int:
+    """Choose the steps of one compiled call, for a resolved number of steps.
 
-    Where there is no such number from 20 on, some hundred or fewer, and a shorter call at the end.
+    A CPU runs the body of a scan many times slower than the bare step: it gets one step per call.
     """
-    until = min(
-        config.steps,
-        per_epoch * math.gcd(config.eval.every_epochs, config.checkpoint.every_epochs)
-        or config.steps,
-    )
-    return max(
-        (n for n in range(20, 101) if until % n == 0),
-        default=math.ceil(until / math.ceil(until / 100)),
-    )
+    if platform == "cpu":
+        return 1
+    per_epoch = len(data.train_images) // config.batch_size
+    between = per_epoch * math.gcd(config.eval.every_epochs, config.checkpoint.every_epochs)
+    steps = whole_calls(min(config.steps, between or config.steps))
+    if config.data.resident == "no":
+        batch_bytes = config.batch_size * data.train_images[0].nbytes
+        steps = min(steps, max(1, int(CALL_BYTES / batch_bytes)))
+    return steps
+
+
+def whole_calls(until: int) -> int:
+    """Return the most steps per call, from 20 to 100, that divide `until`: one program serves all.
+
+    Without such a number, as few calls as possible of at most 100 steps, the last one shorter.
+    """
+    for steps in range(100, 19, -1):
+        if until % steps == 0:
+            return steps
+    return math.ceil(until / math.ceil(until / 100))
+
+
+# ---- Saved configs
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict:
-    """The config as its JSON file reads back: tuples are lists."""
+    """Return the config as its JSON file reads back: tuples are lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def refuse_changes(where: str, old: dict, new: dict) -> None:
-    """Raises UserError naming each field in which two resolved configs differ, beyond what a resumed run may change.
+    """Raise UserError naming each field that a resumed run may not change, and that differs.
 
-    where: the folder of the old one, as it was given. The data's digest is compared where both have
+    where: the folder of the old run, as it was given; old, new: as config.json has them, resolved.
+    A field that one of them lacks means its default. The data's digest is compared where both have
     it: older runs do not, nor do photographs that are still to be decoded.
     """
-    old, new = flat(old), flat(new)
-    if "data_digest" not in old or "data_digest" not in new:
-        old, new = old | dict(data_digest=None), new | dict(data_digest=None)
+    before, after = _compared(old), _compared(new)
+    if "data_digest" not in before or "data_digest" not in after:
+        before.pop("data_digest", None)
+        after.pop("data_digest", None)
     differ = [
-        f"{field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-        and not any(f"{field}.".startswith(f"{free}.") for free in MAY_DIFFER)
+        f"{field}: {before.get(field, 'absent')} -> {after.get(field, 'absent')}"
+        for field in sorted(before.keys() | after.keys())
+        if before.get(field) != after.get(field)
     ]
     if differ:
         of_data = " with the same data (data.dir)" * ("data_digest" in "".join(differ))
@@ -501,17 +607,67 @@ def refuse_changes(where: str, old: dict, new: dict) -> None:
         )
 
 
-def _get(config: ml_collections.ConfigDict, field: str) -> Any:
-    for name in field.split("."):
-        config = config[name]
-    return config
+def _compared(saved: dict) -> dict[str, Any]:
+    """Return what a resumed run must share with this one, by dotted names."""
+    fields = flat(complete(saved))
+    for name in list(fields):
+        if f"{name}.".startswith(tuple(f"{free}." for free in MAY_DIFFER)):
+            del fields[name]
+    return fields | {name: saved[name] for name in OF_THE_DATA if name in saved}
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, with dotted names."""
-    found = {}
+    """Return nested dicts as one, with dotted names; an empty dict leaves nothing."""
+    found: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= (
-            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
     return found
+
+
+# ---- docs/config.md
+
+PAGE = """\
+# Every field of the config
+
+Generated by `python -m cnn_spmd.config > docs/config.md` from `SCHEMA` in `cnn_spmd/config.py`.
+
+An experiment file starts from these defaults (`config = cnn_spmd.config.default()`) and states what
+differs. Any field is set with `--config.FIELD=VALUE`, and swept with `--sweep FIELD=VALUE,VALUE`.
+A field set by hand that the chosen network, data set or optimizer does not use is refused, unless
+its value is 0, False or empty.
+"""
+
+
+def page() -> str:
+    """Return docs/config.md: a table of fields for each section of the config."""
+    lines = [PAGE]
+    tables: dict[str, list[str]] = {}
+    for name, field in SCHEMA.items():
+        section = name.partition(".")[0] if "." in name else "general"
+        cells = f"`{name}`", f"`{field.default!r}`", _values(field), field.help
+        tables.setdefault(section, []).append(f"| {' | '.join(cells)} |")
+    for section, rows in tables.items():
+        head = ["| field | default | values | what it does |", "|---|---|---|---|"]
+        lines += [f"## {section}\n", *head, *rows, ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _values(field: Field) -> str:
+    """Say which values a field may have, for docs/config.md."""
+    if field.choices:
+        return ", ".join(f"`{choice}`" for choice in field.choices)
+    kind = TYPES[type(field.default)][1]
+    if field.low is None:
+        return kind
+    if field.below is not None:
+        return f"{kind}, from {field.low} to below {field.below}"
+    if field.high is not None:
+        return f"{kind}, from {field.low} to {field.high}"
+    return f"{kind}, at least {field.low}"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,7 +1,8 @@
-"""A sweep: one experiment over mesh shapes and settings, each run in a process and a folder of its own.
+"""Sweep: run one experiment over mesh shapes and settings, each run in its own process and folder.
 
-A combination that cannot work is refused before anything starts; a run that fails is recorded with its reason, and the
-sweep goes on. sweep.json holds every combination; the same command on the same folder runs what is not done yet.
+A combination that cannot work is refused before anything starts. A run that fails is recorded with
+its reason, and the sweep goes on. sweep.json holds every combination; the same command on the same
+folder runs those that are not completed yet.
 """
 
 import contextlib
@@ -24,13 +25,11 @@ from absl import logging
 from rich import console, live, table
 
 from cnn_spmd import config as configs
-from cnn_spmd.data import dataset
-from cnn_spmd.data import registry as sources
+from cnn_spmd import experiment
+from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
-from cnn_spmd.training import build as setups
-from cnn_spmd.training import interrupt, runfiles
-from cnn_spmd.training import workdir as workdirs
+from cnn_spmd.training import build, interrupt, runfiles, unused, workdir
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch.py"
 COLUMNS = (
@@ -38,56 +37,33 @@ COLUMNS = (
     "status",
     "images/s",
     "step, ms",
-    "ring MB a step",
+    "ring MB per step",
     "test accuracy",
     "s",
     "reason",
 )
-OUTCOMES = {
-    0: "completed",
-    2: "refused",
-    75: "interrupted",
-}  # by launch.py's exit codes; others: failed
+# A run's status by launch.py's exit code; any other code means failed.
+OUTCOMES = {0: "completed", 2: "refused", 75: "interrupted"}
+LONGEST_NAME = 150  # characters of a run's folder; file systems allow 255 bytes
+NOT_FIELDS = ("mesh", "batch_per_device")  # swept by flags of their own
+
+# ---- What is swept
 
 
 def combinations(
     meshes: str | None, batches: str | None, fields: Sequence[str], devices: int
 ) -> list[dict[str, str]]:
-    """Every combination as {"mesh": "4x2", "batch_per_device": "32", field: value}, of what is swept alone.
+    """Return every combination, as {"mesh": "4x2", "batch_per_device": "32", field: value}.
 
-    meshes: of --mesh, joined by commas; "all" is 1x1, to compare with, and every shape of all the devices. batches: of
-    --batch_per_device. fields: each "FIELD=VALUE,VALUE". Raises UserError for what is no such list, and for a field given
-    twice.
+    A combination has only what is swept. meshes: the value of --mesh; "all" is 1x1, to compare
+    with, and every shape of all the devices. batches: the value of --batch_per_device. fields: each
+    "FIELD=VALUE,VALUE". Raises UserError for text of another form, and for a field given twice.
     """
     axes: dict[str, list[str]] = {}
-
-    def add(field: str, flag: str, text: str) -> None:
-        values = parts_of(text)
-        if not all(values):
-            raise UserError(f"{flag}={text}: has an empty value, expected values joined by commas")
-        if field in axes:
-            raise UserError(f"{flag}={text}: {field} is given twice")
-        axes[field] = list({_number(value): value for value in reversed(values)}.values())[
-            ::-1
-        ]  # 0.001 and 1e-3 are one
-
-    if meshes == "all":
-        meshes = ",".join(
-            ["1x1", *(f"{n}x{devices // n}" for n in range(devices, 0, -1) if devices % n == 0)]
-        )
     if meshes is not None:
-        add("mesh", "--mesh", meshes)
-        for shape in axes["mesh"]:
-            if shape == "all":
-                raise UserError(f"--mesh={meshes}: expected either all or shapes")
-            mesh.parse(shape)
+        axes["mesh"] = _mesh_values(meshes, devices)
     if batches is not None:
-        add("batch_per_device", "--batch_per_device", batches)
-        for size in axes["batch_per_device"]:
-            if not size.isdecimal() or len(size) > 9 or not int(size):
-                raise UserError(
-                    f"--batch_per_device={batches}: {size} is not a positive integer of at most nine digits"
-                )
+        axes["batch_per_device"] = _batch_values(batches)
     for text in fields:
         field, equals, values = text.partition("=")
         field = field.removeprefix("config.")
@@ -95,17 +71,56 @@ def combinations(
             raise UserError(
                 f"--sweep={text}: expected FIELD=VALUE,VALUE, such as parallelism=data,hybrid"
             )
-        if field.split(".")[0] == "mesh" or (field == "batch_size" and batches is not None):
-            raise UserError(
-                f"--sweep={text}: set by {'--batch_per_device' if field == 'batch_size' else '--mesh'}"
-            )
-        add(field, f"--sweep={field}", values)
+        if field.split(".")[0] == "mesh":
+            raise UserError(f"--sweep={text}: set by --mesh")
+        if field == "batch_size" and batches is not None:
+            raise UserError(f"--sweep={text}: set by --batch_per_device")
+        if field in axes:
+            raise UserError(f"--sweep={field}={values}: {field} is given twice")
+        axes[field] = _values(f"--sweep={field}", values)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def parts_of(text: str) -> list[str]:
-    """What the commas of a list part; those in brackets, as in ("a", "b"),("c",), part nothing."""
-    parts, depth = [""], 0
+def _mesh_values(text: str, devices: int) -> list[str]:
+    """Return the mesh shapes that --mesh names. Raises UserError for what is none."""
+    if text == "all":
+        counts = [count for count in range(devices, 0, -1) if devices % count == 0]
+        text = ",".join(["1x1", *(f"{count}x{devices // count}" for count in counts)])
+    shapes = _values("--mesh", text)
+    for shape in shapes:
+        if shape == "all":
+            raise UserError(f"--mesh={text}: expected either all or shapes")
+        mesh.parse(shape)
+    return shapes
+
+
+def _batch_values(text: str) -> list[str]:
+    """Return the sizes that --batch_per_device names. Raises UserError for what is none."""
+    sizes = _values("--batch_per_device", text)
+    for size in sizes:
+        if not size.isdecimal() or len(size) > 9 or not int(size):
+            raise UserError(
+                f"--batch_per_device={text}: {size} is not a positive integer of at most nine "
+                "digits"
+            )
+    return sizes
+
+
+def _values(flag: str, text: str) -> list[str]:
+    """Split a flag's values at commas; the first of equal ones, as 0.001 and 1e-3, stays."""
+    values = split_list(text)
+    if not all(values):
+        raise UserError(f"{flag}={text}: has an empty value, expected values joined by commas")
+    first: dict[int | float | str, str] = {}
+    for value in values:
+        first.setdefault(_number(value), value)
+    return list(first.values())
+
+
+def split_list(text: str) -> list[str]:
+    """Split text at its commas, except at those in brackets, as in ("a", "b"),("c",)."""
+    parts = [""]
+    depth = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")
         if character == "," and not depth:
@@ -115,8 +130,47 @@ def parts_of(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
+def _number(text: str) -> int | float | str:
+    """Return a swept value as sweep.json holds it: a finite number where it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := kind(text)):
+                return value
+    return text
+
+
+def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devices: int) -> None:
+    """Raise UserError for a swept field that is unknown, or that no combination uses.
+
+    Where some combinations use it, `plan` refuses the others one by one.
+    """
+    swept = [field for field in combos[0] if field not in NOT_FIELDS]
+    for field in swept:
+        try:
+            configs.refuse_unknown(field)
+        except UserError as error:
+            raise UserError(f"--sweep={error}") from None
+    reasons: dict[str, list[str]] = {field: [] for field in swept}
+    for settings in combos:
+        try:
+            config, _ = experiment.parsed(arguments_of(settings, shared, devices))
+        except UserError:
+            continue  # refused by `plan`, with its reason
+        for field in swept:
+            reasons[field].append(unused.reason(config, field))
+    for field, found in reasons.items():
+        if found and all(found):
+            raise UserError(f"--sweep={field}: {found[0]}")
+
+
+# ---- Plan: each combination as a command, checked
+
+
 def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) -> list[str]:
-    """launch.py's arguments for one combination. A sweep never falls back to another data set, unless `shared` says so."""
+    """Return launch.py's arguments for one combination.
+
+    A sweep never falls back to another data set, unless `shared` says so.
+    """
     arguments = [*shared]
     if not any(argument.lstrip("-").split("=")[0] == "config.data.fallback" for argument in shared):
         arguments.append("--config.data.fallback=")
@@ -126,35 +180,28 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
         elif field != "batch_per_device":
             arguments.append(f"--config.{field}={value}")
     if "batch_per_device" in settings:
-        shape = configs.parsed(arguments).mesh
-        data, model = (
-            mesh.parse(settings["mesh"])
-            if "mesh" in settings
-            else mesh.shape((shape.data, shape.model), devices)
-        )
+        if "mesh" in settings:
+            data, model = mesh.parse(settings["mesh"])
+        else:
+            config, _ = experiment.parsed(arguments)
+            data, model = mesh.shape(tuple(config.mesh.values()), devices)
         arguments.append(f"--config.batch_size={int(settings['batch_per_device']) * data * model}")
     return arguments
 
 
 def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> Iterator[dict]:
-    """A row of sweep.json for each combination: pending, or refused with the reason why it cannot work on `devices`."""
+    """Yield a row of sweep.json per combination.
+
+    It is pending, or refused with the reason why it cannot work on `devices`.
+    """
     datasets: dict[str, dataset.Dataset] = {}
     for settings in combos:
-        name = ",".join(
-            value if field == "mesh" else f"{field}={value}" for field, value in settings.items()
-        )
-        unsafe = f"[/{re.escape(workdirs.UNREADABLE)}]"
-        if (
-            re.search(unsafe, name) or len(name) > 150
-        ):  # it shall be that of a folder, and of no other row
-            name = (
-                f"{re.sub(unsafe, '_', name)[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-            )
-        numbers = {field: _number(value) for field, value in settings.items() if field != "mesh"}
         row = dict(
-            name=name,
+            name=folder_name(settings),
             mesh=settings.get("mesh"),
-            settings=numbers,
+            settings={
+                field: _number(value) for field, value in settings.items() if field != "mesh"
+            },
             status="pending",
             reason="",
             command="",
@@ -164,143 +211,218 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
         try:
             arguments = arguments_of(settings, shared, len(devices))
             row["command"] = shlex.join(["python", "launch.py", *arguments])
-            config = configs.parsed(arguments)
-            if row["mesh"]:
-                config.mesh.data, config.mesh.model = mesh.parse(row["mesh"])
-            configs.validate(config)
-            with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say it
-                check = functools.partial(setups.prepare, config, devices)
-                if (key := repr(config.data)) not in datasets:
-                    datasets[key] = sources.load(config.data, check)
-                check(datasets[key])
+            _check(arguments, row["mesh"], devices, datasets)
         except UserError as error:
             row.update(status="refused", reason=str(error))
         yield row
 
 
+def folder_name(settings: dict[str, str]) -> str:
+    """Return the name of a combination's folder, which no other combination has."""
+    name = ",".join(
+        value if field == "mesh" else f"{field}={value}" for field, value in settings.items()
+    )
+    unsafe = f"[/{re.escape(workdir.UNREADABLE)}]"
+    if not re.search(unsafe, name) and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{re.sub(unsafe, '_', name)[:LONGEST_NAME]}-{digest}"
+
+
+def _check(
+    arguments: Sequence[str],
+    shape: str | None,
+    devices: Sequence,
+    datasets: dict[str, dataset.Dataset],
+) -> None:
+    """Raise UserError where a run with these arguments cannot work on `devices`.
+
+    shape: the value of --mesh. datasets: those that are loaded already, by their config.
+    """
+    config, given = experiment.parsed(arguments)
+    if shape:
+        config.mesh.data, config.mesh.model = mesh.parse(shape)
+    configs.validate(config)
+    unused.refuse(config, given)
+    with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it
+        check = functools.partial(build.prepare, config, devices)
+        if (key := repr(config.data)) not in datasets:
+            datasets[key] = registry.load(config.data, check)
+        check(datasets[key])
+
+
+# ---- Run
+
+
 def run(
-    experiment: str,
+    name: str,
     shared: Sequence[str],
     combos: Sequence[dict],
     devices: Sequence,
     cpu_devices: int | None,
     folder: pathlib.Path,
 ) -> dict:
-    """Runs, or goes on with, the sweep in `folder`, which gets sweep.json, and a folder and a log a run.
+    """Run a sweep in `folder`, or go on with the one there, and return what sweep.json holds.
 
-    shared: launch.py's arguments that all runs have; devices: as many as there are, to check the combinations on.
-    Returns what sweep.json holds. Raises UserError for a folder that is not to be had, or holds another sweep.
+    The folder gets sweep.json, and a folder and a log per run. name: of the experiment; shared:
+    launch.py's arguments that all runs have; devices: as many as there are, to check the
+    combinations on. Raises UserError for a folder that cannot be used, or holds another sweep.
     """
-    with workdirs.locked(folder) as content:
-        old = workdirs.read(folder / "sweep.json", warn=False)
-        runs = (old or {}).get("runs")
-        if not isinstance(runs, list) or not all(
-            isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs
-        ):
-            old = None
-        if old is None and content - {workdirs.LOCK}:
-            (folder / workdirs.LOCK).unlink()
+    with workdir.locked(folder) as content:
+        old = _read_sweep(folder)
+        if old is None and content - {workdir.LOCK}:
+            (folder / workdir.LOCK).unlink()
             raise UserError(
-                f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give a new folder"
+                f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give "
+                "a new folder"
             )
+        config, _ = experiment.parsed(shared)
         same = dict(
             arguments=list(shared),
             devices=len(devices),
             cpu_devices=cpu_devices,
-            config=configs.flat(configs.as_json(configs.parsed(shared))),
-        )  # an experiment's file changes, too
-        for field, value in same.items():
-            if old and (before := old.get(field, value)) != value:
-                if field == "config":
-                    before, value = (
-                        {
-                            name: one.get(name)
-                            for name in sorted(before.keys() | value.keys())
-                            if before.get(name) != value.get(name)
-                        }
-                        for one in (before, value)
-                    )
-                elif field == "arguments" and set(before) != set(value):  # those that differ
-                    before, value = (
-                        [x for x in before if x not in value],
-                        [x for x in value if x not in before],
-                    )
-                raise UserError(
-                    f"--workdir={folder}: holds a sweep with other {field} ({before}, now {value}): give the same "
-                    "or another --workdir"
-                )
+            config=configs.flat(configs.as_json(config)),  # an experiment's file may change, too
+        )
+        if old:
+            _refuse_another_sweep(folder, old, same)
         rows = list(plan(combos, shared, devices))
-        done = {row["name"]: row for row in old["runs"]} if old else {}
-        for i, row in enumerate(rows):
-            before = done.pop(row["name"], None)
-            if before and before["status"] == "completed" and (folder / row["name"]).is_dir():
-                rows[i] = before
-            elif (folder / row["name"]).is_dir():  # of a sweep that was killed: its run may live
-                with workdirs.locked(folder / row["name"]):
-                    pass
-        kept = [row for row in done.values() if row["status"] != "refused"]
+        earlier = _take_completed(rows, old["runs"] if old else [], folder)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         sweep = dict(
-            experiment=experiment,
+            experiment=name,
             **same,
             started=old["started"] if old else now,
             hardware=old and old["hardware"],
         )
-        return _run_all(sweep, rows, kept, folder)
+        return _Sweep(sweep, rows, earlier, folder).run()
 
 
-def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Path) -> dict:
-    """Runs the pending rows one after another; `kept` are those of an earlier command that this one does not name."""
+def _read_sweep(folder: pathlib.Path) -> dict | None:
+    """Return what sweep.json holds; None where it is missing, damaged or of another form."""
+    old = workdir.read(folder / "sweep.json", warn=False)
+    runs = (old or {}).get("runs")
+    if not isinstance(runs, list):
+        return None
+    whole = all(isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs)
+    return old if whole else None
 
-    def write() -> dict:
-        whole = sweep | dict(runs=[*kept, *rows])
-        runfiles.write_json(folder / "sweep.json", whole)
+
+def _refuse_another_sweep(folder: pathlib.Path, old: dict, same: dict) -> None:
+    """Raise UserError, naming what differs, where `old` is not a sweep like `same`.
+
+    A field of the config that the old sweep lacks means its default.
+    """
+    for field, now in same.items():
+        before = old.get(field, now)
+        if field == "config":
+            before, now = (configs.flat(configs.complete(each)) for each in (before, now))
+        if before == now:
+            continue
+        if field == "config":
+            names = sorted(before.keys() | now.keys())
+            differ = [name for name in names if before.get(name) != now.get(name)]
+            before, now = ({name: each.get(name) for name in differ} for each in (before, now))
+        elif field == "arguments" and set(before) != set(now):  # show those that differ
+            before, now = (
+                [argument for argument in before if argument not in now],
+                [argument for argument in now if argument not in before],
+            )
+        raise UserError(
+            f"--workdir={folder}: holds a sweep with other {field} ({before}, now {now}): give the "
+            "same or another --workdir"
+        )
+
+
+def _take_completed(rows: list[dict], old: list[dict], folder: pathlib.Path) -> list[dict]:
+    """Replace the rows that an earlier command completed; return its rows that are not in `rows`.
+
+    Its refused rows are left out. Raises UserError where a run of a killed sweep still lives.
+    """
+    earlier = {row["name"]: row for row in old}
+    for i, row in enumerate(rows):
+        before = earlier.pop(row["name"], None)
+        if not (folder / row["name"]).is_dir():
+            continue
+        if before and before["status"] == "completed":
+            rows[i] = before
+        else:
+            with workdir.locked(folder / row["name"]):
+                pass
+    return [row for row in earlier.values() if row["status"] != "refused"]
+
+
+class _Sweep:
+    """Runs the pending rows of a sweep one after another, and keeps sweep.json up to date.
+
+    earlier: rows of an earlier command that this one does not name.
+    """
+
+    def __init__(self, sweep: dict, rows: list[dict], earlier: list[dict], folder: pathlib.Path):
+        self.sweep = sweep
+        self.rows = rows
+        self.all_rows = [*earlier, *rows]
+        self.folder = folder
+
+    def run(self) -> dict:
+        """Run all that is pending; return what sweep.json holds."""
+        pending = [row for row in self.rows if row["status"] == "pending"]
+        seconds: list[float] = []
+        with self._screen() as screen:
+            for left, row in zip(range(len(pending), 0, -1), pending, strict=True):
+                row["status"] = "running"
+                self._write()
+                caption = f"{left} to go"
+                if seconds:
+                    caption += f", about {sum(seconds) / len(seconds) * left / 60:.0f} min"
+                screen.update(table_of(self.all_rows, caption), refresh=True)
+                self._run_row(row)
+                seconds.append(row["seconds"])
+                screen.update(table_of(self.all_rows), refresh=True)
+        return self._write()
+
+    def _screen(self):
+        """Return rich's live table on a terminal, otherwise plain lines."""
+        if not sys.stdout.isatty():
+            return _Lines(self.all_rows)
+        plain = console.Console(markup=False, emoji=False)  # values may hold brackets and colons
+        return live.Live(table_of(self.all_rows), console=plain, auto_refresh=False)
+
+    def _run_row(self, row: dict) -> None:
+        """Run one row and fill in its seconds, status, figures and reason."""
+        folder = self.folder / row["name"]
+        since = time.monotonic()
+        try:
+            code = _run_process(shlex.split(row["command"])[2:], folder)
+        finally:
+            row["seconds"] = round(time.monotonic() - since, 1)
+            row["status"] = "interrupted"
+            self._write()
+        row["status"] = OUTCOMES.get(code, "failed")
+        if code == 0:
+            row["figures"] = runfiles.figures_of(folder)
+            summary = workdir.read(folder / "summary.json")
+            now = {key: summary[key] for key in runfiles.HARDWARE}
+            self.sweep["hardware"] = runfiles.joined(self.sweep["hardware"] or now, now)
+        else:
+            row["reason"] = reason_of(code, self.folder / f"{row['name']}.log")
+        self._write()
+
+    def _write(self) -> dict:
+        """Write sweep.json, and return what it holds."""
+        whole = self.sweep | dict(runs=self.all_rows)
+        runfiles.write_json(self.folder / "sweep.json", whole)
         return whole
 
-    pending = [row for row in rows if row["status"] == "pending"]
-    show, seconds = sys.stdout.isatty(), []
-    plain = console.Console(markup=False, emoji=False)  # values may hold brackets and colons
-    with (
-        live.Live(table_of([*kept, *rows]), console=plain, auto_refresh=False)
-        if show
-        else _Lines([*kept, *rows])
-    ) as screen:
-        for left, row in zip(range(len(pending), 0, -1), pending, strict=True):
-            row["status"] = "running"
-            write()
-            eta = (
-                f"{left} to go, about {sum(seconds) / len(seconds) * left / 60:.0f} min"
-                if seconds
-                else f"{left} to go"
-            )
-            screen.update(table_of([*kept, *rows], eta), refresh=True)
-            since = time.monotonic()
-            try:
-                code = _run_one(shlex.split(row["command"])[2:], folder / row["name"])
-            finally:
-                row["seconds"] = round(time.monotonic() - since, 1)
-                row["status"] = "interrupted"
-                write()
-            seconds.append(row["seconds"])
-            row["status"] = OUTCOMES.get(code, "failed")
-            if code == 0:
-                row["figures"] = runfiles.figures_of(folder / row["name"])
-                summary = workdirs.read(folder / row["name"] / "summary.json")
-                now = {key: summary[key] for key in runfiles.HARDWARE}
-                sweep["hardware"] = runfiles.joined(sweep["hardware"] or now, now)
-            else:
-                row["reason"] = reason_of(code, folder / f"{row['name']}.log")
-            write()
-            screen.update(table_of([*kept, *rows]), refresh=True)
-    return write()
 
+def _run_process(arguments: list[str], folder: pathlib.Path) -> int:
+    """Run launch.py in a process and a session of its own, and return its exit code.
 
-def _run_one(arguments: list[str], folder: pathlib.Path) -> int:
-    """One run in a process and a session of its own: a Ctrl-C is ours to pass on, once. Returns its exit code."""
+    The terminal's Ctrl-C then reaches this process only, which passes it on once.
+    """
     with folder.with_name(folder.name + ".log").open("w") as log:
         process = None
         try:
-            with interrupt.held():  # or a process would be left behind that nobody knows
+            with interrupt.held():  # a signal in between would leave a process that nobody knows
                 process = subprocess.Popen(
                     [sys.executable, LAUNCH, *arguments, f"--workdir={folder}"],
                     stdout=log,
@@ -325,19 +447,19 @@ def _run_one(arguments: list[str], folder: pathlib.Path) -> int:
 
 
 def reason_of(code: int, log: pathlib.Path) -> str:
-    """Why a run ended with this exit code, from the last line of its log that tells, in one line."""
+    """Say in one line why a run ended with this exit code, by the last error in its log."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = (
-        [line for line in lines if "rror:" in line or "RESOURCE_EXHAUSTED" in line]
-        or lines
-        or ["said nothing"]
-    )
+    errors = [line for line in lines if "rror:" in line or "RESOURCE_EXHAUSTED" in line]
+    last = (errors or lines or ["said nothing"])[-1]
     killed = f"killed by {signal.Signals(-code).name}; " if code < 0 else ""
-    return f"{killed}{telling[-1].removeprefix('error: ')[:300]}"
+    return f"{killed}{last.removeprefix('error: ')[:300]}"
+
+
+# ---- Print
 
 
 def table_of(rows: Sequence[dict], caption: str = "") -> table.Table:
-    """The sweep as a table for a terminal."""
+    """Return the sweep as a table for a terminal."""
     metrics = runfiles.registered_metrics(row["figures"] for row in rows)
     made = table.Table(*COLUMNS, *metrics, caption=caption or None, caption_justify="left")
     for row in rows:
@@ -352,14 +474,16 @@ def _metric_cells(row: dict, metrics: Sequence[str]) -> list[str]:
 
 
 def _cells(row: dict) -> list[str]:
-    cells, got = [row["name"], row["status"]], row["figures"]
-    times = got.get("step_milliseconds") or {}  # none where a resumed run had no step left to do
-    ring = got.get("ring_bytes")  # none where there is no report on the program
+    """Return a row's text under COLUMNS; empty where a figure is not known."""
+    figures = row["figures"]
+    times = figures.get("step_milliseconds") or {}  # none where a resumed run had no step left
+    ring = figures.get("ring_bytes")  # none where there is no report on the program
+    cells = [row["name"], row["status"]]
     for value, form in (
-        (got.get("images_per_second"), "{:,.0f}"),
+        (figures.get("images_per_second"), "{:,.0f}"),
         (times.get("median"), "{:.2f}"),
         (None if ring is None else ring / 1e6, "{:.1f}"),
-        (got.get("accuracy"), "{:.2%}"),
+        (figures.get("accuracy"), "{:.2%}"),
         (row["seconds"], "{:.0f}"),
     ):
         cells.append("" if value is None else form.format(value))
@@ -367,10 +491,11 @@ def _cells(row: dict) -> list[str]:
 
 
 class _Lines:
-    """Stands in for rich's live table where there is no terminal: a line for each row whose status has changed."""
+    """Stands in for rich's live table without a terminal: a line per row whose status changed."""
 
     def __init__(self, rows: list[dict]):
-        self.rows, self.told = rows, {}
+        self.rows = rows
+        self.printed: dict[str, str] = {}  # the last printed status of each run
 
     def __enter__(self):
         print("  ".join(COLUMNS))
@@ -382,18 +507,9 @@ class _Lines:
 
     def update(self, *_, **__) -> None:
         for row in self.rows:
-            if self.told.get(row["name"], "pending") != row["status"]:
-                self.told[row["name"]] = row["status"]
+            if self.printed.get(row["name"], "pending") != row["status"]:
+                self.printed[row["name"]] = row["status"]
                 metrics = runfiles.registered_metrics([row["figures"]])
                 named = zip(metrics, _metric_cells(row, metrics), strict=True)
                 cells = [*_cells(row), *(f"{name} {value}" for name, value in named)]
                 print("  ".join(cell for cell in cells if cell), flush=True)
-
-
-def _number(text: str) -> int | float | str:
-    """A swept value as JSON shall hold it."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            if math.isfinite(value := kind(text)):
-                return value
-    return text

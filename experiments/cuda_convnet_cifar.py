@@ -1,106 +1,107 @@
-"""cuda-convnet's five CIFAR-10 nets (Krizhevsky 2011), layer for layer and step for step as its example-layers/*.cfg say.
+"""Train cuda-convnet's five CIFAR-10 nets (Krizhevsky 2011) by their own recipes.
 
-  python launch.py --config experiments/cuda_convnet_cifar.py:80sec          (or :19pct, :18pct, :13pct, :11pct, :11pct_no_lrn)
+Nets and recipes are those of its example-layers/*.cfg.
 
-Published test error, on one GTX 580, and the steps: epochs are of 50,000 images, but of 40,000 where batch 5 was held out.
+  python launch.py --config experiments/cuda_convnet_cifar.py:80sec          (or another variant)
 
-  80sec   26%     80 s     8 epochs, and 2 at a tenth of the rates (how many is not said; the time leaves room for 2)
-  19pct   19%     20 min   no schedule is given: that of 18pct, whose time is the same
+Published test error and training time, on one GTX 580, and the epochs. An epoch has 50,000 images,
+or 40,000 while batch 5 is held out.
+
+  80sec   26%     80 s     8 epochs, 2 at a tenth of the rates (the source does not say how many)
+  19pct   19%     20 min   no schedule is given: here that of 18pct, which takes as long
   18pct   18%     20 min   120 epochs, 10 at a tenth, 10 at a hundredth
-  13pct   12.6%   22 min   100 epochs of batches 1 to 4, 40 of all, 10 at a tenth, 10 at a hundredth; ten test views
-  11pct   11%     75 min   350 epochs of batches 1 to 4, 150 of all, 10 at a tenth, 10 at a hundredth; ten test views
+  13pct   12.6%   22 min   100 epochs of batches 1 to 4, 40 of all, 10 at a tenth, 10 at a hundredth
+  11pct   11%     75 min   350 epochs of batches 1 to 4, 150 of all, then as 13pct
 
-From 13% to 11% there are response norms, but a wider local layer, another decay and three times the epochs, too. The published
-pair is no ablation; :11pct against :11pct_no_lrn, which differ in the response norms alone, is one.
+13pct and 11pct are tested on ten views. 11pct differs from 13pct by response norms, but also by a
+wider local layer, other weight decays and three times the epochs. :11pct_no_lrn is :11pct without
+response norms only, so that the two show what the norms do.
 
-What differs: images are shuffled across the five batches in each epoch, and its last incomplete batch of 128 is left out.
-
-Measured on the real CIFAR-10, all 10,000 test images, float32, 1 x H100; mean of n seeds ± one sample deviation (results/):
-
-  80sec          25.15 ± 0.26 %   n = 3     1.5 s of training
-  19pct          18.84 ± 0.19 %   n = 3    20.3 s
-  18pct          17.91 ± 0.24 %   n = 3    23.7 s
-  13pct          12.52 ± 0.15 %   n = 3    20.4 s
-  11pct          11.31 ± 0.20 %   n = 3    79.2 s
-  11pct_no_lrn   11.31 ± 0.41 %   n = 3    63.4 s
-
-Without its response norms 11pct is no worse than with them, within the spread of three runs: what brings 13% to 11% here are
-the other changes. (Most runs are from before some of today's faster forms of layers; 11pct's first seed took 85 s, before the
-norms' derivative was written by hand, the others 76 s. The last one of 11pct_no_lrn ran on an H200, 10.97 % in 57 s, so that
-only two pairs are of one card: README.md.)
+What differs from cuda-convnet: each epoch shuffles the images across the five batches, and leaves
+out its last incomplete batch of 128. What was measured: results/papers.md.
 """
+
+from typing import NamedTuple
 
 import ml_collections
 
+import cnn_spmd.config
 from cnn_spmd.errors import UserError
-from experiments import alexnet_cifar
 
-BATCH, IMAGES = 128, 50_000
-EPOCH, SHORT_EPOCH = (
-    IMAGES // BATCH,
-    IMAGES * 4 // 5 // BATCH,
-)  # steps; the short one leaves out batch 5
+BATCH = 128
+IMAGES = 50_000
+EPOCH = IMAGES // BATCH  # steps
+SHORT_EPOCH = IMAGES * 4 // 5 // BATCH  # without batch 5
 
-# Variant: steps at the full rates, of them the first so many without batch 5; steps at a tenth, and at a hundredth; weight
-# decay by layer (the others have .004).
+
+class Recipe(NamedTuple):
+    """Steps at each rate, and what weight decay layers have that differ from 0.004."""
+
+    short: int  # at the full rates without batch 5
+    full: int  # at the full rates with all batches
+    tenth: int
+    hundredth: int
+    weight_decays: dict[str, float]
+    local: bool = False  # locally connected layers: random mirrored crops of 24, ten test views
+
+
+ELEVEN = Recipe(
+    350 * SHORT_EPOCH,
+    150 * EPOCH,
+    10 * EPOCH,
+    10 * EPOCH,
+    dict(conv1=0.0, conv2=0.0, fc3=0.01),
+    local=True,
+)
 RECIPES = {
-    "80sec": (8 * EPOCH, 0, 2 * EPOCH, 0, dict(fc1=0.03, fc3=0.03)),
-    "19pct": (120 * EPOCH, 0, 10 * EPOCH, 10 * EPOCH, dict(fc3=3.0)),
-    "18pct": (120 * EPOCH, 0, 10 * EPOCH, 10 * EPOCH, dict(fc3=1.0)),
-    "13pct": (
-        100 * SHORT_EPOCH + 40 * EPOCH,
+    "80sec": Recipe(0, 8 * EPOCH, 2 * EPOCH, 0, dict(fc1=0.03, fc3=0.03)),
+    "19pct": Recipe(0, 120 * EPOCH, 10 * EPOCH, 10 * EPOCH, dict(fc3=3.0)),
+    "18pct": Recipe(0, 120 * EPOCH, 10 * EPOCH, 10 * EPOCH, dict(fc3=1.0)),
+    "13pct": Recipe(
         100 * SHORT_EPOCH,
+        40 * EPOCH,
         10 * EPOCH,
         10 * EPOCH,
         dict(conv1=0.0, conv2=0.0),
+        local=True,
     ),
-    "11pct": (
-        350 * SHORT_EPOCH + 150 * EPOCH,
-        350 * SHORT_EPOCH,
-        10 * EPOCH,
-        10 * EPOCH,
-        dict(conv1=0.0, conv2=0.0, fc3=0.01),
-    ),
+    "11pct": ELEVEN,
+    "11pct_no_lrn": ELEVEN,
 }
-RECIPES["11pct_no_lrn"] = RECIPES["11pct"]
 
 
 def get_config(variant: str = "80sec") -> ml_collections.ConfigDict:
+    """Return what differs from the defaults (docs/config.md), within all of them."""
     if variant not in RECIPES:
         raise UserError(
-            f"experiments/cuda_convnet_cifar.py:{variant}: unknown variant, expected one of {', '.join(RECIPES)}"
+            f"experiments/cuda_convnet_cifar.py:{variant}: unknown variant, expected one of "
+            f"{', '.join(RECIPES)}"
         )
-    full, short, tenth, hundredth, decays = RECIPES[variant]
-    steps = full + tenth + hundredth
-    config = alexnet_cifar.get_config()
+    recipe = RECIPES[variant]
+    begins_tenth = recipe.short + recipe.full
+    begins_hundredth = begins_tenth + recipe.tenth
+    steps = begins_hundredth + recipe.hundredth
+    config = cnn_spmd.config.default()
     config.experiment = f"cuda_convnet_{variant}"
-    config.model.update(dict(name=f"cuda_convnet_{variant}", dropout=0.0))
-    config.data.update(dict(fallback="", crop_pad=0, flip=False, normalise="pixel_mean"))
-    config.parallelism = "data"
+    config.model.update(name=f"cuda_convnet_{variant}", dropout=0.0)
+    config.data.update(flip=False, normalise="pixel_mean")
     config.dtype = "float32"
     config.batch_size = BATCH
-    config.epochs, config.steps = 0, steps
-    config.label_smoothing = 0.0
+    config.epochs = 0
+    config.steps = steps
     config.optimizer.update(
-        dict(
-            learning_rate=0.001,
-            bias_rate=2.0,
-            momentum=0.9,
-            nesterov=False,
-            weight_decay=0.004,
-            weight_decays=decays,
-            clip_norm=0.0,
-            warmup=0.0,
-            decay="staged",
-            stage_factor=0.1,
-            stages=tuple(at / steps for at in (full, full + tenth) if at < steps),
-        )
+        learning_rate=0.001,
+        bias_rate=2.0,
+        momentum=0.9,
+        weight_decay=0.004,
+        weight_decays=recipe.weight_decays,
+        decay="staged",
+        stage_factor=0.1,
+        stages=tuple(at / steps for at in (begins_tenth, begins_hundredth) if at < steps),
     )
-    config.eval.update(dict(every_epochs=0, views="one"))
+    config.eval.every_epochs = 0
     config.checkpoint.every_epochs = 0
-    if (
-        "conv1" in decays
-    ):  # the nets with local layers see random crops, mirrored at random, and are tested on ten
-        config.data.update(dict(crop=24, flip=True, held_out=IMAGES // 5, held_out_steps=short))
+    if recipe.local:
+        config.data.update(crop=24, flip=True, held_out=IMAGES // 5, held_out_steps=recipe.short)
         config.eval.views = "ten"
     return config

@@ -1,20 +1,22 @@
-"""Every test runs on eight simulated CPU devices; a test that needs them and does not get them must fail, not skip."""
+"""Give every test eight simulated CPU devices; without them all tests fail, none is skipped."""
 
 import importlib.metadata
 import os
 import pathlib
 import tempfile
 
-# Most of the time goes into compiling small programs, here and in the processes that tests start: LLVM may hurry, and the
-# older code generator, where jaxlib still has it, is three times as quick. What the tests are about, how XLA partitions a
-# program, happens before both.
+# Most of the time goes into compiling small programs, here and in the processes that tests start.
+# So LLVM skips its expensive passes, and XLA takes its older code generator where jaxlib still has
+# it, which is three times as quick. How XLA partitions a program, which tests are about, is decided
+# before both.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
-# Programs that several tests compile, here or in such a process, are compiled once. The key holds everything that matters.
+# A program that several tests or their processes need is compiled once. The key of the cache holds
+# everything that a program depends on.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
     pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"
 )
@@ -35,7 +37,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture
 def config() -> ml_collections.ConfigDict:
-    """The shipped experiment, cut to seconds: simple_cnn on 64 random images, 4 steps an epoch, on one device."""
+    """The shipped experiment, cut to seconds: simple_cnn, 4 steps per epoch, on one device."""
     from experiments.alexnet_cifar import get_config
 
     config = get_config()

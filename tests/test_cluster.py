@@ -271,9 +271,9 @@ def test_bad_input_of_one_process_ends_the_others(pair, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         late = errors(pair(["--workdir", "locked"]), 2)
     assert errors(early, 2) == [
-        "error: process 1 of the cluster ended: --config.foo=1: no such field, expected those of "
-        "the experiment\n",
-        "error: --config.foo=1: no such field, expected those of the experiment\n",
+        "error: process 1 of the cluster ended: --config.foo=1: no such field, expected one of "
+        "docs/config.md\n",
+        "error: --config.foo=1: no such field, expected one of docs/config.md\n",
     ]
     line = "--workdir=locked: another run is using it: wait for it, or give another folder\n"
     assert late == [f"error: {line}", f"error: process 0 of the cluster ended: {line}"]

@@ -1,10 +1,12 @@
 """Every experiment and variant can be set up, and the recipes are those of the papers."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import dataset, synthetic
@@ -31,7 +33,9 @@ def few() -> dataset.Dataset:
     return data
 
 
-EPOCHS = {  # variant: epochs without batch 5, with it, at a tenth of the rate, at a hundredth; test views; weight decays
+# Variant: epochs without batch 5, with it, at a tenth of the rate, at a hundredth; test views;
+# weight decays.
+EPOCHS = {
     "80sec": (0, 8, 2, 0, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc1=0.03, fc3=0.03)),
     "19pct": (0, 120, 10, 10, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc3=3)),
     "18pct": (0, 120, 10, 10, "one", dict(conv1=0.004, conv2=0.004, conv3=0.004, fc3=1)),
@@ -159,7 +163,7 @@ def photographs() -> dataset.Dataset:
     ],
 )
 def test_imagenet(experiment, variant, parameters, photographs):
-    """The published counts of parameters on 224x224 crops of 256x256 images; a tenth of the rates thrice, or 1/250 in all."""
+    """The published counts of parameters, crops of 224 from 256, and the falls of the rate."""
     config = experiment.get_config(variant)
     assert config.data.name == ("imagenette" if "imagenette" in variant else "imagenet2012")
     assert (config.dense_microbatch, config.batch_size) == (
@@ -219,3 +223,12 @@ def test_unknown_variants_of_imagenet(experiment):
         ValueError, match=r"imagenet.py:fast: unknown variant, expected .*imagenette"
     ):
         experiment.get_config("fast")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
+def test_measured_figures_stand_in_the_results_pages_only(path):
+    """An experiment names the page; means and spreads of runs are not typed again."""
+    text = path.read_text()
+    assert re.search(r"results/\w+\.md", text)
+    assert "±" not in text
+    assert "n = " not in text

@@ -13,7 +13,7 @@ from conftest import ROOT
 from photos import SIZE, colours, load, prepared_folders, write_image
 from PIL import Image
 
-from cnn_spmd import config as configs
+from cnn_spmd import experiment
 from cnn_spmd import sweep
 from cnn_spmd.data import prepared
 from cnn_spmd.errors import UserError
@@ -202,7 +202,7 @@ def test_the_refusals_of_a_first_command_name_the_flags_that_make_it_work(pets, 
 
     def refused() -> str:
         with pytest.raises(UserError) as refusal:
-            build.prepare(configs.parsed(arguments), jax.devices()[:1])
+            build.prepare(experiment.parsed(arguments)[0], jax.devices()[:1])
         return str(refusal.value)
 
     with monkeypatch.context() as patch:
@@ -216,7 +216,7 @@ def test_the_refusals_of_a_first_command_name_the_flags_that_make_it_work(pets, 
     assert "set --config.data.image_size" in second
     side = re.search(r"expected a side of (\d+)", second).group(1)
     arguments.append(f"--config.data.image_size={side}")
-    setup = build.prepare(configs.parsed(arguments), jax.devices()[:1])
+    setup = build.prepare(experiment.parsed(arguments)[0], jax.devices()[:1])
     assert setup.data.train_images.shape == (8, int(side), int(side), 3)
 
 

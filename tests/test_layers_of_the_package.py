@@ -16,6 +16,7 @@ ORDER = (
     "data",
     "analysis",
     "training",
+    "experiment",
     "sweep",
     "papers.published",  # data only
     "report",

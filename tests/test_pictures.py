@@ -288,7 +288,7 @@ def saved(config, tmp_path):
             "was trained on synthetic, but its data.dir= holds other files or",
         ),
         (dict(eval={}, optimizer=3), "optimizer=3: expected a dict"),
-        (dict(data=3), "config.json is damaged or of another version"),
+        (dict(data=3), "data=3: expected a dict"),
     ],
 )
 def test_bad_input_is_one_line(saved, capsys, monkeypatch, changes, message):

@@ -627,6 +627,8 @@ def test_a_lone_run_and_several(tmp_path, capsys):
     summary["config"] |= dict(checkpoint=dict(keep=3), data=elsewhere)
     (seeds[1] / "summary.json").write_text(json.dumps(summary))
     changed = write_run(tmp_path / "c", "2x1", 900.0, rate=0.2)
+    for folder in (one, *seeds, changed):
+        change(folder / "summary.json", dataset="digits")  # which use no data.synthetic
     _, page, *_ = written(capsys, one, *seeds, changed)
     assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.1")[3:5] == [
         "2",

@@ -24,7 +24,6 @@ from cnn_spmd.data import feed, order, registry, statistics
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers import dense
-from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.models import alexnet, alexnet_2012, stack
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement, name_of
@@ -84,7 +83,7 @@ def narrow(request, monkeypatch):
 
 
 def setup_of(
-    name: str, parallelism: str, shape: tuple[int, int], levers=LEVERS, **changes
+    name: str, parallelism: str, shape: tuple[int, int], levers=None, **changes
 ) -> build.Setup:
     """The shipped experiment with narrow dense layers and few random images, in float64."""
     config = get_config()

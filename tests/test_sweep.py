@@ -1,4 +1,4 @@
-"""Sweeps: combinations, refusals, runs that fail in every way, going on, and one real sweep from the command line."""
+"""Sweeps: combinations, refusals, runs that fail in every way, going on, and a real sweep."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
 from cnn_spmd import config as configs
-from cnn_spmd import sweep
+from cnn_spmd import experiment, sweep
 from cnn_spmd.data import registry as sources
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
@@ -32,13 +32,12 @@ with open(folder.parent / "started", "a") as file:
     file.write(seed + "\\n")
 if (folder.parent / "repaired").exists() or seed == "0":
     folder.mkdir(exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(dict(status="completed", device_kind="card", host_cores=2, versions={},
-                                                         commit="c")))
+    summary = dict(status="completed", device_kind="card", host_cores=2, versions={}, commit="c")
+    (folder / "summary.json").write_text(json.dumps(summary))
 elif seed == "1":
     sys.exit("error: seed=1: is refused by the run itself")
 elif seed == "2":
-    print("one\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory\\nat the end", file=sys.stderr)
-    sys.exit(1)
+    sys.exit("one\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory\\nat the end")
 elif seed == "3":
     os.kill(os.getpid(), signal.SIGKILL)
 else:
@@ -55,7 +54,7 @@ else:
         ("all", None, [], 5),
         ("8x1", "32,128", ["parallelism=data,hybrid", "config.seed=0,1"], 8),
         (None, None, ["seed=0,1,1"], 2),
-        (None, None, ['model.levers=("a", "b"),()', 'placement={"a": {"b": ("c", "d")}}'], 2),
+        (None, None, ["optimizer.stages=(0.5, 0.7),()", 'placement={"a": {"b": ("c", "d")}}'], 2),
     ],
 )
 def test_combinations(meshes, batches, fields, count):
@@ -86,6 +85,32 @@ def test_combinations(meshes, batches, fields, count):
 def test_lists_that_are_refused(meshes, batches, fields, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         sweep.combinations(meshes, batches, fields, 8)
+
+
+@pytest.mark.parametrize(
+    ("swept", "message"),
+    [
+        ("model.dropout=0.0,0.5", "--sweep=model.dropout: model.name=simple_cnn does not use it;"),
+        ("model.droput=0.0,0.5", '--sweep=model.droput: no such field, .* mean "model.dropout"'),
+        ("model.levers=(),1", "--sweep=model.levers: no such field, set model.fast to True"),
+        ("dense_updates=each,sum", "--sweep=dense_updates: has no effect with dense_microbatch=0"),
+    ],
+)
+def test_a_sweep_over_what_nothing_uses_is_refused(monkeypatch, swept, message):
+    monkeypatch.chdir(ROOT)
+    combos = sweep.combinations("1x1,2x1", None, [swept], 8)
+    with pytest.raises(UserError, match=f"^{message}"):
+        sweep.refuse_fields(combos, SMALL, 8)
+
+
+def test_a_sweep_in_which_some_use_a_field_refuses_the_others(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fields = ["model.name=simple_cnn,one_convolution", "model.dropout=0.0,0.3", "model.width=8"]
+    combos = sweep.combinations(None, None, fields, 8)
+    sweep.refuse_fields(combos, SMALL, 8)
+    reasons = [row["reason"] for row in sweep.plan(combos, SMALL, jax.devices()[:1])]
+    assert ["does not use it" in reason for reason in reasons] == [True, True, False, False]
+    assert reasons[2:] == ["", ""]
 
 
 def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
@@ -146,7 +171,8 @@ def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
     assert row["status"] == "pending", row["reason"]
-    config = configs.resolve(configs.parsed(row["command"].split()[2:]), digits, "cpu")
+    config, _ = experiment.parsed(row["command"].split()[2:])
+    config = configs.resolve(config, digits, "cpu")
     found = configs.flat(config.to_dict()) | dict(
         batch_per_device=config.batch_size, epochs=config.steps // (1437 // 64)
     )
@@ -271,7 +297,7 @@ def test_a_terminal_shows_brackets_as_they_are(monkeypatch, tmp_path):
         dict(name=name, status="refused", reason="levers=[]", seconds=None, figures={})
         for name in ("[red]:x:", "[/a]")
     ]
-    sweep._run_all({}, rows, [], tmp_path)
+    sweep._Sweep({}, rows, [], tmp_path).run()
     for text in ("[red]:x:", "[/a]", "levers=[]"):
         assert f" {text} " in sys.stdout.getvalue()
 
@@ -392,13 +418,13 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
                             devices=8,
                             cpu_devices=None,
                             runs=[],
-                            config=configs.flat(configs.as_json(configs.parsed(SHARED)))
+                            config=configs.flat(configs.as_json(experiment.parsed(SHARED)[0]))
                             | {"optimizer.momentum": 0.5},
                         )
                     )
                 )
             ),  # the experiment's file was another
-            r"a sweep with other config \(\{'optimizer.momentum': 0.5\}, now \{'optimizer.momentum': 0.9\}\)",
+            r"other config \(\{'optimizer.momentum': 0.5\}, now \{'optimizer.momentum': 0.9\}\)",
         ),
     ],
 )
@@ -450,14 +476,16 @@ def test_a_sweep_from_a_file_of_flags(start, tmp_path):  # noqa: F811
     assert "2 of 2 runs are completed" in out
 
 
-def test_sweeps_that_are_refused_at_once(start):  # noqa: F811
+def test_sweeps_that_are_refused_at_once(start, tmp_path):  # noqa: F811
     for more, message in (
         (["--dry_run"], "--dry_run: expected a single mesh"),
         (["--mesh", "1x1,"], "has an empty value"),
+        (["--sweep", "model.dropout=0.0,0.5"], "--sweep=model.dropout: model.name=simple_cnn"),
     ):
         _, err = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1", *more), code=2)
         assert err.startswith("error: ")
         assert message in err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What layers share: initialisers, and the levers of config.model.levers."""
+"""What layers share: initialisers, and the levers that config.model.fast turns on."""
 
 from flax import nnx
 
@@ -13,7 +13,7 @@ SMALL = nnx.initializers.normal(
 ONES = nnx.initializers.ones
 
 # What makes a step faster and changes nothing but rounding, and which of equal maxima of a pool has the gradient;
-# config.model.levers chooses. Each is told where it is used (the cast_once in training/packing.py).
+# config.model.fast takes all or none. Each is explained where it is used (the cast_once in training/packing.py).
 LEVERS = (
     "space_to_depth",
     "pool_first",

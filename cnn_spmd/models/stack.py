@@ -81,6 +81,17 @@ class Output:
     std: float | None = 0.01
 
 
+def uses(net: Sequence) -> tuple[str, ...]:
+    """Name the fields of config.model that a network's hidden layers take from the config."""
+    hidden = [spec for spec in net if isinstance(spec, Hidden)]
+    found = []
+    if any(spec.units is None for spec in hidden):
+        found.append("model.width")
+    if any(spec.dropout is None for spec in hidden):
+        found.append("model.dropout")
+    return tuple(found)
+
+
 class Stack(nnx.Module):
     """The network `net`, called `name`: convolutions, pools and norms; at most two hidden dense layers; the output layer.
 

@@ -7,7 +7,7 @@ is the groups that differ in nothing but mesh and scheme: one chart compares the
 
 import statistics
 
-from cnn_spmd.config import flat
+from cnn_spmd.config import complete, flat
 
 # Fields of a config that change no number, not even the speed, or that have columns of their own.
 NOT_COMPARED = (
@@ -25,12 +25,9 @@ NOT_THE_RECIPE = (
     *NOT_COMPARED,
     "seed",
     "steps_per_call",
-    "model.levers",
     "model.fast",
     "data.resident",
 )
-# Fields that older runs in results/data do not have, with the value that those runs had.
-ADDED_LATER = {"optimizer.clip_norm": 0.0, "data.skip_bad": 0}
 
 # Metrics from 0 to 1 that are shown as percentages.
 SHARES = ("accuracy", "top5")
@@ -38,7 +35,7 @@ SHARES = ("accuracy", "top5")
 
 def recipe(run: dict) -> str:
     """Return what two runs (summary.json) must share to be averaged."""
-    fields = ADDED_LATER | flat(run["config"])
+    fields = flat(complete(run["config"]))
     kept = {name: str(fields[name]) for name in fields if not name.startswith(NOT_THE_RECIPE)}
     return repr(sorted(kept.items()))
 

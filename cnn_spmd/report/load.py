@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from cnn_spmd.config import flat
+from cnn_spmd.config import complete, flat
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import compare
 from cnn_spmd.training import runfiles
@@ -50,14 +50,14 @@ def load_runs(folder: str | os.PathLike) -> list[dict]:
 def load_run(folder: pathlib.Path) -> dict:
     """Return the flat fields of one run, without its folder: a row of load_runs."""
     try:
-        fields = flat(runfiles.read_json(folder / "summary.json"))
+        summary = runfiles.read_json(folder / "summary.json")
+        fields = flat(summary | dict(config=complete(summary["config"])))
         fields.pop("collectives", None)
     except UserError as error:
         fields = dict(status="unfinished", reason=str(error))
         with contextlib.suppress(UserError):
             saved = runfiles.read_json(folder / "config.json")
-            config = {name: saved[name] for name in saved if name not in runfiles.NOT_CONFIG}
-            fields |= flat(dict(config=config))
+            fields |= flat(dict(config=complete(saved)))
     with contextlib.suppress(UserError):
         path = folder / "program.json"
         program = runfiles.check(path, runfiles.read_json(path))
@@ -122,7 +122,7 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         summary = runfiles.read_json(folder / "summary.json") if run["figures"] else None
         if summary:
             summaries.append(summary)
-        config = flat(summary["config"]) if summary else load_config_fields(folder, notes)
+        config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
         run["mesh"] = mesh_name(run["figures"].get("mesh"), config)
         runs.append(run | load_curves_and_pictures(folder, notes))
         fields.append(compared_fields(config, summary))
@@ -142,7 +142,7 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
 def load_config_fields(folder: pathlib.Path, notes: list[str]) -> dict:
     """Return the flat config of an unfinished run; {} and a note where it is damaged."""
     try:
-        return flat(runfiles.read_json(folder / "config.json"))
+        return flat(complete(runfiles.read_json(folder / "config.json")))
     except UserError as error:
         notes.append(str(error))
         return {}

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from cnn_spmd.config import complete
 from cnn_spmd.data.feed import Feed
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import drawings, plots
@@ -163,9 +164,7 @@ def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.Co
         raise UserError(
             f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
         )
-    fields = {name: value for name, value in saved.items() if name not in runfiles.NOT_CONFIG}
-    config = ml_collections.ConfigDict(fields)
-    config.data = dict(skip_bad=0) | config.data.to_dict()  # older runs lack it
+    config = ml_collections.ConfigDict(complete(saved))
     config.mesh.update(dict(data=1, model=1))
     config.parallelism = "data"
     config.data.fallback = ""

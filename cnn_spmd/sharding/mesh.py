@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-from cnn_spmd.config import MOST_CPU_DEVICES
+from cnn_spmd.config import MESH_AXES, MOST_CPU_DEVICES
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.table import MESH_AXES
 
 MOST_DEVICES = 2**16  # more than any machine has
 SPELLING = "x".join(axis.upper() for axis in MESH_AXES)

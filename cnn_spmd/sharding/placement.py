@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cnn_spmd.config import MESH_AXES
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_REPLICATE, MESH_AXES, TABLE
+from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_REPLICATE, TABLE
 
 Axes = tuple[str | None, ...]  # the logical axis of each dimension; None: not split
 

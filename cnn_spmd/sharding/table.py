@@ -7,8 +7,9 @@ logical axis to the mesh axes that it is split over. A logical axis that a row d
 split: each device holds it whole. To move an array, change one entry here.
 """
 
-MESH_AXES = ("data", "model")
-ALL = MESH_AXES  # split over all devices
+from cnn_spmd.config import MESH_AXES
+
+ALL = MESH_AXES  # ("data", "model"): split over all devices
 
 # Activations have one batch axis per group of layers: convolutions, hidden dense layers, output
 # layer. Kernels have an input axis (rows) and an output axis (columns). A layer's input is split

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,6 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.sharding.table import MESH_AXES
 from cnn_spmd.training import cluster, microbatch, optim, program_report
 from cnn_spmd.training.log import say
 from cnn_spmd.training.step import StepFunctions, TrainState
@@ -136,18 +135,18 @@ def prepare(
     devices: list | None = None,
     data: Dataset | None = None,
     check: Callable[[Setup], object] = lambda _: None,
-    levers: tuple[str, ...] = LEVERS,
+    levers: Sequence[str] | None = None,
 ) -> Setup:
     """Return the Setup of a config: mesh, data, network and step functions.
 
     devices: None stands for all that JAX finds. data: the config's data set, where it is loaded
     already. check: called with the finished Setup, and once before photographs are decoded with an
     all-zero data set of the same shape, so that a bad config fails in seconds. levers: the fast
-    forms that model.fast=True switches on (layers/common.py); benchmarks pass some of them.
+    forms to use, instead of all or none as model.fast says (layers/common.py); for benchmarks.
     Raises UserError for all that is wrong in a config, except for its workdir.
     """
     configs.validate(config)
-    sizes = [config.mesh[axis] for axis in MESH_AXES]
+    sizes = [config.mesh[axis] for axis in configs.MESH_AXES]
     rows = config.placement.to_dict()
     place = Placement(mesh.make(*sizes, devices=devices), config.parallelism, rows)
     memory = device_memory(place)
@@ -168,7 +167,7 @@ def _assemble(
     place: Placement,
     memory: float | None,
     data: Dataset,
-    levers: tuple[str, ...],
+    levers: Sequence[str] | None,
 ) -> Setup:
     """Return the Setup on this data. Raises UserError for what does not go together."""
     config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, memory)
@@ -212,13 +211,14 @@ def make_functions(
     config: ml_collections.ConfigDict,
     data: Dataset,
     place: Placement,
-    levers: tuple[str, ...] = LEVERS,
+    levers: Sequence[str] | None = None,
 ) -> StepFunctions:
     """Return the step functions of a resolved config.
 
     Raises UserError for what does not go together.
     """
-    levers = levers if config.model.fast else ()
+    if levers is None:
+        levers = LEVERS if config.model.fast else ()
     make_model = functools.partial(
         models.make,
         config.model.name,
@@ -227,7 +227,7 @@ def make_functions(
         width=config.model.width,
         dropout=config.model.dropout,
         dtype=jnp.dtype(config.dtype),
-        levers=levers,
+        levers=tuple(levers),
     )
     refuse_mismatch(config, place, nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
     return StepFunctions(

@@ -50,6 +50,13 @@ SCHEDULES: dict[str, Callable[[float, Any, int], optax.Schedule]] = {
     "staged": stages,
 }
 
+# The config's fields that only some of them use, by optimizer and by decay.
+USES = {
+    "sgd": ("optimizer.momentum", "optimizer.nesterov"),
+    "your own": ("optimizer.options",),
+}
+DECAY_USES = dict.fromkeys(DECAYS, ()) | {"staged": ("optimizer.stages", "optimizer.stage_factor")}
+
 
 def is_bias(path: tuple) -> bool:
     """Return whether a parameter's path, such as (fc1, bias), is that of a bias."""

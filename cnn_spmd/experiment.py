@@ -1,0 +1,211 @@
+"""Make a config from an experiment's file and the fields that are set by hand.
+
+The command line, a sweep, or overrides in Python set fields by hand.
+"""
+
+import os
+import pathlib
+import runpy
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from cnn_spmd import config as configs
+from cnn_spmd.errors import UserError
+
+flags.disclaim_key_flags()  # --help shows --config as a flag of launch.py
+
+EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
+
+
+def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
+    """Return the config of an experiment with some fields replaced, as the command line does it.
+
+    path: FILE or FILE:VARIANT, such as "experiments/alexnet_cifar.py:fast". overrides: values by
+    dotted names, such as {"model.width": 256}. Raises UserError for a missing or failing file, an
+    unknown field, a wrong type, a value out of range, and an override that nothing uses.
+    """
+    from cnn_spmd.training import unused  # imports jax, which launch.py has to set up first
+
+    config = load(path)
+    overrides = dict(overrides or {})
+    for field, value in overrides.items():
+        _override(config, field, value)
+    configs.keep_given(config, overrides)
+    configs.validate(config)
+    unused.refuse(config, overrides)
+    return config
+
+
+def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None:
+    """Set a field by its dotted name. Raises UserError for an unknown field and a wrong type."""
+    configs.refuse_unknown(field, str(value))
+    section, _, last = field.rpartition(".")
+    if configs.is_entry(field):
+        configs.check_value(section, {last: value})
+        kind = type(configs.SCHEMA[section].item)
+    elif field in configs.SCHEMA:
+        configs.check_value(field, value)
+        kind = type(configs.SCHEMA[field].default)
+    else:
+        raise UserError(f"{field}: is a section, expected a field such as {field}.name")
+    at = configs.get(config, section) if section else config
+    with at.ignore_type():  # an integer may stand for a float, and a list for a tuple
+        at[last] = kind(value)
+
+
+def load(text: str) -> ml_collections.ConfigDict:
+    """Run get_config() of an experiment, FILE or FILE:VARIANT; fields that it lacks have defaults.
+
+    Raises UserError where there is no such file, and for whatever fails in it, with its line there.
+    """
+    path, *variant = text.split(":", 1)
+    if os.path.isfile(text):  # the name of a folder may have a colon
+        path, variant = text, []
+    if not os.path.isfile(path):
+        seen_from_here = pathlib.Path("experiments").is_dir()
+        folder = "experiments" if seen_from_here else EXPERIMENTS
+        known = ", ".join(sorted(f"{folder}/{path.name}" for path in EXPERIMENTS.glob("*.py")))
+        raise UserError(f"--config={path}: no such experiment, expected one of {known}")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config(*variant) if get_config else None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        text = " ".join(f"{_line_of(error, path)}: {type(error).__name__}: {text}".split())
+        raise UserError(text.removesuffix(":")) from None
+    if isinstance(config, ml_collections.FrozenConfigDict):
+        config = ml_collections.ConfigDict(config)
+    if not isinstance(config, ml_collections.ConfigDict):
+        found = f"returns {type(config).__name__}" if get_config else "is missing"
+        raise UserError(
+            f"--config={path}: get_config() {found}, expected it to return a ConfigDict as that of "
+            "experiments/alexnet_cifar.py"
+        )
+    with config.unlocked():
+        configs.fill(config)
+    return config
+
+
+def _line_of(error: BaseException, path: str) -> str:
+    """Name the place in the file at `path` where an error arose: FILE:LINE, or FILE."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == path
+    ]
+    return f"{path}:{lines[-1]}" if lines else path
+
+
+# ---- The command line
+
+
+class Experiments(flags.ArgumentParser):
+    """Parses --config=FILE or --config=FILE:VARIANT with `load`."""
+
+    def parse(self, path: str) -> ml_collections.ConfigDict:
+        """Return the experiment's config, in which no field can be added."""
+        return load(path).lock()
+
+
+def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> flags.FlagHolder:
+    """Define --config, and through it --config.FIELD for the fields that argv sets.
+
+    argv: as sys.argv, which None stands for.
+    """
+
+    def define(argv: Sequence[str] | None) -> flags.FlagHolder:
+        return config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "Experiment: experiments/NAME.py, or NAME.py:VARIANT. Its fields are set with "
+            "--config.FIELD=VALUE; docs/config.md has them all.",
+            flag_values=values,
+            sys_argv=argv,
+        )
+
+    try:
+        holder = define(argv)
+    except (flags.Error, ValueError):  # a --flagfile that cannot be read; parse_flags says so
+        holder = define([""])
+    values["config"].parser = Experiments()
+    return holder
+
+
+def parse_flags(
+    values: flags.FlagValues, argv: Sequence[str], known_only: bool = False
+) -> list[str]:
+    """Parse flags as absl does, and return the arguments that are no flags.
+
+    known_only: leave unknown flags among these. Fields that the flags set win over data.fallback_*.
+    Raises UserError, a line each, for unknown flags and fields, wrong types, missing or failing
+    experiments, and missing flag files.
+    """
+    try:
+        if {"--flagfile=", "-flagfile="} & set(argv):
+            raise flags.Error("--flagfile=: is empty, expected a file of flags")
+        rest = values(argv, known_only)
+        if values.config is None:
+            raise flags.Error(
+                "--config is missing: give an experiment, such as --config "
+                "experiments/alexnet_cifar.py"
+            )
+        configs.check_types(values.config)
+        configs.keep_given(values.config, given(values))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_text_of(error, argv)) from None
+    return rest
+
+
+def given(values: flags.FlagValues) -> set[str]:
+    """Return the dotted names of the fields that parsed flags set."""
+    flag = values["config"]
+    return set(flag.override_values) if flag.present else set()
+
+
+def parsed(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, set[str]]:
+    """Return the config that launch.py's arguments give, and the fields that they set.
+
+    Its other flags are left out. Raises UserError as parse_flags.
+    """
+    values = flags.FlagValues()
+    define_flag(values, ["", *arguments])
+    parse_flags(values, ["", *arguments], known_only=True)
+    return values.config, given(values)
+
+
+def _text_of(error: Exception, argv: Sequence[str]) -> str:
+    """Say in one line what the libraries that parse the flags found wrong."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = str(error.args[0] if error.args else error).strip()
+    cause = error.__context__
+    if isinstance(cause, UserError):  # an error of `load`
+        text = str(cause)
+    elif isinstance(error, UnicodeDecodeError):
+        text = "--flagfile: is not UTF-8, expected a text file of flags"
+    elif isinstance(cause, OSError):
+        text = f"--flagfile={cause.filename}: {cause.strerror}, expected a file of flags"
+    elif isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --config."):
+        argument = text.removeprefix("flag ").removesuffix(f": {cause}")
+        field = configs.SCHEMA.get(argument.removeprefix("--config.").partition("=")[0])
+        if field:
+            text = f"{argument}: expected {configs.TYPES[type(field.default)][1]}"
+    elif isinstance(error, KeyError | AttributeError):
+        text = f"no such config field: {text}"
+        for argument in argv:
+            name, _, value = argument.lstrip("-").partition("=")
+            if name.startswith("config."):
+                try:
+                    configs.refuse_unknown(name.removeprefix("config."), value)
+                except UserError as refused:
+                    return f"--config.{refused}"
+    return " ".join(text.split())

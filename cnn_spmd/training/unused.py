@@ -1,0 +1,66 @@
+"""Refuse fields that were set by hand and that nothing in the config uses.
+
+Otherwise a typing error, or a sweep over such a field, would show a comparison of equal runs.
+"""
+
+from collections.abc import Collection
+
+import ml_collections
+
+from cnn_spmd import config as configs
+from cnn_spmd import models
+from cnn_spmd.data import registry
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import optim
+
+# Field that chooses: what each of its values uses of the fields in this dict. A value that is not
+# in it, such as the name of a network of one's own, may use all of them.
+USES = {
+    "model.name": models.USES,
+    "data.name": registry.USES,
+    "optimizer.name": optim.USES,
+    "optimizer.decay": optim.DECAY_USES,
+}
+# Field: the field without which it has no effect.
+NEEDS = {
+    "dense_updates": "dense_microbatch",
+    "data.held_out": "data.held_out_steps",
+    "data.held_out_steps": "data.held_out",
+    "data.fallback_epochs": "data.fallback",
+    "data.fallback_batch_size": "data.fallback",
+    "data.fallback_learning_rate": "data.fallback",
+    "optimizer.nesterov": "optimizer.momentum",
+}
+
+
+def refuse(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
+    """Raise UserError for the first field of `given` that nothing in a config uses.
+
+    given: the dotted names of the fields that were set by hand. A value that switches something
+    off (0, False, empty) is fine, as it is off.
+    """
+    for field in given:
+        if (
+            field in configs.SCHEMA
+            and configs.get(config, field)
+            and (why := reason(config, field))
+        ):
+            raise UserError(f"{field}={configs.get(config, field)}: {why}")
+    if "epochs" in given and "steps" not in given and config.epochs and config.steps:
+        raise UserError(
+            f"epochs={config.epochs}: steps={config.steps} of the experiment goes first, expected "
+            "steps=0 with it"
+        )
+
+
+def reason(config: ml_collections.ConfigDict, field: str) -> str:
+    """Say why a field has no effect and what would use it; empty where it has one."""
+    for by, uses in USES.items():
+        chosen = configs.get(config, by)
+        users = [name for name, fields in uses.items() if field in fields]
+        if users and chosen in uses and chosen not in users:
+            return f"{by}={chosen} does not use it; those that do: {', '.join(users)}"
+    needed = NEEDS.get(field)
+    if needed and not (value := configs.get(config, needed)):
+        return f"has no effect with {needed}={value!r}, expected another value there"
+    return ""
