@@ -13,8 +13,7 @@ from conftest import ROOT
 from photos import SIZE, colours, load, prepared_folders, write_image
 from PIL import Image
 
-from cnn_spmd import experiment
-from cnn_spmd import sweep
+from cnn_spmd import experiment, sweep
 from cnn_spmd.data import prepared
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import pictures

@@ -50,12 +50,17 @@ SCHEDULES: dict[str, Callable[[float, Any, int], optax.Schedule]] = {
     "staged": stages,
 }
 
-# The config's fields that only some of them use, by optimizer and by decay.
+# The config's fields that only some of them use, by optimizer and by schedule.
 USES = {
     "sgd": ("optimizer.momentum", "optimizer.nesterov"),
     "your own": ("optimizer.options",),
 }
-DECAY_USES = dict.fromkeys(DECAYS, ()) | {"staged": ("optimizer.stages", "optimizer.stage_factor")}
+SCHEDULE_USES = {
+    "linear": (),
+    "cosine": (),
+    "constant": (),
+    "staged": ("optimizer.stages", "optimizer.stage_factor"),
+}
 
 
 def is_bias(path: tuple) -> bool:

@@ -19,7 +19,7 @@ USES = {
     "model.name": models.USES,
     "data.name": registry.USES,
     "optimizer.name": optim.USES,
-    "optimizer.decay": optim.DECAY_USES,
+    "optimizer.decay": optim.SCHEDULE_USES,
 }
 # Field: the field without which it has no effect.
 NEEDS = {
