@@ -49,7 +49,7 @@ STACK = (
     stack.Conv(16, 5, groups=2),
     stack.ResponseNorm(3, 0.1, 0.75, 1.0, within_map=True),
     stack.AveragePool(3, 2),
-    stack.Conv(8, 3, tied=False, activation=jnp.tanh),
+    stack.Local(8, 3, activation=jnp.tanh),
     stack.Hidden(),
     stack.Output(),
 )
@@ -82,7 +82,7 @@ def narrow(request, monkeypatch):
     if not request.node.name.startswith("test_shipped"):
         monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
         monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
-    monkeypatch.setitem(models.MODELS, "stack", functools.partial(stack.Stack, "stack", STACK))
+    monkeypatch.setitem(models.NETWORKS, "stack", functools.partial(stack.Stack, "stack", STACK))
 
 
 def setup_of(name: str, parallelism: str, shape: tuple[int, int], **changes) -> setups.Setup:

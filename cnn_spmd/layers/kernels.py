@@ -1,9 +1,13 @@
-"""GPU kernels (Pallas, by Triton) where XLA's own code moves many times the bytes it must.
+"""Pool on GPUs with kernels of our own (Pallas, compiled by Triton).
 
-A max pool that remembers where its maxima were, and its gradient: XLA keeps masks for the nine pixels of a window instead of
-one number, and its own code for the gradient takes 3 to 4 times what the bytes cost (an H100, 512 maps of 55x55x64: 0.39 ms;
-this kernel 0.10 ms; reading and writing each number once, 0.09 ms).
-What a mask leaves out is neither read nor written, wherever its index points.
+A max pool that remembers where its maxima were, and its gradient. XLA's own code for that gradient
+moves several times the bytes that it must: a mask for each pixel of a window. These kernels read
+and write each number about once.
+
+In every kernel, triton.load and triton.store skip the elements that `mask` leaves out, even where
+their index lies outside the array.
+
+Shapes: N batch, H height, W width, C channels; K windows along the height or the width.
 """
 
 import jax
@@ -11,30 +15,35 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-WIDEST = (
-    15  # the index is a byte: a window of 16x16 has 256 codes, which leaves no room for two marks
-)
-NONE = 254  # the index of a window that passes no gradient on: the ReLU after it is zero
+# The index of a maximum is one byte. A window of 16x16 has 256 pixels, which would leave no byte
+# for the two marks below.
+WIDEST = 15
+# The index of a window that passes no gradient on, as the ReLU after it gives zero.
+NONE = 254
+# An index that no window has.
+OUTSIDE = 255
+
 WARPS = triton.CompilerParams(num_warps=8)
 
 
 def max_and_index(
     x_NHWC: jax.Array, *bias_C: jax.Array, window: int, strides: int, counts: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Maxima [N, *counts, C] over windows, and where in its window each was: row * window + column, uint8.
+    """Return the maxima [N, K, K, C] over windows and where in its window each was.
 
-    With a bias, relu(maximum + bias) and NONE where that is not positive. A program makes a row of a map, for some channels.
+    counts: the number of windows, down and right. The index is row * window + column, as uint8; of
+    equal maxima it is the first. With a bias, returns relu(maximum + bias), and the index NONE
+    where that is not positive.
+
+    One program of the kernel computes one row of windows, for some channels.
     """
     batch, height, width, channels = x_NHWC.shape
     high, wide = counts
     lanes, across = _lanes(channels), pl.next_power_of_2(wide)
 
     def kernel(x_ref, *refs):
-        image, row, at = (
-            pl.program_id(0),
-            pl.program_id(1),
-            pl.program_id(2) * lanes + jnp.arange(lanes)[None],
-        )
+        image, row = pl.program_id(0), pl.program_id(1)
+        at = pl.program_id(2) * lanes + jnp.arange(lanes)[None]
         column = jnp.arange(across)[:, None]
         for code in range(window * window):
             down, right = row * strides + code // window, column * strides + code % window
@@ -72,58 +81,53 @@ def unpool(
     strides: int,
     sizes: tuple[int, int],
 ) -> jax.Array:
-    """The gradient [N, *sizes, C] by the pool's input; index: as max_and_index gives it.
+    """Return the gradient [N, *sizes, C] by the pool's input, summed in float32 or wider.
 
-    A program makes `strides` rows of a map: each pixel adds up the gradients of the windows that hold it and chose it.
+    index_NKKC: from max_and_index. Each pixel adds up the gradients of the windows that hold it and
+    have their maximum there.
+
+    One program of the kernel computes `strides` rows of a map, for some channels: a row of blocks
+    of strides x strides pixels.
     """
     batch, high, wide, channels = gradient_NKKC.shape
     height, width = sizes
     rows, columns = (-(-size // strides) for size in sizes)
-    reach = -(-window // strides)  # so many windows, in each direction, hold a pixel
-    lanes, across, sum_dtype = (
-        _lanes(channels),
-        pl.next_power_of_2(columns),
-        _sum_dtype(gradient_NKKC),
-    )
+    reach = -(-window // strides)  # windows that hold a pixel, along each dimension
+    lanes, across = _lanes(channels), pl.next_power_of_2(columns)
+    sum_dtype = _sum_dtype(gradient_NKKC)
 
     def kernel(index_ref, gradient_ref, out_ref):
-        image, row, at = (
-            pl.program_id(0),
-            pl.program_id(1),
-            pl.program_id(2) * lanes + jnp.arange(lanes)[None],
-        )
+        image, row = pl.program_id(0), pl.program_id(1)
+        at = pl.program_id(2) * lanes + jnp.arange(lanes)[None]
         column = jnp.arange(across)[:, None]
 
         def load(up, left):
-            """Index and gradient of the windows that start `up` blocks above and `left` blocks before these pixels' own."""
+            """Load index and gradient of the windows that start (up, left) blocks before these."""
             inside = (
                 (row - up >= 0) & (row - up < high) & (column - left >= 0) & (column - left < wide)
             )
             mask = jnp.broadcast_to(inside, (across, lanes))
             where = (image, row - up, column - left, at)
-            return (
-                triton.load(index_ref.at[where], mask=mask, other=255).astype(jnp.int32),
-                triton.load(gradient_ref.at[where], mask=mask, other=0).astype(sum_dtype),
-            )
+            index = triton.load(index_ref.at[where], mask=mask, other=OUTSIDE).astype(jnp.int32)
+            gradient = triton.load(gradient_ref.at[where], mask=mask, other=0).astype(sum_dtype)
+            return index, gradient
 
         windows = {(up, left): load(up, left) for up in range(reach) for left in range(reach)}
         for y in range(strides):
             for x in range(strides):
                 total = jnp.zeros((across, lanes), sum_dtype)
                 for (up, left), (index, gradient) in windows.items():
-                    if y + strides * up < window and x + strides * left < window:
-                        total += jnp.where(
-                            index == (y + strides * up) * window + x + strides * left, gradient, 0
-                        )
+                    down, right = y + strides * up, x + strides * left
+                    if down < window and right < window:
+                        total += jnp.where(index == down * window + right, gradient, 0)
                 down, right = row * strides + y, column * strides + x
                 mask = jnp.broadcast_to((down < height) & (right < width), (across, lanes))
                 where = (image, down, right, at)
                 triton.store(out_ref.at[where], total.astype(out_ref.dtype), mask=mask)
 
-    out = jax.ShapeDtypeStruct((batch, height, width, channels), gradient_NKKC.dtype)
     return pl.pallas_call(
         kernel,
-        out_shape=out,
+        out_shape=jax.ShapeDtypeStruct((batch, height, width, channels), gradient_NKKC.dtype),
         grid=(batch, rows, channels // lanes),
         name="unpool",
         compiler_params=WARPS,
@@ -131,7 +135,8 @@ def unpool(
 
 
 def _lanes(channels: int) -> int:
-    return min(64, channels & -channels)  # Triton's blocks are powers of two
+    """Return how many channels a program handles: a power of two, as Triton's blocks are."""
+    return min(64, channels & -channels)
 
 
 def _sum_dtype(x: jax.Array) -> jnp.dtype:

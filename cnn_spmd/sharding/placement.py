@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cnn_spmd.errors import UserError
+from cnn_spmd.sharding import local
 from cnn_spmd.sharding.table import BOTH, LOGICAL_AXES, MAY_REPLICATE, TABLE
 
 
@@ -108,50 +109,6 @@ class Placement:
             self.record(name, axes, x)
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
-    def towers(
-        self, f: Callable, groups: int, *arrays: tuple[jax.Array, tuple], out: tuple, name: str
-    ) -> jax.Array:
-        """f(part, *arrays) of an operation in `groups` towers; each array comes with its logical axes, `out` are the result's.
-
-        Where the row splits the channels of the result, the last of `out`, each device computes its own (`part` counts
-        them) from what it holds of `arrays`, and nothing moves between towers; else part is 0 and the arrays are whole.
-        Raises UserError where the mesh axis and the towers do not divide.
-        """
-        mesh_axes = self.row.get(out[-1])
-        if mesh_axes is None:
-            return f(0, *(array for array, _ in arrays))
-        parts, where = (
-            self.parts(mesh_axes),
-            f"(mesh {self.mesh_name}, parallelism={self.parallelism})",
-        )
-        if _names(self.row.get("group_in")) not in ((), _names(mesh_axes)):
-            raise UserError(
-                f"{name}: group_in={self.row['group_in']} and {out[-1]}={mesh_axes} {where}: expected the same"
-            )
-        if groups % parts and (parts % groups or self.row.get("group_in")):
-            raise UserError(
-                f"{name}: its {groups} towers do not divide by the {parts} devices of mesh axis "
-                f"{'+'.join(_names(mesh_axes))} {where}"
-            )
-        specs = tuple(self.spec(axes, array.shape, name) for array, axes in arrays)
-        return jax.shard_map(
-            lambda *local: f(jax.lax.axis_index(mesh_axes), *local),
-            mesh=self.mesh,
-            in_specs=specs,
-            out_specs=self.spec(out, tuple(map(self.parts_of, out)), name),
-        )(*(array for array, _ in arrays))
-
-    def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> Any:
-        """f(*arrays) of what each device holds; nothing moves. `axes` are those of the first array and of the results; those of
-        another array, where it has fewer dimensions, are the last of them.
-
-        For kernels that XLA cannot partition. Not to be differentiated: use it within a derivative rule.
-        """
-        specs = tuple(self.spec(axes[-array.ndim :], array.shape) for array in arrays)
-        return jax.shard_map(
-            f, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
-        )(*arrays)
-
     @property
     def replicated(self) -> NamedSharding:
         """Every device holds the whole array."""
@@ -201,6 +158,32 @@ class Placement:
             note="; ".join(missed),
         )
 
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """Return the mesh axes on which the row splits a logical axis; () where it does not."""
+        return _names(self.row.get(axis))
+
+    def splits(self, axis: str) -> bool:
+        """Tell whether the row splits a logical axis over several devices of this mesh."""
+        return self.parts_of(axis) > 1
+
+    def hidden_output_batch(self, name: str) -> str:
+        """Return the logical batch axis of what the last hidden layer, called `name`, returns.
+
+        A layer whose columns are whole returns the output layer's batch directly. Where its rows
+        are split, XLA can then scatter the partial sums while it adds them (hybrid_alternating).
+        """
+        return "dense_batch" if self.splits(f"{name}_out") else "output_batch"
+
+    def towers(
+        self, f: Callable, groups: int, *arrays: tuple[jax.Array, tuple], out: tuple, name: str
+    ) -> jax.Array:
+        """Apply f to each of `groups` towers where its results live: see sharding/local.py."""
+        return local.towers(self, f, groups, *arrays, out=out, name=name)
+
+    def local(self, axes: tuple[str | None, ...], f: Callable, *arrays: jax.Array) -> Any:
+        """Return f of the shards that each device holds: see on_shards in sharding/local.py."""
+        return local.on_shards(self, axes, f, *arrays)
+
 
 def _names(mesh_axes: Any) -> tuple[str, ...]:
     return (
@@ -230,14 +213,20 @@ class Unplaced:
     def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
         return x
 
+    def parts_of(self, axis: str) -> int:
+        return 1
+
+    def splits(self, axis: str) -> bool:
+        return False
+
+    def hidden_output_batch(self, name: str) -> str:
+        return "output_batch"
+
     def towers(self, f, groups, *arrays, out, name=""):
-        return f(0, *(array for array, _ in arrays))
+        return local.each_tower(f, groups, *(array for array, _ in arrays))
 
     def local(self, axes, f, *arrays):
         return f(*arrays)
-
-    def parts_of(self, axis):
-        return 1
 
 
 UNPLACED = Unplaced()

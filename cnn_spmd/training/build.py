@@ -141,7 +141,7 @@ def make_steps(config: ml_collections.ConfigDict, data: dataset.Dataset, place: 
         levers=tuple(config.model.levers),
     )
     model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0)))
-    if place.row.get("group_in") and model.towers == 1:
+    if place.row.get("group_in") and getattr(model, "towers", 1) == 1:
         raise UserError(
             f"parallelism={place.parallelism}: splits towers, but model.name={config.model.name} has one: "
             "expected alexnet_2012 or another parallelism"
