@@ -50,7 +50,8 @@ def _bases(x_NHWC, window, alpha, k):
 
 def _window_sums(x_NHWC, window, turned=False):
     """Sum over each element's window; turned: over all elements whose windows hold it."""
-    padding = [((n - 1) // 2, n // 2)[:: -1 if turned else 1] for n in window]
+    before_after = [(n // 2, (n - 1) // 2) for n in window]
+    padding = [pads[::-1] if turned else pads for pads in before_after]
     return jax.lax.reduce_window(
         x_NHWC, np.zeros((), x_NHWC.dtype), jax.lax.add, window, (1, 1, 1, 1), padding
     )

@@ -2,26 +2,21 @@
 
 XLA partitions most operations well by itself. These helpers serve the rest: GPU kernels, which XLA
 cannot partition, and grouped convolutions, for which XLA would gather the whole batch. Layers reach
-them as `place.local` and `place.towers`.
+them as `place.local` and `place.towers`; the argument `place` is that Placement.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cnn_spmd.errors import UserError
 
-if TYPE_CHECKING:
-    from cnn_spmd.sharding.placement import Placement
-
 Axes = tuple[str | None, ...]
 
 
-def on_shards(place: Placement, axes: Axes, f: Callable, *arrays: jax.Array) -> Any:
+def on_shards(place, axes: Axes, f: Callable, *arrays: jax.Array) -> Any:
     """Return f(*arrays), computed by each device from its own shards; nothing moves.
 
     axes: the logical axes of the first array and of every result. An array of fewer dimensions has
@@ -44,7 +39,7 @@ def each_tower(f: Callable, groups: int, *arrays: jax.Array) -> jax.Array:
 
 
 def towers(
-    place: Placement,
+    place,
     f: Callable,
     groups: int,
     *arrays: tuple[jax.Array, Axes],
@@ -92,7 +87,7 @@ def towers(
     return mapped(*(array for array, _ in arrays))
 
 
-def _check_towers(place: Placement, groups: int, axis: str, name: str) -> None:
+def _check_towers(place, groups: int, axis: str, name: str) -> None:
     """Raise UserError where the row cannot split `groups` towers along the logical `axis`."""
     incoming, outgoing = place.mesh_axes("group_in"), place.mesh_axes(axis)
     devices = place.parts_of(axis)
