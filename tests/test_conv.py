@@ -79,7 +79,10 @@ def value_and_gradient(name, size, levers):
 
 
 def assert_same(name, size, levers):
-    """Assert that `levers` change no number; float32 parameters have float32 gradients."""
+    """Assert that `levers` change no number.
+
+    The network computes in float64, but parameters and their gradients are float32.
+    """
     plain, fast = value_and_gradient(name, size, ()), value_and_gradient(name, size, levers)
     for one, other in zip(fast, plain, strict=True):
         assert np.abs(one - other).max() < 1e-7 * np.abs(other).max()
@@ -114,7 +117,10 @@ def test_all_levers_together_change_nothing(size):
 
 
 def test_a_lever_is_used():
-    """Each changes the program where it can: otherwise the tests above compare like with like."""
+    """Each changes the program where it can.
+
+    Otherwise the tests above would compare like with like.
+    """
     settings = dict(image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32)
 
     def program(levers):
@@ -127,7 +133,7 @@ def test_a_lever_is_used():
 
     assert len({program(FORMS[:used]) for used in range(len(FORMS) + 1)}) == len(FORMS) + 1
     assert alexnet_cifar.get_config().model.levers == common.LEVERS  # a run takes them all
-    with pytest.raises(UserError, match=r"model\.levers=magic: unknown"):
+    with pytest.raises(UserError, match="levers=magic: unknown"):
         models.make("alexnet", levers=("magic",))
 
 
@@ -144,7 +150,7 @@ def test_a_lever_is_used():
     ("size", "window", "strides"), [(20, 3, 1), (21, 5, 1), (27, 5, 4), (31, 5, 4)]
 )
 def test_groups_of_columns_leave_nothing_in_the_map(size, window, strides, pool):
-    """Where the last group of columns reaches over the map's edge, no pool sees what is there."""
+    """The last group of columns reaches over the map's edge; no pool sees that."""
     layer = build(3, 4, window, strides=strides, bias_init=common.ONES)
     x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
 

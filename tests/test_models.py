@@ -143,7 +143,7 @@ def test_networks_of_the_claims_lack_what_they_say():
 
 
 def test_a_report_has_the_shapes_of_the_maps():
-    """Also where a pool leaves out columns that a fast form has more (55, not 56, of conv1's)."""
+    """Also where a fast form has one column more, which the pool ignores (conv1)."""
     seen = {}
 
     class Recording(Unplaced):
@@ -188,7 +188,7 @@ def test_a_stack_is_the_network_written_out(monkeypatch):
 
 @pytest.mark.parametrize("strides", [2, 3])
 def test_a_stack_counts_the_windows_that_its_pools_have(strides):
-    """Also in ceil mode with gaps between windows, where the last one may start beyond the edge."""
+    """Also with gaps between windows, where the last one may start beyond the edge."""
     net = (stack.MaxPool(2, strides, ceil=True), stack.AveragePool(2, strides), stack.Output())
     for size in range(4, 12):
         model = make_stack(net, image_size=size, classes=3, width=8, dropout=0.0)
@@ -198,7 +198,7 @@ def test_a_stack_counts_the_windows_that_its_pools_have(strides):
 
 @pytest.mark.parametrize(("name", "size"), [("18pct", 32), ("11pct", 24)])
 def test_order_of_cuda_convnets_layers(name, size):
-    """Compare the networks with norms, step by step. Larger first weights make the norms matter."""
+    """Compare step by step. Larger first weights make the norms matter."""
     model = make(f"cuda_convnet_{name}", size, 10)
     model.conv1.kernel[...] *= 1000
     x = h = 50 * jax.random.normal(jax.random.key(0), (2, size, size, 3))
@@ -245,7 +245,7 @@ def test_activations_dropout_and_first_weights_of_a_stack():
 
 
 class Residual(nnx.Module):
-    """A residual block with batch norm, a layer norm, and no biases: a network of one's own."""
+    """A network of one's own: a residual with batch norm, a layer norm, no biases."""
 
     def __init__(self, *, image_size, classes, width, dropout, dtype, rngs, levers=common.LEVERS):
         del dropout
@@ -272,7 +272,7 @@ class Residual(nnx.Module):
 @pytest.mark.parametrize("levers", [(), common.LEVERS])
 @pytest.mark.parametrize("parallelism", ["data", "model", "hybrid"])
 def test_a_network_of_ones_own_is_the_same_on_a_mesh(parallelism, levers, monkeypatch):
-    """Residuals, batch norm and layer norm, layers without bias, parameters without axes."""
+    """Residuals, norms, layers without bias, parameters without axes."""
     monkeypatch.setitem(models.NETWORKS, "residual", Residual)
     graph, params, rest = nnx.split(make("residual", 8, 4, width=16, levers=levers), nnx.Param, ...)
     assert models.uses("residual") == ("width", "dropout")

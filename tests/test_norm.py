@@ -16,7 +16,7 @@ from cnn_spmd.sharding.placement import UNPLACED
     ("size", "alpha", "beta", "k"), [(5, 2e-5, 0.75, 2.0), (4, 0.3, 0.75, 1.0), (3, 0.5, 0.5, 1.5)]
 )
 def test_response_norm_against_numpy(size, alpha, beta, k, within_map):
-    """Compare with loops over the formula of AlexNet 2012, section 3.3, and its derivative by hand.
+    """Compare with loops over AlexNet 2012's formula (section 3.3) and its derivative.
 
     The paper's window reaches n/2 to both sides. For an even n it holds n elements as cuda-convnet
     and torch have it: n/2 before, n/2 - 1 after.

@@ -1,4 +1,4 @@
-"""Add a bias and apply an activation: the reference form, and a ReLU with a gradient of its own."""
+"""Add a bias and apply an activation; for ReLU, with a gradient of its own."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from flax import nnx
 
 
 def activate(x: jax.Array, bias_C: jax.Array | None, activation: Callable, levers) -> jax.Array:
-    """Return activation(x + bias_C); the bias lies along the last axis, None means no bias."""
+    """Return activation(x + bias_C), the bias along the last axis, or None."""
     if bias_C is None:
         return activation(x)
     if activation is nnx.relu and "own_gradients" in levers:
@@ -45,6 +45,9 @@ bias_relu.defvjp(_bias_relu_forward, _bias_relu_backward)
 
 
 def bias_gradient(bias_C: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Sum `gradient` over all axes except the last, in float32 or wider; returns bias_C's dtype."""
+    """Return the bias's gradient: the sum over all axes except the last.
+
+    The sum is computed in float32 or wider, and has bias_C's dtype.
+    """
     wide = jnp.promote_types(gradient.dtype, jnp.float32)
     return gradient.sum(tuple(range(gradient.ndim - 1)), dtype=wide).astype(bias_C.dtype)

@@ -1,4 +1,4 @@
-"""Define what several layers share: initialisers, the plain convolution, the fast forms' names.
+"""Define what layers share: initialisers, the plain convolution, the fast forms.
 
 A layer has one reference form, which is short, and may have fast forms (layers/fast_*.py and
 layers/kernels.py). A fast form computes the same numbers up to rounding; of equal maxima in a pool

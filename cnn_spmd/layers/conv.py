@@ -1,4 +1,4 @@
-"""Convolutions: how to build one, and how to apply it with its bias, activation and pool.
+"""Build a convolution, and apply it with its bias, activation and pool.
 
 A layer's input is placed as the rows of its kernel are, its output as the columns are.
 
@@ -70,8 +70,9 @@ def conv_relu(
 ) -> jax.Array:
     """Apply a convolution, its bias, its activation and, with `pool`, a max pool.
 
-    name: the layer's, such as "conv1", for the placement report. place: a Placement or UNPLACED.
-    levers: the fast forms that may be used (layers/common.py). pool: settings of pool.max_pool.
+    layer: from `conv`. name: the layer's, such as "conv1", for the placement report. place: a
+    Placement or UNPLACED. levers: the fast forms that may be used (layers/common.py). pool:
+    settings of pool.max_pool.
 
     The lever "pool_first" moves the bias and the ReLU behind the pool. Both grow with their
     argument and are the same everywhere in a map, so the result is the same to the last bit. They
@@ -95,7 +96,7 @@ def conv_relu(
 
 
 def _convolve(name, layer, x_NHWC, place, levers, pool) -> jax.Array:
-    """Convolve without the bias. The result may have extra columns that `pool` will not read."""
+    """Convolve without the bias; extra columns may remain that `pool` ignores."""
     x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{name} input")
     window, stride, padding = layer.kernel_size[1], layer.strides[1], layer.padding
     width = (x_NHWC.shape[2] + sum(padding[1]) - window) // stride + 1

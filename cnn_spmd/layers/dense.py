@@ -78,7 +78,7 @@ def logits(layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
 
 
 def dropout_keys(key: jax.Array | None, layers: int) -> list[jax.Array | None] | jax.Array:
-    """Return a dropout key for each of `layers` hidden layers; None for each if `key` is None."""
+    """Return a dropout key per hidden layer; without a key, a None for each."""
     return [None] * layers if key is None else jax.random.split(key, layers)
 
 

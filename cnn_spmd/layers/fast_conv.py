@@ -30,18 +30,19 @@ def convolve_fast(
 ) -> jax.Array:
     """Convolve in the fastest form that the shapes, `levers` and the placement allow.
 
-    padding: [(low, high), (low, high)]. Returns [N, H', W' + extra, O]: `extra` columns at the
-    right, often 0, have no meaning (pool_ignores_extra).
+    Without levers it is common.convolve. padding: [(low, high), (low, high)].
+
+    Returns [N, H', W' + extra, O]. The `extra` columns at the right, often 0, have no meaning.
     """
-    channels, stages = kernel_HWIO.shape[2], (stride, stride)
+    channels, strides = kernel_HWIO.shape[2], (stride, stride)
     # Several columns as channels would mix with channels that the placement splits over devices.
     columns = "column_groups" in levers and not place.splits("conv_out")
     if channels > IMAGE_CHANNELS and stride == 1:
         if columns and channels <= NARROW and x_NHWC.shape[2] % 2:
             return paired_gradient(x_NHWC, kernel_HWIO, tuple(padding[0]))
-        return convolve(x_NHWC, kernel_HWIO, padding, stages)
+        return convolve(x_NHWC, kernel_HWIO, padding, strides)
     if "space_to_depth" not in levers:
-        return convolve(x_NHWC, kernel_HWIO, padding, stages)
+        return convolve(x_NHWC, kernel_HWIO, padding, strides)
     if stride > 1:
         group = COLUMNS_STRIDED if columns else 1
         return space_to_depth(x_NHWC, kernel_HWIO, padding, stride, group)
@@ -49,11 +50,11 @@ def convolve_fast(
     # of a small window: then the plain form is faster.
     if columns and not place.splits("conv_batch"):
         return space_to_depth(x_NHWC, kernel_HWIO, padding, stride, COLUMNS_OF_IMAGES)
-    return convolve(x_NHWC, kernel_HWIO, padding, stages)
+    return convolve(x_NHWC, kernel_HWIO, padding, strides)
 
 
 def pool_ignores_extra(columns: int, width: int, pool: dict | None) -> bool:
-    """Tell whether a max pool over `columns` columns reads only the first `width` of them.
+    """Tell whether a max pool over `columns` columns reads only the first `width`.
 
     pool: settings of pool.max_pool. If so, the columns beyond `width` need not be cut off first.
     """
@@ -107,7 +108,7 @@ def _blocks_of_image(x_NHWC, padding, window, stride, block, blocks) -> jax.Arra
 
 
 def _blocks_of_kernel(kernel_HWIO, stride, block, blocks) -> jax.Array:
-    """Cut a kernel into blocks, once per column of a group: [*blocks, *block, I, group * O]."""
+    """Cut a kernel into blocks for each column: [*blocks, *block, I, group * O]."""
     window, _, channels_in, channels_out = kernel_HWIO.shape
     rows, columns = (count * step - window for count, step in zip(blocks, block, strict=True))
     shifted = [

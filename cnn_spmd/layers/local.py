@@ -1,4 +1,4 @@
-"""The locally connected layer of cuda-convnet: a convolution with a kernel per position.
+"""Define cuda-convnet's local layer: a convolution with a kernel per position.
 
 Shapes: N batch, H height, W width, T pixels of a window, C channels in, D channels out.
 """
@@ -13,7 +13,7 @@ HE = nnx.initializers.he_normal(in_axis=(2, 3), out_axis=4, batch_axis=(0, 1))
 
 
 class Local(nnx.Module):
-    """An untied convolution with stride 1 that keeps the size of maps of side x side pixels.
+    """An untied convolution on maps of side x side pixels; stride 1, same size.
 
     Each position has a kernel and a bias of its own, in float32; the layer computes in `dtype`.
     """
@@ -39,10 +39,10 @@ class Local(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((side, side, channels_out)), axes=(None, None, "conv_out"))
 
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
-        """Map [N, H, W, C] to [N, H, W, D]: a matrix product per position, [N, T C] by [T C, D].
+        """Map [N, H, W, C] to [N, H, W, D].
 
-        Where the placement splits D, devices sum the gradient of all taps, [N, H, W, T, C]: T times
-        as many bytes as the gradient of x.
+        Each position is a matrix product, [N, T C] by [T C, D]. Where the placement splits D,
+        devices sum the gradient of all taps, [N, H, W, T, C]: T times the bytes of x's gradient.
         """
         kernel_HWTCD = self.kernel[...].astype(self.dtype)
         side = self.kernel.shape[0]

@@ -22,7 +22,7 @@ def response_norm(
     within_map: bool = False,
     levers=LEVERS,
 ) -> jax.Array:
-    """Return x / (k + alpha * sum of x**2 over a window) ** beta, of x's shape and dtype.
+    """Return x / (k + alpha * sum of x**2 over a window) ** beta, of x's dtype.
 
     The window is `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3). within_map: it
     is size x size pixels of the same channel instead. It holds size // 2 elements before x and

@@ -35,7 +35,7 @@ NETWORKS: dict[str, Callable[..., nnx.Module]] = {
 
 
 def uses(name: str) -> tuple[str, ...]:
-    """Return which of config.model's fields "width" and "dropout" the network `name` uses.
+    """Return which fields of config.model the network uses: "width", "dropout".
 
     A factory says so by its attribute `uses`; without it, the network uses both.
     """
@@ -51,5 +51,5 @@ def make(name: str, **settings) -> nnx.Module:
         raise UserError(f"model.name={name}: unknown, expected one of {', '.join(NETWORKS)}")
     for lever in settings.get("levers", ()):
         if lever not in LEVERS:
-            raise UserError(f"model.levers={lever}: unknown, expected some of {', '.join(LEVERS)}")
+            raise UserError(f"levers={lever}: unknown, expected some of {', '.join(LEVERS)}")
     return NETWORKS[name](**settings)

@@ -1,6 +1,7 @@
-"""AlexNet in its one-tower form (Krizhevsky 2014, "One weird trick", footnote 1).
+"""Define AlexNet in its one-tower form (Krizhevsky 2014, footnote 1).
 
-Its channels are those of the configuration that came with the paper, which torchvision uses too.
+The paper is "One weird trick for parallelizing convolutional neural networks", 1404.5997. The
+channels are those of the configuration released with it, which torchvision uses too.
 
 Shapes: N batch, H height, W width, C channels; B batch, F features of the dense layers.
 """
@@ -48,7 +49,7 @@ SIZES = {
 
 
 class AlexNet(nnx.Module):
-    """Five convolutions, three max pools, two dense layers with dropout, an output layer.
+    """Five convolutions, three max pools, two dense layers with dropout, an output.
 
     With `width` 4096, 61,100,840 parameters for 224x224 and 1000 classes; 35,855,178 for 32x32 and
     10 classes.
@@ -108,7 +109,7 @@ class AlexNet(nnx.Module):
     def classify(
         self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Return the logits [B, classes] of the features; without a key there is no dropout."""
+        """Return the logits [B, classes]; without a key there is no dropout."""
         keys = dropout_keys(dropout_key, 2)
         x_BF = hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])
         x_BF = hidden("fc2", self.fc2, x_BF, place, self.dropout, keys[1], last=True)

@@ -1,4 +1,7 @@
-"""AlexNet as published (Krizhevsky, Sutskever, Hinton, NIPS 2012): two towers, one per GPU.
+"""Define AlexNet as published: two towers, one per GPU.
+
+Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks",
+NIPS 2012.
 
 The towers meet at conv3 and in the dense layers only (section 3.2); a response norm stays within
 its tower.
@@ -28,7 +31,7 @@ POOL = dict(window=3, strides=2)
 
 
 class AlexNet2012(nnx.Module):
-    """Five convolutions, three of them in two groups, response norms, pools, two dense layers.
+    """Five convolutions (three in two groups), response norms, pools, dense layers.
 
     60,965,224 parameters for 224x224, 1000 classes and `width` 4096. Initial weights are from
     N(0, 0.01); biases are 1 in conv2, conv4, conv5 and the hidden dense layers (section 5).
@@ -47,7 +50,10 @@ class AlexNet2012(nnx.Module):
         rngs: nnx.Rngs,
         levers: tuple[str, ...] = LEVERS,
     ):
-        """Build the layers; arguments as for AlexNet. Raises UserError for images below 64x64."""
+        """Build the layers, with the arguments of AlexNet.
+
+        Raises UserError for images below 64x64.
+        """
         if image_size < 64:
             raise UserError(
                 f"model.name=alexnet_2012: images of {image_size}x{image_size}, expected a side of "
@@ -95,7 +101,7 @@ class AlexNet2012(nnx.Module):
     def classify(
         self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Return the logits [B, classes] of the features; without a key there is no dropout."""
+        """Return the logits [B, classes]; without a key there is no dropout."""
         keys = dropout_keys(dropout_key, 2)
         x_BF = hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])
         x_BF = hidden("fc2", self.fc2, x_BF, place, self.dropout, keys[1], last=True)

@@ -33,7 +33,7 @@ def alexnet(
     pool: MaxPool = OVERLAPPING,
     without: str = "",
 ) -> tuple:
-    """Return AlexNet 2012: five convolutions with pools and norms, and two hidden dense layers.
+    """Return AlexNet 2012: five convolutions, pools, norms, two hidden dense layers.
 
     without: the name of a convolution to leave out; its pool stays, and so do the maps' sizes.
     """

@@ -16,7 +16,7 @@ ACROSS = ResponseNorm(size=9, alpha=0.001 / 9, beta=0.75, k=1.0)
 
 
 def shallow(*head: Hidden | Output, norm: Sequence[ResponseNorm] = ()) -> tuple:
-    """Return three convolutions for images of 32x32: 32 -> 16 -> 8 -> 4, and the `head`.
+    """Return three convolutions for 32x32 images (32 -> 16 -> 8 -> 4) and `head`.
 
     cuda-convnet's first ReLU comes after its pool, which gives the same numbers.
     """

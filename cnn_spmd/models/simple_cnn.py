@@ -16,7 +16,7 @@ CHANNELS = 32
 
 
 class SimpleCNN(nnx.Module):
-    """A 3x3 convolution to 32 channels, ReLU, a 2x2 max pool, and the output layer fc3."""
+    """A 3x3 convolution to 32 channels, ReLU, a 2x2 max pool, the output layer."""
 
     uses = ()  # neither model.width nor model.dropout: there is no hidden dense layer
 
@@ -31,7 +31,10 @@ class SimpleCNN(nnx.Module):
         rngs: nnx.Rngs,
         levers: tuple[str, ...] = LEVERS,
     ):
-        """Build the layers; arguments as for AlexNet. Raises UserError for an odd image size."""
+        """Build the layers, with the arguments of AlexNet.
+
+        Raises UserError for an odd image size.
+        """
         del width, dropout
         if image_size % 2:
             raise UserError(

@@ -44,7 +44,10 @@ def initial(std: float | None, he: Callable = HE) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class MaxPool:
-    """A max pool. ceil: a last window that reaches over the edge counts, as in cuda-convnet."""
+    """A max pool.
+
+    ceil: a last window that reaches over the edge counts, as in cuda-convnet.
+    """
 
     prefix: ClassVar[str] = "pool"
 
@@ -64,7 +67,7 @@ class MaxPool:
 
 @dataclasses.dataclass(frozen=True)
 class AveragePool:
-    """An average pool. A last window that reaches over the edge counts, as in cuda-convnet."""
+    """An average pool in ceil mode (as MaxPool), as in cuda-convnet."""
 
     prefix: ClassVar[str] = "pool"
 
@@ -120,7 +123,7 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """A locally connected layer that keeps the size: a kernel per position (layers/local.py)."""
+    """A locally connected layer (layers/local.py) with its activation; as Conv."""
 
     prefix: ClassVar[str] = "local"
 
@@ -149,7 +152,7 @@ class Local:
 
 @dataclasses.dataclass(frozen=True)
 class ResponseNorm:
-    """A norm.response_norm, whose alpha multiplies each term; groups: towers, each by itself."""
+    """A norm.response_norm; groups: towers, each of which is normalised by itself."""
 
     prefix: ClassVar[str] = "norm"
 
@@ -197,7 +200,7 @@ class Output:
 
 
 def paired(layers: Iterable) -> list:
-    """Give each convolution the max pool that follows it at once, so that they run as one."""
+    """Give each convolution the max pool that follows it at once: they run as one."""
     result = []
     for layer in layers:
         before = result[-1] if result else None
@@ -209,7 +212,7 @@ def paired(layers: Iterable) -> list:
 
 
 def named(layers: Iterable) -> Iterator[tuple[str, Any]]:
-    """Give each layer a name: "conv1", "conv2", "local3"; "norm2" is the norm after conv2."""
+    """Name the layers: "conv1", "conv2", "local3"; "norm2" is the norm after conv2."""
     number = 0
     for layer in layers:
         number += isinstance(layer, Conv | Local)
@@ -283,7 +286,7 @@ class Stack(nnx.Module):
     def classify(
         self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Return the logits [B, classes] of the features; without a key there is no dropout."""
+        """Return the logits [B, classes]; without a key there is no dropout."""
         keys = dense.dropout_keys(dropout_key, len(self.hidden))
         for (label, rate), key in zip(self.hidden, keys, strict=True):
             layer, last = getattr(self, label), label == self.hidden[-1][0]

@@ -1,4 +1,6 @@
-"""Describe networks of growing depth for 32x32 images, from no convolution to thirteen.
+"""Describe networks of growing depth for 32x32 images.
+
+They have from no convolution to thirteen.
 
 VGG is Simonyan and Zisserman 2014 (1409.1556), table 1: vgg_11 is its A, vgg_16 its D, and vgg_8 is
 A with one convolution per stage. Windows are 3x3, channels grow after each of five pools, there are
@@ -10,7 +12,7 @@ from cnn_spmd.models.stack import Conv, Hidden, MaxPool, Output
 
 
 def vgg(*stages: int) -> tuple:
-    """Return a VGG; stages: the number of convolutions in each of its five stages."""
+    """Return a VGG with as many convolutions per stage as `stages` says."""
     net = []
     for number, channels in zip(stages, (64, 128, 256, 512, 512), strict=True):
         net += [Conv(channels, 3)] * number

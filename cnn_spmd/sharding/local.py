@@ -46,7 +46,7 @@ def towers(
     out: Axes,
     name: str,
 ) -> jax.Array:
-    """Apply f to each of `groups` towers, on the devices that hold the tower's results.
+    """Apply f to each of `groups` towers, on the devices that hold its results.
 
     f: as in each_tower. arrays: each with its logical axes; all towers' channels, in order, are its
     last dimension. out: the logical axes of the result. name: the layer's, for errors.
@@ -66,7 +66,7 @@ def towers(
     held = max(1, groups // devices)
 
     def own(shard, axes):
-        """Cut out the channels of this device's towers where the shard has those of all towers."""
+        """Cut this device's towers out of a shard that holds all towers."""
         if held == groups or place.mesh_axes(axes[-1]):
             return shard
         tower = jax.lax.axis_index(mesh_axes) * groups // devices
@@ -88,7 +88,7 @@ def towers(
 
 
 def _check_towers(place, groups: int, axis: str, name: str) -> None:
-    """Raise UserError where the row cannot split `groups` towers along the logical `axis`."""
+    """Raise UserError where the row cannot split `groups` towers along `axis`."""
     incoming, outgoing = place.mesh_axes("group_in"), place.mesh_axes(axis)
     devices = place.parts_of(axis)
     where = f"(mesh {place.mesh_name}, parallelism={place.parallelism})"
