@@ -70,9 +70,11 @@ def space_to_depth(
     """Convolve blocks of pixels as channels, with stride 1.
 
     A block is stride x (group * stride) pixels, and one product computes `group` columns of the
-    map. AlexNet's 11x11 window on 3 channels with stride 4, which GPUs do slowly, becomes 3x3 on 48
-    channels with group=1, or 3x2 on 96 channels with group=2, where 128 channels come out, not 64.
-    Zeros fill the larger kernel where the blocks do not divide the window.
+    map. Zeros fill the larger kernel where the blocks do not divide the window.
+
+    GPUs are fast if many channels go in and out. AlexNet's conv1, an 11x11 window on 3 channels
+    with stride 4, becomes 3x3 on 48 channels with group=1. With group=2 it is 3x2 on 96 channels,
+    and 128 channels come out instead of 64. Applies to strides above 1, and to images (group=8).
 
     Returns [N, H', W' + extra, O]; `extra` is what rounds W' up to a multiple of `group`.
     """
