@@ -96,14 +96,6 @@ def test_refuses(name, size):
         make(name, size, 10)
 
 
-def test_networks_say_which_settings_they_use():
-    assert models.uses("alexnet") == ("width", "dropout")
-    assert models.uses("vgg_8") == ("width", "dropout")
-    assert models.uses("simple_cnn") == ()
-    assert models.uses("cuda_convnet_80sec") == ()  # a hidden layer of 64 units without dropout
-    assert stack.network("s", (stack.Hidden(8), stack.Output())).uses == ("dropout",)
-
-
 def programs(name, size, **settings):
     model = nnx.eval_shape(lambda: make(name, size, 10, **settings))
     graph, params = nnx.split(model)
@@ -119,9 +111,9 @@ def programs(name, size, **settings):
 def test_the_settings_that_networks_use_change_them(name):
     size = 64 if name == "alexnet_2012" else 32
     plain = programs(name, size, width=64)
-    assert (programs(name, size, width=32) != plain) == ("width" in models.uses(name))
+    assert (programs(name, size, width=32) != plain) == ("model.width" in models.USES[name])
     changed = programs(name, size, width=64, dropout=0.25) != plain
-    assert changed == ("dropout" in models.uses(name))
+    assert changed == ("model.dropout" in models.USES[name])
 
 
 def test_networks_of_the_claims_lack_what_they_say():
@@ -275,7 +267,6 @@ def test_a_network_of_ones_own_is_the_same_on_a_mesh(parallelism, levers, monkey
     """Residuals, norms, layers without bias, parameters without axes."""
     monkeypatch.setitem(models.NETWORKS, "residual", Residual)
     graph, params, rest = nnx.split(make("residual", 8, 4, width=16, levers=levers), nnx.Param, ...)
-    assert models.uses("residual") == ("width", "dropout")
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
 
     def train(place):

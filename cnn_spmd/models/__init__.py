@@ -6,10 +6,11 @@ A network is an nnx.Module in two parts, any graph of layers:
   classify(x_BF, place, dropout_key) -> logits_BC      the dense layers
 
 A parameter with metadata `axes` (a logical axis per dimension) lives where the placement table
-says; one without is on every device. Optional attributes: `towers`, the number of groups of its
-grouped convolutions (1 if absent), and `uses`, see below.
+says; one without is on every device. An optional attribute `towers` is the number of groups of its
+grouped convolutions (1 if absent).
 """
 
+import functools
 from collections.abc import Callable
 
 from flax import nnx
@@ -30,16 +31,17 @@ NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "alexnet": AlexNet,
     "alexnet_2012": AlexNet2012,
     "simple_cnn": SimpleCNN,
-    **{name: stack.network(name, net) for name, net in STACKS.items()},
+    **{name: functools.partial(stack.Stack, name, net) for name, net in STACKS.items()},
 }
 
-
-def uses(name: str) -> tuple[str, ...]:
-    """Return which fields of config.model the network uses: "width", "dropout".
-
-    A factory says so by its attribute `uses`; without it, the network uses both.
-    """
-    return getattr(NETWORKS[name], "uses", ("width", "dropout"))
+# Name -> the fields of the config that a network uses, of those that not all networks use. A
+# network that is not here may use all of them.
+USES: dict[str, tuple[str, ...]] = {
+    "alexnet": ("model.width", "model.dropout"),
+    "alexnet_2012": ("model.width", "model.dropout"),
+    "simple_cnn": (),
+    **{name: stack.uses(net) for name, net in STACKS.items()},
+}
 
 
 def make(name: str, **settings) -> nnx.Module:

@@ -18,8 +18,6 @@ CHANNELS = 32
 class SimpleCNN(nnx.Module):
     """A 3x3 convolution to 32 channels, ReLU, a 2x2 max pool, the output layer."""
 
-    uses = ()  # neither model.width nor model.dropout: there is no hidden dense layer
-
     def __init__(
         self,
         *,
@@ -35,7 +33,7 @@ class SimpleCNN(nnx.Module):
 
         Raises UserError for an odd image size.
         """
-        del width, dropout
+        del width, dropout  # there is no hidden dense layer
         if image_size % 2:
             raise UserError(
                 f"model.name=simple_cnn: images of {image_size}x{image_size}, expected an even side"

@@ -6,7 +6,6 @@ Shapes: N batch, H height, W width, C channels; B batch, F features of the dense
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -219,6 +218,14 @@ def named(layers: Iterable) -> Iterator[tuple[str, Any]]:
         yield f"{layer.prefix}{number}", layer
 
 
+def uses(net: Iterable) -> tuple[str, ...]:
+    """Return which fields of the config the hidden layers of `net` leave open."""
+    hidden = [layer for layer in net if isinstance(layer, Hidden)]
+    width = ("model.width",) if any(layer.units is None for layer in hidden) else ()
+    dropout = ("model.dropout",) if any(layer.dropout is None for layer in hidden) else ()
+    return width + dropout
+
+
 class Stack(nnx.Module):
     """A network of the layers in a list.
 
@@ -292,18 +299,3 @@ class Stack(nnx.Module):
             layer, last = getattr(self, label), label == self.hidden[-1][0]
             x_BF = dense.hidden(label, layer, x_BF, place, rate, key, last)
         return dense.logits(self.fc3, x_BF, place)
-
-
-def network(name: str, net: Sequence) -> Callable[..., Stack]:
-    """Return a factory of the Stack of `net`, for models.NETWORKS.
-
-    Its attribute `uses` names the fields of config.model that `net` leaves open.
-    """
-    factory = functools.partial(Stack, name, net)
-    hidden = [layer for layer in net if isinstance(layer, Hidden)]
-    factory.uses = ()
-    if any(layer.units is None for layer in hidden):
-        factory.uses += ("width",)
-    if any(layer.dropout is None for layer in hidden):
-        factory.uses += ("dropout",)
-    return factory
