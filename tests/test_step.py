@@ -46,7 +46,7 @@ STACK = (
     stack.Conv(16, 5, groups=2),
     stack.ResponseNorm(3, 0.1, 0.75, 1.0, within_map=True),
     stack.AveragePool(3, 2),
-    stack.Conv(8, 3, tied=False, activation=jnp.tanh),
+    stack.Local(8, 3, activation=jnp.tanh),
     stack.Hidden(),
     stack.Output(),
 )
@@ -79,7 +79,7 @@ def narrow(request, monkeypatch):
     if not request.node.name.startswith("test_shipped"):
         monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
         monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
-    monkeypatch.setitem(models.MODELS, "stack", functools.partial(stack.Stack, "stack", STACK))
+    monkeypatch.setitem(models.NETWORKS, "stack", functools.partial(stack.Stack, "stack", STACK))
 
 
 def setup_of(
@@ -1153,7 +1153,7 @@ class Residual(nnx.Module):
 @pytest.mark.parametrize("changes", [{}, dict(dense_microbatch=8)])
 def test_batch_statistics_are_those_of_the_whole_batch(monkeypatch, changes):
     """Model state is trained with, evaluated with, sharded and reported, the same on every mesh."""
-    monkeypatch.setitem(models.MODELS, "residual", Residual)
+    monkeypatch.setitem(models.NETWORKS, "residual", Residual)
     got = {}
     with jax.enable_x64(True):
         for parallelism, shape in (("data", (1, 1)), ("data", (4, 2)), ("hybrid", (2, 2))):
@@ -1178,7 +1178,7 @@ def test_batch_statistics_are_those_of_the_whole_batch(monkeypatch, changes):
 
 def test_batch_statistics_against_numpy(monkeypatch):
     """One step moves the running mean a tenth of the way to the mean over the whole batch."""
-    monkeypatch.setitem(models.MODELS, "residual", Residual)
+    monkeypatch.setitem(models.NETWORKS, "residual", Residual)
     with jax.enable_x64(True):
         setup = setup_of("residual", "data", (4, 2))
         state = setup.init()

@@ -1,24 +1,46 @@
-"""What layers share: initialisers, and the levers that config.model.fast turns on."""
+"""Define what layers share: initialisers, the plain convolution, the fast forms.
 
+A layer has one reference form, which is short, and may have fast forms (layers/fast_*.py and
+layers/kernels.py). A fast form computes the same numbers up to rounding; of equal maxima in a pool
+it may give the gradient to another one. Users choose with `config.model.fast`: all or none.
+"""
+
+import jax
 from flax import nnx
 
-HE = (
-    nnx.initializers.he_normal()
-)  # keeps the variance through a ReLU (He et al. 2015, 1502.01852, eq. 10)
+# Keeps the variance through a ReLU: He et al. 2015 (1502.01852), equation 10.
+HE = nnx.initializers.he_normal()
 
-SMALL = nnx.initializers.normal(
-    0.01
-)  # of AlexNet 2012 (section 5), and of output layers: training starts from even odds
+# AlexNet 2012, section 5. Also for output layers: training then starts with equal probabilities.
+SMALL = nnx.initializers.normal(0.01)
 
 ONES = nnx.initializers.ones
 
-# What makes a step faster and changes nothing but rounding, and which of equal maxima of a pool has the gradient;
-# config.model.fast takes all or none. Each is explained where it is used (the cast_once in training/packing.py).
+# The fast forms by name. An argument `levers` is a tuple of some of these names: the forms that a
+# layer may use. A run uses all of them, or none; tests and benchmarks/ also try them one by one.
 LEVERS = (
+    # Convolve blocks of pixels as channels: layers/fast_conv.py.
     "space_to_depth",
+    # Add the bias and apply the ReLU after the max pool, not before it: layers/conv.py.
     "pool_first",
+    # Keep where each maximum of a pool was, in one byte: layers/fast_pool.py.
     "pool_index",
+    # Carry weights as a bfloat16 and the rest of their bits: training/packing.py.
     "cast_once",
+    # Convolve several columns of the map at once: layers/fast_conv.py.
     "column_groups",
+    # Use gradients that keep less memory than autodiff's: layers/activation.py, layers/norm.py.
     "own_gradients",
 )
+
+
+def convolve(
+    x_NHWC: jax.Array, kernel_HWIO: jax.Array, padding, strides: tuple[int, int] = (1, 1)
+) -> jax.Array:
+    """Return the convolution of x_NHWC with kernel_HWIO, without a bias.
+
+    padding: zeros before and after, for height and width: [(low, high), (low, high)], or "VALID".
+    """
+    return jax.lax.conv_general_dilated(
+        x_NHWC, kernel_HWIO, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )

@@ -1,13 +1,15 @@
-"""AlexNet 2012's response norms.
+"""Normalise responses as AlexNet 2012 does.
 
 Shapes: N batch, H height, W width, C channels.
 """
 
-from collections.abc import Container
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from cnn_spmd.layers.common import LEVERS
 
 
 def response_norm(
@@ -18,68 +20,80 @@ def response_norm(
     beta: float,
     k: float,
     within_map: bool = False,
-    levers: Container[str] = ("own_gradients",),
+    levers=LEVERS,
 ) -> jax.Array:
-    """x / (k + alpha * sum of x^2 over a window of `size`) ** beta, the window clipped at the edges.
+    """Return x / (k + alpha * sum of x**2 over a window) ** beta, of x's dtype.
 
-    Across maps: `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3). within_map: a square of `size` x `size`
-    pixels of the same channel. alpha multiplies each term, as in that paper's formula. Krizhevsky's code divides its
-    `scale` by the number of terms instead: for its settings pass scale / size (across maps) or scale / size**2 (within a
-    map), with k = 1 in cuda-convnet. AlexNet's published 1e-4 is such a scale: 2e-5 a term. levers: "own_gradients" takes a
-    gradient that keeps less than autodiff's.
+    The window is `size` neighbouring channels (Krizhevsky et al. 2012, section 3.3). within_map: it
+    is size x size pixels of the same channel instead. It holds size // 2 elements before x and
+    (size - 1) // 2 after, as in cuda-convnet and torch, and is clipped at the edges.
+
+    alpha multiplies each term, as in the paper's formula. Krizhevsky's code divides its `scale` by
+    the number of terms: for its settings pass alpha = scale / size, or scale / size**2 within_map.
+    AlexNet's published 1e-4 is such a scale, so alpha is 2e-5 there. cuda-convnet has k = 1.
     """
-    norm = _response_norm if "own_gradients" in levers else _plain
-    return norm(x_NHWC, (1, size, size, 1) if within_map else (1, 1, 1, size), alpha, beta, k)
+    window = (1, size, size, 1) if within_map else (1, 1, 1, size)
+    norm = _own_gradient_norm if "own_gradients" in levers else _plain_norm
+    return norm(x_NHWC, window, alpha, beta, k)
 
 
-def _plain(x_NHWC, window, alpha, beta, k):
-    return (x_NHWC * jnp.exp(-beta * jnp.log(_bases(x_NHWC, window, alpha, k)))).astype(
-        x_NHWC.dtype
-    )
-
-
-def _gradient(window, alpha, beta, k, x_NHWC, gradient_NHWC):
-    bases = _bases(x_NHWC, window, alpha, k)
-    scale = jnp.exp(-beta * jnp.log(bases))  # several times faster than a power
-    term = (gradient_NHWC * x_NHWC * scale / bases).astype(x_NHWC.dtype)
-    term = jax.lax.optimization_barrier(term)  # else it is made again for each window that holds it
-    around = _window_sums(_wide(term), window, turned=True)
-    return ((gradient_NHWC * scale - 2 * alpha * beta * x_NHWC * around).astype(x_NHWC.dtype),)
-
-
-# Its gradient keeps x alone: the sums are made again, instead of written and read in float32.
-_response_norm = jax.custom_vjp(_plain, nondiff_argnums=(1, 2, 3, 4))
-_response_norm.defvjp(
-    lambda x_NHWC, *settings: (_response_norm(x_NHWC, *settings), x_NHWC), _gradient
-)
+def _plain_norm(x_NHWC, window, alpha, beta, k):
+    # exp(log) is several times faster than a power.
+    scale = jnp.exp(-beta * jnp.log(_bases(x_NHWC, window, alpha, k)))
+    return (x_NHWC * scale).astype(x_NHWC.dtype)
 
 
 def _bases(x_NHWC, window, alpha, k):
+    """Return k + alpha * sum of x**2 over each window, in float32 or wider."""
     return k + alpha * _window_sums(jnp.square(_wide(x_NHWC)), window)
+
+
+def _window_sums(x_NHWC, window, turned=False):
+    """Sum over each element's window; turned: over all elements whose windows hold it."""
+    before_after = [(n // 2, (n - 1) // 2) for n in window]
+    padding = [pads[::-1] if turned else pads for pads in before_after]
+    return jax.lax.reduce_window(
+        x_NHWC, np.zeros((), x_NHWC.dtype), jax.lax.add, window, (1, 1, 1, 1), padding
+    )
 
 
 def _wide(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _window_sums(x_NHWC, window, turned=False):
-    """The sum over each element's window; turned: over all elements whose windows hold it."""
-    padding = [((n - 1) // 2, n // 2)[:: -1 if turned else 1] for n in window]
-    return jax.lax.reduce_window(
-        x_NHWC, np.zeros((), x_NHWC.dtype), jax.lax.add, window, (1, 1, 1, 1), padding
-    )
-
-
 def response_norm_of_towers(
     x_NHWC: jax.Array, groups: int, place, name: str, **settings
 ) -> jax.Array:
-    """response_norm across the maps of each of `groups` towers by itself, as AlexNet's two GPUs did: nothing crosses."""
-    axes, width = ("conv_batch", None, None, "group_in"), x_NHWC.shape[-1] // groups
+    """Apply response_norm across the channels of each of `groups` towers by itself.
 
-    def norm(_, x_NHWC):
-        towers = jnp.split(x_NHWC, x_NHWC.shape[-1] // width, -1)
-        return jnp.concatenate([response_norm(x, **settings) for x in towers], -1)
+    AlexNet's two GPUs did so (2012, section 3.2); nothing moves between towers. settings: those of
+    response_norm. name: the layer's, such as "norm1", for the placement report.
+    """
+    axes = ("conv_batch", None, None, "group_in")
+    x_NHWC = place(x_NHWC, *axes, name=f"{name} input")
+    norm = functools.partial(response_norm, **settings)
+    return place.towers(norm, groups, (x_NHWC, axes), out=axes, name=name)
 
-    return place.towers(
-        norm, groups, (place(x_NHWC, *axes, name=f"{name} input"), axes), out=axes, name=name
-    )
+
+# The fast form ("own_gradients"): its gradient keeps x alone and computes the sums again. Autodiff
+# would write the sums to memory in float32 and read them back.
+
+
+_own_gradient_norm = jax.custom_vjp(_plain_norm, nondiff_argnums=(1, 2, 3, 4))
+
+
+def _forward(x_NHWC, *settings):
+    return _own_gradient_norm(x_NHWC, *settings), x_NHWC
+
+
+def _backward(window, alpha, beta, k, x_NHWC, gradient_NHWC):
+    bases = _bases(x_NHWC, window, alpha, k)
+    scale = jnp.exp(-beta * jnp.log(bases))
+    term = (gradient_NHWC * x_NHWC * scale / bases).astype(x_NHWC.dtype)
+    # Without the barrier, XLA computes the term again for each window that holds it.
+    term = jax.lax.optimization_barrier(term)
+    around = _window_sums(_wide(term), window, turned=True)
+    return ((gradient_NHWC * scale - 2 * alpha * beta * x_NHWC * around).astype(x_NHWC.dtype),)
+
+
+_own_gradient_norm.defvjp(_forward, _backward)

@@ -1,44 +1,57 @@
-"""The networks. Each is an nnx.Module in two parts: features(x_NHWC, place) -> x_BF, the convolutions, and
-classify(x_BF, place, dropout_key) -> logits_BC, the dense layers; `towers` is how many groups its convolutions have.
+"""Name the networks, and build one by its name.
+
+A network is an nnx.Module in two parts, any graph of layers:
+
+  features(images_NHWC, place, train) -> x_BF          the convolutions
+  classify(x_BF, place, dropout_key) -> logits_BC      the dense layers
+
+A parameter with metadata `axes` (a logical axis per dimension) lives where the placement table
+says; one without is on every device. An optional attribute `towers` is the number of groups of its
+grouped convolutions (1 if absent).
 """
 
 import functools
+from collections.abc import Callable
 
 from flax import nnx
 
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
-from cnn_spmd.models import alexnet_2012_small, cuda_convnet, vgg
+from cnn_spmd.models import alexnet_2012_small, cuda_convnet, stack, vgg
 from cnn_spmd.models.alexnet import AlexNet
 from cnn_spmd.models.alexnet_2012 import AlexNet2012
 from cnn_spmd.models.simple_cnn import SimpleCNN
-from cnn_spmd.models.stack import Stack, uses
 
+# Networks that are lists of layers.
 STACKS = cuda_convnet.NETS | alexnet_2012_small.NETS | vgg.NETS
-MODELS = {
+
+# Name -> factory(*, image_size, classes, width, dropout, dtype, rngs, levers) -> nnx.Module. An
+# experiment may add networks of its own.
+NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "alexnet": AlexNet,
     "alexnet_2012": AlexNet2012,
     "simple_cnn": SimpleCNN,
-    **{name: functools.partial(Stack, name, net) for name, net in STACKS.items()},
+    **{name: functools.partial(stack.Stack, name, net) for name, net in STACKS.items()},
 }
 
-# The config's fields that only some networks use, by network. One that is not here uses all of
-# them.
-USES = {
+# Name -> the fields of the config that a network uses, of those that not all networks use. A
+# network that is not here may use all of them.
+USES: dict[str, tuple[str, ...]] = {
     "alexnet": ("model.width", "model.dropout"),
     "alexnet_2012": ("model.width", "model.dropout"),
     "simple_cnn": (),
-    **{name: uses(net) for name, net in STACKS.items()},
+    **{name: stack.uses(net) for name, net in STACKS.items()},
 }
 
 
 def make(name: str, **settings) -> nnx.Module:
-    """A model by its name; `settings`: image_size, classes, width (of the hidden dense layers), dropout, dtype, levers, rngs.
+    """Build a network by its name; settings: the arguments of its factory in NETWORKS.
 
-    Raises UserError for an unknown name or lever, or an image size that the model has no sizes for.
+    Raises UserError for an unknown name or lever, and for an image size that the network refuses.
     """
-    if name not in MODELS:
-        raise UserError(f"model.name={name}: unknown, expected one of {', '.join(MODELS)}")
-    if unknown := [lever for lever in settings.get("levers", ()) if lever not in LEVERS]:
-        raise UserError(f"levers={unknown[0]}: unknown, expected some of {', '.join(LEVERS)}")
-    return MODELS[name](**settings)
+    if name not in NETWORKS:
+        raise UserError(f"model.name={name}: unknown, expected one of {', '.join(NETWORKS)}")
+    for lever in settings.get("levers", ()):
+        if lever not in LEVERS:
+            raise UserError(f"levers={lever}: unknown, expected some of {', '.join(LEVERS)}")
+    return NETWORKS[name](**settings)

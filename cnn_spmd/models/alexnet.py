@@ -1,5 +1,7 @@
-"""AlexNet in its one-tower form (Krizhevsky 2014, "One weird trick", footnote 1; channels as its released configuration
-and torchvision have them: 64, 192, 384, 256, 256).
+"""Define AlexNet in its one-tower form (Krizhevsky 2014, footnote 1).
+
+The paper is "One weird trick for parallelizing convolutional neural networks", 1404.5997. The
+channels are those of the configuration released with it, which torchvision uses too.
 
 Shapes: N batch, H height, W width, C channels; B batch, F features of the dense layers.
 """
@@ -10,42 +12,48 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.layers import conv, dense
 from cnn_spmd.layers.common import LEVERS, SMALL
-from cnn_spmd.sharding import placement
+from cnn_spmd.layers.conv import conv, conv_relu
+from cnn_spmd.layers.dense import dense, dropout_keys, flatten, hidden, logits
+from cnn_spmd.sharding.placement import UNPLACED
+
+CHANNELS = (64, 192, 384, 256, 256)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What differs between image sizes: windows, strides and paddings of the first two convolutions and the pools."""
+    """What depends on the image size: settings of conv.conv and pool.max_pool."""
 
     conv1: dict
     conv2: dict
     pool: dict
-    side: int  # pixels of what reaches fc1
+    side: int  # of the map that reaches fc1, in pixels
 
 
 SIZES = {
+    # The sides of the maps: 224 -> 55 -> 27 -> 13 -> 6.
     224: Sizes(
         conv1=dict(window=11, strides=4, padding=(2, 2)),
         conv2=dict(window=5),
         pool=dict(window=3, strides=2),
         side=6,
-    ),  # 224 -> 55 -> 27 -> 13 -> 6
+    ),
+    # For CIFAR-10, our scaling: 32 -> 16 -> 8 -> 4.
     32: Sizes(
-        conv1=dict(window=3), conv2=dict(window=3), pool=dict(window=2, strides=2), side=4
-    ),  # 32 -> 16 -> 8 -> 4
+        conv1=dict(window=3),
+        conv2=dict(window=3),
+        pool=dict(window=2, strides=2),
+        side=4,
+    ),
 }
-CHANNELS = (64, 192, 384, 256, 256)
 
 
 class AlexNet(nnx.Module):
-    """Five convolutions, three max pools, two dense layers with dropout, an output layer.
+    """Five convolutions, three max pools, two dense layers with dropout, an output.
 
-    With `width` 4096, 61,100,840 parameters at 224x224 and 1000 classes; 35,855,178 at 32x32 and 10 classes.
+    With `width` 4096, 61,100,840 parameters for 224x224 and 1000 classes; 35,855,178 for 32x32 and
+    10 classes.
     """
-
-    towers = 1
 
     def __init__(
         self,
@@ -58,36 +66,52 @@ class AlexNet(nnx.Module):
         rngs: nnx.Rngs,
         levers: tuple[str, ...] = LEVERS,
     ):
+        """Build the layers with float32 parameters; they compute in `dtype`.
+
+        image_size: pixels per side, a key of SIZES. width: features of fc1 and fc2. dropout: the
+        probability that a feature of theirs is zeroed in training. levers: fast forms of layers
+        (layers/common.py), () for none.
+
+        Raises UserError for an image size that is not in SIZES.
+        """
         if image_size not in SIZES:
             raise UserError(
                 f"model.name=alexnet: images of {image_size}x{image_size}, expected a side of "
-                f"{' or '.join(str(side) for side in sorted(SIZES))}: set "
-                "--config.data.image_size for photographs, or --config.data.crop"
+                f"{' or '.join(str(side) for side in sorted(SIZES))}: set --config.data.image_size "
+                "for photographs, or --config.data.crop"
             )
-        self.sizes, self.dropout, self.levers = SIZES[image_size], dropout, levers
+        self.sizes = SIZES[image_size]
+        self.dropout = dropout
+        self.levers = levers
         common = dict(dtype=dtype, rngs=rngs)
-        self.conv1 = conv.conv(3, CHANNELS[0], **self.sizes.conv1, **common)
-        self.conv2 = conv.conv(CHANNELS[0], CHANNELS[1], **self.sizes.conv2, **common)
-        self.conv3 = conv.conv(CHANNELS[1], CHANNELS[2], 3, **common)
-        self.conv4 = conv.conv(CHANNELS[2], CHANNELS[3], 3, **common)
-        self.conv5 = conv.conv(CHANNELS[3], CHANNELS[4], 3, **common)
-        self.fc1 = dense.dense("fc1", CHANNELS[4] * self.sizes.side**2, width, **common)
-        self.fc2 = dense.dense("fc2", width, width, **common)
-        self.fc3 = dense.dense("fc3", width, classes, kernel_init=SMALL, **common)
+        self.conv1 = conv(3, CHANNELS[0], **self.sizes.conv1, **common)
+        self.conv2 = conv(CHANNELS[0], CHANNELS[1], **self.sizes.conv2, **common)
+        self.conv3 = conv(CHANNELS[1], CHANNELS[2], window=3, **common)
+        self.conv4 = conv(CHANNELS[2], CHANNELS[3], window=3, **common)
+        self.conv5 = conv(CHANNELS[3], CHANNELS[4], window=3, **common)
+        self.fc1 = dense("fc1", CHANNELS[4] * self.sizes.side**2, width, **common)
+        self.fc2 = dense("fc2", width, width, **common)
+        self.fc3 = dense("fc3", width, classes, kernel_init=SMALL, **common)
 
-    def features(
-        self, x_NHWC: jax.Array, place=placement.UNPLACED, train: bool = False
-    ) -> jax.Array:
-        """What the convolutions make of images [N, side, side, 3] of zero mean and unit scale; [B, F]."""
-        x_NHWC = conv.conv_relu("conv1", self.conv1, x_NHWC, place, self.levers, self.sizes.pool)
-        x_NHWC = conv.conv_relu("conv2", self.conv2, x_NHWC, place, self.levers, self.sizes.pool)
-        x_NHWC = conv.conv_relu("conv3", self.conv3, x_NHWC, place, self.levers)
-        x_NHWC = conv.conv_relu("conv4", self.conv4, x_NHWC, place, self.levers)
-        x_NHWC = conv.conv_relu("conv5", self.conv5, x_NHWC, place, self.levers, self.sizes.pool)
-        return dense.flatten(x_NHWC, place)
+    def features(self, images_NHWC: jax.Array, place=UNPLACED, train: bool = False) -> jax.Array:
+        """Return what the convolutions make of the images: [N, H, W, 3] -> [B, F].
+
+        The images have zero mean and unit scale. train has no effect here: training and evaluation
+        differ in dropout only.
+        """
+        pool, levers = self.sizes.pool, self.levers
+        x_NHWC = conv_relu("conv1", self.conv1, images_NHWC, place, levers, pool)
+        x_NHWC = conv_relu("conv2", self.conv2, x_NHWC, place, levers, pool)
+        x_NHWC = conv_relu("conv3", self.conv3, x_NHWC, place, levers)
+        x_NHWC = conv_relu("conv4", self.conv4, x_NHWC, place, levers)
+        x_NHWC = conv_relu("conv5", self.conv5, x_NHWC, place, levers, pool)
+        return flatten(x_NHWC, place)
 
     def classify(
-        self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None
+        self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Logits [B, classes] of the features; no key: no dropout."""
-        return dense.dense_head(self, x_BF, place, self.dropout, dropout_key)
+        """Return the logits [B, classes]; without a key there is no dropout."""
+        keys = dropout_keys(dropout_key, 2)
+        x_BF = hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])
+        x_BF = hidden("fc2", self.fc2, x_BF, place, self.dropout, keys[1], last=True)
+        return logits(self.fc3, x_BF, place)

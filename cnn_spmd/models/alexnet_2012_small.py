@@ -1,26 +1,29 @@
-"""AlexNet 2012 for 32x32 images, and what it is without one of its ideas; and the four-layer net of its figure 1.
+"""Describe AlexNet 2012 for 32x32 images, whole and without one of its ideas each.
 
-AlexNet as models/alexnet.py scales it: windows of 3 and no strides in the convolutions, so that 32 -> 16 -> 8 -> 4.
+It is scaled as in models/alexnet.py: windows of 3 and no strides in the convolutions, so that maps
+are 32 -> 16 -> 8 -> 4 pixels wide. The four-layer network of the paper's figure 1 is here too.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 
 from cnn_spmd.models.stack import AveragePool, Conv, Hidden, MaxPool, Output, ResponseNorm
 
-OVERLAPPING, PLAIN = (
-    MaxPool(3, 2, ceil=True),
-    MaxPool(2, 2),
-)  # section 3.4; of equal sizes, as there
-# Section 3.3, whose numbers go with pixels of 0 to 255. These images have unit deviation: CIFAR-10's is 62 to 67 a channel.
+# Section 3.4. Both give maps of the same sizes, as the paper's two do.
+OVERLAPPING = MaxPool(3, 2, ceil=True)
+PLAIN = MaxPool(2, 2)
+
+# Section 3.3, whose constants are for pixels of 0 to 255. These images have unit deviation; the
+# deviation of CIFAR-10's pixels is 62 to 67 per channel, so squares are 64**2 times smaller.
 NORM = ResponseNorm(size=5, alpha=1e-4 / 5 * 64**2, beta=0.75, k=2.0)
-TWO_TOWERS, ONE_TOWER = (
-    (96, 256, 384, 384, 256),
-    (48, 128, 192, 192, 256),
-)  # section 3.2, footnote 1: half, but for the last
+
+# Section 3.2, footnote 1: the one-tower network has half the channels, except in its last layer.
+TWO_TOWERS = (96, 256, 384, 384, 256)
+ONE_TOWER = (48, 128, 192, 192, 256)
 
 
 def alexnet(
@@ -30,7 +33,10 @@ def alexnet(
     pool: MaxPool = OVERLAPPING,
     without: str = "",
 ) -> tuple:
-    """Its five convolutions, pools and norms, and two hidden dense layers; without: the convolution to leave out."""
+    """Return AlexNet 2012: five convolutions, pools, norms, two hidden dense layers.
+
+    without: the name of a convolution to leave out; its pool stays, and so do the maps' sizes.
+    """
     one, two, three, four, five = channels
     norms = [dataclasses.replace(norm, groups=towers)] if norm else []
     net = {
@@ -40,23 +46,22 @@ def alexnet(
         "conv4": [Conv(four, 3, groups=towers)],
         "conv5": [Conv(five, 3, groups=towers), pool],
     }
-    if without:  # its pool stays, and so do the sizes
+    if without:
         net[without] = [layer for layer in net[without] if layer == pool]
     return (*itertools.chain(*net.values()), Hidden(), Hidden(), Output())
 
 
-def four_layers(activation) -> tuple:
-    """Figure 1 says no more of its net than "four-layer convolutional": these are the layers of cuda-convnet's 19pct."""
+def four_layers(activation: Callable) -> tuple:
+    """Return the network of figure 1 with `activation`.
 
-    def conv(channels):
-        return Conv(channels, 5, activation=activation)
-
+    The paper says only "four-layer convolutional"; these are the layers of cuda-convnet's 19pct.
+    """
     return (
-        conv(32),
+        Conv(32, 5, activation=activation),
         OVERLAPPING,
-        conv(32),
+        Conv(32, 5, activation=activation),
         AveragePool(3, 2),
-        conv(64),
+        Conv(64, 5, activation=activation),
         AveragePool(3, 2),
         Output(),
     )

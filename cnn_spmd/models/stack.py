@@ -1,61 +1,159 @@
-"""A network as a list of layers: what it is made of is data, and one class runs it.
+"""Describe a network as a list of layers, and build and run it.
+
+Each description builds its layer, says what maps come out, and applies it.
 
 Shapes: N batch, H height, W width, C channels; B batch, F features of the dense layers.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.layers import conv, dense, local
-from cnn_spmd.layers import norm as norms
+from cnn_spmd.layers import conv, dense, local, norm, pool, windows
 from cnn_spmd.layers.common import HE, LEVERS
-from cnn_spmd.layers.pool import average_pool, max_pool
-from cnn_spmd.sharding import placement
-
-# `std` is that of the normal distribution from which a layer's weights start (None: He et al. 2015); biases start at zero.
+from cnn_spmd.sharding.placement import UNPLACED
 
 
-@dataclasses.dataclass(frozen=True)
-class Conv:
-    """A convolution of stride 1 that keeps the size.
+class Maps(NamedTuple):
+    """What passes from one layer to the next: maps of side x side pixels."""
 
-    groups: towers that do not see each other. tied=False: a kernel and a bias of its own at each position (models/local.py).
-    """
-
+    side: int
     channels: int
-    window: int
-    groups: int = 1
-    tied: bool = True
-    std: float | None = None
-    activation: Callable = nnx.relu
+    axis: str  # the logical axis of the channels
+
+
+class Call(NamedTuple):
+    """What a layer needs to be applied, besides its input."""
+
+    name: str  # such as "conv1", for the placement report
+    layer: Any  # the nnx.Module with its parameters; None for layers that have none
+    axis: str  # the logical axis of the input's channels
+    place: Any  # a Placement, or UNPLACED
+    levers: tuple[str, ...]  # the fast forms it may use: layers/common.py
+
+
+def initial(std: float | None, he: Callable = HE) -> Callable:
+    """Return the initialiser of a normal distribution; None stands for He et al. 2015."""
+    return he if std is None else nnx.initializers.normal(std)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaxPool:
-    """ceil: a last window that reaches over the edge counts, as in cuda-convnet; else it is left out."""
+    """A max pool.
+
+    ceil: a last window that reaches over the edge counts, as in cuda-convnet.
+    """
+
+    prefix: ClassVar[str] = "pool"
 
     window: int
     strides: int
     ceil: bool = False
 
+    def maps(self, maps: Maps) -> Maps:
+        """Return what comes out of `maps`."""
+        return maps._replace(side=windows.count(maps.side, self.window, self.strides, self.ceil))
+
+    def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
+        """Return the pooled maps."""
+        settings = dict(place=call.place, channels=call.axis, levers=call.levers)
+        return pool.max_pool(x_NHWC, **dataclasses.asdict(self), **settings)
+
 
 @dataclasses.dataclass(frozen=True)
 class AveragePool:
-    """A last window that reaches over the edge counts, and is divided by the area inside, as in cuda-convnet."""
+    """An average pool in ceil mode (as MaxPool), as in cuda-convnet."""
+
+    prefix: ClassVar[str] = "pool"
 
     window: int
     strides: int
-    ceil: ClassVar[bool] = True
+
+    def maps(self, maps: Maps) -> Maps:
+        """Return what comes out of `maps`."""
+        return maps._replace(side=windows.count(maps.side, self.window, self.strides, ceil=True))
+
+    def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
+        """Return the pooled maps."""
+        x_NHWC = pool.average_pool(x_NHWC, self.window, self.strides)
+        return call.place(x_NHWC, "conv_batch", None, None, call.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A convolution of stride 1 that keeps the size, with its activation.
+
+    groups: towers that do not see each other. std: of the normal distribution of the initial
+    weights (None: He et al. 2015); biases start at zero. pool: a max pool that follows at once,
+    which may change places with the activation (conv.conv_relu); Stack sets it.
+    """
+
+    prefix: ClassVar[str] = "conv"
+
+    channels: int
+    window: int
+    groups: int = 1
+    std: float | None = None
+    activation: Callable = nnx.relu
+    pool: MaxPool | None = None
+
+    def build(self, name: str, maps: Maps, **common) -> nnx.Module:
+        """Build the layer for `maps`; common: dtype and rngs."""
+        settings = dict(groups=self.groups, kernel_init=initial(self.std), **common)
+        return conv.conv(maps.channels, self.channels, self.window, **settings)
+
+    def maps(self, maps: Maps) -> Maps:
+        """Return what comes out of `maps`."""
+        axis = "conv_out" if self.groups == 1 else "group_out"
+        maps = Maps(maps.side, self.channels, axis)
+        return self.pool.maps(maps) if self.pool else maps
+
+    def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
+        """Return the maps after convolution, bias, activation and pool."""
+        pooling = dataclasses.asdict(self.pool) if self.pool else None
+        return conv.conv_relu(
+            call.name, call.layer, x_NHWC, call.place, call.levers, pooling, self.activation
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """A locally connected layer (layers/local.py) with its activation; as Conv."""
+
+    prefix: ClassVar[str] = "local"
+
+    channels: int
+    window: int
+    std: float | None = None
+    activation: Callable = nnx.relu
+
+    def build(self, name: str, maps: Maps, **common) -> nnx.Module:
+        """Build the layer for `maps`; common: dtype and rngs."""
+        settings = dict(kernel_init=initial(self.std, local.HE), **common)
+        return local.Local(maps.side, maps.channels, self.channels, self.window, **settings)
+
+    def maps(self, maps: Maps) -> Maps:
+        """Return what comes out of `maps`."""
+        return Maps(maps.side, self.channels, "conv_out")
+
+    def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
+        """Return the maps after the layer and its activation."""
+        before = ("conv_batch", None, None, "conv_in")
+        after = ("conv_batch", None, None, "conv_out")
+        x_NHWC = call.place(x_NHWC, *before, name=f"{call.name} input")
+        x_NHWC = call.place(call.layer(x_NHWC), *after, name=f"{call.name} output")
+        return self.activation(x_NHWC)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResponseNorm:
-    """norms.response_norm, whose alpha multiplies each term; groups: towers that do not see each other."""
+    """A norm.response_norm; groups: towers, each of which is normalised by itself."""
+
+    prefix: ClassVar[str] = "norm"
 
     size: int
     alpha: float
@@ -64,10 +162,29 @@ class ResponseNorm:
     within_map: bool = False
     groups: int = 1
 
+    def maps(self, maps: Maps) -> Maps:
+        """Return what comes out of `maps`."""
+        return maps if self.within_map else maps._replace(axis="group_in")
+
+    def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
+        """Return the normalised maps."""
+        settings = dict(
+            size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, levers=call.levers
+        )
+        if not self.within_map:
+            return norm.response_norm_of_towers(
+                x_NHWC, self.groups, call.place, call.name, **settings
+            )
+        x_NHWC = norm.response_norm(x_NHWC, within_map=True, **settings)
+        return call.place(x_NHWC, "conv_batch", None, None, call.axis)
+
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """A dense layer with dropout; None is what config.model says (width, dropout)."""
+    """A dense layer with ReLU and dropout.
+
+    units, dropout: None stands for model.width and model.dropout. std: as in Conv.
+    """
 
     units: int | None = None
     dropout: float | None = None
@@ -76,27 +193,45 @@ class Hidden:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """The last dense layer, a unit a class."""
+    """The last dense layer, with a unit per class; std: as in Conv."""
 
     std: float | None = 0.01
 
 
-def uses(net: Sequence) -> tuple[str, ...]:
-    """Name the fields of config.model that a network's hidden layers take from the config."""
-    hidden = [spec for spec in net if isinstance(spec, Hidden)]
-    found = []
-    if any(spec.units is None for spec in hidden):
-        found.append("model.width")
-    if any(spec.dropout is None for spec in hidden):
-        found.append("model.dropout")
-    return tuple(found)
+def paired(layers: Iterable) -> list:
+    """Give each convolution the max pool that follows it at once: they run as one."""
+    result = []
+    for layer in layers:
+        before = result[-1] if result else None
+        if isinstance(layer, MaxPool) and isinstance(before, Conv) and before.pool is None:
+            result[-1] = dataclasses.replace(before, pool=layer)
+        else:
+            result.append(layer)
+    return result
+
+
+def named(layers: Iterable) -> Iterator[tuple[str, Any]]:
+    """Name the layers: "conv1", "conv2", "local3"; "norm2" is the norm after conv2."""
+    number = 0
+    for layer in layers:
+        number += isinstance(layer, Conv | Local)
+        yield f"{layer.prefix}{number}", layer
+
+
+def uses(net: Iterable) -> tuple[str, ...]:
+    """Return which fields of the config the hidden layers of `net` leave open."""
+    hidden = [layer for layer in net if isinstance(layer, Hidden)]
+    width = ("model.width",) if any(layer.units is None for layer in hidden) else ()
+    dropout = ("model.dropout",) if any(layer.dropout is None for layer in hidden) else ()
+    return width + dropout
 
 
 class Stack(nnx.Module):
-    """The network `net`, called `name`: convolutions, pools and norms; at most two hidden dense layers; the output layer.
+    """A network of the layers in a list.
 
-    Its parameters are named in the order of the net: conv1, conv2, local3; fc1 and fc2 for the hidden layers, fc3 for the
-    output, as in the placement table. Raises UserError for images that are too small.
+    Convolutions, pools and norms come first, then at most two Hidden layers, then the Output. The
+    parameters are named by kind and place: conv1, conv2, local3; fc1 and fc2 for the hidden
+    layers, fc3 for the output, as in the placement table.
     """
 
     def __init__(
@@ -112,168 +247,55 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
         levers: tuple[str, ...] = LEVERS,
     ):
-        self.levers, self.towers = (
-            levers,
-            max((spec.groups for spec in net if isinstance(spec, Conv)), default=1),
-        )
-        plan, convolutions, hidden, side, channels = [], 0, 0, image_size, 3
+        """Build the layers of `net`; the other arguments as for AlexNet.
 
-        def initial(spec, he=HE) -> dict:
-            return dict(
-                kernel_init=he if spec.std is None else nnx.initializers.normal(spec.std),
-                dtype=dtype,
-                rngs=rngs,
-            )
+        name: the network's, for errors. Raises UserError for images that are too small.
+        """
+        *hidden, output = [layer for layer in net if isinstance(layer, Hidden | Output)]
+        convolutional = paired(layer for layer in net if not isinstance(layer, Hidden | Output))
+        self.levers = levers
+        self.towers = max((x.groups for x in convolutional if isinstance(x, Conv)), default=1)
+        common = dict(dtype=dtype, rngs=rngs)
 
-        for spec in net:
-            match spec:
-                case Conv():
-                    convolutions += 1
-                    label = f"{'conv' if spec.tied else 'local'}{convolutions}"
-                    if spec.tied:
-                        layer = conv.conv(
-                            channels,
-                            spec.channels,
-                            spec.window,
-                            groups=spec.groups,
-                            **initial(spec),
-                        )
-                    else:
-                        layer = local.Local(
-                            side, channels, spec.channels, spec.window, **initial(spec, local.HE)
-                        )
-                    setattr(self, label, layer)
-                    channels = spec.channels
-                case MaxPool() | AveragePool():
-                    label = ""
-                    side = (
-                        side - spec.window + (spec.strides - 1 if spec.ceil else 0)
-                    ) // spec.strides + 1
-                case ResponseNorm():
-                    label = f"norm{convolutions}"
-                case Hidden():
-                    hidden += 1
-                    label, spec = (
-                        f"fc{hidden}",
-                        dataclasses.replace(
-                            spec,
-                            units=spec.units or width,
-                            dropout=dropout if spec.dropout is None else spec.dropout,
-                        ),
-                    )
-                    setattr(
-                        self,
-                        label,
-                        dense.dense(label, channels * side**2, spec.units, **initial(spec)),
-                    )
-                    side, channels = 1, spec.units
-                case Output():
-                    label = "fc3"
-                    self.fc3 = dense.dense(label, channels * side**2, classes, **initial(spec))
-            if side < 1:
+        maps, self.convolutional = Maps(image_size, 3, "conv_in"), ()
+        for label, layer in named(convolutional):
+            if hasattr(layer, "build"):
+                setattr(self, label, layer.build(label, maps, **common))
+            self.convolutional += ((label, layer, maps.axis),)
+            maps = layer.maps(maps)
+            if maps.side < 1:
                 raise UserError(
-                    f"model.name={name}: images of {image_size}x{image_size} are too small for its pools"
+                    f"model.name={name}: images of {image_size}x{image_size} are too small for its "
+                    "pools"
                 )
-            plan.append((label, spec))
-        self.convolutional = tuple(
-            entry for entry in plan if not isinstance(entry[1], Hidden | Output)
-        )
-        self.hidden = tuple(entry for entry in plan if isinstance(entry[1], Hidden))
 
-    def features(
-        self, x_NHWC: jax.Array, place=placement.UNPLACED, train: bool = False
-    ) -> jax.Array:
-        """What the convolutions make of images [N, side, side, 3] of zero mean; [B, F]."""
-        channels, plan = "conv_in", list(self.convolutional)
-        while plan:
-            label, spec = plan.pop(0)
-            match spec:
-                case Conv(tied=True):
-                    channels = "conv_out" if spec.groups == 1 else "group_out"
-                    pool = (
-                        dataclasses.asdict(plan.pop(0)[1])
-                        if plan and isinstance(plan[0][1], MaxPool)
-                        else None
-                    )
-                    x_NHWC = conv.conv_relu(
-                        label,
-                        getattr(self, label),
-                        x_NHWC,
-                        place,
-                        self.levers,
-                        pool,
-                        spec.activation,
-                    )
-                case Conv():
-                    channels = "conv_out"
-                    x_NHWC = place(
-                        x_NHWC, "conv_batch", None, None, "conv_in", name=f"{label} input"
-                    )
-                    x_NHWC = place(
-                        getattr(self, label)(x_NHWC),
-                        "conv_batch",
-                        None,
-                        None,
-                        channels,
-                        name=f"{label} output",
-                    )
-                    x_NHWC = spec.activation(x_NHWC)
-                case MaxPool():
-                    x_NHWC = max_pool(
-                        x_NHWC,
-                        **dataclasses.asdict(spec),
-                        place=place,
-                        channels=channels,
-                        levers=self.levers,
-                    )
-                case AveragePool():
-                    x_NHWC = place(
-                        average_pool(x_NHWC, spec.window, spec.strides),
-                        "conv_batch",
-                        None,
-                        None,
-                        channels,
-                    )
-                case ResponseNorm():
-                    settings = dict(
-                        size=spec.size,
-                        alpha=spec.alpha,
-                        beta=spec.beta,
-                        k=spec.k,
-                        levers=self.levers,
-                    )
-                    if spec.within_map:
-                        x_NHWC = place(
-                            norms.response_norm(x_NHWC, within_map=True, **settings),
-                            "conv_batch",
-                            None,
-                            None,
-                            channels,
-                        )
-                    else:
-                        channels = "group_in"
-                        x_NHWC = norms.response_norm_of_towers(
-                            x_NHWC, spec.groups, place, label, **settings
-                        )
+        features, self.hidden = maps.side**2 * maps.channels, ()
+        for number, layer in enumerate(hidden, 1):
+            label, units = f"fc{number}", layer.units or width
+            built = dense.dense(label, features, units, kernel_init=initial(layer.std), **common)
+            setattr(self, label, built)
+            rate = dropout if layer.dropout is None else layer.dropout
+            self.hidden += ((label, rate),)
+            features = units
+        self.fc3 = dense.dense("fc3", features, classes, kernel_init=initial(output.std), **common)
+
+    def features(self, images_NHWC: jax.Array, place=UNPLACED, train: bool = False) -> jax.Array:
+        """Return what the convolutional layers make of the images: [N, H, W, 3] -> [B, F].
+
+        The images have zero mean. train has no effect here.
+        """
+        x_NHWC = images_NHWC
+        for label, layer, axis in self.convolutional:
+            call = Call(label, getattr(self, label, None), axis, place, self.levers)
+            x_NHWC = layer.apply(call, x_NHWC)
         return dense.flatten(x_NHWC, place)
 
     def classify(
-        self, x_BF: jax.Array, place=placement.UNPLACED, dropout_key: jax.Array | None = None
+        self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Logits [B, classes] of the features; no key: no dropout."""
-        keys = (
-            [None] * len(self.hidden)
-            if dropout_key is None
-            else jax.random.split(dropout_key, len(self.hidden))
-        )
-        for (label, spec), key in zip(self.hidden, keys, strict=True):
-            x_BF = dense.hidden(
-                label,
-                getattr(self, label),
-                x_BF,
-                place,
-                spec.dropout,
-                key,
-                label == self.hidden[-1][0],
-            )
+        """Return the logits [B, classes]; without a key there is no dropout."""
+        keys = dense.dropout_keys(dropout_key, len(self.hidden))
+        for (label, rate), key in zip(self.hidden, keys, strict=True):
+            layer, last = getattr(self, label), label == self.hidden[-1][0]
+            x_BF = dense.hidden(label, layer, x_BF, place, rate, key, last)
         return dense.logits(self.fc3, x_BF, place)

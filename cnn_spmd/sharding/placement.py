@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_spmd.config import MESH_AXES
 from cnn_spmd.errors import UserError
+from cnn_spmd.sharding import local
 from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_REPLICATE, TABLE
 
 Axes = tuple[str | None, ...]  # the logical axis of each dimension; None: not split
@@ -59,6 +60,19 @@ class Placement:
     def shards(self, axis: str | None) -> int:
         """Count the shards of a logical axis."""
         return self.devices_on(self.mesh_axes(axis))
+
+    def splits(self, axis: str) -> bool:
+        """Return whether the row splits a logical axis over several devices of this mesh."""
+        return self.shards(axis) > 1
+
+    def hidden_output_batch(self, name: str) -> str:
+        """Return the logical batch axis of what the last hidden layer, called `name`, returns.
+
+        A layer whose columns are not split returns the output layer's batch directly. Where its
+        rows are split, XLA can then scatter the partial sums while it adds them
+        (hybrid_alternating).
+        """
+        return "dense_batch" if self.splits(f"{name}_out") else "output_batch"
 
     def spec(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> P:
         """Return the PartitionSpec of an array from its logical axes.
@@ -144,45 +158,12 @@ class Placement:
     def towers(
         self, f: Callable, groups: int, *arrays: tuple[jax.Array, Axes], out: Axes, name: str
     ) -> jax.Array:
-        """Return f(part, *arrays) of an operation in `groups` towers.
-
-        arrays: each with its logical axes; out: the result's logical axes, channels last. Where the
-        row splits the result's channels, each device computes its own from its shards of
-        `arrays`, `part` is its number, and nothing moves between towers. Otherwise part is 0.
-        Raises UserError where the mesh axis and the towers do not divide.
-        """
-        mesh_axes = self.mesh_axes(out[-1])
-        if not mesh_axes:
-            return f(0, *(array for array, _ in arrays))
-        parts, inputs = self.devices_on(mesh_axes), self.mesh_axes("group_in")
-        if inputs not in ((), mesh_axes):
-            raise UserError(
-                f"{name}: group_in={self.row['group_in']} and {out[-1]}={self.row[out[-1]]} "
-                f"{self._where}: expected the same"
-            )
-        if groups % parts and (parts % groups or inputs):
-            raise UserError(
-                f"{name}: its {groups} towers do not divide by the {parts} devices of mesh axis "
-                f"{'+'.join(mesh_axes)} {self._where}"
-            )
-        return jax.shard_map(
-            lambda *shards: f(jax.lax.axis_index(mesh_axes), *shards),
-            mesh=self.mesh,
-            in_specs=tuple(self.spec(axes, array.shape, name) for array, axes in arrays),
-            out_specs=self.spec(out, tuple(map(self.shards, out)), name),
-        )(*(array for array, _ in arrays))
+        """Apply f to each of `groups` towers where its results live: see sharding/local.py."""
+        return local.towers(self, f, groups, *arrays, out=out, name=name)
 
     def local(self, axes: Axes, f: Callable, *arrays: jax.Array) -> Any:
-        """Return f(*arrays), computed by each device from its shards alone; nothing moves.
-
-        axes: the logical axes of the first array and of the results. Another array with fewer
-        dimensions has the last of them. For kernels that XLA cannot partition; use it inside a
-        derivative rule, as it is not to be differentiated.
-        """
-        specs = tuple(self.spec(axes[-array.ndim :], array.shape) for array in arrays)
-        return jax.shard_map(
-            f, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
-        )(*arrays)
+        """Return f of the shards that each device holds: see on_shards in sharding/local.py."""
+        return local.on_shards(self, axes, f, *arrays)
 
     # ---- For people.
 
@@ -228,13 +209,16 @@ class Unplaced:
         return x
 
     def towers(self, f, groups, *arrays, out, name=""):
-        return f(0, *(array for array, _ in arrays))
+        return local.each_tower(f, groups, *(array for array, _ in arrays))
 
     def local(self, axes, f, *arrays):
         return f(*arrays)
 
-    def shards(self, axis):
-        return 1
+    def splits(self, axis: str) -> bool:
+        return False
+
+    def hidden_output_batch(self, name: str) -> str:
+        return "output_batch"
 
 
 UNPLACED = Unplaced()

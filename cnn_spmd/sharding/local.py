@@ -1,0 +1,105 @@
+"""Run functions on the shards that each device holds (shard_map helpers).
+
+XLA partitions most operations well by itself. These helpers serve the rest: GPU kernels, which XLA
+cannot partition, and grouped convolutions, for which XLA would gather the whole batch. Layers reach
+them as `place.local` and `place.towers`; the argument `place` is that Placement.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cnn_spmd.errors import UserError
+
+Axes = tuple[str | None, ...]
+
+
+def on_shards(place, axes: Axes, f: Callable, *arrays: jax.Array) -> Any:
+    """Return f(*arrays), computed by each device from its own shards; nothing moves.
+
+    axes: the logical axes of the first array and of every result. An array of fewer dimensions has
+    the last of them, as a bias has its map's channels.
+
+    JAX cannot differentiate the result: use it inside a derivative rule (jax.custom_vjp).
+    """
+    specs = tuple(place.spec(axes[-array.ndim :], array.shape) for array in arrays)
+    mapped = jax.shard_map(f, mesh=place.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(*arrays)
+
+
+def each_tower(f: Callable, groups: int, *arrays: jax.Array) -> jax.Array:
+    """Apply f to each of `groups` towers and join the results along the channels.
+
+    f: takes one piece of each array, cut along its last dimension, and returns one array.
+    """
+    pieces = [jnp.split(array, groups, -1) for array in arrays]
+    return jnp.concatenate([f(*tower) for tower in zip(*pieces, strict=True)], -1)
+
+
+def towers(
+    place,
+    f: Callable,
+    groups: int,
+    *arrays: tuple[jax.Array, Axes],
+    out: Axes,
+    name: str,
+) -> jax.Array:
+    """Apply f to each of `groups` towers, on the devices that hold its results.
+
+    f: as in each_tower. arrays: each with its logical axes; all towers' channels, in order, are its
+    last dimension. out: the logical axes of the result. name: the layer's, for errors.
+
+    Where the row splits the channels of the result, a device computes the towers whose channels it
+    holds. With more devices than towers it computes a part of one tower. Nothing moves between
+    towers.
+
+    Raises UserError where towers and devices do not divide, and where the row splits the incoming
+    channels (group_in) over other mesh axes than the outgoing ones.
+    """
+    mesh_axes = place.mesh_axes(out[-1])
+    if not mesh_axes:
+        return each_tower(f, groups, *(array for array, _ in arrays))
+    _check_towers(place, groups, out[-1], name)
+    devices = place.shards(out[-1])
+    held = max(1, groups // devices)
+
+    def own(shard, axes):
+        """Cut this device's towers out of a shard that holds all towers."""
+        if held == groups or place.mesh_axes(axes[-1]):
+            return shard
+        tower = jax.lax.axis_index(mesh_axes) * groups // devices
+        width = shard.shape[-1] // groups
+        return jax.lax.dynamic_slice_in_dim(shard, tower * width, held * width, -1)
+
+    def on_device(*shards):
+        parts = [own(shard, axes) for shard, (_, axes) in zip(shards, arrays, strict=True)]
+        return each_tower(f, held, *parts)
+
+    mapped = jax.shard_map(
+        on_device,
+        mesh=place.mesh,
+        in_specs=tuple(place.spec(axes, array.shape, name) for array, axes in arrays),
+        # The result's shape is not known yet. One element per device divides, as its channels will.
+        out_specs=place.spec(out, tuple(map(place.shards, out)), name),
+    )
+    return mapped(*(array for array, _ in arrays))
+
+
+def _check_towers(place, groups: int, axis: str, name: str) -> None:
+    """Raise UserError where the row cannot split `groups` towers along `axis`."""
+    incoming, outgoing = place.mesh_axes("group_in"), place.mesh_axes(axis)
+    devices = place.shards(axis)
+    where = f"(mesh {place.mesh_name}, parallelism={place.parallelism})"
+    if incoming and incoming != outgoing:
+        raise UserError(
+            f"{name}: group_in={'+'.join(incoming)} and {axis}={'+'.join(outgoing)} {where}: "
+            "expected the same"
+        )
+    # A tower may be split over devices only if each of them has the whole input of the tower.
+    if groups % devices and (devices % groups or incoming):
+        raise UserError(
+            f"{name}: its {groups} towers do not divide by the {devices} devices of mesh axis "
+            f"{'+'.join(outgoing)} {where}"
+        )
