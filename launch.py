@@ -86,7 +86,7 @@ BAD_INPUT, NON_FINITE, INTERRUPTED = 2, 3, 75  # 75 is EX_TEMPFAIL of sysexits.h
 
 def main(argv: list[str]) -> int:
     for number in interrupt.SIGNALS:  # until the run takes over
-        signal.signal(number, interrupt.early)
+        signal.signal(number, interrupt.handle_early_signal)
     try:
         code = launch(argv)
         cluster.leave()
@@ -151,10 +151,11 @@ def launch(argv: list[str]) -> int:
 
     from cnn_spmd.analysis import target
     from cnn_spmd.sharding import mesh
-    from cnn_spmd.training import checkpoint
-    from cnn_spmd.training import log as metrics
-    from cnn_spmd.training import loop as train
+    from cnn_spmd.training import checkpoint, loop
     from cnn_spmd.training import workdir as workdirs
+    from cnn_spmd.training.dry_run import dry_run
+    from cnn_spmd.training.provenance import provenance
+    from cnn_spmd.training.terminal import say
 
     cluster.join()
     device_count()
@@ -164,24 +165,22 @@ def launch(argv: list[str]) -> int:
     config.profile = PROFILE.value or config.profile
     if cluster.named(os.environ):
         given = {f"--{flag.name} given": bool(flag.value) for flag in (WORKDIR, DRY_RUN, TARGET)}
-        code = {name: value for name, value in metrics.provenance().items() if name != "host_cores"}
+        code = {name: value for name, value in provenance().items() if name != "host_cores"}
         cluster.agree(given | code | dict(config=configs.as_json(config)))
-        metrics.say(cluster.size())
-    workdir = WORKDIR.value and workdirs.local(WORKDIR.value)
+        say(cluster.size())
+    workdir = WORKDIR.value and workdirs.parse(WORKDIR.value)
     if DRY_RUN.value:
-        report = train.dry_run(
-            config, workdir, target.devices(TARGET.value) if TARGET.value else None
-        )
+        report = dry_run(config, workdir, target.devices(TARGET.value) if TARGET.value else None)
         if "error" in report:
             print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
         return int("error" in report)
-    workdir = workdir or workdirs.local(default_workdir(config.experiment))
+    workdir = workdir or workdirs.parse(default_workdir(config.experiment))
     try:
-        summary = train.run(config, workdir)
+        summary = loop.train(config, workdir)
     except checkpoint.SaveError as error:
         cluster.fail(f"error: {error}", 1)
         return 1
-    except train.NonFinite as error:
+    except loop.NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return NON_FINITE
     if summary["status"] == "interrupted":
@@ -214,7 +213,7 @@ def launch_sweep() -> int:
             count = pool.submit(device_count).result()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
-    folder = workdirs.local(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
+    folder = workdirs.parse(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
     try:
         combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, count)
         shared = without(

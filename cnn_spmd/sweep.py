@@ -192,7 +192,7 @@ def run(
     Returns what sweep.json holds. Raises UserError for a folder that is not to be had, or holds another sweep.
     """
     with workdirs.locked(folder) as content:
-        old = workdirs.read(folder / "sweep.json", warn=False)
+        old = runfiles.read_json(folder / "sweep.json", required=False)
         runs = (old or {}).get("runs")
         if not isinstance(runs, list) or not all(
             isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs
@@ -285,9 +285,9 @@ def _run_all(sweep: dict, rows: list[dict], kept: list[dict], folder: pathlib.Pa
             row["status"] = OUTCOMES.get(code, "failed")
             if code == 0:
                 row["figures"] = runfiles.figures_of(folder / row["name"])
-                summary = workdirs.read(folder / row["name"] / "summary.json")
+                summary = runfiles.read_json(folder / row["name"] / "summary.json")
                 now = {key: summary[key] for key in runfiles.HARDWARE}
-                sweep["hardware"] = runfiles.joined(sweep["hardware"] or now, now)
+                sweep["hardware"] = runfiles.merge_facts(sweep["hardware"] or now, now)
             else:
                 row["reason"] = reason_of(code, folder / f"{row['name']}.log")
             write()
@@ -300,7 +300,7 @@ def _run_one(arguments: list[str], folder: pathlib.Path) -> int:
     with folder.with_name(folder.name + ".log").open("w") as log:
         process = None
         try:
-            with interrupt.held():  # or a process would be left behind that nobody knows
+            with interrupt.delayed_signals():  # or a process would be left behind that nobody knows
                 process = subprocess.Popen(
                     [sys.executable, LAUNCH, *arguments, f"--workdir={folder}"],
                     stdout=log,

@@ -27,7 +27,7 @@ from cnn_spmd.data import registry as sources
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import pictures
 from cnn_spmd.training import build as setup
-from cnn_spmd.training import loop as train
+from cnn_spmd.training import loop
 
 SIZE = 16
 
@@ -467,12 +467,12 @@ def test_a_workdir_that_is_anothers_is_refused_before_images_are_decoded(
     with pytest.raises(
         UserError, match=f"^--workdir={tmp_path}/notes: is not empty and holds no run"
     ):
-        train.run(config, tmp_path / "notes")
+        loop.train(config, tmp_path / "notes")
     (tmp_path / "notes/config.json").write_text("{}")
     with pytest.raises(
         UserError, match=f"^--workdir={tmp_path}/notes: holds a run with another config"
     ):
-        train.run(config, tmp_path / "notes")
+        loop.train(config, tmp_path / "notes")
 
 
 def test_pictures_of_other_photographs_are_refused_before_these_are_decoded(
@@ -793,7 +793,7 @@ def test_every_file_of_a_run_says_how_many_images_were_left_out(root, config, tm
     assert setup.prepare(config).identity.keys() == {"dataset", "fallback"}
     nothing(root / "train/cat/d.jpeg")
     config.data.skip_bad = 1
-    train.run(config, tmp_path / "r")
+    loop.train(config, tmp_path / "r")
     files = [
         json.loads((tmp_path / f"r/{name}.json").read_text())
         for name in ("config", "program", "summary")

@@ -18,8 +18,7 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import pictures
 from cnn_spmd.training import build as setups
-from cnn_spmd.training import loop as train
-from cnn_spmd.training import workdir
+from cnn_spmd.training import loop, workdir
 
 NAMES = ("filters.png", "top5.png", "neighbours.png")
 
@@ -39,7 +38,7 @@ def test_pictures_of_a_run(config, tmp_path, monkeypatch, capsys):
     config.model.update(dict(name="one_convolution", width=48))
     config.optimizer.learning_rate = 0.01
     config.eval.every_epochs = config.checkpoint.every_epochs = 0
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert report.main(["--pictures", str(tmp_path)]) == 0
     said = json.loads((tmp_path / "pictures.json").read_text())
     assert (said["step"], said["filters"], [row["file"] for row in said["pictures"]]) == (

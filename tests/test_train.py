@@ -29,18 +29,18 @@ from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import build as setups
-from cnn_spmd.training import checkpoint, optim, runfiles
+from cnn_spmd.training import build, checkpoint, log, loop, optim, runfiles
 from cnn_spmd.training import clock as clocks
-from cnn_spmd.training import log as metrics
-from cnn_spmd.training import loop as train
+from cnn_spmd.training import evaluate as evaluation
+from cnn_spmd.training.dry_run import dry_run
+from cnn_spmd.training.timetable import Chunk, split_into_chunks
 
 
 def rows(workdir, split):
     keys = ("step", "loss", "accuracy", "learning_rate", "examples")
     return [
         {key: row[key] for key in keys if key in row}
-        for row in runfiles.read(workdir / "metrics.jsonl")
+        for row in runfiles.read_metrics_rows(workdir / "metrics.jsonl")
         if row["split"] == split
     ]
 
@@ -55,7 +55,7 @@ def saved_state(workdir, step):
 
 
 def test_files_of_a_run(config, tmp_path):
-    summary = train.run(config, tmp_path / "run")
+    summary = loop.train(config, tmp_path / "run")
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.json", "program.json", "metrics.jsonl", "summary.json", "checkpoints"} <= files
     assert any(name.startswith("events.out.tfevents") for name in files)
@@ -97,7 +97,7 @@ def test_files_of_a_run(config, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))
     assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [4]
     assert [row["step"] for row in rows(tmp_path / "run", "final")] == [8]
-    for line in runfiles.read(tmp_path / "run/metrics.jsonl"):
+    for line in runfiles.read_metrics_rows(tmp_path / "run/metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("synthetic", None)
 
 
@@ -126,21 +126,21 @@ def test_evaluation_counts_every_image_once(config, tmp_path, shape):
         dict(steps=1, batch_size=40, parallelism="hybrid", mesh=dict(data=shape[0], model=shape[1]))
     )
     config.optimizer.learning_rate = 0.0
-    whole = train.run(config, tmp_path / "a")
+    whole = loop.train(config, tmp_path / "a")
     config.batch_size = 16
-    padded = train.run(config, tmp_path / "b")
+    padded = loop.train(config, tmp_path / "b")
     assert whole["eval"]["examples"] == padded["eval"]["examples"] == 40
     assert padded["eval"]["accuracy"] == whole["eval"]["accuracy"]
     assert padded["eval"]["loss"] == pytest.approx(whole["eval"]["loss"], rel=1e-6)
 
 
 def test_evaluation_that_misses_an_image_is_an_error():
-    parts = [
+    sums = [
         dict(loss=1.0, correct=3, top5=4, examples=16),
         dict(loss=1.0, correct=3, top5=4, examples=15),
     ]
     with pytest.raises(AssertionError, match="evaluated 31"):
-        train.evaluation_of(parts, 32)
+        evaluation.means_of(sums, 32)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_evaluation_that_misses_an_image_is_an_error():
 )
 def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
     """Stopped after step 4 of 8 and resumed from the checkpoint: bit for bit on the same mesh, 1e-5 on another."""
-    train.run(config, tmp_path / "whole")
+    loop.train(config, tmp_path / "whole")
     stop_after(4, config, tmp_path / "parts")
     parallelism, data, model, *streamed = resumed_on
     config.update(
@@ -158,7 +158,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
             data=dict(resident="no" if streamed else "yes"),
         )
     )
-    summary = train.run(config, tmp_path / "parts")
+    summary = loop.train(config, tmp_path / "parts")
     assert (summary["status"], summary["steps"]) == ("completed", 8)
     assert summary["data_on_device"] is not bool(streamed)
     whole, parts = saved_state(tmp_path / "whole", 8), saved_state(tmp_path / "parts", 8)
@@ -182,9 +182,9 @@ def test_a_run_of_two_stages_and_crops_resumes(config, tmp_path):
     )
     config.optimizer.update(dict(bias_rate=2.0, weight_decays=dict(fc3=0.1), learning_rate=1e-6))
     config.update(dict(steps=8, eval=dict(views="ten")))
-    whole = train.run(config, tmp_path / "whole")
+    whole = loop.train(config, tmp_path / "whole")
     stop_after(4, config, tmp_path / "parts")
-    assert train.run(config, tmp_path / "parts")["eval"] == whole["eval"]
+    assert loop.train(config, tmp_path / "parts")["eval"] == whole["eval"]
     for name, value in saved_state(tmp_path / "whole", 8).items():
         np.testing.assert_array_equal(saved_state(tmp_path / "parts", 8)[name], value, err_msg=name)
     assert whole["param_count"] == 3 * 9 * 32 + 32 + 12 * 12 * 32 * 10 + 10  # a network for 24x24
@@ -206,20 +206,20 @@ def stop_after(step, config, workdir):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint.Checkpoints, "save", save_and_die)
-        train.run(config, workdir)
+        loop.train(config, workdir)
     assert json.loads((workdir / "summary.json").read_text())["status"] == "failed"
 
 
 def test_a_checkpoint_is_not_changed_by_the_steps_after_it(config, tmp_path):
     """Saving is asynchronous and the state is donated to the next step: what is saved must still be this step's."""
     config.checkpoint.keep = 10
-    train.run(config, tmp_path / "long")
+    loop.train(config, tmp_path / "long")
     config.epochs = 1
     config.optimizer.decay = "constant"
     config.optimizer.warmup = 0.0
-    train.run(config, tmp_path / "short")
+    loop.train(config, tmp_path / "short")
     config.epochs = 4
-    train.run(config, tmp_path / "longer")
+    loop.train(config, tmp_path / "longer")
     for name, value in saved_state(tmp_path / "short", 4).items():
         np.testing.assert_array_equal(
             saved_state(tmp_path / "longer", 4)[name], value, err_msg=name
@@ -227,15 +227,15 @@ def test_a_checkpoint_is_not_changed_by_the_steps_after_it(config, tmp_path):
 
 
 def test_a_finished_run_is_left_alone_and_can_grow(config, tmp_path, capsys):
-    first = train.run(config, tmp_path)
-    assert train.run(config, tmp_path) == first
+    first = loop.train(config, tmp_path)
+    assert loop.train(config, tmp_path) == first
     assert "Nothing to do" in capsys.readouterr().out
     config.epochs = 3
-    assert train.run(config, tmp_path)["steps"] == 12
+    assert loop.train(config, tmp_path)["steps"] == 12
     assert [row["step"] for row in rows(tmp_path, "final")] == [12]
     config.epochs = 1
     with pytest.raises(UserError, match=r"steps=4: .* is at step 12 already"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 def test_metrics_without_their_seconds_do_not_end_a_run(config, tmp_path):
@@ -244,7 +244,7 @@ def test_metrics_without_their_seconds_do_not_end_a_run(config, tmp_path):
     lines[0] = '{"step": 1, "split": "train"}'
     lines[1] = '{"step": 2, "split": "train", "train_seconds": "many"}'
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert train.run(config, tmp_path)["steps"] == 8
+    assert loop.train(config, tmp_path)["steps"] == 8
 
 
 def test_metrics_cut_by_a_kill(config, tmp_path):
@@ -254,7 +254,7 @@ def test_metrics_cut_by_a_kill(config, tmp_path):
         file.write(
             '{"step": 5, "split": "train", "loss": 1.0, "train_seconds": 9}\n{"step": 6, "spl'
         )
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 9))
 
 
@@ -270,10 +270,10 @@ def overflow_in_step(step, monkeypatch):
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
     overflow_in_step(5, monkeypatch)
     with pytest.raises(
-        train.NonFinite,
+        loop.NonFinite,
         match=r"loss is nan at step 6 .*the last good checkpoint is .*checkpoints.4$",
     ):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert [
         path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()
     ] == ["4"]
@@ -285,9 +285,9 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     overflow_in_step(4, monkeypatch)  # the loss of step 4 is still finite, and a checkpoint is due
     config.eval.every_epochs = 0
     with pytest.raises(
-        train.NonFinite, match=r"parameters are not finite after step 4.*no checkpoint was saved"
+        loop.NonFinite, match=r"parameters are not finite after step 4.*no checkpoint was saved"
     ):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -421,7 +421,7 @@ def test_refused_before_anything_is_compiled(config, tmp_path, monkeypatch, chan
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
     config.update(changes)
     with pytest.raises(UserError, match=message) as error:
-        train.run(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -430,15 +430,15 @@ def test_workdirs_that_are_refused(config, tmp_path):
     (tmp_path / "file").write_text("precious")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=re.escape(f"--workdir={workdir}: cannot be written")):
-            train.run(config, workdir)
+            loop.train(config, workdir)
     assert (tmp_path / "file").read_text() == "precious"
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
 def test_a_workdir_of_another_config_is_refused(config, tmp_path):
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     before = (tmp_path / "config.json").read_text()
     config.optimizer.learning_rate = 0.002
     config.seed = 1
@@ -446,54 +446,54 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path):
     with pytest.raises(
         UserError, match=r"\(optimizer\.learning_rate: 0\.001 -> 0\.002; seed: 0 -> 1\)"
     ):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
     for damaged in (before[:50], "[]", ""):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(UserError, match=r"config\.json is damaged"):
-            train.run(config, tmp_path)
+            loop.train(config, tmp_path)
 
 
 def test_a_damaged_summary_is_made_anew(config, tmp_path):
-    first = train.run(config, tmp_path)
+    first = loop.train(config, tmp_path)
     (tmp_path / "summary.json").write_text("[]")
-    assert train.run(config, tmp_path)["eval"] == first["eval"]
+    assert loop.train(config, tmp_path)["eval"] == first["eval"]
 
 
 def test_refusals_and_dry_runs_leave_a_run_as_it_is(config, tmp_path, monkeypatch):
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(train, "compile_train", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(build, "compile_train", lambda *_: pytest.fail("compiled"))
     config.mesh.data = 2
     with pytest.raises(UserError, match="holds a run"):
-        train.dry_run(config, tmp_path)
-    train.run(config, tmp_path)  # complete: nothing to do
+        dry_run(config, tmp_path)
+    loop.train(config, tmp_path)  # complete: nothing to do
     config.epochs = 1
     with pytest.raises(UserError, match="the number of steps may grow"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     config.eval.views = "one"
     with pytest.raises(UserError, match=r"eval\.views: mirrored -> one"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 def test_a_dry_run_writes_its_report_where_a_run_may_follow(config, tmp_path):
-    report = train.dry_run(config, tmp_path)
+    report = dry_run(config, tmp_path)
     assert json.loads((tmp_path / "program.json").read_text())["placement"] == report["placement"]
-    assert train.run(config, tmp_path)["status"] == "completed"
+    assert loop.train(config, tmp_path)["status"] == "completed"
 
 
 def test_two_runs_in_one_workdir(config, tmp_path):
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     with (tmp_path / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is using it"):
-            train.run(config, tmp_path)
+            loop.train(config, tmp_path)
 
 
 def test_starting_again_without_checkpoints_keeps_all_old_metrics(config, tmp_path, capsys):
     for suffix in ("", ".old", ".old-2"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
         assert (
             "has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
             f"metrics.jsonl{suffix}." in capsys.readouterr().out
@@ -527,7 +527,7 @@ def scalars(workdir):
 
 
 def test_tensorboard_forgets_the_curve_of_a_run_that_starts_again(config, tmp_path):
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert list(scalars(tmp_path)) == list(range(1, 9))
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "summary.json").unlink()
@@ -540,18 +540,18 @@ def test_a_run_never_starts_over_where_its_checkpoints_are_broken(config, tmp_pa
     (tmp_path / "checkpoints/4" / checkpoint.MANIFEST).write_text("{")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds no checkpoint that can be used"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 def test_a_run_whose_saved_checkpoints_are_gone_stops(config, tmp_path):
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     config.epochs = 3
     with pytest.raises(
         UserError, match=r"summary\.json says that step 8 was saved, but checkpoints/ holds none"
     ):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 @pytest.mark.parametrize("moved", [True, False])
@@ -573,17 +573,17 @@ def test_a_folder_that_goes_while_the_run_uses_it_ends_the_run(
             checkpoint.SaveError,
             match="run: was moved or removed while the run used it; step 8 is not saved",
         ):
-            train.run(config, tmp_path / "run")
+            loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     if moved:
-        assert train.run(config, tmp_path / "new")["steps"] == 8
+        assert loop.train(config, tmp_path / "new")["steps"] == 8
 
 
 @pytest.mark.parametrize("evaluation", [None, dict(accuracy=None), [1]])
 def test_a_summary_of_another_form_is_made_anew(config, tmp_path, evaluation):
-    first = train.run(config, tmp_path)
+    first = loop.train(config, tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps(first | dict(eval=evaluation)))
-    assert train.run(config, tmp_path)["eval"] == first["eval"]
+    assert loop.train(config, tmp_path)["eval"] == first["eval"]
 
 
 def test_pipes_and_byte_order_marks_in_a_run_folder(config, tmp_path):
@@ -593,20 +593,20 @@ def test_pipes_and_byte_order_marks_in_a_run_folder(config, tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match=r"metrics\.jsonl: is no regular file"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
-    assert train.run(config, tmp_path)["steps"] == 8
+    assert loop.train(config, tmp_path)["steps"] == 8
 
 
 def test_a_step_of_another_run_is_not_taken(config, tmp_path):
     stop_after(4, config, tmp_path / "a")
     config.seed = 1
-    train.run(config, tmp_path / "b")
+    loop.train(config, tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoints")
     shutil.copytree(tmp_path / "a/checkpoints", tmp_path / "b/checkpoints")
     (tmp_path / "b/summary.json").unlink()
     with pytest.raises(UserError, match="4 is of another run"):
-        train.run(config, tmp_path / "b")
+        loop.train(config, tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run\\1", "a*", "b?", "gs:"])
@@ -617,10 +617,10 @@ def test_paths_in_which_no_checkpoint_could_be_read_are_refused(
     (tmp_path / name).mkdir()
     for workdir in (tmp_path / name / "a", tmp_path / name / "run"):
         with pytest.raises(UserError, match="no checkpoint could be read again from"):
-            train.run(config, workdir)
+            loop.train(config, workdir)
     monkeypatch.chdir(tmp_path / name)
     with pytest.raises(UserError, match="--workdir=run: no checkpoint could be read again from"):
-        train.run(config, pathlib.Path("run"))
+        loop.train(config, pathlib.Path("run"))
     assert not list((tmp_path / name).iterdir())
 
 
@@ -629,7 +629,7 @@ def test_paths_in_which_no_checkpoint_could_be_read_are_refused(
 )
 def test_other_paths_hold_runs_that_resume(config, tmp_path, name):
     stop_after(4, config, tmp_path / name)
-    assert train.run(config, tmp_path / name)["steps"] == 8
+    assert loop.train(config, tmp_path / name)["steps"] == 8
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "checkpoints"])
@@ -639,7 +639,7 @@ def test_a_file_where_a_folder_should_be_and_the_reverse_is_named(config, tmp_pa
     (shutil.rmtree if path.is_dir() else path.unlink)(*([path] if path.is_dir() else []))
     path.write_text("") if name == "checkpoints" else path.mkdir()
     with pytest.raises(UserError, match=f"{re.escape(str(path))}: is no .*, expected a") as error:
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -655,7 +655,7 @@ def test_damaged_lines_of_metrics(tmp_path, monkeypatch):
         '{"step": null, "split": "train"}',
     ]
     (tmp_path / "m").write_text("\n".join([good, *bad, good, '{"st']))
-    assert len(runfiles.read(tmp_path / "m")) == 2
+    assert len(runfiles.read_metrics_rows(tmp_path / "m")) == 2
     assert [message[2] for message in said] == [2, 3, 4, 5, 6]
     assert {message[1] for message in said} == {tmp_path / "m"}
 
@@ -664,8 +664,8 @@ def test_a_network_that_gives_nan_is_never_right(config, tmp_path, monkeypatch):
     overflow_in_step(
         8, monkeypatch
     )  # of the last step: only the final evaluation meets what it did
-    with pytest.raises(train.NonFinite, match="test loss is nan after step 8"):
-        train.run(config, tmp_path)
+    with pytest.raises(loop.NonFinite, match="test loss is nan after step 8"):
+        loop.train(config, tmp_path)
 
 
 def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
@@ -678,7 +678,7 @@ def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
     config.data.update(
         dict(name="cifar10", fallback="digits", fallback_epochs=1, fallback_batch_size=512)
     )
-    summary = train.run(config, tmp_path)
+    summary = loop.train(config, tmp_path)
     assert (summary["batch_size"], summary["steps"], summary["eval"]["examples"]) == (512, 2, 360)
     assert (
         "For digits: batch_size=512, steps=2, optimizer.learning_rate=0.05, from data.fallback_*.\n"
@@ -687,7 +687,7 @@ def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "program.json", "summary.json"):
         content = json.loads((tmp_path / name).read_text())
         assert (content["dataset"], content["fallback"]) == ("digits", "cifar10"), name
-    for line in runfiles.read(tmp_path / "metrics.jsonl"):
+    for line in runfiles.read_metrics_rows(tmp_path / "metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("digits", "cifar10")
 
 
@@ -761,21 +761,22 @@ def test_a_run_on_the_fallback_resumes_by_the_same_command():
 
 
 def test_calls_end_at_every_stop():
-    assert train.plan(0, [4, 8, 10], 3) == [3, 1, 3, 1, 2]
-    assert train.plan(5, [4, 8, 10], 100) == [3, 2]
-    assert train.plan(10, [10], 3) == []
+    ends = [3, 4, 7, 8, 10]
+    assert [chunk.end for chunk in split_into_chunks(0, [4, 8, 10], 3)] == ends
+    assert split_into_chunks(5, [4, 8, 10], 100) == [Chunk(5, 8), Chunk(8, 10)]
+    assert split_into_chunks(10, [10], 3) == []
 
 
 def test_clock_leaves_out_what_is_not_training(monkeypatch):
     now = iter(
         [0.0, 10.0, 12.0, 13.0, 50.0, 51.0]
     )  # made, started, call, call, started after an evaluation, call
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(now))
     clock = clocks.Clock()
     clock.start()
-    assert [clock.tick(10, end) for end in [clock.watch({}), clock.watch({})]] == [2.0, 1.0]
+    assert [clock.finish(10, end) for end in [clock.watch({}), clock.watch({})]] == [2.0, 1.0]
     clock.start()
-    clock.tick(10, clock.watch({}))
+    clock.finish(10, clock.watch({}))
     assert clock.seconds == 4.0
     assert clock.steps_per_second() == 10.0  # the first call warms up
     assert clock.step_milliseconds() == dict(p10=100.0, median=100.0, p90=100.0)
@@ -788,12 +789,12 @@ def checkpointed(workdir):
 def test_a_run_keeps_its_last_and_its_best(config, tmp_path, monkeypatch):
     accuracy = iter([0.9, 0.2, 0.1])
     monkeypatch.setattr(
-        train,
-        "evaluation_of",
+        evaluation,
+        "means_of",
         lambda *_: dict(accuracy=next(accuracy), top5=0.0, loss=0.0, examples=40),
     )
     config.update(dict(epochs=3, checkpoint=dict(keep=1)))
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert checkpointed(tmp_path) == {4, 12}
 
 
@@ -801,7 +802,7 @@ def test_checkpoints_and_evaluations_have_intervals_of_their_own(config, tmp_pat
     config.update(
         dict(epochs=4, checkpoint=dict(every_epochs=3, keep=9), eval=dict(every_epochs=2))
     )
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert checkpointed(tmp_path) == {12, 16}
     assert [row["step"] for row in rows(tmp_path, "eval")] == [8]
 
@@ -818,7 +819,7 @@ def test_programs_from_the_cache_are_told(config, tmp_path, capsys):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         first, second = (
-            train.run(config, tmp_path / name)["programs_from_cache"] for name in ("a", "b")
+            loop.train(config, tmp_path / name)["programs_from_cache"] for name in ("a", "b")
         )
     finally:
         for name, value in before.items():
@@ -834,49 +835,55 @@ def test_a_run_stopped_while_it_compiles_can_be_started_again(config, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "compile_train", stop)
-        train.run(config, tmp_path / "run")
-    assert train.run(config, tmp_path / "run")["status"] == "completed"
+        patch.setattr(build, "compile_train", stop)
+        loop.train(config, tmp_path / "run")
+    assert loop.train(config, tmp_path / "run")["status"] == "completed"
 
 
 def test_several_steps_a_call_log_the_same_run(config, tmp_path, monkeypatch):
     config.steps_per_call = 3
-    train.run(config, tmp_path / "a")
+    loop.train(config, tmp_path / "a")
     assert [row["step"] for row in rows(tmp_path / "a", "train")] == [3, 4, 7, 8]
     config.steps_per_call = 4
     overflow_in_step(2, monkeypatch)
-    with pytest.raises(train.NonFinite, match="loss is nan at step 3 "):
-        train.run(config, tmp_path / "b")
+    with pytest.raises(loop.NonFinite, match="loss is nan at step 3 "):
+        loop.train(config, tmp_path / "b")
 
 
 def test_seconds_and_rates(config, tmp_path, monkeypatch):
     """Half a second a step of 16 images: 32 images/s; a resumed run adds to what it had trained."""
-    monkeypatch.setattr(clocks.Clock, "tick", lambda self, n, _: self.calls.append((n, 0.5)) or 0.5)
+    monkeypatch.setattr(
+        clocks.Clock, "finish", lambda self, n, _: self.chunks.append((n, 0.5)) or 0.5
+    )
     stop_after(4, config, tmp_path)
-    summary = train.run(config, tmp_path)
+    summary = loop.train(config, tmp_path)
     assert (summary["images_per_second"], summary["train_seconds"]) == (32.0, 4.0)
-    lines = [line for line in runfiles.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    lines = [
+        line
+        for line in runfiles.read_metrics_rows(tmp_path / "metrics.jsonl")
+        if line["split"] == "train"
+    ]
     assert [line["train_seconds"] for line in lines] == [0.5 * i for i in range(1, 9)]
     assert {line["images_per_second"] for line in lines} == {32.0}
 
 
 def test_the_clock_stands_still_during_evaluation(config, tmp_path, monkeypatch):
     events = []
-    for name in ("start", "tick"):
+    for name in ("start", "finish"):
         old = getattr(clocks.Clock, name)
         monkeypatch.setattr(
             clocks.Clock, name, lambda *a, old=old, name=name: events.append(name) or old(*a)
         )
     monkeypatch.setattr(
-        train, "evaluation_of", lambda *a, old=train.evaluation_of: events.append("eval") or old(*a)
+        evaluation, "means_of", lambda *a, old=evaluation.means_of: events.append("eval") or old(*a)
     )
-    train.run(config, tmp_path)
-    assert events == ["start", *["tick"] * 4, "eval", "start", *["tick"] * 4, "eval"]
+    loop.train(config, tmp_path)
+    assert events == ["start", *["finish"] * 4, "eval", "start", *["finish"] * 4, "eval"]
 
 
 def before_each_call(action, monkeypatch):
     class Program:
-        def __init__(self, *arguments, compiled=train.compile_train):
+        def __init__(self, *arguments, compiled=build.compile_train):
             self.program = compiled(*arguments)
 
         def __call__(self, *inputs):
@@ -886,15 +893,15 @@ def before_each_call(action, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.program, name)
 
-    monkeypatch.setattr(train, "compile_train", Program)
+    monkeypatch.setattr(build, "compile_train", Program)
 
 
 def test_a_call_begins_before_the_one_before_it_is_read(config, tmp_path, monkeypatch):
     """So that the devices never wait for the host, but where all is read before an evaluation."""
-    events, tick = [], clocks.Clock.tick
-    monkeypatch.setattr(clocks.Clock, "tick", lambda *a: events.append("read") or tick(*a))
+    events, finish = [], clocks.Clock.finish
+    monkeypatch.setattr(clocks.Clock, "finish", lambda *a: events.append("read") or finish(*a))
     before_each_call(lambda: events.append("begin"), monkeypatch)
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert events == ["begin", *["begin", "read"] * 3, "read"] * 2
 
 
@@ -903,8 +910,12 @@ def test_a_launch_that_takes_as_long_as_its_call_is_not_counted_twice(
 ):
     """As on a GPU, where the host is free only when a call is nearly over; the call before it had ended long ago."""
     before_each_call(lambda: time.sleep(0.4), monkeypatch)
-    train.run(config, tmp_path)
-    lines = [line for line in runfiles.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    loop.train(config, tmp_path)
+    lines = [
+        line
+        for line in runfiles.read_metrics_rows(tmp_path / "metrics.jsonl")
+        if line["split"] == "train"
+    ]
     assert len(lines) == 8
     assert (
         min(16 / line["images_per_second"] for line in lines) > 0.1
@@ -926,7 +937,7 @@ def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeyp
         "channel_statistics",
         lambda x, old=statistics.channel_statistics: seen.append(x) or old(x),
     )
-    assert train.run(config, tmp_path)["eval"]["accuracy"] == 0
+    assert loop.train(config, tmp_path)["eval"]["accuracy"] == 0
     assert [x is data.train_images for x in seen] == [True]
 
 
@@ -938,7 +949,7 @@ def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, mon
         lambda *a, old=order.train_indices, **k: calls.append((*a, *k.values())) or old(*a, **k),
     )
     config.seed = 7
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert {(call[0], *call[3:]) for call in calls} == {(7, 16, 64, 0, 0)}
     schedule = optim.make_schedule(config.optimizer, 8)
     assert [row["learning_rate"] for row in rows(tmp_path, "train")] == pytest.approx(
@@ -949,7 +960,7 @@ def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, mon
 @pytest.mark.parametrize("mirror", [True, False])
 def test_augmentation_is_what_config_and_data_allow(config, mirror):
     data = dataclasses.replace(sources.load(config.data), mirror=mirror)
-    steps = setups.make_steps(
+    steps = build.make_steps(
         configs.resolve(config, data, "cpu"), data, Placement(mesh.make(1, 1), "data")
     )
     assert (steps.crop, steps.crop_pad, steps.flip, steps.views, steps.mirror) == (
@@ -977,10 +988,10 @@ def test_what_auto_means(config, platform, dtype, steps):
 
 def test_a_profile_is_of_the_last_command(config, tmp_path):
     config.profile = 1
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert (tmp_path / "profile.json").exists()
     config.profile, config.steps, config.epochs = 0, 10, 0
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert not (tmp_path / "profile.json").exists()
 
 
@@ -1065,14 +1076,14 @@ def test_what_a_resumed_run_may_change(config):
 
 def test_tensorboard_gets_what_the_file_gets(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(metrics.SummaryWriter, "add_scalar", lambda _, *scalar: told.append(scalar))
-    log = metrics.Metrics(tmp_path, 0, {})
-    log.write(3, "train", loss=1.5)
-    log.close()
+    monkeypatch.setattr(log.SummaryWriter, "add_scalar", lambda _, *scalar: told.append(scalar))
+    file = log.MetricsFile(tmp_path, 0, {})
+    file.write(3, "train", loss=1.5)
+    file.close()
     assert told == [("train/loss", 1.5, 3)]
 
 
 def test_percentiles():
     clock = clocks.Clock()
-    clock.calls = [(1, 9.0), *((1, i / 1000) for i in range(11))]
+    clock.chunks = [(1, 9.0), *((1, i / 1000) for i in range(11))]
     assert clock.step_milliseconds() == dict(p10=1.0, median=5.0, p90=9.0)

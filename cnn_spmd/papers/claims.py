@@ -46,7 +46,7 @@ def read(folder: pathlib.Path) -> list[dict]:
         if path.with_suffix(".jsonl").exists():
             per_epoch = round(run["steps"] / run["epochs"])
             steps = steps_to_error(
-                runfiles.read(path.with_suffix(".jsonl")), TRAINING_ERROR, per_epoch
+                runfiles.read_metrics_rows(path.with_suffix(".jsonl")), TRAINING_ERROR, per_epoch
             )
             run["epochs_to_error"] = steps and steps / per_epoch
         runs.append(run)

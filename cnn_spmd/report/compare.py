@@ -27,6 +27,7 @@ COLUMNS = [
 
 # Fields of a config that change no number, not even the speed, or that every table has a column for.
 NOT_COMPARED = (
+    "schema",
     "run",
     "mesh.",
     "data.dir",

@@ -42,7 +42,7 @@ def read_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
         raise UserError(
             f"{folder / 'sweep.json'}: not a sweep; give the folders of its runs instead"
         )
-    runfiles.check(folder / "sweep.json", sweep)
+    runfiles.check_fields(folder / "sweep.json", sweep)
     empty = dict(mesh=None, settings={}, reason="", command="", seconds=None, figures={})
     runs = [
         empty | {name: value for name, value in run.items() if value is not None}
@@ -108,7 +108,7 @@ def lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         return ", ".join(dict.fromkeys(str(summary[key]) for summary in made_by))
 
     where = [{key: summary.get(key) for key in runfiles.HARDWARE} for summary in made_by]
-    hardware = functools.reduce(runfiles.joined, where) if where else None
+    hardware = functools.reduce(runfiles.merge_facts, where) if where else None
     return dict(
         title=", ".join(run["name"] for run in runs),
         experiment=joined("experiment") or "unfinished runs",
@@ -142,9 +142,9 @@ def read_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
 
     path = folder / "metrics.jsonl"
     try:
-        rows = runfiles.read(path)
+        rows = runfiles.read_metrics_rows(path)
         lines = (
-            runfiles.contents(path).decode(errors="replace").splitlines() if path.exists() else []
+            runfiles.read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
         )
     except UserError as error:
         notes.append(str(error))
@@ -160,12 +160,13 @@ def read_pictures(folder: pathlib.Path, notes: list[str]) -> list[tuple[str, byt
     if not path.exists():
         return []
     try:
-        rows = runfiles.check(path, read_json(path))["pictures"]
+        rows = runfiles.check_fields(path, read_json(path))["pictures"]
         for row in rows:
             if row["file"] != pathlib.Path(row["file"]).name:
                 raise UserError(f"{path}: file={row['file']}: expected a name without a folder")
         return [
-            (row["title"], runfiles.contents(folder / row["file"]), row["caption"]) for row in rows
+            (row["title"], runfiles.read_bytes(folder / row["file"]), row["caption"])
+            for row in rows
         ]
     except ValueError as error:  # also a name that no file can have
         notes.append(f"{folder}: pictures are left out, draw them again with --pictures ({error})")

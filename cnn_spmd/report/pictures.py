@@ -21,11 +21,11 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.report import plots
 from cnn_spmd.report.canvas import Figure, FontProperties, TextPath
 from cnn_spmd.training import build as setup
-from cnn_spmd.training import log as metrics
 from cnn_spmd.training import runfiles
 from cnn_spmd.training import workdir as workdirs
 from cnn_spmd.training.checkpoint import Checkpoints
 from cnn_spmd.training.step import Steps, TrainState
+from cnn_spmd.training.terminal import say
 
 TEST_IMAGES, TOP, QUERIES, NEIGHBOURS = 8, 5, 5, 6  # as many as in the paper's figure 4
 FILTERS, COLUMNS = 128, 16  # shown at most, in a row
@@ -44,7 +44,7 @@ def draw(folder: pathlib.Path, data_dir: str | None = None) -> None:
     with workdirs.locked(folder, ""):  # a run that goes on there would lose what it is saving
         run, state = restore(folder, data_dir)
         shown_T, compared_T = choose(run.config.seed, len(run.data.test_images))
-        metrics.say(
+        say(
             f"Comparing {len(run.data.train_images):,} training images of {run.data.name} with {len(compared_T)} test "
             "images."
         )
@@ -85,7 +85,7 @@ def draw(folder: pathlib.Path, data_dir: str | None = None) -> None:
                     ("top5.png", prediction_bars(run.data, predicted)),
                     ("neighbours.png", neighbour_rows(run.data, near)),
                 ):
-                    with runfiles.whole(folder / name) as temporary:
+                    with runfiles.atomic_write(folder / name) as temporary:
                         fig.savefig(temporary, format="png", dpi=200)
             runfiles.write_json(
                 folder / "pictures.json",
@@ -124,9 +124,8 @@ def restore(folder: pathlib.Path, data_dir: str | None) -> tuple[setup.Setup, Tr
             raise UserError(
                 f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
             )
-        of_data = ("run", "dataset", "fallback", "data_files", "data_digest", "skipped_images")
         config = ml_collections.ConfigDict(
-            {name: saved[name] for name in saved if name not in of_data}
+            {name: saved[name] for name in saved if name not in runfiles.NOT_CONFIG}
         )
         config.data = dict(skip_bad=0) | config.data.to_dict()  # which older runs do not have
         config.mesh.update(dict(data=1, model=1))

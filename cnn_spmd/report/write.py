@@ -27,7 +27,7 @@ def write(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     }
     for name, text in texts.items():
         try:
-            with runfiles.whole(
+            with runfiles.atomic_write(
                 folders[0] / name
             ) as temporary:  # backslashreplace: names of folders
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

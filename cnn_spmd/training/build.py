@@ -20,8 +20,8 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh as meshes
 from cnn_spmd.sharding.placement import Placement, name_of
 from cnn_spmd.training import cluster, optim
-from cnn_spmd.training.log import say
 from cnn_spmd.training.step import Steps
+from cnn_spmd.training.terminal import say
 
 
 class Setup(NamedTuple):
