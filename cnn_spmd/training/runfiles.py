@@ -144,7 +144,9 @@ def read_bytes(path: pathlib.Path) -> bytes:
             raise UserError(f"{path}: expected a regular file")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}, expected a readable file") from error
+        missing = isinstance(error, FileNotFoundError)
+        remedy = "" if missing else ", expected a readable file"
+        raise UserError(f"{path}: {error.strerror}{remedy}") from error
 
 
 def read_json(path: pathlib.Path, required: bool = True) -> dict:
