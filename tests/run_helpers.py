@@ -52,15 +52,15 @@ def stop_after(step, config, workdir):
 
 
 def scalars(workdir, tag):
-    """Return {step: value of `tag`} as TensorBoard reads it from all event files, restarts included."""
+    """Return {step: value of `tag`} as TensorBoard reads it from all event files."""
     shown = {}
-    for path in sorted(
-        workdir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns
-    ):
+    files = workdir.glob("events.out.tfevents.*")
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
             event, data = event_pb2.Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            # A restarted run purges the steps that it does again.
             if event.session_log.status == event_pb2.SessionLog.START:
                 shown = {step: value for step, value in shown.items() if step < event.step}
             for value in event.summary.value:

@@ -198,6 +198,16 @@ def test_metrics_cut_by_a_kill(config, tmp_path):
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 9))
 
 
+def test_a_run_killed_after_its_last_save_is_only_evaluated(config, tmp_path):
+    stop_after(8, config, tmp_path)
+    manifest = tmp_path / "checkpoints/8" / checkpoint.MANIFEST
+    before = manifest.stat().st_mtime_ns
+    assert loop.train(config, tmp_path)["eval"]["examples"] == 40
+    assert manifest.stat().st_mtime_ns == before
+    assert saved_steps(tmp_path) == {4, 8}
+    assert [row["step"] for row in rows(tmp_path, "final")] == [8]
+
+
 def overflow_in_step(step, monkeypatch):
     """Make the update of `step` infinite, so that it ruins the parameters."""
     make = optim.make_optimizer

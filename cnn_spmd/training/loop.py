@@ -63,6 +63,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
             if resume.is_complete(setup, workdir, old_summary):
                 return old_summary
 
+            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             checkpoints, state = resume.restore(setup, workdir, old_summary)
             start = 0 if state is None else int(state.step)
             resume.begin(setup, workdir, checkpoints.run, start)
@@ -75,7 +76,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
             programs.load_data()
             if state is None:
                 state = setup.steps.jit_init()()
-            run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt)
+            run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, started)
             write_run_file(workdir / "program.json", setup.identity | programs.report)
             return run.train()
 
@@ -92,13 +93,14 @@ class Run:
         checkpoints: Checkpoints,
         state: TrainState,
         interrupt: Interrupt,
+        started: str,
     ):
         self.setup, self.workdir, self.timetable = setup, workdir, timetable
         self.programs, self.checkpoints, self.interrupt = programs, checkpoints, interrupt
         self.state, self.step = state, timetable.start
         self.interrupted = False
-        self.last_evaluation: dict | None = None
-        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.evaluation: dict | None = None  # at the last stop
+        self.started = started
         self.log = Log(setup, workdir, timetable)
         inputs = chunk_inputs(setup, programs.train_feed, timetable.chunks)
         self.chunks = zip(timetable.chunks, inputs, strict=True)
@@ -128,16 +130,16 @@ class Run:
             if self.step == self.timetable.last:
                 break
             if self.interrupted:
-                self.last_evaluation = None
+                self.evaluation = None
                 self.save()
                 self.checkpoints.close()
                 return "interrupted"
             evaluate = self.step in self.timetable.evaluations
-            self.last_evaluation = self.evaluate("eval") if evaluate else None
+            self.evaluation = self.evaluate("eval") if evaluate else None
             if self.step in self.timetable.saves:
                 self.save()
 
-        self.last_evaluation = self.evaluate("final")
+        self.evaluation = self.evaluate("final")
         if self.timetable.stops:  # otherwise the last step was saved by an earlier command
             self.save()
         self.checkpoints.close()
@@ -206,7 +208,7 @@ class Run:
                 f"{self.workdir}: was moved or removed while the run used it; step {self.step} is "
                 "not saved; in the folder's new place, the same command goes on"
             )
-        accuracy = self.last_evaluation["accuracy"] if self.last_evaluation else None
+        accuracy = self.evaluation["accuracy"] if self.evaluation else None
         self.checkpoints.save(self.step, self.state, accuracy)
 
     def summary(self, status: str) -> dict:
@@ -234,7 +236,7 @@ class Run:
             compile_seconds=report["compile_seconds"],
             programs_from_cache=report["programs_from_cache"],
             **self.log.speed(),
-            eval=self.last_evaluation,
+            eval=self.evaluation,
             bytes_per_device=report["bytes_per_device"],
             collectives=report["collectives"],
             **provenance(),

@@ -3,6 +3,8 @@
 import pathlib
 import secrets
 
+import jax
+
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import runfiles
 from cnn_spmd.training.build import Setup
@@ -62,8 +64,8 @@ def begin(setup: Setup, workdir: pathlib.Path, run_name: str, start: int) -> Non
     A run that is stopped from now on can be started again.
     """
     write_run_file(workdir / "config.json", setup.saved | dict(run=run_name))
-    # The profile of an earlier command may be that of another mesh.
-    (workdir / "profile.json").unlink(missing_ok=True)
+    if jax.process_index() == 0:  # the profile of an earlier command may be that of another mesh
+        (workdir / "profile.json").unlink(missing_ok=True)
     metrics = workdir / "metrics.jsonl"
     if start:
         say(f"Resumed {workdir} at step {start} on mesh {setup.place.mesh_name}.")
