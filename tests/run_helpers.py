@@ -32,7 +32,7 @@ def saved_state(workdir, step):
 
 
 def stop_after(step, config, workdir):
-    """Run until the checkpoint of `step` is complete, then die as a killed process does."""
+    """Run until the checkpoint of `step` is complete, then die as if killed."""
 
     class Killed(BaseException):
         pass

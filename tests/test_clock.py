@@ -1,4 +1,4 @@
-"""The clock counts training only; startup is counted from the start of the process."""
+"""The clock counts training only; startup counts from the start of the process."""
 
 import subprocess
 import sys

@@ -26,7 +26,7 @@ def test_every_sum_becomes_a_mean_under_its_name():
 
 
 def test_a_metric_of_ones_own_is_in_every_file_of_a_run(config, tmp_path, monkeypatch):
-    """Whatever the evaluation program sums reaches metrics.jsonl, TensorBoard and the summary."""
+    """Every sum reaches metrics.jsonl, TensorBoard and the summary."""
     means_of = evaluation.means_of
     monkeypatch.setattr(
         evaluation,

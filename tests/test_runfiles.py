@@ -1,4 +1,4 @@
-"""Readers of a run's files survive missing, cut and damaged ones, and those of older versions."""
+"""The files of a run are read where they are missing, cut, damaged or old."""
 
 import json
 

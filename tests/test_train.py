@@ -81,7 +81,7 @@ def test_files_of_a_run(config, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
 def test_evaluation_counts_every_image_once(config, tmp_path, shape):
-    """Of 40 test images in batches of 16, the last batch is padded; the padding does not count."""
+    """The padding of the last batch, 40 images in batches of 16, does not count."""
     config.update(
         dict(steps=1, batch_size=40, parallelism="hybrid", mesh=dict(data=shape[0], model=shape[1]))
     )
@@ -188,7 +188,7 @@ def test_metrics_without_their_seconds_do_not_end_a_run(config, tmp_path):
 
 
 def test_metrics_cut_by_a_kill(config, tmp_path):
-    """A cut last line is dropped, and what was logged after the checkpoint is logged once."""
+    """A cut last line is dropped; steps after the checkpoint are logged once."""
     stop_after(4, config, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(
@@ -504,7 +504,7 @@ def test_fallback_is_named_in_every_file(config, tmp_path, monkeypatch, capsys):
 
 
 def on_the_fallback(*arguments):
-    """Resolve the shipped experiment with these arguments where digits stand in for CIFAR-10."""
+    """Resolve the shipped experiment where the digits stand in for CIFAR-10."""
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
     config = configs.parsed(["--config", str(ROOT / "experiments/alexnet_cifar.py"), *arguments])
     return configs.resolve(config, digits, "cpu")
@@ -643,7 +643,7 @@ def test_several_steps_per_call_log_the_same_run(config, tmp_path, monkeypatch):
 
 
 def test_seconds_and_rates(config, tmp_path, monkeypatch):
-    """A step of 16 images takes half a second; a resumed run adds to the seconds of the first."""
+    """16 images take half a second; a resumed run adds to the seconds before it."""
     monkeypatch.setattr(
         clocks.Clock, "finish", lambda self, n, _: self.chunks.append((n, 0.5)) or 0.5
     )
@@ -687,7 +687,7 @@ def before_each_chunk(action, monkeypatch):
 
 
 def test_a_chunk_begins_before_the_one_before_it_is_read(config, tmp_path, monkeypatch):
-    """The devices wait for the host only before an evaluation, when all chunks must be read."""
+    """The devices wait for the host only before an evaluation."""
     events, finish = [], clocks.Clock.finish
     monkeypatch.setattr(clocks.Clock, "finish", lambda *a: events.append("read") or finish(*a))
     before_each_chunk(lambda: events.append("begin"), monkeypatch)

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def process_seconds() -> float | None:
-    """Return how many seconds ago this process was started; None where Linux's /proc is missing."""
+    """Return the age of this process in seconds; None where there is no /proc."""
     try:
         stat = pathlib.Path("/proc/self/stat").read_text()
     except OSError:
@@ -24,7 +24,9 @@ def process_seconds() -> float | None:
 
 
 class Clock:
-    """Count the seconds of training: compilation, evaluation and checkpoints are left out.
+    """Count the seconds of training.
+
+    Compilation, evaluation and checkpoints are left out.
 
     The devices run behind the host, which launches a chunk before the one before it has ended. The
     time of a chunk is therefore from the end of the chunk before it (or from `start`) to its own
@@ -52,7 +54,7 @@ class Clock:
         return self._watcher.submit(wait)
 
     def finish(self, steps: int, end: concurrent.futures.Future) -> float:
-        """Wait for the `end` of a chunk of `steps` steps, count it, and return its seconds."""
+        """Wait for the `end` of a chunk of `steps` steps; return its seconds."""
         seconds = end.result() - self._since
         self._since = end.result()
         self.chunks.append((steps, seconds))
@@ -70,7 +72,7 @@ class Clock:
         return self.chunks[1:] or self.chunks
 
     def step_milliseconds(self) -> dict[str, float] | None:
-        """Return p10, median and p90, over steady chunks, of the mean step time within a chunk."""
+        """Return percentiles, over steady chunks, of the mean step time in a chunk."""
         if not self.chunks:
             return None
         times = [1e3 * seconds / steps for steps, seconds in self.steady_chunks()]

@@ -20,7 +20,7 @@ _early_signals: list[int] = []
 
 
 def handle_early_signal(number: int, _) -> None:
-    """Handle a signal before there is a run to stop: remember it and raise KeyboardInterrupt.
+    """Remember a signal that comes before there is a run, and raise KeyboardInterrupt.
 
     XLA swallows an exception that is raised inside one of its callbacks. The next Interrupt
     therefore also looks at the remembered signals.
@@ -93,7 +93,7 @@ class Interrupt:
         os.close(self._read)
 
     def raise_if_requested(self) -> None:
-        """Raise KeyboardInterrupt if a signal came; for moments when there is nothing to save."""
+        """Raise KeyboardInterrupt if a signal came while there is nothing to save."""
         if self.requested():
             raise KeyboardInterrupt
 

@@ -57,7 +57,7 @@ class MetricsFile:
 
 
 class Log:
-    """Record each chunk and each evaluation of a run: in its files and on the terminal."""
+    """Record each chunk and each evaluation of a run, in files and on the terminal."""
 
     def __init__(self, setup: Setup, workdir: pathlib.Path, timetable: Timetable):
         config = setup.config

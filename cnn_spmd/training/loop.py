@@ -4,9 +4,9 @@ A run goes from stop to stop. A stop is a step after which it evaluates, saves, 
 Between two stops the devices work through chunks. A chunk is the steps of one compiled call.
 
 - A run evaluates every `eval.every_epochs` epochs, and after its last step.
-- It saves a checkpoint every `checkpoint.every_epochs` epochs, after its last step, and when a
-  signal (SIGTERM, Ctrl-C, SIGHUP) stops it at the end of a chunk.
-- A loss or a parameter that is not finite ends it. Such a state is never saved.
+- It saves a checkpoint every `checkpoint.every_epochs` epochs, and after its last step.
+- A signal (SIGTERM, Ctrl-C, SIGHUP) stops it at the end of a chunk. It then saves and leaves.
+- A loss or a parameter that is not finite stops it. Such a state is never saved.
 - A run that is started again restores the whole TrainState of its newest checkpoint: step, seed,
   parameters and optimizer state. It may do so on another mesh.
 """
@@ -40,12 +40,13 @@ from cnn_spmd.training.workdir import LOCK, locked_run, write_run_file
 
 
 class NonFinite(RuntimeError):
-    """A loss or a parameter is NaN or infinite; the run stops and keeps its checkpoints."""
+    """A loss or a parameter is not finite; the run stops and keeps its checkpoints."""
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
-    """Train the run of `config` in `workdir`, or resume it; return what summary.json holds.
+    """Train the run of `config` in `workdir`, or resume it; return its summary.
 
+    The summary is what summary.json holds.
     Raises UserError for bad input, before anything is compiled; KeyboardInterrupt for a signal
     before the first step; NonFinite where training diverges; SaveError where a save fails.
     """
@@ -148,8 +149,9 @@ class Run:
         return "completed"
 
     def run_until(self, stop: int) -> None:
-        """Run chunks until step `stop`, or until the end of the chunk in which a signal comes.
+        """Run chunks until step `stop`, or until a signal comes.
 
+        A signal takes effect at the end of the chunk in which it comes.
         The host records a chunk while the next one runs, so that the devices do not wait for it.
         In a cluster they do wait: after each chunk the processes agree whether a signal came.
         """
@@ -167,7 +169,10 @@ class Run:
         self.record(*running)
 
     def record(self, chunk: Chunk, metrics: dict, end_time: concurrent.futures.Future) -> None:
-        """Wait until a chunk ends, and log it. Raises NonFinite for a loss that is not finite."""
+        """Wait until a chunk ends, and log it.
+
+        Raises NonFinite for a loss that is not finite.
+        """
         seconds = self.log.clock.finish(chunk.steps, end_time)
         metrics = {name: np.asarray(values) for name, values in metrics.items()}
         finite = np.isfinite(metrics["loss"])
@@ -212,7 +217,7 @@ class Run:
         self.checkpoints.save(self.step, self.state, accuracy)
 
     def summary(self, status: str) -> dict:
-        """Write summary.json and return what it holds; write nothing if the workdir is gone."""
+        """Write summary.json, unless the workdir is gone, and return what it holds."""
         report, config = self.programs.report, self.setup.config
         mesh = self.setup.place.mesh
         steps_per_epoch = len(self.setup.data.train_images) // config.batch_size

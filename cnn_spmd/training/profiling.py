@@ -18,10 +18,11 @@ from cnn_spmd.training.workdir import write_run_file
 def profile_chunks(
     setup: Setup, programs: Programs, state: TrainState, workdir: pathlib.Path
 ) -> None:
-    """Trace config.profile more steps, rounded up to whole chunks, and write profile.json.
+    """Trace config.profile more steps and write profile.json.
 
-    The results of the steps are thrown away, and the state is used up: its memory is given to the
-    program. Where the trace cannot be read, a warning says so, and the run itself is complete.
+    The steps are rounded up to whole chunks. Their results are thrown away. The state is used up:
+    the program takes its memory. Where the trace cannot be read, a warning says so; the run itself
+    is complete.
     """
     n = setup.config.steps_per_call
     inputs = chunk_inputs(setup, programs.train_feed, _endless_chunks(n))

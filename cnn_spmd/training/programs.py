@@ -27,7 +27,7 @@ jax.monitoring.register_event_listener(_note_cache_hit)
 
 
 class Programs(NamedTuple):
-    """The compiled programs of a run, the feeds of their images, and the report on them."""
+    """The compiled programs of a run, the feeds of their images, and a report."""
 
     train: dict[int, jax.stages.Compiled]  # by the number of steps of a chunk
     train_feed: Feed

@@ -12,7 +12,7 @@ ENVIRONMENT = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")  # these may change the last
 
 
 def provenance() -> dict:
-    """Return package versions, CPU cores, commit, and the variables of ENVIRONMENT that are set."""
+    """Return versions, CPU cores, commit, and which of ENVIRONMENT are set to what."""
     versions = {name: importlib.metadata.version(package) for name, package in PACKAGES.items()}
     return dict(
         versions=versions | dict(python=platform.python_version()),

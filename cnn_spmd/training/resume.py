@@ -1,4 +1,4 @@
-"""Begin or resume a run: find out what its folder holds, and restore its newest checkpoint."""
+"""Begin or resume a run from what its folder holds."""
 
 import pathlib
 import secrets
@@ -33,7 +33,7 @@ def is_complete(setup: Setup, workdir: pathlib.Path, old_summary: dict) -> bool:
 def restore(
     setup: Setup, workdir: pathlib.Path, old_summary: dict
 ) -> tuple[Checkpoints, TrainState | None]:
-    """Return the run's checkpoints, and the state of the newest one; None where there is none.
+    """Return the checkpoints of a run, and the newest state, None if there is none.
 
     The state is restored on the mesh of this command, whichever mesh it was saved on.
     Raises UserError where the checkpoints that the old summary speaks of are gone, and where the

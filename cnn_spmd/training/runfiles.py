@@ -121,7 +121,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def free_old_name(path: pathlib.Path) -> pathlib.Path:
-    """Return the first unused name for an old file: NAME.old, NAME.old-2, NAME.old-3, ..."""
+    """Return the first unused name of NAME.old, NAME.old-2, NAME.old-3, ..."""
     numbered = (f"{path.name}.old-{n}" for n in itertools.count(2))
     names = itertools.chain([f"{path.name}.old"], numbered)
     return next(old for name in names if not (old := path.with_name(name)).exists())
@@ -150,8 +150,9 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def read_json(path: pathlib.Path, required: bool = True) -> dict:
-    """Return the object in a JSON file; a byte order mark, as some editors write, is allowed.
+    """Return the object in a JSON file.
 
+    The file may begin with a byte order mark, which some editors write.
     required=False: return {} for a missing file, and {} with a warning for a damaged one.
     Raises UserError, in one line, for a file that cannot be read; DamagedError, a UserError, for
     one that holds no JSON object.
@@ -198,9 +199,9 @@ def read_metrics_rows(path: pathlib.Path) -> list[dict]:
 
 
 def check_fields(path: pathlib.Path, value: dict) -> dict:
-    """Return `value`, the content of the file `path`, if each field is of its kind in FIELDS.
+    """Return `value`, the content of the file `path`, after checking its fields.
 
-    Raises UserError for a field that is not.
+    Raises UserError for a field that is not of its kind in FIELDS.
     """
     for kind, fields in FIELDS[path.name].items():
         for field in fields.split():
@@ -213,7 +214,7 @@ def check_fields(path: pathlib.Path, value: dict) -> dict:
 
 
 def _values_of(value: Any, names: list[str]) -> Iterator[Any]:
-    """Yield each value of the field `names`; nothing where its parent is no object or list."""
+    """Yield each value of the field `names`, of parents that are objects or lists."""
     if not names:
         yield value
     elif names[0] == "*" and isinstance(value, list | dict):
@@ -255,7 +256,7 @@ def figures_of(folder: pathlib.Path) -> dict:
 
 
 def merge_facts(old: Any, new: Any) -> Any:
-    """Merge what two runs say of one thing, such as their commit: "A, B" where they differ."""
+    """Merge what two runs say of one thing: "A, B" where they differ."""
     if isinstance(new, dict):
         return {key: merge_facts(old.get(key, value), value) for key, value in new.items()}
     return new if old == new else ", ".join(dict.fromkeys([*str(old).split(", "), str(new)]))

@@ -6,7 +6,7 @@ import ml_collections
 
 
 class Chunk(NamedTuple):
-    """The steps of one compiled call, from step `start` (done before it) to step `end`."""
+    """The steps of one compiled call: `start` are done before it, `end` after it."""
 
     start: int
     end: int
@@ -34,7 +34,7 @@ class Timetable(NamedTuple):
 
 
 def make_timetable(config: ml_collections.ConfigDict, examples: int, start: int) -> Timetable:
-    """Return the timetable of a run on `examples` training images, from step `start` on."""
+    """Return the timetable from step `start` on; examples: training images."""
     steps_per_epoch = examples // config.batch_size
 
     def every(epochs: int) -> range:

@@ -47,7 +47,7 @@ def parse(text: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]:
-    """Make the folder if it is missing, and lock it; yield the names of the files in it.
+    """Make a folder, unless it exists, and lock it; yield the names in it.
 
     flag: the command-line flag that gave the folder, for messages.
     Raises UserError for a folder that cannot be written, that another process has locked, or below
@@ -100,8 +100,9 @@ def _refuse_unreadable(folder: pathlib.Path, flag: str) -> None:
 
 @contextlib.contextmanager
 def locked_run(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
-    """Lock the folder of a run; yield its old summary, {} if it has none. Change nothing in it.
+    """Lock the folder of a run; yield its old summary, {} if it has none.
 
+    Nothing in the folder is changed.
     config: what config.json of this run holds or will hold.
     Raises UserError for a folder that cannot be written, is in use, holds something other than a
     run, or holds a run with another config.
@@ -130,7 +131,7 @@ def locked_run(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
 
 
 def _refuse_other_kinds(workdir: pathlib.Path, names: set[str]) -> None:
-    """Raise UserError where a file of a run is a folder or a pipe, or its folder is a file."""
+    """Raise UserError where a file of a run is a folder or a pipe, or the reverse."""
     for name in sorted(names & {*FILES}):
         if not (workdir / name).is_file():  # to open a pipe would wait for ever
             raise UserError(f"{workdir / name}: is no regular file, expected a file: move it away")
@@ -139,6 +140,6 @@ def _refuse_other_kinds(workdir: pathlib.Path, names: set[str]) -> None:
 
 
 def write_run_file(path: pathlib.Path, value: dict) -> None:
-    """Write a JSON file of a run, with its schema number; only process 0 of a cluster writes."""
+    """Write a JSON file of a run with its schema number, on process 0 of a cluster."""
     if jax.process_index() == 0:
         runfiles.write_json(path, dict(schema=runfiles.SCHEMA) | value)
