@@ -94,7 +94,7 @@ INTERRUPTED = 75  # EX_TEMPFAIL in sysexits.h
 def main(argv: list[str]) -> int:
     """Run what the flags say, and return the exit code; every known error is one line."""
     for number in interrupt.SIGNALS:  # until the run takes over
-        signal.signal(number, interrupt.early)
+        signal.signal(number, interrupt.handle_early_signal)
     try:
         code = launch(argv)
         cluster.leave()
@@ -145,7 +145,7 @@ def launch(argv: list[str]) -> int:
     config = config_of_run()
     if cluster_env.variable(os.environ):
         compare_processes(config)
-    return dry_run(config) if DRY_RUN.value else train(config)
+    return report_program(config) if DRY_RUN.value else train(config)
 
 
 def refuse_flags(argv: list[str]) -> None:
@@ -209,22 +209,23 @@ def config_of_run() -> ml_collections.ConfigDict:
 
 def compare_processes(config: ml_collections.ConfigDict) -> None:
     """End all processes of a cluster whose flags, code or config differ; otherwise say its size."""
-    from cnn_spmd.training import log
+    from cnn_spmd.training.provenance import provenance
+    from cnn_spmd.training.terminal import say
 
     given = {f"--{flag.name} given": bool(flag.value) for flag in (WORKDIR, DRY_RUN, TARGET)}
-    code = {name: value for name, value in log.provenance().items() if name != "host_cores"}
+    code = {name: value for name, value in provenance().items() if name != "host_cores"}
     cluster.agree(given | code | dict(config=configs.as_json(config)))
-    log.say(cluster.size())
+    say(cluster.size())
 
 
-def dry_run(config: ml_collections.ConfigDict) -> int:
+def report_program(config: ml_collections.ConfigDict) -> int:
     """Compile, print the report, and return the exit code."""
     from cnn_spmd.analysis import target
-    from cnn_spmd.training import loop, workdir
+    from cnn_spmd.training import dry_run, workdir
 
-    folder = workdir.local(WORKDIR.value) if WORKDIR.value else None
+    folder = workdir.parse(WORKDIR.value) if WORKDIR.value else None
     devices = target.devices(TARGET.value) if TARGET.value else None
-    report = loop.dry_run(config, folder, devices)
+    report = dry_run.dry_run(config, folder, devices)
     if "error" in report:
         print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
         return CRASHED
@@ -235,9 +236,9 @@ def train(config: ml_collections.ConfigDict) -> int:
     """Train or resume the run, print how it ended, and return the exit code."""
     from cnn_spmd.training import checkpoint, loop, workdir
 
-    folder = workdir.local(WORKDIR.value or default_workdir(config.experiment))
+    folder = workdir.parse(WORKDIR.value or default_workdir(config.experiment))
     try:
-        summary = loop.run(config, folder)
+        summary = loop.train(config, folder)
     except checkpoint.SaveError as error:
         cluster.fail(f"error: {error}", CRASHED)
         return CRASHED
@@ -297,7 +298,7 @@ def launch_sweep() -> int:
         print(message, file=sys.stderr)
         return BAD_INPUT
     simulate(CPU_DEVICES.value or devices_of_another_process())
-    folder = workdir.local(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
+    folder = workdir.parse(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
     devices = jax.devices()
     try:
         combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, len(devices))

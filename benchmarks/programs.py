@@ -28,14 +28,13 @@ def main() -> None:
     import jax
 
     from cnn_spmd.analysis import target
-    from cnn_spmd.training import log as metrics
-    from cnn_spmd.training import loop as train
+    from cnn_spmd.training.dry_run import dry_run
+    from cnn_spmd.training.provenance import provenance
     from experiments.alexnet_cifar import get_config
 
     jax.config.update("jax_num_cpu_devices", 8)
-    provenance = (
-        metrics.provenance()
-    )  # before the files that are written make the checkout differ from its commit
+    # Before the first file is written: afterwards the checkout differs from its commit.
+    made_by = provenance()
     folder = ROOT / "results" / "data" / "programs"
     folder.mkdir(parents=True, exist_ok=True)
     cases = [
@@ -69,13 +68,13 @@ def main() -> None:
         devices = (
             None if compiler == "cpu" else target.devices(f"h100:{max(1, data * columns // 8)}x8")
         )
-        report = train.dry_run(config, None, devices)
+        report = dry_run(config, None, devices)
         report = {
             name: value
             for name, value in report.items()
             if name not in ("placement", "activations", "closed_form")
         }
-        report |= dict(image_size=size, **provenance)
+        report |= dict(image_size=size, **made_by)
         name = f"{model}-{size}-{parallelism}-{data}x{columns}-{compiler}.json"
         (folder / name).write_text(json.dumps(report, indent=1) + "\n")
 

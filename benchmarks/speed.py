@@ -235,8 +235,8 @@ def main() -> int:
     if not args.skip_peer and not importlib.util.find_spec("torch"):
         refuse("torch is missing, which the peer needs: pip install torch, or give --skip_peer")
 
-    from cnn_spmd.training import log as metrics
     from cnn_spmd.training import runfiles
+    from cnn_spmd.training.provenance import provenance
 
     if smi := shutil.which("nvidia-smi"):
         command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -253,7 +253,7 @@ def main() -> int:
         hardware=hardware,
         gpus=args.gpus,
         flop_per_image=FLOP_PER_IMAGE,
-        **metrics.provenance(),
+        **provenance(),
         peer_versions=None,
         wheels=wheels,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -299,8 +299,8 @@ def run(
 
 def _read_sweep(folder: pathlib.Path) -> dict | None:
     """Return what sweep.json holds; None where it is missing, damaged or of another form."""
-    old = workdir.read(folder / "sweep.json", warn=False)
-    runs = (old or {}).get("runs")
+    old = runfiles.read_json(folder / "sweep.json", required=False)
+    runs = old.get("runs")
     if not isinstance(runs, list):
         return None
     whole = all(isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs)
@@ -400,9 +400,9 @@ class _Sweep:
         row["status"] = OUTCOMES.get(code, "failed")
         if code == 0:
             row["figures"] = runfiles.figures_of(folder)
-            summary = workdir.read(folder / "summary.json")
+            summary = runfiles.read_json(folder / "summary.json")
             now = {key: summary[key] for key in runfiles.HARDWARE}
-            self.sweep["hardware"] = runfiles.joined(self.sweep["hardware"] or now, now)
+            self.sweep["hardware"] = runfiles.merge_facts(self.sweep["hardware"] or now, now)
         else:
             row["reason"] = reason_of(code, self.folder / f"{row['name']}.log")
         self._write()
@@ -422,7 +422,9 @@ def _run_process(arguments: list[str], folder: pathlib.Path) -> int:
     with folder.with_name(folder.name + ".log").open("w") as log:
         process = None
         try:
-            with interrupt.held():  # a signal in between would leave a process that nobody knows
+            with (
+                interrupt.delayed_signals()
+            ):  # a signal in between would leave a process that nobody knows
                 process = subprocess.Popen(
                     [sys.executable, LAUNCH, *arguments, f"--workdir={folder}"],
                     stdout=log,

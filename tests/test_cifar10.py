@@ -274,7 +274,7 @@ def test_a_resumed_run_keeps_its_pixels(tmp_path):
     def saved(folder: str) -> dict:
         fields = config(dir=str(tmp_path / folder))
         whole = ml_collections.ConfigDict(dict(data=fields))
-        return build.Setup(whole, registry.load(fields), None, None).saved
+        return build.Setup(whole, registry.load(fields), None, None).saved_config
 
     first, copy, other = map(saved, "abc")
     assert len({first["data_digest"], other["data_digest"]}) == 2

@@ -224,8 +224,9 @@ def test_plain_forms_are_those_without_levers(config):
 
     def text(**levers):
         setup = build.prepare(config, **levers)
-        inputs = build.feeds(setup)[0].shapes(1, config.batch_size)
-        return setup.steps.jit_train().lower(setup.steps.abstract_state, *inputs).as_text()
+        inputs = setup.feeds[0].shapes(1, config.batch_size)
+        functions = setup.functions
+        return functions.jit_train().lower(functions.abstract_state, *inputs).as_text()
 
     fast = text()
     config.model.fast = False

@@ -50,7 +50,7 @@ def test_a_run_trains_on_it_and_records_its_digest(monkeypatch, tmp_path, config
     monkeypatch.setitem(registry.DATASETS, "greys", load_greys)
     config.update(dict(batch_size=3, epochs=1))
     config.data.update(dict(name="greys", crop_pad=1))
-    summary = loop.run(config, tmp_path / "r")
+    summary = loop.train(config, tmp_path / "r")
     assert summary["dataset"] == "greys"
     assert summary["data_digest"] == digest.of_arrays(arrays())
     assert summary["eval"]["examples"] == 4

@@ -240,16 +240,16 @@ def test_the_workdir_of_another_run_is_refused_early(pets_config, tmp_path, monk
     workdir.mkdir()
     (workdir / "a.txt").write_text("mine")
     with pytest.raises(UserError, match=f"^--workdir={workdir}: is not empty and holds no run"):
-        loop.run(pets_config, workdir)
+        loop.train(pets_config, workdir)
     (workdir / "config.json").write_text("{}")
     with pytest.raises(UserError, match=f"^--workdir={workdir}: holds a run with another config"):
-        loop.run(pets_config, workdir)
+        loop.train(pets_config, workdir)
 
 
 def test_pictures_of_other_photographs_are_refused_early(pets_config, pets, tmp_path, monkeypatch):
     setup = build.prepare(pets_config)
     (tmp_path / "r").mkdir()
-    (tmp_path / "r/config.json").write_text(json.dumps(setup.saved))
+    (tmp_path / "r/config.json").write_text(json.dumps(setup.saved_config))
     shutil.copytree(pets, tmp_path / "other")
     shutil.copy(pets / "val/cat/a.jpg", tmp_path / "other/val/cat/b.jpg")
     monkeypatch.setattr(prepared, "prepare", None)

@@ -316,15 +316,15 @@ def test_a_workdir_that_cannot_be_one_is_refused(text, message, monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.delenv("HOME", raising=False)
     with pytest.raises(UserError, match=re.escape(message)):
-        workdirs.local(text)
-    assert workdirs.local("a:/b") == pathlib.Path("a:/b")
+        workdirs.parse(text)
+    assert workdirs.parse("a:/b") == pathlib.Path("a:/b")
 
 
 def test_a_workdir_below_a_folder_that_is_not_utf8_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a\udcff").mkdir()
     monkeypatch.chdir(tmp_path / "a\udcff")
     with pytest.raises(UserError, match="is not UTF-8"):
-        workdirs.local("b")
+        workdirs.parse("b")
 
 
 def test_hostile_surroundings_change_no_number(start, tmp_path):
@@ -579,7 +579,7 @@ def test_a_current_folder_that_is_gone_and_links_in_a_circle(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     with pytest.raises(UserError, match="--workdir=r: the current folder is gone"):
-        workdirs.local("r")
+        workdirs.parse("r")
 
 
 def test_a_full_disk_is_one_line_and_exit_code_1(monkeypatch, capsys):
@@ -596,13 +596,13 @@ def test_a_full_disk_is_one_line_and_exit_code_1(monkeypatch, capsys):
 
 
 def test_a_signal_whose_exception_was_lost_still_stops_the_run(monkeypatch):
-    monkeypatch.setattr(interrupt, "_came_early", [])
+    monkeypatch.setattr(interrupt, "_early_signals", [])
     with interrupt.Interrupt() as run:
-        run.check()
+        run.raise_if_requested()
     with pytest.raises(KeyboardInterrupt):
-        interrupt.early(signal.SIGTERM, None)
+        interrupt.handle_early_signal(signal.SIGTERM, None)
     with interrupt.Interrupt() as run, pytest.raises(KeyboardInterrupt):
-        run.check()
+        run.raise_if_requested()
 
 
 def test_a_second_signal_stops_at_once():

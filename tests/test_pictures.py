@@ -17,9 +17,7 @@ from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import drawings, pictures
-from cnn_spmd.training import build as setups
-from cnn_spmd.training import loop as train
-from cnn_spmd.training import workdir
+from cnn_spmd.training import build, loop, workdir
 
 NAMES = ("filters.png", "top5.png", "neighbours.png")
 
@@ -47,7 +45,7 @@ def trained(config, tmp_path, monkeypatch):
     config.model.update(dict(name="one_convolution", width=48))
     config.optimizer.learning_rate = 0.01
     config.eval.every_epochs = config.checkpoint.every_epochs = 0
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert report.main(["--pictures", str(tmp_path)]) == 0
     return tmp_path
 
@@ -127,7 +125,7 @@ def check_neighbours(run, state, rows):
 
 
 def test_what_reaches_the_output_layer_where_none_is_hidden(config):
-    run = setups.prepare(config)
+    run = build.prepare(config)
     state = run.init()
     params = state.params
     images = run.data.test_images[:4]
@@ -141,7 +139,7 @@ def test_what_reaches_the_output_layer_where_none_is_hidden(config):
 def test_an_image_is_its_own_nearest_neighbour_and_none_is_named_twice(config, monkeypatch):
     """64 training images come in batches of 24; the last image fills up a batch."""
     monkeypatch.setattr(pictures, "BATCH", 24)
-    run = setups.prepare(config)
+    run = build.prepare(config)
     run = dataclasses.replace(
         run, data=dataclasses.replace(run.data, test_images=run.data.train_images[::-1])
     )
@@ -168,7 +166,7 @@ def test_every_filter_is_in_the_grid_once(count, towers):
 @pytest.mark.parametrize("name", ["simple_cnn", "fully_connected"])
 def test_filters_are_scaled_each_to_its_own_range(config, name):
     config.model.update(dict(name=name, width=24))
-    run = setups.prepare(config)
+    run = build.prepare(config)
     state = run.init()
     params = state.params
     layer, shape = ("conv1", (32, 3, 3, 3)) if name == "simple_cnn" else ("fc1", (24, 32, 32, 3))
@@ -190,7 +188,7 @@ def test_test_images_are_chosen_by_the_seed():
 
 def test_few_classes_and_images_are_drawn(config):
     """Three classes, long names, and fewer images than there is room for."""
-    data = dataclasses.replace(setups.prepare(config).data, class_names=("a", "b" * 40, "$c_1$"))
+    data = dataclasses.replace(build.prepare(config).data, class_names=("a", "b" * 40, "$c_1$"))
     row = dict(test_image=0, label=1, classes=[2, 1, 0], probabilities=[0.5, 0.3, 0.2])
     near = dict(test_image=0, label=1, train_images=[3, 4], labels=[1, 0])
     with pictures.plots.style():
@@ -258,7 +256,7 @@ def saved(config, tmp_path):
     """Write nothing but config.json of a run, with some changes; return the folder."""
 
     def write(**changes):
-        run = setups.prepare(config)
+        run = build.prepare(config)
         own = configs.as_json(run.config) | dict(dataset=run.data.name, fallback=run.data.fallback)
         for field, value in changes.items():
             own[field] = own[field] | value if isinstance(value, dict) else value

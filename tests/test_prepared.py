@@ -123,7 +123,7 @@ def test_the_digest_is_stored_beside_the_arrays(pets, tmp_path, monkeypatch):
 
 def test_photographs_of_other_pixels_do_not_continue_a_run(pets, pets_config):
     """This is known only once they are decoded: names and sizes are equal."""
-    saved = build.prepare(pets_config).saved
+    saved = build.prepare(pets_config).saved_config
     path = pets / "train/cat/c.png"
     size = path.stat().st_size
     write_image(path, np.full((40, 30, 3), 7, np.uint8))
@@ -133,7 +133,7 @@ def test_photographs_of_other_pixels_do_not_continue_a_run(pets, pets_config):
 
     def check(setup: build.Setup) -> None:
         seen.append(setup.data.digest)
-        configs.refuse_changes("r", saved, setup.saved)
+        configs.refuse_changes("r", saved, setup.saved_config)
 
     change = rf"data_digest: {saved['data_digest']} -> [0-9a-f]{{16}}"
     with pytest.raises(UserError, match=rf"^r: .*\({change}\): .*same data"):
@@ -265,10 +265,10 @@ def test_no_class_may_be_left_out(pets, tmp_path, names):
 
 
 def test_every_file_of_a_run_says_how_many_images_were_left_out(pets, pets_config, tmp_path):
-    assert build.prepare(pets_config).identity.keys() == {"dataset", "fallback"}
+    assert build.prepare(pets_config).data_fields.keys() == {"dataset", "fallback"}
     empty(pets / "train/cat/d.jpeg")
     pets_config.data.skip_bad = 1
-    loop.run(pets_config, tmp_path / "r")
+    loop.train(pets_config, tmp_path / "r")
     files = [
         json.loads((tmp_path / f"r/{name}.json").read_text())
         for name in ("config", "program", "summary")
@@ -283,7 +283,7 @@ def test_every_file_of_a_run_says_how_many_images_were_left_out(pets, pets_confi
     seen = []
 
     def check(setup: build.Setup) -> None:
-        configs.refuse_changes("r", files[0], setup.saved)
+        configs.refuse_changes("r", files[0], setup.saved_config)
         seen.append(setup)
 
     build.prepare(pets_config, check=check)

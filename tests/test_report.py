@@ -20,8 +20,7 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.papers import pages, published, tables
 from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import canvas, charts, compare, load_runs, plots, write_report
-from cnn_spmd.training import loop as train
-from cnn_spmd.training import runfiles
+from cnn_spmd.training import loop, runfiles
 
 TOP = [
     dict(
@@ -529,7 +528,7 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
 
     monkeypatch.setattr(f"cnn_spmd.{broken}", breaks)
     config.epochs = 1
-    assert train.run(config, tmp_path / "run")["status"] == "completed"
+    assert loop.train(config, tmp_path / "run")["status"] == "completed"
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert (
         warning

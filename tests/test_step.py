@@ -28,7 +28,8 @@ from cnn_spmd.models import alexnet, alexnet_2012, stack
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement, name_of
 from cnn_spmd.sharding.table import TABLE
-from cnn_spmd.training import build, loop, microbatch, program_report
+from cnn_spmd.training import build, microbatch, program_report
+from cnn_spmd.training.dry_run import dry_run
 from cnn_spmd.training.packing import pack_bf16, unpack_f32
 from cnn_spmd.training.step import StepFunctions, TrainState
 from experiments.alexnet_cifar import get_config
@@ -351,7 +352,7 @@ def test_shipped_ordering_of_the_schemes():
             dict(batch_size=1024, parallelism=parallelism, mesh=dict(data=shape[0], model=shape[1]))
         )
         config.data.update(dict(name="synthetic"))
-        report = loop.dry_run(config, None)
+        report = dry_run(config, None)
         for row in report["communication"]:
             assert row["compiled_bytes"] == pytest.approx(
                 row["closed_form_bytes"], rel=0.02, abs=200_000

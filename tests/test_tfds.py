@@ -140,7 +140,8 @@ def test_a_named_data_set_says_which_files_it_is(pets, tmp_path, monkeypatch):
     other = load(tmp_path / "copy", "imagenette")
     assert (other.name, first.name) == ("imagenette", "imagenette")
     saved, changed = (
-        build.Setup(ml_collections.ConfigDict(), data, None, None).saved for data in (first, other)
+        build.Setup(ml_collections.ConfigDict(), data, None, None).saved_config
+        for data in (first, other)
     )
     configs.refuse_changes("a", saved, saved)
     with pytest.raises(UserError, match=rf"data_files: {first.files} -> {other.files}"):

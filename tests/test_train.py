@@ -1,16 +1,14 @@
-"""Runs, whole: resume equals uninterrupted, every test image counts, refusals come before anything is compiled."""
+"""Whole runs, and their configs.
+
+A resumed run equals an uninterrupted one, every test image counts once, and bad input is refused
+before anything is compiled.
+"""
 
 import dataclasses
-import fcntl
 import json
-import os
-import pathlib
 import re
 import shutil
-import subprocess
-import sys
 import time
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +17,7 @@ import optax
 import pytest
 from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
-from orbax.checkpoint import v1 as ocp
-from tensorboardX.proto import event_pb2
+from run_helpers import lines, rows, saved_state, stop_after
 
 from cnn_spmd import config as configs
 from cnn_spmd import experiment
@@ -28,35 +25,14 @@ from cnn_spmd.data import order, statistics
 from cnn_spmd.data import registry as sources
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding import mesh
-from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import build as setups
-from cnn_spmd.training import checkpoint, optim, runfiles
+from cnn_spmd.training import build, checkpoint, loop, optim, runfiles
 from cnn_spmd.training import clock as clocks
-from cnn_spmd.training import log as metrics
-from cnn_spmd.training import loop as train
-
-
-def rows(workdir, split):
-    keys = ("step", "loss", "accuracy", "learning_rate", "examples")
-    return [
-        {key: row[key] for key in keys if key in row}
-        for row in runfiles.read(workdir / "metrics.jsonl")
-        if row["split"] == split
-    ]
-
-
-def saved_state(workdir, step):
-    """The whole state in a checkpoint, by name, as Orbax itself reads it."""
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # it says that the sharding is the saved one, as is meant here
-        tree = ocp.load(workdir / "checkpoints" / str(step), checkpointable_name="state")
-    return {name: np.asarray(leaf) for name, leaf in tree.items()}
+from cnn_spmd.training import evaluate as evaluation
+from cnn_spmd.training.dry_run import dry_run
 
 
 def test_files_of_a_run(config, tmp_path):
-    summary = train.run(config, tmp_path / "run")
+    summary = loop.train(config, tmp_path / "run")
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.json", "program.json", "metrics.jsonl", "summary.json", "checkpoints"} <= files
     assert any(name.startswith("events.out.tfevents") for name in files)
@@ -98,58 +74,34 @@ def test_files_of_a_run(config, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))
     assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [4]
     assert [row["step"] for row in rows(tmp_path / "run", "final")] == [8]
-    for line in runfiles.read(tmp_path / "run/metrics.jsonl"):
+    for line in runfiles.read_metrics_rows(tmp_path / "run/metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("synthetic", None)
-
-
-def test_startup_is_counted_from_the_start_of_the_process():
-    """And not from the first import: of a process that waits for half a second before it."""
-    code = """if True:
-        import time
-        time.sleep(.5)
-        from cnn_spmd.training.clock import process_seconds
-        first = process_seconds()
-        time.sleep(.1)
-        print(first, process_seconds() - first)"""
-    since = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    first, more = map(float, result.stdout.split())
-    assert 0.45 < first < time.perf_counter() - since + 0.1
-    assert 0.05 < more < 0.9
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
 def test_evaluation_counts_every_image_once(config, tmp_path, shape):
-    """40 test images in batches of 16: the tail is padded, and the padding counts for nothing."""
+    """The padding of the last batch, 40 images in batches of 16, does not count."""
     config.update(
         dict(steps=1, batch_size=40, parallelism="hybrid", mesh=dict(data=shape[0], model=shape[1]))
     )
     config.optimizer.learning_rate = 0.0
-    whole = train.run(config, tmp_path / "a")
+    whole = loop.train(config, tmp_path / "a")
     config.batch_size = 16
-    padded = train.run(config, tmp_path / "b")
+    padded = loop.train(config, tmp_path / "b")
     assert whole["eval"]["examples"] == padded["eval"]["examples"] == 40
     assert padded["eval"]["accuracy"] == whole["eval"]["accuracy"]
     assert padded["eval"]["loss"] == pytest.approx(whole["eval"]["loss"], rel=1e-6)
-
-
-def test_evaluation_that_misses_an_image_is_an_error():
-    parts = [
-        dict(loss=1.0, correct=3, top5=4, examples=16),
-        dict(loss=1.0, correct=3, top5=4, examples=15),
-    ]
-    with pytest.raises(AssertionError, match="evaluated 31"):
-        train.evaluation_of(parts, 32)
 
 
 @pytest.mark.parametrize(
     "resumed_on", [("data", 1, 1), ("hybrid", 4, 2), ("hybrid", 2, 4), ("data", 1, 1, "streamed")]
 )
 def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
-    """Stopped after step 4 of 8 and resumed from the checkpoint: bit for bit on the same mesh, 1e-5 on another."""
-    train.run(config, tmp_path / "whole")
+    """A run killed after step 4 of 8 ends as one that was not killed.
+
+    They are equal bit for bit on the same mesh, and within 1e-5 on another mesh.
+    """
+    loop.train(config, tmp_path / "whole")
     stop_after(4, config, tmp_path / "parts")
     parallelism, data, model, *streamed = resumed_on
     config.update(
@@ -159,7 +111,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
             data=dict(resident="no" if streamed else "yes"),
         )
     )
-    summary = train.run(config, tmp_path / "parts")
+    summary = loop.train(config, tmp_path / "parts")
     assert (summary["status"], summary["steps"]) == ("completed", 8)
     assert summary["data_on_device"] is not bool(streamed)
     whole, parts = saved_state(tmp_path / "whole", 8), saved_state(tmp_path / "parts", 8)
@@ -177,50 +129,36 @@ def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
 
 
 def test_a_run_of_two_stages_and_crops_resumes(config, tmp_path):
-    """cuda-convnet's recipe, small: 40 of 64 images for 6 steps, 2 an epoch, in crops; stopped after step 4 and resumed."""
+    """A small form of cuda-convnet's recipe resumes after step 4.
+
+    It sees crops of 40 of the 64 images for 6 steps, 2 per epoch, and then all images.
+    """
     config.data.update(
         dict(crop=24, crop_pad=0, normalise="pixel_mean", held_out=24, held_out_steps=6)
     )
     config.optimizer.update(dict(bias_rate=2.0, weight_decays=dict(fc3=0.1), learning_rate=1e-6))
     config.update(dict(steps=8, eval=dict(views="ten")))
-    whole = train.run(config, tmp_path / "whole")
+    whole = loop.train(config, tmp_path / "whole")
     stop_after(4, config, tmp_path / "parts")
-    assert train.run(config, tmp_path / "parts")["eval"] == whole["eval"]
+    assert loop.train(config, tmp_path / "parts")["eval"] == whole["eval"]
     for name, value in saved_state(tmp_path / "whole", 8).items():
         np.testing.assert_array_equal(saved_state(tmp_path / "parts", 8)[name], value, err_msg=name)
     assert whole["param_count"] == 3 * 9 * 32 + 32 + 12 * 12 * 32 * 10 + 10  # a network for 24x24
 
 
-def stop_after(step, config, workdir):
-    """Runs until the checkpoint of `step` is whole, then dies as a killed process does."""
-
-    class Killed(BaseException):
-        pass
-
-    save = checkpoint.Checkpoints.save
-
-    def save_and_die(self, at, state, accuracy=None):
-        save(self, at, state, accuracy)
-        if at == step:
-            self.wait()
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint.Checkpoints, "save", save_and_die)
-        train.run(config, workdir)
-    assert json.loads((workdir / "summary.json").read_text())["status"] == "failed"
-
-
 def test_a_checkpoint_is_not_changed_by_the_steps_after_it(config, tmp_path):
-    """Saving is asynchronous and the state is donated to the next step: what is saved must still be this step's."""
+    """A checkpoint holds the state of its own step.
+
+    Orbax saves in the background, while the next step takes over the memory of the state.
+    """
     config.checkpoint.keep = 10
-    train.run(config, tmp_path / "long")
+    loop.train(config, tmp_path / "long")
     config.epochs = 1
     config.optimizer.decay = "constant"
     config.optimizer.warmup = 0.0
-    train.run(config, tmp_path / "short")
+    loop.train(config, tmp_path / "short")
     config.epochs = 4
-    train.run(config, tmp_path / "longer")
+    loop.train(config, tmp_path / "longer")
     for name, value in saved_state(tmp_path / "short", 4).items():
         np.testing.assert_array_equal(
             saved_state(tmp_path / "longer", 4)[name], value, err_msg=name
@@ -228,15 +166,15 @@ def test_a_checkpoint_is_not_changed_by_the_steps_after_it(config, tmp_path):
 
 
 def test_a_finished_run_is_left_alone_and_can_grow(config, tmp_path, capsys):
-    first = train.run(config, tmp_path)
-    assert train.run(config, tmp_path) == first
+    first = loop.train(config, tmp_path)
+    assert loop.train(config, tmp_path) == first
     assert "Nothing to do" in capsys.readouterr().out
     config.epochs = 3
-    assert train.run(config, tmp_path)["steps"] == 12
+    assert loop.train(config, tmp_path)["steps"] == 12
     assert [row["step"] for row in rows(tmp_path, "final")] == [12]
     config.epochs = 1
     with pytest.raises(UserError, match=r"steps=4: .* is at step 12 already"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 def test_metrics_without_their_seconds_do_not_end_a_run(config, tmp_path):
@@ -245,22 +183,32 @@ def test_metrics_without_their_seconds_do_not_end_a_run(config, tmp_path):
     lines[0] = '{"step": 1, "split": "train"}'
     lines[1] = '{"step": 2, "split": "train", "train_seconds": "many"}'
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert train.run(config, tmp_path)["steps"] == 8
+    assert loop.train(config, tmp_path)["steps"] == 8
 
 
 def test_metrics_cut_by_a_kill(config, tmp_path):
-    """A cut last line is dropped, and what was logged after the checkpoint is not told twice."""
+    """A cut last line is dropped; steps after the checkpoint are logged once."""
     stop_after(4, config, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(
             '{"step": 5, "split": "train", "loss": 1.0, "train_seconds": 9}\n{"step": 6, "spl'
         )
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 9))
 
 
+def test_a_run_killed_after_its_last_save_is_only_evaluated(config, tmp_path):
+    stop_after(8, config, tmp_path)
+    manifest = tmp_path / "checkpoints/8" / checkpoint.MANIFEST
+    before = manifest.stat().st_mtime_ns
+    assert loop.train(config, tmp_path)["eval"]["examples"] == 40
+    assert manifest.stat().st_mtime_ns == before
+    assert saved_steps(tmp_path) == {4, 8}
+    assert [row["step"] for row in rows(tmp_path, "final")] == [8]
+
+
 def overflow_in_step(step, monkeypatch):
-    """Makes this step's update infinite, so that it ruins the parameters."""
+    """Make the update of `step` infinite, so that it ruins the parameters."""
     make = optim.make_optimizer
     ruin = optax.scale_by_schedule(lambda at: jnp.where(at == step - 1, jnp.inf, 1.0))
     monkeypatch.setattr(
@@ -271,13 +219,11 @@ def overflow_in_step(step, monkeypatch):
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
     overflow_in_step(5, monkeypatch)
     with pytest.raises(
-        train.NonFinite,
+        loop.NonFinite,
         match=r"loss is nan at step 6 .*the last good checkpoint is .*checkpoints.4$",
     ):
-        train.run(config, tmp_path)
-    assert [
-        path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()
-    ] == ["4"]
+        loop.train(config, tmp_path)
+    assert saved_steps(tmp_path) == {4}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("non-finite", 6)
 
@@ -286,9 +232,9 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
     overflow_in_step(4, monkeypatch)  # the loss of step 4 is still finite, and a checkpoint is due
     config.eval.every_epochs = 0
     with pytest.raises(
-        train.NonFinite, match=r"parameters are not finite after step 4.*no checkpoint was saved"
+        loop.NonFinite, match=r"parameters are not finite after step 4.*no checkpoint was saved"
     ):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -311,7 +257,8 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
             dict(
                 model=dict(name="alexnet"), parallelism="hybrid", batch_size=15, mesh=dict(model=3)
             ),
-            r"fc1 output \(15, 4096\): fc1_out=4096 does not divide by the 3 devices of mesh axis model",
+            r"fc1 output \(15, 4096\): fc1_out=4096 does not divide by the 3 devices of mesh axis "
+            "model",
         ),
         (
             dict(mesh=dict(data=3, model=5)),
@@ -378,7 +325,8 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
         (dict(optimizer=dict(stages=None)), r"optimizer\.stages=None: expected a tuple"),
         (
             dict(eval=dict(every_epochs=2**70)),
-            r"eval\.every_epochs=1180591620717411303424: expected at least 0 and at most 2147483647",
+            r"eval\.every_epochs=1180591620717411303424: expected at least 0 and at most "
+            "2147483647",
         ),
         (
             dict(mesh=dict(data=2**70)),
@@ -392,8 +340,9 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
         ),
         (
             dict(data=dict(synthetic=dict(image_size=4096, train_examples=10**7))),
-            r"data\.synthetic\.image_size=4096, data\.synthetic\.test_examples=40, data\.synthetic\.train_examples=10000000: needs "
-            r"503,318\.5 GB, expected at most the .* GB of memory that there are",
+            r"data\.synthetic\.image_size=4096, data\.synthetic\.test_examples=40, "
+            r"data\.synthetic\.train_examples=10000000: needs 503,318\.5 GB, expected at most the "
+            ".* GB of memory that there are",
         ),
         (
             dict(model=dict(name="alexnet", width=10**6)),
@@ -409,7 +358,8 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
         ),
         (
             dict(optimizer=dict(weight_decays=dict(fc9=1.0))),
-            r"optimizer\.weight_decays\.fc9: model\.name=simple_cnn has no such layer, expected some of conv1, fc3",
+            r"optimizer\.weight_decays\.fc9: model\.name=simple_cnn has no such layer, expected "
+            "some of conv1, fc3",
         ),
         (
             dict(optimizer=dict(layer_rates=dict(conv2=1.0))),
@@ -422,82 +372,40 @@ def test_refused_before_anything_is_compiled(config, tmp_path, monkeypatch, chan
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
     config.update(changes)
     with pytest.raises(UserError, match=message) as error:
-        train.run(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_workdirs_that_are_refused(config, tmp_path):
-    (tmp_path / "file").write_text("precious")
-    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=re.escape(f"--workdir={workdir}: cannot be written")):
-            train.run(config, workdir)
-    assert (tmp_path / "file").read_text() == "precious"
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        train.run(config, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"file"}
-
-
-def test_a_workdir_of_another_config_is_refused(config, tmp_path):
-    train.run(config, tmp_path)
-    before = (tmp_path / "config.json").read_text()
-    config.optimizer.learning_rate = 0.002
-    config.seed = 1
-    config.mesh.data = 2
-    with pytest.raises(
-        UserError, match=r"\(optimizer\.learning_rate: 0\.001 -> 0\.002; seed: 0 -> 1\)"
-    ):
-        train.run(config, tmp_path)
-    assert (tmp_path / "config.json").read_text() == before
-    for damaged in (before[:50], "[]", ""):
-        (tmp_path / "config.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"config\.json is damaged"):
-            train.run(config, tmp_path)
-
-
-def test_a_damaged_summary_is_made_anew(config, tmp_path):
-    first = train.run(config, tmp_path)
-    (tmp_path / "summary.json").write_text("[]")
-    assert train.run(config, tmp_path)["eval"] == first["eval"]
-
-
 def test_refusals_and_dry_runs_leave_a_run_as_it_is(config, tmp_path, monkeypatch):
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(train, "compile_train", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(build.Setup, "train_program", lambda *_: pytest.fail("compiled"))
     config.mesh.data = 2
     with pytest.raises(UserError, match="holds a run"):
-        train.dry_run(config, tmp_path)
-    train.run(config, tmp_path)  # complete: nothing to do
+        dry_run(config, tmp_path)
+    loop.train(config, tmp_path)  # complete: nothing to do
     config.epochs = 1
     with pytest.raises(UserError, match="the number of steps may grow"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     config.eval.views = "one"
     with pytest.raises(UserError, match=r"eval\.views: mirrored -> one"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 def test_a_dry_run_writes_its_report_where_a_run_may_follow(config, tmp_path):
-    report = train.dry_run(config, tmp_path)
+    report = dry_run(config, tmp_path)
     assert json.loads((tmp_path / "program.json").read_text())["placement"] == report["placement"]
-    assert train.run(config, tmp_path)["status"] == "completed"
-
-
-def test_two_runs_in_one_workdir(config, tmp_path):
-    train.run(config, tmp_path)
-    with (tmp_path / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run is using it"):
-            train.run(config, tmp_path)
+    assert loop.train(config, tmp_path)["status"] == "completed"
 
 
 def test_starting_again_without_checkpoints_keeps_all_old_metrics(config, tmp_path, capsys):
     for suffix in ("", ".old", ".old-2"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
         assert (
-            "has no checkpoint to go on from: starting again at step 0; the old metrics are kept as "
-            f"metrics.jsonl{suffix}." in capsys.readouterr().out
+            "has no checkpoint to go on from: starting again at step 0; the old metrics are kept "
+            f"as metrics.jsonl{suffix}." in capsys.readouterr().out
         ) == bool(suffix)
         shutil.rmtree(tmp_path / "checkpoints")
         (tmp_path / "summary.json").unlink()
@@ -509,50 +417,23 @@ def test_starting_again_without_checkpoints_keeps_all_old_metrics(config, tmp_pa
         assert len(lines) == 8 + 1 + 1 + 1
 
 
-def scalars(workdir):
-    """What TensorBoard shows of `train/loss`: {step: value}, from all event files, by its own rule for restarts."""
-    shown = {}
-    for path in sorted(
-        workdir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns
-    ):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event, data = event_pb2.Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            if event.session_log.status == event_pb2.SessionLog.START:
-                shown = {step: value for step, value in shown.items() if step < event.step}
-            for value in event.summary.value:
-                if value.tag == "train/loss":
-                    shown[event.step] = value.simple_value
-    return shown
-
-
-def test_tensorboard_forgets_the_curve_of_a_run_that_starts_again(config, tmp_path):
-    train.run(config, tmp_path)
-    assert list(scalars(tmp_path)) == list(range(1, 9))
-    shutil.rmtree(tmp_path / "checkpoints")
-    (tmp_path / "summary.json").unlink()
-    stop_after(4, config, tmp_path)
-    assert list(scalars(tmp_path)) == list(range(1, 5))
-
-
 def test_a_run_never_starts_over_where_its_checkpoints_are_broken(config, tmp_path):
     stop_after(4, config, tmp_path)
     (tmp_path / "checkpoints/4" / checkpoint.MANIFEST).write_text("{")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds no checkpoint that can be used"):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 def test_a_run_whose_saved_checkpoints_are_gone_stops(config, tmp_path):
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     config.epochs = 3
     with pytest.raises(
         UserError, match=r"summary\.json says that step 8 was saved, but checkpoints/ holds none"
     ):
-        train.run(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 @pytest.mark.parametrize("moved", [True, False])
@@ -574,102 +455,31 @@ def test_a_folder_that_goes_while_the_run_uses_it_ends_the_run(
             checkpoint.SaveError,
             match="run: was moved or removed while the run used it; step 8 is not saved",
         ):
-            train.run(config, tmp_path / "run")
+            loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     if moved:
-        assert train.run(config, tmp_path / "new")["steps"] == 8
-
-
-@pytest.mark.parametrize("evaluation", [None, dict(accuracy=None), [1]])
-def test_a_summary_of_another_form_is_made_anew(config, tmp_path, evaluation):
-    first = train.run(config, tmp_path)
-    (tmp_path / "summary.json").write_text(json.dumps(first | dict(eval=evaluation)))
-    assert train.run(config, tmp_path)["eval"] == first["eval"]
-
-
-def test_pipes_and_byte_order_marks_in_a_run_folder(config, tmp_path):
-    stop_after(4, config, tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text("\ufeff" + text)  # as some editors do
-    (tmp_path / "metrics.jsonl").unlink()
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: is no regular file"):
-        train.run(config, tmp_path)
-    (tmp_path / "metrics.jsonl").unlink()
-    assert train.run(config, tmp_path)["steps"] == 8
+        assert loop.train(config, tmp_path / "new")["steps"] == 8
 
 
 def test_a_step_of_another_run_is_not_taken(config, tmp_path):
     stop_after(4, config, tmp_path / "a")
     config.seed = 1
-    train.run(config, tmp_path / "b")
+    loop.train(config, tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoints")
     shutil.copytree(tmp_path / "a/checkpoints", tmp_path / "b/checkpoints")
     (tmp_path / "b/summary.json").unlink()
     with pytest.raises(UserError, match="4 is of another run"):
-        train.run(config, tmp_path / "b")
-
-
-@pytest.mark.parametrize("name", ["run[1]", "run\\1", "a*", "b?", "gs:"])
-def test_paths_in_which_no_checkpoint_could_be_read_are_refused(
-    config, tmp_path, name, monkeypatch
-):
-    """Above the run, too, and where the current folder has such a name."""
-    (tmp_path / name).mkdir()
-    for workdir in (tmp_path / name / "a", tmp_path / name / "run"):
-        with pytest.raises(UserError, match="no checkpoint could be read again from"):
-            train.run(config, workdir)
-    monkeypatch.chdir(tmp_path / name)
-    with pytest.raises(UserError, match="--workdir=run: no checkpoint could be read again from"):
-        train.run(config, pathlib.Path("run"))
-    assert not list((tmp_path / name).iterdir())
-
-
-@pytest.mark.parametrize(
-    "name", ["a b", "é日本", "{x},y", "x~$HOME", "'\"", "100%", "#&|;", "-w", "new\nline"]
-)
-def test_other_paths_hold_runs_that_resume(config, tmp_path, name):
-    stop_after(4, config, tmp_path / name)
-    assert train.run(config, tmp_path / name)["steps"] == 8
-
-
-@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "checkpoints"])
-def test_a_file_where_a_folder_should_be_and_the_reverse_is_named(config, tmp_path, name):
-    stop_after(4, config, tmp_path)
-    path = tmp_path / name
-    (shutil.rmtree if path.is_dir() else path.unlink)(*([path] if path.is_dir() else []))
-    path.write_text("") if name == "checkpoints" else path.mkdir()
-    with pytest.raises(UserError, match=f"{re.escape(str(path))}: is no .*, expected a") as error:
-        train.run(config, tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_damaged_lines_of_metrics(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(runfiles.logging, "warning", lambda *message: said.append(message))
-    good = '{"step": 1, "split": "train"}'
-    bad = [
-        "garbage",
-        "5",
-        '{"step": 1}',
-        '{"step": "x", "split": "eval"}',
-        '{"step": null, "split": "train"}',
-    ]
-    (tmp_path / "m").write_text("\n".join([good, *bad, good, '{"st']))
-    assert len(runfiles.read(tmp_path / "m")) == 2
-    assert [message[2] for message in said] == [2, 3, 4, 5, 6]
-    assert {message[1] for message in said} == {tmp_path / "m"}
+        loop.train(config, tmp_path / "b")
 
 
 def test_a_network_that_gives_nan_is_never_right(config, tmp_path, monkeypatch):
-    overflow_in_step(
-        8, monkeypatch
-    )  # of the last step: only the final evaluation meets what it did
-    with pytest.raises(train.NonFinite, match="test loss is nan after step 8"):
-        train.run(config, tmp_path)
+    # Only the final evaluation meets what the last step did.
+    overflow_in_step(8, monkeypatch)
+    with pytest.raises(loop.NonFinite, match="test loss is nan after step 8"):
+        loop.train(config, tmp_path)
 
 
-def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
+def test_fallback_is_named_in_every_file(config, tmp_path, monkeypatch, capsys):
     from cnn_spmd.data import cifar10
 
     def unreachable(*_):
@@ -679,7 +489,7 @@ def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
     config.data.update(
         dict(name="cifar10", fallback="digits", fallback_epochs=1, fallback_batch_size=512)
     )
-    summary = train.run(config, tmp_path)
+    summary = loop.train(config, tmp_path)
     assert (summary["batch_size"], summary["steps"], summary["eval"]["examples"]) == (512, 2, 360)
     assert (
         "For digits: batch_size=512, steps=2, optimizer.learning_rate=0.05, from data.fallback_*.\n"
@@ -688,12 +498,12 @@ def test_fallback_is_told_in_every_file(config, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "program.json", "summary.json"):
         content = json.loads((tmp_path / name).read_text())
         assert (content["dataset"], content["fallback"]) == ("digits", "cifar10"), name
-    for line in runfiles.read(tmp_path / "metrics.jsonl"):
+    for line in runfiles.read_metrics_rows(tmp_path / "metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("digits", "cifar10")
 
 
 def on_the_fallback(*arguments):
-    """The shipped experiment with these arguments, resolved where the digits stand in for CIFAR-10."""
+    """Resolve the shipped experiment where the digits stand in for CIFAR-10."""
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
     path = str(ROOT / "experiments/alexnet_cifar.py")
     config, _ = experiment.parsed(["--config", path, *arguments])
@@ -729,7 +539,8 @@ def on_the_fallback(*arguments):
             32,
             0.01,
             6 * 44,
-            "batch_size=32, optimizer.learning_rate=0.01, as given; steps=264, from data.fallback_*",
+            "batch_size=32, optimizer.learning_rate=0.01, as given; steps=264, from "
+            "data.fallback_*",
         ),
         (
             ["batch_size=512", "data.fallback_batch_size=128"],
@@ -762,53 +573,33 @@ def test_a_run_on_the_fallback_resumes_by_the_same_command():
         configs.refuse_changes("a", given, not_given)
 
 
-def test_calls_end_at_every_stop():
-    assert train.plan(0, [4, 8, 10], 3) == [3, 1, 3, 1, 2]
-    assert train.plan(5, [4, 8, 10], 100) == [3, 2]
-    assert train.plan(10, [10], 3) == []
-
-
-def test_clock_leaves_out_what_is_not_training(monkeypatch):
-    now = iter(
-        [0.0, 10.0, 12.0, 13.0, 50.0, 51.0]
-    )  # made, started, call, call, started after an evaluation, call
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
-    clock = clocks.Clock()
-    clock.start()
-    assert [clock.tick(10, end) for end in [clock.watch({}), clock.watch({})]] == [2.0, 1.0]
-    clock.start()
-    clock.tick(10, clock.watch({}))
-    assert clock.seconds == 4.0
-    assert clock.steps_per_second() == 10.0  # the first call warms up
-    assert clock.step_milliseconds() == dict(p10=100.0, median=100.0, p90=100.0)
-
-
-def checkpointed(workdir):
+def saved_steps(workdir):
+    """Return the steps that a run has a checkpoint of."""
     return {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()}
 
 
 def test_a_run_keeps_its_last_and_its_best(config, tmp_path, monkeypatch):
     accuracy = iter([0.9, 0.2, 0.1])
     monkeypatch.setattr(
-        train,
-        "evaluation_of",
+        evaluation,
+        "means_of",
         lambda *_: dict(accuracy=next(accuracy), top5=0.0, loss=0.0, examples=40),
     )
     config.update(dict(epochs=3, checkpoint=dict(keep=1)))
-    train.run(config, tmp_path)
-    assert checkpointed(tmp_path) == {4, 12}
+    loop.train(config, tmp_path)
+    assert saved_steps(tmp_path) == {4, 12}
 
 
 def test_checkpoints_and_evaluations_have_intervals_of_their_own(config, tmp_path):
     config.update(
         dict(epochs=4, checkpoint=dict(every_epochs=3, keep=9), eval=dict(every_epochs=2))
     )
-    train.run(config, tmp_path)
-    assert checkpointed(tmp_path) == {12, 16}
+    loop.train(config, tmp_path)
+    assert saved_steps(tmp_path) == {12, 16}
     assert [row["step"] for row in rows(tmp_path, "eval")] == [8]
 
 
-def test_programs_from_the_cache_are_told(config, tmp_path, capsys):
+def test_programs_from_the_cache_are_counted(config, tmp_path, capsys):
     """The second of two equal runs does not compile its steps, and says so."""
     changes = dict(
         jax_compilation_cache_dir=str(tmp_path / "cache"),
@@ -820,7 +611,7 @@ def test_programs_from_the_cache_are_told(config, tmp_path, capsys):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         first, second = (
-            train.run(config, tmp_path / name)["programs_from_cache"] for name in ("a", "b")
+            loop.train(config, tmp_path / name)["programs_from_cache"] for name in ("a", "b")
         )
     finally:
         for name, value in before.items():
@@ -836,49 +627,53 @@ def test_a_run_stopped_while_it_compiles_can_be_started_again(config, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "compile_train", stop)
-        train.run(config, tmp_path / "run")
-    assert train.run(config, tmp_path / "run")["status"] == "completed"
+        patch.setattr(build.Setup, "train_program", stop)
+        loop.train(config, tmp_path / "run")
+    assert loop.train(config, tmp_path / "run")["status"] == "completed"
 
 
-def test_several_steps_a_call_log_the_same_run(config, tmp_path, monkeypatch):
+def test_several_steps_per_call_log_the_same_run(config, tmp_path, monkeypatch):
     config.steps_per_call = 3
-    train.run(config, tmp_path / "a")
+    loop.train(config, tmp_path / "a")
     assert [row["step"] for row in rows(tmp_path / "a", "train")] == [3, 4, 7, 8]
     config.steps_per_call = 4
     overflow_in_step(2, monkeypatch)
-    with pytest.raises(train.NonFinite, match="loss is nan at step 3 "):
-        train.run(config, tmp_path / "b")
+    with pytest.raises(loop.NonFinite, match="loss is nan at step 3 "):
+        loop.train(config, tmp_path / "b")
 
 
 def test_seconds_and_rates(config, tmp_path, monkeypatch):
-    """Half a second a step of 16 images: 32 images/s; a resumed run adds to what it had trained."""
-    monkeypatch.setattr(clocks.Clock, "tick", lambda self, n, _: self.calls.append((n, 0.5)) or 0.5)
+    """16 images take half a second; a resumed run adds to the seconds before it."""
+    monkeypatch.setattr(
+        clocks.Clock, "finish", lambda self, n, _: self.chunks.append((n, 0.5)) or 0.5
+    )
     stop_after(4, config, tmp_path)
-    summary = train.run(config, tmp_path)
+    summary = loop.train(config, tmp_path)
     assert (summary["images_per_second"], summary["train_seconds"]) == (32.0, 4.0)
-    lines = [line for line in runfiles.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
-    assert [line["train_seconds"] for line in lines] == [0.5 * i for i in range(1, 9)]
-    assert {line["images_per_second"] for line in lines} == {32.0}
+    logged = lines(tmp_path, "train")
+    assert [line["train_seconds"] for line in logged] == [0.5 * i for i in range(1, 9)]
+    assert {line["images_per_second"] for line in logged} == {32.0}
 
 
 def test_the_clock_stands_still_during_evaluation(config, tmp_path, monkeypatch):
     events = []
-    for name in ("start", "tick"):
+    for name in ("start", "finish"):
         old = getattr(clocks.Clock, name)
         monkeypatch.setattr(
             clocks.Clock, name, lambda *a, old=old, name=name: events.append(name) or old(*a)
         )
     monkeypatch.setattr(
-        train, "evaluation_of", lambda *a, old=train.evaluation_of: events.append("eval") or old(*a)
+        evaluation, "means_of", lambda *a, old=evaluation.means_of: events.append("eval") or old(*a)
     )
-    train.run(config, tmp_path)
-    assert events == ["start", *["tick"] * 4, "eval", "start", *["tick"] * 4, "eval"]
+    loop.train(config, tmp_path)
+    assert events == ["start", *["finish"] * 4, "eval", "start", *["finish"] * 4, "eval"]
 
 
-def before_each_call(action, monkeypatch):
+def before_each_chunk(action, monkeypatch):
+    """Make each train program do `action` before it is launched."""
+
     class Program:
-        def __init__(self, *arguments, compiled=train.compile_train):
+        def __init__(self, *arguments, compiled=build.Setup.train_program):
             self.program = compiled(*arguments)
 
         def __call__(self, *inputs):
@@ -888,29 +683,28 @@ def before_each_call(action, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.program, name)
 
-    monkeypatch.setattr(train, "compile_train", Program)
+    monkeypatch.setattr(build.Setup, "train_program", lambda *a: Program(*a))
 
 
-def test_a_call_begins_before_the_one_before_it_is_read(config, tmp_path, monkeypatch):
-    """So that the devices never wait for the host, but where all is read before an evaluation."""
-    events, tick = [], clocks.Clock.tick
-    monkeypatch.setattr(clocks.Clock, "tick", lambda *a: events.append("read") or tick(*a))
-    before_each_call(lambda: events.append("begin"), monkeypatch)
-    train.run(config, tmp_path)
+def test_a_chunk_begins_before_the_one_before_it_is_read(config, tmp_path, monkeypatch):
+    """The devices wait for the host only before an evaluation."""
+    events, finish = [], clocks.Clock.finish
+    monkeypatch.setattr(clocks.Clock, "finish", lambda *a: events.append("read") or finish(*a))
+    before_each_chunk(lambda: events.append("begin"), monkeypatch)
+    loop.train(config, tmp_path)
     assert events == ["begin", *["begin", "read"] * 3, "read"] * 2
 
 
-def test_a_launch_that_takes_as_long_as_its_call_is_not_counted_twice(
+def test_a_launch_that_takes_as_long_as_its_chunk_is_not_counted_twice(
     config, tmp_path, monkeypatch
 ):
-    """As on a GPU, where the host is free only when a call is nearly over; the call before it had ended long ago."""
-    before_each_call(lambda: time.sleep(0.4), monkeypatch)
-    train.run(config, tmp_path)
-    lines = [line for line in runfiles.read(tmp_path / "metrics.jsonl") if line["split"] == "train"]
-    assert len(lines) == 8
-    assert (
-        min(16 / line["images_per_second"] for line in lines) > 0.1
-    )  # s; the last before an evaluation had some 0.01
+    """On a GPU, the host returns from a launch when the chunk before has long ended."""
+    before_each_chunk(lambda: time.sleep(0.4), monkeypatch)
+    loop.train(config, tmp_path)
+    seconds = [16 / line["images_per_second"] for line in lines(tmp_path, "train")]
+    assert len(seconds) == 8
+    # Without a thread that waits for its end, the last chunk before an evaluation had some 0.01 s.
+    assert min(seconds) > 0.1
 
 
 def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeypatch):
@@ -928,7 +722,7 @@ def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeyp
         "channel_statistics",
         lambda x, old=statistics.channel_statistics: seen.append(x) or old(x),
     )
-    assert train.run(config, tmp_path)["eval"]["accuracy"] == 0
+    assert loop.train(config, tmp_path)["eval"]["accuracy"] == 0
     assert [x is data.train_images for x in seen] == [True]
 
 
@@ -940,7 +734,7 @@ def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, mon
         lambda *a, old=order.train_indices, **k: calls.append((*a, *k.values())) or old(*a, **k),
     )
     config.seed = 7
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert {(call[0], *call[3:]) for call in calls} == {(7, 16, 64, 0, 0)}
     schedule = optim.make_schedule(config.optimizer, 8)
     assert [row["learning_rate"] for row in rows(tmp_path, "train")] == pytest.approx(
@@ -951,16 +745,9 @@ def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, mon
 @pytest.mark.parametrize("mirror", [True, False])
 def test_augmentation_is_what_config_and_data_allow(config, mirror):
     data = dataclasses.replace(sources.load(config.data), mirror=mirror)
-    steps = setups.make_steps(
-        configs.resolve(config, data, "cpu"), data, Placement(mesh.make(1, 1), "data")
-    )
-    assert (steps.crop, steps.crop_pad, steps.flip, steps.views, steps.mirror) == (
-        0,
-        4,
-        mirror,
-        "mirrored",
-        mirror,
-    )
+    got = build.make_preprocessing(configs.resolve(config, data, "cpu"), data)
+    assert (got.crop, got.crop_pad, got.views) == (0, 4, "mirrored")
+    assert (got.flip, got.mirror) == (mirror, mirror)
 
 
 @pytest.mark.parametrize(
@@ -979,10 +766,10 @@ def test_what_auto_means(config, platform, dtype, steps):
 
 def test_a_profile_is_of_the_last_command(config, tmp_path):
     config.profile = 1
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert (tmp_path / "profile.json").exists()
     config.profile, config.steps, config.epochs = 0, 10, 0
-    train.run(config, tmp_path)
+    loop.train(config, tmp_path)
     assert not (tmp_path / "profile.json").exists()
 
 
@@ -1002,15 +789,15 @@ def test_fields_that_are_unknown_or_missing(config):
 @pytest.mark.parametrize(
     ("steps", "evaluate", "save", "per_call"),
     [
-        (3, 1, 0, 3),  # an epoch has 4, and would be a call
+        (3, 1, 0, 3),  # fewer than an epoch's 4
         (1000, 1, 0, 4),  # to the next evaluation, which is short
         (1000, 40, 60, 80),  # 20 epochs between stops
         (1000, 0, 0, 100),
         (1000, 25, 25, 100),
-        (101, 0, 0, 51),
+        (101, 0, 0, 51),  # a prime number of steps: chunks of 51 and 50
     ],
-)  # a prime: two lengths of calls, 51 and 50
-def test_calls_end_where_evaluations_and_checkpoints_are(config, steps, evaluate, save, per_call):
+)
+def test_chunks_end_where_evaluations_and_checkpoints_are(config, steps, evaluate, save, per_call):
     config.steps, config.eval.every_epochs, config.checkpoint.every_epochs = steps, evaluate, save
     assert configs.resolve(config, sources.load(config.data), "gpu").steps_per_call == per_call
 
@@ -1019,7 +806,10 @@ def test_calls_end_where_evaluations_and_checkpoints_are(config, steps, evaluate
     ("memory", "resident", "steps"), [(None, "yes", 2), (1e6, "yes", 2), (0.7e6, "no", 1)]
 )
 def test_what_does_not_fit_is_streamed(config, memory, resident, steps, monkeypatch):
-    """104 images of 3,072 bytes are 319,488: more than 0.4 x 0.7 MB; and then a call is given at most so many bytes."""
+    """Images are streamed if they need more than 0.4 of the memory, or RESIDENT_BYTES.
+
+    104 images of 3,072 bytes are 319,488 bytes. A chunk then gets at most CALL_BYTES of images.
+    """
     monkeypatch.setattr(configs, "CALL_BYTES", 2 * 32 * 3072 - 1)
     config.batch_size = 32
     got = configs.resolve(config, sources.load(config.data), "gpu", memory)
@@ -1063,18 +853,3 @@ def test_what_a_resumed_run_may_change(config):
         else:
             with pytest.raises(UserError, match=field):
                 configs.refuse_changes("a", old, new)
-
-
-def test_tensorboard_gets_what_the_file_gets(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(metrics.SummaryWriter, "add_scalar", lambda _, *scalar: told.append(scalar))
-    log = metrics.Metrics(tmp_path, 0, {})
-    log.write(3, "train", loss=1.5)
-    log.close()
-    assert told == [("train/loss", 1.5, 3)]
-
-
-def test_percentiles():
-    clock = clocks.Clock()
-    clock.calls = [(1, 9.0), *((1, i / 1000) for i in range(11))]
-    assert clock.step_milliseconds() == dict(p10=1.0, median=5.0, p90=9.0)

@@ -59,7 +59,7 @@ def load_summaries(folder: pathlib.Path) -> list[dict]:
         metrics = path.with_suffix(".jsonl")
         if metrics.exists():
             per_epoch = round(run["steps"] / run["epochs"])
-            steps = steps_to_error(runfiles.read(metrics), TRAINING_ERROR, per_epoch)
+            steps = steps_to_error(runfiles.read_metrics_rows(metrics), TRAINING_ERROR, per_epoch)
             run["epochs_to_error"] = steps and steps / per_epoch
         runs.append(run)
     return runs

@@ -424,7 +424,7 @@ def write_pages() -> list[pathlib.Path]:
         path for path, text in texts.items() if not path.exists() or path.read_text() != text
     ]
     for path in changed:
-        with runfiles.whole(path) as temporary:
+        with runfiles.atomic_write(path) as temporary:
             temporary.write_text(texts[path])
     return changed
 

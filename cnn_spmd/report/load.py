@@ -60,7 +60,7 @@ def load_run(folder: pathlib.Path) -> dict:
             fields |= flat(dict(config=complete(saved)))
     with contextlib.suppress(UserError):
         path = folder / "program.json"
-        program = runfiles.check(path, runfiles.read_json(path))
+        program = runfiles.check_fields(path, runfiles.read_json(path))
         fields |= dict(
             peak_bytes=program["memory"].get("peak_bytes"),
             ring_bytes=program["totals"].get("ring_bytes"),
@@ -101,7 +101,7 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
     sweep = runfiles.read_json(path)
     if {"experiment", "devices", "hardware", "runs"} - sweep.keys():
         raise UserError(f"{path}: not a sweep; give the folders of its runs instead")
-    runfiles.check(path, sweep)
+    runfiles.check_fields(path, sweep)
     empty = dict(mesh=None, settings={}, reason="", command="", seconds=None, figures={})
     runs = []
     for entry in sweep["runs"]:
@@ -135,7 +135,7 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         runs=runs,
         devices=max((summary["devices"] for summary in summaries), default=0),
         started=distinct(summaries, "started"),
-        hardware=functools.reduce(runfiles.joined, where) if where else None,
+        hardware=functools.reduce(runfiles.merge_facts, where) if where else None,
     )
 
 
@@ -210,8 +210,8 @@ def load_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:
     if not path.exists():
         return []
     try:
-        rows = runfiles.read(path)
-        lines = runfiles.contents(path).decode(errors="replace").splitlines()
+        rows = runfiles.read_metrics_rows(path)
+        lines = runfiles.read_bytes(path).decode(errors="replace").splitlines()
     except UserError as error:
         notes.append(str(error))
         return []
@@ -227,10 +227,10 @@ def load_pictures(folder: pathlib.Path, notes: list[str]) -> list[tuple[str, byt
         return []
     pictures = []
     try:
-        for row in runfiles.check(path, runfiles.read_json(path))["pictures"]:
+        for row in runfiles.check_fields(path, runfiles.read_json(path))["pictures"]:
             if row["file"] != pathlib.Path(row["file"]).name:
                 raise UserError(f"{path}: file={row['file']}: expected a name without a folder")
-            png = runfiles.contents(folder / row["file"])
+            png = runfiles.read_bytes(folder / row["file"])
             pictures.append((row["title"], png, row["caption"]))
     except ValueError as error:  # UserError, or a name that no file can have
         notes.append(f"{folder}: pictures are left out, draw them again with --pictures ({error})")

@@ -22,7 +22,7 @@ from cnn_spmd.data.feed import Feed
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import drawings, plots
 from cnn_spmd.report.canvas import Figure
-from cnn_spmd.training import build, log, runfiles, workdir
+from cnn_spmd.training import build, runfiles, terminal, workdir
 from cnn_spmd.training.checkpoint import Checkpoints
 from cnn_spmd.training.step import StepFunctions, TrainState
 
@@ -47,7 +47,7 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
     with workdir.locked(folder, ""):
         setup, state = restore_run(folder, data_dir)
         shown_T, compared_T = choose_images(setup.config.seed, len(setup.data.test_images))
-        log.say(
+        terminal.say(
             f"Comparing {len(setup.data.train_images):,} training images of {setup.data.name} with "
             f"{len(compared_T)} test images."
         )
@@ -85,7 +85,7 @@ def write_pictures(folder: pathlib.Path, pictures: Mapping[str, Figure], numbers
     """Write the PNG files and pictures.json; raise UserError where that fails."""
     try:
         for name, picture in pictures.items():
-            with runfiles.whole(folder / name) as temporary:
+            with runfiles.atomic_write(folder / name) as temporary:
                 picture.savefig(temporary, format="png", dpi=200)
         runfiles.write_json(folder / "pictures.json", numbers)
     except OSError as error:

@@ -27,7 +27,7 @@ def write_report(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     }
     for name, content in contents.items():
         try:
-            with runfiles.whole(folders[0] / name) as temporary:
+            with runfiles.atomic_write(folders[0] / name) as temporary:
                 # The names of folders need not be valid UTF-8.
                 temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
         except OSError as error:

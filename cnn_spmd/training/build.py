@@ -26,8 +26,8 @@ from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
 from cnn_spmd.training import cluster, microbatch, optim, program_report
-from cnn_spmd.training.log import say
 from cnn_spmd.training.step import StepFunctions, TrainState
+from cnn_spmd.training.terminal import say
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -304,16 +304,3 @@ def make_microbatch(
         return microbatch.Settings(size, None)
     optimizer = optim.make_optimizer(config.optimizer, config.steps, config.batch_size, count)
     return microbatch.Settings(size, optimizer)
-
-
-def compile_train(setup: Setup, n: int) -> jax.stages.Compiled:
-    """Return the compiled program of n train steps."""
-    return setup.train_program(n)
-
-
-def feeds(setup: Setup) -> tuple[Feed, Feed]:
-    """Return the training split and the test split, as the programs take them."""
-    return setup.feeds
-
-
-report_of = program_report.report_of

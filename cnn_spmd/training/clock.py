@@ -1,4 +1,4 @@
-"""An honest clock of training, and the age of this process."""
+"""Measure how long training takes, and how old this process is."""
 
 import concurrent.futures
 import math
@@ -11,65 +11,77 @@ import numpy as np
 
 
 def process_seconds() -> float | None:
-    """How long ago this process was started, as Linux counts it; None elsewhere."""
+    """Return the age of this process in seconds; None where there is no /proc."""
     try:
-        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        stat = pathlib.Path("/proc/self/stat").read_text()
     except OSError:
         return None
-    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 2)
+    # Field 22 of man 5 proc_pid_stat, in clock ticks since boot. Field 2, the name of the program,
+    # is in parentheses and may hold spaces.
+    start_ticks = int(stat.rpartition(")")[2].split()[19])
+    seconds_since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return round(seconds_since_boot - start_ticks / os.sysconf("SC_CLK_TCK"), 2)
 
 
 class Clock:
-    """Seconds of training steps, with compilation, evaluation and checkpoints left out.
+    """Count the seconds of training.
 
-    Steps run ahead of the host, so a call's time is from the end of the call before it (or from `start`) to its own end. A
-    thread of its own sees that end: the host may still be launching the next call, which takes a GPU's host most of a long one.
+    Compilation, evaluation and checkpoints are left out.
+
+    The devices run behind the host, which launches a chunk before the one before it has ended. The
+    time of a chunk is therefore from the end of the chunk before it (or from `start`) to its own
+    end. A thread waits for that end, because the host may still be launching the next chunk: on a
+    GPU that takes most of the time of a long chunk.
     """
 
     def __init__(self):
-        self.calls: list[tuple[int, float]] = []  # steps, seconds
+        self.chunks: list[tuple[int, float]] = []  # (steps, seconds) of each
+        self.startup_seconds: float | None = None  # the age of the process after the first chunk
         self._watcher = concurrent.futures.ThreadPoolExecutor(1)
         self._since = time.perf_counter()
 
     def start(self) -> None:
-        """Training goes on from here: what came since the last call is not training."""
+        """Count from now on: the time since the last chunk was not training."""
         self._since = time.perf_counter()
 
-    def watch(self, values: dict) -> concurrent.futures.Future:
-        """When a call ends that returned `values`, for `tick`."""
-        return self._watcher.submit(lambda: (jax.block_until_ready(values), time.perf_counter())[1])
+    def watch(self, outputs: dict) -> concurrent.futures.Future:
+        """Return the time at which a chunk ends that returned `outputs`, as a future."""
 
-    def tick(self, steps: int, end: concurrent.futures.Future) -> float:
-        """Waits for the `end` of a call of `steps` steps; returns its seconds."""
-        seconds, self._since = end.result() - self._since, end.result()
-        self.calls.append((steps, seconds))
+        def wait() -> float:
+            jax.block_until_ready(outputs)
+            return time.perf_counter()
+
+        return self._watcher.submit(wait)
+
+    def finish(self, steps: int, end: concurrent.futures.Future) -> float:
+        """Wait for the `end` of a chunk of `steps` steps; return its seconds."""
+        seconds = end.result() - self._since
+        self._since = end.result()
+        self.chunks.append((steps, seconds))
+        if self.startup_seconds is None:
+            self.startup_seconds = process_seconds()
         return seconds
 
     @property
     def seconds(self) -> float:
-        return sum(seconds for _, seconds in self.calls)
+        """The sum over all chunks."""
+        return sum(seconds for _, seconds in self.chunks)
 
-    def steady(self) -> list[tuple[int, float]]:
-        """All calls but the first, which also fills caches and pipelines."""
-        return self.calls[1:] or self.calls
+    def steady_chunks(self) -> list[tuple[int, float]]:
+        """Return all chunks except the first, which also fills caches and pipelines."""
+        return self.chunks[1:] or self.chunks
 
     def step_milliseconds(self) -> dict[str, float] | None:
-        """Median, 10th and 90th percentile over steady calls of the mean step time within a call."""
-        if not self.calls:
+        """Return percentiles, over steady chunks, of the mean step time in a chunk."""
+        if not self.chunks:
             return None
-        times = [1e3 * seconds / steps for steps, seconds in self.steady()]
-        return dict(
-            zip(
-                ("p10", "median", "p90"),
-                np.percentile(times, (10, 50, 90)).round(4).tolist(),
-                strict=True,
-            )
-        )
+        times = [1e3 * seconds / steps for steps, seconds in self.steady_chunks()]
+        p10, median, p90 = np.percentile(times, (10, 50, 90)).round(4).tolist()
+        return dict(p10=p10, median=median, p90=p90)
 
     def steps_per_second(self) -> float:
-        steady = self.steady()
-        return (
-            sum(steps for steps, _ in steady) / sum(seconds for _, seconds in steady)
-            if steady
-            else math.nan
-        )
+        """Return the rate over steady chunks; NaN before the first chunk has ended."""
+        if not self.chunks:
+            return math.nan
+        steps, seconds = map(sum, zip(*self.steady_chunks(), strict=True))
+        return steps / seconds

@@ -1,5 +1,6 @@
-"""Stop on SIGTERM, Ctrl-C or a closed terminal (SIGHUP): the first signal asks the run to save and leave, a second one stops
-the process at once.
+"""Stop a run on SIGTERM, on Ctrl-C (SIGINT) or when its terminal closes (SIGHUP).
+
+The first signal asks the run to save and to leave. A second signal ends the process at once.
 """
 
 import contextlib
@@ -11,30 +12,37 @@ from collections.abc import Iterator
 
 import numpy as np
 
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    *([] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]),
-)
-SHOW_CURSOR = b"\x1b[?25h"
-_came_early: list[int] = []
+# nohup starts a process with SIGHUP ignored; such a process must go on when its terminal closes.
+HANGUP = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *HANGUP)
+SHOW_CURSOR = b"\x1b[?25h"  # the escape sequence of ANSI terminals
+_early_signals: list[int] = []
 
 
-def early(number: int, _) -> None:
-    """The handler until a run is an Interrupt, which sees that a signal came where a callback of XLA lost the exception."""
+def handle_early_signal(number: int, _) -> None:
+    """Remember a signal that comes before there is a run, and raise KeyboardInterrupt.
+
+    XLA swallows an exception that is raised inside one of its callbacks. The next Interrupt
+    therefore also looks at the remembered signals.
+    """
     if number == signal.SIGHUP:
-        signal.signal(number, signal.SIG_IGN)  # a shell may send it once more
-    _came_early.append(number)
+        signal.signal(number, signal.SIG_IGN)  # a shell may send it twice
+    _early_signals.append(number)
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Signals that come meanwhile are told at the end, by KeyboardInterrupt: what is begun here is done."""
+def delayed_signals() -> Iterator[None]:
+    """Delay signals until the block ends, then raise KeyboardInterrupt.
+
+    The block is never left half done.
+    """
     came: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS
-    }
+
+    def remember(number: int, _) -> None:
+        came.append(number)
+
+    handlers = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
         yield
     finally:
@@ -45,18 +53,17 @@ def held() -> Iterator[None]:
 
 
 class Interrupt:
-    """A context in which `requested()` tells whether a signal came.
+    """A context that handles signals: `requested()` says whether one came.
 
-    A thread reads the signals off a pipe that C code writes to, so a second one works even while the main thread is
-    deep inside a compilation.
+    Python runs signal handlers in the main thread only, which may be deep inside a compilation.
+    C code therefore writes each signal to a pipe, and a thread of its own reads the pipe.
     """
 
     def __enter__(self) -> "Interrupt":
-        self._came = bool(_came_early)
-        self._read, write = os.pipe()
-        os.set_blocking(write, False)
-        self._write = write
-        self._old_fd = signal.set_wakeup_fd(write)
+        self._came = bool(_early_signals)
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._old_fd = signal.set_wakeup_fd(self._write)
         self._old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -69,41 +76,46 @@ class Interrupt:
 
     def _watch(self) -> None:
         while byte := os.read(self._read, 1):
-            if byte[0] not in SIGNALS:
+            number = byte[0]
+            if number not in SIGNALS:
                 continue
-            name = signal.Signals(byte[0]).name
-            if byte[0] == signal.SIGHUP and self._came:  # a shell may send it once more
-                continue
+            if number == signal.SIGHUP and self._came:
+                continue  # a shell may send it twice
             if self._came:
-                with contextlib.suppress(OSError):
-                    os.write(
-                        sys.stderr.fileno(),
-                        f"\n{name} again: stopping at once, nothing more is saved.\n".encode(),
-                    )
-                    if os.isatty(sys.stdout.fileno()):  # where a progress bar hid it
-                        os.write(sys.stdout.fileno(), SHOW_CURSOR)
-                os._exit(128 + byte[0])
+                _end_at_once(number)
             self._came = True
             print(
-                f"\n{name}: saving what there is, then leaving; a second signal stops at once.",
+                f"\n{signal.Signals(number).name}: saving what there is, then leaving; "
+                "a second signal stops at once.",
                 file=sys.stderr,
                 flush=True,
             )
         os.close(self._read)
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt where a signal came before there is anything to save.
-
-        Python's own KeyboardInterrupt would be lost where it is raised inside a callback of XLA.
-        """
+    def raise_if_requested(self) -> None:
+        """Raise KeyboardInterrupt if a signal came while there is nothing to save."""
         if self.requested():
             raise KeyboardInterrupt
 
     def requested(self) -> bool:
-        """True once a signal came; with several processes, once it came to any of them, and to all at the same step."""
-        import jax  # which takes a second: signals are to be heeded before
+        """Return whether a signal came to this process, or to any process of the cluster.
+
+        All processes of a cluster must call this after the same step, and get the same answer.
+        """
+        # Importing jax takes a second, in which signals must already be handled.
+        import jax
         from jax.experimental import multihost_utils
 
         if jax.process_count() == 1:
             return self._came
         return bool(multihost_utils.process_allgather(np.array(self._came)).any())
+
+
+def _end_at_once(number: int) -> None:
+    """End this process with the exit code of a process that the signal killed."""
+    line = f"\n{signal.Signals(number).name} again: stopping at once, nothing more is saved.\n"
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), line.encode())
+        if os.isatty(sys.stdout.fileno()):  # a progress bar may have hidden the cursor
+            os.write(sys.stdout.fileno(), SHOW_CURSOR)
+    os._exit(128 + number)

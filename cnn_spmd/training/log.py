@@ -1,62 +1,47 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard, a progress bar; and where it ran."""
+"""The log of a run: metrics.jsonl, TensorBoard, and the lines of its progress."""
 
-import importlib.metadata
+import bisect
 import json
-import math
 import os
 import pathlib
-import platform
-import shutil
-import subprocess
-import sys
-import time
 
 import jax
-from rich import progress as rich_progress
+import numpy as np
 from tensorboardX import SummaryWriter
 
-from cnn_spmd.training.runfiles import aside, read
-
-ENVIRONMENT = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")  # may change a run's last digits
-PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
-
-
-def say(text: str) -> None:
-    """Prints a line on one process of a cluster."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
+from cnn_spmd.training import optim, runfiles
+from cnn_spmd.training.build import Setup
+from cnn_spmd.training.clock import Clock
+from cnn_spmd.training.terminal import Progress, say
+from cnn_spmd.training.timetable import Chunk, Timetable
 
 
-class Metrics:
-    """metrics.jsonl and TensorBoard of one run; resuming at `step` drops what was written after it.
+class MetricsFile:
+    """Write metrics.jsonl and the same to TensorBoard, on process 0 of a cluster.
 
-    identity: fields that each line carries, such as the data set; enabled: False on all processes but one.
+    step: where the run starts. What an earlier command wrote after it is dropped.
+    identity: fields of every line, such as the data set.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, identity: dict, enabled: bool = True):
+    def __init__(self, workdir: pathlib.Path, step: int, identity: dict):
         path = workdir / "metrics.jsonl"
-        self._identity, self._enabled = identity, enabled
-        if not step and enabled and path.exists():
-            os.replace(path, aside(path))
-        kept = [row for row in read(path) if row["step"] <= step and row["split"] != "final"]
-        self.train_seconds = max(
-            (
-                seconds
-                for row in kept
-                if isinstance(seconds := row.get("train_seconds"), int | float)
-            ),
-            default=0.0,
-        )
-        if not enabled:
+        self._enabled = jax.process_index() == 0
+        self._identity = dict(schema=runfiles.SCHEMA) | identity
+        if step == 0 and self._enabled and path.exists():
+            os.replace(path, runfiles.free_old_name(path))
+        rows = runfiles.read_metrics_rows(path)
+        rows = [row for row in rows if row["step"] <= step and row["split"] != "final"]
+        seconds = [row.get("train_seconds") for row in rows]
+        self.train_seconds = max((s for s in seconds if isinstance(s, int | float)), default=0.0)
+        if not self._enabled:
             return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        with runfiles.atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir.absolute()), purge_step=step + 1)
 
     def write(self, step: int, split: str, **values: float) -> None:
-        """Appends one line {"step", "split", ...} and the same as TensorBoard scalars `split`/name."""
+        """Append the line {"step", "split", ...}, and write the scalars `split`/name."""
         if not self._enabled:
             return
         row = dict(step=step, split=split, **values, **self._identity)
@@ -65,78 +50,81 @@ class Metrics:
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
+        """Close both files."""
         if self._enabled:
             self._file.close()
             self._board.close()
 
 
-def provenance() -> dict:
-    """Versions of what computes, the host's cores, this code's commit, and what is set of ENVIRONMENT.
+class Log:
+    """Record each chunk and each evaluation of a run, in files and on the terminal."""
 
-    The commit is what the environment variable COMMIT says, for code that was copied without its history; else git's, which
-    ends in -dirty where tracked files differ from it; else None.
-    """
-    names = dict(jax="jax", jaxlib="jaxlib", flax="flax", optax="optax", orbax="orbax-checkpoint")
-    versions = {name: importlib.metadata.version(package) for name, package in names.items()}
-    commit = os.environ.get("COMMIT")
-    if not commit and shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = (
-            subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                cwd=pathlib.Path(__file__).parent,
-                check=False,
-            ).stdout.strip()
-            or None
+    def __init__(self, setup: Setup, workdir: pathlib.Path, timetable: Timetable):
+        config = setup.config
+        self.batch_size, self.timetable = config.batch_size, timetable
+        self.clock = Clock()
+        self.schedule = optim.make_schedule(config.optimizer, config.steps, config.batch_size)
+        ends = [*(chunk.end for chunk in timetable.chunks), config.steps]
+        rates = np.asarray(jax.vmap(self.schedule)(np.array(ends) - 1))
+        self._rates = dict(zip(ends, rates, strict=True))  # of the last step of each chunk
+        self._file = MetricsFile(workdir, timetable.start, setup.data_fields)
+        self._progress = Progress(config.steps)
+        self._evaluation_seconds = 0.0
+
+    def chunk(self, chunk: Chunk, metrics: dict[str, np.ndarray], seconds: float) -> None:
+        """Record a chunk. metrics: one value per step; what is logged is their mean."""
+        means = {name: float(values.mean()) for name, values in metrics.items()}
+        images_per_second = chunk.steps * self.batch_size / seconds
+        self._file.write(
+            chunk.end,
+            "train",
+            **means,
+            images_per_second=images_per_second,
+            learning_rate=float(self._rates[chunk.end]),
+            steps=chunk.steps,
+            train_seconds=self.train_seconds,
         )
-    return dict(
-        versions=versions | dict(python=platform.python_version()),
-        host_cores=os.cpu_count(),
-        commit=commit,
-        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-    )
+        self._progress.update(
+            chunk.end,
+            loss=means["loss"],
+            accuracy=means["accuracy"],
+            images_per_second=images_per_second,
+            eta=self._seconds_left(chunk.end),
+        )
 
+    def evaluation(self, step: int, split: str, result: dict, seconds: float) -> None:
+        """Record an evaluation, whose `result` holds metrics by name."""
+        self._evaluation_seconds = seconds
+        self._file.write(step, split, **result)
+        say(
+            f"step {step}/{self.timetable.last}  {split}: test accuracy {result['accuracy']:.2%}, "
+            f"loss {result['loss']:.4f} over {result['examples']} images"
+        )
 
-class Progress:
-    """A rich progress bar on a terminal, a plain line every PLAIN_SECONDS elsewhere; nothing where `show` is False.
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training up to now, by this command and earlier ones."""
+        return self._file.train_seconds + self.clock.seconds
 
-    The ETA is the remaining steps at the steady rate plus the evaluations to come at what the last one took.
-    """
-
-    def __init__(self, steps: int, show: bool = True):
-        self.steps, self.show = steps, show
-        self._line_at = -math.inf
-        self._bar = None
-        if show and sys.stdout.isatty():
-            self._bar = rich_progress.Progress(
-                rich_progress.TextColumn("step {task.completed}/{task.total}"),
-                rich_progress.BarColumn(),
-                rich_progress.TextColumn("{task.fields[text]}"),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=steps, text="")
-
-    def update(
-        self, step: int, *, loss: float, accuracy: float, images_per_second: float, eta: float
-    ) -> None:
-        """loss in nats, accuracy from 0 to 1, eta in seconds."""
-        if not self.show:
-            return
-        minutes, seconds = divmod(round(eta), 60)
-        text = f"loss {loss:.4f}  accuracy {accuracy:6.2%}  {images_per_second:,.0f} images/s  ETA {minutes}:{seconds:02d}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif time.perf_counter() - self._line_at >= PLAIN_SECONDS or step == self.steps:
-            self._line_at = time.perf_counter()
-            self.say(f"step {step}/{self.steps}  {text}")
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
-        if self.show:
-            print(text, flush=True)  # the bar redirects sys.stdout
+    def speed(self) -> dict:
+        """Return the fields of summary.json that say how fast training was."""
+        images_per_second = self.clock.steps_per_second() * self.batch_size
+        return dict(
+            startup_seconds=self.clock.startup_seconds,
+            train_seconds=round(self.train_seconds, 3),
+            images_per_second=round(images_per_second, 1) if self.clock.chunks else None,
+            step_milliseconds=self.clock.step_milliseconds(),
+            steady_calls=len(self.clock.steady_chunks()),
+        )
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        """Close the files and leave the progress bar."""
+        self._progress.close()
+        self._file.close()
+
+    def _seconds_left(self, step: int) -> float:
+        """Estimate: steps at the steady rate, evaluations as long as the last one took."""
+        evaluations = self.timetable.evaluations
+        left = len(evaluations) - bisect.bisect_left(evaluations, step) + 1  # 1: the final one
+        steps_left = self.timetable.last - step
+        return steps_left / self.clock.steps_per_second() + left * self._evaluation_seconds

@@ -1,4 +1,7 @@
-"""Read and write a run's files; imports neither jax nor TFDS, so that reports can use it."""
+"""Read and write the files of a run, of a sweep and of the pictures of a run.
+
+This module imports neither jax nor TensorFlow Datasets, so that reports can use it.
+"""
 
 import contextlib
 import itertools
@@ -12,6 +15,9 @@ from absl import logging
 
 from cnn_spmd.errors import UserError
 
+# The version of the files of a run. Raise it when a field changes its meaning or goes away, not
+# when one is added. A file without `schema` was written before there were versions.
+SCHEMA = 1
 # The fields of config.json that are not fields of the config.
 NOT_CONFIG = (
     "schema",
@@ -22,12 +28,8 @@ NOT_CONFIG = (
     "data_digest",
     "skipped_images",
 )
-HARDWARE = (
-    "device_kind",
-    "host_cores",
-    "versions",
-    "commit",
-)  # what a summary.json says of where and by what code it ran
+# The fields of summary.json that say on which hardware and by which code a run was made.
+HARDWARE = ("device_kind", "host_cores", "versions", "commit")
 KINDS = {
     "text": str,
     "a whole number": int,
@@ -35,13 +37,14 @@ KINDS = {
     "a list": list,
     "an object": dict,
 }
-# What the report reads of each file, by kind; "?": or null, "*": each item of a list or object.
+# The fields that the report reads of each file, by kind. "?" after a name: it may be null or
+# missing. "*" stands for each item of a list or object.
 FIELDS = {
     "summary.json": {
         "text": "experiment started status model parallelism dataset dtype device_kind fallback? "
         "commit? data_digest? collectives.*.operation",
-        "a whole number": "devices batch_size seed steps param_count processes mesh.data mesh.model "
-        "host_cores? steady_calls?",
+        "a whole number": "schema? devices batch_size seed steps param_count processes mesh.data "
+        "mesh.model host_cores? steady_calls?",
         "a number": "images_per_second? train_seconds? compile_seconds? step_milliseconds.*? "
         "eval.accuracy? eval.loss? eval.*? bytes_per_device.*? collectives.*.ring_bytes "
         "config.dense_microbatch?",
@@ -49,10 +52,12 @@ FIELDS = {
         "an object": "mesh config versions bytes_per_device eval? step_milliseconds? collectives.*",
     },
     "program.json": {
+        "a whole number": "schema?",
         "an object": "memory totals",
         "a number": "memory.peak_bytes? totals.ring_bytes? closed_form_ring_bytes?",
     },
     "profile.json": {
+        "a whole number": "schema?",
         "a number": "steps step_milliseconds compute_milliseconds communication_milliseconds "
         "exposed_milliseconds idle_milliseconds top.*.milliseconds top.*.count",
         "a list": "top",
@@ -71,13 +76,37 @@ FIELDS = {
         "an object": "hardware? runs.* runs.*.settings? runs.*.figures?",
     },
 }
+# The fields of summary.json that sweep.json repeats.
+COPIED = (
+    "model",
+    "mesh",
+    "parallelism",
+    "batch_size",
+    "dataset",
+    "fallback",
+    "seed",
+    "dtype",
+    "steps",
+    "images_per_second",
+    "step_milliseconds",
+    "train_seconds",
+    "compile_seconds",
+    "param_count",
+    "bytes_per_device",
+    "collectives",
+    "device_kind",
+    "processes",
+)
+
+
+# ---- Write
 
 
 @contextlib.contextmanager
-def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a name to write to, which becomes `path` unless writing fails."""
+def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary path to write to; it replaces `path` if the block succeeds."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # to write to a FIFO would never end
+    temporary.unlink(missing_ok=True)  # a write to a FIFO would never end
     try:
         yield temporary
         os.replace(temporary, path)
@@ -86,50 +115,72 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON whole or not at all: a kill in between leaves the old file."""
-    with whole(path) as temporary:
+    """Write JSON so that a kill at any moment leaves either the old or the new file."""
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def contents(path: pathlib.Path) -> bytes:
-    """Reads a regular file; raises UserError for a FIFO, which may never end."""
+def free_old_name(path: pathlib.Path) -> pathlib.Path:
+    """Return the first unused name of NAME.old, NAME.old-2, NAME.old-3, ..."""
+    numbered = (f"{path.name}.old-{n}" for n in itertools.count(2))
+    names = itertools.chain([f"{path.name}.old"], numbered)
+    return next(old for name in names if not (old := path.with_name(name)).exists())
+
+
+# ---- Read
+
+
+class DamagedError(UserError):
+    """A file does not hold a JSON object."""
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises UserError for a file that cannot be read, and for a FIFO, whose reading may never end.
+    """
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a regular file")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        missing = isinstance(error, FileNotFoundError)
+        remedy = "" if missing else ", expected a readable file"
+        raise UserError(f"{path}: {error.strerror}{remedy}") from error
 
 
-def check(path: pathlib.Path, value: dict) -> dict:
-    """Returns what the file holds, once each field is of its kind in FIELDS.
+def read_json(path: pathlib.Path, required: bool = True) -> dict:
+    """Return the object in a JSON file.
 
-    Raises UserError for a field that is not.
+    The file may begin with a byte order mark, which some editors write.
+    required=False: return {} for a missing file, and {} with a warning for a damaged one.
+    Raises UserError, in one line, for a file that cannot be read; DamagedError, a UserError, for
+    one that holds no JSON object.
     """
-    for kind, fields in FIELDS[path.name].items():
-        for field in fields.split():
-            name = field.removesuffix("?")
-            for found in _found(value, name.split(".")):
-                if not isinstance(found, KINDS[kind]) and (found is not None or name == field):
-                    said = "null or missing" if found is None else json.dumps(found)[:60]
-                    raise UserError(f"{path}: {name} is {said}, expected {kind}")
-    return value
+    if not required and not path.exists():
+        return {}
+    content = read_bytes(path)
+    try:
+        value = json.loads(content)
+        reason = "not an object"
+    except ValueError as error:
+        value, reason = None, error
+    if isinstance(value, dict):
+        return value
+    if required:
+        raise DamagedError(f"{path}: damaged JSON ({reason})")
+    logging.warning("%s is damaged and not used.", path)
+    return {}
 
 
-def _found(value: Any, names: list[str]) -> Iterator[Any]:
-    """Each value of a field; none where what should hold it is no object or list."""
-    if not names:
-        yield value
-    elif names[0] == "*" and isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _found(item, names[1:])
-    elif isinstance(value, dict):
-        yield from _found(value.get(names[0]), names[1:])
+def read_metrics_rows(path: pathlib.Path) -> list[dict]:
+    """Return the lines of a metrics.jsonl; [] where the file is missing.
 
-
-def read(path: pathlib.Path) -> list[dict]:
-    """The lines of a metrics.jsonl. A last line that was cut by a kill is left out; a damaged one elsewhere, with a warning."""
-    rows, lines = [], contents(path).decode(errors="replace").splitlines() if path.exists() else []
+    A kill may cut the last line, which is then left out. A damaged line elsewhere is left out with
+    a warning.
+    """
+    rows = []
+    lines = read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -144,48 +195,53 @@ def read(path: pathlib.Path) -> list[dict]:
     return rows
 
 
-def aside(path: pathlib.Path) -> pathlib.Path:
-    """The first free name for the old metrics: metrics.jsonl.old, metrics.jsonl.old-2, ..."""
-    names = itertools.chain(
-        [f"{path.name}.old"], (f"{path.name}.old-{n}" for n in itertools.count(2))
-    )
-    return next(kept for name in names if not (kept := path.with_name(name)).exists())
+# ---- Check
+
+
+def check_fields(path: pathlib.Path, value: dict) -> dict:
+    """Return `value`, the content of the file `path`, after checking its fields.
+
+    Raises UserError for a field that is not of its kind in FIELDS.
+    """
+    for kind, fields in FIELDS[path.name].items():
+        for field in fields.split():
+            name = field.removesuffix("?")
+            for found in _values_of(value, name.split(".")):
+                if not isinstance(found, KINDS[kind]) and (found is not None or name == field):
+                    shown = "null or missing" if found is None else json.dumps(found)[:60]
+                    raise UserError(f"{path}: {name} is {shown}, expected {kind}")
+    return value
+
+
+def _values_of(value: Any, names: list[str]) -> Iterator[Any]:
+    """Yield each value of the field `names`, of parents that are objects or lists."""
+    if not names:
+        yield value
+    elif names[0] == "*" and isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _values_of(item, names[1:])
+    elif isinstance(value, dict):
+        yield from _values_of(value.get(names[0]), names[1:])
+
+
+# ---- Collect
 
 
 def figures_of(folder: pathlib.Path) -> dict:
-    """The figures of the run in `folder`, as sweep.json holds them: from summary.json, program.json and profile.json if any.
+    """Return the figures of the run in `folder`, as sweep.json holds them.
 
+    They come from summary.json, from program.json, and from profile.json if there is one.
     Raises UserError for a file that is missing or damaged.
     """
 
     def read_checked(name: str) -> dict:
-        return check(folder / name, read_json(folder / name))
+        return check_fields(folder / name, read_json(folder / name))
 
     summary, program = map(read_checked, ("summary.json", "program.json"))
     profile = read_checked("profile.json") if (folder / "profile.json").exists() else None
     try:
-        same = (
-            "model",
-            "mesh",
-            "parallelism",
-            "batch_size",
-            "dataset",
-            "fallback",
-            "seed",
-            "dtype",
-            "steps",
-            "images_per_second",
-            "step_milliseconds",
-            "train_seconds",
-            "compile_seconds",
-            "param_count",
-            "bytes_per_device",
-            "collectives",
-            "device_kind",
-            "processes",
-        )
         evaluation = summary["eval"] or dict(accuracy=None, loss=None)
-        return {name: summary[name] for name in same} | dict(
+        return {name: summary[name] for name in COPIED} | dict(
             steady_calls=summary.get("steady_calls"),
             accuracy=evaluation["accuracy"],
             loss=evaluation["loss"],
@@ -200,22 +256,10 @@ def figures_of(folder: pathlib.Path) -> dict:
         raise UserError(f"{folder}: summary.json or program.json lacks {error}") from error
 
 
-def read_json(path: pathlib.Path) -> dict:
-    """The object in a JSON file. Raises UserError, in one line, where there is none."""
-    text = contents(path)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged JSON (not an object)")
-    return value
-
-
-def joined(old: Any, new: Any) -> Any:
-    """What two runs say of one thing, such as their commit: both, where they differ."""
+def merge_facts(old: Any, new: Any) -> Any:
+    """Merge what two runs say of one thing: "A, B" where they differ."""
     if isinstance(new, dict):
-        return {key: joined(old.get(key, value), value) for key, value in new.items()}
+        return {key: merge_facts(old.get(key, value), value) for key, value in new.items()}
     return new if old == new else ", ".join(dict.fromkeys([*str(old).split(", "), str(new)]))
 
 

@@ -1,8 +1,7 @@
-"""A run's folder: made or checked, locked against a second run, its config remembered."""
+"""The folder of a run: check it, lock it against a second run, write its files."""
 
 import contextlib
 import fcntl
-import json
 import pathlib
 import re
 from collections.abc import Iterator
@@ -12,18 +11,21 @@ from absl import logging
 
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
+from cnn_spmd.training import runfiles
 
 LOCK = ".lock"
 FILES = ("config.json", "program.json", "metrics.jsonl", "summary.json", "profile.json")
-UNREADABLE = "*?[\\"  # Orbax writes paths with these without an error and does not find them again
-OURS = {
-    LOCK,
-    "program.json",
-}  # what may be in a folder that holds no run yet: a lock, and what a dry run wrote
+# Orbax writes below a path with one of these without an error, and does not find the files again.
+UNREADABLE = "*?[\\"
+# These may lie in a folder that holds no run yet: the lock, and what a dry run wrote.
+BEFORE_A_RUN = {LOCK, "program.json"}
 
 
-def local(text: str) -> pathlib.Path:
-    """Reads a --workdir. Raises UserError for another machine's, and for a name that is not UTF-8."""
+def parse(text: str) -> pathlib.Path:
+    """Return the path that --workdir gives.
+
+    Raises UserError for a path on another machine, and for a path that is not UTF-8.
+    """
     if re.match(r"[A-Za-z][\w+.-]*://", text):
         raise UserError(
             f"--workdir={text}: is not on this machine: give a local folder, or a mounted one"
@@ -45,25 +47,16 @@ def local(text: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]:
-    """The folder, made where it is missing, for this process alone; yields the names of what is in it.
+    """Make a folder, unless it exists, and lock it; yield the names in it.
 
-    flag: by which it was given, for what is raised. Raises UserError where it cannot be written or is in use, and for a path
-    in which no checkpoint could be read again.
+    flag: the command-line flag that gave the folder, for messages.
+    Raises UserError for a folder that cannot be written, that another process has locked, or below
+    which Orbax could not read a checkpoint.
     """
-    try:
-        whole = str(folder.resolve())
-    except RuntimeError:
-        raise UserError(
-            f"{flag}{folder}: is behind links that go in a circle: give another folder"
-        ) from None
-    if bad := sorted({*whole} & {*UNREADABLE}) or [part for part in (":/",) if part in whole]:
-        raise UserError(
-            f"{flag}{folder}: no checkpoint could be read again from {whole}, because of {' '.join(bad)} in it: "
-            f"give a folder whose whole path has none of {' '.join(UNREADABLE)} :/"
-        )
+    _refuse_unreadable(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {path.name for path in folder.iterdir()}
+        names = {path.name for path in folder.iterdir()}
         lock = (folder / LOCK).open("a")
     except OSError as error:
         raise UserError(
@@ -77,64 +70,76 @@ def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]
                 raise UserError(
                     f"{flag}{folder}: another run is using it: wait for it, or give another folder"
                 ) from None
-            except OSError as error:
+            except OSError as error:  # some network disks know no locks
                 logging.warning(
                     "%s cannot be locked (%s): make sure that no other run uses it.",
                     folder,
                     error.strerror,
                 )
-        yield content
+        yield names
+
+
+def _refuse_unreadable(folder: pathlib.Path, flag: str) -> None:
+    """Raise UserError for a path below which Orbax could not read a checkpoint."""
+    try:
+        path = str(folder.resolve())
+    except RuntimeError:
+        raise UserError(
+            f"{flag}{folder}: is behind links that go in a circle: give another folder"
+        ) from None
+    found = sorted({*path} & {*UNREADABLE})
+    if ":/" in path and not found:  # as in gs:/bucket
+        found = [":/"]
+    if found:
+        raise UserError(
+            f"{flag}{folder}: no checkpoint could be read again from {path}, because of "
+            f"{' '.join(found)} in it: give a folder whose whole path has none of "
+            f"{' '.join(UNREADABLE)} :/"
+        )
 
 
 @contextlib.contextmanager
-def opened(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
-    """The folder of a run of this resolved config, for this process alone; yields its old summary, {} where there is none.
+def locked_run(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
+    """Lock the folder of a run; yield its old summary, {} if it has none.
 
-    Raises UserError for a folder that cannot be written, is in use, is not a run's, or whose run had another config.
-    Nothing in it is changed.
+    Nothing in the folder is changed.
+    config: what config.json of this run holds or will hold.
+    Raises UserError for a folder that cannot be written, is in use, holds something other than a
+    run, or holds a run with another config.
     """
-    with locked(workdir) as content:
-        if content <= OURS:
+    with locked(workdir) as names:
+        if names <= BEFORE_A_RUN:
             yield {}
             return
-        for name in sorted(content & {*FILES}):
-            if not (workdir / name).is_file():  # to open a pipe would wait for ever
-                raise UserError(
-                    f"{workdir / name}: is no regular file, expected a file: move it away"
-                )
-        if "checkpoints" in content and not (workdir / "checkpoints").is_dir():
-            raise UserError(
-                f"{workdir / 'checkpoints'}: is no folder, expected a folder: move it away"
-            )
-        if "config.json" not in content:
+        _refuse_other_kinds(workdir, names)
+        if "config.json" not in names:
             (workdir / LOCK).unlink()
             raise UserError(
-                f"--workdir={workdir}: is not empty and holds no run (no config.json): give a new folder"
+                f"--workdir={workdir}: is not empty and holds no run (no config.json): "
+                "give a new folder"
             )
-        old = read(workdir / "config.json", warn=False)
-        if old is None:
+        try:
+            old = runfiles.read_json(workdir / "config.json")
+        except runfiles.DamagedError:
             raise UserError(
-                f"--workdir={workdir}: config.json is damaged, so nobody knows what ran here: give a new folder"
-            )
+                f"--workdir={workdir}: config.json is damaged, so nobody knows what ran here: "
+                "give a new folder"
+            ) from None
+        old.pop("schema", None)
         configs.refuse_changes(f"--workdir={workdir}", old, config)
-        yield read(workdir / "summary.json") or {}
+        yield runfiles.read_json(workdir / "summary.json", required=False)
 
 
-def read(path: pathlib.Path, warn: bool = True) -> dict | None:
-    """The JSON object in a file; None, with a warning, where there is no such thing in it.
+def _refuse_other_kinds(workdir: pathlib.Path, names: set[str]) -> None:
+    """Raise UserError where a file of a run is a folder or a pipe, or the reverse."""
+    for name in sorted(names & {*FILES}):
+        if not (workdir / name).is_file():  # to open a pipe would wait for ever
+            raise UserError(f"{workdir / name}: is no regular file, expected a file: move it away")
+    if "checkpoints" in names and not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir / 'checkpoints'}: is no folder, expected a folder: move it away")
 
-    A byte order mark, which some editors write, is no damage.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8-sig"))
-        if isinstance(value, dict):
-            return value
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}, expected a readable file") from None
-    except ValueError:
-        pass
-    if warn:
-        logging.warning("%s is damaged and not used.", path)
-    return None
+
+def write_run_file(path: pathlib.Path, value: dict) -> None:
+    """Write a JSON file of a run with its schema number, on process 0 of a cluster."""
+    if jax.process_index() == 0:
+        runfiles.write_json(path, dict(schema=runfiles.SCHEMA) | value)

@@ -1,0 +1,41 @@
+"""Compile the train step of a config and report on the program, without training."""
+
+import contextlib
+import pathlib
+import time
+
+import ml_collections
+
+from cnn_spmd.analysis import program
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import build, program_report
+from cnn_spmd.training.terminal import say
+from cnn_spmd.training.workdir import locked_run, write_run_file
+
+
+def dry_run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path | None, devices: list | None = None
+) -> dict:
+    """Compile the train step, print the report and return it.
+
+    workdir: write the report there as program.json. devices: compile for these, which may be those
+    of a machine that is not here (analysis/target.py); None means the devices of this machine.
+    Raises UserError for bad input, and for a workdir that holds a run.
+    """
+    setup = build.prepare(config, devices)
+    with contextlib.ExitStack() as stack:
+        if workdir:
+            stack.enter_context(locked_run(workdir, setup.saved_config))
+            if (workdir / "config.json").exists():
+                raise UserError(
+                    f"--workdir={workdir}: holds a run, which a dry run leaves alone: "
+                    "give a new folder"
+                )
+        since = time.perf_counter()
+        n = setup.config.steps_per_call
+        compiled = setup.train_program(n)
+        report = program_report.report_of(setup, compiled, n, time.perf_counter() - since)
+        say(program.as_text(report))
+        if workdir:
+            write_run_file(workdir / "program.json", setup.data_fields | report)
+    return report

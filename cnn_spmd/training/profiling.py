@@ -1,0 +1,46 @@
+"""Trace some steps of a trained run, for profile.json."""
+
+import itertools
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+from cnn_spmd.analysis import profile
+from cnn_spmd.training.build import Setup
+from cnn_spmd.training.programs import Programs, chunk_inputs
+from cnn_spmd.training.step import TrainState
+from cnn_spmd.training.terminal import say
+from cnn_spmd.training.timetable import Chunk
+from cnn_spmd.training.workdir import write_run_file
+
+
+def profile_chunks(
+    setup: Setup, programs: Programs, state: TrainState, workdir: pathlib.Path
+) -> None:
+    """Trace config.profile more steps and write profile.json.
+
+    The steps are rounded up to whole chunks. Their results are thrown away. The state is used up:
+    the program takes its memory. Where the trace cannot be read, a warning says so; the run itself
+    is complete.
+    """
+    n = setup.config.steps_per_call
+    inputs = chunk_inputs(setup, programs.train_feed, _endless_chunks(n))
+
+    def run_chunk() -> dict:
+        nonlocal state
+        state, metrics = programs.train[n](state, *next(inputs))
+        return metrics
+
+    folder = workdir / "profile" / str(jax.process_index())
+    chunks = -(-setup.config.profile // n)
+    try:
+        traced = profile.trace(run_chunk, chunks, n, folder)
+        write_run_file(workdir / "profile.json", traced)
+    except (ValueError, RuntimeError) as error:
+        say(f"WARNING: there is no profile: {error}")
+
+
+def _endless_chunks(steps: int) -> Iterator[Chunk]:
+    for start in itertools.count(0, steps):
+        yield Chunk(start, start + steps)

@@ -1,0 +1,76 @@
+"""Begin or resume a run from what its folder holds."""
+
+import pathlib
+import secrets
+
+import jax
+
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import runfiles
+from cnn_spmd.training.build import Setup
+from cnn_spmd.training.checkpoint import Checkpoints
+from cnn_spmd.training.step import TrainState
+from cnn_spmd.training.terminal import say
+from cnn_spmd.training.workdir import write_run_file
+
+
+def is_complete(setup: Setup, workdir: pathlib.Path, old_summary: dict) -> bool:
+    """Return, and say, whether the run has no step left to do and has been evaluated."""
+    steps = setup.config.steps
+    evaluation = old_summary.get("eval")
+    accuracy = evaluation.get("accuracy") if isinstance(evaluation, dict) else None
+    done = old_summary.get("status") == "completed" and old_summary.get("steps") == steps
+    if not done or not isinstance(accuracy, float):
+        return False
+    profile = ", and nothing traced: a new --workdir can be." if setup.config.profile else "."
+    say(
+        f"{workdir} is complete: {steps} steps, test accuracy {accuracy:.2%}. "
+        f"Nothing to do{profile}"
+    )
+    return True
+
+
+def restore(
+    setup: Setup, workdir: pathlib.Path, old_summary: dict
+) -> tuple[Checkpoints, TrainState | None]:
+    """Return the checkpoints of a run, and the newest state, None if there is none.
+
+    The state is restored on the mesh of this command, whichever mesh it was saved on.
+    Raises UserError where the checkpoints that the old summary speaks of are gone, and where the
+    run is past its last step.
+    """
+    config_json = runfiles.read_json(workdir / "config.json", required=False)
+    run_name = config_json.get("run") or secrets.token_hex(8)
+    directory = workdir.resolve() / "checkpoints"
+    checkpoints = Checkpoints(directory, setup.config.checkpoint.keep, run_name)
+    state = checkpoints.restore(setup.functions.abstract_state)
+    was_saved = old_summary.get("status") in ("completed", "interrupted")
+    if state is None and was_saved:
+        raise UserError(
+            f"{workdir}: summary.json says that step {old_summary.get('steps')} was saved, but "
+            "checkpoints/ holds none: put them back, or give a new --workdir to begin at step 0"
+        )
+    if state is not None and int(state.step) > setup.config.steps:
+        raise UserError(
+            f"steps={setup.config.steps}: {workdir} is at step {int(state.step)} already; "
+            "the number of steps may grow, not shrink"
+        )
+    return checkpoints, state
+
+
+def begin(setup: Setup, workdir: pathlib.Path, run_name: str, start: int) -> None:
+    """Write config.json and say where the run starts, before anything that takes long.
+
+    A run that is stopped from now on can be started again.
+    """
+    write_run_file(workdir / "config.json", setup.saved_config | dict(run=run_name))
+    if jax.process_index() == 0:  # the profile of an earlier command may be that of another mesh
+        (workdir / "profile.json").unlink(missing_ok=True)
+    metrics = workdir / "metrics.jsonl"
+    if start:
+        say(f"Resumed {workdir} at step {start} on mesh {setup.place.mesh_name}.")
+    elif metrics.exists():
+        say(
+            f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics "
+            f"are kept as {runfiles.free_old_name(metrics).name}."
+        )
