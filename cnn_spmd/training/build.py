@@ -12,7 +12,7 @@ from flax import nnx
 
 from cnn_spmd import config as configs
 from cnn_spmd import models
-from cnn_spmd.analysis import communication, program
+from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.data import dataset, statistics
 from cnn_spmd.data import registry as sources
 from cnn_spmd.data.feed import Feed
@@ -236,6 +236,7 @@ def report_of(setup: Setup, compiled: jax.stages.Compiled, n: int, compile_secon
         activations=[],
         bytes_per_device=dict(parameters=None, optimizer=None),
         closed_form=None,
+        closed_form_not_covered=None,
         communication=None,
         closed_form_ring_bytes=None,
         compile_seconds=round(compile_seconds, 2),
@@ -272,14 +273,21 @@ def _parts_of_report(setup: Setup, compiled: jax.stages.Compiled, n: int) -> Ite
     )
     found = program.report(compiled, place.mesh, n)
     yield found
-    theory, collectives = None, found["collectives"]
-    if communication.covers(place, collectives):
+    collectives = found["collectives"]
+    network = nnx.eval_shape(lambda: steps.make_model(nnx.Rngs(0)))
+    images = jax.ShapeDtypeStruct(
+        (config.batch_size, *2 * [image_size(config, data)], 3), jnp.float32
+    )
+    theory = None
+    reason = coverage.covers(place, network, images, activations, params, collectives)
+    if reason is None:
         dense_updates = (
             1 if steps.dense_optimizer is None else config.batch_size // config.dense_microbatch
         )
         theory = communication.closed_form(place, activations, params, itemsize, dense_updates)
     yield dict(
         closed_form=theory,
+        closed_form_not_covered=reason,
         communication=communication.compare(collectives, theory),
         closed_form_ring_bytes=None if theory is None else sum(row["ring_bytes"] for row in theory),
     )
