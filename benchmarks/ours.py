@@ -1,9 +1,13 @@
-"""Times our training step as a run takes it: python benchmarks/ours.py --batch 512 --mesh 1x1
+"""Time our training step as a run does it: python benchmarks/ours.py --batch 512 --mesh 1x1
 
-The config of experiments/alexnet_cifar.py on synthetic images of 224x224 and 1000 classes: random crops and mirroring from
-the data set on the device, dropout, smoothed labels, loss and optimizer, each step on other examples; bfloat16 on GPUs.
-Milliseconds a step by the host's clock around --steps or more, 3 times, after at least 8 steps of warm-up; the host waits
-for the devices at the end of each time. Prints one line of JSON.
+AlexNet with the recipe of experiments/alexnet_cifar.py, on synthetic images of 224x224 and 1000
+classes that lie on the device. Each step trains on other examples, with random crops, mirroring,
+dropout and smoothed labels; in bfloat16 on GPUs.
+
+The host's clock measures --steps steps or more, 3 times, after at least 8 steps of warm-up; the
+host waits for the devices before it reads the clock. Prints one line of JSON.
+
+  python benchmarks/ours.py --batch 512 --levers pool_index,cast_once    with these fast forms only
 """
 
 import argparse
@@ -13,119 +17,153 @@ import pathlib
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).parent.parent
-WARMUP, REPEATS = 8, 3
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+
+from cnn_spmd.data import order
+from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.sharding import mesh
+from cnn_spmd.training import build
+from experiments.alexnet_cifar import get_config
+
+WARMUP = 8
+REPEATS = 3
 CLASSES = 1000
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, required=True, help="images a device")
+    parser.add_argument("--batch", type=int, required=True, help="images per device")
     parser.add_argument("--mesh", default="1x1", help="DATAxMODEL")
     parser.add_argument(
         "--parallelism", default="hybrid", help="a row of cnn_spmd/sharding/table.py"
     )
     parser.add_argument(
-        "--steps_per_call", type=int, default=0, help="0: as the config resolves it"
+        "--steps_per_call", type=int, default=0, help="steps per chunk; 0: as the config says"
     )
-    parser.add_argument("--steps", type=int, default=400, help="a timing, at least (default: 400)")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="at least so many are timed at once (default: 400)"
+    )
     parser.add_argument(
         "--image_size", type=int, default=224, help="32, with --steps 8, tries this script on a CPU"
     )
+    parser.add_argument(
+        "--levers",
+        help="use only these fast forms, joined by commas; '' is none "
+        f"(default: all: {','.join(LEVERS)})",
+    )
     args = parser.parse_args()
+    if args.levers is not None:
+        args.levers = [name for name in args.levers.split(",") if name]
+        for name in args.levers:
+            if name not in LEVERS:
+                parser.error(f"--levers: {name}: expected some of {', '.join(LEVERS)}")
+    return args
 
-    sys.path.insert(0, str(ROOT))
-    import jax
 
-    from cnn_spmd.data import order
-    from cnn_spmd.sharding import mesh
-    from cnn_spmd.training.build import compile_train, feeds, prepare
-    from experiments.alexnet_cifar import get_config
-
+def prepare(args: argparse.Namespace) -> build.Setup:
+    """Return what is timed."""
     config = get_config()
     data, model = mesh.parse(args.mesh)
     batch_size = args.batch * data * model
-    examples = max(config.data.synthetic.train_examples, batch_size)
     config.update(
         dict(
             mesh=dict(data=data, model=model),
             parallelism=args.parallelism,
             batch_size=batch_size,
             steps_per_call=args.steps_per_call,
+            # The learning-rate schedule spans all steps.
             steps=WARMUP + (REPEATS + 1) * args.steps,
         )
-    )  # sets the schedule
-    config.data.update(
+    )
+    config.data.name = "synthetic"
+    config.data.synthetic.update(
         dict(
-            name="synthetic",
-            synthetic=dict(
-                image_size=args.image_size,
-                classes=CLASSES,
-                train_examples=examples,
-                test_examples=1,
-            ),
+            image_size=args.image_size,
+            classes=CLASSES,
+            train_examples=max(config.data.synthetic.train_examples, batch_size),
+            test_examples=1,
         )
     )
-    config.optimizer.update(
-        dict(learning_rate=0.01, clip_norm=0.0)
-    )  # as the peer's; the recipe's are for small images
-    setup = prepare(config)
-    n, seed = setup.config.steps_per_call, setup.config.seed
-    since = time.perf_counter()
-    program = compile_train(setup, n)
-    compile_seconds = time.perf_counter() - since
-    train_feed, _ = feeds(setup)
-    train_feed.load()
-    state, step = setup.steps.jit_init()(), 0
+    # As in peer.py. The recipe's own settings are for small images.
+    config.optimizer.update(dict(learning_rate=0.01, clip_norm=0.0))
+    levers = {} if args.levers is None else dict(levers=args.levers)
+    return build.prepare(config, **levers)
 
-    def milliseconds(at_least: int) -> float:
-        """Trains for whole calls of `at_least` steps or more; returns the milliseconds a step."""
-        nonlocal state, step
-        first, values = step, None
-        jax.block_until_ready((state, train_feed.resident_data))
+
+class Trainer:
+    """Run the compiled train step, chunk by chunk, and time it."""
+
+    def __init__(self, setup: build.Setup):
+        self.setup = setup
+        self.steps_per_call = setup.config.steps_per_call
         since = time.perf_counter()
-        starts = range(first, first + at_least, n)
-        for inputs in train_feed.calls(
-            order.train_indices(seed, start, n, batch_size, examples) for start in starts
-        ):
-            before, (state, values) = values, program(state, *inputs)
-            jax.block_until_ready(
-                before
-            )  # the host is a call ahead at most, as in training/loop.py
-            step += n
-        jax.block_until_ready((state, values))
-        seconds = time.perf_counter() - since
-        loss = float(values["loss"][-1])
-        if not math.isfinite(loss):
-            raise ArithmeticError(f"loss is {loss}")
-        losses.append(round(loss, 4))
-        return round(1e3 * seconds / (step - first), 4)
+        self.program = setup.train_program(self.steps_per_call)
+        self.compile_seconds = time.perf_counter() - since
+        self.feed, _ = setup.feeds
+        self.feed.load()
+        self.state = setup.init()
+        self.step = 0
+        self.loss = math.nan
 
-    losses: list[float] = []
-    milliseconds(WARMUP)
-    times = [milliseconds(args.steps) for _ in range(REPEATS)]
-    param_count = sum(x.size for x in jax.tree.leaves(setup.steps.abstract_state.params))
-    print(
-        json.dumps(
-            dict(
-                mesh=args.mesh,
-                parallelism=args.parallelism,
-                gpus=data * model,
-                batch_per_gpu=args.batch,
-                image_size=args.image_size,
-                dtype=setup.config.dtype,
-                param_count=param_count,
-                steps_per_call=n,
-                steps=args.steps,
-                step_milliseconds=times,
-                loss=losses[-1],
-                compile_seconds=round(compile_seconds, 2),
+    def milliseconds(self, at_least: int) -> float:
+        """Train for whole chunks of `at_least` steps or more; return milliseconds per step."""
+        first, values = self.step, None
+        jax.block_until_ready((self.state, self.feed.resident_data))
+        since = time.perf_counter()
+        for inputs in self.feed.calls(self._indices(at_least)):
+            before = values
+            self.state, values = self.program(self.state, *inputs)
+            # The host is at most one chunk ahead of the devices, as in training/loop.py.
+            jax.block_until_ready(before)
+            self.step += self.steps_per_call
+        jax.block_until_ready((self.state, values))
+        seconds = time.perf_counter() - since
+        self.loss = float(values["loss"][-1])
+        if not math.isfinite(self.loss):
+            raise ArithmeticError(f"loss is {self.loss}")
+        return round(1e3 * seconds / (self.step - first), 4)
+
+    def _indices(self, at_least: int):
+        """Return the examples of each chunk from the present step on."""
+        config, examples = self.setup.config, len(self.setup.data.train_images)
+        return (
+            order.train_indices(
+                config.seed, start, self.steps_per_call, config.batch_size, examples
             )
-        ),
-        flush=True,
+            for start in range(self.step, self.step + at_least, self.steps_per_call)
+        )
+
+
+def main() -> None:
+    """Time the step and print one line of JSON."""
+    args = parse_arguments()
+    setup = prepare(args)
+    trainer = Trainer(setup)
+    trainer.milliseconds(WARMUP)
+    times = [trainer.milliseconds(args.steps) for _ in range(REPEATS)]
+    params = setup.functions.abstract_state.params
+    result = dict(
+        mesh=args.mesh,
+        parallelism=args.parallelism,
+        gpus=setup.place.mesh.size,
+        batch_per_gpu=args.batch,
+        image_size=args.image_size,
+        dtype=setup.config.dtype,
+        param_count=sum(param.size for param in jax.tree.leaves(params)),
+        steps_per_call=trainer.steps_per_call,
+        steps=args.steps,
+        step_milliseconds=times,
+        loss=round(trainer.loss, 4),
+        compile_seconds=round(trainer.compile_seconds, 2),
     )
+    if args.levers is not None:
+        result["levers"] = args.levers
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

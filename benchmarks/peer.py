@@ -1,24 +1,31 @@
-"""Times PyTorch's training step of the same AlexNet: python benchmarks/peer.py --batch 512 --mode compile
+"""Time PyTorch's training step of the same AlexNet: python benchmarks/peer.py --batch 512
 
-Needs torch (pip install torch) and an NVIDIA GPU. Several GPUs, data parallel (DDP), --batch is of each of them:
+Needs torch (pip install torch) and an NVIDIA GPU. With several GPUs it trains data parallel (DDP):
   torchrun --nproc-per-node 4 benchmarks/peer.py --batch 128 --mode max --bf16_grads
 
-channels_last, bfloat16 autocast, fused SGD, TF32 allowed for what stays float32, cuDNN's autotuner; the loss is compiled with
-the network. The images lie on the GPU, ready and the same at each step. Milliseconds a step from CUDA events around 400 steps,
-3 times, after 8 steps of warm-up (which compile). Prints one line of JSON.
+It uses channels_last, bfloat16 autocast, fused SGD, cuDNN's autotuner, and TF32 for what stays
+float32. The loss is compiled with the network. The images lie on the GPU, ready to use, and are the
+same in each step.
+
+CUDA events measure 400 steps, 3 times, after 8 steps of warm-up, which compile. Prints one line of
+JSON.
 """
 
 import argparse
 import json
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-WARMUP, REPEATS, STEPS = 8, 3, 400
-CLASSES, SIDE = 1000, 224
+WARMUP = 8
+REPEATS = 3
+STEPS = 400
+CLASSES = 1000
+SIDE = 224
 COMPILERS = {
     "eager": lambda net: net,
     "compile": torch.compile,
@@ -28,7 +35,7 @@ COMPILERS = {
 
 
 class AlexNet(nn.Sequential):
-    """torchvision's layers, 61,100,840 parameters; gives the mean cross-entropy of images and labels."""
+    """torchvision's layers, 61,100,840 parameters; returns the mean cross-entropy."""
 
     def __init__(self):
         def conv(*sizes: int, **window: int) -> tuple[nn.Module, ...]:
@@ -56,28 +63,28 @@ class AlexNet(nn.Sequential):
         return nn.functional.cross_entropy(super().forward(images), labels)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, required=True, help="images a GPU")
+    parser.add_argument("--batch", type=int, required=True, help="images per GPU")
     parser.add_argument(
         "--mode",
         choices=COMPILERS,
         default="compile",
-        help="graphs: torch.compile with CUDA graphs (reduce-overhead); max: with its search for kernels, too",
+        help="graphs: torch.compile with CUDA graphs (reduce-overhead); max: with max-autotune",
     )
     parser.add_argument(
-        "--bf16_grads", action="store_true", help="DDP's hook that sends gradients as bfloat16"
+        "--bf16_grads", action="store_true", help="use DDP's hook that sends gradients as bfloat16"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    gpus = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        torch.backends.cudnn.benchmark
-    ) = True
+
+def make_training(
+    args: argparse.Namespace, device: torch.device, gpus: int
+) -> Callable[[int], torch.Tensor]:
+    """Return a function that trains for some steps and returns the last loss."""
     torch.manual_seed(0)
     net = AlexNet().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -105,37 +112,54 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
+    return train
+
+
+def measure(train: Callable[[int], torch.Tensor]) -> tuple[list[float], float]:
+    """Return milliseconds per step, REPEATS times, and the last loss."""
     train(WARMUP)
     times = []
     for _ in range(REPEATS):
         torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         loss = train(STEPS)
         end.record()
         torch.cuda.synchronize()
         times.append(round(start.elapsed_time(end) / STEPS, 4))
-    if not math.isfinite(loss := float(loss)):
+    loss = float(loss)
+    if not math.isfinite(loss):
         raise ArithmeticError(f"loss is {loss}")
+    return times, loss
+
+
+def main() -> None:
+    """Time the step; the first process prints one line of JSON."""
+    args = parse_arguments()
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    times, loss = measure(make_training(args, device, gpus))
     if int(os.environ.get("RANK", 0)) == 0:
-        versions = dict(
-            torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version()
-        )
-        print(
-            json.dumps(
-                dict(
-                    mode=args.mode,
-                    bf16_grads=args.bf16_grads,
-                    gpus=gpus,
-                    batch_per_gpu=args.batch,
-                    steps=STEPS,
-                    step_milliseconds=times,
-                    loss=round(loss, 4),
-                    versions=versions,
-                )
+        result = dict(
+            mode=args.mode,
+            bf16_grads=args.bf16_grads,
+            gpus=gpus,
+            batch_per_gpu=args.batch,
+            steps=STEPS,
+            step_milliseconds=times,
+            loss=round(loss, 4),
+            versions=dict(
+                torch=torch.__version__,
+                cuda=torch.version.cuda,
+                cudnn=torch.backends.cudnn.version(),
             ),
-            flush=True,
         )
+        print(json.dumps(result), flush=True)
     if gpus > 1:
         distributed.destroy_process_group()
 

@@ -1,82 +1,103 @@
-"""Compiles the schemes for meshes that are not here and writes a report each: python benchmarks/programs.py
+"""Compile the schemes for meshes that are not in this machine: python benchmarks/programs.py
 
-Needs requirements.txt (jax[cuda12]) for the GPU compiler; no GPU. Writes results/data/programs/*.json, from which
-`python -m cnn_spmd.report` makes the README's table. float32, so that the CPU's and the GPU's bytes compare.
+Needs requirements.txt (jax[cuda12]) for the GPU compiler, and no GPU. Writes one report per program
+to results/data/programs/, from which the pages in results/ are generated. The programs are float32,
+so that the bytes of the CPU's and of the GPU's compiler compare.
 """
 
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parent.parent
-SCHEMES = [
-    ("data", False),
-    ("model", True),
-    ("hybrid", True),
-    ("hybrid_alternating", True),
-]  # name, splits `model`
-SIZES = {32: 10, 224: 1000}  # image size, classes
+# Both must be set before jax is imported.
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+import ml_collections
+
+from cnn_spmd.analysis import target
+from cnn_spmd.training.dry_run import dry_run
+from cnn_spmd.training.provenance import provenance
+from experiments.alexnet_cifar import get_config
+
+FOLDER = pathlib.Path(__file__).parent.parent / "results" / "data" / "programs"
+# Image size -> classes.
+CLASSES = {32: 10, 224: 1000}
+# Devices -> meshes. The row `data` splits nothing over `model`: it takes Nx1 instead.
 MESHES = {8: [(4, 2), (1, 8)], 64: [(8, 8)], 512: [(64, 8)]}
+GPUS_PER_HOST = 8
+
+
+class Case(NamedTuple):
+    """One program; compiler is "cpu" or a card of analysis/target.py."""
+
+    model: str
+    image_size: int
+    parallelism: str
+    mesh: tuple[int, int]
+    compiler: str
+
+
+def cases() -> Iterator[Case]:
+    """Yield what is compiled."""
+    for count, meshes in MESHES.items():
+        for compiler in ("cpu", "h100") if count == 8 else ("h100",):
+            for size in CLASSES:
+                yield Case("alexnet", size, "data", (count, 1), compiler)
+                for parallelism in ("model", "hybrid", "hybrid_alternating"):
+                    for mesh in meshes:
+                        yield Case("alexnet", size, parallelism, mesh, compiler)
+    for compiler in ("cpu", "h100"):
+        yield Case("alexnet_2012", 224, "two_tower", (4, 2), compiler)
+
+
+def config_of(case: Case) -> ml_collections.ConfigDict:
+    """Return the config of a case."""
+    config = get_config()
+    data, model = case.mesh
+    config.update(
+        dict(
+            batch_size=max(1024, 16 * data * model),
+            parallelism=case.parallelism,
+            dtype="float32",
+            mesh=dict(data=data, model=model),
+            model=dict(name=case.model),
+        )
+    )
+    config.data.name = "synthetic"
+    config.data.synthetic.update(
+        dict(
+            image_size=case.image_size,
+            classes=CLASSES[case.image_size],
+            train_examples=config.batch_size,
+        )
+    )
+    return config
 
 
 def main() -> None:
-    os.environ.update(
-        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", JAX_PLATFORMS="cpu"
-    )  # both before jax is imported
-    sys.path.insert(0, str(ROOT))
-    import jax
-
-    from cnn_spmd.analysis import target
-    from cnn_spmd.training.dry_run import dry_run
-    from cnn_spmd.training.provenance import provenance
-    from experiments.alexnet_cifar import get_config
-
+    """Compile each case and write its report."""
     jax.config.update("jax_num_cpu_devices", 8)
-    # Before the first file is written: afterwards the checkout differs from its commit.
-    made_by = provenance()
-    folder = ROOT / "results" / "data" / "programs"
-    folder.mkdir(parents=True, exist_ok=True)
-    cases = [
-        ("alexnet", size, parallelism, mesh if splits else (count, 1), compiler)
-        for count, meshes in MESHES.items()
-        for compiler in (("cpu", "h100") if count == 8 else ("h100",))
-        for size in SIZES
-        for parallelism, splits in SCHEMES
-        for mesh in (meshes if splits else meshes[:1])
-    ]
-    cases += [("alexnet_2012", 224, "two_tower", (4, 2), compiler) for compiler in ("cpu", "h100")]
-    for model, size, parallelism, (data, columns), compiler in cases:
-        config = get_config()
-        config.update(
-            dict(
-                batch_size=max(1024, 16 * data * columns),
-                parallelism=parallelism,
-                dtype="float32",
-                mesh=dict(data=data, model=columns),
-                model=dict(name=model),
-            )
-        )
-        config.data.update(
-            dict(
-                name="synthetic",
-                synthetic=dict(
-                    image_size=size, classes=SIZES[size], train_examples=config.batch_size
-                ),
-            )
-        )
-        devices = (
-            None if compiler == "cpu" else target.devices(f"h100:{max(1, data * columns // 8)}x8")
-        )
-        report = dry_run(config, None, devices)
-        report = {
-            name: value
-            for name, value in report.items()
-            if name not in ("placement", "activations", "closed_form")
-        }
-        report |= dict(image_size=size, **made_by)
-        name = f"{model}-{size}-{parallelism}-{data}x{columns}-{compiler}.json"
-        (folder / name).write_text(json.dumps(report, indent=1) + "\n")
+    # Asked first: the files that are written make the checkout differ from its commit.
+    code = provenance()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for case in cases():
+        data, model = case.mesh
+        devices = None
+        if case.compiler != "cpu":
+            hosts = max(1, data * model // GPUS_PER_HOST)
+            devices = target.devices(f"{case.compiler}:{hosts}x{GPUS_PER_HOST}")
+        report = dry_run(config_of(case), None, devices)
+        for name in ("placement", "activations", "closed_form"):
+            del report[name]
+        report |= dict(image_size=case.image_size, **code)
+        name = f"{case.model}-{case.image_size}-{case.parallelism}-{data}x{model}-{case.compiler}"
+        (FOLDER / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

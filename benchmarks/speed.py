@@ -1,10 +1,12 @@
-"""Times our training step and PyTorch's in turn, on one machine: python benchmarks/speed.py
+"""Time our training step and PyTorch's in turn, on one machine: python benchmarks/speed.py
 
-Needs NVIDIA GPUs and torch (pip install torch), or --skip_peer. First the card's own bfloat16 matrix rate and copy bandwidth;
-then, for each batch, ours.py on each mesh and peer.py in each mode: each in a process of its own. Writes one JSON with both,
-their ratio, versions and hardware, and prints a table. A process that fails is recorded with its reason; the rest goes on.
+Needs NVIDIA GPUs, and torch (pip install torch) or --skip_peer. It first measures the card's own
+bfloat16 matrix rate and copy bandwidth. Then, for each batch, it runs ours.py on each mesh and
+peer.py in each mode, each in a process of its own. It prints a table and writes one JSON file with
+both sides, their ratio, versions and hardware. When a process fails, its reason is recorded and the
+others still run.
 
-  python benchmarks/speed.py --gpus 4 --batches 32,128,512     several GPUs: ours on 4x1, 1x4 and one, the peer under torchrun
+  python benchmarks/speed.py --gpus 4 --batches 32,128,512     ours on 4x1, 1x4 and one GPU; DDP
 
 Exit codes: 0 done; 1 a batch has no time of ours; 2 bad input, or no GPU.
 """
@@ -22,16 +24,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 HERE = pathlib.Path(__file__).resolve().parent
-# A training step of AlexNet at 224x224, an image: 714,188,480 multiply-adds forward, as many for the gradient of the weights,
-# as many for that of the inputs, which the first convolution (70,276,800) does not need; 2 FLOP each. 4.14 GFLOP.
+sys.path.insert(0, str(HERE.parent))
+# A training step of AlexNet at 224x224, per image: 714,188,480 multiply-adds forward, as many for
+# the gradient of the weights, and as many for the gradient of the inputs, which the first
+# convolution (70,276,800) does not need. A multiply-add is 2 FLOP.
 FLOP_PER_IMAGE = 2 * (3 * 714_188_480 - 70_276_800)
+SIDES = ("ours", "peer")
+
+
+class Case(NamedTuple):
+    """What runs for each batch: `command` is given to Python, with --batch added."""
+
+    side: str
+    name: str
+    command: list[str]
 
 
 def card() -> dict:
-    """What JAX runs on; of a GPU also its rates: bfloat16 products of 8192x8192 matrices, and bytes read plus written."""
+    """Return what JAX runs on; for a GPU also its rates.
+
+    The rates are of bfloat16 products of 8192x8192 matrices, and of bytes read plus written.
+    """
     import jax
     import jax.numpy as jnp
     from jax.extend import backend
@@ -47,7 +63,8 @@ def card() -> dict:
 
     def seconds(function: Callable, *arrays: jax.Array) -> float:
         function, times = jax.jit(function), []
-        for _ in range(6):  # the first warms up
+        # The first of the six warms up.
+        for _ in range(6):
             since = time.perf_counter()
             for _ in range(30):
                 result = function(*arrays)
@@ -64,14 +81,18 @@ def card() -> dict:
 
 
 def run(command: list[str], limit: float) -> dict:
-    """The line of JSON that the Python command prints; or its error."""
+    """Return the line of JSON that a Python command prints, or its error.
+
+    limit: seconds after which the process is ended.
+    """
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             output, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers at this
+            # On this signal torchrun ends its workers.
+            process.terminate()
             process.communicate()
             return dict(error=f"not done after {limit:g} seconds")
     if process.returncode == 0:
@@ -82,21 +103,27 @@ def run(command: list[str], limit: float) -> dict:
 
 
 def timed(command: list[str], limit: float, matrix_rate: float) -> dict:
-    """What the command measured, with its median step, images a second and share of the GPUs' matrix rate; or its error."""
+    """Return what a command measured, with median step, images/s and share of the matrix rate.
+
+    Or return its error.
+    """
     row = run(command, limit)
     if "error" in row:
         return row
     milliseconds = statistics.median(row["step_milliseconds"])
-    rate = 1e3 * row["batch_per_gpu"] / milliseconds  # of one GPU
+    rate_per_gpu = 1e3 * row["batch_per_gpu"] / milliseconds
     return row | dict(
         median_step_milliseconds=milliseconds,
-        images_per_second=round(rate * row["gpus"]),
-        matrix_share=round(rate * FLOP_PER_IMAGE / matrix_rate, 4),
+        images_per_second=round(rate_per_gpu * row["gpus"]),
+        matrix_share=round(rate_per_gpu * FLOP_PER_IMAGE / matrix_rate, 4),
     )
 
 
 def best(rows: list[dict], gpus: int) -> dict | None:
-    """The fastest of those that use all the GPUs: on several, ours has one that uses a single one."""
+    """Return the fastest row on `gpus` GPUs; None where there is none.
+
+    With several GPUs, our side also has a row on one GPU, which does not count.
+    """
     return max(
         (row for row in rows if row.get("gpus") == gpus),
         key=lambda row: row["images_per_second"],
@@ -105,92 +132,38 @@ def best(rows: list[dict], gpus: int) -> dict | None:
 
 
 def table(batches: list[dict], gpus: int) -> str:
-    """A line a batch: our best and the peer's, images/s, share of the matrix rate, ratio; then what failed."""
+    """Return a line per batch with the best of both sides, then a line per failure."""
     lines, failed = [f"batch/GPU  {'ours':<38}{'PyTorch':<32}ratio"], []
     for row in batches:
         line = f"{row['batch_per_gpu']:>9}  "
-        for side, width in (("ours", 38), ("peer", 32)):
+        for side, width in zip(SIDES, (38, 32), strict=True):
             top = best(row[side], gpus)
-            text = (
-                f"{top['images_per_second']:,} {top['matrix_share']:.0%} {top['name']}"
-                if top
-                else "-"
-            )
+            text = "-"
+            if top:
+                text = f"{top['images_per_second']:,} {top['matrix_share']:.0%} {top['name']}"
             line += f"{text:<{width}}"
             failed += [
-                f"{row['batch_per_gpu']:>9}  {x['name']}: {x['error']}"
-                for x in row[side]
-                if "error" in x
+                f"{row['batch_per_gpu']:>9}  {measured['name']}: {measured['error']}"
+                for measured in row[side]
+                if "error" in measured
             ]
         lines.append(line + str(row["ratio"] or "-"))
     return "\n".join(lines + failed)
 
 
 def refuse(reason: object) -> NoReturn:
+    """Print why the input is refused, and exit."""
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
 
 
-def cases(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
-    """What runs for each batch: ours or peer, its name, its command without the batch. Refuses bad flags."""
-    from cnn_spmd.sharding.table import TABLE
-
-    n, found, used = args.gpus, [], set()
-    for name, low in dict(gpus=1, steps_per_call=0, limit=1).items():
-        if (value := getattr(args, name)) < low:
-            refuse(f"--{name}={value}: expected at least {low}")
-    default = "1x1:hybrid" + f",{n}x1:data,1x{n}:hybrid,1x{n}:hybrid_alternating" * (n > 1)
-    for name in (args.meshes or default).split(","):
-        match = re.fullmatch(r"(\d+)x(\d+):(\w+)", name)
-        devices = int(match[1]) * int(match[2]) if match else 0
-        if devices not in (1, n) or match[3] not in TABLE:
-            refuse(
-                f"--meshes: {name}: expected DATAxMODEL:PARALLELISM with a product of --gpus={n} or 1, such as {n}x1:data; "
-                f"parallelism is one of {', '.join(TABLE)}"
-            )
-        used.add(devices)
-        found.append(
-            (
-                "ours",
-                name,
-                [
-                    str(HERE / "ours.py"),
-                    f"--mesh={match[1]}x{match[2]}",
-                    f"--parallelism={match[3]}",
-                    f"--steps_per_call={args.steps_per_call}",
-                ],
-            )
-        )
-    if n not in used:
-        refuse(f"--meshes={args.meshes}: expected one of --gpus={n}, such as {n}x1:data")
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=localhost",
-        f"--nproc-per-node={n}",
-    ] * (n > 1)
-    for name in (
-        args.peer_modes or ("compile,graphs,max" if n == 1 else "compile,max,compile-bf16,max-bf16")
-    ).split(","):
-        match = re.fullmatch("(eager|compile|graphs|max)(-bf16)?", name)
-        if not match or (match[2] and n == 1):
-            refuse(
-                f"--peer_modes: {name}: expected eager, compile, graphs or max, or, on several GPUs, one of them with -bf16"
-            )
-        bf16 = ["--bf16_grads"] if match[2] else []
-        found.append(
-            ("peer", name, [*torchrun, str(HERE / "peer.py"), f"--mode={match[1]}", *bf16])
-        )
-    return [case for case in found if case[0] == "ours" or not args.skip_peer]
-
-
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--batches", default="32,128,512,2048", help="images a GPU (default: %(default)s)"
+        "--batches", default="32,128,512,2048", help="images per GPU (default: %(default)s)"
     )
     parser.add_argument("--gpus", type=int, default=1, help="how many to use (default: 1)")
     parser.add_argument(
@@ -199,34 +172,93 @@ def main() -> int:
         "1xN:hybrid,1xN:hybrid_alternating)",
     )
     parser.add_argument(
-        "--steps_per_call", type=int, default=0, help="ours; 0: as the config resolves it (default)"
+        "--steps_per_call",
+        type=int,
+        default=0,
+        help="ours: steps per chunk; 0: as the config says (default)",
     )
     parser.add_argument(
         "--peer_modes",
-        help="eager, compile, graphs (torch.compile with CUDA graphs), max (its max-autotune, "
-        "minutes); with -bf16 gradients travel as bfloat16 (default: compile,graphs,max; on several GPUs "
-        "compile and max, each also with -bf16)",
+        help="eager, compile, graphs (torch.compile with CUDA graphs) or max (its max-autotune, "
+        "which takes minutes); with -bf16, gradients travel as bfloat16 (default: "
+        "compile,graphs,max; on several GPUs compile and max, each also with -bf16)",
     )
-    parser.add_argument("--skip_peer", action="store_true")
+    parser.add_argument("--skip_peer", action="store_true", help="do not run PyTorch")
     parser.add_argument(
-        "--limit", type=float, default=600, help="seconds for a process (default: 600)"
-    )
-    parser.add_argument(
-        "--output", type=pathlib.Path, help="default: results/data/speed/<card>-x<gpus>.json"
+        "--limit", type=float, default=600, help="seconds per process (default: 600)"
     )
     parser.add_argument(
-        "--card", action="store_true", help=argparse.SUPPRESS
-    )  # the process that measures it
-    args = parser.parse_args()
-    if args.card:
-        print(json.dumps(card()))
-        return 0
-    sys.path.insert(0, str(HERE.parent))
-    todo = cases(args)
-    if args.output and args.output.is_dir():
-        refuse(f"--output={args.output}: is a folder, expected a file")
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.batches):
-        refuse(f"--batches={args.batches}: expected positive numbers joined by commas")
+        "--output",
+        type=pathlib.Path,
+        help="a JSON file (default: results/data/speed/<card>-x<gpus>.json)",
+    )
+    # Used by this script for the process that measures the card.
+    parser.add_argument("--card", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that are too low."""
+    for name, low in dict(gpus=1, steps_per_call=0, limit=1).items():
+        value = getattr(args, name)
+        if value < low:
+            refuse(f"--{name}={value}: expected at least {low}")
+
+
+def our_cases(args: argparse.Namespace) -> list[Case]:
+    """Return what --meshes asks for; refuse what it cannot mean."""
+    from cnn_spmd.sharding.table import TABLE
+
+    n, found, used = args.gpus, [], set()
+    default = "1x1:hybrid"
+    if n > 1:
+        default += f",{n}x1:data,1x{n}:hybrid,1x{n}:hybrid_alternating"
+    for name in (args.meshes or default).split(","):
+        match = re.fullmatch(r"(\d+)x(\d+):(\w+)", name)
+        devices = int(match[1]) * int(match[2]) if match else 0
+        if devices not in (1, n) or match[3] not in TABLE:
+            refuse(
+                f"--meshes: {name}: expected DATAxMODEL:PARALLELISM with a product of --gpus={n} "
+                f"or 1, such as {n}x1:data; parallelism is one of {', '.join(TABLE)}"
+            )
+        used.add(devices)
+        command = [
+            str(HERE / "ours.py"),
+            f"--mesh={match[1]}x{match[2]}",
+            f"--parallelism={match[3]}",
+            f"--steps_per_call={args.steps_per_call}",
+        ]
+        found.append(Case("ours", name, command))
+    if n not in used:
+        refuse(f"--meshes={args.meshes}: expected one of --gpus={n}, such as {n}x1:data")
+    return found
+
+
+def peer_cases(args: argparse.Namespace) -> list[Case]:
+    """Return what --peer_modes asks for; refuse what it cannot mean."""
+    n, found = args.gpus, []
+    default = "compile,graphs,max" if n == 1 else "compile,max,compile-bf16,max-bf16"
+    start = [str(HERE / "peer.py")]
+    if n > 1:
+        start = [
+            *("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"),
+            f"--nproc-per-node={n}",
+            *start,
+        ]
+    for name in (args.peer_modes or default).split(","):
+        match = re.fullmatch("(eager|compile|graphs|max)(-bf16)?", name)
+        if not match or (match[2] and n == 1):
+            refuse(
+                f"--peer_modes: {name}: expected eager, compile, graphs or max, or, on several "
+                "GPUs, one of them with -bf16"
+            )
+        bf16 = ["--bf16_grads"] if match[2] else []
+        found.append(Case("peer", name, [*start, f"--mode={match[1]}", *bf16]))
+    return found
+
+
+def check_hardware(args: argparse.Namespace) -> dict:
+    """Return what `card` measures; refuse to run without what is needed."""
     hardware = run([__file__, "--card"], args.limit)
     if hardware.get("platform") != "gpu":
         refuse(hardware.get("error") or f"no GPU here: JAX runs on {hardware['device_kind']}")
@@ -234,21 +266,24 @@ def main() -> int:
         refuse(f"--gpus={args.gpus}: there are {hardware['count']}")
     if not args.skip_peer and not importlib.util.find_spec("torch"):
         refuse("torch is missing, which the peer needs: pip install torch, or give --skip_peer")
+    smi = shutil.which("nvidia-smi")
+    if smi:
+        command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        hardware["driver"] = done.stdout.split()[0]
+    return hardware
 
-    from cnn_spmd.training import runfiles
+
+def describe(args: argparse.Namespace, hardware: dict) -> dict:
+    """Return the result before anything is measured: where it comes from."""
     from cnn_spmd.training.provenance import provenance
 
-    if smi := shutil.which("nvidia-smi"):
-        command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        hardware["driver"] = subprocess.run(
-            command, capture_output=True, text=True, check=True
-        ).stdout.split()[0]
     wheels = {
         wheel.name: wheel.version
         for wheel in importlib.metadata.distributions()
         if wheel.name.startswith(("nvidia-", "jax-cuda"))
     }
-    result = dict(
+    return dict(
         arguments=sys.argv[1:],
         hardware=hardware,
         gpus=args.gpus,
@@ -259,29 +294,51 @@ def main() -> int:
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         batches=[],
     )
-    slug = re.sub(r"\W+", "-", hardware["device_kind"].lower())
-    output = args.output or HERE.parent / "results" / "data" / "speed" / f"{slug}-x{args.gpus}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def measure(
+    args: argparse.Namespace, cases: list[Case], result: dict, output: pathlib.Path
+) -> None:
+    """Run each case for each batch; `result` and its file grow with each measurement."""
+    from cnn_spmd.training import runfiles
+
+    matrix_rate = result["hardware"]["matrix_flop_per_second"]
     for batch in args.batches.split(","):
         row = dict(batch_per_gpu=int(batch), ours=[], peer=[], ratio=None)
         result["batches"].append(row)
-        for side, name, command in todo:
-            measured = timed(
-                [*command, f"--batch={batch}"], args.limit, hardware["matrix_flop_per_second"]
-            )
+        for side, name, command in cases:
+            measured = timed([*command, f"--batch={batch}"], args.limit, matrix_rate)
             result["peer_versions"] = measured.pop("versions", result["peer_versions"])
             row[side].append(dict(name=name) | measured)
-            ours, peer = (best(row[side], args.gpus) for side in ("ours", "peer"))
-            row["ratio"] = (
-                round(ours["images_per_second"] / peer["images_per_second"], 3)
-                if ours and peer
-                else None
-            )
-            runfiles.write_json(output, result)  # after each: what is measured is kept
-            print(
-                f"{batch} a GPU, {side} {name}: {measured.get('images_per_second') or measured['error']}",
-                flush=True,
-            )
+            ours, peer = (best(row[side], args.gpus) for side in SIDES)
+            if ours and peer:
+                row["ratio"] = round(ours["images_per_second"] / peer["images_per_second"], 3)
+            runfiles.write_json(output, result)
+            shown = measured.get("images_per_second") or measured["error"]
+            print(f"{batch} per GPU, {side} {name}: {shown}", flush=True)
+
+
+def main() -> int:
+    """Measure, write the file and print the table; return the exit code."""
+    args = parse_arguments()
+    if args.card:
+        print(json.dumps(card()))
+        return 0
+    check_numbers(args)
+    cases = our_cases(args) + peer_cases(args)
+    if args.skip_peer:
+        cases = [case for case in cases if case.side == "ours"]
+    if args.output and args.output.is_dir():
+        refuse(f"--output={args.output}: is a folder, expected a file")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.batches):
+        refuse(f"--batches={args.batches}: expected positive numbers joined by commas")
+    hardware = check_hardware(args)
+    slug = re.sub(r"\W+", "-", hardware["device_kind"].lower())
+    folder = HERE.parent / "results" / "data" / "speed"
+    output = args.output or folder / f"{slug}-x{args.gpus}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    result = describe(args, hardware)
+    measure(args, cases, result, output)
     print(table(result["batches"], args.gpus), output, sep="\n")
     return int(not all(best(row["ours"], args.gpus) for row in result["batches"]))
 

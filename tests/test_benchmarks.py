@@ -1,4 +1,4 @@
-"""The benchmarks as far as they go without a GPU: bad flags, our side's script, the README's table of speeds."""
+"""The benchmarks as far as they go without a GPU, and the table of speeds."""
 
 import json
 import subprocess
@@ -44,6 +44,13 @@ def test_bad_input_is_one_line(arguments, message, monkeypatch):
     assert done.stderr.count("\n") == 1
 
 
+def test_an_unknown_lever_is_refused():
+    command = [sys.executable, "benchmarks/ours.py", "--batch=4", "--levers=pool_index,faster"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--levers: faster: expected some of space_to_depth, " in done.stderr
+
+
 def test_our_side_times_its_steps():
     """On one simulated device, 32x32 images and a few steps."""
     flags = "--batch 4 --steps 2 --image_size 32"
@@ -59,8 +66,8 @@ def test_our_side_times_its_steps():
     assert min(row["step_milliseconds"]) > 0
 
 
-def test_the_readmes_table_of_speeds(tmp_path):
-    """A batch that one side has no time for is left out; of the peer's modes the fastest counts."""
+def test_the_table_of_speeds(tmp_path):
+    """A batch without a time of either side is left out; the peer's fastest mode counts."""
 
     def row(rate, gpus=2, **more):
         return (

@@ -1,4 +1,4 @@
-"""The reader of traces against traces made by hand, whose figures are known, and against one of eight CPU devices."""
+"""Summarise traces that are made by hand, with known times, and traces of eight CPU devices."""
 
 import json
 
@@ -14,20 +14,25 @@ MS = 1e9  # picoseconds
 
 
 def a_trace(planes):
-    """A profile of {plane: {line: [(event, start, duration, stats)]}}, in milliseconds; stats are text or whole numbers."""
+    """Return a profile of {plane: {line: [(event, start, duration, stats)]}}.
+
+    Times are milliseconds. Stats are text or whole numbers.
+    """
     ids, text = {}, ""
     for plane, lines in planes.items():
         text += f'planes {{ name: "{plane}"\n'
         for line, events in lines.items():
             text += f'lines {{ name: "{line}"\n'
             for name, start, duration, stats in events:
+                number = ids.setdefault(name, len(ids) + 1)
                 text += (
-                    f"events {{ metadata_id: {ids.setdefault(name, len(ids) + 1)} offset_ps: {start * MS:.0f} "
+                    f"events {{ metadata_id: {number} offset_ps: {start * MS:.0f} "
                     f"duration_ps: {duration * MS:.0f}\n"
                 )
                 for key, value in stats.items():
                     kind = "str_value" if isinstance(value, str) else "int64_value"
-                    text += f"stats {{ metadata_id: {ids.setdefault(key, len(ids) + 1)} {kind}: {json.dumps(value)} }}\n"
+                    number = ids.setdefault(key, len(ids) + 1)
+                    text += f"stats {{ metadata_id: {number} {kind}: {json.dumps(value)} }}\n"
                 text += "}\n"
             text += "}\n"
         for key in ("event_metadata", "stat_metadata"):
@@ -40,7 +45,7 @@ def a_trace(planes):
 
 
 def parts(summary):
-    """step, compute, communication, exposed, idle (ms)."""
+    """Return the milliseconds of step, compute, communication, exposed and idle."""
     return [
         summary[f"{part}_milliseconds"]
         for part in ("step", "compute", "communication", "exposed", "idle")
@@ -88,7 +93,8 @@ def test_gpu_streams():
     summary = profile.summarise(
         a_trace({"/host:CPU": host, "/device:GPU:0": first, "/device:GPU:1": second}), 2, 2
     )
-    # Milliseconds of both steps: a window of 16; compute 10 and 8, communication 4 and 2, of which 2 and 2 exposed.
+    # Milliseconds of both steps: a window of 16; per device, compute 10 and 8, communication 4 and
+    # 2, and 2 and 2 of these exposed.
     assert parts(summary) == [8, 4.5, 1.5, 1, 2.5]
     assert summary["note"] == ""
     rows = [tuple(row.values()) for row in summary["top"]]
@@ -119,7 +125,8 @@ def test_cpu_threads_serve_any_device():
         "/host:CPU": {
             "a": [
                 operation("while.3", 0, 10, 0, 1),
-                operation("convolution.1", 1, 1, 0, 2),  # handed on, done at 5
+                # Handed to another thread, and done at 5.
+                operation("convolution.1", 1, 1, 0, 2),
                 operation("psum.4", 4, 4, 1, 3),
                 ("Rendezvous", 5, 2, {}),
                 ("end: psum.4", 8, 0, {"_c": 3}),
@@ -127,20 +134,23 @@ def test_cpu_threads_serve_any_device():
             "b": [
                 operation("tanh", 0, 3, 1, 4),
                 ("end: tanh", 3, 0, {"_c": 4}),
-                ("Rendezvous", 3.5, 1, {}),  # of no operation
+                # A rendezvous outside of any operation.
+                ("Rendezvous", 3.5, 1, {}),
                 ("end: convolution.1", 5, 0, {"_c": 2}),
                 operation("psum.4", 5, 3, 0, 5),
                 ("Rendezvous", 6, 1, {}),
                 ("end: psum.4", 8, 0, {"_c": 5}),
                 operation("all-gather", 8, 2, 0, 7),
-                ("end: all-gather", 10, 0, {"_c": 7}),  # between processes: no rendezvous
+                # Between processes there is no rendezvous.
+                ("end: all-gather", 10, 0, {"_c": 7}),
                 ("end: while.3", 10, 0, {"_c": 1}),
             ],
             "c": [("dispatch", 0, 50, {}), operation("conditional.clone", 50, 9, 0, 6)],
         }
     }
     summary = profile.summarise(a_trace(planes), 1, 2)
-    # Device 0: compute 1 to 5, communication 5 to 10; device 1: compute 0 to 3, communication 4 to 8.
+    # Device 0 computes from 1 to 5 and communicates from 5 to 10.
+    # Device 1 computes from 0 to 3 and communicates from 4 to 8.
     assert parts(summary) == [10, 3.5, 4.5, 4.5, 2]
     assert [(row["name"], row["communication"]) for row in summary["top"]] == [
         ("psum.4", True),
@@ -152,7 +162,10 @@ def test_cpu_threads_serve_any_device():
 
 
 def product(contracted):
-    """Calls a jitted a @ b over eight devices, which share the contracted dimension (an all-reduce) or a's rows (none)."""
+    """Return a call of a jitted a @ b over eight devices.
+
+    They share the contracted dimension, which needs an all-reduce, or a's rows, which needs none.
+    """
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
 
     def put(x, *spec):
@@ -168,7 +181,8 @@ def product(contracted):
 
 
 def test_a_real_trace_with_an_all_reduce(tmp_path):
-    summary = profile.trace(product(contracted=True), 3, 2, tmp_path)  # as if a call were two steps
+    # As if a call were two steps.
+    summary = profile.trace(product(contracted=True), 3, 2, tmp_path)
     (row,) = [row for row in summary["top"] if row["communication"]]
     assert row["name"].startswith("all-reduce")
     assert row["count"] == 0.5
@@ -177,14 +191,16 @@ def test_a_real_trace_with_an_all_reduce(tmp_path):
     assert 0 < exposed <= communication < step
     assert compute > 0
     assert step == pytest.approx(compute + exposed + idle, abs=1e-3)
-    assert row["milliseconds"] >= communication  # the calls are independent: two may wait at once
+    # The calls are independent: two may wait at the same time.
+    assert row["milliseconds"] >= communication
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
 def test_a_real_trace_without_collectives(tmp_path):
     call, called = product(contracted=False), []
     summary = profile.trace(lambda: called.append(1) or call(), 3, 1, tmp_path)
-    assert len(called) == 1 + 3  # one to settle: a compilation is no step
+    # The first call compiles, and is not traced.
+    assert len(called) == 1 + 3
     assert parts(summary)[2:4] == [0, 0]
     assert parts(summary)[1] > 0
     assert {row["count"] for row in summary["top"]} == {1}

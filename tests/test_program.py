@@ -1,6 +1,7 @@
-"""The reader of compiled programs against programs whose collectives are known, and against literal HLO lines.
+"""Read programs whose collectives are known, and literal HLO lines; print reports.
 
-The GPU lines are shortened from what XLA printed for H100s (jax 0.10.2 and 0.11.2, compiled without a GPU).
+The GPU lines are shortened from what XLA printed for H100s (jax 0.10.2 and 0.11.2, compiled without
+a GPU).
 """
 
 import json
@@ -18,19 +19,19 @@ from cnn_spmd.analysis import hlo, program
 
 BOTH = ("data", "model")
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
-X = 8 * 32 * 4  # bytes of one device's f32[8,32], the operand of every explicit collective below
+# Bytes of one device's f32[8,32], the operand of every explicit collective below.
+X = 8 * 32 * 4
 TINY = {"data": 4, "model": 2}
 
 
 def make_mesh(shape):
-    assert (
-        len(jax.devices()) == 8
-    )  # the session forces 8; with fewer these tests would prove nothing
+    # conftest.py simulates 8 devices. With fewer, these tests would prove nothing.
+    assert len(jax.devices()) == 8
     return jax.make_mesh(shape, BOTH, axis_types=(AxisType.Auto,) * 2)
 
 
 def compile_on(mesh, function, *shapes):
-    """`function` of f32 blocks, one a device, as shard_map runs it; each result stays where it was made."""
+    """Compile `function` of f32 blocks, one per device; each result stays on its device."""
     blocks = PartitionSpec(BOTH)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=blocks, out_specs=blocks, check_vma=False)
     return (
@@ -70,7 +71,8 @@ def test_each_explicit_collective_is_read_exactly(shape, named):
         )
 
     found = parse(compile_on(mesh, every_one, (8, 32)).as_text(), dict(mesh.shape))
-    expected = {  # operation: bytes, ring bytes
+    # Operation -> bytes, ring bytes.
+    expected = {
         "all-reduce": (X, 2 * (g - 1) * X // g),
         "all-gather": (g * X, (g - 1) * X),
         "reduce-scatter": (X, (g - 1) * X // g),
@@ -78,7 +80,8 @@ def test_each_explicit_collective_is_read_exactly(shape, named):
         "collective-permute": (X, X),
     }
     if g == 1:
-        assert found == []  # groups of one move nothing
+        # Groups of one device move nothing.
+        assert found == []
         return
     assert len(found) == len(expected)
     assert {c.operation: (c.bytes, c.ring_bytes) for c in found} == expected
@@ -112,7 +115,10 @@ def test_a_scan_body_counts_once():
 
 @pytest.fixture(scope="module")
 def step():
-    """A train step on 4x2, two dense layers without biases: 32x64 in columns over `model`, 64x24 in rows; batch 64."""
+    """Compile a train step on 4x2: two dense layers without biases, batch 64.
+
+    The first kernel, 32x64, has its columns split over `model`; the second, 64x24, its rows.
+    """
     mesh = make_mesh((4, 2))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 
@@ -138,7 +144,8 @@ def step():
     ).compile()
 
 
-WEIGHTS = 32 * 32 * 4 + 32 * 24 * 4  # bytes of one device's halves of the two weights
+# Bytes of one device's halves of the two kernels.
+WEIGHTS = 32 * 32 * 4 + 32 * 24 * 4
 
 
 def test_phases_of_a_real_train_step(step):
@@ -152,8 +159,8 @@ def test_phases_of_a_real_train_step(step):
             axes=["data"], phase="backward", bytes=WEIGHTS + 4, ring_bytes=(WEIGHTS + 4) * 3 // 2
         ),
         common | dict(axes=["model"], phase="forward", bytes=16 * 24 * 4, ring_bytes=16 * 24 * 4),
-        common
-        | dict(axes=["model"], phase="update", bytes=8, ring_bytes=8),  # the two gradients' norms
+        # The norms of the two gradients.
+        common | dict(axes=["model"], phase="update", bytes=8, ring_bytes=8),
     ]
 
 
@@ -169,9 +176,12 @@ def test_report_is_json_with_totals_memory_and_compiler(step):
         "ring_bytes": (WEIGHTS + 4) * 3 // 2 + 8 + 16 * 24 * 4,
     }
     assert report["totals"] == totals
-    assert report["memory"]["argument_bytes"] == WEIGHTS + 16 * 32 * 4  # and a quarter of the batch
-    assert report["memory"]["alias_bytes"] == WEIGHTS  # donated
-    assert report["memory"]["peak_bytes"] is None  # the CPU's leaves temporaries out
+    quarter_of_the_batch = 16 * 32 * 4
+    assert report["memory"]["argument_bytes"] == WEIGHTS + quarter_of_the_batch
+    # The weights are donated.
+    assert report["memory"]["alias_bytes"] == WEIGHTS
+    # The CPU's peak would leave temporaries out.
+    assert report["memory"]["peak_bytes"] is None
 
 
 def test_memory_is_none_where_the_backend_or_the_version_does_not_say():
@@ -189,11 +199,12 @@ def test_bytes_per_device():
     mesh = make_mesh((4, 2))
     split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data", "model"), ()))
     tree = {
-        "split": jax.ShapeDtypeStruct((16, 10), jnp.bfloat16, sharding=split),  # 4x5 of 2 bytes
-        "whole": [jax.device_put(np.zeros((3, 5), np.float32), whole)],  # 60
-        "scalar": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),  # 4
-        "key": jax.device_put(jax.random.key(0), whole),  # two uint32
+        "split": jax.ShapeDtypeStruct((16, 10), jnp.bfloat16, sharding=split),
+        "whole": [jax.device_put(np.zeros((3, 5), np.float32), whole)],
+        "scalar": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        "key": jax.device_put(jax.random.key(0), whole),
     }
+    # 4x5 of 2 bytes, 3x5 of 4 bytes, one int32, two uint32.
     assert program.bytes_per_device(tree) == 40 + 60 + 4 + 8
     assert program.bytes_per_device({}) == 0
     with pytest.raises(ValueError, match=r"\['w'\]"):
@@ -202,10 +213,11 @@ def test_bytes_per_device():
 
 @pytest.mark.parametrize(("steps", "each", "part"), [(1, 3, 12), (3, 1, 4), (4, 3, 12)])
 def test_what_a_loop_runs_several_times_counts_so_often(steps, each, part):
-    """But for an outermost loop over the steps of a call."""
+    """Except in an outermost loop over the steps of a chunk, which counts once."""
     mesh = make_mesh((4, 2))
 
-    def step(x, _):  # 3 steps of 4 parts
+    # 3 steps of 4 parts each.
+    def step(x, _):
         return lax.psum(
             lax.scan(lambda x, _: (lax.psum(x, "model"), None), x, length=4)[0], "data"
         ), None
@@ -258,7 +270,8 @@ HOP = "channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6
             24,
         ),
         (
-            f"%s = ((f32[6]{{0}}, f32[2]{{0}}), (f32[6]{{0}}, f32[2]{{0}})) all-reduce-start(%a, %b), {PAIRS}",
+            "%s = ((f32[6]{0}, f32[2]{0}), (f32[6]{0}, f32[2]{0})) all-reduce-start(%a, %b), "
+            f"{PAIRS}",
             "all-reduce",
             ["f32[6]", "f32[2]"],
             32,
@@ -270,19 +283,22 @@ HOP = "channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6
             192,
         ),
         (
-            f"%s = ((f32[4]{{0}}, u8[2]{{0}}), (f32[8]{{0}}, u8[4]{{0}})) all-gather-start(%a, %b), {PAIRS}",
+            "%s = ((f32[4]{0}, u8[2]{0}), (f32[8]{0}, u8[4]{0})) all-gather-start(%a, %b), "
+            f"{PAIRS}",
             "all-gather",
             ["f32[8]", "u8[4]"],
             36,
         ),
         (
-            f"ROOT %s = ((f32[8,6]{{1,0}}), f32[4,6]{{1,0}}) reduce-scatter-start(%a), {PAIRS}, dimensions={{0}}",
+            "ROOT %s = ((f32[8,6]{1,0}), f32[4,6]{1,0}) reduce-scatter-start(%a), "
+            f"{PAIRS}, dimensions={{0}}",
             "reduce-scatter",
             ["f32[4,6]"],
             192,
         ),
         (
-            f"%s = ((f32[8]{{0}}, f32[2]{{0}}), (f32[4]{{0}}, f32[1]{{0}})) reduce-scatter-start(%a, %b), {PAIRS}",
+            "%s = ((f32[8]{0}, f32[2]{0}), (f32[4]{0}, f32[1]{0})) reduce-scatter-start(%a, %b), "
+            f"{PAIRS}",
             "reduce-scatter",
             ["f32[4]", "f32[1]"],
             40,
@@ -294,19 +310,20 @@ HOP = "channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6
             32,
         ),
         (
-            f"%s = (bf16[8]{{0}}, bf16[8]{{0}}, u32[], u32[]) collective-permute-start(%a), {HOP}",
+            "%s = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%a), " + HOP,
             "collective-permute",
             ["bf16[8]"],
             16,
         ),
         (
-            f"%s = ((f32[8]{{0}}, s32[]), (f32[8]{{0}}, s32[])) collective-permute-start(%a, %b), {HOP}",
+            "%s = ((f32[8]{0}, s32[]), (f32[8]{0}, s32[])) collective-permute-start(%a, %b), "
+            + HOP,
             "collective-permute",
             ["f32[8]", "s32[]"],
             36,
         ),
         (
-            f"%s = ((f32[8]{{0}}, f32[8]{{0}}, s64[2]{{0}}, s64[2]{{0}}, s64[2]{{0}}, /*index=5*/s64[2]{{0}}), "
+            "%s = ((f32[8]{0}, f32[8]{0}, s64[2]{0}, s64[2]{0}, s64[2]{0}, /*index=5*/s64[2]{0}), "
             f"f32[8]{{0}}) ragged-all-to-all-start(%a, %b, %c, %d, %e, /*index=5*/%f), {PAIRS}",
             "ragged-all-to-all",
             ["f32[8]"],
@@ -320,7 +337,8 @@ HOP = "channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6
             4096,
         ),
         (
-            f"%s = (pred[2]{{0:T(128)}}, c64[], f8e4m3fn[4]{{0}}, s16[1,1]{{1,0}}, f64[3]{{0}}, /*index=5*/u32[0]{{0}}) "
+            "%s = (pred[2]{0:T(128)}, c64[], f8e4m3fn[4]{0}, s16[1,1]{1,0}, f64[3]{0}, "
+            "/*index=5*/u32[0]{0}) "
             f"all-reduce(%a, %b, %c, %d, %e, /*index=5*/%f), {PAIRS}",
             "all-reduce",
             ["pred[2]", "c64[]", "f8e4m3fn[4]", "s16[1,1]", "f64[3]", "u32[0]"],
@@ -369,7 +387,8 @@ def test_payload_of_literal_lines(line, operation, shapes, size):
         ("mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", ("data",)),
         ("{{0},{1},{2},{3},{4},{5},{6},{7}}", None),
         ("[8,1]<=[8]", None),
-        ("{{0,2},{4,6},{1,3},{5,7}}", ("data (2 of 4)",)),  # XLA split an axis
+        # XLA split an axis.
+        ("{{0,2},{4,6},{1,3},{5,7}}", ("data (2 of 4)",)),
         ("[4,2]<=[2,2,2]T(0,2,1)", ("data (2 of 4)",)),
         ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1','axis_2'}", ("data+model (4 of 8)",)),
         ("{{0,3},{1,2},{4,7},{5,6}}", ("data+model (2 of 8)",)),
@@ -406,7 +425,8 @@ def test_pairs_become_mesh_axes(pairs, axes):
 def test_an_asynchronous_collective_counts_once():
     sugared = f"""
   %all-gather-start = (f32[4]{{0}}, f32[8]{{0}}) all-gather-start(%a), {PAIRS}
-  %all-gather-done = f32[8]{{0}} all-gather-done(%all-gather-start), metadata={{op_name="jit(f)/jvp()/dot"}}
+  %all-gather-done = f32[8]{{0}} all-gather-done(%all-gather-start), \
+metadata={{op_name="jit(f)/jvp()/dot"}}
   %get-tuple-element = f32[8]{{0}} get-tuple-element(%all-gather-done), index=0"""
     wrapped = f"""
 %wrapped (p: f32[8]) -> f32[4] {{
@@ -437,17 +457,22 @@ ENTRY %main (a: f32[8]) -> f32[4] {{
     ],
 )
 def test_phase_of_an_op_name(op_name, phase):
-    line = f'  %r = f32[8]{{0}} all-reduce(%a), {PAIRS}, metadata={{op_name="{op_name}" stack_frame_id=4}}'
+    metadata = f'metadata={{op_name="{op_name}" stack_frame_id=4}}'
+    line = f"  %r = f32[8]{{0}} all-reduce(%a), {PAIRS}, {metadata}"
     assert one(line).phase == phase
 
 
 def test_phase_of_a_merged_collective_without_a_name_is_that_of_its_operands():
     text = """
-  %dot.8 = f32[4]{0} fusion(%x), kind=kCustom, metadata={op_name="jit(one)/transpose(jvp())/transpose" stack_frame_id=1}
+  %dot.8 = f32[4]{0} fusion(%x), kind=kCustom, \
+metadata={op_name="jit(one)/transpose(jvp())/transpose" stack_frame_id=1}
   %loss = f32[] fusion(%x), kind=kInput, metadata={op_name="jit(one)/jvp()/reduce_sum"}
-  %bitcast.1 = f32[1]{0} bitcast(%loss), control-predecessors={%dot.8}, metadata={scheduling_name="bitcast.1"}
-  %join = f32[5]{0} fusion(%dot.8, %bitcast.1), kind=kLoop, calls=%dot.9, metadata={scheduling_name="join"}
-  %r = f32[5]{0} all-reduce-start(OPERAND), replica_groups={}, to_apply=%add, metadata={scheduling_name="r"}"""
+  %bitcast.1 = f32[1]{0} bitcast(%loss), control-predecessors={%dot.8}, \
+metadata={scheduling_name="bitcast.1"}
+  %join = f32[5]{0} fusion(%dot.8, %bitcast.1), kind=kLoop, calls=%dot.9, \
+metadata={scheduling_name="join"}
+  %r = f32[5]{0} all-reduce-start(OPERAND), replica_groups={}, to_apply=%add, \
+metadata={scheduling_name="r"}"""
     assert one(text.replace("OPERAND", "%join")).phase == "backward"
     assert one(text.replace("OPERAND", "%bitcast.1")).phase == "forward"
     assert one(text.replace("OPERAND", "%elsewhere")).phase == ""
@@ -458,7 +483,8 @@ def test_lines_that_only_mention_a_collective_are_passed_over():
 FunctionNames
 1 "all-gather-start(x)"
 %all-reduce-scatter-computation (a: f32[]) -> f32[] {
-  %broadcast.1 = f32[8,2]{1,0} broadcast(%all-gather), dimensions={0}, metadata={op_name="collective-permute(x)"}
+  %broadcast.1 = f32[8,2]{1,0} broadcast(%all-gather), dimensions={0}, \
+metadata={op_name="collective-permute(x)"}
   %fusion = f32[8]{0} fusion(%all-reduce.1), kind=kLoop, calls=%all-to-all-computation
   %call-start = ((f32[8]{0}), f32[8]{0}) call-start(%a), to_apply=%f
   %ragged = f32[8,2]{1,0} ragged-dot(%a, %b, %c)
@@ -566,3 +592,111 @@ def test_summary_rows_are_grouped_and_the_heaviest_come_first():
         ("all-gather", ["data", "model"], "forward", 1, 32, 28),
     ]
     assert hlo.summarise([]) == []
+
+
+# ---- The printed report.
+
+
+def a_report(**changes) -> dict:
+    """Return a small report of a run, as training/build.py makes it."""
+    kernel = dict(
+        name="fc3.kernel",
+        shape=[4096, 10],
+        logical_axes=["fc3_in", "fc3_out"],
+        mesh_axes=[["data", "model"], None],
+        bytes_per_device=20_480,
+        note="fc3_out=10 does not divide by model=4: replicated",
+    )
+    moved = dict(kind="gather", axes=["model"], compiled_bytes=2_000_000, closed_form_bytes=10**6)
+    collective = dict(
+        operation="all-gather",
+        axes=["model"],
+        phase="forward",
+        count=2,
+        bytes=2_000_000,
+        ring_bytes=1_500_000,
+    )
+    report = dict(
+        mesh=dict(data=2, model=4),
+        compiler=dict(platform="cpu", device_kind="cpu", jaxlib="0.10.2"),
+        devices=8,
+        parallelism="model",
+        model="alexnet",
+        dtype="float32",
+        batch_size=64,
+        dataset="digits",
+        fallback="cifar10",
+        data_on_device=True,
+        param_count=1_234_567,
+        compile_seconds=1.23,
+        placement=[kernel],
+        activations=[kernel | dict(name="fc3 input", note="")],
+        bytes_per_device=dict(parameters=3_000_000, optimizer=4_000_000),
+        memory=dict(argument_bytes=5_000_000, peak_bytes=None),
+        collectives=[collective],
+        communication=[moved],
+        closed_form=[{}],
+        closed_form_not_covered=None,
+    )
+    return report | changes
+
+
+def test_the_printed_report():
+    text = program.as_text(a_report(programs_from_cache=2))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines == [
+        "mesh data=2 x model=4, 8 x cpu",
+        "parallelism model, global batch 64, data digits (fallback for cifar10), "
+        "a copy on every device",
+        "model alexnet, 1,234,567 parameters, float32",
+        "compiled for cpu (jaxlib 0.10.2) in 1.2 s, 2 programs from the cache",
+        "Where each parameter lives",
+        "name shape logical axes mesh axes MB per device",
+        "fc3.kernel 4096x10 fc3_in, fc3_out data+model, - 0.020",
+        "NOTE: fc3.kernel: fc3_out=10 does not divide by model=4: replicated",
+        "Where each activation lives",
+        "name shape logical axes mesh axes MB per device",
+        "fc3 input 4096x10 fc3_in, fc3_out data+model, - 0.020",
+        "Memory per device",
+        "3.0 MB of parameters, 4.0 MB of optimizer state",
+        "XLA's account of the program, MB: argument 5.0",
+        "Collectives per step (payload and sent: MB per device, summed over the count)",
+        "operation over mesh axes phase count payload sent in a ring",
+        "all-gather model forward 2 2.000 1.500",
+        "Payload per device and step, MB: compiled, and in theory (Gholami et al. 2018)",
+        "kind over mesh axes compiled in theory",
+        "gather model 2.000 1.000",
+    ]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_printed_report_says_what_is_missing():
+    reason = (
+        "a path leads around " + "'a.long.name.of.a.convolution output', " * 3 + "and that is it"
+    )
+    text = program.as_text(
+        a_report(
+            data_on_device=False,
+            collectives=[],
+            communication=[],
+            closed_form=None,
+            closed_form_not_covered=reason,
+        )
+    )
+    assert "streamed from the host" in text
+    assert "no collectives" in text
+    assert "in theory" not in text
+    assert f"closed form: not covered: {reason}" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
+
+    unknown = program.UNKNOWN | dict(
+        placement=[],
+        activations=[],
+        bytes_per_device=dict(parameters=None, optimizer=None),
+        communication=None,
+        closed_form=None,
+        error="ValueError: not known",
+    )
+    lines = program.as_text(a_report(**unknown)).splitlines()
+    assert len(lines) == 5
+    assert lines[-1] == ("WARNING: there is no whole report on this program: ValueError: not known")

@@ -1,138 +1,276 @@
-"""Closed-form communication of a train step: what theory says that a placement moves, beside what the compiler made of it.
+"""Predict the communication of a train step by theory, to compare it with the compiled program.
 
-The rules are those of Gholami et al. 2018 (1712.04432, equations 3, 4 and 8), a layer at a time and for any row of the
-placement table; with W a layer's weights, d the width of its input, B the global batch, Pr model and Pc data devices:
+The rules are those of Gholami et al. 2018 (arXiv 1712.04432), one layer at a time, each a function
+below. W is the number of weights of a layer, d the width of its input, d' the width of its output
+and B the global batch. The mesh has Pc data devices and Pr model devices. In a ring a device sends:
 
-  weights split over Pr   gradients are all-reduced over the devices that share the batch     2 (Pc-1)/Pc W/Pr
-  columns split over Pr   the input is all-gathered going forward                               (Pr-1)/Pr B d/Pc
-                          and its gradient, a partial sum on each device, all-reduced         2 (Pr-1)/Pr B d/Pc
-  rows split over Pr      the output is a partial sum on each device and is all-reduced       2 (Pr-1)/Pr B d'/Pc
+  sum_weight_gradients  the weights' gradients are summed over the devices that share
+                        the batch (equation 4; with split weights, 8)     2 (Pc-1)/Pc W/Pr
+  move_between_layers   columns split: the input is all-gathered (3)        (Pr-1)/Pr B d/Pc
+  sum_input_gradient    columns split: each device has a partial sum of the
+                        input's gradient, and they are all-reduced (3)    2 (Pr-1)/Pr B d/Pc
+  sum_output            rows split: each device has a partial sum of the
+                        output, and they are all-reduced (the same, turned
+                        around; Megatron-LM)                              2 (Pr-1)/Pr B d'/Pc
 
-An all-reduce whose result is only kept in part is a reduce-scatter, at half the cost, which that paper does not count: so it is
-wherever the gathered input lay split over the same devices, and where the output's batch is split over those of the rows (its
-gradient is then gathered). Scalars, labels and the softmax's sums are left out.
+When each device keeps only its shard of a sum, XLA can use a reduce-scatter, at half the cost of an
+all-reduce. Gholami et al. ignore this; here it counts. Left out are scalars, labels, the sums of
+the softmax and, where classes are split, the logits that the metrics gather. coverage.py says for
+which networks and placements the rules hold.
 """
 
-import itertools
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from flax import nnx
+from jax.sharding import Mesh
 
-from cnn_spmd.analysis.hlo import RING_PARTS
-from cnn_spmd.sharding.placement import Placement, mesh_axes_of
+from cnn_spmd.analysis.hlo import ring_bytes
+from cnn_spmd.sharding.placement import Placement, axes_of, is_dense, mesh_axes_of
 
 
-def covers(place: Placement, compiled: Sequence[dict]) -> bool:
-    """Tell whether the closed form knows how a placement moves its batch.
+class NotCovered(Exception):
+    """The closed form does not know how a network on a placement communicates; says why."""
 
-    It knows batches that are split further, or gathered, along the last of their mesh axes. For other
-    moves XLA permutes devices, and may split an axis (Collective.axes in hlo.py).
+
+class Activation(NamedTuple):
+    """The layout of one activation: on which mesh axes each dimension is split.
+
+    Mesh axes of size 1 are left out.
     """
-    sizes = place.mesh.shape
-    rows = [place.row.get(f"{layers}_batch") for layers in ("conv", "dense", "output")]
-    batches = [[axis for axis in axes if sizes[axis] > 1] for axes in mesh_axes_of(rows)]
-    nested = all(
-        one[: len(other)] == other or other[: len(one)] == one
-        for one, other in itertools.pairwise(batches)
-    )
-    return nested and all(axis in sizes for row in compiled for axis in row["axes"])
+
+    name: str
+    batch: tuple[str, ...]
+    between: tuple[str, ...]  # height and width of a map
+    features: tuple[str, ...]  # channels of a map, features of a dense layer
+    is_map: bool
+    bytes: int  # on each device, in the compute dtype
+
+    @property
+    def axes(self) -> set[str]:
+        """Return every mesh axis on which the activation is split."""
+        return {*self.batch, *self.between, *self.features}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a network, with the layout of its activations and weights.
+
+    rows, columns: mesh axes on which the kernel's input and output dimension are split. A layer
+    without weights (a response norm) has neither, and its layout does not change.
+    """
+
+    name: str
+    input: Activation
+    output: Activation
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    param_bytes: dict[str, int]  # parameter -> bytes on each device, in the compute dtype
+    is_dense: bool
+
+
+class Move(NamedTuple):
+    """One collective of theory; `bytes` is one device's payload, as in hlo.Collective."""
+
+    what: str
+    operation: str
+    axes: set[str]
+    phase: str
+    bytes: float
+
+
+def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> Iterator[Move]:
+    """Bring an activation to the next layer's layout and, going backward, its gradient back."""
+    gathered = before.axes - after.axes
+    yield Move(after.name, "all-gather", gathered, "forward", after.bytes)
+    # Slicing is free going forward; backward the slices of the gradient are gathered.
+    sliced = after.axes - before.axes
+    yield Move(after.name, "all-gather", sliced, "backward", after.bytes * devices(mesh, sliced))
+    exchanged = exchanged_axes(before, after)
+    yield Move(after.name, "all-to-all", exchanged, "forward", after.bytes)
+    yield Move(after.name, "all-to-all", exchanged, "backward", after.bytes)
+
+
+def exchanged_axes(before: Activation, after: Activation) -> set[str]:
+    """Return the mesh axes that go from batch to features, or from features to batch."""
+    kept = before.axes & after.axes
+    return {axis for axis in kept if (axis in before.batch) != (axis in after.batch)}
+
+
+def sum_input_gradient(before: Activation, layer: Layer) -> Iterator[Move]:
+    """Columns split: sum the partial gradients of the layer's input."""
+    # In a layer of towers each device has all columns that its input channels meet.
+    summed = set(layer.columns) - set(layer.input.features)
+    gathered = before.axes - layer.input.axes
+    # Each device keeps only the shard that it had before the forward all-gather.
+    operation = "reduce-scatter" if gathered and summed <= gathered else "all-reduce"
+    yield Move(layer.input.name, operation, summed, "backward", layer.input.bytes)
+
+
+def sum_output(mesh: Mesh, layer: Layer) -> Iterator[Move]:
+    """Rows split: sum the partial outputs, and keep a shard where the output is split."""
+    name, held = layer.output.name, layer.output.bytes
+    scattered = set(layer.rows) & layer.output.axes
+    whole = held * devices(mesh, scattered)
+    yield Move(name, "all-reduce", set(layer.rows) - scattered, "forward", held)
+    yield Move(name, "reduce-scatter", scattered, "forward", whole)
+    yield Move(name, "all-gather", scattered, "backward", whole)
+
+
+def sum_weight_gradients(layer: Layer, updates: int) -> Iterator[Move]:
+    """Sum each parameter's gradient over the devices that share the batch, once per update."""
+    for name, held in layer.param_bytes.items():
+        yield Move(name, "all-reduce", set(layer.input.batch), "backward", updates * held)
 
 
 def closed_form(
     place: Placement,
     activations: Sequence[tuple[str, tuple, tuple]],
-    params: Sequence[tuple[str, nnx.Param]],
+    params: Sequence[tuple[str, nnx.Variable]],
     itemsize: int,
     dense_updates: int = 1,
 ) -> list[dict]:
-    """JSON-ready rows: what, operation, axes, phase, bytes (payload of one device) and ring_bytes, as in hlo.py.
+    """Return what theory says that a train step moves, as JSON-ready rows.
 
-    activations: name ("conv1 input", "conv1 output"), logical axes and shape of each, in the order of the network;
-    params: name ("conv1.kernel") and abstract variable; itemsize: bytes of an element of the compute dtype, in which
-    activations and gradients move; dense_updates: of a step, in a variable batch, each of which needs gradients of its own,
-    while all parts together move the activations of the whole. (Where parts are summed before one update, compilers reduce
-    some or all of them by themselves: more than theory.)
+    activations: (name, logical axes, shape) of each layer's input and output, in the network's
+      order; names are such as "conv1 input".
+    params: (name, abstract variable) of each parameter; names are such as "conv1.kernel".
+    itemsize: bytes per element of the compute dtype, in which activations and gradients move.
+    dense_updates: updates of the dense layers per step. In a variable batch there are several, and
+      each needs gradients of its own. The micro-batches together move the activations of one
+      batch. (Where their gradients are summed before one update, XLA reduces some or all of them
+      one by one: more than theory.)
+
+    A row has what, operation, axes, phase, bytes (one device's payload) and ring_bytes, as in
+    hlo.py. Raises NotCovered where a layer cannot be identified; coverage.py has the other limits.
     """
-    rows, previous, batch_axes = [], None, {}
-    kernels = {
-        name.split(".")[0]: mesh_axes_of(place.spec(param.axes, param.shape, name))
-        for name, param in params
-        if name.endswith(".kernel")
-    }
+    if place.mesh.size == 1:
+        return []
+    moves: list[Move] = []
+    before = None
+    layers = layers_of(place, activations, params, itemsize)
+    for layer in layers:
+        if before is not None:
+            moves += move_between_layers(place.mesh, before, layer.input)
+            moves += sum_input_gradient(before, layer)
+        moves += sum_output(place.mesh, layer)
+        before = layer.output
+    for layer in layers:
+        moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
+    return [_row(place.mesh, move) for move in moves if devices(place.mesh, move.axes) > 1]
 
-    def move(what: str, operation: str, axes: set[str], phase: str, payload: float) -> None:
-        axes = [axis for axis, size in place.mesh.shape.items() if axis in axes and size > 1]
-        if axes:
-            rows.append(
-                dict(what=what, operation=operation, axes=axes, phase=phase, bytes=round(payload))
-            )
 
+def _row(mesh: Mesh, move: Move) -> dict:
+    axes = [axis for axis in mesh.axis_names if axis in move.axes]
+    payload = round(move.bytes)
+    return dict(
+        what=move.what,
+        operation=move.operation,
+        axes=axes,
+        phase=move.phase,
+        bytes=payload,
+        ring_bytes=ring_bytes(move.operation, payload, devices(mesh, axes)),
+    )
+
+
+def devices(mesh: Mesh, axes: Sequence[str] | set[str]) -> int:
+    """Return how many devices lie along these mesh axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def layers_of(
+    place: Placement,
+    activations: Sequence[tuple[str, tuple, tuple]],
+    params: Sequence[tuple[str, nnx.Variable]],
+    itemsize: int,
+) -> list[Layer]:
+    """Return the network's layers in order; arguments are those of `closed_form`.
+
+    Raises NotCovered where activations and parameters do not pair up into layers.
+    """
+    laid_out = {}
     for name, axes, shape in activations:
-        layer, _, end = name.partition(" ")
-        dims = mesh_axes_of(place.spec(axes, shape, name))
-        held = place.report(name, axes, shape, itemsize)["bytes_per_device"]
-        inputs, outputs = (
-            (set(dim) for dim in kernels[layer][-2:]) if layer in kernels else (set(), set())
+        if name in laid_out:
+            raise NotCovered(f"{name!r} is there twice: a layer runs more than once")
+        laid_out[name] = _activation(place, name, axes, shape, itemsize)
+    unused = dict(params)
+    layers = []
+    for name in (name.removesuffix(" input") for name in laid_out if name.endswith(" input")):
+        own = {key: unused.pop(key) for key in list(unused) if key.rpartition(".")[0] == name}
+        layers.append(_layer(place, name, laid_out, own, itemsize))
+    if unused:
+        raise NotCovered(f"{next(iter(unused))} belongs to no layer that it knows")
+    order = [
+        end for layer in layers for end in dict.fromkeys((layer.input.name, layer.output.name))
+    ]
+    if order != list(laid_out):
+        raise NotCovered("layers are not one after another")
+    return layers
+
+
+def _activation(
+    place: Placement, name: str, axes: tuple, shape: tuple, itemsize: int
+) -> Activation:
+    if len(shape) < 2:
+        raise NotCovered(f"{name!r} has no features")
+    sharding = place.sharding(axes, shape, name)
+    first, *between, last = _split_axes(place, sharding.spec)
+    held = math.prod(sharding.shard_shape(shape)) * itemsize
+    return Activation(name, first, sum(between, ()), last, len(shape) == 4, held)
+
+
+def _layer(
+    place: Placement,
+    name: str,
+    activations: dict[str, Activation],
+    own: dict[str, nnx.Variable],
+    itemsize: int,
+) -> Layer:
+    """Return the layer `name`, whose parameters are `own`."""
+    given = activations[f"{name} input"]
+    if not own:
+        return Layer(name, given, given, (), (), {}, is_dense=False)
+    unknown = own.keys() - {f"{name}.kernel", f"{name}.bias"}
+    if unknown or f"{name}.kernel" not in own or f"{name} output" not in activations:
+        raise NotCovered(
+            f"{name} is no layer with a kernel, at most a bias, an input and an output"
         )
-        after = {axis for dim in dims for axis in dim}
-        if end == "output":
-            scattered = inputs & after
-            move(name, "all-reduce", inputs - scattered, "forward", held)
-            move(
-                name,
-                "reduce-scatter",
-                scattered,
-                "forward",
-                held * place.devices_on(tuple(scattered)),
-            )
-            move(
-                name, "all-gather", scattered, "backward", held * place.devices_on(tuple(scattered))
-            )
-        else:
-            batch_axes[layer] = dims[0]
-            before = set() if previous is None else {axis for dim in previous for axis in dim}
-            if previous is not None:
-                gathered, sliced = before - after, after - before
-                outputs -= set(
-                    dims[-1]
-                )  # a device that holds whole towers has the whole gradient of their channels
-                move(name, "all-gather", gathered, "forward", held)
-                operation = "reduce-scatter" if gathered and outputs <= gathered else "all-reduce"
-                move(name, operation, outputs, "backward", held)
-                move(name, "all-gather", sliced, "backward", held * place.devices_on(tuple(sliced)))
-                turned = {
-                    axis
-                    for a, b in zip((previous[0], previous[-1]), (dims[0], dims[-1]), strict=True)
-                    for axis in set(a) - set(b)
-                    if axis in after
-                }
-                for phase in ("forward", "backward"):
-                    move(name, "all-to-all", turned, phase, held)
-        previous = dims
+    kernel = own[f"{name}.kernel"]
+    param_bytes = {}
+    for key, param in own.items():
+        sharding = place.sharding(axes_of(param), param.shape, key)
+        param_bytes[key] = math.prod(sharding.shard_shape(param.shape)) * itemsize
+    spec = place.spec(axes_of(kernel), kernel.shape, f"{name}.kernel")
+    rows, columns = _split_axes(place, spec)[-2:]
+    given_and_result = given, activations[f"{name} output"]
+    return Layer(name, *given_and_result, rows, columns, param_bytes, is_dense(kernel))
 
-    for name, param in params:
-        held = place.report(name, param.axes, param.shape, itemsize)["bytes_per_device"]
-        times = dense_updates if name.startswith("fc") else 1
-        move(name, "all-reduce", set(batch_axes[name.split(".")[0]]), "backward", times * held)
 
-    for row in rows:
-        devices = place.devices_on(row["axes"])
-        row["ring_bytes"] = round(RING_PARTS[row["operation"]](devices) * row["bytes"] / devices)
-    return rows
+def _split_axes(place: Placement, spec) -> list[tuple[str, ...]]:
+    """Return the mesh axes of each dimension, without those of size 1."""
+    return [
+        tuple(axis for axis in axes if place.mesh.shape[axis] > 1) for axes in mesh_axes_of(spec)
+    ]
+
+
+# An all-reduce and a reduce-scatter have the same payload, and the CPU compiler makes only the
+# former: they are one kind.
+_KINDS = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}
 
 
 def compare(compiled: Sequence[dict], theory: Sequence[dict] | None) -> list[dict]:
-    """Rows a set of mesh axes and kind (gather, reduce, or a kind of its own): payload compiled, payload in theory.
+    """Return the payload per kind and mesh axes, compiled beside theory, as JSON-ready rows.
 
-    theory: None where the closed form does not cover the program; so is then the payload in theory.
-    All-reduce and reduce-scatter are one kind: their payload is the same, and the CPU compiler knows the former only.
+    compiled: rows of hlo.summarise. theory: rows of closed_form; None where it does not cover the
+    program, and closed_form_bytes is then None too. A kind is "gather", "reduce" or an operation.
     """
-    kinds = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "reduce"}
     totals: dict[tuple, list[int]] = {}
     for column, rows in enumerate((compiled, theory or ())):
         for row in rows:
-            key = kinds.get(row["operation"], row["operation"]), tuple(row["axes"])
-            totals.setdefault(key, [0, 0])[column] += row["bytes"]
+            kind = _KINDS.get(row["operation"], row["operation"])
+            totals.setdefault((kind, tuple(row["axes"])), [0, 0])[column] += row["bytes"]
     return [
         dict(
             kind=kind,

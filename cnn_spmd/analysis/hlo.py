@@ -1,8 +1,9 @@
-"""What a compiled XLA program moves between devices: the collectives of its HLO.
+"""Read the collectives of a compiled XLA program, and what they move, from its HLO text.
 
-`jax.jit` with shardings leaves it to XLA which collectives to insert. This module reads them back from the optimised
-HLO text of one compiled program (`compiled.as_text()`), as jax 0.10 and 0.11 print it on CPUs and GPUs. A form it does
-not know raises: a collective left out in silence is worse than no count. What a custom call does it cannot see.
+Under `jax.jit` with shardings, XLA chooses which collectives to insert. This module reads them from
+the optimised HLO of one compiled program, `compiled.as_text()`, as jax 0.10 and 0.11 print it for
+CPUs and GPUs. A form that it does not know raises an error: a collective that is silently left out
+is worse than no count. It cannot see what a custom call sends.
 """
 
 import dataclasses
@@ -14,38 +15,43 @@ from collections.abc import Iterable
 
 import numpy as np
 
-# Parts of 1/g of the payload that each of g devices sends when the collective runs as a ring. An all-reduce is a
-# reduce-scatter and then an all-gather, and each passes on every part but one (Patarasuk and Yuan, 2009).
-RING_PARTS = {"all-reduce": lambda g: 2 * (g - 1)}
-RING_PARTS |= dict.fromkeys(
-    ("all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"), lambda g: g - 1
-)
-RING_PARTS |= dict.fromkeys(("collective-permute", "collective-broadcast"), lambda g: g)
-DTYPE_BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "f8e4m3fn": 1,
-    "f8e5m2": 1,
-    "s16": 2,
-    "u16": 2,
-    "f16": 2,
-    "bf16": 2,
+# A ring of g devices cuts the payload into g parts. This is how many of them each device sends.
+# An all-reduce is a reduce-scatter followed by an all-gather, and each of the two sends every part
+# but the device's own (Patarasuk and Yuan 2009).
+RING_PARTS = {
+    "all-reduce": lambda g: 2 * (g - 1),
+    "reduce-scatter": lambda g: g - 1,
+    "all-gather": lambda g: g - 1,
+    "all-to-all": lambda g: g - 1,
+    "ragged-all-to-all": lambda g: g - 1,
+    "collective-permute": lambda g: g,
+    "collective-broadcast": lambda g: g,
 }
-DTYPE_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
-# JAX calls what it differentiates jvp(...), and the backward pass transpose(jvp(...)). A collective that XLA merged
-# from several phases goes to the first of these that it names: gradients outweigh the loss or norm that rode along.
+_DTYPES_BY_BYTES = {
+    1: "pred s8 u8 f8e4m3fn f8e5m2",
+    2: "s16 u16 f16 bf16",
+    4: "s32 u32 f32",
+    8: "s64 u64 f64 c64",
+    16: "c128",
+}
+DTYPE_BYTES = {name: size for size, names in _DTYPES_BY_BYTES.items() for name in names.split()}
+
+# JAX calls what it differentiates jvp(...), and its backward pass transpose(jvp(...)). XLA may
+# merge collectives of several phases. Then the first phase in this order counts: gradients outweigh
+# the loss or the norm that is sent with them.
 PHASES = {"backward": r"\btranspose\(", "update": r"(?<![\w.-])update/", "forward": r"\bjvp\("}
 
-# A shape is f32[8,32]{1,0:T(8,128)} or a tuple of shapes; none holds ") word(", so .*? stops at its end.
+# A shape is f32[8,32]{1,0:T(8,128)} or a tuple of shapes. No shape contains ") word(", where .*?
+# stops.
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)")
 _CROSS_DEVICE = re.compile(r"\b(?:(?:all|collective|ragged-all)-|reduce-scatter|(?:send|recv)\b)")
 _ARRAY = re.compile(r"([a-z]\w*)\[((?:\d+(?:,\d+)*)?)\]")
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")  # its header
+_COMPUTATION_HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
-_IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"  # [4,2]T(1,0): 0..7 as a 4x2 array, transposed
+# [4,2]T(1,0) is the numbers 0 to 7 as a 4x2 array, transposed.
+_IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"
 _REPLICA_GROUPS = re.compile(
     r"\breplica_groups=(?:(?P<all>\{\})"
     r"|\{(?P<lists>\{[\d,]+\}(?:,\{[\d,]+\})*)\}"
@@ -55,24 +61,33 @@ _REPLICA_GROUPS = re.compile(
 )
 
 
+def ring_bytes(operation: str, payload: float, devices: int) -> int:
+    """Return the bytes that each of `devices` devices sends when a collective runs as a ring.
+
+    payload: one device's whole payload, `Collective.bytes`. The factors are 2(g-1)/g for an
+    all-reduce, (g-1)/g for an all-gather, reduce-scatter or all-to-all, 1 for the others.
+    """
+    return round(RING_PARTS[operation](devices) * payload / devices)
+
+
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction, as one device sees it.
+    """Describe one collective instruction, as one device sees it.
 
-    `axes` are the mesh axes along which the devices of a group differ, in the mesh's order (never one of size 1), and
-    `group_size`, g, is the product of their sizes. XLA may split an axis: groups that are no whole axes have one entry,
-    such as "data (2 of 4)", groups of 2 among the 4 devices along `data`. `shapes` are the arrays that one device receives.
-
-    `bytes` is one device's whole payload: what it holds before an all-reduce, reduce-scatter, all-to-all or
-    collective-permute, and after an all-gather or collective-broadcast; for a ragged-all-to-all its output buffer, an
-    upper bound. `ring_bytes` is what the busiest device sends when the collective runs as a ring: bytes times 2(g-1)/g
-    for an all-reduce, (g-1)/g for an all-gather, reduce-scatter or all-to-all, and 1 for a permute or broadcast.
-
-    `count` is how often it runs in a step: more than once in a loop of its own, such as that over the parts of a variable
-    batch. Bytes are of one of them.
-
-    `phase` is "forward", "backward", "update" (under `jax.named_scope("update")`), or "" where JAX's op_name does not
-    tell. XLA for GPUs may drop the op_name of what it merges: then the nearest named instructions upstream decide.
+    axes: the mesh axes along which the devices of a group differ, in the mesh's order, without axes
+      of size 1. XLA may split an axis. Groups that are no whole axes have one entry, such as
+      "data (2 of 4)": groups of 2 among the 4 devices along `data`.
+    group_size: how many devices take part in a group.
+    shapes: the arrays that one device receives.
+    bytes: one device's whole payload. It is what the device holds before an all-reduce,
+      reduce-scatter, all-to-all or collective-permute, and what it holds after an all-gather or
+      collective-broadcast. For a ragged-all-to-all it is the output buffer, an upper bound.
+    phase: "forward", "backward", "update" (under `jax.named_scope("update")`), or "" where JAX's
+      op_name does not say. XLA for GPUs may drop the op_name of merged instructions; then the
+      nearest named instructions upstream decide.
+    name: the instruction's name.
+    count: how often it runs per step. It runs more than once inside a loop, such as the one over
+      the micro-batches of a variable batch. `bytes` and `ring_bytes` are those of one execution.
     """
 
     operation: str
@@ -80,123 +95,173 @@ class Collective:
     group_size: int
     shapes: tuple[str, ...]
     bytes: int
-    ring_bytes: int
     phase: str
     name: str
     count: int = 1
+
+    @property
+    def ring_bytes(self) -> int:
+        """Return the bytes that each device of the group sends in a ring."""
+        return ring_bytes(self.operation, self.bytes, self.group_size)
 
 
 def parse_collectives(
     hlo_text: str, mesh_shape: dict[str, int], steps: int = 1
 ) -> list[Collective]:
-    """Every collective of an HLO module, one entry an instruction, in the order of the text.
+    """Return each collective of an HLO module, in the order of the text.
 
-    `mesh_shape` maps axis names to sizes, `dict(mesh.shape)`; devices are numbered row by row, as XLA numbers the
-    partitions of a program jitted over that mesh. `steps`: an outermost loop that runs so often is that over the steps of a
-    call, and what is in it counts once. An asynchronous collective counts where it starts. Groups of one device move nothing
-    and are left out. Raises ValueError, quoting the line, for an operation, shape, element type or syntax of groups that is
-    not known, for groups of several sizes, for `send` or `recv`, and for a loop whose number of runs is not told.
+    mesh_shape: axis name -> size, `dict(mesh.shape)`. Devices are numbered row by row, as XLA
+      numbers the partitions of a program that is jitted over that mesh.
+    steps: the steps of a chunk. An outermost loop that runs `steps` times is the loop over the
+      steps, and its body counts once.
+
+    An asynchronous collective counts where it starts. Groups of one device move nothing and are
+    left out. Raises ValueError, quoting the line, for an unknown operation, shape, element type or
+    syntax of groups; for groups of several sizes; for `send` and `recv`; and for a loop whose trip
+    count is not in the text.
     """
-    instructions, collectives, callers, computation = {}, [], {}, ""
+    module = _Module(mesh_shape)
     for line in re.sub(r"/\*index=\d+\*/", "", hlo_text).splitlines():
         try:
-            if match := _INSTRUCTION.match(line):
-                name, shape, opcode, rest = match.groups()
-                instructions[name] = rest
-                for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(rest))):
-                    trips = _TRIP_COUNT.search(rest) if opcode == "while" else None
-                    callers.setdefault(called, []).append(
-                        (computation, [trips and int(trips[1])] * (opcode == "while"))
-                    )
-                if _CROSS_DEVICE.search(opcode) and not opcode.endswith(("-update", "-done")):
-                    found = _collective(name, shape, opcode, instructions, mesh_shape)
-                    collectives += [(computation, line, collective) for collective in found]
-            elif match := _COMPUTATION.match(line):
-                computation = match[1]
-            elif not re.search("^HloModule|{$", line) and _CROSS_DEVICE.search(
-                re.sub(r'"[^"]*"', "", line)
-            ):
-                raise ValueError("neither a header nor an instruction, yet it names a collective")
+            module.read(line)
         except ValueError as error:
-            raise ValueError(f"{error}, in the HLO line: {line.strip()[:300]}") from error
-    counted = []
-    for computation, line, collective in collectives:
+            raise ValueError(f"{error}, in the HLO line: {_shorten(line)}") from error
+    return [
+        dataclasses.replace(collective, count=module.count_per_step(computation, line, steps))
+        for computation, line, collective in module.found
+    ]
+
+
+def _shorten(line: str) -> str:
+    return line.strip()[:300]
+
+
+class _Module:
+    """Collect what is needed of an HLO module, line by line.
+
+    instructions: name -> its operands and attributes, as text.
+    callers: computation -> (calling computation, trip counts) of each call. The trip counts are [n]
+      for the body of a loop that runs n times, [None] where n is not in the text, [] otherwise.
+    found: (computation, line, collective) of each collective.
+    """
+
+    def __init__(self, mesh_shape: dict[str, int]):
+        self.mesh_shape = mesh_shape
+        self.computation = ""
+        self.instructions: dict[str, str] = {}
+        self.callers: dict[str, list[tuple[str, list[int | None]]]] = defaultdict(list)
+        self.found: list[tuple[str, str, Collective]] = []
+
+    def read(self, line: str) -> None:
+        """Read the next line. Raises ValueError for a form that is not known."""
+        if match := _INSTRUCTION.match(line):
+            name, shape, opcode, rest = match.groups()
+            self.instructions[name] = rest
+            self._read_calls(opcode, rest)
+            if _CROSS_DEVICE.search(opcode) and not opcode.endswith(("-update", "-done")):
+                collective = _read_collective(name, shape, opcode, self)
+                if collective:
+                    self.found.append((self.computation, line, collective))
+        elif match := _COMPUTATION_HEADER.match(line):
+            self.computation = match[1]
+        elif not re.search("^HloModule|{$", line):
+            without_text = re.sub(r'"[^"]*"', "", line)
+            if _CROSS_DEVICE.search(without_text):
+                raise ValueError("neither a header nor an instruction, yet it names a collective")
+
+    def _read_calls(self, opcode: str, rest: str) -> None:
+        trips: list[int | None] = []
+        if opcode == "while":
+            match = _TRIP_COUNT.search(rest)
+            trips = [int(match[1]) if match else None]
+        for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(rest))):
+            self.callers[called].append((self.computation, trips))
+
+    def _enclosing_loops(self, computation: str) -> list[list[int | None]]:
+        """Return the trip counts around a computation, outermost first, per call path to it."""
+        if computation not in self.callers:
+            return [[]]
+        paths = []
+        for caller, trips in self.callers[computation]:
+            paths += [outer + trips for outer in self._enclosing_loops(caller)]
+        return paths
+
+    def count_per_step(self, computation: str, line: str, steps: int) -> int:
+        """Return how often a computation runs in each of `steps` steps; `line` is for errors."""
         count = 0
-        for loops in _loops(computation, callers):
+        for loops in self._enclosing_loops(computation):
             if None in loops:
                 raise ValueError(
-                    f"a loop does not tell how often it runs, around the HLO line: {line.strip()[:300]}"
+                    f"a loop does not tell how often it runs, around the HLO line: {_shorten(line)}"
                 )
-            count += math.prod(loops[1:] if steps > 1 and loops[:1] == [steps] else loops)
-        counted.append(dataclasses.replace(collective, count=count))
-    return counted
+            is_loop_over_steps = steps > 1 and loops[:1] == [steps]
+            count += math.prod(loops[1:] if is_loop_over_steps else loops)
+        return count
 
 
-def _loops(computation: str, callers: dict[str, list[tuple[str, list]]]) -> list[list]:
-    """How often the loops around a computation run, the outermost first (None: not told); a list a way to come to it."""
-    if computation not in callers:
-        return [[]]
-    return [
-        outer + trips for caller, trips in callers[computation] for outer in _loops(caller, callers)
-    ]
-
-
-def _collective(name, shape, opcode, instructions, mesh_shape) -> list[Collective]:
-    """The collective that an instruction is or starts; none where the groups are of one device."""
+def _read_collective(name: str, shape: str, opcode: str, module: _Module) -> Collective | None:
+    """Return the collective that an instruction is or starts; None for groups of one device."""
     operation = opcode.removesuffix("-start")
-    attributes = instructions[name].split(", metadata={")[0]
+    attributes = module.instructions[name].split(", metadata={")[0]
     if operation in ("send", "recv") and "is_host_transfer=true" in attributes:
-        return []
+        return None
     if operation not in RING_PARTS:
         raise ValueError(f"unknown collective {opcode!r}")
-    if operation == "collective-permute":
-        axes = _permuted_axes(attributes, mesh_shape)
-        size = math.prod(mesh_shape[axis] for axis in axes)
-    else:
-        axes, size = _grouped_axes(
-            _replica_groups(operation, attributes, math.prod(mesh_shape.values())), mesh_shape
-        )
+    axes, size = _axes_and_group_size(operation, attributes, module.mesh_shape)
     if not axes:
-        return []
-    shape = re.sub(r"\{[^{}]*\}", "", shape)  # the layouts
+        return None
+    shape = _without_layouts(shape)
     received = _received(operation, shape) if opcode.endswith("-start") else shape
-    shapes = [match[0] for match in _ARRAY.finditer(received)]
+    shapes = tuple(match[0] for match in _ARRAY.finditer(received))
     if not shapes or _ARRAY.sub("", received).strip("(), "):
         raise ValueError(f"unknown shape {shape!r}")
-    payload = 0
-    for dtype, dimensions in _ARRAY.findall(received):
-        if dtype not in DTYPE_BYTES:
-            raise ValueError(f"unknown element type {dtype!r}")
-        payload += DTYPE_BYTES[dtype] * math.prod(int(n) for n in dimensions.split(",") if n)
-    payload *= size if operation == "reduce-scatter" else 1
-    ring_bytes = round(RING_PARTS[operation](size) * payload / size)
-    return [
-        Collective(
-            operation,
-            axes,
-            size,
-            tuple(shapes),
-            payload,
-            ring_bytes,
-            _phase(name, instructions),
-            name,
-        )
-    ]
+    payload = sum(map(_array_bytes, shapes))
+    if operation == "reduce-scatter":
+        payload *= size
+    phase = _phase(name, module.instructions)
+    return Collective(operation, axes, size, shapes, payload, phase, name)
+
+
+def _without_layouts(shape: str) -> str:
+    return re.sub(r"\{[^{}]*\}", "", shape)
+
+
+def _array_bytes(shape: str) -> int:
+    """Return the bytes of an array, such as f32[8,32]."""
+    dtype, dimensions = _ARRAY.fullmatch(shape).groups()
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown element type {dtype!r}")
+    return DTYPE_BYTES[dtype] * math.prod(int(n) for n in dimensions.split(",") if n)
 
 
 def _received(operation: str, shape: str) -> str:
-    """The result's shape within an asynchronous start's, (operands, result, contexts...), each an array or a tuple."""
+    """Return the result's shape within the shape of an asynchronous start.
+
+    That shape is (operands, result, contexts...), each an array or a tuple.
+    """
+    if operation == "all-reduce" and not shape.startswith("(("):
+        # In jax 0.10 this start alone has the shape of its result; in 0.11 it is like the others.
+        return shape
     inner = shape[1:-1] if shape.startswith("(") else shape
     elements = re.findall(r"\([^()]*\)|[^\s,(]+\[[^\]]*\]", inner)
-    if operation == "all-reduce" and not shape.startswith("(("):
-        return shape  # in jax 0.10 this start, unlike all others, has the result's shape; in 0.11 it is like them
     if ", ".join(elements) != inner or len(elements) < 2 or set(elements[2:]) - {"u32[]", "s32[]"}:
         raise ValueError(f"unknown shape {shape!r} of an asynchronous start")
     return elements[1]
 
 
+def _axes_and_group_size(
+    operation: str, attributes: str, mesh_shape: dict[str, int]
+) -> tuple[tuple[str, ...], int]:
+    """Return `axes` and `group_size` of a Collective."""
+    if operation == "collective-permute":
+        axes = _axes_of_pairs(attributes, mesh_shape)
+        return axes, math.prod(mesh_shape[axis] for axis in axes)
+    groups = _replica_groups(operation, attributes, math.prod(mesh_shape.values()))
+    return _axes_of_groups(groups, mesh_shape)
+
+
 def _replica_groups(operation: str, attributes: str, devices: int) -> list[list[int]]:
-    """The groups of device numbers that `replica_groups` stands for."""
+    """Return the groups of device numbers that `replica_groups` stands for."""
     match = _REPLICA_GROUPS.search(attributes)
     if not match:
         raise ValueError("unknown or missing replica_groups")
@@ -209,25 +274,34 @@ def _replica_groups(operation: str, attributes: str, devices: int) -> list[list[
         return [[int(n) for n in group.split(",")] for group in match["lists"][1:-1].split("},{")]
     if match["iota"]:
         return _iota(match["iota"]).reshape([int(n) for n in match["shape"].split(",")]).tolist()
-    # A mesh of XLA's making, whose axes need not be ours: devices that agree off the listed axes form a group. An axis
-    # may be listed in part (Shardy's sub-axes): 'a':(2)4 is the digit of size 4 after a leading digit of size 2.
-    names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", match["mesh"]), strict=True)
+    return _groups_of_xla_mesh(match["mesh"], match["ids"], match["axes"])
+
+
+def _groups_of_xla_mesh(mesh: str, ids: str | None, axes: str) -> list[list[int]]:
+    """Return the groups along `axes` of a mesh that XLA made, whose axes need not be ours.
+
+    Devices form a group when they differ along the listed axes only. An axis may be listed in part
+    (a sub-axis of Shardy): 'a':(2)4 is the digit of size 4 that follows a leading digit of size 2.
+    """
+    names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh), strict=True)
     sizes = [int(n) for n in sizes]
-    ids = _iota(match["ids"]) if match["ids"] else np.arange(math.prod(sizes))
-    coordinates, group_size = np.indices(sizes).reshape(len(sizes), -1), 1
-    for name, leading, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match["axes"]):
+    numbers = _iota(ids) if ids else np.arange(math.prod(sizes))
+    coordinates = np.indices(sizes).reshape(len(sizes), -1)
+    group_size = 1
+    for name, leading, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         axis = names.index(name)
         size = int(part or sizes[axis])
         stride, rest = divmod(sizes[axis], int(leading or 1) * size)
         if rest:
             raise ValueError(f"no such part of axis {name!r}")
+        # With this digit at zero, the devices of a group have the same coordinates.
         coordinates[axis] -= coordinates[axis] // stride % size * stride
         group_size *= size
-    return ids[np.lexsort(coordinates)].reshape(-1, group_size).tolist()
+    return numbers[np.lexsort(coordinates)].reshape(-1, group_size).tolist()
 
 
 def _iota(text: str) -> np.ndarray:
-    """Device numbers, flat, from `[4,2]T(1,0)` or from a list, `0,2,1,3`."""
+    """Return device numbers, flat, from `[4,2]T(1,0)` or from a list such as `0,2,1,3`."""
     shape, _, order = text.partition("T")
     numbers = [int(n) for n in shape.strip("[]").split(",")]
     if not shape.startswith("["):
@@ -236,10 +310,10 @@ def _iota(text: str) -> np.ndarray:
     return np.arange(math.prod(numbers)).reshape(numbers).transpose(axes).ravel()
 
 
-def _grouped_axes(
+def _axes_of_groups(
     groups: list[list[int]], mesh_shape: dict[str, int]
 ) -> tuple[tuple[str, ...], int]:
-    """The `axes` of a Collective, and the number of devices in a group."""
+    """Return the mesh axes along which groups of devices lie, and the size of a group."""
     if sorted(itertools.chain(*groups)) != list(range(math.prod(mesh_shape.values()))):
         raise ValueError(f"replica_groups do not hold each device of {mesh_shape} once")
     sizes = {len(group) for group in groups}
@@ -249,10 +323,13 @@ def _grouped_axes(
     differing = {axis for group in groups for axis in _differing(group, mesh_shape)}
     axes = tuple(axis for axis in mesh_shape if axis in differing)
     devices = math.prod(mesh_shape[axis] for axis in axes)
-    return axes if size == devices else (f"{'+'.join(axes)} ({size} of {devices})",), size
+    if size < devices:
+        axes = (f"{'+'.join(axes)} ({size} of {devices})",)
+    return axes, size
 
 
-def _permuted_axes(attributes: str, mesh_shape: dict[str, int]) -> tuple[str, ...]:
+def _axes_of_pairs(attributes: str, mesh_shape: dict[str, int]) -> tuple[str, ...]:
+    """Return the mesh axes along which a collective-permute sends."""
     match = re.search(r"\bsource_target_pairs=\{((?:\{\d+,\d+\},?)*)\}(?=,|$)", attributes)
     if not match:
         raise ValueError("unknown or missing source_target_pairs")
@@ -262,32 +339,36 @@ def _permuted_axes(attributes: str, mesh_shape: dict[str, int]) -> tuple[str, ..
 
 
 def _differing(devices: list[int], mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which some of the devices differ."""
+    """Return the mesh axes along which some of the devices differ."""
     coordinates = np.unravel_index(devices, tuple(mesh_shape.values()))
     return tuple(axis for axis, along in zip(mesh_shape, coordinates, strict=True) if np.ptp(along))
 
 
 def _phase(name: str, instructions: dict[str, str]) -> str:
-    """The phase of the instruction's op_name or, where it has none, of the nearest named instructions upstream."""
+    """Return the phase of an instruction, from its op_name or those nearest upstream."""
     op_names, queue, seen = [], [name], set()
     while queue:
         current = queue.pop()
-        if current not in seen and current in instructions:
-            seen.add(current)
-            if match := _OP_NAME.search(instructions[current]):
-                op_names.append(match[1])
-            else:
-                queue += re.findall(r"%([\w.-]+)", instructions[current].split(")")[0])
-    return next(
-        (phase for phase, mark in PHASES.items() if re.search(mark, "\n".join(op_names))), ""
-    )
+        if current in seen or current not in instructions:
+            continue
+        seen.add(current)
+        if match := _OP_NAME.search(instructions[current]):
+            op_names.append(match[1])
+        else:
+            operands = instructions[current].split(")")[0]
+            queue += re.findall(r"%([\w.-]+)", operands)
+    names = "\n".join(op_names)
+    return next((phase for phase, mark in PHASES.items() if re.search(mark, names)), "")
 
 
 def summarise(collectives: Iterable[Collective]) -> list[dict]:
-    """JSON-ready rows, one an (operation, axes, phase), with count and summed bytes; most ring_bytes first."""
+    """Return JSON-ready rows, one per (operation, axes, phase), most ring bytes first.
+
+    A row has operation, axes, phase; count, bytes and ring_bytes are sums, per device and step.
+    """
     groups = defaultdict(list)
-    for c in collectives:
-        groups[c.operation, c.axes, c.phase].append(c)
+    for collective in collectives:
+        groups[collective.operation, collective.axes, collective.phase].append(collective)
     rows = [
         dict(
             operation=operation,

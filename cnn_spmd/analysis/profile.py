@@ -1,4 +1,4 @@
-"""Where a step's time goes, device by device, from a trace that jax.profiler wrote: kernels, communication, overlap."""
+"""Summarise a trace of jax.profiler: computing, communication and their overlap, per step."""
 
 import math
 import pathlib
@@ -13,11 +13,13 @@ from jax.profiler import ProfileData
 
 TOP = 15  # kernels that a summary names
 CPU_NOTE = (
-    "Simulated devices share the CPU's cores: an operation lasts until it is done, waiting for a core included, and a "
-    "collective waits for the slowest device. The figures tell what ran, not what an accelerator would gain."
+    "Simulated devices share the CPU's cores. The time of an operation includes waiting for a "
+    "core, and the time of a collective includes waiting for the slowest device. These times show "
+    "what ran, not what an accelerator would gain."
 )
 
-# NCCL's kernels; and whatever else runs for an HLO instruction that is a collective, as XLA names those (all-reduce-start.1).
+# XLA names what it runs after the HLO instruction, such as all-reduce-start.1. NCCL's kernels have
+# names of their own.
 _SUFFIX = r"(?:\.(?:\d+|clone|remat\d*))*$"
 _COLLECTIVE = re.compile(
     r"(?i)nccl|^(?:all-(?:reduce|gather|to-all)|ragged-all-to-all|reduce-scatter"
@@ -27,7 +29,7 @@ _CONTROL_FLOW = re.compile(rf"(?:while|conditional|call){_SUFFIX}")
 
 
 class Event(NamedTuple):
-    """A kernel, a copy, or an operation of the CPU backend, on one device; times in nanoseconds."""
+    """A kernel, a copy or an operation of the CPU backend on one device; times in nanoseconds."""
 
     device: str | int
     name: str
@@ -37,15 +39,18 @@ class Event(NamedTuple):
 
 
 def trace(call: Callable[[], Any], calls: int, steps_per_call: int, folder: pathlib.Path) -> dict:
-    """The summary of `calls` calls under the profiler, after one to settle; the raw trace stays in `folder`.
+    """Run `calls` calls under the profiler and return their `summarise`.
 
-    call: does steps_per_call steps and returns arrays that lie on all of the devices they ran on. Each process of a
-    cluster traces its own devices, into a folder of its own.
+    call: runs steps_per_call steps, and returns arrays that lie on every device it ran on. It runs
+      once more before the trace starts, so that a compilation is not in it.
+    folder: receives the raw trace. Each process of a cluster traces its own devices and needs a
+      folder of its own.
     """
     jax.block_until_ready(call())
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    options.host_tracer_level = 1  # the CPU backend's operations; 0 leaves them out
+    # Level 0 would leave out the CPU backend's operations.
+    options.host_tracer_level = 1
     with jax.profiler.trace(folder, profiler_options=options):
         for _ in range(calls):
             result = call()
@@ -58,32 +63,25 @@ def trace(call: Callable[[], Any], calls: int, steps_per_call: int, folder: path
 
 
 def summarise(data: ProfileData | pathlib.Path, steps: int, devices: int) -> dict:
-    """What a trace (or its .xplane.pb file) of `steps` steps says, in milliseconds a step, means over devices; JSON-ready.
+    """Return where the time of a traced step goes, in milliseconds per step.
 
-    step: from the first event to the last, of any device. communication: while a collective runs; compute: while anything
-    else does, copies too; exposed: communication under which nothing else runs; idle: nothing runs at all. top: the 15
-    kernels with the most time, each with its time and count a step and device. note: what the figures mean, on a CPU.
-    Raises ValueError unless the trace has events of just as many devices.
+    data: the trace, or its .xplane.pb file, of `steps` steps on `devices` devices.
+
+    The result is JSON-ready; times are means over devices.
+      step: from the first event of any device to the last one, divided by the steps.
+      communication: a collective runs. compute: anything else runs, copies included.
+      exposed: a collective runs and nothing else does. idle: nothing runs.
+      top: the TOP kernels with the most time; time and count are per step and device.
+      note: what the times mean on a CPU, otherwise "".
+
+    Raises ValueError where the trace has events of another number of devices.
     """
-    if not isinstance(data, ProfileData):
-        data = ProfileData.from_file(str(data))
-    planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU:")]
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "builtin type .* has no __module__", DeprecationWarning
-        )  # the profiler's classes
-        events = list(
-            gpu_events(planes) if planes else cpu_events(data.find_plane_with_name("/host:CPU"))
-        )
-    by_device, by_name = defaultdict(list), defaultdict(list)
+    events, on_gpu = _read_events(data)
+    by_device = defaultdict(list)
     for event in events:
         by_device[event.device].append(event)
-        by_name[event.name, event.communication].append(event.end - event.start)
     if len(by_device) != devices or not events:
         raise ValueError(f"the trace has events of {len(by_device)} devices, expected {devices}")
-
-    def milliseconds(nanoseconds: float) -> float:
-        return round(nanoseconds / 1e6 / steps / devices, 4)
 
     def total_busy(*kinds: bool) -> float:
         return sum(
@@ -91,32 +89,56 @@ def summarise(data: ProfileData | pathlib.Path, steps: int, devices: int) -> dic
             for device in by_device.values()
         )
 
+    def per_step(nanoseconds: float) -> float:
+        return round(nanoseconds / 1e6 / steps / devices, 4)
+
     window = devices * (max(event.end for event in events) - min(event.start for event in events))
     compute, either = total_busy(False), total_busy(False, True)
-    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:TOP]
     return dict(
         steps=steps,
         devices=devices,
-        step_milliseconds=milliseconds(window),
-        compute_milliseconds=milliseconds(compute),
-        communication_milliseconds=milliseconds(total_busy(True)),
-        exposed_milliseconds=milliseconds(either - compute),
-        idle_milliseconds=milliseconds(window - either),
-        note="" if planes else CPU_NOTE,
-        top=[
-            dict(
-                name=name,
-                milliseconds=milliseconds(sum(times)),
-                count=round(len(times) / steps / devices, 2),
-                communication=communication,
-            )
-            for (name, communication), times in top
-        ],
+        step_milliseconds=per_step(window),
+        compute_milliseconds=per_step(compute),
+        communication_milliseconds=per_step(total_busy(True)),
+        exposed_milliseconds=per_step(either - compute),
+        idle_milliseconds=per_step(window - either),
+        note="" if on_gpu else CPU_NOTE,
+        top=_longest_kernels(events, steps * devices),
     )
 
 
+def _read_events(data: ProfileData | pathlib.Path) -> tuple[list[Event], bool]:
+    """Return the events of a trace, and whether they are of GPUs."""
+    if not isinstance(data, ProfileData):
+        data = ProfileData.from_file(str(data))
+    planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU:")]
+    with warnings.catch_warnings():
+        # The profiler's own classes cause this warning.
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)
+        if planes:
+            return list(gpu_events(planes)), True
+        return list(cpu_events(data.find_plane_with_name("/host:CPU"))), False
+
+
+def _longest_kernels(events: Iterable[Event], device_steps: int) -> list[dict]:
+    """Return the TOP kernels by total time; device_steps: steps times devices."""
+    times_by_kernel = defaultdict(list)
+    for event in events:
+        times_by_kernel[event.name, event.communication].append(event.end - event.start)
+    longest = sorted(times_by_kernel.items(), key=lambda item: -sum(item[1]))
+    return [
+        dict(
+            name=name,
+            milliseconds=round(sum(times) / 1e6 / device_steps, 4),
+            count=round(len(times) / device_steps, 2),
+            communication=communication,
+        )
+        for (name, communication), times in longest[:TOP]
+    ]
+
+
 def busy(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals (start, end)."""
+    """Return the length of the union of intervals (start, end)."""
     total, reached = 0.0, -math.inf
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))
@@ -125,43 +147,41 @@ def busy(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def gpu_events(planes: Iterable) -> Iterator[Event]:
-    """What ran on each GPU's streams; a plane's other lines, counters or views derived from these, are left out."""
+    """Yield what ran on each GPU's streams.
+
+    A plane's other lines are left out: they are counters, or views derived from the streams.
+    """
     for plane in planes:
         for line in plane.lines:
-            for event in line.events if line.name.startswith("Stream #") else ():
+            if not line.name.startswith("Stream #"):
+                continue
+            for event in line.events:
                 names = event.name, str(dict(event.stats).get("hlo_op", ""))
-                yield Event(
-                    plane.name,
-                    event.name,
-                    event.start_ns,
-                    event.end_ns,
-                    any(map(_COLLECTIVE.search, names)),
-                )
+                communication = any(map(_COLLECTIVE.search, names))
+                yield Event(plane.name, event.name, event.start_ns, event.end_ns, communication)
 
 
 def cpu_events(plane: Any) -> Iterator[Event]:
-    """What the CPU backend ran for each device; a line is a thread, which serves any device in turn.
+    """Yield what the CPU backend ran for each device.
 
-    An operation that hands its work to other threads returns early: "end: <name>" starts when it is done. Loops and branches
-    are left out for what they run. Where JAX named a collective after a primitive (psum.3), the rendezvous in it tells.
+    A line of the plane is a thread, and a thread serves several devices in turn. An operation that
+    hands its work to other threads returns early; the event "end: <name>" starts when the work is
+    done. Loops and branches are left out, because the operations in them have events of their own.
+    JAX may name a collective after its primitive (psum.3); a rendezvous inside shows what it is.
     """
-    found, ends, collectives = [], {}, set()
+    operations, ends, collectives = [], {}, set()
     for line in plane.lines if plane else ():
         outer = None
         for event in line.events:
             stats = dict(event.stats)
             if "hlo_op" in stats and not _CONTROL_FLOW.match(event.name):
-                found.append((outer := event, stats))
+                outer = event
+                operations.append((event, stats))
             elif event.name.startswith("end: "):
                 ends[stats["_c"]] = event.start_ns
             elif event.name == "Rendezvous" and outer and event.start_ns < outer.end_ns:
                 collectives.add(outer.name)
-    for event, stats in found:
+    for event, stats in operations:
         communication = event.name in collectives or bool(_COLLECTIVE.search(event.name))
-        yield Event(
-            stats["device_ordinal"],
-            event.name,
-            event.start_ns,
-            ends.get(stats["_p"], event.end_ns),
-            communication,
-        )
+        end = ends.get(stats["_p"], event.end_ns)
+        yield Event(stats["device_ordinal"], event.name, event.start_ns, end, communication)

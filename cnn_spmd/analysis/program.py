@@ -1,15 +1,38 @@
-"""The report on a compiled program: what a device holds of it, and the collectives that are in it (hlo.py)."""
+"""Report on a compiled program: what a device holds, and which collectives run (hlo.py)."""
 
 import importlib.metadata
 import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
 from cnn_spmd.analysis.hlo import parse_collectives, summarise
 
+# Our names of what XLA's CompiledMemoryStats calls <name>_in_bytes.
+_XLA_MEMORY = dict(
+    argument="argument_size",
+    output="output_size",
+    temporary="temp_size",
+    alias="alias_size",
+    generated_code="generated_code_size",
+    peak="peak_memory",
+)
+# The fields of `report` where there is no report.
+UNKNOWN = dict(
+    collectives=None,
+    totals=dict.fromkeys(("count", "bytes", "ring_bytes")),
+    memory=dict.fromkeys(f"{name}_bytes" for name in _XLA_MEMORY),
+)
+_WIDTH = 100
 
-def bytes_per_device(tree) -> int:
-    """Bytes that one device holds of a tree of arrays, or of ShapeDtypeStructs with shardings (without: ValueError)."""
+
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes that one device holds of a tree of arrays.
+
+    Leaves are arrays or ShapeDtypeStructs. Raises ValueError for a leaf without a sharding.
+    """
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if getattr(leaf, "sharding", None) is None:
@@ -18,114 +41,183 @@ def bytes_per_device(tree) -> int:
     return total
 
 
-MEMORY = dict(
-    argument="argument_size",
-    output="output_size",
-    temporary="temp_size",
-    alias="alias_size",
-    generated_code="generated_code_size",
-    peak="peak_memory",
-)  # ours -> XLA's
-# What stands in a report's place where there is none.
-UNKNOWN = dict(
-    collectives=None,
-    totals=dict.fromkeys(("count", "bytes", "ring_bytes")),
-    memory=dict.fromkeys(f"{key}_bytes" for key in MEMORY),
-)
+def memory(compiled: jax.stages.Compiled) -> dict[str, int | None]:
+    """Return XLA's account of the program's bytes per device.
 
-
-def memory(compiled) -> dict[str, int | None]:
-    """XLA's own account of the program's bytes on one device; None where the backend or version does not say."""
+    A value is None where the backend or its version does not give it.
+    """
     stats = compiled.memory_analysis()
     return {
-        f"{key}_bytes": getattr(stats, f"{name}_in_bytes", None) for key, name in MEMORY.items()
+        f"{ours}_bytes": getattr(stats, f"{xlas}_in_bytes", None)
+        for ours, xlas in _XLA_MEMORY.items()
     }
 
 
 def compiler_of(mesh: jax.sharding.Mesh) -> dict:
-    """Name the compiler, as CPU's and GPU's insert different collectives, and the mesh; JSON-ready."""
-    device, jaxlib = mesh.devices.flat[0], importlib.metadata.version("jaxlib")
+    """Return compiler and mesh, JSON-ready: CPU and GPU compilers insert other collectives."""
+    device = mesh.devices.flat[0]
+    jaxlib = importlib.metadata.version("jaxlib")
     return dict(
         compiler=dict(platform=device.platform, device_kind=device.device_kind, jaxlib=jaxlib),
         mesh=dict(mesh.shape),
     )
 
 
-def report(compiled, mesh: jax.sharding.Mesh, steps: int = 1) -> dict:
-    """All this for one compiled program of `steps` steps, JSON-ready; collectives are those of a step."""
+def report(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, steps: int = 1) -> dict:
+    """Return compiler, mesh, memory per device and collectives per step, JSON-ready.
+
+    compiled: a program of `steps` steps.
+    """
     rows = summarise(parse_collectives(compiled.as_text(), dict(mesh.shape), steps))
     totals = {key: sum(row[key] for row in rows) for key in ("count", "bytes", "ring_bytes")}
     where = compiler_of(mesh)
-    on_cpu = where["compiler"]["platform"] == "cpu"
-    held = memory(compiled) | (
-        dict(peak_bytes=None) if on_cpu else {}
-    )  # XLA's CPU leaves temporaries out
+    held = memory(compiled)
+    if where["compiler"]["platform"] == "cpu":
+        # XLA for CPUs leaves temporaries out of its peak.
+        held["peak_bytes"] = None
     return where | dict(collectives=rows, totals=totals, memory=held)
 
 
 def as_text(report: dict) -> str:
-    """The report of a run as lines for a person: mesh, placement, bytes a device, collectives, memory, compile time.
+    """Return a run's report as text for people, at most 100 columns wide where names allow.
 
-    A report that is not whole ends with a line that starts with WARNING and says why.
+    A report with a part missing ends with a line that starts with WARNING and gives the reason.
     """
-
-    def table(title: str, rows: list[dict]) -> list[str]:
-        lines = [
-            f"  {title:<14}{'shape':<20}{'logical axes':<38}{'mesh axes':<26}{'MB a device':>12}"
-        ]
-        for row in rows:
-            logical, mesh = (
-                ", ".join(
-                    "-" if axis is None else "+".join(axis) if isinstance(axis, list) else axis
-                    for axis in row[column]
-                )
-                for column in ("logical_axes", "mesh_axes")
-            )
-            lines.append(
-                f"  {row['name']:<14}{'x'.join(map(str, row['shape'])):<20}{logical:<38}{mesh:<26}"
-                f"{row['bytes_per_device'] / 1e6:>12.3f}"
-                + (f"  NOTE: {row['note']}" if row["note"] else "")
-            )
-        return lines
-
-    mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
-    stands_in = f" (fallback for {report['fallback']})" if report["fallback"] else ""
-    held, compiler = report["bytes_per_device"], report["compiler"]
-    memory = ", ".join(
-        f"{name.removesuffix('_bytes')} {size / 1e6:.1f}"
-        for name, size in report["memory"].items()
-        if size
-    )
     lines = [
-        f"mesh {mesh}, {report['devices']} x {compiler['device_kind']}, parallelism {report['parallelism']}, global batch "
-        f"{report['batch_size']}, {report['param_count']:,} parameters, data {report['dataset']}{stands_in}, "
-        + ("whole on every device" if report["data_on_device"] else "streamed from the host"),
-        *table("parameter", report["placement"]),
-        *table("activation", report["activations"]),
+        *_summary(report),
+        *_placement("Where each parameter lives", report["placement"]),
+        *_placement("Where each activation lives", report["activations"]),
+        *_memory(report),
+        *_collectives(report["collectives"]),
+        *_theory(report),
     ]
-    if None not in held.values():
-        lines.append(
-            f"a device holds {held['parameters'] / 1e6:.1f} MB of parameters and {held['optimizer'] / 1e6:.1f} MB of "
-            f"optimizer state; memory of the compiled step in MB: {memory or 'not known'}"
-        )
-    for row in report["collectives"] or ():
-        lines.append(
-            f"  {row['count']:>3} {row['operation']:<20} over {'+'.join(row['axes']):<11} {row['phase']:<10}"
-            f"{row['bytes'] / 1e6:>10.3f} MB, {row['ring_bytes'] / 1e6:.3f} MB sent a device and step"
-        )
-    if report["collectives"] == []:
-        lines.append("  no collectives")
-    for row in report["communication"] or ():
-        theory = row["closed_form_bytes"]
-        lines.append(
-            f"  {row['kind']} over {'+'.join(row['axes'])}: {row['compiled_bytes'] / 1e6:.3f} MB compiled, "
-            + ("not covered by theory" if theory is None else f"{theory / 1e6:.3f} MB in theory")
-        )
-    cached = report.get("programs_from_cache")
-    lines.append(
-        f"compiled for {compiler['platform']} (jaxlib {compiler['jaxlib']}) in {report['compile_seconds']:.1f} s"
-        + (f", {cached} programs from the cache" if cached else "")
-    )
     if "error" in report:
         lines.append(f"WARNING: there is no whole report on this program: {report['error']}")
     return "\n".join(lines)
+
+
+def _summary(report: dict) -> Iterator[str]:
+    """Yield what was compiled, for which devices, and how long it took."""
+    compiler = report["compiler"]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    data = report["dataset"]
+    if report["fallback"]:
+        data += f" (fallback for {report['fallback']})"
+    data += ", a copy on every device" if report["data_on_device"] else ", streamed from the host"
+    yield f"mesh {mesh}, {report['devices']} x {compiler['device_kind']}"
+    yield f"parallelism {report['parallelism']}, global batch {report['batch_size']}, data {data}"
+    yield f"model {report['model']}, {report['param_count']:,} parameters, {report['dtype']}"
+    cached = report.get("programs_from_cache")
+    yield (
+        f"compiled for {compiler['platform']} (jaxlib {compiler['jaxlib']}) in "
+        f"{report['compile_seconds']:.1f} s"
+        + (f", {cached} programs from the cache" if cached else "")
+    )
+
+
+def _placement(title: str, arrays: list[dict]) -> Iterator[str]:
+    """Yield a table of arrays: on which mesh axes each dimension is split, and what that holds."""
+    if not arrays:
+        return
+    cells = [
+        (
+            array["name"],
+            "x".join(map(str, array["shape"])),
+            _axes_text(array["logical_axes"]),
+            _axes_text(array["mesh_axes"]),
+            _megabytes(array["bytes_per_device"]),
+        )
+        for array in arrays
+    ]
+    header = ("name", "shape", "logical axes", "mesh axes", "MB per device")
+    yield from _table(title, header, cells)
+    for array in arrays:
+        if array["note"]:
+            yield from _wrapped(f"  NOTE: {array['name']}: {array['note']}")
+
+
+def _axes_text(axes: Sequence[str | list[str] | None]) -> str:
+    """Return one entry per dimension, such as "data+model, -, -"; "-" is a whole dimension."""
+    return ", ".join("+".join(axis) if isinstance(axis, list) else axis or "-" for axis in axes)
+
+
+def _memory(report: dict) -> Iterator[str]:
+    """Yield what a device holds."""
+    held = report["bytes_per_device"]
+    if None in held.values():
+        return
+    yield "Memory per device"
+    yield (
+        f"  {held['parameters'] / 1e6:.1f} MB of parameters, "
+        f"{held['optimizer'] / 1e6:.1f} MB of optimizer state"
+    )
+    sizes = ", ".join(
+        f"{name.removesuffix('_bytes').replace('_', ' ')} {size / 1e6:.1f}"
+        for name, size in report["memory"].items()
+        if size
+    )
+    yield from _wrapped(f"  XLA's account of the program, MB: {sizes or 'not known'}")
+
+
+def _collectives(rows: list[dict] | None) -> Iterator[str]:
+    """Yield a table of the collectives that XLA inserted."""
+    if rows is None:
+        return
+    title = "Collectives per step (payload and sent: MB per device, summed over the count)"
+    if not rows:
+        yield f"{title}: no collectives"
+        return
+    cells = [
+        (
+            row["operation"],
+            "+".join(row["axes"]),
+            row["phase"],
+            str(row["count"]),
+            _megabytes(row["bytes"]),
+            _megabytes(row["ring_bytes"]),
+        )
+        for row in rows
+    ]
+    header = ("operation", "over mesh axes", "phase", "count", "payload", "sent in a ring")
+    yield from _table(title, header, cells, numbers=3)
+
+
+def _theory(report: dict) -> Iterator[str]:
+    """Yield the payloads of the compiled program beside those of the closed form."""
+    reason = report.get("closed_form_not_covered")
+    if reason:
+        yield from _wrapped(f"closed form: not covered: {reason}")
+    if report["closed_form"] is None or not report["communication"]:
+        return
+    cells = [
+        (
+            row["kind"],
+            "+".join(row["axes"]),
+            _megabytes(row["compiled_bytes"]),
+            _megabytes(row["closed_form_bytes"]),
+        )
+        for row in report["communication"]
+    ]
+    title = "Payload per device and step, MB: compiled, and in theory (Gholami et al. 2018)"
+    yield from _table(title, ("kind", "over mesh axes", "compiled", "in theory"), cells, numbers=2)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3f}"
+
+
+def _table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 1
+) -> Iterator[str]:
+    """Yield a title and aligned rows, of which the last `numbers` columns are right-aligned."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    yield title
+    for row in (header, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for column in range(len(row) - numbers, len(row)):
+            cells[column] = row[column].rjust(widths[column])
+        yield "  " + "  ".join(cells).rstrip()
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="    ", break_long_words=False)

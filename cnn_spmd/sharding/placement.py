@@ -260,6 +260,11 @@ def axes_of(variable: nnx.Variable) -> Axes:
     return getattr(variable, "axes", None) or (None,) * len(variable.shape)
 
 
+def is_dense(variable: nnx.Variable) -> bool:
+    """Return whether a parameter belongs to the dense layers (layers/dense.py marks them)."""
+    return getattr(variable, "part", None) == "dense"
+
+
 def name_of(path: tuple) -> str:
     """Return a parameter's name for people, such as "fc1.kernel", from its key path."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -23,6 +23,7 @@ import optax
 from flax import nnx
 
 from cnn_spmd.data.feed import DeviceData
+from cnn_spmd.sharding.placement import is_dense
 from cnn_spmd.training import packing
 
 UNROLLED = 8  # as many as one weird trick had GPUs
@@ -40,14 +41,14 @@ def updates_each(settings: Settings | None) -> bool:
     return settings is not None and settings.optimizer is not None
 
 
-def is_dense(path: tuple, variable: Any) -> bool:
-    """Return whether a parameter belongs to the dense layers (layers/dense.py marks them)."""
-    return getattr(variable, "part", None) == "dense"
+def _dense_and_conv(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Split the parameters, or their gradients, into those of dense layers and the others."""
+    return nnx.split_state(params, lambda path, variable: is_dense(variable), ...)
 
 
 def init_optimizer(functions: Any, params: nnx.State) -> dict:
     """Return the state of two optimizers: of the convolutions and of the dense layers."""
-    dense, conv = nnx.split_state(params, is_dense, ...)
+    dense, conv = _dense_and_conv(params)
     return dict(
         conv=functions.optimizer.init(conv), dense=functions.microbatch.optimizer.init(dense)
     )
@@ -71,7 +72,7 @@ def train_step(
     dense_params, dense_optimizer, total, metrics, x_gradient = dense.train(
         x_BF, labels_B, dropout_key
     )
-    _, conv_grads = nnx.split_state(backward(x_gradient)[0], is_dense, ...)
+    _, conv_grads = _dense_and_conv(backward(x_gradient)[0])
     if total is None:
         conv_params, conv_optimizer = dense.update(
             functions.optimizer, conv_grads, state.optimizer["conv"], dense.conv_params
@@ -97,7 +98,7 @@ class DenseLayers:
 
     def __init__(self, functions: Any, state: Any, count: int):
         self.functions, self.state, self.count = functions, state, count
-        self.dense_params, self.conv_params = nnx.split_state(state.params, is_dense, ...)
+        self.dense_params, self.conv_params = _dense_and_conv(state.params)
 
     def train(self, x_BF: jax.Array, labels_B: jax.Array, dropout_key: jax.Array) -> tuple:
         """Return dense parameters, optimizer state, sum of gradients, metrics [n], x's gradient.

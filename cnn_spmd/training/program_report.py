@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cnn_spmd.analysis import communication, program
+from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.sharding.placement import axes_of, name_of
 
 
@@ -31,6 +31,7 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int, compile_seconds
         activations=[],
         bytes_per_device=dict(parameters=None, optimizer=None),
         closed_form=None,
+        closed_form_not_covered=None,
         communication=None,
         closed_form_ring_bytes=None,
         compile_seconds=round(compile_seconds, 2),
@@ -68,13 +69,18 @@ def _parts(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]:
         yield dict(model_state_bytes_per_device=held)
     found = program.report(compiled, place.mesh, n)
     yield found
-    theory, collectives = None, found["collectives"]
-    if not model_state and communication.covers(place, collectives):
+    side, collectives = setup.image_size, found["collectives"]
+    images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
+    network = nnx.eval_shape(lambda: functions.make_model(nnx.Rngs(0)))
+    theory = None
+    reason = coverage.covers(place, network, images, activations, params, collectives)
+    if reason is None:
         each = functions.microbatch is not None and functions.microbatch.optimizer is not None
         updates = config.batch_size // config.dense_microbatch if each else 1
         theory = communication.closed_form(place, activations, params, itemsize, updates)
     yield dict(
         closed_form=theory,
+        closed_form_not_covered=reason,
         communication=communication.compare(collectives, theory),
         closed_form_ring_bytes=None if theory is None else sum(row["ring_bytes"] for row in theory),
     )

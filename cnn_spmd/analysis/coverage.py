@@ -1,0 +1,142 @@
+"""Say whether the closed form (communication.py) holds for a network on a placement, or why not.
+
+Its rules describe a chain of convolutions and dense layers, each split along at most one dimension
+of its kernel, and a few ways to get from one layer's layout to the next. Networks and placements
+beyond that train as well, but XLA may move other arrays than the rules say. They are not covered.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Jaxpr, Literal
+
+from cnn_spmd.analysis.communication import (
+    Activation,
+    Layer,
+    NotCovered,
+    exchanged_axes,
+    layers_of,
+)
+from cnn_spmd.sharding.placement import Placement, Unplaced
+
+
+def covers(
+    place: Placement,
+    network: nnx.Module,
+    images: jax.ShapeDtypeStruct,
+    activations: Sequence[tuple[str, tuple, tuple]],
+    params: Sequence[tuple[str, nnx.Variable]],
+    compiled: Sequence[dict] = (),
+) -> str | None:
+    """Return why the closed form does not hold; None: it holds.
+
+    network: the abstract module (nnx.eval_shape). images: [N, H, W, C] as it takes them.
+    activations, params: as closed_form takes them. compiled: rows of hlo.summarise.
+    """
+    if place.mesh.size == 1:
+        return None
+    try:
+        _check_compiled(place, compiled)
+        _check_state(network)
+        layers = layers_of(place, activations, params, itemsize=1)
+        for layer in layers:
+            _check_layer(layer)
+        for layer, following in itertools.pairwise(layers):
+            _check_step_between(layer.output, following.input)
+        _check_chain(network, images, [layer.output.name for layer in layers])
+    except NotCovered as reason:
+        return str(reason)
+    return None
+
+
+def _check_compiled(place: Placement, compiled: Sequence[dict]) -> None:
+    """Refuse programs in which XLA split a mesh axis (hlo.Collective.axes)."""
+    for axis in (axis for row in compiled for axis in row["axes"]):
+        if axis not in place.mesh.shape:
+            raise NotCovered(f"XLA splits a mesh axis: {axis}")
+
+
+def _check_state(network: nnx.Module) -> None:
+    """Refuse model state, such as batch statistics: devices exchange it by rules of its own."""
+    for path, variable in nnx.to_flat_state(nnx.state(network)):
+        if not isinstance(variable, nnx.Param):
+            name = ".".join(map(str, path))
+            raise NotCovered(f"{name} is model state ({type(variable).__name__})")
+
+
+def _check_layer(layer: Layer) -> None:
+    """Refuse a layer whose kernel, input and output do not fit one of the known splits."""
+    name, given, result = layer.name, layer.input, layer.output
+    if given.between or result.between:
+        raise NotCovered(f"{name}: height or width of its maps is split")
+    if layer.rows and layer.columns:
+        raise NotCovered(f"{name}: both rows and columns of its kernel are split")
+    has_towers = not layer.rows and layer.columns == given.features
+    if layer.param_bytes and layer.rows != given.features and not has_towers:
+        raise NotCovered(f"{name}: its input's features are not split as its kernel's rows are")
+    if layer.param_bytes and layer.columns != result.features:
+        raise NotCovered(f"{name}: its output's features are not split as its kernel's columns are")
+    # A sum over split rows may be scattered over the batch. No other layer changes the batch.
+    scattered = result.batch[len(given.batch) :]
+    is_scattered_sum = given.batch + scattered == result.batch and set(scattered) <= set(layer.rows)
+    if result.batch != given.batch and not is_scattered_sum:
+        raise NotCovered(f"{name}: the batch of its output is not split as that of its input is")
+
+
+def _check_step_between(before: Activation, after: Activation) -> None:
+    """Refuse a change of layout between two layers that is not one simple collective."""
+    where = f"from {before.name} to {after.name}"
+    changes = [
+        set(before.batch) - after.axes,
+        set(before.features) - after.axes,
+        set(after.batch) - before.axes,
+        set(after.features) - before.axes,
+        exchanged_axes(before, after),
+    ]
+    if sum(map(bool, changes)) > 1:
+        raise NotCovered(f"{where}: the layout changes in several ways at once")
+    shared = min(len(before.batch), len(after.batch))
+    if before.batch[:shared] != after.batch[:shared]:
+        raise NotCovered(f"{where}: the batch is split in another order of mesh axes")
+    is_flattened = before.is_map and not after.is_map
+    if is_flattened and after.axes.intersection(before.features):
+        raise NotCovered(f"{where}: split channels are gathered, flattened and split again")
+
+
+class _Marking(Unplaced):
+    """A `place` that marks each named activation in the jaxpr, and constrains nothing."""
+
+    def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
+        return checkpoint_name(x, name) if name else x
+
+
+def _check_chain(network: nnx.Module, images: jax.ShapeDtypeStruct, names: list[str]) -> None:
+    """Refuse a network in which some path leads around a layer, such as a residual one."""
+    graph, state = nnx.split(network)
+    place = _Marking()
+
+    def logits(images_NHWC, state):
+        model = nnx.merge(graph, state)
+        return model.classify(model.features(images_NHWC, place), place)
+
+    always = _on_every_path(jax.make_jaxpr(logits)(images, state).jaxpr)
+    for name in names:
+        if name not in always:
+            raise NotCovered(f"a path leads around {name!r}: the network is no chain of layers")
+
+
+def _on_every_path(jaxpr: Jaxpr) -> frozenset[str]:
+    """Return the marks on every path from the first input of a jaxpr to its first result."""
+    passed = {jaxpr.invars[0]: frozenset()}
+    for equation in jaxpr.eqns:
+        inputs = [var for var in equation.invars if not isinstance(var, Literal) and var in passed]
+        if not inputs:
+            continue
+        marks = frozenset.intersection(*(passed[var] for var in inputs))
+        if equation.primitive.name == "name":
+            marks |= {equation.params["name"]}
+        passed |= dict.fromkeys(equation.outvars, marks)
+    return passed.get(jaxpr.outvars[0], frozenset())
