@@ -308,7 +308,7 @@ def launch_sweep() -> int:
         result = sweep.run(
             CONFIG.value.experiment, shared, combos, devices, CPU_DEVICES.value, folder
         )
-        for path in write.write([folder]):
+        for path in write.write_report([folder]):
             print(path)
     except KeyboardInterrupt:
         print(f"Interrupted. To go on: {again(folder)}")
@@ -360,5 +360,5 @@ def parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    environment.keep_talking()
+    environment.protect_streams()
     app.run(main, flags_parser=parse)

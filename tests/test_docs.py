@@ -14,7 +14,7 @@ from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixtur
 
 import cnn_spmd
 from cnn_spmd.report.__main__ import main as report_main
-from cnn_spmd.report.write import write
+from cnn_spmd.report.write import write_report
 from cnn_spmd.sharding.table import TABLE
 
 README = ROOT / "README.md"
@@ -204,7 +204,7 @@ def test_examples_of_extending_run(name, tmp_path, registries):
     assert flat(own).items() <= flat(json.loads(json.dumps(summary["config"]))).items()
     assert "error" not in json.loads((tmp_path / "run" / "program.json").read_text())
     assert cnn_spmd.load_runs(tmp_path)
-    assert write([tmp_path / "run"])
+    assert write_report([tmp_path / "run"])
 
 
 def flat(tree, prefix=""):
@@ -239,7 +239,7 @@ def test_an_added_metric_shows_up_everywhere(tmp_path, registries):
     assert (last["split"], last["brier"]) == ("final", summary["eval"]["brier"])
     (events,) = run.glob("events.out.tfevents.*")
     assert b"final/brier" in events.read_bytes()
-    write([run])
+    write_report([run])
     for name in ("report.md", "report.csv", "report.html"):
         assert "brier" in (run / name).read_text(), name
 

@@ -101,10 +101,10 @@ def test_recipes_of_cuda_convnet(variant, few):
         "float32",
     )
     config.data.held_out = 0  # these images are too few
-    steps = setup.prepare(config, data=few).steps
+    functions = setup.prepare(config, data=few).functions
     got = {
         layer: settings.weight_decays.get(layer, settings.weight_decay)
-        for layer in steps.abstract_state.params
+        for layer in functions.abstract_state.params
     }
     assert got == decays
 
@@ -186,8 +186,9 @@ def test_imagenet(experiment, variant, parameters, photographs):
     data = dataclasses.replace(photographs, class_names=photographs.class_names[:classes])
     got = setup.prepare(config, data=data)
     assert sum(x.size for x in jax.tree.leaves(got.functions.abstract_state.params)) == parameters
-    assert got.functions.colour_CC is not None
-    assert (got.functions.crop, got.functions.crop_pad, got.functions.flip) == (224, 0, True)
+    seen = got.functions.preprocessing
+    assert seen.colour_CC is not None
+    assert (seen.crop, seen.crop_pad, seen.flip) == (224, 0, True)
     k = 4 if owt else 1  # a batch k times 128: k times the rate
     schedule = optim.make_schedule(settings, 1000, 128 * 4)
     warmup = 50 if owt else 0

@@ -26,7 +26,7 @@ from cnn_spmd import experiment
 from cnn_spmd.analysis import program
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import interrupt, unused
+from cnn_spmd.training import interrupt
 from cnn_spmd.training import workdir as workdirs
 
 SMALL = [
@@ -450,7 +450,7 @@ def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path
         Image.new("RGB", (32, 32)).save(tmp_path / "pets" / place)
     root = tmp_path / "tfds/cnn_spmd_photographs"
     root.mkdir(parents=True)
-    place = prepared.place_of(folder.from_folders(tmp_path / "pets"), 32, root)
+    place = prepared.workspace_of(folder.find_source(tmp_path / "pets"), 32, root)
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start(
@@ -679,40 +679,6 @@ def test_two_processes_train_one_network(start, tmp_path):
     )  # and one process resumes
 
 
-def written_commands() -> list[str]:
-    """The launch commands in the fenced blocks of README.md and docs/*.md."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    text = "\n".join(page.read_text().replace("\\\n", " ") for page in pages)
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python launch.py") and "..." not in line]
-
-
-def cut(command: str, tmp_path: pathlib.Path) -> list[str]:
-    """A command's arguments for a small run: without the fields that the run would not use."""
-    command = command.replace("--mesh all", "--mesh 2x1")  # a sweep, cut to two runs
-    arguments = shlex.split(command.replace("/shared", str(tmp_path / "shared")))[2:]
-    if "--cpu_devices" not in arguments:
-        arguments += ["--cpu_devices", "8"]
-    small, _ = experiment.parsed(["--config", str(ROOT / SMALL[1]), *SMALL[2:]])
-    used = []
-    for argument in arguments:
-        field = argument.partition("=")[0].removeprefix("--config.")
-        if not unused.reason(small, field):
-            used.append(argument)
-    return [*used, *SMALL[2:]]
-
-
-def test_written_commands_run(start, tmp_path):
-    """Each launch command of README.md and docs/, cut to a small run on eight simulated devices."""
-    commands = written_commands()
-    assert len(commands) >= 6
-    for first in range(0, len(commands), 2):
-        pair = [start(*cut(command, tmp_path)) for command in commands[first : first + 2]]
-        for process in pair:
-            finished(process)
-
-
 def test_makefile_runs_what_the_readme_says():
     for target, command in (
         ("train", "launch.py --config experiments/alexnet_cifar.py"),
@@ -726,7 +692,7 @@ def test_makefile_runs_what_the_readme_says():
             check=True,
         ).stdout
         assert f".venv/bin/python {command} --mesh 1x1\n" in out
-        assert "--requirement requirements" in out
+        assert re.search(r"pip install --quiet --editable '\.\[dev(,cuda12)?\]'\n", out)
 
 
 def test_makefile_refuses_an_old_python(tmp_path):
@@ -735,8 +701,8 @@ def test_makefile_refuses_an_old_python(tmp_path):
         path = tmp_path / "bin" / name
         path.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.0\nexit 1\n')
         path.chmod(0o755)
-    for name in ("Makefile", "requirements.txt", "requirements-cpu.txt"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    for path in [ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")]:
+        (tmp_path / path.name).symlink_to(path)
     result = subprocess.run(
         ["make", "test"],
         cwd=tmp_path,

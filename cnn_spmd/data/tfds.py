@@ -80,8 +80,8 @@ def class_names_of(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
     for feature, kind in kinds.items():
         if not isinstance(found.get(feature), kind):
             raise ValueError(
-                f"has the features {', '.join(sorted(found)) or features}, expected image (an Image) and "
-                "label (a ClassLabel)"
+                f"has the features {', '.join(sorted(found)) or features}, expected image (an "
+                "Image) and label (a ClassLabel)"
             )
     return tuple(found["label"].names)
 

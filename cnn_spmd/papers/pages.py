@@ -349,7 +349,7 @@ def pytorch_page() -> str:
         """The two-GPU rows were measured before fc2's sums were scattered in hybrid_alternating.
         The two batches on one H200 were timed at the same time, each on a card of its own. The
         rows on four GPUs are of three timings over at least 400 steps, the others of five over
-        at least 30. [NOTES.md](../benchmarks/NOTES.md) says what made our step fast.""",
+        at least 30. [performance](../docs/performance.md) says what made our step fast.""",
         commands(
             "Command",
             (

@@ -244,7 +244,7 @@ def make_functions(
 
 def refuse_mismatch(config: ml_collections.ConfigDict, place: Placement, model: Any) -> None:
     """Raise UserError where the scheme or a rate by layer does not fit the network."""
-    if place.shards("group_in") > 1 and getattr(model, "towers", 1) == 1:
+    if place.mesh_axes("group_in") and getattr(model, "towers", 1) == 1:
         raise UserError(
             f"parallelism={place.parallelism}: splits towers, but "
             f"model.name={config.model.name} has one: expected alexnet_2012 or another parallelism"
