@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from setups import (
     BATCH,
@@ -19,7 +20,7 @@ def test_the_state_is_created_sharded_and_the_same_on_every_mesh():
     one, many = setup_of("alexnet", "data", (1, 1)), setup_of("alexnet", "hybrid", (2, 4))
     state = many.init()
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(state)} == {many.place.mesh}
-    momentum = state.optimizer[2][0].trace["fc1"]["kernel"]
+    momentum = optax.tree_utils.tree_get(state.optimizer, "trace")["fc1"]["kernel"]
     # A momentum lies where its weight does.
     assert momentum.sharding.shard_shape(momentum.shape) == (256, 16)
     assert momentum.sharding == state.params["fc1"]["kernel"].sharding

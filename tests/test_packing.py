@@ -95,6 +95,5 @@ def test_layers_read_the_bfloat16_half(monkeypatch, changes):
     setup.functions.jit_train().lower(
         setup.functions.abstract_state, *setup.feeds[0].shapes(2, setup.config.batch_size)
     )
-    assert {leaf.dtype for params in seen for leaf in jax.tree.leaves(params)} == {
-        jnp.dtype("bfloat16")
-    }
+    dtypes = {leaf.dtype for params in seen for leaf in jax.tree.leaves(params)}
+    assert dtypes == {jnp.dtype("bfloat16")}

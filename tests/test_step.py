@@ -34,8 +34,13 @@ def normalised(setup, images: np.ndarray) -> jax.Array:
 
 def logits_of(setup, images: jax.Array) -> np.ndarray:
     """Return the logits of a new network, by itself."""
-    model = network(setup, setup.init())
-    return np.asarray(model.classify(model.features(images)))
+
+    @jax.jit
+    def forward(state, images):
+        model = network(setup, state)
+        return model.classify(model.features(images))
+
+    return np.asarray(forward(setup.init(), images))
 
 
 def sums_of(setup, state, mask_B: np.ndarray) -> dict:
@@ -62,7 +67,7 @@ def expected_sums(probabilities_BC: np.ndarray, labels_B: np.ndarray) -> dict:
 def test_train_loss_against_numpy():
     setup, data = on_one("simple_cnn")
     plain = preprocessed(setup, crop_pad=0, flip=False, colour_CC=None)
-    _, got, _ = plain.gradients(setup.init(), data, jnp.arange(BATCH))
+    _, got, _ = jax.jit(plain.gradients)(setup.init(), data, jnp.arange(BATCH))
     labels = setup.data.train_labels[:BATCH]
     logits = logits_of(setup, normalised(setup, setup.data.train_images[:BATCH]))
     targets = 0.9 * np.eye(CLASSES)[labels] + 0.1 / CLASSES
