@@ -202,7 +202,7 @@ def config_of_run() -> ml_collections.ConfigDict:
 
     config = CONFIG.value
     if MESH.value is not None:
-        config.mesh.data, config.mesh.model = mesh.parse(MESH.value)
+        config.mesh.update(mesh.parse(MESH.value))
     config.profile = PROFILE.value or config.profile
     return config
 

@@ -68,11 +68,11 @@ def parse_arguments() -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> build.Setup:
     """Return what is timed."""
     config = get_config()
-    data, model = mesh.parse(args.mesh)
-    batch_size = args.batch * data * model
+    sizes = mesh.parse(args.mesh)
+    batch_size = args.batch * math.prod(sizes.values())
     config.update(
         dict(
-            mesh=dict(data=data, model=model),
+            mesh=sizes,
             parallelism=args.parallelism,
             batch_size=batch_size,
             steps_per_call=args.steps_per_call,

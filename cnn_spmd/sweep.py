@@ -84,8 +84,8 @@ def combinations(
 def _mesh_values(text: str, devices: int) -> list[str]:
     """Return the mesh shapes that --mesh names. Raises UserError for what is none."""
     if text == "all":
-        counts = [count for count in range(devices, 0, -1) if devices % count == 0]
-        text = ",".join(["1x1", *(f"{count}x{devices // count}" for count in counts)])
+        one = "x".join("1" * len(configs.MESH_AXES))
+        text = ",".join([one, *mesh.shapes_over(devices)])
     shapes = _values("--mesh", text)
     for shape in shapes:
         if shape == "all":
@@ -181,11 +181,12 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
             arguments.append(f"--config.{field}={value}")
     if "batch_per_device" in settings:
         if "mesh" in settings:
-            data, model = mesh.parse(settings["mesh"])
+            sizes = mesh.parse(settings["mesh"])
         else:
             config, _ = experiment.parsed(arguments)
-            data, model = mesh.shape(tuple(config.mesh.values()), devices)
-        arguments.append(f"--config.batch_size={int(settings['batch_per_device']) * data * model}")
+            sizes = mesh.shape(config.mesh.to_dict(), devices)
+        batch_size = int(settings["batch_per_device"]) * math.prod(sizes.values())
+        arguments.append(f"--config.batch_size={batch_size}")
     return arguments
 
 
@@ -241,7 +242,7 @@ def _check(
     """
     config, given = experiment.parsed(arguments)
     if shape:
-        config.mesh.data, config.mesh.model = mesh.parse(shape)
+        config.mesh.update(mesh.parse(shape))
     configs.validate(config)
     unused.refuse(config, given)
     with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it

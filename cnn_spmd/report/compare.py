@@ -5,6 +5,7 @@ A run is an entry of sweep.json: name, mesh, settings (the swept fields), status
 is the groups that differ in nothing but mesh and scheme: one chart compares the groups of a panel.
 """
 
+import math
 import statistics
 
 from cnn_spmd.config import complete, flat
@@ -52,17 +53,17 @@ def panel_of(run: dict) -> str:
     return ", ".join([batch, *others])
 
 
-def group_key(run: dict) -> tuple[str, tuple[int, int], str]:
-    """Return what the runs of a group share: panel, mesh (data, model) and scheme."""
-    mesh = run["figures"]["mesh"]
-    return panel_of(run), (mesh["data"], mesh["model"]), run["figures"]["parallelism"]
+def group_key(run: dict) -> tuple[str, tuple[int, ...], str]:
+    """Return what the runs of a group share: panel, sizes of the mesh, and scheme."""
+    mesh = tuple(run["figures"]["mesh"].values())
+    return panel_of(run), mesh, run["figures"]["parallelism"]
 
 
 def groups_of(runs: list[dict]) -> list[dict]:
     """Return the groups of the completed runs.
 
     Their order is by panel (as they come), devices, mesh and scheme. A seed counts once, by the
-    first run that has a speed. Keys of a group: panel, mesh (data, model), devices, parallelism,
+    first run that has a speed. Keys of a group: panel, mesh (its sizes), devices, parallelism,
     runs, and base. base is the one-device group of the panel, of the same scheme where there is
     one; None where the panel has no one-device run.
     """
@@ -70,7 +71,8 @@ def groups_of(runs: list[dict]) -> list[dict]:
     completed = [run for run in runs if run["status"] == "completed" and run["figures"]]
     for run in sorted(completed, key=lambda run: not run["figures"]["images_per_second"]):
         panel, mesh, scheme = key = group_key(run)
-        empty = dict(panel=panel, mesh=mesh, devices=mesh[0] * mesh[1], parallelism=scheme, runs=[])
+        devices = math.prod(mesh)
+        empty = dict(panel=panel, mesh=mesh, devices=devices, parallelism=scheme, runs=[])
         group = groups.setdefault(key, empty)
         if run["figures"]["seed"] not in values(group, "seed"):
             group["runs"].append(run)
@@ -80,7 +82,7 @@ def groups_of(runs: list[dict]) -> list[dict]:
         return (
             panels.index(group["panel"]),
             group["devices"],
-            -group["mesh"][0],
+            [-size for size in group["mesh"]],
             group["parallelism"],
         )
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from cnn_spmd.config import complete, flat
+from cnn_spmd.config import MESH_AXES, complete, flat
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import compare
 from cnn_spmd.training import runfiles
@@ -150,8 +150,8 @@ def load_config_fields(folder: pathlib.Path, notes: list[str]) -> dict:
 
 def mesh_name(mesh: dict | None, config: dict) -> str | None:
     """Return "4x2" for a mesh, or for a flat config's; None where neither says it."""
-    sizes = mesh or {axis: config.get(f"mesh.{axis}") for axis in ("data", "model")}
-    return f"{sizes['data']}x{sizes['model']}" if all(sizes.values()) else None
+    sizes = list((mesh or {axis: config.get(f"mesh.{axis}") for axis in MESH_AXES}).values())
+    return "x".join(map(str, sizes)) if all(sizes) else None
 
 
 def compared_fields(config: dict, summary: dict | None) -> dict:

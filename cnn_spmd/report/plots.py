@@ -7,6 +7,7 @@ tell apart. Draw within `style()`.
 
 import contextlib
 import io
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -127,7 +128,7 @@ def throughput(groups: list[dict]) -> str:
             capsize=2,
             label=scheme,
         )
-    axes.set_xticks(range(len(meshes)), [f"{data}x{model}" for data, model in meshes])
+    axes.set_xticks(range(len(meshes)), ["x".join(map(str, mesh)) for mesh in meshes])
     axes.set_xlim(-0.5, len(meshes) - 0.5)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_xlabel("mesh, data x model")
@@ -136,13 +137,13 @@ def throughput(groups: list[dict]) -> str:
     return svg_with_legend(fig, axes, "Throughput")
 
 
-def draw_ideal(axes: Axes, groups: Sequence[dict], meshes: Sequence[tuple[int, int]]) -> None:
+def draw_ideal(axes: Axes, groups: Sequence[dict], meshes: Sequence[tuple[int, ...]]) -> None:
     """Draw the fastest one-device run's rate times the devices, on each mesh."""
     one_device = [group for group in groups if group["devices"] == 1]
     rates = [compare.average(group, "images_per_second") for group in one_device]
     rates = [rate for rate in rates if rate]
     if rates:
-        ideal = [max(rates) * data * model for data, model in meshes]
+        ideal = [max(rates) * math.prod(mesh) for mesh in meshes]
         left = [place - 0.42 for place in range(len(meshes))]
         right = [place + 0.42 for place in range(len(meshes))]
         axes.hlines(ideal, left, right, "#777777", "dashed", label="ideal")

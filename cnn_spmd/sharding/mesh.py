@@ -1,7 +1,8 @@
 """Build and validate the device mesh."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -13,8 +14,8 @@ MOST_DEVICES = 2**16  # more than any machine has
 SPELLING = "x".join(axis.upper() for axis in MESH_AXES)
 
 
-def parse(text: str) -> tuple[int, ...]:
-    """Return the sizes that a mesh's name spells: "4x2" is data=4, model=2.
+def parse(text: str) -> dict[str, int]:
+    """Return the size of each mesh axis that a mesh's name spells: "4x2" is data=4, model=2.
 
     Raises UserError unless `text` has one positive integer per mesh axis, joined by x.
     """
@@ -24,7 +25,14 @@ def parse(text: str) -> tuple[int, ...]:
             f"--mesh={text}: expected {SPELLING} with positive integers, such as 4x2, of at most "
             f"{MOST_DEVICES} devices"
         )
-    return sizes
+    return dict(zip(MESH_AXES, sizes, strict=True))
+
+
+def shapes_over(devices: int) -> list[str]:
+    """Return the names of all meshes over this number of devices, such as 8x1, 4x2, 2x4, 1x8."""
+    divisors = [size for size in range(devices, 0, -1) if devices % size == 0]
+    shapes = itertools.product(divisors, repeat=len(MESH_AXES))
+    return ["x".join(map(str, sizes)) for sizes in shapes if math.prod(sizes) == devices]
 
 
 def sizes_in(text: str, count: int = len(MESH_AXES)) -> tuple[int, ...] | None:
@@ -39,26 +47,27 @@ def sizes_in(text: str, count: int = len(MESH_AXES)) -> tuple[int, ...] | None:
     return sizes if 0 < math.prod(sizes) <= MOST_DEVICES else None
 
 
-def shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
-    """Return the mesh's shape on `devices` devices; a size of -1 takes the devices that are left.
+def shape(asked: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Return the size of each mesh axis; an asked size of -1 takes the devices that are left.
 
-    Raises UserError naming the config's fields where the shape does not fit.
+    devices: how many there are. Raises UserError naming the config's fields where it does not fit.
     """
-    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    sizes = asked.values()
+    fields = _fields(asked)
     if sum(size == -1 for size in sizes) > 1 or any(size != -1 and size < 1 for size in sizes):
         raise UserError(
-            f"{asked}: each must be a positive integer, and at most one -1 "
+            f"{fields}: each must be a positive integer, and at most one -1 "
             "(what is left of the devices)"
         )
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and devices % fixed:
-        raise UserError(f"{asked}: {fixed} does not divide the {devices} devices there are")
-    found = tuple(devices // fixed if size == -1 else size for size in sizes)
-    needed = math.prod(found)
+        raise UserError(f"{fields}: {fixed} does not divide the {devices} devices there are")
+    found = {axis: devices // fixed if size == -1 else size for axis, size in asked.items()}
+    needed = math.prod(found.values())
     if needed > devices:
         simulate = f", or simulate devices on the CPU with --cpu_devices={needed}"
         raise UserError(
-            f"{asked}: needs {needed} devices, but there are {devices}: choose a mesh whose "
+            f"{fields}: needs {needed} devices, but there are {devices}: choose a mesh whose "
             f"product is at most {devices}{simulate if needed <= MOST_CPU_DEVICES else ''}"
         )
     return found
@@ -73,13 +82,17 @@ def make(*sizes: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     Raises UserError where the shape does not fit, or leaves out devices of a cluster.
     """
     devices = list(jax.devices() if devices is None else devices)
-    found = shape(sizes, len(devices))
-    used = math.prod(found)
+    found = shape(dict(zip(MESH_AXES, sizes, strict=True)), len(devices))
+    used = math.prod(found.values())
     if used < len(devices) and jax.process_count() > 1:
-        asked = ", ".join(f"mesh.{axis}={n}" for axis, n in zip(MESH_AXES, found, strict=True))
         raise UserError(
-            f"{asked}: uses {used} of {len(devices)} devices, but with "
+            f"{_fields(found)}: uses {used} of {len(devices)} devices, but with "
             f"{jax.process_count()} processes the mesh must hold them all"
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(found, MESH_AXES, axis_types=types, devices=devices[:used])
+    return jax.make_mesh(tuple(found.values()), MESH_AXES, axis_types=types, devices=devices[:used])
+
+
+def _fields(sizes: Mapping[str, int]) -> str:
+    """Return sizes as the config's fields spell them."""
+    return ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())

@@ -146,7 +146,7 @@ def prepare(
     Raises UserError for all that is wrong in a config, except for its workdir.
     """
     configs.validate(config)
-    sizes = [config.mesh[axis] for axis in configs.MESH_AXES]
+    sizes = config.mesh.to_dict().values()
     rows = config.placement.to_dict()
     place = Placement(mesh.make(*sizes, devices=devices), config.parallelism, rows)
     memory = device_memory(place)

@@ -43,8 +43,8 @@ FIELDS = {
     "summary.json": {
         "text": "experiment started status model parallelism dataset dtype device_kind fallback? "
         "commit? data_digest? collectives.*.operation",
-        "a whole number": "schema? devices batch_size seed steps param_count processes mesh.data "
-        "mesh.model host_cores? steady_calls?",
+        "a whole number": "schema? devices batch_size seed steps param_count processes mesh.* "
+        " host_cores? steady_calls?",
         "a number": "images_per_second? train_seconds? compile_seconds? step_milliseconds.*? "
         "eval.accuracy? eval.loss? eval.*? bytes_per_device.*? collectives.*.ring_bytes "
         "config.dense_microbatch?",

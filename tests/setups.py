@@ -1,0 +1,247 @@
+"""Setups for tests: narrow networks on few random images, on any mesh, and what they compute.
+
+A test file that imports `narrow` builds AlexNet with few channels. What is tested there does not
+depend on the widths.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from flax import nnx
+
+from cnn_spmd import config as configs
+from cnn_spmd import models
+from cnn_spmd.data import feed, order, registry
+from cnn_spmd.data.feed import DeviceData
+from cnn_spmd.models import alexnet, alexnet_2012, stack
+from cnn_spmd.sharding import mesh
+from cnn_spmd.sharding.placement import Placement, name_of
+from cnn_spmd.training import build, program_report
+from cnn_spmd.training.step import StepFunctions, TrainState
+from experiments import alexnet_cifar
+
+NETWORKS = models.NETWORKS  # networks of a test's own are added here
+
+BATCH = 16
+TRAIN_EXAMPLES = 64
+TEST_EXAMPLES = 8
+CLASSES = 16
+IMAGE_SIZE = {"alexnet": 32, "alexnet_2012": 68, "simple_cnn": 32}  # others: 16
+
+# A network by models/stack.py with each kind of layer.
+STACK = (
+    stack.Conv(8, 3),
+    stack.MaxPool(3, 2, ceil=True),
+    stack.ResponseNorm(5, 0.1, 0.75, 1.0),
+    stack.Conv(16, 5, groups=2),
+    stack.ResponseNorm(3, 0.1, 0.75, 1.0, within_map=True),
+    stack.AveragePool(3, 2),
+    stack.Local(8, 3, activation=jnp.tanh),
+    stack.Hidden(),
+    stack.Output(),
+)
+
+# Rows of a config's own.
+OWN_ROWS = {
+    "mine": dict(
+        conv_batch=("data", "model"),
+        dense_batch="data",
+        output_batch="data",
+        fc1_out="model",
+        fc2_in="model",
+    )
+}
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """Build AlexNet with few channels, and know the network "stack"."""
+    monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
+    monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
+    monkeypatch.setitem(NETWORKS, "stack", functools.partial(stack.Stack, "stack", STACK))
+
+
+def shipped_config() -> ml_collections.ConfigDict:
+    """Return the config of the shipped experiment."""
+    return alexnet_cifar.get_config()
+
+
+def small_config(name: str, **changes) -> ml_collections.ConfigDict:
+    """Return the shipped config with narrow dense layers and few random images, in float64.
+
+    simple_cnn alone has crops, flips and colour noise: these are the same for all networks.
+    """
+    config = shipped_config()
+    config.update(
+        dict(
+            batch_size=BATCH,
+            steps=10,
+            dtype="float64",
+            model=dict(name=name, width=64),
+            optimizer=dict(warmup=0.0, learning_rate=0.02),
+        )
+    )
+    if name == "simple_cnn":
+        config.data.colour_noise = 0.1
+    else:
+        config.data.update(dict(crop_pad=0, flip=False))
+    images = dict(
+        image_size=IMAGE_SIZE.get(name, 16),
+        classes=CLASSES,
+        train_examples=TRAIN_EXAMPLES,
+        test_examples=TEST_EXAMPLES,
+    )
+    config.data.update(dict(name="synthetic", synthetic=images))
+    config.update(changes)
+    return config
+
+
+def setup_of(
+    name: str, parallelism: str, shape: tuple[int, int], levers=None, **changes
+) -> build.Setup:
+    """Return the Setup of a small config for a network on a mesh; OWN_ROWS are known schemes."""
+    axes = dict(zip(mesh.MESH_AXES, shape, strict=True))
+    config = small_config(name, parallelism=parallelism, mesh=axes, **changes)
+    data = registry.load(config.data)
+    place = Placement(mesh.make(*shape), parallelism, OWN_ROWS)
+    config = configs.resolve(config, data, "cpu")
+    return build.Setup(config, data, place, build.make_functions(config, data, place, levers))
+
+
+def on_one(name: str, **changes) -> tuple[build.Setup, DeviceData]:
+    """Return a Setup on one device in float32, and its training images there."""
+    setup = setup_of(name, "data", (1, 1), dtype="float32", **changes)
+    return setup, on_devices(setup)
+
+
+def on_devices(setup: build.Setup) -> DeviceData:
+    """Return the training split, whole on every device."""
+    split = setup.data.train_images, setup.data.train_labels
+    return DeviceData(*(feed.put(array, setup.place.replicated) for array in split))
+
+
+def indices_of(setup: build.Setup, step: int) -> jax.Array:
+    """Return which training images a step sees, on the devices, int32 [B]."""
+    (indices,) = order.train_indices(setup.config.seed, step, 1, BATCH, TRAIN_EXAMPLES)
+    return feed.put(indices, setup.place.sharding(("conv_batch",), indices.shape))
+
+
+# A state for functions of a network without arrays.
+NO_STATE = TrainState(0, 0, None, None, None)
+
+
+def network(setup: build.Setup, state: TrainState) -> nnx.Module:
+    """Return the network with the arrays of a state."""
+    return setup.functions.model(state.params, state.model_state)
+
+
+def preprocessed(setup: build.Setup, **changes) -> StepFunctions:
+    """Return the step functions with other settings of the preprocessing."""
+    preprocessing = dataclasses.replace(setup.functions.preprocessing, **changes)
+    return dataclasses.replace(setup.functions, preprocessing=preprocessing)
+
+
+def trained(setup: build.Setup, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the losses [steps] of a new state, and the parameters after these steps."""
+    state, metrics = setup.train(setup.init(), steps)
+    assert int(state.step) == steps
+    return metrics["loss"], gather(state.params)
+
+
+@functools.cache
+def computed(name: str, parallelism: str, shape: tuple[int, int]) -> dict:
+    """Return loss, gradients and parameters of a second step, and its program's report.
+
+    The first step is that of one device: it gives all meshes momenta to continue from. `held` maps
+    each parameter's name to the bytes that the first device holds of it.
+    """
+    with jax.enable_x64(True):
+        setup = setup_of(name, parallelism, shape)
+        place, functions = setup.place, setup.functions
+
+        def step(state, data, indices_B):
+            gradients, metrics, model_state = functions.gradients(state, data, indices_B)
+            params, optimizer = functions.update(
+                functions.optimizer, gradients, state.optimizer, state.params
+            )
+            state = state._replace(params=params, model_state=model_state, optimizer=optimizer)
+            return state, metrics, gradients
+
+        shardings = place.of_state(functions.abstract_state)
+        jitted = jax.jit(step, out_shardings=(shardings, place.replicated, shardings.params))
+        data, indices = on_devices(setup), [indices_of(setup, at) for at in range(2)]
+        compiled = jitted.lower(functions.abstract_state, data, indices[0]).compile()
+        if shape == (1, 1):
+            first, _, _ = compiled(setup.init(), data, indices[0])
+        else:
+            first = jax.device_put(computed(name, "data", (1, 1))["first"], shardings)
+        state, metrics, gradients = compiled(first, data, indices[1])
+        return dict(
+            first=first,
+            loss=float(metrics["loss"]),
+            accuracy=float(metrics["accuracy"]),
+            held={
+                name_of(path).removesuffix(".value"): leaf.addressable_shards[0].data.nbytes
+                for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+            },
+            gradients=gather(gradients),
+            params=gather(state.params),
+            report=program_report.report_of(setup, compiled, 1, 0.0),
+        )
+
+
+def gather(tree) -> dict[str, np.ndarray]:
+    """Return the arrays of a tree, whole and on the host, by name."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_close(got: dict, expected: dict, tolerance: float = 1e-6) -> None:
+    """Compare arrays by name; tolerance: a share of the largest element of each array."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.abs(value).max() > 0, name
+        error = np.abs(got[name] - value).max() / np.abs(value).max()
+        assert error < tolerance, f"{name}: {error:.2e} of the largest element"
+
+
+# The numbers of the narrow AlexNet, by hand: the weights of its convolutions and dense layers, and
+# what conv2 ... fc3 take in per example.
+CONV = sum(
+    9 * rows * columns + columns
+    for rows, columns in [(3, 8), (8, 16), (16, 24), (24, 16), (16, 16)]
+)
+FC1 = 256 * 64 + 64
+FC2 = 64 * 64 + 64
+FC3 = 64 * 16 + 16
+INPUTS = [8 * 16 * 16, 16 * 8 * 8, 24 * 8 * 8, 16 * 8 * 8, 256, 64, 64]
+
+# How many numbers each paper's scheme reduces (an all-reduce or a reduce-scatter) and gathers on
+# 4x2, and over which mesh axes.
+BY_HAND = {
+    "data": {("reduce", "data+model"): CONV + FC1 + FC2 + FC3},
+    "model": {
+        ("reduce", "data"): (CONV + FC1 + FC2 + FC3) / 2,
+        ("reduce", "model"): BATCH / 4 * sum(INPUTS),
+        ("gather", "model"): BATCH / 4 * sum(INPUTS),
+    },
+    "hybrid": {
+        ("reduce", "data+model"): CONV,
+        ("reduce", "data"): (FC1 + FC2 + 64 * 16) / 2 + 16,
+        ("reduce", "model"): BATCH / 4 * (256 + 64 + 16),
+        ("gather", "model"): BATCH / 4 * (256 + 64),
+    },
+    "hybrid_alternating": {
+        ("reduce", "data+model"): CONV + FC3,
+        ("reduce", "data"): (FC1 + 64 * 64) / 2 + 64,
+        ("reduce", "model"): BATCH / 4 * (256 + 64),
+        ("gather", "model"): BATCH / 4 * (256 + 64),
+    },
+}

@@ -1,0 +1,106 @@
+"""A config's Setup: the state that it creates, training from Python, and its report."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from setups import (
+    BATCH,
+    BY_HAND,
+    gather,
+    narrow,  # noqa: F401  (a fixture)
+    setup_of,
+)
+
+from cnn_spmd.data import order
+from cnn_spmd.training import build
+
+
+def test_the_state_is_created_sharded_and_the_same_on_every_mesh():
+    one, many = setup_of("alexnet", "data", (1, 1)), setup_of("alexnet", "hybrid", (2, 4))
+    state = many.init()
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(state)} == {many.place.mesh}
+    momentum = optax.tree_utils.tree_get(state.optimizer, "trace")["fc1"]["kernel"]
+    # A momentum lies where its weight does.
+    assert momentum.sharding.shard_shape(momentum.shape) == (256, 16)
+    assert momentum.sharding == state.params["fc1"]["kernel"].sharding
+    expected = gather(one.init())
+    for (name, got), value in zip(gather(state).items(), expected.values(), strict=True):
+        np.testing.assert_array_equal(got, value, err_msg=name)
+    other = setup_of("alexnet", "data", (1, 1), seed=1).init()
+    kernels = (each.params["fc1"]["kernel"][...] for each in (other, state))
+    assert not np.array_equal(*kernels)
+
+
+@pytest.mark.parametrize("resident", ["yes", "no"])
+def test_training_in_two_calls_equals_one_call(resident):
+    """To the last bit, where the chunks are the same; the second call crosses an epoch's end."""
+    setup = setup_of(
+        "simple_cnn",
+        "hybrid",
+        (4, 2),
+        dtype="float32",
+        steps_per_call=2,
+        data=dict(resident=resident),
+    )
+    whole, metrics = setup.train(setup.init(), 6)
+    half, first = setup.train(setup.init(), 2)
+    assert int(half.step) == 2
+    resumed, second = setup.train(half, 4)
+    assert int(whole.step) == int(resumed.step) == 6
+    expected = gather(whole)
+    for name, value in gather(resumed).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    for name, value in metrics.items():
+        both = np.concatenate([first[name], second[name]])
+        np.testing.assert_array_equal(both, value, err_msg=name)
+
+
+def test_metrics_are_numpy_arrays_with_a_value_per_step():
+    setup = setup_of("simple_cnn", "data", (2, 1), dtype="float32", steps_per_call=2)
+    for steps in (1, 3):
+        _, metrics = setup.train(setup.init(), steps)
+        assert metrics.keys() == {"loss", "accuracy"}
+        for values in metrics.values():
+            assert isinstance(values, np.ndarray)
+            assert values.shape == (steps,)
+            assert np.isfinite(values).all()
+
+
+def test_training_takes_the_images_of_its_steps(monkeypatch):
+    """A call continues where the state's step is, whatever was trained before."""
+    setup = setup_of("simple_cnn", "data", (1, 1), dtype="float32")
+    seen = []
+
+    def spy(seed, start, steps, *args):
+        seen.append((start, steps))
+        return indices(seed, start, steps, *args)
+
+    indices = order.train_indices
+    monkeypatch.setattr(build.order, "train_indices", spy)
+    state, _ = setup.train(setup.init(), 2)
+    setup.train(state, 1)
+    assert seen == [(0, 1), (1, 1), (2, 1)]
+
+
+def test_the_report_is_that_of_the_compiled_step():
+    """It can be had before training, and training then compiles nothing again."""
+    setup = setup_of("alexnet", "hybrid", (4, 2), dtype="float32")
+    report = setup.report()
+    assert "error" not in report
+    assert (report["parallelism"], report["mesh"]) == ("hybrid", dict(data=4, model=2))
+    moved = {
+        (row["kind"], "+".join(row["axes"])): row["compiled_bytes"] / 4
+        for row in report["communication"]
+    }
+    assert moved == {
+        move: pytest.approx(numbers, rel=0.01, abs=100)
+        for move, numbers in BY_HAND["hybrid"].items()
+    }
+    held = {row["name"]: row["bytes_per_device"] for row in report["placement"]}
+    assert held["fc1.kernel"] == 256 * 64 * 4 // 2
+    assert report["bytes_per_device"]["parameters"] == sum(held.values())
+    compiled = setup.train_program(1)
+    setup.train(setup.init(), 1)
+    assert setup.train_program(1) is compiled
+    assert report["batch_size"] == BATCH

@@ -1,0 +1,68 @@
+"""Evaluation metrics: those that there are, and one of a user's own."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from setups import NO_STATE, TEST_EXAMPLES, on_one
+
+from cnn_spmd.data.feed import DeviceData
+from cnn_spmd.training import metrics
+
+
+class Scores:
+    """Stand in for a network; it gives every image the same scores."""
+
+    def __init__(self, scores_C):
+        self.scores_C = scores_C
+
+    def features(self, x_NHWC, place, train=False):
+        return x_NHWC
+
+    def classify(self, x_NHWC, place):
+        return jnp.tile(self.scores_C, (len(x_NHWC), 1))
+
+
+@pytest.fixture
+def sums_of(monkeypatch):
+    """Return the evaluation step's sums for scores [C] and labels [8], of which 3 are padding."""
+    setup, _ = on_one("simple_cnn")
+
+    def sums(scores_C, labels_B):
+        monkeypatch.setattr(nnx, "merge", lambda *_, **__: Scores(scores_C))
+        data = DeviceData(jnp.asarray(setup.data.test_images), jnp.asarray(labels_B))
+        indices = jnp.arange(TEST_EXAMPLES)
+        return setup.functions.eval_step(NO_STATE, data, indices, indices < 5)
+
+    return sums
+
+
+@pytest.mark.parametrize("label", range(10))
+@pytest.mark.parametrize("scores", ["falling", "equal", "nan"])
+def test_what_counts_as_right(label, scores, sums_of):
+    """Of equal scores the first counts, of NaN none; padding never does."""
+    rows = dict(falling=-jnp.arange(10.0), equal=jnp.zeros(10), nan=jnp.full(10, jnp.nan))
+    sums = sums_of(rows[scores], np.full(8, label))
+    right = scores != "nan"
+    assert (sums["accuracy"], sums["top5"], sums["examples"]) == (
+        5 * (right and label < 1),
+        5 * (right and label < 5),
+        5,
+    )
+
+
+def test_a_metric_of_ones_own_is_summed(monkeypatch, sums_of):
+    """It sees log probabilities and labels; padding is left out, even where it is not finite."""
+
+    def label_probability(scores_BC, labels_B):
+        chosen_B = jnp.take_along_axis(scores_BC, labels_B[:, None], axis=1)[:, 0]
+        return jnp.where(labels_B == 9, jnp.nan, jnp.exp(chosen_B))
+
+    monkeypatch.setitem(metrics.METRICS, "label_probability", label_probability)
+    labels = np.array([0, 1, 2, 3, 0, 9, 9, 9])
+    sums = sums_of(-jnp.arange(10.0), labels)
+    assert sums.keys() == {"examples", "accuracy", "top5", "loss", "label_probability"}
+    probabilities = np.exp(-np.arange(10.0)) / np.exp(-np.arange(10.0)).sum()
+    expected = probabilities[labels[:5]].sum()
+    assert float(sums["label_probability"]) == pytest.approx(expected, rel=1e-5)
+    assert float(sums["loss"]) == pytest.approx(-np.log(probabilities[labels[:5]]).sum(), rel=1e-5)
