@@ -1,9 +1,12 @@
 """The README and the guide: what they show is what the code prints, draws and does."""
 
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -297,3 +300,21 @@ def test_make_commands_name_fields_that_exist(start):  # noqa: F811
     (line,) = [line for line in commands("make train") if "ARGS" in line]
     arguments = shlex.split(re.search('ARGS="(.*)"', line)[1])
     finished(start("--config", EXPERIMENTS, *arguments, "--dry_run"))
+
+
+def test_the_tour_runs(tmp_path):
+    """Every code cell of docs/tour.ipynb, in order, in a process of its own."""
+    cells = json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in code[1:] if "cs.train(" in "".join(cell["source"]))
+    script = "\n\n".join("".join(cell["source"]) for cell in code)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT / "docs",
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | dict(MPLBACKEND="agg", TMPDIR=str(tmp_path)),
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.glob("*/hybrid/summary.json"))
