@@ -18,6 +18,7 @@ from cnn_spmd.analysis import program
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
+from cnn_spmd.training.program_report import layouts_of_activations
 
 
 def own_placement(shape: tuple[int, ...], **row) -> Placement:
@@ -50,7 +51,7 @@ def test_what_to_change_where_a_size_does_not_divide(axis, cause):
 def test_networks_that_do_not_divide(model, parallelism, shape, message):
     with jax.enable_x64(True), pytest.raises(UserError, match=message):
         setup = setup_of(model, parallelism, shape, batch_size=math.prod(shape) * 2)
-        setup.functions.activations(setup.config.batch_size, IMAGE_SIZE[model])
+        layouts_of_activations(setup.functions, setup.config.batch_size, IMAGE_SIZE[model])
         setup.functions.abstract_state  # noqa: B018
 
 

@@ -31,22 +31,26 @@ class Preprocessing:
     mirror: bool  # whether a mirrored test image keeps its class
 
     def train_images(
-        self, images_NHWC: jax.Array, indices_B: jax.Array | None, key: jax.Array
+        self,
+        images_NHWC: jax.Array,
+        indices_B: jax.Array | None,
+        crop_key: jax.Array,
+        colour_key: jax.Array,
     ) -> jax.Array:
-        """Return training images float32 [B, crop, crop, C], augmented by `key` alone.
+        """Return augmented training images, float32 [B, crop, crop, C].
 
         indices_B: the examples to take; None takes `images_NHWC` as they are.
         """
         images = crop_and_flip(
             images_NHWC,
             indices_B,
-            jax.random.split(key)[0],
+            crop_key,
             side=self.crop,
             pad=self.crop_pad,
             flip=self.flip,
         )
         if self.colour_CC is not None:
-            noise_BC = colour_noise(jax.random.fold_in(key, 2), len(images), self.colour_CC)
+            noise_BC = colour_noise(colour_key, len(images), self.colour_CC)
             images = images + noise_BC[:, None, None]
         return normalise(images, self.mean, self.std)
 

@@ -1,9 +1,11 @@
 """Define AlexNet in its one-tower form (Krizhevsky 2014, footnote 1).
 
-The paper is "One weird trick for parallelizing convolutional neural networks", 1404.5997. The
-channels are those of the configuration released with it, which torchvision uses too.
+The paper is "One weird trick for parallelizing convolutional neural networks", 1404.5997. CHANNELS
+are those of the configuration that its author released; torchvision uses them too. (AlexNet of 2012
+has two towers of convolutions, one per GPU: models/alexnet_2012.py.)
 
-Shapes: N batch, H height, W width, C channels; B batch, F features of the dense layers.
+A name ends in its dimensions: images_BHWC is [batch, height, width, channels], x_BF is [batch,
+features].
 """
 
 import dataclasses
@@ -22,16 +24,16 @@ CHANNELS = (64, 192, 384, 256, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What depends on the image size: settings of conv.conv and pool.max_pool."""
+    """What depends on the image size: keyword arguments of `conv` and of the max pool."""
 
     conv1: dict
     conv2: dict
     pool: dict
-    side: int  # of the map that reaches fc1, in pixels
+    side: int  # of fc1's input map, in pixels
 
 
 SIZES = {
-    # The sides of the maps: 224 -> 55 -> 27 -> 13 -> 6.
+    # The sides of the maps: 224 -> 55 -> 27 -> 13 -> 6. Without `padding` a map keeps its side.
     224: Sizes(
         conv1=dict(window=11, strides=4, padding=(2, 2)),
         conv2=dict(window=5),
@@ -49,10 +51,10 @@ SIZES = {
 
 
 class AlexNet(nnx.Module):
-    """Five convolutions, three max pools, two dense layers with dropout, an output.
+    """Five convolutions, three max pools, two dense layers with dropout, an output layer.
 
-    With `width` 4096, 61,100,840 parameters for 224x224 and 1000 classes; 35,855,178 for 32x32 and
-    10 classes.
+    With `width` 4096 it has 61,100,840 parameters for 224x224 and 1000 classes, and 35,855,178 for
+    32x32 and 10 classes.
     """
 
     def __init__(
@@ -68,9 +70,9 @@ class AlexNet(nnx.Module):
     ):
         """Build the layers with float32 parameters; they compute in `dtype`.
 
-        image_size: pixels per side, a key of SIZES. width: features of fc1 and fc2. dropout: the
-        probability that a feature of theirs is zeroed in training. levers: fast forms of layers
-        (layers/common.py), () for none.
+        image_size: pixels per side, a key of SIZES. width: features of fc1 and of fc2. dropout:
+        the probability that training zeroes one of them. levers: which fast forms of the layers to
+        use (layers/common.py); () uses the plain forms.
 
         Raises UserError for an image size that is not in SIZES.
         """
@@ -84,6 +86,8 @@ class AlexNet(nnx.Module):
         self.dropout = dropout
         self.levers = levers
         common = dict(dtype=dtype, rngs=rngs)
+        # A kernel's logical axes: (None, None, "conv_in", "conv_out") for each convolution, and
+        # ("fc1_in", "fc1_out") for dense("fc1").
         self.conv1 = conv(3, CHANNELS[0], **self.sizes.conv1, **common)
         self.conv2 = conv(CHANNELS[0], CHANNELS[1], **self.sizes.conv2, **common)
         self.conv3 = conv(CHANNELS[1], CHANNELS[2], window=3, **common)
@@ -93,24 +97,29 @@ class AlexNet(nnx.Module):
         self.fc2 = dense("fc2", width, width, **common)
         self.fc3 = dense("fc3", width, classes, kernel_init=SMALL, **common)
 
-    def features(self, images_NHWC: jax.Array, place=UNPLACED, train: bool = False) -> jax.Array:
-        """Return what the convolutions make of the images: [N, H, W, 3] -> [B, F].
+    def features(self, images_BHWC: jax.Array, place=UNPLACED, train: bool = False) -> jax.Array:
+        """Return the output of the convolutions, flattened to [B, F].
 
-        The images have zero mean and unit scale. train has no effect here: training and evaluation
-        differ in dropout only.
+        images_BHWC: of zero mean and unit scale. place: the Placement, which constrains where each
+        activation lives. train: for networks with batch norm; no effect here.
         """
         pool, levers = self.sizes.pool, self.levers
-        x_NHWC = conv_relu("conv1", self.conv1, images_NHWC, place, levers, pool)
-        x_NHWC = conv_relu("conv2", self.conv2, x_NHWC, place, levers, pool)
-        x_NHWC = conv_relu("conv3", self.conv3, x_NHWC, place, levers)
-        x_NHWC = conv_relu("conv4", self.conv4, x_NHWC, place, levers)
-        x_NHWC = conv_relu("conv5", self.conv5, x_NHWC, place, levers, pool)
-        return flatten(x_NHWC, place)
+        # Each layer places its input and output; the names are for reports.
+        x_BHWC = conv_relu("conv1", self.conv1, images_BHWC, place, levers, pool)
+        x_BHWC = conv_relu("conv2", self.conv2, x_BHWC, place, levers, pool)
+        x_BHWC = conv_relu("conv3", self.conv3, x_BHWC, place, levers)
+        x_BHWC = conv_relu("conv4", self.conv4, x_BHWC, place, levers)
+        x_BHWC = conv_relu("conv5", self.conv5, x_BHWC, place, levers, pool)
+        return flatten(x_BHWC, place)
 
     def classify(
         self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Return the logits [B, classes]; without a key there is no dropout."""
+        """Return the logits [B, classes]; without a key there is no dropout.
+
+        Here the batch moves from conv_batch (of x_BF) to dense_batch (in `hidden`) to output_batch
+        (after the last hidden layer). Under `hybrid`, XLA gathers x_BF along `model` for fc1.
+        """
         keys = dropout_keys(dropout_key, 2)
         x_BF = hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])
         x_BF = hidden("fc2", self.fc2, x_BF, place, self.dropout, keys[1], last=True)

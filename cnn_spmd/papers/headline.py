@@ -35,17 +35,17 @@ def headline_table() -> str:
             "papers",
         ],
         [
-            "CIFAR-10 error, batch 1024, dense layers per 128",
+            "CIFAR-10 error at batch 1024, dense layers updated per 128",
             f"{errors[1024]} % (batch 128: {errors[128]} %)",
             "batches",
         ],
         ["AlexNet at 224x224, batch 128, one H100", speed_text(), "pytorch"],
         [
-            "Four H200s over one, 32 images per GPU",
+            "Speed-up of four H200s over one, 32 images per GPU",
             f"`hybrid` {hybrid}, `data` {data} times",
             "meshes",
         ],
-        ["`hybrid` on 8 to 512 H100s: bytes moved, as compiled", bytes_text(), "programs"],
+        ["`hybrid` compiled for 8 to 512 H100s: bytes sent", bytes_text(), "programs"],
     ]
     linked = [[*cells, f"[{page}](results/{page}.md)"] for *cells, page in rows]
     return markdown_table(["what", "measured", "page"], linked)

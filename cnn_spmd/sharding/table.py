@@ -1,27 +1,38 @@
 """The placement table: where every kind of array lives, for each scheme.
 
-A mesh arranges the devices in a grid, for instance 4x2: four along the mesh axis `data`, two along
-`model`. Networks name only *logical* axes of their arrays, such as "conv_batch" (the batch of the
-convolutions) or "fc1_out" (the columns of fc1's kernel). A scheme is a row of TABLE: it maps each
-logical axis to the mesh axes that it is split over. A logical axis that a row does not name is not
-split: each device holds it whole. To move an array, change one entry here.
+A mesh arranges the devices in a grid. On a 4x2 mesh, four devices lie along the mesh axis `data`
+and two along `model`. Networks give the dimensions of their arrays *logical* axes, such as
+"conv_batch" (the batch of the convolutions) or "fc1_out" (the columns of fc1's kernel). A scheme is
+a row of TABLE: it maps logical axes to the mesh axes that split them.
+
+  fc1_out="model"   fc1's kernel [fc1_in, fc1_out] gets PartitionSpec(None, "model"): each device
+                    holds half of the columns, and the four along `data` hold the same half
+
+A logical axis that a row does not name is not split. sharding/placement.py turns a row into JAX
+shardings. Nothing else decides where an array lives: to move an array, change its entry here, or
+give the config a row of your own (`config.placement`).
+
+tests/test_schemes.py checks, for every scheme, that it computes what one device computes and moves
+what theory says.
 """
 
 from cnn_spmd.config import MESH_AXES
 
 ALL = MESH_AXES  # ("data", "model"): split over all devices
 
-# Activations have one batch axis per group of layers: convolutions, hidden dense layers, output
-# layer. Kernels have an input axis (rows) and an output axis (columns). A layer's input is split
-# as its kernel's rows are, and its output as its kernel's columns are. fc1 and fc2 are the
-# 4096-wide hidden layers, fc3 is the output layer. The `group` axes are the channels of a grouped
-# convolution: split, each device works on groups of its own.
+# Layers follow two rules. A layer takes its input split as its kernel's rows are (fc1_in), and
+# returns its output split as its kernel's columns are (fc1_out). Where one layer's output and the
+# next layer's input are not split alike, XLA moves the array: that is the communication.
+#
+# Activations have one batch axis for each part of the network: the convolutions, the hidden dense
+# layers fc1 and fc2, and the output layer fc3. The `group` axes are the channels of a convolution
+# in groups (AlexNet's towers). If they are split, each device works on its own groups.
 TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
-    # Pure data parallelism. Each device holds all weights and its shard of the batch; the gradients
-    # are all-reduced.
+    # Data parallelism. Each device holds all weights and its shard of the batch. The gradients are
+    # summed over all devices.
     "data": dict(conv_batch=ALL, dense_batch=ALL, output_batch=ALL),
-    # Pure model parallelism. The columns of every layer are split over `model`, and the input of
-    # every layer is gathered along it.
+    # Model parallelism (pure on a 1xN mesh). The columns of every layer are split over `model`, and
+    # the input of every layer is gathered along it.
     "model": dict(
         conv_batch="data",
         dense_batch="data",
@@ -34,8 +45,9 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
     ),
     # One weird trick (Krizhevsky 2014, section 4, scheme a). The convolutions are data parallel.
     # The dense layers hold 96% of AlexNet's weights and do 8% of its work at 224x224: their columns
-    # are split, and their input is gathered along `model`. fc3 takes fc2's columns where they lie,
-    # as its rows: devices then sum a few logits instead of gathering 4096 activations.
+    # are split. XLA gathers fc1's input from the devices along `model`, which hold other examples,
+    # and fc2's input, of which they hold other columns. fc3's rows are split as fc2's columns are,
+    # so that fc2's output does not move: devices sum a few logits instead.
     "hybrid": dict(
         conv_batch=ALL,
         dense_batch="data",
@@ -45,7 +57,7 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
         fc3_in="model",
     ),
     # As hybrid, but fc2 is split by rows: nothing moves between fc1 and fc2 (PaSE, IPDPS 2021;
-    # Megatron-LM, 2019). fc2's partial sums are reduced straight to a batch that is split over all
+    # Megatron-LM, 2019). fc2's partial sums are reduce-scattered to a batch that is split over all
     # devices, where the small output layer is data parallel.
     "hybrid_alternating": dict(
         conv_batch=ALL,
@@ -69,6 +81,7 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
     ),
 }
 
+# Every logical axis that an array may have. Rows may name any of them.
 LOGICAL_AXES = (
     "conv_batch",
     "dense_batch",
@@ -85,7 +98,7 @@ LOGICAL_AXES = (
     "fc3_out",
 )
 
-# A size that does not divide by its mesh axes is an error, except here: the 10 classes of CIFAR-10
-# divide by few meshes. The output layer is small, so each device then holds it whole, and the
-# placement report says so.
+# A size that is not divisible by the devices along its mesh axes is an error, except for these
+# logical axes. CIFAR-10's 10 classes are divisible by few mesh sizes, and the output layer is
+# small: each device then holds all of it, and the placement report says so.
 MAY_REPLICATE = ("fc3_out",)

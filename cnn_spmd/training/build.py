@@ -176,7 +176,9 @@ def _assemble(
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, levers))
-    setup.functions.activations(config.batch_size, setup.image_size)  # for its errors
+    program_report.layouts_of_activations(  # for its errors
+        setup.functions, config.batch_size, setup.image_size
+    )
     _ = setup.functions.abstract_state  # for its errors
     return setup
 

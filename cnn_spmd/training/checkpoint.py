@@ -186,7 +186,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int, run: str):
         self.directory = directory
         self.keep = keep
-        self.run = run
+        self.run_name = run
         self._is_main = jax.process_index() == 0
         self._was_read_back = False  # whether a checkpoint of this command was
         self._pending: _Pending | None = None
@@ -217,7 +217,7 @@ class Checkpoints:
             if self._is_main:
                 self._set_aside_unused(step, rejected)
                 if not checkpoint.has_manifest():
-                    checkpoint.write_manifest(self.run, step, None)
+                    checkpoint.write_manifest(self.run_name, step, None)
             return state
         return None
 
@@ -240,7 +240,7 @@ class Checkpoints:
         unverified = []
         for step in steps:
             try:
-                is_verified = self._checkpoint(step).verify(self.run)
+                is_verified = self._checkpoint(step).verify(self.run_name)
             except Rejected as error:
                 rejected[step] = str(error)
                 continue
@@ -342,7 +342,7 @@ class Checkpoints:
         if not self._is_main:
             return
         saving = self._checkpoint(f"{SAVING}{step}")
-        saving.write_manifest(self.run, step, accuracy)
+        saving.write_manifest(self.run_name, step, accuracy)
         final = self._checkpoint(step)
         if final.path.exists():
             final.set_aside("is in the way of a new save of this step")

@@ -1,14 +1,15 @@
-"""Train: the story of a run, from its config to its summary.
+"""Train: a run, from its config to its summary.
 
-A run goes from stop to stop. A stop is a step after which it evaluates, saves, or is complete.
-Between two stops the devices work through chunks. A chunk is the steps of one compiled call.
+A run goes from stop to stop. A stop is a step after which the run evaluates, saves, or is complete.
+Between two stops the devices work through chunks. A chunk is the steps of one compiled call: the
+host launches one call for many steps, and logs a chunk while the devices work on the next one.
 
 - A run evaluates every `eval.every_epochs` epochs, and after its last step.
 - It saves a checkpoint every `checkpoint.every_epochs` epochs, and after its last step.
-- A signal (SIGTERM, Ctrl-C, SIGHUP) stops it at the end of a chunk. It then saves and leaves.
-- A loss or a parameter that is not finite stops it. Such a state is never saved.
-- A run that is started again restores the whole TrainState of its newest checkpoint: step, seed,
-  parameters and optimizer state. It may do so on another mesh.
+- A signal (SIGTERM, Ctrl-C, SIGHUP) ends it after a chunk: it saves, and the same command resumes.
+- A loss, a parameter or a batch statistic that is not finite ends it, and is never saved.
+- A run that is started again restores the TrainState of its newest checkpoint: step, seed,
+  parameters, model state and optimizer state, onto whatever mesh the command asks for.
 """
 
 import concurrent.futures
@@ -40,7 +41,7 @@ from cnn_spmd.training.workdir import LOCK, locked_run, write_run_file
 
 
 class NonFinite(RuntimeError):
-    """A loss or a parameter is not finite; the run stops and keeps its checkpoints."""
+    """A loss or the state is not finite; the run ends and keeps its checkpoints."""
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path | str) -> dict:
@@ -48,18 +49,18 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path | str) -> dic
 
     The summary is what summary.json holds.
     Raises UserError for bad input, before anything is compiled; KeyboardInterrupt for a signal
-    before the first step; NonFinite where training diverges; SaveError where a save fails.
+    before the data are loaded; NonFinite if training diverges; SaveError if a save fails.
     """
-
     workdir = pathlib.Path(workdir)
 
     def refuse_early(setup: Setup) -> None:
+        """Refuse a state that is too large and a folder that is in use, before images are read."""
         build.refuse_beyond_memory(setup)
         with locked_run(workdir, setup.saved_config):
             pass
 
     setup = build.prepare(config, check=refuse_early)
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt:  # from here on, a signal is noted and does not kill
         interrupt.raise_if_requested()
         with locked_run(workdir, setup.saved_config) as old_summary:
             cluster.same_folder(workdir, workdir / LOCK)
@@ -69,7 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path | str) -> dic
             started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             checkpoints, state = resume.restore(setup, workdir, old_summary)
             start = 0 if state is None else int(state.step)
-            resume.begin(setup, workdir, checkpoints.run, start)
+            resume.write_config(setup, workdir, checkpoints.run_name, start)
 
             timetable = make_timetable(setup.config, len(setup.data.train_images), start)
             programs = compile_programs(setup, timetable.chunks)
@@ -85,7 +86,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path | str) -> dic
 
 
 class Run:
-    """A run on its way: the state after step `step`, and what it needs to go on."""
+    """A run in progress: the state after step `step`, and what it needs to go on."""
 
     def __init__(
         self,
@@ -102,16 +103,16 @@ class Run:
         self.programs, self.checkpoints, self.interrupt = programs, checkpoints, interrupt
         self.state, self.step = state, timetable.start
         self.interrupted = False
-        self.evaluation: dict | None = None  # at the last stop
+        self.evaluation: dict | None = None  # of the state, if it was evaluated at the last stop
         self.started = started
         self.log = Log(setup, workdir, timetable)
         inputs = chunk_inputs(setup, programs.train_feed, timetable.chunks)
         self.chunks = zip(timetable.chunks, inputs, strict=True)
 
     def train(self) -> dict:
-        """Go through the timetable; return the summary, which says how it ended.
+        """Go through the timetable; return the summary, which says how the run ended.
 
-        Whatever happens, summary.json is written at the beginning and at the end.
+        summary.json is written at the beginning and at the end, after an error too.
         """
         status = "failed"
         try:
@@ -130,7 +131,7 @@ class Run:
         """Run from stop to stop; return "completed", or "interrupted" after a signal."""
         for stop in self.timetable.stops:
             self.run_until(stop)
-            if self.step == self.timetable.last:
+            if self.step == self.timetable.last:  # complete, even if a signal came
                 break
             if self.interrupted:
                 self.evaluation = None
@@ -143,7 +144,7 @@ class Run:
                 self.save()
 
         self.evaluation = self.evaluate("final")
-        if self.timetable.stops:  # otherwise the last step was saved by an earlier command
+        if self.timetable.stops:  # none: an earlier command saved the last step and was killed
             self.save()
         self.checkpoints.close()
         if self.setup.config.profile:
@@ -151,36 +152,35 @@ class Run:
         return "completed"
 
     def run_until(self, stop: int) -> None:
-        """Run chunks until step `stop`, or until a signal comes.
+        """Run chunks until step `stop`, or until a signal has come; at least one chunk.
 
-        A signal takes effect at the end of the chunk in which it comes.
-        The host records a chunk while the next one runs, so that the devices do not wait for it.
-        In a cluster they do wait: after each chunk the processes agree whether a signal came.
+        The host records a chunk while the next one runs, so that the devices do not wait for the
+        host. In a cluster they do wait: after each chunk the processes agree whether a signal came.
         """
         self.log.clock.start()
         running = None
         while self.step < stop and not self.interrupted:
             chunk, inputs = next(self.chunks)
             self.state, metrics = self.programs.train[chunk.steps](self.state, *inputs)
-            end_time = self.log.clock.watch(metrics)
+            ended_at = self.log.clock.watch(metrics)
             self.step = chunk.end
             if running:
                 self.record(*running)
-            running = chunk, metrics, end_time
+            running = chunk, metrics, ended_at
             self.interrupted = self.interrupt.requested()
         self.record(*running)
 
-    def record(self, chunk: Chunk, metrics: dict, end_time: concurrent.futures.Future) -> None:
+    def record(self, chunk: Chunk, metrics: dict, ended_at: concurrent.futures.Future) -> None:
         """Wait until a chunk ends, and log it.
 
         Raises NonFinite for a loss that is not finite.
         """
-        seconds = self.log.clock.finish(chunk.steps, end_time)
+        seconds = self.log.clock.finish(chunk.steps, ended_at)
         metrics = {name: np.asarray(values) for name, values in metrics.items()}
         finite = np.isfinite(metrics["loss"])
         if not finite.all():
-            self.step = chunk.end  # the next chunk runs already, and its steps do not count
-            first = int(np.argmin(finite))
+            self.step = chunk.end  # the steps of a chunk that runs already do not count
+            first = int(np.argmin(finite))  # the first False
             steps_before = chunk.start + first
             rate = self.log.schedule(steps_before)
             raise NonFinite(
@@ -192,7 +192,8 @@ class Run:
     def evaluate(self, split: str) -> dict:
         """Evaluate the state on the test data, log and return the metrics by name.
 
-        split: what the log calls it, "eval" or "final". Raises NonFinite for such a loss.
+        split: what the log calls it, "eval" or "final". Raises NonFinite for a test loss that is
+        not finite.
         """
         since = time.perf_counter()
         metrics = self.programs.evaluate(self.state)
@@ -205,15 +206,15 @@ class Run:
     def save(self) -> None:
         """Begin to save the state, with the accuracy of its evaluation, if there was one.
 
-        A thread of its own writes the checkpoint while training goes on. Raises NonFinite for
-        parameters that are not finite, SaveError where the folder of the run is gone.
+        A separate thread writes the checkpoint while training goes on. Raises NonFinite for a
+        state that is not finite, SaveError if the folder of the run is gone.
         """
         if not all_finite((self.state.params, self.state.model_state)):
             raise NonFinite(f"parameters are not finite after step {self.step}")
         if jax.process_index() == 0 and not (self.workdir / "config.json").exists():
             raise SaveError(
                 f"{self.workdir}: was moved or removed while the run used it; step {self.step} is "
-                "not saved; in the folder's new place, the same command goes on"
+                "not saved; to go on, give the folder's new place as --workdir"
             )
         accuracy = self.evaluation["accuracy"] if self.evaluation else None
         self.checkpoints.save(self.step, self.state, accuracy)
@@ -259,5 +260,5 @@ class Run:
 
 @jax.jit
 def all_finite(arrays: Any) -> jax.Array:
-    """Return whether no element of a tree of arrays is NaN or infinite."""
+    """Return whether all elements of a tree of arrays are finite."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays)]).all()

@@ -1,5 +1,6 @@
 """The report on a compiled train step: what a device holds, and what moves in a step."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import nnx
 
 from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.sharding.placement import axes_of, name_of
+from cnn_spmd.training.step import StepFunctions
 
 
 def report_of(setup: Any, compiled: jax.stages.Compiled, n: int, compile_seconds: float) -> dict:
@@ -51,7 +53,7 @@ def _parts(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]:
     config, place, functions = setup.config, setup.place, setup.functions
     abstract = functions.abstract_state
     params, model_state = map(_named_variables, (abstract.params, abstract.model_state))
-    activations = functions.activations(config.batch_size, setup.image_size)
+    activations = layouts_of_activations(functions, config.batch_size, setup.image_size)
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
         placement=[
@@ -92,3 +94,24 @@ def _named_variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
         state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
     )
     return [(name_of(path), leaf) for path, leaf in leaves]
+
+
+def layouts_of_activations(
+    functions: StepFunctions, batch_size: int, image_size: int
+) -> list[tuple[str, tuple, tuple]]:
+    """Return (name, logical axes, shape) of each layer's input and output, in order.
+
+    JAX traces the network with abstract arrays, and `place` records each activation that has a
+    name. Raises UserError where one is not divisible as the scheme asks.
+    """
+    seen = []
+    place = dataclasses.replace(
+        functions.place, record=lambda name, axes, x: seen.append((name, axes, x.shape))
+    )
+    model = nnx.eval_shape(lambda: functions.make_model(nnx.Rngs(0)))
+    nnx.eval_shape(
+        lambda model, x: model.classify(model.features(x, place), place),
+        model,
+        jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32),
+    )
+    return seen

@@ -58,7 +58,7 @@ def restore(
     return checkpoints, state
 
 
-def begin(setup: Setup, workdir: pathlib.Path, run_name: str, start: int) -> None:
+def write_config(setup: Setup, workdir: pathlib.Path, run_name: str, start: int) -> None:
     """Write config.json and say where the run starts, before anything that takes long.
 
     A run that is stopped from now on can be started again.

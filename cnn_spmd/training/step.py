@@ -1,10 +1,15 @@
-"""The train step and the evaluation step: pure functions, jitted with shardings and donation.
+"""Compute the train step and the evaluation step, as pure functions of a state and images.
 
-Nothing here names a mesh axis. Arrays are placed by logical axes (sharding/placement.py), and XLA
-inserts the collectives.
+Nothing here names a mesh axis. `place(x, ...)` constrains an array by its logical axes
+(sharding/placement.py), and XLA inserts the collectives.
 
-Shapes: N examples of the data set, B global batch, S steps per chunk, H height, W width, C channels
-or classes, V views of a test image, F features that reach the dense layers.
+A step sees the examples `indices_B`, a function of (seed, step) alone: data/order.py. There are two
+ways to give them. Where the data set is resident, `data` is all of it, on every device, and the
+step takes data[indices_B]. Where it is streamed, `data` holds just the examples, and the indices
+are None (data/feed.py).
+
+A name ends in its dimensions: B global batch, S steps per chunk, H height, W width, C channels or
+classes, V views of a test image, F features that reach the dense layers. [] is a scalar.
 """
 
 import dataclasses
@@ -29,10 +34,10 @@ class TrainState(NamedTuple):
     """All that a run carries from step to step, and all that a checkpoint holds."""
 
     step: jax.Array  # int32 []: steps done
-    seed: jax.Array  # uint32 []: an input of the program, so that another seed compiles nothing
+    seed: jax.Array  # uint32 []: an input of the program, so that a new seed needs no compilation
     params: nnx.State  # float32
-    model_state: nnx.State  # what a network declares beside parameters, such as batch statistics
-    optimizer: Any  # optax state: a momentum per parameter
+    model_state: nnx.State  # other variables of the network, such as batch statistics
+    optimizer: Any  # the state of the optax optimizer: a momentum per parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class StepFunctions:
     seed: int
     label_smoothing: float
     microbatch: microbatch.Settings | None  # None: the dense layers see the whole batch at once
-    packed: bool  # the steps of a chunk hand on packed weights (packing.py)
+    packed: bool  # weights are carried between the steps of a chunk in packed form (packing.py)
 
     # ---- State.
 
@@ -55,18 +60,19 @@ class StepFunctions:
         model = self.make_model(nnx.Rngs(jax.random.key(seed)))
         _, params, model_state = nnx.split(model, nnx.Param, ...)
         if microbatch.updates_each(self.microbatch):
-            optimizer = microbatch.init_optimizer(self, params)
+            optimizer_state = microbatch.init_optimizer(self, params)
         else:
-            optimizer = self.optimizer.init(params)
-        return TrainState(jnp.zeros((), jnp.int32), seed, params, model_state, optimizer)
+            optimizer_state = self.optimizer.init(params)
+        return TrainState(jnp.zeros((), jnp.int32), seed, params, model_state, optimizer_state)
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """Return the network without its arrays."""
-        return nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0))))[0]
+        graph, _ = nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0))))
+        return graph
 
     def model(self, params: nnx.State, model_state: nnx.State) -> nnx.Module:
-        """Return the network with these arrays."""
+        """Return the network with these arrays, in variables of its own."""
         return nnx.merge(self.graph, params, model_state, copy=True)
 
     # ---- The train step.
@@ -77,21 +83,28 @@ class StepFunctions:
         """Return images float32 [B, H, W, C], labels [B] and a dropout key.
 
         Crops, flips, colour noise and dropout masks are a function of (seed, step), whatever the
-        mesh. indices_B: None where `data` holds just the examples of the step.
+        mesh: JAX draws random bits for the whole array, not for a shard.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        images = self.preprocessing.train_images(data.images, indices_B, key)
-        images = self.place(images, "conv_batch", None, None, None)
+        crop_key, dropout_key = jax.random.split(key)
+        colour_key = jax.random.fold_in(key, 2)
+        images_BHWC = self.preprocessing.train_images(data.images, indices_B, crop_key, colour_key)
+        images_BHWC = self.place(images_BHWC, "conv_batch", None, None, None)
         labels_B = self.place(labels_of(data, indices_B), "output_batch")
-        return images, labels_B, jax.random.split(key)[1]
+        return images_BHWC, labels_B, dropout_key
 
     def features(
-        self, params: nnx.State, model_state: nnx.State, images_NHWC: jax.Array
+        self, params: nnx.State, model_state: nnx.State, images_BHWC: jax.Array
     ) -> tuple[jax.Array, nnx.State]:
-        """Return what the convolutions make of training images, [B, F], and the new model state."""
+        """Return the output of the convolutions for training images [B, F], and the model state.
+
+        The network's `features` may assign to its model state (batch statistics); `classify` may
+        not.
+        """
         model = self.model(params, model_state)
-        x_BF = model.features(images_NHWC, self.place, train=True)
-        return x_BF, nnx.split(model, nnx.Param, ...)[2]
+        x_BF = model.features(images_BHWC, self.place, train=True)
+        _, _, new_model_state = nnx.split(model, nnx.Param, ...)
+        return x_BF, new_model_state
 
     def loss(
         self,
@@ -101,9 +114,13 @@ class StepFunctions:
         labels_B: jax.Array,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, dict]:
-        """Return the mean cross-entropy of the features (nats, labels smoothed), and metrics."""
+        """Classify the features; return the loss [], and the loss and accuracy as metrics.
+
+        The loss is the mean cross-entropy in nats, with smoothed labels. With a dropout key, both
+        are those of the network under dropout.
+        """
         logits_BC = self.model(params, model_state).classify(x_BF, self.place, dropout_key)
-        logits_BC = logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32))
+        logits_BC = _at_least_f32(logits_BC)
         one_hot_BC = jax.nn.one_hot(labels_B, logits_BC.shape[-1])
         targets_BC = optax.smooth_labels(one_hot_BC, self.label_smoothing)
         targets_BC = self.place(targets_BC, "output_batch", "fc3_out")
@@ -117,19 +134,20 @@ class StepFunctions:
         indices_B: jax.Array | None,
         weights: nnx.State | None = None,
     ) -> tuple[nnx.State, dict, nnx.State]:
-        """Return the loss's gradient by each parameter, loss and accuracy [], and the model state.
+        """Return the gradient of the loss, loss and accuracy [], and the new model state.
 
-        weights: the parameters as the layers multiply with them; None: state.params.
+        weights: what the layers compute with, where that is another form of state.params
+        (packing.py: bfloat16).
         """
-        images, labels_B, dropout_key = self.batch(state, data, indices_B)
+        images_BHWC, labels_B, dropout_key = self.batch(state, data, indices_B)
 
-        def loss_of(weights):
-            x_BF, model_state = self.features(weights, state.model_state, images)
-            loss, metrics = self.loss(weights, state.model_state, x_BF, labels_B, dropout_key)
+        def loss_of(params):
+            x_BF, model_state = self.features(params, state.model_state, images_BHWC)
+            loss, metrics = self.loss(params, state.model_state, x_BF, labels_B, dropout_key)
             return loss, (metrics, model_state)
 
-        weights = state.params if weights is None else weights
-        grads, (metrics, model_state) = jax.grad(loss_of, has_aux=True)(weights)
+        at = state.params if weights is None else weights
+        grads, (metrics, model_state) = jax.grad(loss_of, has_aux=True)(at)
         return grads, metrics, model_state
 
     def update(
@@ -139,9 +157,13 @@ class StepFunctions:
         optimizer_state: Any,
         params: nnx.State,
     ) -> tuple[nnx.State, Any]:
-        """Return the parameters and the optimizer's state after its step along `grads`."""
+        """Return parameters and optimizer state after one step of the optimizer.
+
+        optimizer: clips the gradient, adds the weight decay, applies momentum and learning rate
+        (training/optim.py). grads: in the dtype that the layers computed in.
+        """
         with jax.named_scope("update"):
-            grads = jax.tree.map(lambda grad, weight: grad.astype(weight.dtype), grads, params)
+            grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
             updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
             return optax.apply_updates(params, updates), optimizer_state
 
@@ -152,40 +174,45 @@ class StepFunctions:
         indices_B: jax.Array | None,
         weights: nnx.State | None = None,
     ) -> tuple[TrainState, dict]:
-        """Do one step on the examples `indices_B`; return the new state, loss and accuracy [].
-
-        XLA inserts the collectives from where `place` puts activations and parameters: the
-        gradients of replicated weights are all-reduced here, before the update.
-        """
+        """Do one step on the examples `indices_B`; return the new state, loss and accuracy []."""
         grads, metrics, model_state = self.gradients(state, data, indices_B, weights)
-        params, optimizer = self.update(self.optimizer, grads, state.optimizer, state.params)
-        return TrainState(state.step + 1, state.seed, params, model_state, optimizer), metrics
+        # The loss is a mean over the global batch. So XLA sums each gradient over the devices that
+        # hold other examples and the same part of the weight, before the update.
+        params, optimizer_state = self.update(self.optimizer, grads, state.optimizer, state.params)
+        state = TrainState(state.step + 1, state.seed, params, model_state, optimizer_state)
+        return state, metrics
 
     def train_chunk(
         self, state: TrainState, data: DeviceData, indices_SB: jax.Array | None
     ) -> tuple[TrainState, dict]:
-        """Do S steps in one program; return the new state, and metrics [S].
+        """Do the S steps of a chunk in one program; return the new state, and metrics [S].
 
-        indices_SB: None where `data` holds the examples of the chunk, [S, B, ...].
-        A single step stays outside a scan, which XLA's CPU backend runs slowly.
+        The host launches one program for S steps: that hides the time that a launch takes. Where
+        indices_SB is None, `data` holds the examples of the chunk, [S, B, ...].
         """
         step = self.train_step
         if self.microbatch:
-            step = functools.partial(microbatch.train_step, self)
+            step = functools.partial(microbatch.train_step, self)  # takes packed states too
         elif self.packed:
             step = packing.packed_step(step)
 
-        def body(state, inputs):
-            return step(state, *((*inputs, None) if indices_SB is None else (data, inputs)))
+        def body(state, of_step):
+            if indices_SB is None:
+                return step(state, of_step, None)
+            return step(state, data, of_step)
 
-        inputs = (data,) if indices_SB is None else indices_SB
-        state = packing.pack(state) if self.packed else state
-        if len(jax.tree.leaves(inputs)[0]) == 1:
+        inputs = data if indices_SB is None else indices_SB
+        steps = len(jax.tree.leaves(inputs)[0])
+        if self.packed:
+            state = packing.pack(state)
+        if steps == 1:  # without a scan, as XLA's CPU backend runs the body of a scan slowly
             state, metrics = body(state, jax.tree.map(lambda x: x[0], inputs))
             metrics = jax.tree.map(lambda x: x[None], metrics)
         else:
             state, metrics = jax.lax.scan(body, state, inputs)
-        return packing.unpack(state) if self.packed else state, metrics
+        if self.packed:
+            state = packing.unpack(state)
+        return state, metrics
 
     # ---- The evaluation step.
 
@@ -195,15 +222,17 @@ class StepFunctions:
         The softmax outputs of several views of an image are averaged, as in cuda-convnet and in
         AlexNet (Krizhevsky et al. 2012, section 4.1).
         """
-        views = self.preprocessing.test_views(images_BHWC)
-        batch, count = views.shape[:2]
-        images = views.reshape(-1, *views.shape[2:])  # the views of an image stay on one device
+        views_BVHWC = self.preprocessing.test_views(images_BHWC)
+        batch, views = views_BVHWC.shape[:2]
+        # The views of an image are neighbours, and so they stay on one device.
+        images = views_BVHWC.reshape(-1, *views_BVHWC.shape[2:])
         images = self.place(images, "conv_batch", None, None, None)
         model = self.model(state.params, state.model_state)
         logits = model.classify(model.features(images, self.place), self.place)
-        logits_BVC = logits.astype(jnp.float32).reshape(batch, count, -1)
+        logits_BVC = logits.astype(jnp.float32).reshape(batch, views, -1)
         logits_BVC = self.place(logits_BVC, "output_batch", None, "fc3_out")
-        return jax.nn.logsumexp(jax.nn.log_softmax(logits_BVC), 1, b=1 / count)
+        # The logarithm of the mean probability over the views.
+        return jax.nn.logsumexp(jax.nn.log_softmax(logits_BVC), axis=1, b=1 / views)
 
     def eval_step(
         self,
@@ -222,7 +251,7 @@ class StepFunctions:
             sums[name] = jnp.where(mask_B, metric(scores_BC, labels_B), 0).sum()
         return sums
 
-    # ---- The same with shardings.
+    # ---- Jitted, with the shardings of what they return.
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -237,36 +266,24 @@ class StepFunctions:
             self.place.of_state(state),
         )
 
-    def activations(self, batch_size: int, image_size: int) -> list[tuple[str, tuple, tuple]]:
-        """Return (name, logical axes, shape) of each layer's input and output, in order.
-
-        Raises UserError where one does not divide as the table asks.
-        """
-        seen = []
-        place = dataclasses.replace(
-            self.place, record=lambda name, axes, x: seen.append((name, axes, x.shape))
-        )
-        model = nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0)))
-        nnx.eval_shape(
-            lambda model, x: model.classify(model.features(x, place), place),
-            model,
-            jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32),
-        )
-        return seen
-
     def jit_init(self) -> Callable[[], TrainState]:
         """Jit `init`. The state is created sharded: no device ever holds a split array whole."""
         jitted = jax.jit(self.init, out_shardings=self.place.of_state(self.abstract_state))
         return functools.partial(jitted, np.uint32(self.seed))
 
-    def jit_train(self):
-        """Jit `train_chunk`, with the state donated: the new state takes the old one's memory."""
+    def jit_train(self) -> Callable:
+        """Jit `train_chunk`. The state is donated: the new state takes the old one's memory."""
         return jax.jit(
             self.train_chunk,
-            donate_argnums=0,
+            donate_argnames="state",
             out_shardings=(self.place.of_state(self.abstract_state), self.place.replicated),
         )
 
-    def jit_eval(self):
+    def jit_eval(self) -> Callable:
         """Jit `eval_step`; every device gets the sums."""
         return jax.jit(self.eval_step, out_shardings=self.place.replicated)
+
+
+def _at_least_f32(x: jax.Array) -> jax.Array:
+    """Return bfloat16 as float32; tests compute in float64, which stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
