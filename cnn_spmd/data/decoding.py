@@ -1,7 +1,8 @@
-"""Decoding many photographs into files on disk, by all cores.
+"""Decode many photographs into files on disk, by all cores.
 
 A killed process loses nothing: the next one continues where it stopped.
-Shapes: N photographs of a split, M rows of a file (the largest N of all attempts),
+
+Shapes: N photographs of a split; M images that a file has room for, the largest N of all attempts.
 H = W = size rows and columns, C = 3 channels (red, green, blue).
 """
 

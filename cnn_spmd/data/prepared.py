@@ -1,4 +1,4 @@
-"""Decoded photographs on disk: decoded once, then read back as np.memmap.
+"""Decode photographs once, and map them from disk ever after (np.memmap).
 
 The data set may be larger than memory. Each one has a folder of its own, which appears when it is
 complete. Shapes: N images, H = W = size rows and columns, C = 3 channels (red, green, blue).
