@@ -1,11 +1,11 @@
-"""What papers published, as data."""
+"""List what papers published, as data."""
 
 from typing import NamedTuple
 
 # ---- Throughput on several GPUs
 #
-# All curves are AlexNet on 224x224 images (ILSVRC-2012), and in all of them the global batch grows
-# with the number of GPUs (weak scaling). "Digitised" values are read off a paper's vector graphics:
+# All curves are AlexNet on 224x224 images (ILSVRC-2012). In all of them the global batch grows with
+# the number of GPUs (weak scaling). "Digitised" values are read off a paper's vector graphics:
 # OptCNN's to about 1%, FlexFlow's to about 20 images/s per GPU. values: number of GPUs -> speedup,
 # images/s, or images/s per GPU, as the source gives it.
 
