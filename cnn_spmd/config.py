@@ -20,7 +20,7 @@ from cnn_spmd.errors import UserError
 
 
 class Field(NamedTuple):
-    """A field of the config: its default, what it does, and the values that it may have.
+    """A field of the config: its default, what it does, which values it may have.
 
     A value has the type of the default. An integer may stand for a float, and a list for a tuple.
     """
@@ -192,11 +192,11 @@ LARGEST = {float: 3e38, int: 2**31 - 1}  # of open ranges: a float32 or an int32
 MOST_CPU_DEVICES = 2048  # of one process: XLA numbers those of another process from here on
 
 # data.resident="auto" keeps a data set on the devices where it takes at most this share of their
-# memory, or at most these bytes where nobody knows their memory. Otherwise the host streams it; a
-# call then has at most CALL_BYTES of images, or a single step.
+# memory. Where nobody knows their memory, the limit is RESIDENT_BYTES. Otherwise the host streams
+# the images; a chunk then has at most CHUNK_BYTES of them, or a single step.
 RESIDENT_SHARE = 0.4
 RESIDENT_BYTES = 4e9
-CALL_BYTES = 1e9
+CHUNK_BYTES = 1e9
 
 # What a resumed run may change, as its numbers do not depend on it. Two exceptions: steps and
 # epochs, which the learning rate follows from there on. Which images are left out shows in
@@ -265,18 +265,18 @@ def complete(saved: dict) -> dict:
     A field that it lacks has its default; what is no field (any more) is left out. Values are as
     JSON reads them back: tuples are lists. Raises UserError as `fill`.
     """
-    whole: dict = {}
+    nested: dict = {}
     for name, value in saved.items():
-        _merge(whole, name.split("."), value)
-    fill(whole)
+        _put(nested, name.split("."), value)
+    fill(nested)
     found: dict = {}
     for name in SCHEMA:
-        _merge(found, name.split("."), get(whole, name))
+        _put(found, name.split("."), get(nested, name))
     return json.loads(json.dumps(found))
 
 
-def _merge(tree: dict, path: list[str], value: Any) -> None:
-    """Set tree[path[0]][path[1]]... to a value; dicts are copied, so that nothing is shared."""
+def _put(tree: dict, path: list[str], value: Any) -> None:
+    """Set tree[path[0]][path[1]]... to a copy of a value."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = copy.deepcopy(value)
@@ -290,7 +290,7 @@ def get(config: Any, field: str) -> Any:
 
 
 def refuse_unknown(field: str, value: str = "") -> None:
-    """Raise UserError unless there is a field, a section or an entry of this dotted name.
+    """Raise UserError unless a field, section or entry has this dotted name.
 
     An entry is that of a dict whose names are the user's, such as optimizer.layer_rates.fc3.
     value: as the user gave it, for the message.
@@ -305,7 +305,7 @@ def refuse_unknown(field: str, value: str = "") -> None:
 
 
 def is_entry(field: str) -> bool:
-    """Return whether a dotted name is of an entry of a dict whose names are the user's."""
+    """Return whether a dotted name is that of an entry of a dict field."""
     parent = SCHEMA.get(field.rpartition(".")[0])
     return parent is not None and isinstance(parent.default, dict)
 
@@ -358,7 +358,7 @@ def check_value(field: str, value: Any) -> None:
 
 
 def _check_type(name: str, value: Any, like: Any) -> None:
-    """Raise UserError unless a value has the type of `like`; the names in a dict are strings."""
+    """Raise UserError unless a value has the type of `like`, with strings as names."""
     kinds, expected = TYPES[type(like)]
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(like, bool):
         raise UserError(f"{name}={value!r}: expected {expected}")
@@ -435,7 +435,7 @@ def machine_memory() -> int:
 
 
 def refuse_beyond(memory: float, needed: float, fields: str) -> None:
-    """Raise UserError, naming the fields, where they need more bytes than the memory has."""
+    """Raise UserError, naming the fields, if they need more bytes than there are."""
     if needed > memory:
         raise UserError(
             f"{fields}: needs {needed / 1e9:,.1f} GB, expected at most the {memory / 1e9:,.1f} GB "
@@ -447,7 +447,7 @@ def refuse_beyond(memory: float, needed: float, fields: str) -> None:
 
 
 def keep_given(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
-    """Set each of data.fallback_* to 0 that would replace a field which was set by hand.
+    """Set to 0 each of data.fallback_* that would replace a field set by hand.
 
     given: the dotted names of the fields that were set by hand; those of data.fallback_* that are
     among them stay.
@@ -493,7 +493,7 @@ def resolve(
 
 
 def _take_fallback(config: ml_collections.ConfigDict, name: str) -> None:
-    """Give a config the values of data.fallback_* that are not 0, and the name of the data set."""
+    """Give a config the fallback's name, and the nonzero values of data.fallback_*."""
     if config.data.fallback_epochs:
         config.epochs = config.data.fallback_epochs
         config.steps = 0
@@ -540,7 +540,7 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
 
 
 def values_on_fallback(config: ml_collections.ConfigDict) -> str:
-    """Say which values of a resolved config are from data.fallback_*, and which were given."""
+    """Say which values of a resolved config are from data.fallback_*."""
     origins: dict[str, list[str]] = {}
     for fallback, (field, *_) in OF_THE_FALLBACK.items():
         origin = "from data.fallback_*" if config.data[fallback] else "as given"
@@ -549,25 +549,26 @@ def values_on_fallback(config: ml_collections.ConfigDict) -> str:
 
 
 def _steps_per_call(config: ml_collections.ConfigDict, data: Any, platform: str) -> int:
-    """Choose the steps of one compiled call, for a resolved number of steps.
+    """Choose the steps of a chunk, for a resolved number of steps.
 
-    A CPU runs the body of a scan many times slower than the bare step: it gets one step per call.
+    A CPU runs the body of a scan many times slower than the bare step: its chunks have one step.
     """
     if platform == "cpu":
         return 1
     per_epoch = len(data.train_images) // config.batch_size
     between = per_epoch * math.gcd(config.eval.every_epochs, config.checkpoint.every_epochs)
-    steps = whole_calls(min(config.steps, between or config.steps))
+    steps = chunk_steps(min(config.steps, between or config.steps))
     if config.data.resident == "no":
         batch_bytes = config.batch_size * data.train_images[0].nbytes
-        steps = min(steps, max(1, int(CALL_BYTES / batch_bytes)))
+        steps = min(steps, max(1, int(CHUNK_BYTES / batch_bytes)))
     return steps
 
 
-def whole_calls(until: int) -> int:
-    """Return the most steps per call, from 20 to 100, that divide `until`: one program serves all.
+def chunk_steps(until: int) -> int:
+    """Return the most steps of a chunk, from 20 to 100, that divide `until`.
 
-    Without such a number, as few calls as possible of at most 100 steps, the last one shorter.
+    One program then serves all chunks. Without such a number there are as few chunks as possible of
+    at most 100 steps, and the last one is shorter.
     """
     for steps in range(100, 19, -1):
         if until % steps == 0:
@@ -584,7 +585,7 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
 
 
 def refuse_changes(where: str, old: dict, new: dict) -> None:
-    """Raise UserError naming each field that a resumed run may not change, and that differs.
+    """Raise UserError naming each field that a resumed run must not change.
 
     where: the folder of the old run, as it was given; old, new: as config.json has them, resolved.
     A field that one of them lacks means its default. The data's digest is compared where both have

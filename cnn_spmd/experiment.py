@@ -23,10 +23,14 @@ EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
-    """Return the config of an experiment with some fields replaced, as the command line does it.
+    """Return the config of an experiment with some fields replaced.
+
+    The command line replaces fields in the same way.
 
     path: FILE or FILE:VARIANT, such as "experiments/alexnet_cifar.py:fast". overrides: values by
-    dotted names, such as {"model.width": 256}. Raises UserError for a missing or failing file, an
+    dotted names, such as {"model.width": 256}.
+
+    Raises UserError for a missing or failing file, an
     unknown field, a wrong type, a value out of range, and an override that nothing uses.
     """
     from cnn_spmd.training import unused  # imports jax, which launch.py has to set up first
@@ -42,7 +46,10 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_col
 
 
 def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None:
-    """Set a field by its dotted name. Raises UserError for an unknown field and a wrong type."""
+    """Set a field by its dotted name.
+
+    Raises UserError for an unknown field and a wrong type.
+    """
     configs.refuse_unknown(field, str(value))
     section, _, last = field.rpartition(".")
     if configs.is_entry(field):
@@ -59,8 +66,9 @@ def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None
 
 
 def load(text: str) -> ml_collections.ConfigDict:
-    """Run get_config() of an experiment, FILE or FILE:VARIANT; fields that it lacks have defaults.
+    """Run get_config() of an experiment, FILE or FILE:VARIANT.
 
+    Fields that its config lacks get their defaults.
     Raises UserError where there is no such file, and for whatever fails in it, with its line there.
     """
     path, *variant = text.split(":", 1)

@@ -808,9 +808,9 @@ def test_chunks_end_where_evaluations_and_checkpoints_are(config, steps, evaluat
 def test_what_does_not_fit_is_streamed(config, memory, resident, steps, monkeypatch):
     """Images are streamed if they need more than 0.4 of the memory, or RESIDENT_BYTES.
 
-    104 images of 3,072 bytes are 319,488 bytes. A chunk then gets at most CALL_BYTES of images.
+    104 images of 3,072 bytes are 319,488 bytes. A chunk then gets at most CHUNK_BYTES of images.
     """
-    monkeypatch.setattr(configs, "CALL_BYTES", 2 * 32 * 3072 - 1)
+    monkeypatch.setattr(configs, "CHUNK_BYTES", 2 * 32 * 3072 - 1)
     config.batch_size = 32
     got = configs.resolve(config, sources.load(config.data), "gpu", memory)
     assert (got.data.resident, got.steps_per_call) == (resident, steps)
