@@ -328,7 +328,7 @@ def test_a_workdir_below_a_folder_that_is_not_utf8_is_refused(tmp_path, monkeypa
 
 
 def test_hostile_surroundings_change_no_number(start, tmp_path):
-    """No reader, no stderr, no home, a path beyond ASCII, and what would change jax's numbers."""
+    """No reader, no stderr, no home, a path beyond ASCII, jax's own settings."""
     hostile = dict(
         JAX_ENABLE_X64="1",
         JAX_DEFAULT_PRNG_IMPL="rbg",
@@ -638,7 +638,7 @@ def free_port() -> int:
 
 
 def test_two_processes_train_one_network(start, tmp_path):
-    """Two processes with four devices each log what one process with eight logs; streamed, too."""
+    """Two processes of four devices log what one of eight logs; streamed, too."""
     arguments = [*SMALL, "--mesh", "4x2", "--config.parallelism=hybrid"]
 
     def pair(workdir, *more):

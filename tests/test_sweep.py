@@ -1,4 +1,4 @@
-"""Sweeps: combinations, refusals, runs that fail in every way, going on, and a real sweep."""
+"""Sweeps: combinations, refusals, failing runs, going on, and a real sweep."""
 
 import dataclasses
 import io
