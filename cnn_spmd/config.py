@@ -36,24 +36,24 @@ class Field(NamedTuple):
 
 MESH_AXES = ("data", "model")  # a further axis needs a row of the placement table that uses it
 
-# Every field, by its dotted name. Which names of networks, data sets, optimizers, decays and
-# schemes there are is checked by the module that has them.
+# Every field, by its dotted name. Names of networks, data sets, optimizers, decays and schemes are
+# checked by the module that has them.
 SCHEMA = {
     "experiment": Field("experiment", "name of the experiment; its folders are named after it"),
-    "seed": Field(0, "of weights, batches, crops and dropout masks", low=0, below=2**31),
+    "seed": Field(0, "seed of weights, batches, crops and dropout masks", low=0, below=2**31),
     # How long, and how much at a time.
     "batch_size": Field(512, "global batch: images per step, over all devices", low=1),
     "epochs": Field(40, "passes over the training images", low=0, high=10**7),
-    "steps": Field(0, "steps to train, instead of epochs; 0: epochs says it", low=0, high=10**7),
+    "steps": Field(0, "steps to train, instead of epochs; 0: as epochs says", low=0, high=10**7),
     "steps_per_call": Field(
         0,
-        "steps of one compiled call (a chunk); 0: up to 100 on a GPU, 1 on a CPU",
+        "steps of a chunk, which is one compiled call; 0: up to 100 on a GPU, 1 on a CPU",
         low=0,
         high=10**5,
     ),
     "dtype": Field(
         "auto",
-        "of the computation; auto: bfloat16, on a CPU float32",
+        "type of the computation; auto: bfloat16, on a CPU float32",
         choices=("auto", "float32", "bfloat16"),
     ),
     "profile": Field(0, "steps, at least, to trace after the last one", low=0, high=1000),
@@ -119,14 +119,10 @@ SCHEMA = {
     "data.fallback_learning_rate": Field(
         0.05, "learning rate on the fallback, unless that is set by hand; 0: as given", low=0.0
     ),
-    "data.synthetic.image_size": Field(32, "of random images: side in pixels", low=1, high=4096),
-    "data.synthetic.classes": Field(10, "of random images: classes", low=1, high=10**6),
-    "data.synthetic.train_examples": Field(
-        4096, "of random images: how many to train on", low=1, high=10**7
-    ),
-    "data.synthetic.test_examples": Field(
-        1024, "of random images: how many to test on", low=1, high=10**7
-    ),
+    "data.synthetic.image_size": Field(32, "side of random images in pixels", low=1, high=4096),
+    "data.synthetic.classes": Field(10, "classes of random images", low=1, high=10**6),
+    "data.synthetic.train_examples": Field(4096, "random images to train on", low=1, high=10**7),
+    "data.synthetic.test_examples": Field(1024, "random images to test on", low=1, high=10**7),
     # The loss and the update.
     "label_smoothing": Field(
         0.0, "share of each label that is spread over all classes", low=0.0, below=1.0
@@ -156,9 +152,11 @@ SCHEMA = {
     "optimizer.layer_rates": Field(
         {}, 'multiply the rate of some layers, such as {"fc1": 0.25}', low=0.0, item=0.0
     ),
-    "optimizer.momentum": Field(0.9, "share of the last update that goes on", low=0.0, below=1.0),
+    "optimizer.momentum": Field(
+        0.9, "share of the last update that the next one repeats", low=0.0, below=1.0
+    ),
     "optimizer.nesterov": Field(False, "Nesterov's form of momentum"),
-    "optimizer.weight_decay": Field(5e-4, "of weights, not of biases", low=0.0),
+    "optimizer.weight_decay": Field(5e-4, "decay of weights, not of biases", low=0.0),
     "optimizer.weight_decays": Field(
         {}, 'another weight decay for some layers, such as {"fc3": 0.01}', low=0.0, item=0.0
     ),
@@ -176,7 +174,7 @@ SCHEMA = {
     "checkpoint.keep": Field(2, "newest checkpoints to keep, beside the most accurate one", low=1),
 }
 
-# Fields that there were, and what to do instead. A saved run may have them: they are ignored.
+# Fields of older versions, and what to do instead. In a saved run they are ignored.
 GONE = {"model.levers": "set model.fast to True (all of them) or False (none) instead"}
 
 # By the type of a field: which types its value may have, and how a message names them.
@@ -198,9 +196,9 @@ RESIDENT_SHARE = 0.4
 RESIDENT_BYTES = 4e9
 CHUNK_BYTES = 1e9
 
-# What a resumed run may change, as its numbers do not depend on it. Two exceptions: steps and
-# epochs, which the learning rate follows from there on. Which images are left out shows in
-# data_digest.
+# What a resumed run may change, as its numbers do not depend on it. There are two exceptions: the
+# learning rate follows steps and epochs from there on. data.skip_bad may change, as data_digest
+# shows which images are left out.
 MAY_DIFFER = (
     "mesh",
     "model.fast",
@@ -221,10 +219,10 @@ MAY_DIFFER = (
     "profile",
 )
 # What a run's config.json says of its data beside the config; a resumed run has the same.
-OF_THE_DATA = ("dataset", "fallback", "data_files", "data_digest")
+DATA_FIELDS = ("dataset", "fallback", "data_files", "data_digest")
 
 # Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another.
-OF_THE_FALLBACK = {
+FALLBACK_FIELDS = {
     "fallback_batch_size": ("batch_size",),
     "fallback_epochs": ("steps", "epochs"),
     "fallback_learning_rate": ("optimizer.learning_rate",),
@@ -452,7 +450,7 @@ def keep_given(config: ml_collections.ConfigDict, given: Collection[str]) -> Non
     given: the dotted names of the fields that were set by hand; those of data.fallback_* that are
     among them stay.
     """
-    for fallback, fields in OF_THE_FALLBACK.items():
+    for fallback, fields in FALLBACK_FIELDS.items():
         replaces_given = any(
             f"{field}.".startswith(f"{name}.") for field in fields for name in given
         )
@@ -542,7 +540,7 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
 def values_on_fallback(config: ml_collections.ConfigDict) -> str:
     """Say which values of a resolved config are from data.fallback_*."""
     origins: dict[str, list[str]] = {}
-    for fallback, (field, *_) in OF_THE_FALLBACK.items():
+    for fallback, (field, *_) in FALLBACK_FIELDS.items():
         origin = "from data.fallback_*" if config.data[fallback] else "as given"
         origins.setdefault(origin, []).append(f"{field}={get(config, field)}")
     return "; ".join(f"{', '.join(fields)}, {origin}" for origin, fields in origins.items())
@@ -614,7 +612,7 @@ def _compared(saved: dict) -> dict[str, Any]:
     for name in list(fields):
         if f"{name}.".startswith(tuple(f"{free}." for free in MAY_DIFFER)):
             del fields[name]
-    return fields | {name: saved[name] for name in OF_THE_DATA if name in saved}
+    return fields | {name: saved[name] for name in DATA_FIELDS if name in saved}
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
