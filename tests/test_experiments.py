@@ -10,8 +10,7 @@ from conftest import ROOT
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import dataset, synthetic
-from cnn_spmd.training import build as setup
-from cnn_spmd.training import optim
+from cnn_spmd.training import build, optim
 from experiments import (
     alexnet_2012_imagenet,
     alexnet_cifar,
@@ -101,7 +100,7 @@ def test_recipes_of_cuda_convnet(variant, few):
         "float32",
     )
     config.data.held_out = 0  # these images are too few
-    functions = setup.prepare(config, data=few).functions
+    functions = build.prepare(config, data=few).functions
     got = {
         layer: settings.weight_decays.get(layer, settings.weight_decay)
         for layer in functions.abstract_state.params
@@ -119,7 +118,7 @@ def test_recipes_of_cuda_convnet(variant, few):
 def test_variants_can_be_set_up(experiment, variant, few):
     config = experiment.get_config(variant)
     assert variant in config.experiment
-    setup.prepare(config, data=few)
+    build.prepare(config, data=few)
 
 
 def test_variants_differ_from_their_control_in_what_they_say():
@@ -184,7 +183,7 @@ def test_imagenet(experiment, variant, parameters, photographs):
     config.dense_microbatch //= 4
     classes = 10 if "imagenette" in variant else 1000
     data = dataclasses.replace(photographs, class_names=photographs.class_names[:classes])
-    got = setup.prepare(config, data=data)
+    got = build.prepare(config, data=data)
     assert sum(x.size for x in jax.tree.leaves(got.functions.abstract_state.params)) == parameters
     seen = got.functions.preprocessing
     assert seen.colour_CC is not None

@@ -15,7 +15,7 @@ from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixtur
 
 from cnn_spmd import config as configs
 from cnn_spmd import experiment, sweep
-from cnn_spmd.data import registry as sources
+from cnn_spmd.data import registry
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import compare
@@ -167,7 +167,7 @@ def test_no_two_combinations_have_one_folder(monkeypatch):
 def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     monkeypatch.chdir(ROOT)
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
-    monkeypatch.setitem(sources.DATASETS, "cifar10", lambda data: digits)
+    monkeypatch.setitem(registry.DATASETS, "cifar10", lambda data: digits)
     arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
     assert row["status"] == "pending", row["reason"]
