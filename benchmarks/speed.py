@@ -29,9 +29,9 @@ from typing import NamedTuple, NoReturn
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-# A training step of AlexNet at 224x224, per image: 714,188,480 multiply-adds forward, as many for
-# the gradient of the weights, and as many for the gradient of the inputs, which the first
-# convolution (70,276,800) does not need. A multiply-add is 2 FLOP.
+# A training step of AlexNet at 224x224 has 714,188,480 multiply-adds per image forward. The
+# gradients of the weights and of the inputs take as many each. The first convolution (70,276,800)
+# needs no gradient of its input. A multiply-add is 2 FLOP.
 FLOP_PER_IMAGE = 2 * (3 * 714_188_480 - 70_276_800)
 SIDES = ("ours", "peer")
 
