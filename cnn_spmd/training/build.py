@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from cnn_spmd.sharding.placement import Placement
 from cnn_spmd.training import cluster, microbatch, optim, program_report
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
+from cnn_spmd.training.timetable import split_into_chunks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,15 +52,14 @@ class Setup:
         `state` is used up: its memory becomes that of the new state. Evaluation, checkpoints and
         files are those of cnn_spmd.train.
         """
-        (feed, _), start = self.feeds, int(state.step)
+        feed, _ = self.feeds
         feed.load()
+        start = int(state.step)
+        chunks = split_into_chunks(start, [start + steps], self.config.steps_per_call)
+        inputs = feed.calls([self.indices(chunk.start, chunk.steps) for chunk in chunks])
         metrics = []
-        n = min(self.config.steps_per_call, steps)
-        chunks = [n] * (steps // n) + [steps % n] * (steps % n > 0)
-        starts = itertools.accumulate(chunks, initial=start)
-        indices = [self.indices(at, n) for at, n in zip(starts, chunks, strict=False)]
-        for n, inputs in zip(chunks, feed.calls(indices), strict=True):
-            state, values = self.train_program(n)(state, *inputs)
+        for chunk, batches in zip(chunks, inputs, strict=True):
+            state, values = self.train_program(chunk.steps)(state, *batches)
             metrics.append(jax.tree.map(np.asarray, values))
         return state, jax.tree.map(lambda *values: np.concatenate(values), *metrics)
 
