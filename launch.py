@@ -142,7 +142,7 @@ def launch(argv: list[str]) -> int:
 
     if is_sweep():
         return launch_sweep()
-    unused.refuse(CONFIG.value, experiment.given(flags.FLAGS))
+    unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
     device_count()
     config = config_of_run()

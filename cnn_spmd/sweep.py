@@ -161,7 +161,7 @@ def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devic
     reasons: dict[str, list[str]] = {field: [] for field in swept}
     for settings in combos:
         try:
-            config, _ = experiment.parsed(arguments_of(settings, shared, devices))
+            config, _ = experiment.parse_arguments(arguments_of(settings, shared, devices))
         except UserError:
             continue  # refused by `plan`, with its reason
         for field in swept:
@@ -191,7 +191,7 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
         if "mesh" in settings:
             sizes = mesh.parse(settings["mesh"])
         else:
-            config, _ = experiment.parsed(arguments)
+            config, _ = experiment.parse_arguments(arguments)
             sizes = mesh.shape(config.mesh.to_dict(), devices)
         batch_size = int(settings["batch_per_device"]) * math.prod(sizes.values())
         arguments.append(f"--config.batch_size={batch_size}")
@@ -248,7 +248,7 @@ def _check(
 
     shape: the value of --mesh. datasets: those that are loaded already, by their config.
     """
-    config, given = experiment.parsed(arguments)
+    config, given = experiment.parse_arguments(arguments)
     if shape:
         config.mesh.update(mesh.parse(shape))
     configs.validate(config)
@@ -285,7 +285,7 @@ def run(
                 f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give "
                 "a new folder"
             )
-        config, _ = experiment.parsed(shared)
+        config, _ = experiment.parse_arguments(shared)
         same = dict(
             arguments=list(shared),
             devices=len(devices),

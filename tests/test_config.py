@@ -50,7 +50,7 @@ def test_an_experiment_may_state_only_what_differs(tmp_path):
         "from ml_collections import ConfigDict\ndef get_config():\n"
         "    return ConfigDict(dict(experiment='own', model=dict(width=64)))"
     )
-    config, given = experiment.parsed(["--config", str(path), "--config.model.fast=False"])
+    config, given = experiment.parse_arguments(["--config", str(path), "--config.model.fast=False"])
     expected = configs.default()
     expected.update(experiment="own", model=dict(width=64, fast=False))
     assert config.to_dict() == expected.to_dict()
@@ -59,7 +59,7 @@ def test_an_experiment_may_state_only_what_differs(tmp_path):
 
 def test_load_config_is_what_the_command_line_does():
     flags = ["--config.model.width=64", "--config.optimizer.warmup=0", "--config.batch_size=32"]
-    by_flags, _ = experiment.parsed(["--config", f"{ALEXNET}:fast", *flags])
+    by_flags, _ = experiment.parse_arguments(["--config", f"{ALEXNET}:fast", *flags])
     overrides = {"model.width": 64, "optimizer.warmup": 0, "batch_size": 32}
     config = experiment.load_config(f"{ALEXNET}:fast", overrides)
     assert config.to_dict() == by_flags.to_dict()
@@ -71,7 +71,9 @@ def test_entries_of_dicts_can_be_set_and_swept():
     config = experiment.load_config(ALEXNET, {"optimizer.layer_rates.fc3": 1})
     assert config.optimizer.layer_rates.to_dict() == dict(fc3=1.0)
     path = f"{ROOT / 'experiments/alexnet_2012_imagenet.py'}:imagenette"
-    config, _ = experiment.parsed(["--config", path, "--config.optimizer.layer_rates.fc3=0.1"])
+    config, _ = experiment.parse_arguments(
+        ["--config", path, "--config.optimizer.layer_rates.fc3=0.1"]
+    )
     assert config.optimizer.layer_rates.fc3 == 0.1
     combos = [{"optimizer.layer_rates.fc3": value} for value in ("0.1", "0.2")]
     sweep.refuse_fields(combos, ["--config", path], 1)

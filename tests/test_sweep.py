@@ -171,7 +171,7 @@ def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
     assert row["status"] == "pending", row["reason"]
-    config, _ = experiment.parsed(row["command"].split()[2:])
+    config, _ = experiment.parse_arguments(row["command"].split()[2:])
     config = configs.resolve(config, digits, "cpu")
     found = configs.flat(config.to_dict()) | dict(
         batch_per_device=config.batch_size, epochs=config.steps // (1437 // 64)
@@ -418,7 +418,9 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
                             devices=8,
                             cpu_devices=None,
                             runs=[],
-                            config=configs.flat(configs.as_json(experiment.parsed(SHARED)[0]))
+                            config=configs.flat(
+                                configs.as_json(experiment.parse_arguments(SHARED)[0])
+                            )
                             | {"optimizer.momentum": 0.5},
                         )
                     )

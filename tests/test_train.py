@@ -503,7 +503,7 @@ def on_the_fallback(*arguments):
     """Resolve the shipped experiment where the digits stand in for CIFAR-10."""
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
     path = str(ROOT / "experiments/alexnet_cifar.py")
-    config, _ = experiment.parsed(["--config", path, *arguments])
+    config, _ = experiment.parse_arguments(["--config", path, *arguments])
     return configs.resolve(config, digits, "cpu")
 
 

@@ -88,7 +88,9 @@ def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> It
     yield Move(after.name, "all-gather", gathered, "forward", after.bytes)
     # Slicing is free going forward; backward the slices of the gradient are gathered.
     sliced = after.axes - before.axes
-    yield Move(after.name, "all-gather", sliced, "backward", after.bytes * devices(mesh, sliced))
+    yield Move(
+        after.name, "all-gather", sliced, "backward", after.bytes * count_devices(mesh, sliced)
+    )
     exchanged = exchanged_axes(before, after)
     yield Move(after.name, "all-to-all", exchanged, "forward", after.bytes)
     yield Move(after.name, "all-to-all", exchanged, "backward", after.bytes)
@@ -117,7 +119,7 @@ def sum_output(mesh: Mesh, layer: Layer) -> Iterator[Move]:
     """
     name, held = layer.output.name, layer.output.bytes
     scattered = set(layer.rows) & layer.output.axes
-    unscattered = held * devices(mesh, scattered)
+    unscattered = held * count_devices(mesh, scattered)
     yield Move(name, "all-reduce", set(layer.rows) - scattered, "forward", held)
     yield Move(name, "reduce-scatter", scattered, "forward", unscattered)
     yield Move(name, "all-gather", scattered, "backward", unscattered)
@@ -163,7 +165,7 @@ def closed_form(
         before = layer.output
     for layer in layers:
         moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
-    return [_row(place.mesh, move) for move in moves if devices(place.mesh, move.axes) > 1]
+    return [_row(place.mesh, move) for move in moves if count_devices(place.mesh, move.axes) > 1]
 
 
 def _row(mesh: Mesh, move: Move) -> dict:
@@ -175,11 +177,11 @@ def _row(mesh: Mesh, move: Move) -> dict:
         axes=axes,
         phase=move.phase,
         bytes=payload,
-        ring_bytes=ring_bytes(move.operation, payload, devices(mesh, axes)),
+        ring_bytes=ring_bytes(move.operation, payload, count_devices(mesh, axes)),
     )
 
 
-def devices(mesh: Mesh, axes: Sequence[str] | set[str]) -> int:
+def count_devices(mesh: Mesh, axes: Sequence[str] | set[str]) -> int:
     """Return how many devices lie along these mesh axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
