@@ -8,8 +8,8 @@ from cnn_spmd.training import evaluate, loop
 
 def test_evaluation_that_misses_an_image_is_an_error():
     sums = [
-        dict(loss=1.0, correct=3, top5=4, examples=16),
-        dict(loss=1.0, correct=3, top5=4, examples=15),
+        dict(loss=1.0, accuracy=3, top5=4, examples=16),
+        dict(loss=1.0, accuracy=3, top5=4, examples=15),
     ]
     with pytest.raises(AssertionError, match="evaluated 31"):
         evaluate.means_of(sums, 32)
@@ -17,8 +17,8 @@ def test_evaluation_that_misses_an_image_is_an_error():
 
 def test_every_sum_becomes_a_mean_under_its_name():
     sums = [
-        dict(loss=6.0, correct=3, brier=0.5, examples=4),
-        dict(loss=2.0, correct=1, brier=1.5, examples=4),
+        dict(loss=6.0, accuracy=3, brier=0.5, examples=4),
+        dict(loss=2.0, accuracy=1, brier=1.5, examples=4),
     ]
     means = dict(loss=1.0, accuracy=0.5, brier=0.25, examples=8)
     assert evaluate.means_of(sums, 8) == means
