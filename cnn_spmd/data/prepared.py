@@ -136,7 +136,7 @@ def acquire(lock: io.TextIOBase, waiting: str) -> bool:
 
 
 def decode_into(part: Path, source: Source, size: int, skip_bad: int) -> None:
-    """Decode all images of a source in the folder `part`, and complete it for `read_folder`.
+    """Decode all images of a source in the folder `part`, and complete it.
 
     Raises UserError, as `prepare` does, and OSError.
     """
