@@ -87,7 +87,8 @@ def results_of(setup) -> dict[str, np.ndarray]:
     assert np.abs(scores - scores_of(fresh, images)).max() > 1e-3
     report = setup.report()
     assert "error" not in report
-    assert report["closed_form"] is None
+    # On one device nothing moves, whatever the network.
+    assert report["closed_form"] == ([] if setup.place.mesh.size == 1 else None)
     assert {row["name"] for row in report["placement"]} >= {"norm1.mean", "fc3.kernel"}
     return gather((state, metrics["loss"], scores))
 
