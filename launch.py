@@ -1,4 +1,4 @@
-"""Command line of cnn_spmd: train a network, sweep, or only compile and report.
+"""Train a network, sweep, or only compile and report: the command line.
 
 Below, E stands for experiments/alexnet_cifar.py.
 
@@ -16,9 +16,12 @@ Below, E stands for experiments/alexnet_cifar.py.
 Several hosts: give the same command on each, with JAX_COORDINATOR_ADDRESS=host:port,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID set, or under Slurm's srun or Open MPI's mpirun.
 
-Exit codes: 0 done; 1 a crash, a process of the cluster that is absent or lost, or a sweep in which
-not every run is completed; 2 bad input, or a sweep in which every run is refused; 3 the loss is not
-finite; 75 interrupted (the command that resumes is printed, if anything was saved).
+Exit codes:
+  0   done
+  1   a crash, a process of the cluster that is absent or lost, or a sweep with unfinished runs
+  2   bad input, or a sweep in which every run is refused
+  3   the loss is not finite
+  75  interrupted; the command that resumes is printed, if anything was saved
 """
 
 import concurrent.futures
@@ -139,7 +142,7 @@ def launch(argv: list[str]) -> int:
 
     if is_sweep():
         return launch_sweep()
-    unused.refuse(CONFIG.value, experiment.given(flags.FLAGS))
+    unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
     device_count()
     config = config_of_run()
@@ -149,7 +152,7 @@ def launch(argv: list[str]) -> int:
 
 
 def refuse_flags(argv: list[str]) -> None:
-    """Raise UserError for flags that do not go together, and for arguments that are no flags."""
+    """Raise UserError for flags that do not go together, and for other arguments."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
     if WORKDIR.value == "":
@@ -183,7 +186,10 @@ def simulate(devices: int) -> None:
 
 
 def device_count() -> int:
-    """Count the devices. Raises UserError where JAX_PLATFORMS names one that is not here."""
+    """Count the devices.
+
+    Raises UserError where JAX_PLATFORMS names one that is not here.
+    """
     import jax
 
     try:
@@ -208,7 +214,10 @@ def config_of_run() -> ml_collections.ConfigDict:
 
 
 def compare_processes(config: ml_collections.ConfigDict) -> None:
-    """End all processes of a cluster whose flags, code or config differ; otherwise say its size."""
+    """Say the size of the cluster; raise UserError if its processes differ.
+
+    They must have the same flags, code and config.
+    """
     from cnn_spmd.training.provenance import provenance
     from cnn_spmd.training.terminal import say
 
@@ -281,7 +290,7 @@ def is_sweep() -> bool:
 
 
 def launch_sweep() -> int:
-    """Run every combination that the flags name; return 0 where every run is completed.
+    """Run every combination that the flags name; return the exit code.
 
     This process only plans: it simulates the devices, so that the runs can have the real ones.
     """
@@ -321,7 +330,7 @@ def launch_sweep() -> int:
 
 
 def devices_of_another_process() -> int:
-    """Count the devices in a process that ends, so that this one leaves them to the runs."""
+    """Count the devices in another process, which then frees them for the runs."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
         return pool.submit(device_count).result()
@@ -346,7 +355,10 @@ def without(arguments: list[str], names: set[str]) -> list[str]:
 
 
 def refuse(reason: object) -> int:
-    """Print bad input as one line and return its exit code; all processes of a cluster end."""
+    """Print bad input as one line and return its exit code.
+
+    All processes of a cluster end.
+    """
     cluster.fail(f"error: {reason}", BAD_INPUT)
     return BAD_INPUT
 

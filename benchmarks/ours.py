@@ -1,13 +1,14 @@
-"""Time our training step as a run does it: python benchmarks/ours.py --batch 512 --mesh 1x1
+"""Time our training step as a run does it.
+
+  python benchmarks/ours.py --batch 512 --mesh 1x1
+  python benchmarks/ours.py --batch 512 --levers pool_index,cast_once    with these fast forms only
 
 AlexNet with the recipe of experiments/alexnet_cifar.py, on synthetic images of 224x224 and 1000
 classes that lie on the device. Each step trains on other examples, with random crops, mirroring,
 dropout and smoothed labels; in bfloat16 on GPUs.
 
-The host's clock measures --steps steps or more, 3 times, after at least 8 steps of warm-up; the
-host waits for the devices before it reads the clock. Prints one line of JSON.
-
-  python benchmarks/ours.py --batch 512 --levers pool_index,cast_once    with these fast forms only
+The host's clock measures --steps steps or more, 3 times, after at least 8 steps of warm-up. The
+host waits for the devices before it reads the clock. The script prints one line of JSON.
 """
 
 import argparse
@@ -21,7 +22,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 
-from cnn_spmd.data import order
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.training import build
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         "--steps_per_call", type=int, default=0, help="steps per chunk; 0: as the config says"
     )
     parser.add_argument(
-        "--steps", type=int, default=400, help="at least so many are timed at once (default: 400)"
+        "--steps", type=int, default=400, help="at least this many are timed at once (default: 400)"
     )
     parser.add_argument(
         "--image_size", type=int, default=224, help="32, with --steps 8, tries this script on a CPU"
@@ -111,7 +111,7 @@ class Trainer:
         self.loss = math.nan
 
     def milliseconds(self, at_least: int) -> float:
-        """Train for whole chunks of `at_least` steps or more; return milliseconds per step."""
+        """Train for `at_least` steps, in whole chunks; return milliseconds per step."""
         first, values = self.step, None
         jax.block_until_ready((self.state, self.feed.resident_data))
         since = time.perf_counter()
@@ -130,13 +130,8 @@ class Trainer:
 
     def _indices(self, at_least: int):
         """Return the examples of each chunk from the present step on."""
-        config, examples = self.setup.config, len(self.setup.data.train_images)
-        return (
-            order.train_indices(
-                config.seed, start, self.steps_per_call, config.batch_size, examples
-            )
-            for start in range(self.step, self.step + at_least, self.steps_per_call)
-        )
+        n = self.steps_per_call
+        return (self.setup.indices(at, n) for at in range(self.step, self.step + at_least, n))
 
 
 def main() -> None:

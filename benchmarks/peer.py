@@ -1,4 +1,6 @@
-"""Time PyTorch's training step of the same AlexNet: python benchmarks/peer.py --batch 512
+"""Time PyTorch's training step of the same AlexNet.
+
+  python benchmarks/peer.py --batch 512
 
 Needs torch (pip install torch) and an NVIDIA GPU. With several GPUs it trains data parallel (DDP):
   torchrun --nproc-per-node 4 benchmarks/peer.py --batch 128 --mode max --bf16_grads
@@ -60,6 +62,7 @@ class AlexNet(nn.Sequential):
         )
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy []."""
         return nn.functional.cross_entropy(super().forward(images), labels)
 
 

@@ -1,4 +1,6 @@
-"""Compile the schemes for meshes that are not in this machine: python benchmarks/programs.py
+"""Compile the schemes for meshes that are not in this machine.
+
+  python benchmarks/programs.py
 
 Needs requirements.txt (jax[cuda12]) for the GPU compiler, and no GPU. Writes one report per program
 to results/data/programs/, from which the pages in results/ are generated. The programs are float32,

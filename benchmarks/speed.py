@@ -1,12 +1,13 @@
-"""Time our training step and PyTorch's in turn, on one machine: python benchmarks/speed.py
+"""Time our training step and PyTorch's in turn, on one machine.
+
+  python benchmarks/speed.py
+  python benchmarks/speed.py --gpus 4 --batches 32,128,512     ours on 4x1, 1x4 and one GPU; DDP
 
 Needs NVIDIA GPUs, and torch (pip install torch) or --skip_peer. It first measures the card's own
 bfloat16 matrix rate and copy bandwidth. Then, for each batch, it runs ours.py on each mesh and
 peer.py in each mode, each in a process of its own. It prints a table and writes one JSON file with
 both sides, their ratio, versions and hardware. When a process fails, its reason is recorded and the
 others still run.
-
-  python benchmarks/speed.py --gpus 4 --batches 32,128,512     ours on 4x1, 1x4 and one GPU; DDP
 
 Exit codes: 0 done; 1 a batch has no time of ours; 2 bad input, or no GPU.
 """
@@ -28,9 +29,9 @@ from typing import NamedTuple, NoReturn
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-# A training step of AlexNet at 224x224, per image: 714,188,480 multiply-adds forward, as many for
-# the gradient of the weights, and as many for the gradient of the inputs, which the first
-# convolution (70,276,800) does not need. A multiply-add is 2 FLOP.
+# A training step of AlexNet at 224x224 has 714,188,480 multiply-adds per image forward. The
+# gradients of the weights and of the inputs take as many each. The first convolution (70,276,800)
+# needs no gradient of its input. A multiply-add is 2 FLOP.
 FLOP_PER_IMAGE = 2 * (3 * 714_188_480 - 70_276_800)
 SIDES = ("ours", "peer")
 
@@ -103,9 +104,9 @@ def run(command: list[str], limit: float) -> dict:
 
 
 def timed(command: list[str], limit: float, matrix_rate: float) -> dict:
-    """Return what a command measured, with median step, images/s and share of the matrix rate.
+    """Return what a command measured, or its error.
 
-    Or return its error.
+    The result also has the median step, images/s and the share of the card's matrix rate.
     """
     row = run(command, limit)
     if "error" in row:

@@ -1,7 +1,7 @@
-"""AlexNet and its relatives on a mesh of devices.
+"""Train AlexNet and its relatives on a mesh of devices.
 
-`load_config` makes a config from an experiment, `prepare` turns it into a Setup (mesh, data,
-network, step functions), `train` does a whole run in a folder, `load_runs` reads runs for analysis.
+`load_config` makes a config from an experiment. `prepare` turns it into a Setup: mesh, data,
+network, step functions. `train` does a run in a folder. `load_runs` reads runs for analysis.
 """
 
 import importlib

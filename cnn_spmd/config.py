@@ -20,7 +20,7 @@ from cnn_spmd.errors import UserError
 
 
 class Field(NamedTuple):
-    """A field of the config: its default, what it does, and the values that it may have.
+    """A field of the config: its default, what it does, which values it may have.
 
     A value has the type of the default. An integer may stand for a float, and a list for a tuple.
     """
@@ -36,24 +36,24 @@ class Field(NamedTuple):
 
 MESH_AXES = ("data", "model")  # a further axis needs a row of the placement table that uses it
 
-# Every field, by its dotted name. Which names of networks, data sets, optimizers, decays and
-# schemes there are is checked by the module that has them.
+# Every field, by its dotted name. Names of networks, data sets, optimizers, decays and schemes are
+# checked by the module that has them.
 SCHEMA = {
     "experiment": Field("experiment", "name of the experiment; its folders are named after it"),
-    "seed": Field(0, "of weights, batches, crops and dropout masks", low=0, below=2**31),
+    "seed": Field(0, "seed of weights, batches, crops and dropout masks", low=0, below=2**31),
     # How long, and how much at a time.
     "batch_size": Field(512, "global batch: images per step, over all devices", low=1),
     "epochs": Field(40, "passes over the training images", low=0, high=10**7),
-    "steps": Field(0, "steps to train, instead of epochs; 0: epochs says it", low=0, high=10**7),
+    "steps": Field(0, "steps to train, instead of epochs; 0: as epochs says", low=0, high=10**7),
     "steps_per_call": Field(
         0,
-        "steps of one compiled call (a chunk); 0: up to 100 on a GPU, 1 on a CPU",
+        "steps of a chunk, which is one compiled call; 0: up to 100 on a GPU, 1 on a CPU",
         low=0,
         high=10**5,
     ),
     "dtype": Field(
         "auto",
-        "of the computation; auto: bfloat16, on a CPU float32",
+        "type of the computation; auto: bfloat16, on a CPU float32",
         choices=("auto", "float32", "bfloat16"),
     ),
     "profile": Field(0, "steps, at least, to trace after the last one", low=0, high=1000),
@@ -119,14 +119,10 @@ SCHEMA = {
     "data.fallback_learning_rate": Field(
         0.05, "learning rate on the fallback, unless that is set by hand; 0: as given", low=0.0
     ),
-    "data.synthetic.image_size": Field(32, "of random images: side in pixels", low=1, high=4096),
-    "data.synthetic.classes": Field(10, "of random images: classes", low=1, high=10**6),
-    "data.synthetic.train_examples": Field(
-        4096, "of random images: how many to train on", low=1, high=10**7
-    ),
-    "data.synthetic.test_examples": Field(
-        1024, "of random images: how many to test on", low=1, high=10**7
-    ),
+    "data.synthetic.image_size": Field(32, "side of random images in pixels", low=1, high=4096),
+    "data.synthetic.classes": Field(10, "classes of random images", low=1, high=10**6),
+    "data.synthetic.train_examples": Field(4096, "random images to train on", low=1, high=10**7),
+    "data.synthetic.test_examples": Field(1024, "random images to test on", low=1, high=10**7),
     # The loss and the update.
     "label_smoothing": Field(
         0.0, "share of each label that is spread over all classes", low=0.0, below=1.0
@@ -156,9 +152,11 @@ SCHEMA = {
     "optimizer.layer_rates": Field(
         {}, 'multiply the rate of some layers, such as {"fc1": 0.25}', low=0.0, item=0.0
     ),
-    "optimizer.momentum": Field(0.9, "share of the last update that goes on", low=0.0, below=1.0),
+    "optimizer.momentum": Field(
+        0.9, "share of the last update that the next one repeats", low=0.0, below=1.0
+    ),
     "optimizer.nesterov": Field(False, "Nesterov's form of momentum"),
-    "optimizer.weight_decay": Field(5e-4, "of weights, not of biases", low=0.0),
+    "optimizer.weight_decay": Field(5e-4, "decay of weights, not of biases", low=0.0),
     "optimizer.weight_decays": Field(
         {}, 'another weight decay for some layers, such as {"fc3": 0.01}', low=0.0, item=0.0
     ),
@@ -176,7 +174,7 @@ SCHEMA = {
     "checkpoint.keep": Field(2, "newest checkpoints to keep, beside the most accurate one", low=1),
 }
 
-# Fields that there were, and what to do instead. A saved run may have them: they are ignored.
+# Fields of older versions, and what to do instead. In a saved run they are ignored.
 GONE = {"model.levers": "set model.fast to True (all of them) or False (none) instead"}
 
 # By the type of a field: which types its value may have, and how a message names them.
@@ -192,15 +190,15 @@ LARGEST = {float: 3e38, int: 2**31 - 1}  # of open ranges: a float32 or an int32
 MOST_CPU_DEVICES = 2048  # of one process: XLA numbers those of another process from here on
 
 # data.resident="auto" keeps a data set on the devices where it takes at most this share of their
-# memory, or at most these bytes where nobody knows their memory. Otherwise the host streams it; a
-# call then has at most CALL_BYTES of images, or a single step.
+# memory. Where nobody knows their memory, the limit is RESIDENT_BYTES. Otherwise the host streams
+# the images; a chunk then has at most CHUNK_BYTES of them, or a single step.
 RESIDENT_SHARE = 0.4
 RESIDENT_BYTES = 4e9
-CALL_BYTES = 1e9
+CHUNK_BYTES = 1e9
 
-# What a resumed run may change, as its numbers do not depend on it. Two exceptions: steps and
-# epochs, which the learning rate follows from there on. Which images are left out shows in
-# data_digest.
+# What a resumed run may change, as its numbers do not depend on it. There are two exceptions: the
+# learning rate follows steps and epochs from there on. data.skip_bad may change, as data_digest
+# shows which images are left out.
 MAY_DIFFER = (
     "mesh",
     "model.fast",
@@ -221,10 +219,10 @@ MAY_DIFFER = (
     "profile",
 )
 # What a run's config.json says of its data beside the config; a resumed run has the same.
-OF_THE_DATA = ("dataset", "fallback", "data_files", "data_digest")
+DATA_FIELDS = ("dataset", "fallback", "data_files", "data_digest")
 
 # Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another.
-OF_THE_FALLBACK = {
+FALLBACK_FIELDS = {
     "fallback_batch_size": ("batch_size",),
     "fallback_epochs": ("steps", "epochs"),
     "fallback_learning_rate": ("optimizer.learning_rate",),
@@ -265,18 +263,18 @@ def complete(saved: dict) -> dict:
     A field that it lacks has its default; what is no field (any more) is left out. Values are as
     JSON reads them back: tuples are lists. Raises UserError as `fill`.
     """
-    whole: dict = {}
+    nested: dict = {}
     for name, value in saved.items():
-        _merge(whole, name.split("."), value)
-    fill(whole)
+        _put(nested, name.split("."), value)
+    fill(nested)
     found: dict = {}
     for name in SCHEMA:
-        _merge(found, name.split("."), get(whole, name))
+        _put(found, name.split("."), get(nested, name))
     return json.loads(json.dumps(found))
 
 
-def _merge(tree: dict, path: list[str], value: Any) -> None:
-    """Set tree[path[0]][path[1]]... to a value; dicts are copied, so that nothing is shared."""
+def _put(tree: dict, path: list[str], value: Any) -> None:
+    """Set tree[path[0]][path[1]]... to a copy of a value."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = copy.deepcopy(value)
@@ -290,7 +288,7 @@ def get(config: Any, field: str) -> Any:
 
 
 def refuse_unknown(field: str, value: str = "") -> None:
-    """Raise UserError unless there is a field, a section or an entry of this dotted name.
+    """Raise UserError unless a field, section or entry has this dotted name.
 
     An entry is that of a dict whose names are the user's, such as optimizer.layer_rates.fc3.
     value: as the user gave it, for the message.
@@ -305,7 +303,7 @@ def refuse_unknown(field: str, value: str = "") -> None:
 
 
 def is_entry(field: str) -> bool:
-    """Return whether a dotted name is of an entry of a dict whose names are the user's."""
+    """Return whether a dotted name is that of an entry of a dict field."""
     parent = SCHEMA.get(field.rpartition(".")[0])
     return parent is not None and isinstance(parent.default, dict)
 
@@ -358,7 +356,7 @@ def check_value(field: str, value: Any) -> None:
 
 
 def _check_type(name: str, value: Any, like: Any) -> None:
-    """Raise UserError unless a value has the type of `like`; the names in a dict are strings."""
+    """Raise UserError unless a value has the type of `like`, with strings as names."""
     kinds, expected = TYPES[type(like)]
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(like, bool):
         raise UserError(f"{name}={value!r}: expected {expected}")
@@ -435,7 +433,7 @@ def machine_memory() -> int:
 
 
 def refuse_beyond(memory: float, needed: float, fields: str) -> None:
-    """Raise UserError, naming the fields, where they need more bytes than the memory has."""
+    """Raise UserError, naming the fields, if they need more bytes than there are."""
     if needed > memory:
         raise UserError(
             f"{fields}: needs {needed / 1e9:,.1f} GB, expected at most the {memory / 1e9:,.1f} GB "
@@ -447,12 +445,12 @@ def refuse_beyond(memory: float, needed: float, fields: str) -> None:
 
 
 def keep_given(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
-    """Set each of data.fallback_* to 0 that would replace a field which was set by hand.
+    """Set to 0 each of data.fallback_* that would replace a field set by hand.
 
     given: the dotted names of the fields that were set by hand; those of data.fallback_* that are
     among them stay.
     """
-    for fallback, fields in OF_THE_FALLBACK.items():
+    for fallback, fields in FALLBACK_FIELDS.items():
         replaces_given = any(
             f"{field}.".startswith(f"{name}.") for field in fields for name in given
         )
@@ -493,7 +491,7 @@ def resolve(
 
 
 def _take_fallback(config: ml_collections.ConfigDict, name: str) -> None:
-    """Give a config the values of data.fallback_* that are not 0, and the name of the data set."""
+    """Give a config the fallback's name, and the nonzero values of data.fallback_*."""
     if config.data.fallback_epochs:
         config.epochs = config.data.fallback_epochs
         config.steps = 0
@@ -540,34 +538,35 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
 
 
 def values_on_fallback(config: ml_collections.ConfigDict) -> str:
-    """Say which values of a resolved config are from data.fallback_*, and which were given."""
+    """Say which values of a resolved config are from data.fallback_*."""
     origins: dict[str, list[str]] = {}
-    for fallback, (field, *_) in OF_THE_FALLBACK.items():
+    for fallback, (field, *_) in FALLBACK_FIELDS.items():
         origin = "from data.fallback_*" if config.data[fallback] else "as given"
         origins.setdefault(origin, []).append(f"{field}={get(config, field)}")
     return "; ".join(f"{', '.join(fields)}, {origin}" for origin, fields in origins.items())
 
 
 def _steps_per_call(config: ml_collections.ConfigDict, data: Any, platform: str) -> int:
-    """Choose the steps of one compiled call, for a resolved number of steps.
+    """Choose the steps of a chunk, for a resolved number of steps.
 
-    A CPU runs the body of a scan many times slower than the bare step: it gets one step per call.
+    A CPU runs the body of a scan many times slower than the bare step: its chunks have one step.
     """
     if platform == "cpu":
         return 1
     per_epoch = len(data.train_images) // config.batch_size
     between = per_epoch * math.gcd(config.eval.every_epochs, config.checkpoint.every_epochs)
-    steps = whole_calls(min(config.steps, between or config.steps))
+    steps = chunk_steps(min(config.steps, between or config.steps))
     if config.data.resident == "no":
         batch_bytes = config.batch_size * data.train_images[0].nbytes
-        steps = min(steps, max(1, int(CALL_BYTES / batch_bytes)))
+        steps = min(steps, max(1, int(CHUNK_BYTES / batch_bytes)))
     return steps
 
 
-def whole_calls(until: int) -> int:
-    """Return the most steps per call, from 20 to 100, that divide `until`: one program serves all.
+def chunk_steps(until: int) -> int:
+    """Return the most steps of a chunk, from 20 to 100, that divide `until`.
 
-    Without such a number, as few calls as possible of at most 100 steps, the last one shorter.
+    One program then serves all chunks. Without such a number there are as few chunks as possible of
+    at most 100 steps, and the last one is shorter.
     """
     for steps in range(100, 19, -1):
         if until % steps == 0:
@@ -584,7 +583,7 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
 
 
 def refuse_changes(where: str, old: dict, new: dict) -> None:
-    """Raise UserError naming each field that a resumed run may not change, and that differs.
+    """Raise UserError naming each field that a resumed run must not change.
 
     where: the folder of the old run, as it was given; old, new: as config.json has them, resolved.
     A field that one of them lacks means its default. The data's digest is compared where both have
@@ -613,7 +612,7 @@ def _compared(saved: dict) -> dict[str, Any]:
     for name in list(fields):
         if f"{name}.".startswith(tuple(f"{free}." for free in MAY_DIFFER)):
             del fields[name]
-    return fields | {name: saved[name] for name in OF_THE_DATA if name in saved}
+    return fields | {name: saved[name] for name in DATA_FIELDS if name in saved}
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -23,15 +23,19 @@ EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
-    """Return the config of an experiment with some fields replaced, as the command line does it.
+    """Return the config of an experiment with some fields replaced.
+
+    The command line replaces fields in the same way.
 
     path: FILE or FILE:VARIANT, such as "experiments/alexnet_cifar.py:fast". overrides: values by
-    dotted names, such as {"model.width": 256}. Raises UserError for a missing or failing file, an
+    dotted names, such as {"model.width": 256}.
+
+    Raises UserError for a missing or failing file, an
     unknown field, a wrong type, a value out of range, and an override that nothing uses.
     """
     from cnn_spmd.training import unused  # imports jax, which launch.py has to set up first
 
-    config = load(path)
+    config = load_file(path)
     overrides = dict(overrides or {})
     for field, value in overrides.items():
         _override(config, field, value)
@@ -42,7 +46,10 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_col
 
 
 def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None:
-    """Set a field by its dotted name. Raises UserError for an unknown field and a wrong type."""
+    """Set a field by its dotted name.
+
+    Raises UserError for an unknown field and a wrong type.
+    """
     configs.refuse_unknown(field, str(value))
     section, _, last = field.rpartition(".")
     if configs.is_entry(field):
@@ -58,9 +65,10 @@ def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None
         at[last] = kind(value)
 
 
-def load(text: str) -> ml_collections.ConfigDict:
-    """Run get_config() of an experiment, FILE or FILE:VARIANT; fields that it lacks have defaults.
+def load_file(text: str) -> ml_collections.ConfigDict:
+    """Run get_config() of an experiment, FILE or FILE:VARIANT.
 
+    Fields that its config lacks get their defaults.
     Raises UserError where there is no such file, and for whatever fails in it, with its line there.
     """
     path, *variant = text.split(":", 1)
@@ -109,11 +117,11 @@ def _line_of(error: BaseException, path: str) -> str:
 
 
 class Experiments(flags.ArgumentParser):
-    """Parses --config=FILE or --config=FILE:VARIANT with `load`."""
+    """Parses --config=FILE or --config=FILE:VARIANT with `load_file`."""
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
         """Return the experiment's config, in which no field can be added."""
-        return load(path).lock()
+        return load_file(path).lock()
 
 
 def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> flags.FlagHolder:
@@ -159,19 +167,19 @@ def parse_flags(
                 "experiments/alexnet_cifar.py"
             )
         configs.check_types(values.config)
-        configs.keep_given(values.config, given(values))
+        configs.keep_given(values.config, given_fields(values))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_text_of(error, argv)) from None
     return rest
 
 
-def given(values: flags.FlagValues) -> set[str]:
+def given_fields(values: flags.FlagValues) -> set[str]:
     """Return the dotted names of the fields that parsed flags set."""
     flag = values["config"]
     return set(flag.override_values) if flag.present else set()
 
 
-def parsed(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, set[str]]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, set[str]]:
     """Return the config that launch.py's arguments give, and the fields that they set.
 
     Its other flags are left out. Raises UserError as parse_flags.
@@ -179,7 +187,7 @@ def parsed(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, set[str
     values = flags.FlagValues()
     define_flag(values, ["", *arguments])
     parse_flags(values, ["", *arguments], known_only=True)
-    return values.config, given(values)
+    return values.config, given_fields(values)
 
 
 def _text_of(error: Exception, argv: Sequence[str]) -> str:
@@ -188,7 +196,7 @@ def _text_of(error: Exception, argv: Sequence[str]) -> str:
         error = error.args[0]
     text = str(error.args[0] if error.args else error).strip()
     cause = error.__context__
-    if isinstance(cause, UserError):  # an error of `load`
+    if isinstance(cause, UserError):  # an error of `load_file`
         text = str(cause)
     elif isinstance(error, UnicodeDecodeError):
         text = "--flagfile: is not UTF-8, expected a text file of flags"

@@ -1,5 +1,6 @@
-"""Sweep: run one experiment over mesh shapes and settings, each run in its own process and folder.
+"""Run one experiment over several meshes and settings: a sweep.
 
+Each run has a process and a folder of its own.
 A combination that cannot work is refused before anything starts. A run that fails is recorded with
 its reason, and the sweep goes on. sweep.json holds every combination; the same command on the same
 folder runs those that are not completed yet.
@@ -53,11 +54,12 @@ NOT_FIELDS = ("mesh", "batch_per_device")  # swept by flags of their own
 def combinations(
     meshes: str | None, batches: str | None, fields: Sequence[str], devices: int
 ) -> list[dict[str, str]]:
-    """Return every combination, as {"mesh": "4x2", "batch_per_device": "32", field: value}.
+    """Return every combination of what is swept.
 
-    A combination has only what is swept. meshes: the value of --mesh; "all" is 1x1, to compare
-    with, and every shape of all the devices. batches: the value of --batch_per_device. fields: each
-    "FIELD=VALUE,VALUE". Raises UserError for text of another form, and for a field given twice.
+    Each is a dict such as {"mesh": "4x2", "batch_per_device": "32", field: value}. meshes: the
+    value of --mesh; "all" is 1x1, to compare with, and every shape of all the devices. batches: the
+    value of --batch_per_device. fields: each "FIELD=VALUE,VALUE". Raises UserError for text of
+    another form, and for a field given twice.
     """
     axes: dict[str, list[str]] = {}
     if meshes is not None:
@@ -82,7 +84,10 @@ def combinations(
 
 
 def _mesh_values(text: str, devices: int) -> list[str]:
-    """Return the mesh shapes that --mesh names. Raises UserError for what is none."""
+    """Return the mesh shapes that --mesh names.
+
+    Raises UserError for a word that is no shape.
+    """
     if text == "all":
         one = "x".join("1" * len(configs.MESH_AXES))
         text = ",".join([one, *mesh.shapes_over(devices)])
@@ -95,7 +100,10 @@ def _mesh_values(text: str, devices: int) -> list[str]:
 
 
 def _batch_values(text: str) -> list[str]:
-    """Return the sizes that --batch_per_device names. Raises UserError for what is none."""
+    """Return the sizes that --batch_per_device names.
+
+    Raises UserError for a word that is no size.
+    """
     sizes = _values("--batch_per_device", text)
     for size in sizes:
         if not size.isdecimal() or len(size) > 9 or not int(size):
@@ -107,7 +115,7 @@ def _batch_values(text: str) -> list[str]:
 
 
 def _values(flag: str, text: str) -> list[str]:
-    """Split a flag's values at commas; the first of equal ones, as 0.001 and 1e-3, stays."""
+    """Split a flag's values at commas; of equal numbers the first stays."""
     values = split_list(text)
     if not all(values):
         raise UserError(f"{flag}={text}: has an empty value, expected values joined by commas")
@@ -153,7 +161,7 @@ def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devic
     reasons: dict[str, list[str]] = {field: [] for field in swept}
     for settings in combos:
         try:
-            config, _ = experiment.parsed(arguments_of(settings, shared, devices))
+            config, _ = experiment.parse_arguments(arguments_of(settings, shared, devices))
         except UserError:
             continue  # refused by `plan`, with its reason
         for field in swept:
@@ -183,7 +191,7 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
         if "mesh" in settings:
             sizes = mesh.parse(settings["mesh"])
         else:
-            config, _ = experiment.parsed(arguments)
+            config, _ = experiment.parse_arguments(arguments)
             sizes = mesh.shape(config.mesh.to_dict(), devices)
         batch_size = int(settings["batch_per_device"]) * math.prod(sizes.values())
         arguments.append(f"--config.batch_size={batch_size}")
@@ -240,7 +248,7 @@ def _check(
 
     shape: the value of --mesh. datasets: those that are loaded already, by their config.
     """
-    config, given = experiment.parsed(arguments)
+    config, given = experiment.parse_arguments(arguments)
     if shape:
         config.mesh.update(mesh.parse(shape))
     configs.validate(config)
@@ -263,7 +271,7 @@ def run(
     cpu_devices: int | None,
     folder: pathlib.Path,
 ) -> dict:
-    """Run a sweep in `folder`, or go on with the one there, and return what sweep.json holds.
+    """Run a sweep in `folder`, or continue the one there; return sweep.json.
 
     The folder gets sweep.json, and a folder and a log per run. name: of the experiment; shared:
     launch.py's arguments that all runs have; devices: as many as there are, to check the
@@ -277,7 +285,7 @@ def run(
                 f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give "
                 "a new folder"
             )
-        config, _ = experiment.parsed(shared)
+        config, _ = experiment.parse_arguments(shared)
         same = dict(
             arguments=list(shared),
             devices=len(devices),
@@ -299,13 +307,13 @@ def run(
 
 
 def _read_sweep(folder: pathlib.Path) -> dict | None:
-    """Return what sweep.json holds; None where it is missing, damaged or of another form."""
+    """Return what sweep.json holds; None where it is missing or damaged."""
     old = runfiles.read_json(folder / "sweep.json", required=False)
     runs = old.get("runs")
     if not isinstance(runs, list):
         return None
-    whole = all(isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs)
-    return old if whole else None
+    is_sweep = all(isinstance(run, dict) and {"name", "status"} <= run.keys() for run in runs)
+    return old if is_sweep else None
 
 
 def _refuse_another_sweep(folder: pathlib.Path, old: dict, same: dict) -> None:
@@ -335,7 +343,7 @@ def _refuse_another_sweep(folder: pathlib.Path, old: dict, same: dict) -> None:
 
 
 def _take_completed(rows: list[dict], old: list[dict], folder: pathlib.Path) -> list[dict]:
-    """Replace the rows that an earlier command completed; return its rows that are not in `rows`.
+    """Replace the rows that an earlier command completed; return its other rows.
 
     Its refused rows are left out. Raises UserError where a run of a killed sweep still lives.
     """
@@ -353,7 +361,7 @@ def _take_completed(rows: list[dict], old: list[dict], folder: pathlib.Path) -> 
 
 
 class _Sweep:
-    """Runs the pending rows of a sweep one after another, and keeps sweep.json up to date.
+    """Run the pending rows of a sweep in turn, and keep sweep.json up to date.
 
     earlier: rows of an earlier command that this one does not name.
     """
@@ -410,9 +418,9 @@ class _Sweep:
 
     def _write(self) -> dict:
         """Write sweep.json, and return what it holds."""
-        whole = self.sweep | dict(runs=self.all_rows)
-        runfiles.write_json(self.folder / "sweep.json", whole)
-        return whole
+        content = self.sweep | dict(runs=self.all_rows)
+        runfiles.write_json(self.folder / "sweep.json", content)
+        return content
 
 
 def _run_process(arguments: list[str], folder: pathlib.Path) -> int:
@@ -423,9 +431,8 @@ def _run_process(arguments: list[str], folder: pathlib.Path) -> int:
     with folder.with_name(folder.name + ".log").open("w") as log:
         process = None
         try:
-            with (
-                interrupt.delayed_signals()
-            ):  # a signal in between would leave a process that nobody knows
+            # A signal in between would leave a process that nobody knows.
+            with interrupt.delayed_signals():
                 process = subprocess.Popen(
                     [sys.executable, LAUNCH, *arguments, f"--workdir={folder}"],
                     stdout=log,
@@ -450,7 +457,7 @@ def _run_process(arguments: list[str], folder: pathlib.Path) -> int:
 
 
 def reason_of(code: int, log: pathlib.Path) -> str:
-    """Say in one line why a run ended with this exit code, by the last error in its log."""
+    """Say in one line why a run ended so, by the last error in its log."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "rror:" in line or "RESOURCE_EXHAUSTED" in line]
     last = (errors or lines or ["said nothing"])[-1]
@@ -494,7 +501,7 @@ def _cells(row: dict) -> list[str]:
 
 
 class _Lines:
-    """Stands in for rich's live table without a terminal: a line per row whose status changed."""
+    """Stand in for rich's live table without a terminal, with plain lines."""
 
     def __init__(self, rows: list[dict]):
         self.rows = rows
@@ -509,6 +516,7 @@ class _Lines:
         pass
 
     def update(self, *_, **__) -> None:
+        """Print a line for each row whose status changed."""
         for row in self.rows:
             if self.printed.get(row["name"], "pending") != row["status"]:
                 self.printed[row["name"]] = row["status"]

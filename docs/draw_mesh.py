@@ -1,8 +1,8 @@
-"""Draw docs/mesh.svg: what each device of a 4x2 mesh holds under `hybrid`, by the placement table.
+"""Draw docs/mesh.svg: what each device of a 4x2 mesh holds under `hybrid`.
 
     python docs/draw_mesh.py
 
-The test in tests/test_docs.py draws it again and compares, so the picture follows the table.
+It reads the placement table. The test in tests/test_docs.py draws the picture again and compares.
 """
 
 import pathlib
@@ -79,7 +79,7 @@ def label(text: str, x: float, y: float, kind: str = "middle") -> str:
 
 
 def draw_device(device: dict[str, int], left: float, top: float) -> Iterator[str]:
-    """Yield the box of one device: each array as a square, the device's shard of it filled."""
+    """Yield the box of one device: its shard of each array, filled in a square."""
     yield rectangle("device", left, top, *DEVICE)
     y = top + (DEVICE[1] - SIDE) / 2
     for i, (_, colour, rows_axis, columns_axis) in enumerate(ARRAYS):

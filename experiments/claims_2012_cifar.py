@@ -46,7 +46,7 @@ RATES = {"relu": 0.02, "tanh": 0.03}
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
-    """Return the recipe of alexnet_cifar.py with the variant's network and what it changes."""
+    """Return the recipe of alexnet_cifar.py with the variant's changes."""
     if variant not in VARIANTS:
         raise UserError(
             f"experiments/claims_2012_cifar.py:{variant}: unknown variant, expected one of "

@@ -1,4 +1,4 @@
-"""Give every test eight simulated CPU devices; without them all tests fail, none is skipped."""
+"""Give every test eight simulated CPU devices; without them all tests fail."""
 
 import importlib.metadata
 import os
@@ -37,7 +37,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture
 def config() -> ml_collections.ConfigDict:
-    """The shipped experiment, cut to seconds: simple_cnn, 4 steps per epoch, on one device."""
+    """Return the shipped experiment, cut to seconds, for one device."""
     from experiments.alexnet_cifar import get_config
 
     config = get_config()

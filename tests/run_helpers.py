@@ -25,7 +25,7 @@ def rows(workdir, split):
 
 def saved_state(workdir, step):
     """Return the whole state in a checkpoint, by name, as Orbax itself reads it."""
-    # Orbax warns that it takes the sharding from the checkpoint, as is meant here.
+    # Orbax warns that it takes the sharding from the checkpoint, which is intended here.
     with warnings.catch_warnings(action="ignore"):
         tree = ocp.load(workdir / "checkpoints" / str(step), checkpointable_name="state")
     return {name: np.asarray(leaf) for name, leaf in tree.items()}

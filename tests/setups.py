@@ -1,4 +1,6 @@
-"""Setups for tests: narrow networks on few random images, on any mesh, and what they compute.
+"""Build Setups for tests, and compute with them.
+
+Networks are narrow and images few and random; the mesh is any.
 
 A test file that imports `narrow` builds AlexNet with few channels. What is tested there does not
 depend on the widths.
@@ -72,7 +74,7 @@ def shipped_config() -> ml_collections.ConfigDict:
 
 
 def small_config(name: str, **changes) -> ml_collections.ConfigDict:
-    """Return the shipped config with narrow dense layers and few random images, in float64.
+    """Return the shipped config with narrow layers and few random images, in float64.
 
     simple_cnn alone has crops, flips and colour noise: these are the same for all networks.
     """
@@ -104,7 +106,7 @@ def small_config(name: str, **changes) -> ml_collections.ConfigDict:
 def setup_of(
     name: str, parallelism: str, shape: tuple[int, int], levers=None, **changes
 ) -> build.Setup:
-    """Return the Setup of a small config for a network on a mesh; OWN_ROWS are known schemes."""
+    """Return the Setup of a small config for a network on a mesh; it knows OWN_ROWS."""
     axes = dict(zip(mesh.MESH_AXES, shape, strict=True))
     config = small_config(name, parallelism=parallelism, mesh=axes, **changes)
     data = registry.load(config.data)
@@ -155,7 +157,7 @@ def trained(setup: build.Setup, steps: int) -> tuple[np.ndarray, dict[str, np.nd
 
 @functools.cache
 def computed(name: str, parallelism: str, shape: tuple[int, int]) -> dict:
-    """Return loss, gradients and parameters of a second step, and its program's report.
+    """Return loss, gradients, parameters of a second step, and its program's report.
 
     The first step is that of one device: it gives all meshes momenta to continue from. `held` maps
     each parameter's name to the bytes that the first device holds of it.

@@ -13,7 +13,7 @@ def random_images(*shape: int) -> np.ndarray:
 
 
 def crops_seen(got, images, indices, side: tuple[int, int], pad: int) -> set[tuple]:
-    """Return the (row, column, direction) of all crops in `got`; each must be one of its image."""
+    """Return the (row, column, direction) of each crop in `got` within its image."""
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
     height, width = side
     places = [

@@ -67,7 +67,7 @@ def test_our_side_times_its_steps():
 
 
 def test_the_table_of_speeds(tmp_path):
-    """A batch without a time of either side is left out; the peer's fastest mode counts."""
+    """A batch without a time of one side is left out; the peer's best mode counts."""
 
     def row(rate, gpus=2, **more):
         return (

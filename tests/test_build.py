@@ -1,4 +1,4 @@
-"""A config's Setup: the state that it creates, training from Python, and its report."""
+"""A config's Setup creates a state, trains it from Python, and reports."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def test_the_state_is_created_sharded_and_the_same_on_every_mesh():
 
 @pytest.mark.parametrize("resident", ["yes", "no"])
 def test_training_in_two_calls_equals_one_call(resident):
-    """To the last bit, where the chunks are the same; the second call crosses an epoch's end."""
+    """To the last bit, with the same chunks; the second call crosses an epoch's end."""
     setup = setup_of(
         "simple_cnn",
         "hybrid",

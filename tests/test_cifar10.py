@@ -22,8 +22,7 @@ import requests
 import tensorflow_datasets as tfds
 
 from cnn_spmd import config as configs
-from cnn_spmd.data import cifar10, registry
-from cnn_spmd.data import cifar10_archive as archive
+from cnn_spmd.data import cifar10, cifar10_archive, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build
 
@@ -33,37 +32,37 @@ KEYS = ["train_images", "train_labels", "test_images", "test_labels"]
 
 @pytest.fixture(autouse=True)
 def small_files_and_no_network(monkeypatch, tfds_directory):
-    monkeypatch.setattr(archive, "IMAGES_PER_FILE", N)
+    monkeypatch.setattr(cifar10_archive, "IMAGES_PER_FILE", N)
     # No server listens on this port.
-    monkeypatch.setattr(archive, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(cifar10_archive, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
     monkeypatch.setenv("NO_PROXY", "*")
 
 
 def write_folder(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
     """Write a random cifar-10-batches-bin; return it and the arrays it stands for."""
-    folder = parent / archive.FOLDER
+    folder = parent / cifar10_archive.FOLDER
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     images = rng.integers(256, size=(6 * N, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(10, size=6 * N, dtype=np.int32)
-    for i, name in enumerate(archive.ALL_FILES):
+    for i, name in enumerate(cifar10_archive.ALL_FILES):
         with open(folder / name, "wb") as file:
             for n in range(i * N, (i + 1) * N):
                 planes = [images[n, :, :, c].tobytes() for c in range(3)]
                 file.write(bytes([labels[n]]) + b"".join(planes))
-    (folder / "batches.meta.txt").write_text("\n".join(archive.CLASS_NAMES) + "\n\n")
+    (folder / "batches.meta.txt").write_text("\n".join(cifar10_archive.CLASS_NAMES) + "\n\n")
     arrays = (images[:-N], labels[:-N], images[-N:], labels[-N:])
     return folder, dict(zip(KEYS, arrays, strict=True))
 
 
 def write_archive(parent: Path, seed: int = 0) -> tuple[Path, dict[str, np.ndarray]]:
     folder, arrays = write_folder(parent / "unpacked", seed)
-    return pack(folder, parent / archive.ARCHIVE), arrays
+    return pack(folder, parent / cifar10_archive.ARCHIVE), arrays
 
 
 def pack(folder: Path, path: Path) -> Path:
     with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, arcname=archive.FOLDER)
+        tar.add(folder, arcname=cifar10_archive.FOLDER)
     return path
 
 
@@ -116,7 +115,7 @@ def test_second_load_comes_from_the_cache_alone(tmp_path, monkeypatch):
     cifar10.load(str(path))
     for name in ("prepare", "decode", "probe", "write_cache"):
         monkeypatch.setattr(cifar10, name, None)  # calling it is a TypeError
-    monkeypatch.setattr(archive, "read", None)
+    monkeypatch.setattr(cifar10_archive, "read", None)
     assert_equal(cifar10.load(str(path)), expected)
 
 
@@ -135,7 +134,7 @@ def test_it_is_a_tfds_data_set(tmp_path):
     cifar10.load(str(path))
     (folder,) = prepared(tmp_path)
     builder = tfds.builder_from_directory(folder)
-    assert builder.info.features["label"].names == list(archive.CLASS_NAMES)
+    assert builder.info.features["label"].names == list(cifar10_archive.CLASS_NAMES)
     example = builder.as_data_source("test")[2]
     np.testing.assert_array_equal(example["image"], expected["test_images"][2])
     assert example["label"] == expected["test_labels"][2]
@@ -168,10 +167,10 @@ def test_an_archive_that_is_not_the_official_one_is_named_once(tmp_path, caplog,
     messages = [record.getMessage() for record in caplog.records]
     (line,) = [message for message in messages if "official" in message]
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    for part in (str(path), sha256, archive.ARCHIVE_SHA256):
+    for part in (str(path), sha256, cifar10_archive.ARCHIVE_SHA256):
         assert part in line
     caplog.clear()
-    monkeypatch.setattr(archive, "ARCHIVE_SHA256", sha256)
+    monkeypatch.setattr(cifar10_archive, "ARCHIVE_SHA256", sha256)
     assert_equal(cifar10.load(str(path)), expected)
     # TFDS itself logs the configuration's name.
     assert "official" not in caplog.text.replace("'official'", "")
@@ -180,7 +179,10 @@ def test_an_archive_that_is_not_the_official_one_is_named_once(tmp_path, caplog,
 def test_official_checksum_and_size_are_those_of_tfds():
     url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     info = tfds.download.checksums.get_all_url_infos()[url]
-    assert (info.checksum, int(info.size)) == (archive.ARCHIVE_SHA256, archive.ARCHIVE_BYTES)
+    assert (info.checksum, int(info.size)) == (
+        cifar10_archive.ARCHIVE_SHA256,
+        cifar10_archive.ARCHIVE_BYTES,
+    )
 
 
 # ---- Refusals
@@ -192,7 +194,7 @@ def cut(path: Path) -> None:
 
 def wrong_label(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[archive.RECORD_BYTES] = 10
+    content[cifar10_archive.RECORD_BYTES] = 10
     path.write_bytes(content)
 
 
@@ -230,7 +232,7 @@ def flip_bit_before_padding(path: Path) -> None:
     padded = gzip.decompress(path.read_bytes()) + bytes(1 << 22)
     path.write_bytes(gzip.compress(padded, compresslevel=0))
     content = bytearray(path.read_bytes())
-    content[3 * archive.RECORD_BYTES] ^= 1
+    content[3 * cifar10_archive.RECORD_BYTES] ^= 1
     path.write_bytes(content)
 
 
@@ -295,7 +297,9 @@ def test_a_resumed_run_keeps_its_pixels(tmp_path):
 )
 def test_data_dir_must_hold_cifar10(tmp_path, name, problem):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=f"data.dir=.*{name}: {problem}.*; give {archive.ARCHIVE}"):
+    with pytest.raises(
+        UserError, match=f"data.dir=.*{name}: {problem}.*; give {cifar10_archive.ARCHIVE}"
+    ):
         registry.load(config(dir=str(tmp_path / name)))
 
 
@@ -311,7 +315,7 @@ def test_cifar10_in_another_version_is_named(tmp_path, name):
     for given in (tmp_path / "given", tmp_path / "given" / name.split("/")[0]):
         message = (
             rf"^data.dir={given}: is CIFAR-10 in its {version} version, expected the binary "
-            rf"version; give {archive.ARCHIVE}, the folder"
+            rf"version; give {cifar10_archive.ARCHIVE}, the folder"
         )
         with pytest.raises(UserError, match=message):
             registry.load(config(dir=str(given)))
@@ -320,7 +324,7 @@ def test_cifar10_in_another_version_is_named(tmp_path, name):
 
 
 def test_an_empty_folder_of_the_right_name_names_what_it_lacks(tmp_path):
-    (tmp_path / archive.FOLDER).mkdir()
+    (tmp_path / cifar10_archive.FOLDER).mkdir()
     with pytest.raises(UserError, match=r"data_batch_1.bin: No such file"):
         registry.load(config(dir=str(tmp_path)))
 
@@ -368,12 +372,12 @@ def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
     path, expected = write_folder(tmp_path)
 
     def read_while_another_prepares(source):
-        monkeypatch.setattr(archive, "read", read)
+        monkeypatch.setattr(cifar10_archive, "read", read)
         assert_equal(cifar10.load(str(path)), expected)  # finishes first
         return read(source)
 
-    read = archive.read
-    monkeypatch.setattr(archive, "read", read_while_another_prepares)
+    read = cifar10_archive.read
+    monkeypatch.setattr(cifar10_archive, "read", read_while_another_prepares)
     assert_equal(cifar10.load(str(path)), expected)
     assert len(prepared(tmp_path)) == 1
 
@@ -460,8 +464,8 @@ def serve(tmp_path, monkeypatch):
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         serve_forever = functools.partial(servers[-1].serve_forever, poll_interval=0.05)
         threading.Thread(target=serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{servers[-1].server_port}/{archive.ARCHIVE}"
-        monkeypatch.setattr(archive, "URL", url)
+        url = f"http://127.0.0.1:{servers[-1].server_port}/{cifar10_archive.ARCHIVE}"
+        monkeypatch.setattr(cifar10_archive, "URL", url)
 
     yield start
     for server in servers:
@@ -473,8 +477,10 @@ def serve(tmp_path, monkeypatch):
 def official(tmp_path, monkeypatch):
     """A small archive that passes for the official one, and its arrays."""
     path, expected = write_archive(tmp_path / "official")
-    monkeypatch.setattr(archive, "ARCHIVE_BYTES", path.stat().st_size)
-    monkeypatch.setattr(archive, "ARCHIVE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10_archive, "ARCHIVE_BYTES", path.stat().st_size)
+    monkeypatch.setattr(
+        cifar10_archive, "ARCHIVE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     return path, expected
 
 
@@ -502,7 +508,9 @@ def test_a_failed_download_is_unreachable(official, serve, tmp_path, how):
         serve(content[: len(content) // 2], length=len(content))
     else:
         serve(b"<html>Please log in</html>", status=403 if how == "refused" else 200)
-    with pytest.raises(cifar10.Unreachable, match=rf"{archive.URL}.*--config.data.dir") as refusal:
+    with pytest.raises(
+        cifar10.Unreachable, match=rf"{cifar10_archive.URL}.*--config.data.dir"
+    ) as refusal:
         registry.load(config(fallback=""))
     assert "\n" not in str(refusal.value)
     if how == "refused":  # the probe finds it: TFDS would try some of these again
@@ -521,9 +529,11 @@ def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         if host == "is silent":
-            monkeypatch.setattr(archive, "URL", f"http://127.0.0.1:{listener.getsockname()[1]}/")
+            monkeypatch.setattr(
+                cifar10_archive, "URL", f"http://127.0.0.1:{listener.getsockname()[1]}/"
+            )
         if host == "has no address":
-            monkeypatch.setattr(archive, "URL", "http://cifar.invalid/")
+            monkeypatch.setattr(cifar10_archive, "URL", "http://cifar.invalid/")
         if host == "stalls the name server":
 
             def stall(*args, **kwargs):
@@ -547,7 +557,7 @@ def test_the_fallback_cannot_be_missed(capsys):
     for part in (
         "WARNING",
         "DOES NOT USE CIFAR-10",
-        archive.URL,
+        cifar10_archive.URL,
         "--config.data.dir=",
         '--config.data.fallback=""',
     ):
@@ -581,6 +591,6 @@ def test_pixels_that_are_not_cifar10s_are_named(tmp_path, caplog, monkeypatch):
     found = registry.load(config(dir=str(folder))).digest
     assert f"these are not CIFAR-10's pixels and labels (their digest is {found}" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(archive, "DIGEST", found)
+    monkeypatch.setattr(cifar10_archive, "DIGEST", found)
     registry.load(config(dir=str(folder)))
     assert "these are not" not in caplog.text

@@ -1,4 +1,4 @@
-"""The closed form beside compiled programs, for rows of one's own; and what it does not cover."""
+"""The closed form beside compiled programs, for own rows; what it does not cover."""
 
 import functools
 
@@ -11,7 +11,7 @@ from cnn_spmd import models
 from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.models import stack
 from cnn_spmd.sharding import mesh
-from cnn_spmd.sharding.placement import Placement, name_of
+from cnn_spmd.sharding.placement import Placement, axes_of, name_of
 from cnn_spmd.training.dry_run import dry_run
 
 BATCH, CLASSES = 64, 16
@@ -292,7 +292,7 @@ def test_on_one_device_nothing_moves_in_any_network(make, reason):
 
 
 def test_layers_without_bias_by_hand():
-    """On 4x2, as `model`: half of each kernel, each input gathered and its gradient summed."""
+    """On 4x2 under `model`: half of each kernel; inputs gathered, gradients summed."""
     place, _, _, activations, params = described(
         functools.partial(Chain, use_bias=False), "model", (4, 2)
     )
@@ -329,4 +329,4 @@ def test_only_the_updates_of_dense_layers_are_several():
 
 def test_parameters_without_axes_are_replicated():
     param = nnx.Param(jnp.zeros((2, 3)))
-    assert communication.logical_axes(param) == (None, None)
+    assert axes_of(param) == (None, None)

@@ -1,4 +1,4 @@
-"""The schema: defaults, what a saved run lacks or has too much, load_config, and docs/config.md."""
+"""The schema: defaults, the fields of older runs, load_config, docs/config.md."""
 
 import json
 
@@ -16,7 +16,7 @@ ALEXNET = str(ROOT / "experiments/alexnet_cifar.py")
 
 @pytest.fixture
 def new_field(monkeypatch):
-    """Adds a field, whose default is 0.5, to the schema; call it when the old run is there."""
+    """Return a function that adds a field, whose default is 0.5, to the schema."""
     return lambda: monkeypatch.setitem(
         configs.SCHEMA, "model.news", configs.Field(0.5, "is new", low=0.0)
     )
@@ -50,7 +50,7 @@ def test_an_experiment_may_state_only_what_differs(tmp_path):
         "from ml_collections import ConfigDict\ndef get_config():\n"
         "    return ConfigDict(dict(experiment='own', model=dict(width=64)))"
     )
-    config, given = experiment.parsed(["--config", str(path), "--config.model.fast=False"])
+    config, given = experiment.parse_arguments(["--config", str(path), "--config.model.fast=False"])
     expected = configs.default()
     expected.update(experiment="own", model=dict(width=64, fast=False))
     assert config.to_dict() == expected.to_dict()
@@ -59,7 +59,7 @@ def test_an_experiment_may_state_only_what_differs(tmp_path):
 
 def test_load_config_is_what_the_command_line_does():
     flags = ["--config.model.width=64", "--config.optimizer.warmup=0", "--config.batch_size=32"]
-    by_flags, _ = experiment.parsed(["--config", f"{ALEXNET}:fast", *flags])
+    by_flags, _ = experiment.parse_arguments(["--config", f"{ALEXNET}:fast", *flags])
     overrides = {"model.width": 64, "optimizer.warmup": 0, "batch_size": 32}
     config = experiment.load_config(f"{ALEXNET}:fast", overrides)
     assert config.to_dict() == by_flags.to_dict()
@@ -71,7 +71,9 @@ def test_entries_of_dicts_can_be_set_and_swept():
     config = experiment.load_config(ALEXNET, {"optimizer.layer_rates.fc3": 1})
     assert config.optimizer.layer_rates.to_dict() == dict(fc3=1.0)
     path = f"{ROOT / 'experiments/alexnet_2012_imagenet.py'}:imagenette"
-    config, _ = experiment.parsed(["--config", path, "--config.optimizer.layer_rates.fc3=0.1"])
+    config, _ = experiment.parse_arguments(
+        ["--config", path, "--config.optimizer.layer_rates.fc3=0.1"]
+    )
     assert config.optimizer.layer_rates.fc3 == 0.1
     combos = [{"optimizer.layer_rates.fc3": value} for value in ("0.1", "0.2")]
     sweep.refuse_fields(combos, ["--config", path], 1)
@@ -170,20 +172,20 @@ def test_every_choice_names_fields_that_there_are():
 
 def test_a_run_from_before_a_field_resumes(config, tmp_path, new_field, capsys):
     config.epochs = 1
-    loop.run(config, tmp_path)
+    loop.train(config, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     saved["model"]["levers"] = ["pool_first"]  # which the schema no longer has
     (tmp_path / "config.json").write_text(json.dumps(saved))
     new_field()
     configs.fill(config)
     config.epochs = 2
-    summary = loop.run(config, tmp_path)
+    summary = loop.train(config, tmp_path)
     assert (summary["status"], summary["steps"]) == ("completed", 8)
     assert "Resumed" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["model"]["news"] == 0.5
     config.model.news = 0.7
     with pytest.raises(UserError, match=r"\(model\.news: 0\.5 -> 0\.7\)"):
-        loop.run(config, tmp_path)
+        loop.train(config, tmp_path)
 
 
 def test_seeds_from_before_and_after_a_field_are_averaged(tmp_path, new_field, config):
@@ -203,7 +205,7 @@ def test_reports_ignore_a_field_that_the_schema_no_longer_has(tmp_path, config):
         saved["model"]["levers"] = levers
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(saved))
-    sweep = load.lone_runs([tmp_path / "a", tmp_path / "b"], [])
+    sweep = load.sweep_of_runs([tmp_path / "a", tmp_path / "b"], [])
     assert [run["settings"].keys() for run in sweep["runs"]] == [{"parallelism", "batch_size"}] * 2
 
 

@@ -1,4 +1,4 @@
-"""The README and the guide: what they show is what the code prints, draws and does."""
+"""README and guide show what the code prints, draws and does."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_fences_name_their_language(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_code_fits_a_page(path):
-    """GitHub shows some 98 characters of a code block; longer lines have to be scrolled."""
+    """GitHub shows some 98 characters of a code block; longer lines scroll."""
     for language in ("bash", "python", "text"):
         for block in fences(path, language):
             assert max(map(len, block.splitlines())) <= 96, block
@@ -131,7 +131,7 @@ def test_mesh_picture_is_drawn_from_the_table():
 
 
 def test_mesh_picture_shows_what_jax_places():
-    """The shard that the picture fills is the one that jax gives the device, for each dimension."""
+    """For each dimension the picture fills the shard that jax gives the device."""
     drawing = runpy.run_path(str(ROOT / "docs" / "draw_mesh.py"))
     sizes = drawing["MESH"]
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
@@ -190,7 +190,7 @@ EXAMPLES = {
 
 
 def train_example(name, folder):
-    """Train an example of docs/extending.md for four steps on a 4x2 mesh; return its summary."""
+    """Train an example of docs/extending.md for four steps on 4x2; return its summary."""
     path = folder / f"{name}.py"
     path.write_text(EXAMPLES[name])
     config = cnn_spmd.load_config(str(path), {"steps": 4, "mesh.data": 4, "mesh.model": 2})
@@ -199,7 +199,7 @@ def train_example(name, folder):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_of_extending_run(name, tmp_path, registries):
-    """Each runs as it stands, its whole config takes effect, and the report knows all of it."""
+    """Each runs as it is, all of its config takes effect, and the report shows it."""
     summary = train_example(name, tmp_path)
     assert summary["status"] == "completed"
     assert summary["experiment"] == name
@@ -260,7 +260,7 @@ def commands(program):
 
 
 def small(command, folder):
-    """Return the arguments of a launch command, cut to a small run on eight simulated devices.
+    """Return the arguments of a launch command, cut to a small run on eight devices.
 
     folder: where "/shared" is.
     """

@@ -3,33 +3,32 @@
 import pytest
 from run_helpers import lines, scalars
 
-from cnn_spmd.training import evaluate as evaluation
-from cnn_spmd.training import loop
+from cnn_spmd.training import evaluate, loop
 
 
 def test_evaluation_that_misses_an_image_is_an_error():
     sums = [
-        dict(loss=1.0, correct=3, top5=4, examples=16),
-        dict(loss=1.0, correct=3, top5=4, examples=15),
+        dict(loss=1.0, accuracy=3, top5=4, examples=16),
+        dict(loss=1.0, accuracy=3, top5=4, examples=15),
     ]
     with pytest.raises(AssertionError, match="evaluated 31"):
-        evaluation.means_of(sums, 32)
+        evaluate.means_of(sums, 32)
 
 
 def test_every_sum_becomes_a_mean_under_its_name():
     sums = [
-        dict(loss=6.0, correct=3, brier=0.5, examples=4),
-        dict(loss=2.0, correct=1, brier=1.5, examples=4),
+        dict(loss=6.0, accuracy=3, brier=0.5, examples=4),
+        dict(loss=2.0, accuracy=1, brier=1.5, examples=4),
     ]
     means = dict(loss=1.0, accuracy=0.5, brier=0.25, examples=8)
-    assert evaluation.means_of(sums, 8) == means
+    assert evaluate.means_of(sums, 8) == means
 
 
 def test_a_metric_of_ones_own_is_in_every_file_of_a_run(config, tmp_path, monkeypatch):
     """Every sum reaches metrics.jsonl, TensorBoard and the summary."""
-    means_of = evaluation.means_of
+    means_of = evaluate.means_of
     monkeypatch.setattr(
-        evaluation,
+        evaluate,
         "means_of",
         lambda sums, examples: means_of(
             [batch | dict(brier=2 * batch["examples"]) for batch in sums], examples

@@ -1,4 +1,4 @@
-"""Every experiment and variant can be set up, and the recipes are those of the papers."""
+"""Every experiment and variant can be set up; recipes are those of the papers."""
 
 import dataclasses
 import re
@@ -10,8 +10,7 @@ from conftest import ROOT
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import dataset, synthetic
-from cnn_spmd.training import build as setup
-from cnn_spmd.training import optim
+from cnn_spmd.training import build, optim
 from experiments import (
     alexnet_2012_imagenet,
     alexnet_cifar,
@@ -101,7 +100,7 @@ def test_recipes_of_cuda_convnet(variant, few):
         "float32",
     )
     config.data.held_out = 0  # these images are too few
-    functions = setup.prepare(config, data=few).functions
+    functions = build.prepare(config, data=few).functions
     got = {
         layer: settings.weight_decays.get(layer, settings.weight_decay)
         for layer in functions.abstract_state.params
@@ -119,11 +118,11 @@ def test_recipes_of_cuda_convnet(variant, few):
 def test_variants_can_be_set_up(experiment, variant, few):
     config = experiment.get_config(variant)
     assert variant in config.experiment
-    setup.prepare(config, data=few)
+    build.prepare(config, data=few)
 
 
 def test_variants_differ_from_their_control_in_what_they_say():
-    """The experiment's name apart: in the network, or where that is the same in its dropout."""
+    """They differ in the network, or in its dropout, and in the experiment's name."""
     base = configs.flat(claims_2012_cifar.get_config("base").to_dict())
     for variant in claims_2012_cifar.VARIANTS[1:8]:
         config = configs.flat(claims_2012_cifar.get_config(variant).to_dict())
@@ -163,7 +162,7 @@ def photographs() -> dataset.Dataset:
     ],
 )
 def test_imagenet(experiment, variant, parameters, photographs):
-    """The published counts of parameters, crops of 224 from 256, and the falls of the rate."""
+    """Published counts of parameters, crops of 224 from 256, and falls of the rate."""
     config = experiment.get_config(variant)
     assert config.data.name == ("imagenette" if "imagenette" in variant else "imagenet2012")
     assert (config.dense_microbatch, config.batch_size) == (
@@ -184,7 +183,7 @@ def test_imagenet(experiment, variant, parameters, photographs):
     config.dense_microbatch //= 4
     classes = 10 if "imagenette" in variant else 1000
     data = dataclasses.replace(photographs, class_names=photographs.class_names[:classes])
-    got = setup.prepare(config, data=data)
+    got = build.prepare(config, data=data)
     assert sum(x.size for x in jax.tree.leaves(got.functions.abstract_state.params)) == parameters
     seen = got.functions.preprocessing
     assert seen.colour_CC is not None
@@ -202,7 +201,7 @@ def test_imagenet(experiment, variant, parameters, photographs):
 
 @pytest.mark.parametrize("variant", ["", "variable"])
 def test_one_weird_tricks_question_on_cifar10(variant):
-    """Its own recipe on small images: what differs is the data, how long, and what is saved."""
+    """Its recipe on small images; data, length and checkpoints differ."""
     here, there = (
         configs.flat(get(variant).to_dict())
         for get in (owt_cifar.get_config, owt_imagenet.get_config)

@@ -201,7 +201,7 @@ def test_the_refusals_of_a_first_command_name_the_flags_that_make_it_work(pets, 
 
     def refused() -> str:
         with pytest.raises(UserError) as refusal:
-            build.prepare(experiment.parsed(arguments)[0], jax.devices()[:1])
+            build.prepare(experiment.parse_arguments(arguments)[0], jax.devices()[:1])
         return str(refusal.value)
 
     with monkeypatch.context() as patch:
@@ -215,7 +215,7 @@ def test_the_refusals_of_a_first_command_name_the_flags_that_make_it_work(pets, 
     assert "set --config.data.image_size" in second
     side = re.search(r"expected a side of (\d+)", second).group(1)
     arguments.append(f"--config.data.image_size={side}")
-    setup = build.prepare(experiment.parsed(arguments)[0], jax.devices()[:1])
+    setup = build.prepare(experiment.parse_arguments(arguments)[0], jax.devices()[:1])
     assert setup.data.train_images.shape == (8, int(side), int(side), 3)
 
 

@@ -198,7 +198,7 @@ def test_an_experiment_that_fails_says_where(tmp_path, content, message):
     with pytest.raises(
         UserError, match=f"^{re.escape(message.replace('OWN', str(path)))}"
     ) as error:
-        experiment.parsed(["--config", str(path)])
+        experiment.parse_arguments(["--config", str(path)])
     assert "\n" not in str(error.value)
 
 
@@ -260,7 +260,7 @@ def test_types_in_an_experiment_are_those_of_the_shipped_one(tmp_path, change, m
         f"def get_config(config=alexnet_cifar.get_config()):\n    {change}\n    return config"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message.replace('OWN', str(path)))}"):
-        experiment.parsed(["--config", str(path)])
+        experiment.parse_arguments(["--config", str(path)])
 
 
 def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
@@ -271,7 +271,7 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
         "    config = alexnet_cifar.get_config().to_dict()\n    config['optimizer']['warmup'] = 0\n"
         "    config['optimizer']['stages'] = [0.5]\n    return ConfigDict(config)"
     )
-    configs.validate(experiment.parsed(["--config", str(path)])[0])
+    configs.validate(experiment.parse_arguments(["--config", str(path)])[0])
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
 )
 def test_types_on_the_command_line(argument, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        experiment.parsed(["--config", str(ROOT / SMALL[1]), argument])
+        experiment.parse_arguments(["--config", str(ROOT / SMALL[1]), argument])
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_workdir_below_a_folder_that_is_not_utf8_is_refused(tmp_path, monkeypa
 
 
 def test_hostile_surroundings_change_no_number(start, tmp_path):
-    """No reader, no stderr, no home, a path beyond ASCII, and what would change jax's numbers."""
+    """No reader, no stderr, no home, a path beyond ASCII, jax's own settings."""
     hostile = dict(
         JAX_ENABLE_X64="1",
         JAX_DEFAULT_PRNG_IMPL="rbg",
@@ -638,7 +638,7 @@ def free_port() -> int:
 
 
 def test_two_processes_train_one_network(start, tmp_path):
-    """Two processes with four devices each log what one process with eight logs; streamed, too."""
+    """Two processes of four devices log what one of eight logs; streamed, too."""
     arguments = [*SMALL, "--mesh", "4x2", "--config.parallelism=hybrid"]
 
     def pair(workdir, *more):

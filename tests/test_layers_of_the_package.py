@@ -55,10 +55,10 @@ def floor_of(module):
 
 
 def test_imports_point_down():
+    inner = {module: path for module, path in modules().items() if module != "cnn_spmd"}
     upward = [
         f"{module} imports {other}"
-        for module, path in modules().items()
-        if module != "cnn_spmd"
+        for module, path in inner.items()
         for other in imports(path)
         if floor_of(other) > floor_of(module)
     ]

@@ -25,7 +25,7 @@ class Scores:
 
 @pytest.fixture
 def sums_of(monkeypatch):
-    """Return the evaluation step's sums for scores [C] and labels [8], of which 3 are padding."""
+    """Return eval_step's sums for scores [C] and labels [8]; 3 of these are padding."""
     setup, _ = on_one("simple_cnn")
 
     def sums(scores_C, labels_B):
@@ -40,7 +40,7 @@ def sums_of(monkeypatch):
 @pytest.mark.parametrize("label", range(10))
 @pytest.mark.parametrize("scores", ["falling", "equal", "nan"])
 def test_what_counts_as_right(label, scores, sums_of):
-    """Of equal scores the first counts, of NaN none; padding never does."""
+    """The first of equal scores counts, a NaN and padding never do."""
     rows = dict(falling=-jnp.arange(10.0), equal=jnp.zeros(10), nan=jnp.full(10, jnp.nan))
     sums = sums_of(rows[scores], np.full(8, label))
     right = scores != "nan"
@@ -52,7 +52,7 @@ def test_what_counts_as_right(label, scores, sums_of):
 
 
 def test_a_metric_of_ones_own_is_summed(monkeypatch, sums_of):
-    """It sees log probabilities and labels; padding is left out, even where it is not finite."""
+    """It sees log probabilities and labels; padding is left out, even if not finite."""
 
     def label_probability(scores_BC, labels_B):
         chosen_B = jnp.take_along_axis(scores_BC, labels_B[:, None], axis=1)[:, 0]

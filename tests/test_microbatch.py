@@ -23,7 +23,7 @@ from cnn_spmd.training.step import StepFunctions
 
 
 def test_micro_batches_on_meshes():
-    """Summed gradients are plain SGD; updates after each are others, the same on every mesh."""
+    """Summed gradients are plain SGD; updates after each are the same on every mesh."""
 
     def run(shape, **changes):
         changes = dict(changes, model=dict(width=64, dropout=0.0))
@@ -87,7 +87,7 @@ class PlainLoop:
             self.params[layer][name][...] = weight - rate * (grad + momentum * velocity)
 
     def step(self, count):
-        """Update the dense layers after each of `count` micro-batches, then the convolutions.
+        """Update dense layers after each of `count` micro-batches, then convolutions.
 
         Each device gives every micro-batch its share: examples part, part + count, ...
         """

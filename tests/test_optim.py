@@ -1,4 +1,4 @@
-"""Optimizers and schedules against formulas written out, and those of a user's own."""
+"""Optimizers and schedules compared with formulas, and those of a user's own."""
 
 import functools
 
@@ -154,7 +154,7 @@ def test_the_warmup_is_rounded_to_whole_steps(config):
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_sgd_against_numpy(config, nesterov):
-    """Momentum, Nesterov and decay as in Krizhevsky et al. 2012, section 5; no decay of biases."""
+    """As in Krizhevsky et al. 2012, section 5, also Nesterov; biases do not decay."""
     config.optimizer.update(
         dict(PLAIN, learning_rate=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
     )
@@ -205,7 +205,7 @@ def test_rates_and_decays_of_layers_and_biases(config):
 
 
 def test_a_gradient_is_no_longer_than_clip_norm(config):
-    """Over all parameters together: 3, 4 and 12 have the length 13; the direction stays."""
+    """Over all parameters: 3, 4 and 12 have the length 13; the direction stays."""
     params = {"fc1": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(1)}}
     grads = {"fc1": {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([12.0])}}
     for clip_norm, times in ((0.0, 1), (1.3, 0.1), (20.0, 1)):
@@ -252,7 +252,7 @@ OF_ADAMW = dict(name="adamw", options={"b2": 0.9}, weight_decay=0.1)
 
 
 def test_an_optimizer_of_ones_own(config, known_adamw):
-    """AdamW by hand (Loshchilov and Hutter 2019), two steps; biases and layers have their rates."""
+    """Two steps of AdamW by hand (Loshchilov and Hutter 2019), with rates by layer."""
     config.optimizer.update(dict(PLAIN, **OF_ADAMW, bias_rate=2.0, layer_rates=dict(fc3=0.25)))
     optimizer = optim.make_optimizer(config.optimizer, 10)
     layer = dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full(2, 3.0))

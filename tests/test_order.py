@@ -19,7 +19,7 @@ def test_train_indices_are_a_function_of_seed_and_step():
 
 
 def test_some_images_are_held_out_at_first():
-    """Of 43 images 13 are held out for 7 of 8 steps, in epochs of 30 images and 3 steps.
+    """13 of 43 images are held out for 7 of 8 steps; epochs of 30 images, 3 steps.
 
     The 8th step begins an epoch of all images, 5 steps.
     """

@@ -17,7 +17,7 @@ from cnn_spmd.training.step import StepFunctions
 
 
 def weights_of_all_kinds() -> np.ndarray:
-    """Return float32 bits: ordinary numbers, the extremes, ties, and exact bfloat16; no NaN."""
+    """Return float32 bits: ordinary numbers, extremes, ties, exact bfloat16; no NaN."""
     rng = np.random.default_rng(0)
     special = [0.0, -0.0, np.inf, -np.inf, 3e38]
     weights = np.concatenate([rng.normal(size=5000), 10.0 ** rng.uniform(-38, 38, 500), special])
@@ -53,10 +53,10 @@ def test_a_packed_nan_is_a_nan():
 
 @pytest.mark.parametrize("changes", [{}, dict(dense_microbatch=8)])
 def test_packed_weights_change_nothing(changes):
-    """On a mesh, steps that hand on packed weights are those that cast float32 weights."""
+    """On a mesh, steps with packed weights are those that cast float32 weights."""
     plain = trained_in_bfloat16(("own_gradients",), changes)
     packed = trained_in_bfloat16(("own_gradients", "cast_once"), changes)
-    # Of two equally near bfloat16s a cast takes another.
+    # Where two bfloat16s are equally near, a cast takes the other one.
     np.testing.assert_allclose(plain["loss"], packed["loss"], rtol=1e-5)
     # A bias is the sum of few bfloat16 steps.
     assert_close(packed["params"], plain["params"], 1e-3)
@@ -64,7 +64,7 @@ def test_packed_weights_change_nothing(changes):
 
 
 def trained_in_bfloat16(levers: tuple[str, ...], changes: dict) -> dict:
-    """Return losses and parameters of two steps in one program, and the bytes that it moves."""
+    """Return losses and parameters of two steps in one program, and its bytes."""
     setup = setup_of(
         "alexnet", "hybrid", (2, 2), levers, dtype="bfloat16", steps_per_call=2, **changes
     )

@@ -105,7 +105,7 @@ def test_a_row_from_json_and_its_report():
 
 
 def test_parameters_without_axes_are_replicated():
-    """So are arrays that are not variables; a variable with axes lies where its row says."""
+    """So are arrays that are not variables; one with axes lies where the row says."""
     place = Placement(mesh.make(4, 2), "hybrid")
     state = dict(
         step=jnp.zeros((), jnp.int32),

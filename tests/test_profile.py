@@ -1,4 +1,4 @@
-"""Summarise traces that are made by hand, with known times, and traces of eight CPU devices."""
+"""Traces made by hand, with known times, and traces of eight CPU devices."""
 
 import json
 

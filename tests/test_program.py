@@ -31,7 +31,7 @@ def make_mesh(shape):
 
 
 def compile_on(mesh, function, *shapes):
-    """Compile `function` of f32 blocks, one per device; each result stays on its device."""
+    """Compile `function` of f32 blocks, one per device; results stay there."""
     blocks = PartitionSpec(BOTH)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=blocks, out_specs=blocks, check_vma=False)
     return (
@@ -235,7 +235,7 @@ def test_a_loop_that_does_not_say_how_often_it_runs():
         lambda x: lax.while_loop(lambda x: x[0, 0] < 9, lambda x: lax.psum(x, "model"), x),
         (8, 32),
     ).as_text()
-    with pytest.raises(ValueError, match="does not tell how often it runs"):
+    with pytest.raises(ValueError, match="does not say how often it runs"):
         parse(text)
 
 

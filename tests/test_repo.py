@@ -1,4 +1,4 @@
-"""The repository keeps its promises: ruff is clean, results/data says where it comes from."""
+"""ruff is clean; results/data says where it comes from; and other promises."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_programs_move_what_theory_says():
 
 
 def test_start_up_times_are_of_the_runs_that_the_page_names():
-    """results/cifar10.md names an empty compilation cache, then a full one, and two cores."""
+    """results/cifar10.md names an empty, then a full compilation cache, and two cores."""
     starts = [
         json.loads((DATA / f"alexnet_cifar-h200-1x1-hybrid-seed{seed}.json").read_text())
         for seed in range(2)

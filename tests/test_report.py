@@ -411,7 +411,7 @@ def test_charts_say_what_they_show_and_what_is_left_out(tmp_path, capsys):
         assert chart.count("<svg") == (2 if title == "Speedup" else 3), title
     for title in ("Throughput", "Speedup", "Step time"):
         assert (
-            "n = 1 to 2 runs (seeds) per point, averaged, each over 9 steady calls"
+            "n = 1 to 2 runs (seeds) per point, averaged, each over 9 steady chunks"
             in figures[title]
         )
         assert (

@@ -1,4 +1,4 @@
-"""Every scheme on every mesh computes what one device computes, and moves what theory says.
+"""Every scheme and mesh computes what one device does, and moves what theory says.
 
 Tolerances against one device, in float64, where a difference is not rounding: the loss 1e-9
 relative; each gradient and each updated parameter of the second step 1e-6 of the array's largest
@@ -61,7 +61,7 @@ def name_case(value) -> str:
 
 @pytest.mark.parametrize(("model", "parallelism", "shape"), CASES, ids=name_case)
 def test_scheme(model, parallelism, shape):
-    """The numbers of one device; the bytes of theory; the arrays where the report says."""
+    """Numbers of one device; bytes of theory; arrays where the report says."""
     one = computed(model, "data", (1, 1))
     many = computed(model, parallelism, shape)
     assert one["report"]["collectives"] == []
@@ -87,7 +87,7 @@ def extra_bytes(model: str, parallelism: str, shape: tuple[int, int]) -> int:
 
 
 def check_communication(report: dict, extra: int) -> None:
-    """Compare compiled bytes with the closed form; nothing of another kind may be there at all."""
+    """Compare compiled bytes with the closed form; no other kind may be there."""
     assert report["communication"]
     for row in report["communication"]:
         expected = pytest.approx(row["closed_form_bytes"], rel=0.02, abs=2000 + extra)
@@ -95,7 +95,7 @@ def check_communication(report: dict, extra: int) -> None:
 
 
 def check_placement(report: dict, held: dict, row: dict, shape: tuple[int, int]) -> None:
-    """Compare the report with the bytes that a device holds, and with the row of the table."""
+    """Compare the report with the bytes that a device holds, and with the table."""
     assert {array["name"]: array["bytes_per_device"] for array in report["placement"]} == held
     data, columns = shape
     for array in report["placement"]:
@@ -117,7 +117,7 @@ SPLIT = {
 
 @pytest.mark.parametrize("parallelism", BY_HAND)
 def test_scheme_by_hand(parallelism):
-    """Sums that know nothing of the table, to 1% and 100 numbers of the compiled program."""
+    """Sums that do not read the table, within 1% and 100 numbers of the program."""
     report = computed("alexnet", parallelism, (4, 2))["report"]
     compiled = {
         (row["kind"], "+".join(row["axes"])): row["compiled_bytes"] / FLOAT
@@ -178,7 +178,7 @@ def test_towers_meet_only_in_conv3_and_in_the_dense_layers():
 
 
 def test_a_row_for_which_xla_splits_an_axis(monkeypatch):
-    """It trains as on one device; the report names groups that are a part of a mesh axis.
+    """It trains as on one device; the report names groups within a mesh axis.
 
     The closed form does not cover them.
     """

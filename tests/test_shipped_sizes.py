@@ -1,4 +1,4 @@
-"""AlexNet as it ships, 4096 wide: how the schemes compare, and that a mesh changes no number."""
+"""AlexNet as it ships, 4096 wide: bytes of the schemes; a mesh changes no number."""
 
 import jax
 import pytest
@@ -8,7 +8,7 @@ from cnn_spmd.training.dry_run import dry_run
 
 
 def test_ordering_of_the_schemes():
-    """At batch 1024, hybrid moves at most half of data's bytes at 4x2, a third at 2x4 and 1x8.
+    """Batch 1024: hybrid moves at most half of data's bytes at 4x2, elsewhere a third.
 
     Alternating moves no more than hybrid. These are bytes of the closed form; the compiled payload
     is compared with it. The CPU compiler's all-reduces count as the reduce-scatters that they are

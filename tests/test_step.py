@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: their numbers, their randomness, their types."""
+"""The train step and the evaluation step: numbers, randomness, types."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def test_evaluation_against_numpy():
 
 
 def test_ten_views_of_a_crop_against_numpy():
-    """As cuda-convnet tests: crops less the middle of the mean image, the mean of ten softmaxes."""
+    """As cuda-convnet: crops less the mean image's middle, a mean of ten softmaxes."""
     data = dict(crop=24, crop_pad=0, normalise="pixel_mean", colour_noise=0.0)
     setup, train_data = on_one("simple_cnn", eval=dict(views="ten"), data=data)
     state = setup.init()
@@ -113,7 +113,7 @@ def test_ten_views_of_a_crop_against_numpy():
 
 
 def test_several_steps_per_call_equal_single_steps():
-    """steps_per_call is a matter of speed: a scan of three steps ends where three calls end."""
+    """A scan of three steps ends where three calls of one step end."""
     with jax.enable_x64(True):
         (losses, params), (scanned_losses, scanned) = (
             trained(setup_of("simple_cnn", "hybrid", (4, 2), steps_per_call=n), 3) for n in (1, 3)
@@ -124,7 +124,7 @@ def test_several_steps_per_call_equal_single_steps():
 
 
 def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
-    """To the last bit, in training (crops, flips and dropout included) and in evaluation."""
+    """To the last bit, in training (with crops, flips, dropout) and in evaluation."""
     (expected, moved), (streamed, streamed_moved) = map(results_where_resident, ("yes", "no"))
     assert expected["['examples']"] == TEST_EXAMPLES
     assert streamed.keys() == expected.keys()
@@ -135,7 +135,7 @@ def test_streamed_images_give_the_same_numbers_and_move_nothing_more():
 
 
 def results_where_resident(resident: str) -> tuple[dict, list[tuple]]:
-    """Return the numbers of two steps and an evaluation, and the collectives of the steps."""
+    """Return the numbers of two steps and an evaluation, and the collectives."""
     setup = setup_of(
         "simple_cnn",
         "hybrid",
@@ -159,7 +159,7 @@ def results_where_resident(resident: str) -> tuple[dict, list[tuple]]:
 
 
 def test_colour_noise_against_numpy():
-    """All pixels of an image get the same alpha_i sigma_i v_i, with alpha ~ N(0, 0.1) per image.
+    """All pixels of an image get the same alpha_i sigma_i v_i, alpha ~ N(0, 0.1).
 
     sigma_i, v_i: the deviations and principal axes of the training pixels' covariance.
     """

@@ -1,4 +1,4 @@
-"""Sweeps: combinations, refusals, runs that fail in every way, going on, and a real sweep."""
+"""Sweeps: combinations, refusals, failing runs, going on, and a real sweep."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixtur
 
 from cnn_spmd import config as configs
 from cnn_spmd import experiment, sweep
-from cnn_spmd.data import registry as sources
+from cnn_spmd.data import registry
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import compare
@@ -167,11 +167,11 @@ def test_no_two_combinations_have_one_folder(monkeypatch):
 def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     monkeypatch.chdir(ROOT)
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
-    monkeypatch.setitem(sources.DATASETS, "cifar10", lambda data: digits)
+    monkeypatch.setitem(registry.DATASETS, "cifar10", lambda data: digits)
     arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
     assert row["status"] == "pending", row["reason"]
-    config, _ = experiment.parsed(row["command"].split()[2:])
+    config, _ = experiment.parse_arguments(row["command"].split()[2:])
     config = configs.resolve(config, digits, "cpu")
     found = configs.flat(config.to_dict()) | dict(
         batch_per_device=config.batch_size, epochs=config.steps // (1437 // 64)
@@ -418,7 +418,9 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
                             devices=8,
                             cpu_devices=None,
                             runs=[],
-                            config=configs.flat(configs.as_json(experiment.parsed(SHARED)[0]))
+                            config=configs.flat(
+                                configs.as_json(experiment.parse_arguments(SHARED)[0])
+                            )
                             | {"optimizer.momentum": 0.5},
                         )
                     )

@@ -21,13 +21,10 @@ from run_helpers import lines, rows, saved_state, stop_after
 
 from cnn_spmd import config as configs
 from cnn_spmd import experiment
-from cnn_spmd.data import order, statistics
-from cnn_spmd.data import registry as sources
+from cnn_spmd.data import order, registry, statistics
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import build, checkpoint, loop, optim, runfiles
-from cnn_spmd.training import clock as clocks
-from cnn_spmd.training import evaluate as evaluation
+from cnn_spmd.training import build, checkpoint, clock, evaluate, loop, optim, runfiles
 from cnn_spmd.training.dry_run import dry_run
 
 
@@ -68,7 +65,7 @@ def test_files_of_a_run(config, tmp_path):
     }
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["commit"])
     assert summary["step_milliseconds"].keys() == {"median", "p10", "p90"}
-    assert summary["compile_seconds"] < summary["startup_seconds"] < clocks.process_seconds()
+    assert summary["compile_seconds"] < summary["startup_seconds"] < clock.process_seconds()
     assert (summary["status"], summary["steps"], summary["epochs"]) == ("completed", 8, 2.0)
     assert summary["eval"]["examples"] == 40
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))
@@ -506,7 +503,7 @@ def on_the_fallback(*arguments):
     """Resolve the shipped experiment where the digits stand in for CIFAR-10."""
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
     path = str(ROOT / "experiments/alexnet_cifar.py")
-    config, _ = experiment.parsed(["--config", path, *arguments])
+    config, _ = experiment.parse_arguments(["--config", path, *arguments])
     return configs.resolve(config, digits, "cpu")
 
 
@@ -581,7 +578,7 @@ def saved_steps(workdir):
 def test_a_run_keeps_its_last_and_its_best(config, tmp_path, monkeypatch):
     accuracy = iter([0.9, 0.2, 0.1])
     monkeypatch.setattr(
-        evaluation,
+        evaluate,
         "means_of",
         lambda *_: dict(accuracy=next(accuracy), top5=0.0, loss=0.0, examples=40),
     )
@@ -645,7 +642,7 @@ def test_several_steps_per_call_log_the_same_run(config, tmp_path, monkeypatch):
 def test_seconds_and_rates(config, tmp_path, monkeypatch):
     """16 images take half a second; a resumed run adds to the seconds before it."""
     monkeypatch.setattr(
-        clocks.Clock, "finish", lambda self, n, _: self.chunks.append((n, 0.5)) or 0.5
+        clock.Clock, "finish", lambda self, n, _: self.chunks.append((n, 0.5)) or 0.5
     )
     stop_after(4, config, tmp_path)
     summary = loop.train(config, tmp_path)
@@ -658,12 +655,12 @@ def test_seconds_and_rates(config, tmp_path, monkeypatch):
 def test_the_clock_stands_still_during_evaluation(config, tmp_path, monkeypatch):
     events = []
     for name in ("start", "finish"):
-        old = getattr(clocks.Clock, name)
+        old = getattr(clock.Clock, name)
         monkeypatch.setattr(
-            clocks.Clock, name, lambda *a, old=old, name=name: events.append(name) or old(*a)
+            clock.Clock, name, lambda *a, old=old, name=name: events.append(name) or old(*a)
         )
     monkeypatch.setattr(
-        evaluation, "means_of", lambda *a, old=evaluation.means_of: events.append("eval") or old(*a)
+        evaluate, "means_of", lambda *a, old=evaluate.means_of: events.append("eval") or old(*a)
     )
     loop.train(config, tmp_path)
     assert events == ["start", *["finish"] * 4, "eval", "start", *["finish"] * 4, "eval"]
@@ -688,8 +685,8 @@ def before_each_chunk(action, monkeypatch):
 
 def test_a_chunk_begins_before_the_one_before_it_is_read(config, tmp_path, monkeypatch):
     """The devices wait for the host only before an evaluation."""
-    events, finish = [], clocks.Clock.finish
-    monkeypatch.setattr(clocks.Clock, "finish", lambda *a: events.append("read") or finish(*a))
+    events, finish = [], clock.Clock.finish
+    monkeypatch.setattr(clock.Clock, "finish", lambda *a: events.append("read") or finish(*a))
     before_each_chunk(lambda: events.append("begin"), monkeypatch)
     loop.train(config, tmp_path)
     assert events == ["begin", *["begin", "read"] * 3, "read"] * 2
@@ -708,14 +705,14 @@ def test_a_launch_that_takes_as_long_as_its_chunk_is_not_counted_twice(
 
 
 def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeypatch):
-    data = sources.load(config.data)
+    data = registry.load(config.data)
     data = dataclasses.replace(
         data,
         train_labels=data.train_labels * 0 + 1,
         test_labels=data.test_labels * 0,
         test_images=data.test_images // 4,
     )
-    monkeypatch.setattr(sources, "load", lambda *_: data)
+    monkeypatch.setattr(registry, "load", lambda *_: data)
     seen = []
     monkeypatch.setattr(
         statistics,
@@ -744,7 +741,7 @@ def test_the_batches_and_the_rates_are_those_of_the_config(config, tmp_path, mon
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_augmentation_is_what_config_and_data_allow(config, mirror):
-    data = dataclasses.replace(sources.load(config.data), mirror=mirror)
+    data = dataclasses.replace(registry.load(config.data), mirror=mirror)
     got = build.make_preprocessing(configs.resolve(config, data, "cpu"), data)
     assert (got.crop, got.crop_pad, got.views) == (0, 4, "mirrored")
     assert (got.flip, got.mirror) == (mirror, mirror)
@@ -754,7 +751,7 @@ def test_augmentation_is_what_config_and_data_allow(config, mirror):
     ("platform", "dtype", "steps"), [("cpu", "float32", 1), ("gpu", "bfloat16", 4)]
 )
 def test_what_auto_means(config, platform, dtype, steps):
-    data = dataclasses.replace(sources.load(config.data), fallback="cifar10")
+    data = dataclasses.replace(registry.load(config.data), fallback="cifar10")
     config.data.fallback_batch_size = 16
     got = configs.resolve(config, data, platform)
     assert (got.dtype, got.steps_per_call, got.optimizer.learning_rate) == (
@@ -799,7 +796,7 @@ def test_fields_that_are_unknown_or_missing(config):
 )
 def test_chunks_end_where_evaluations_and_checkpoints_are(config, steps, evaluate, save, per_call):
     config.steps, config.eval.every_epochs, config.checkpoint.every_epochs = steps, evaluate, save
-    assert configs.resolve(config, sources.load(config.data), "gpu").steps_per_call == per_call
+    assert configs.resolve(config, registry.load(config.data), "gpu").steps_per_call == per_call
 
 
 @pytest.mark.parametrize(
@@ -808,14 +805,14 @@ def test_chunks_end_where_evaluations_and_checkpoints_are(config, steps, evaluat
 def test_what_does_not_fit_is_streamed(config, memory, resident, steps, monkeypatch):
     """Images are streamed if they need more than 0.4 of the memory, or RESIDENT_BYTES.
 
-    104 images of 3,072 bytes are 319,488 bytes. A chunk then gets at most CALL_BYTES of images.
+    104 images of 3,072 bytes are 319,488 bytes. A chunk then gets at most CHUNK_BYTES of images.
     """
-    monkeypatch.setattr(configs, "CALL_BYTES", 2 * 32 * 3072 - 1)
+    monkeypatch.setattr(configs, "CHUNK_BYTES", 2 * 32 * 3072 - 1)
     config.batch_size = 32
-    got = configs.resolve(config, sources.load(config.data), "gpu", memory)
+    got = configs.resolve(config, registry.load(config.data), "gpu", memory)
     assert (got.data.resident, got.steps_per_call) == (resident, steps)
     monkeypatch.setattr(configs, "RESIDENT_BYTES", 319_487)
-    got = configs.resolve(config, sources.load(config.data), "gpu")
+    got = configs.resolve(config, registry.load(config.data), "gpu")
     assert (got.data.resident, got.steps_per_call) == ("no", 1)
 
 

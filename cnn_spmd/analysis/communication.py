@@ -1,8 +1,9 @@
-"""Predict the communication of a train step by theory, to compare it with the compiled program.
+"""Predict the communication of a train step by theory.
 
-The rules are those of Gholami et al. 2018 (arXiv 1712.04432), one layer at a time, each a function
-below. W is the number of weights of a layer, d the width of its input, d' the width of its output
-and B the global batch. The mesh has Pc data devices and Pr model devices. In a ring a device sends:
+Reports compare it with the compiled program. The rules are those of Gholami et al. 2018 (arXiv
+1712.04432), one layer at a time, each a function below. W is the number of weights of a layer, d
+the width of its input, d' the width of its output and B the global batch. The mesh has Pc data
+devices and Pr model devices. In a ring a device sends:
 
   sum_weight_gradients  the weights' gradients are summed over the devices that share
                         the batch (equation 4; with split weights, 8)     2 (Pc-1)/Pc W/Pr
@@ -32,7 +33,7 @@ from cnn_spmd.sharding.placement import Placement, axes_of, is_dense, mesh_axes_
 
 
 class NotCovered(Exception):
-    """The closed form does not know how a network on a placement communicates; says why."""
+    """The closed form does not cover a network on a placement; the text says why."""
 
 
 class Activation(NamedTuple):
@@ -82,12 +83,14 @@ class Move(NamedTuple):
 
 
 def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> Iterator[Move]:
-    """Bring an activation to the next layer's layout and, going backward, its gradient back."""
+    """Bring an activation to the next layer's layout, and its gradient back."""
     gathered = before.axes - after.axes
     yield Move(after.name, "all-gather", gathered, "forward", after.bytes)
     # Slicing is free going forward; backward the slices of the gradient are gathered.
     sliced = after.axes - before.axes
-    yield Move(after.name, "all-gather", sliced, "backward", after.bytes * devices(mesh, sliced))
+    yield Move(
+        after.name, "all-gather", sliced, "backward", after.bytes * count_devices(mesh, sliced)
+    )
     exchanged = exchanged_axes(before, after)
     yield Move(after.name, "all-to-all", exchanged, "forward", after.bytes)
     yield Move(after.name, "all-to-all", exchanged, "backward", after.bytes)
@@ -100,7 +103,7 @@ def exchanged_axes(before: Activation, after: Activation) -> set[str]:
 
 
 def sum_input_gradient(before: Activation, layer: Layer) -> Iterator[Move]:
-    """Columns split: sum the partial gradients of the layer's input."""
+    """Sum the partial gradients of a layer's input, where its columns are split."""
     # In a layer of towers each device has all columns that its input channels meet.
     summed = set(layer.columns) - set(layer.input.features)
     gathered = before.axes - layer.input.axes
@@ -110,17 +113,20 @@ def sum_input_gradient(before: Activation, layer: Layer) -> Iterator[Move]:
 
 
 def sum_output(mesh: Mesh, layer: Layer) -> Iterator[Move]:
-    """Rows split: sum the partial outputs, and keep a shard where the output is split."""
+    """Sum the partial outputs of a layer, where its rows are split.
+
+    Each device keeps a shard of the sum where the output is split.
+    """
     name, held = layer.output.name, layer.output.bytes
     scattered = set(layer.rows) & layer.output.axes
-    whole = held * devices(mesh, scattered)
+    unscattered = held * count_devices(mesh, scattered)
     yield Move(name, "all-reduce", set(layer.rows) - scattered, "forward", held)
-    yield Move(name, "reduce-scatter", scattered, "forward", whole)
-    yield Move(name, "all-gather", scattered, "backward", whole)
+    yield Move(name, "reduce-scatter", scattered, "forward", unscattered)
+    yield Move(name, "all-gather", scattered, "backward", unscattered)
 
 
 def sum_weight_gradients(layer: Layer, updates: int) -> Iterator[Move]:
-    """Sum each parameter's gradient over the devices that share the batch, once per update."""
+    """Sum each parameter's gradient over the batch's devices, once per update."""
     for name, held in layer.param_bytes.items():
         yield Move(name, "all-reduce", set(layer.input.batch), "backward", updates * held)
 
@@ -159,7 +165,7 @@ def closed_form(
         before = layer.output
     for layer in layers:
         moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
-    return [_row(place.mesh, move) for move in moves if devices(place.mesh, move.axes) > 1]
+    return [_row(place.mesh, move) for move in moves if count_devices(place.mesh, move.axes) > 1]
 
 
 def _row(mesh: Mesh, move: Move) -> dict:
@@ -171,11 +177,11 @@ def _row(mesh: Mesh, move: Move) -> dict:
         axes=axes,
         phase=move.phase,
         bytes=payload,
-        ring_bytes=ring_bytes(move.operation, payload, devices(mesh, axes)),
+        ring_bytes=ring_bytes(move.operation, payload, count_devices(mesh, axes)),
     )
 
 
-def devices(mesh: Mesh, axes: Sequence[str] | set[str]) -> int:
+def count_devices(mesh: Mesh, axes: Sequence[str] | set[str]) -> int:
     """Return how many devices lie along these mesh axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
@@ -261,10 +267,11 @@ _KINDS = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "red
 
 
 def compare(compiled: Sequence[dict], theory: Sequence[dict] | None) -> list[dict]:
-    """Return the payload per kind and mesh axes, compiled beside theory, as JSON-ready rows.
+    """Return the payload per kind and mesh axes, compiled beside theory.
 
-    compiled: rows of hlo.summarise. theory: rows of closed_form; None where it does not cover the
-    program, and closed_form_bytes is then None too. A kind is "gather", "reduce" or an operation.
+    The rows are JSON-ready. compiled: rows of hlo.summarise. theory: rows of closed_form; None
+    where it does not cover the program; closed_form_bytes is then None too. A kind is "gather",
+    "reduce" or an operation.
     """
     totals: dict[tuple, list[int]] = {}
     for column, rows in enumerate((compiled, theory or ())):

@@ -1,8 +1,9 @@
-"""Say whether the closed form (communication.py) holds for a network on a placement, or why not.
+"""Decide whether the closed form holds for a network on a placement.
 
-Its rules describe a chain of convolutions and dense layers, each split along at most one dimension
-of its kernel, and a few ways to get from one layer's layout to the next. Networks and placements
-beyond that train as well, but XLA may move other arrays than the rules say. They are not covered.
+The rules in communication.py describe a chain of convolutions and dense layers. Each kernel is
+split along at most one dimension, and there are few ways from one layer's layout to the next.
+Other networks and placements train as well, but XLA may move other arrays than the rules say. They
+are not covered.
 """
 
 import itertools
@@ -60,7 +61,7 @@ def _check_compiled(place: Placement, compiled: Sequence[dict]) -> None:
 
 
 def _check_state(network: nnx.Module) -> None:
-    """Refuse model state, such as batch statistics: devices exchange it by rules of its own."""
+    """Refuse model state, such as batch statistics: it has rules of its own."""
     for path, variable in nnx.to_flat_state(nnx.state(network)):
         if not isinstance(variable, nnx.Param):
             name = ".".join(map(str, path))
@@ -68,7 +69,7 @@ def _check_state(network: nnx.Module) -> None:
 
 
 def _check_layer(layer: Layer) -> None:
-    """Refuse a layer whose kernel, input and output do not fit one of the known splits."""
+    """Refuse a layer whose kernel, input and output fit none of the known splits."""
     name, given, result = layer.name, layer.input, layer.output
     if given.between or result.between:
         raise NotCovered(f"{name}: height or width of its maps is split")
@@ -114,7 +115,7 @@ class _Marking(Unplaced):
 
 
 def _check_chain(network: nnx.Module, images: jax.ShapeDtypeStruct, names: list[str]) -> None:
-    """Refuse a network in which some path leads around a layer, such as a residual one."""
+    """Refuse a network in which a path leads around a layer, as in residual ones."""
     graph, state = nnx.split(network)
     place = _Marking()
 
@@ -129,7 +130,7 @@ def _check_chain(network: nnx.Module, images: jax.ShapeDtypeStruct, names: list[
 
 
 def _on_every_path(jaxpr: Jaxpr) -> frozenset[str]:
-    """Return the marks on every path from the first input of a jaxpr to its first result."""
+    """Return the marks on every path from a jaxpr's first input to its first result."""
     passed = {jaxpr.invars[0]: frozenset()}
     for equation in jaxpr.eqns:
         inputs = [var for var in equation.invars if not isinstance(var, Literal) and var in passed]

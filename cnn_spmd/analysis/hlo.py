@@ -1,4 +1,4 @@
-"""Read the collectives of a compiled XLA program, and what they move, from its HLO text.
+"""Read the collectives of a compiled program, and what they move, from its HLO.
 
 Under `jax.jit` with shardings, XLA chooses which collectives to insert. This module reads them from
 the optimised HLO of one compiled program, `compiled.as_text()`, as jax 0.10 and 0.11 print it for
@@ -62,10 +62,11 @@ _REPLICA_GROUPS = re.compile(
 
 
 def ring_bytes(operation: str, payload: float, devices: int) -> int:
-    """Return the bytes that each of `devices` devices sends when a collective runs as a ring.
+    """Return the bytes that each device sends when a collective runs as a ring.
 
-    payload: one device's whole payload, `Collective.bytes`. The factors are 2(g-1)/g for an
-    all-reduce, (g-1)/g for an all-gather, reduce-scatter or all-to-all, 1 for the others.
+    devices: how many take part. payload: one device's whole payload, `Collective.bytes`. The
+    factors are 2(g-1)/g for an all-reduce, (g-1)/g for an all-gather, reduce-scatter or all-to-all,
+    1 for the others.
     """
     return round(RING_PARTS[operation](devices) * payload / devices)
 
@@ -116,9 +117,11 @@ def parse_collectives(
       steps, and its body counts once.
 
     An asynchronous collective counts where it starts. Groups of one device move nothing and are
-    left out. Raises ValueError, quoting the line, for an unknown operation, shape, element type or
-    syntax of groups; for groups of several sizes; for `send` and `recv`; and for a loop whose trip
-    count is not in the text.
+    left out.
+
+    Raises ValueError, quoting the line, for an unknown operation, shape, element type or syntax of
+    groups. It also does so for groups of several sizes, for `send` and `recv`, and for a loop whose
+    trip count is not in the text.
     """
     module = _Module(mesh_shape)
     for line in re.sub(r"/\*index=\d+\*/", "", hlo_text).splitlines():
@@ -178,7 +181,7 @@ class _Module:
             self.callers[called].append((self.computation, trips))
 
     def _enclosing_loops(self, computation: str) -> list[list[int | None]]:
-        """Return the trip counts around a computation, outermost first, per call path to it."""
+        """Return the trip counts around a computation, outermost first, per call path."""
         if computation not in self.callers:
             return [[]]
         paths = []
@@ -187,12 +190,12 @@ class _Module:
         return paths
 
     def count_per_step(self, computation: str, line: str, steps: int) -> int:
-        """Return how often a computation runs in each of `steps` steps; `line` is for errors."""
+        """Return how often a computation runs per step; `line` is for errors."""
         count = 0
         for loops in self._enclosing_loops(computation):
             if None in loops:
                 raise ValueError(
-                    f"a loop does not tell how often it runs, around the HLO line: {_shorten(line)}"
+                    f"a loop does not say how often it runs, around the HLO line: {_shorten(line)}"
                 )
             is_loop_over_steps = steps > 1 and loops[:1] == [steps]
             count += math.prod(loops[1:] if is_loop_over_steps else loops)
@@ -200,7 +203,7 @@ class _Module:
 
 
 def _read_collective(name: str, shape: str, opcode: str, module: _Module) -> Collective | None:
-    """Return the collective that an instruction is or starts; None for groups of one device."""
+    """Return the collective that an instruction is or starts; None for one device."""
     operation = opcode.removesuffix("-start")
     attributes = module.instructions[name].split(", metadata={")[0]
     if operation in ("send", "recv") and "is_host_transfer=true" in attributes:
@@ -278,10 +281,11 @@ def _replica_groups(operation: str, attributes: str, devices: int) -> list[list[
 
 
 def _groups_of_xla_mesh(mesh: str, ids: str | None, axes: str) -> list[list[int]]:
-    """Return the groups along `axes` of a mesh that XLA made, whose axes need not be ours.
+    """Return the groups along `axes` of a mesh that XLA made.
 
-    Devices form a group when they differ along the listed axes only. An axis may be listed in part
-    (a sub-axis of Shardy): 'a':(2)4 is the digit of size 4 that follows a leading digit of size 2.
+    Its axes need not be ours. Devices form a group when they differ along the listed axes only. An
+    axis may be listed in part (a sub-axis of Shardy): 'a':(2)4 is the digit of size 4 that follows
+    a leading digit of size 2.
     """
     names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh), strict=True)
     sizes = [int(n) for n in sizes]
@@ -301,7 +305,7 @@ def _groups_of_xla_mesh(mesh: str, ids: str | None, axes: str) -> list[list[int]
 
 
 def _iota(text: str) -> np.ndarray:
-    """Return device numbers, flat, from `[4,2]T(1,0)` or from a list such as `0,2,1,3`."""
+    """Return device numbers, flat, from `[4,2]T(1,0)` or from a list: `0,2,1,3`."""
     shape, _, order = text.partition("T")
     numbers = [int(n) for n in shape.strip("[]").split(",")]
     if not shape.startswith("["):

@@ -1,4 +1,4 @@
-"""Summarise a trace of jax.profiler: computing, communication and their overlap, per step."""
+"""Summarise a trace of jax.profiler: computing, communication, their overlap."""
 
 import math
 import pathlib
@@ -29,7 +29,7 @@ _CONTROL_FLOW = re.compile(rf"(?:while|conditional|call){_SUFFIX}")
 
 
 class Event(NamedTuple):
-    """A kernel, a copy or an operation of the CPU backend on one device; times in nanoseconds."""
+    """A kernel, copy or CPU operation on one device; times in nanoseconds."""
 
     device: str | int
     name: str

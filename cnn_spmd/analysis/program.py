@@ -1,4 +1,4 @@
-"""Report on a compiled program: what a device holds, and which collectives run (hlo.py)."""
+"""Report on a compiled program: what a device holds, which collectives run."""
 
 import importlib.metadata
 import math
@@ -54,7 +54,10 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int | None]:
 
 
 def compiler_of(mesh: jax.sharding.Mesh) -> dict:
-    """Return compiler and mesh, JSON-ready: CPU and GPU compilers insert other collectives."""
+    """Return compiler and mesh, JSON-ready.
+
+    They belong to a report, as CPU and GPU compilers insert different collectives.
+    """
     device = mesh.devices.flat[0]
     jaxlib = importlib.metadata.version("jaxlib")
     return dict(
@@ -79,9 +82,10 @@ def report(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, steps: int = 
 
 
 def as_text(report: dict) -> str:
-    """Return a run's report as text for people, at most 100 columns wide where names allow.
+    """Return a run's report as text for people.
 
-    A report with a part missing ends with a line that starts with WARNING and gives the reason.
+    It is at most 100 columns wide where names allow. A report with a part missing ends with a line
+    that starts with WARNING and gives the reason.
     """
     lines = [
         *_summary(report),
@@ -116,7 +120,7 @@ def _summary(report: dict) -> Iterator[str]:
 
 
 def _placement(title: str, arrays: list[dict]) -> Iterator[str]:
-    """Yield a table of arrays: on which mesh axes each dimension is split, and what that holds."""
+    """Yield a table of arrays: the mesh axes of each dimension, MB per device."""
     if not arrays:
         return
     cells = [
@@ -137,7 +141,7 @@ def _placement(title: str, arrays: list[dict]) -> Iterator[str]:
 
 
 def _axes_text(axes: Sequence[str | list[str] | None]) -> str:
-    """Return one entry per dimension, such as "data+model, -, -"; "-" is a whole dimension."""
+    """Return one entry per dimension, such as "data+model, -, -"; "-": not split."""
     return ", ".join("+".join(axis) if isinstance(axis, list) else axis or "-" for axis in axes)
 
 
@@ -209,7 +213,7 @@ def _megabytes(size: int) -> str:
 def _table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 1
 ) -> Iterator[str]:
-    """Yield a title and aligned rows, of which the last `numbers` columns are right-aligned."""
+    """Yield a title and aligned rows; the last `numbers` columns are right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     yield title
     for row in (header, *rows):

@@ -1,4 +1,4 @@
-"""Describe GPUs that are not in this machine, so that a dry run can compile for them.
+"""Describe GPUs that are not in this machine, for dry runs to compile for.
 
 XLA's compiler needs a description of the card, not the card. It comes with jax[cuda12]
 (requirements.txt). Training does not use this module.
@@ -45,8 +45,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def devices(text: str) -> list[jax.Device]:
-    """Return the devices of CARD:HOSTSxGPUS, such as h100:64x8; they compile and cannot run.
+    """Return the devices of CARD:HOSTSxGPUS, such as h100:64x8.
 
+    Programs can be compiled for them, and cannot run on them.
     Raises UserError for another spelling, for an unknown card, and where jax[cuda12] is missing.
     """
     card, _, topology = text.partition(":")

@@ -1,1 +1,1 @@
-"""Data sets on the host, the order of their examples, and the way to devices."""
+"""Load data sets on the host, order their examples, and bring them to devices."""

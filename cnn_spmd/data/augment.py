@@ -1,4 +1,4 @@
-"""Turn uint8 images into what the network sees, on the devices, inside the jitted step.
+"""Turn uint8 images into what the network sees, inside the jitted step.
 
 Training images are cropped, mirrored and given colour noise at random. Test images are cut into
 views. Both are normalised.
@@ -95,7 +95,10 @@ def crop_and_flip(
 
 
 def _reflect(position: jax.Array, size: int) -> jax.Array:
-    """Fold positions in [-(size-1), 2(size-1)] into [0, size); the edge pixel is not repeated."""
+    """Fold positions in [-(size-1), 2(size-1)] into [0, size) by reflection.
+
+    The edge pixel is not repeated.
+    """
     return (size - 1) - abs((size - 1) - abs(position))
 
 

@@ -1,8 +1,8 @@
-"""CIFAR-10 as a TFDS data set: downloaded or local, prepared once, decoded once.
+"""Load CIFAR-10 as a TFDS data set, which is prepared and decoded once.
 
-It needs no TensorFlow. Shapes: N images, H = W = 32 rows and columns, C = 3 channels (RGB).
-Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images";
-https://www.cs.toronto.edu/~kriz/cifar.html
+The source is a download or local files. It needs no TensorFlow. Shapes: N images, H = W = 32 rows
+and columns, C = 3 channels (RGB). Source: Krizhevsky 2009, "Learning Multiple Layers of Features
+from Tiny Images"; https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from cnn_spmd.data import cifar10_archive as archive
+from cnn_spmd.data import cifar10_archive
 from cnn_spmd.errors import UserError, one_line
 
 # An unreachable host is noticed within this time. TFDS alone retries for minutes.
@@ -45,8 +45,10 @@ def load(data_dir: str) -> dict[str, np.ndarray]:
 
     Raises UserError for a missing, damaged or wrong source, and Unreachable where none can be had.
     """
-    source = archive.find(data_dir) if data_dir else None
-    config = tfds.core.BuilderConfig(name=archive.fingerprint(source) if source else "official")
+    source = cifar10_archive.find(data_dir) if data_dir else None
+    config = tfds.core.BuilderConfig(
+        name=cifar10_archive.fingerprint(source) if source else "official"
+    )
     root = Path(tfds.core.constants.get_default_data_dir()).expanduser()
     folder = root / Cifar10.name / config.name / str(Cifar10.VERSION)
     arrays = read_cache(folder / "decoded.npz")
@@ -75,10 +77,10 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def url_infos(self) -> dict[str, tfds.download.checksums.UrlInfo]:
         """Return the size and checksum that TFDS expects of the download."""
         return {
-            archive.URL: tfds.download.checksums.UrlInfo(
-                size=archive.ARCHIVE_BYTES,
-                checksum=archive.ARCHIVE_SHA256,
-                filename=archive.ARCHIVE,
+            cifar10_archive.URL: tfds.download.checksums.UrlInfo(
+                size=cifar10_archive.ARCHIVE_BYTES,
+                checksum=cifar10_archive.ARCHIVE_SHA256,
+                filename=cifar10_archive.ARCHIVE,
             )
         }
 
@@ -89,8 +91,10 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
             features=tfds.features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(shape=archive.SHAPE_HWC, encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=archive.CLASS_NAMES),
+                    "image": tfds.features.Image(
+                        shape=cifar10_archive.SHAPE_HWC, encoding_format="png"
+                    ),
+                    "label": tfds.features.ClassLabel(names=cifar10_archive.CLASS_NAMES),
                 }
             ),
             supervised_keys=("image", "label"),
@@ -99,7 +103,7 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        splits = archive.read(self.source or Path(dl_manager.download(archive.URL)))
+        splits = cifar10_archive.read(self.source or Path(dl_manager.download(cifar10_archive.URL)))
         return {split: self._generate_examples(*arrays) for split, arrays in splits.items()}
 
     def _generate_examples(
@@ -136,7 +140,9 @@ def prepare(source: Path | None, root: Path, config: tfds.core.BuilderConfig, fo
         tfds.download.DownloadError,
         tfds.download.download_manager.NonMatchingChecksumError,
     ) as error:
-        raise Unreachable(f"the download of {archive.URL} failed ({one_line(error)})") from error
+        raise Unreachable(
+            f"the download of {cifar10_archive.URL} failed ({one_line(error)})"
+        ) from error
     except OSError as error:
         # Where the folder is there, another process was first to rename, with the same result.
         if not folder.is_dir():
@@ -164,7 +170,7 @@ def probe() -> None:
 
     def ask() -> None:
         try:
-            with requests.get(archive.URL, stream=True, timeout=PROBE_SECONDS) as response:
+            with requests.get(cifar10_archive.URL, stream=True, timeout=PROBE_SECONDS) as response:
                 answer.put("" if response.ok else f"HTTP status {response.status_code}")
         except Exception as error:  # whatever it is, the answer is no
             # The first cause says most: requests and urllib3 wrap it several times.
@@ -180,7 +186,7 @@ def probe() -> None:
     except queue.Empty:
         problem = f"no answer in {PROBE_SECONDS:g} s"
     if problem:
-        raise Unreachable(f"cannot reach {archive.URL} ({problem})")
+        raise Unreachable(f"cannot reach {cifar10_archive.URL} ({problem})")
 
 
 def decode(folder: Path) -> dict[str, np.ndarray]:
@@ -192,10 +198,10 @@ def decode(folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     try:
         builder = tfds.builder_from_directory(folder)
-        for split in archive.FILES:
+        for split in cifar10_archive.FILES:
             examples = builder.as_data_source(split)
             images = arrays[f"{split}_images"] = np.empty(
-                (len(examples), *archive.SHAPE_HWC), np.uint8
+                (len(examples), *cifar10_archive.SHAPE_HWC), np.uint8
             )
             labels = arrays[f"{split}_labels"] = np.empty(len(examples), np.int32)
             for index, example in enumerate(examples):
@@ -246,9 +252,9 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def check_form(arrays: dict[str, np.ndarray]) -> None:
     """Raise ValueError unless the arrays have the shapes and dtypes of CIFAR-10."""
-    for split, names in archive.FILES.items():
-        n = len(names) * archive.IMAGES_PER_FILE
+    for split, names in cifar10_archive.FILES.items():
+        n = len(names) * cifar10_archive.IMAGES_PER_FILE
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         found = (images.shape, images.dtype, labels.shape, labels.dtype)
-        if found != ((n, *archive.SHAPE_HWC), np.uint8, (n,), np.int32):
+        if found != ((n, *cifar10_archive.SHAPE_HWC), np.uint8, (n,), np.int32):
             raise ValueError(f"{split} images and labels are {found}, expected {n:,} images")

@@ -1,4 +1,4 @@
-"""CIFAR-10's binary archive, or the folder it unpacks to.
+"""Read CIFAR-10's binary archive, or the folder it unpacks to.
 
 No pickle is loaded. Shapes: N images, H = W = 32 rows and columns, C = 3 channels (RGB).
 Format: https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version".

@@ -1,4 +1,4 @@
-"""A data set as arrays on the host.
+"""Define a data set: arrays on the host.
 
 Shapes: N images, H rows and as many columns W, C = 3 channels (red, green, blue).
 """

@@ -1,7 +1,8 @@
-"""Decoding many photographs into files on disk, by all cores.
+"""Decode many photographs into files on disk, by all cores.
 
 A killed process loses nothing: the next one continues where it stopped.
-Shapes: N photographs of a split, M rows of a file (the largest N of all attempts),
+
+Shapes: N photographs of a split; M images that a file has room for, the largest N of all attempts.
 H = W = size rows and columns, C = 3 channels (red, green, blue).
 """
 
@@ -29,7 +30,7 @@ HEADER_BYTES = 128  # of a .npy file, before its values: NumPy's header for uint
 STATE = np.dtype([("key", np.uint64), ("digest", np.uint64), ("label", np.int32)])
 
 
-def say(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a line on the standard error stream."""
     print(text, file=sys.stderr, flush=True)
 
@@ -61,7 +62,7 @@ class Workspace:
         is_new = not self.folder.exists()
         self._refuse_small_disk(source.total, is_new)
         megabytes = source.total * self.image_bytes / 1e6
-        say(
+        print_note(
             f"preparing {source.total:,} images of {source.name}, once "
             f"({megabytes:,.1f} MB in {self.folder.parent})"
         )
@@ -80,7 +81,7 @@ class Workspace:
         rows = {name: self._open(name, split) for name, split in source.splits.items()}
         kept = sum(np.count_nonzero(each.state["key"]) for each in rows.values())
         if 0 < kept < source.total:
-            say(f"{kept:,} of these images are decoded already")
+            print_note(f"{kept:,} of these images are decoded already")
         bad, done = [], 0
         started = reported = time.monotonic()
         # Pillow decodes and rescales without Python's lock, so threads are enough.
@@ -95,7 +96,9 @@ class Workspace:
                     if now - reported > PROGRESS_SECONDS:
                         reported = now
                         rate = done / (now - started)
-                        say(f"prepared {done:,} of {source.total:,} images, {rate:,.0f} per second")
+                        print_note(
+                            f"prepared {done:,} of {source.total:,} images, {rate:,.0f} per second"
+                        )
                 rows[name].images.flush()
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Digests of data sets.
+"""Compute digests of data sets.
 
 Two are equal when all pixels and labels are equal, in the same order.
 """
@@ -19,12 +19,12 @@ def of_splits(splits: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:
 
     splits: for each, the digests of its images, uint64 [N], and its labels, int32 [N].
     """
-    whole = hashlib.blake2b(digest_size=8)
+    total = hashlib.blake2b(digest_size=8)
     for digests_N, labels_N in splits:
-        whole.update(np.array([len(labels_N)], "<u8"))
-        whole.update(np.ascontiguousarray(digests_N, "<u8"))
-        whole.update(np.ascontiguousarray(labels_N, "<i4"))
-    return whole.hexdigest()
+        total.update(np.array([len(labels_N)], "<u8"))
+        total.update(np.ascontiguousarray(digests_N, "<u8"))
+        total.update(np.ascontiguousarray(labels_N, "<i4"))
+    return total.hexdigest()
 
 
 def of_arrays(arrays: dict[str, np.ndarray]) -> str:

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, which need no download."""
+"""Load scikit-learn's handwritten digits, which need no download."""
 
 import ml_collections
 import numpy as np

@@ -1,4 +1,4 @@
-"""The way of the images to the devices: all at once, or those of each chunk.
+"""Bring images to the devices: all at once, or those of each chunk.
 
 Shapes: N examples of a split, S steps of a chunk, B global batch, H height, W width, C channels.
 """
@@ -25,7 +25,7 @@ class DeviceData(NamedTuple):
     """Examples on the devices.
 
     Resident data are a whole split, on every device. Streamed data are the examples of one chunk,
-    and each device holds its part of each batch.
+    and each device holds its shard of each batch.
     """
 
     images: jax.Array  # uint8 [N, H, W, C], or streamed [S, B, H, W, C]
@@ -64,7 +64,7 @@ class Feed:
     def shapes(self, *shape: int) -> tuple[DeviceData, jax.ShapeDtypeStruct | None]:
         """Return shapes, dtypes and shardings of what `calls` yields.
 
-        shape: of the indices of a call, [B] or [S, B].
+        shape: of the indices that one call of a program takes, [B] or [S, B].
         """
         if self.resident:
             everywhere = self.place.replicated
@@ -153,8 +153,8 @@ def read_examples(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
     rows = max(EXAMPLES_PER_READER, -(-indices.size // os.cpu_count()))
 
     def copy(start: int) -> None:
-        part = slice(start, start + rows)
-        array.take(flat[part], axis=0, out=found[part], mode="clip")
+        own = slice(start, start + rows)
+        array.take(flat[own], axis=0, out=found[own], mode="clip")
 
     for _ in READERS.map(copy, range(0, len(flat), rows)):
         pass  # the result raises what went wrong in a thread

@@ -1,4 +1,4 @@
-"""Photographs in class folders.
+"""Find photographs in class folders.
 
 DIR/train/CLASS/* are to train on, DIR/val/CLASS/* or DIR/test/CLASS/* to test on.
 """

@@ -1,4 +1,4 @@
-"""Which examples each step sees: a pure function of (seed, step).
+"""Choose which examples each step sees: a pure function of (seed, step).
 
 Neither the mesh nor the number of processes changes it. Shapes: N examples, S steps, B batch.
 """
@@ -32,17 +32,15 @@ def train_indices(
     held_out: the first `held_out_steps` steps do not see the last `held_out` examples. After these
     steps, an epoch of the whole data set begins.
     """
-
-    def batch(step: int) -> np.ndarray:
-        if step < held_out_steps:
+    batches = []
+    for at in range(step, step + steps):
+        first_step, size = held_out_steps, examples
+        if at < held_out_steps:
             first_step, size = 0, examples - held_out
-        else:
-            first_step, size = held_out_steps, examples
-        epoch, position = divmod(step - first_step, size // batch_size)
+        epoch, position = divmod(at - first_step, size // batch_size)
         start = position * batch_size
-        return epoch_order(seed, first_step + epoch, size)[start : start + batch_size]
-
-    return np.stack([batch(s) for s in range(step, step + steps)])
+        batches.append(epoch_order(seed, first_step + epoch, size)[start : start + batch_size])
+    return np.stack(batches)
 
 
 def eval_indices(batch_size: int, examples: int) -> tuple[np.ndarray, np.ndarray]:

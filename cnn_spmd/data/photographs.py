@@ -1,4 +1,4 @@
-"""Photographs in class folders or prepared by TFDS, as squares of one size."""
+"""Load photographs, from class folders or TFDS, as squares of one size."""
 
 import os
 from pathlib import Path

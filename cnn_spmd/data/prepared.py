@@ -1,4 +1,4 @@
-"""Decoded photographs on disk: decoded once, then read back as np.memmap.
+"""Decode photographs once, and map them from disk ever after (np.memmap).
 
 The data set may be larger than memory. Each one has a folder of its own, which appears when it is
 complete. Shapes: N images, H = W = size rows and columns, C = 3 channels (red, green, blue).
@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from cnn_spmd.data import digest
-from cnn_spmd.data.decoding import Workspace, say
+from cnn_spmd.data.decoding import Workspace, print_note
 from cnn_spmd.data.source import Source, without
 from cnn_spmd.errors import UserError, one_line
 
@@ -57,7 +57,7 @@ def find(source: Source, size: int, root: Path, skip_bad: int) -> Prepared | Non
     Warns of a damaged folder. Raises UserError where more than skip_bad images are left out.
     """
     folder = folder_of(source, size, root)
-    found = read(folder, warn=True)
+    found = read_folder(folder, warn=True)
     return None if found is None else accept(found, source, folder, skip_bad)
 
 
@@ -71,11 +71,11 @@ def prepare(source: Source, size: int, root: Path, skip_bad: int) -> Prepared:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with exclusive(source, size, root) as part:
-            found = read(folder)
+            found = read_folder(folder)
             if found is None:
                 decode_into(part, source, size, skip_bad)
                 publish(part, folder)
-                found = read(folder)
+                found = read_folder(folder)
     except OSError as error:
         raise UserError(
             f"TFDS_DATA_DIR={root.parent}: cannot keep the prepared images there "
@@ -123,7 +123,7 @@ def acquire(lock: io.TextIOBase, waiting: str) -> bool:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(waiting)
+            print_note(waiting)
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         logging.warning(
@@ -136,7 +136,7 @@ def acquire(lock: io.TextIOBase, waiting: str) -> bool:
 
 
 def decode_into(part: Path, source: Source, size: int, skip_bad: int) -> None:
-    """Decode all images of a source in the folder `part`, and complete it for `read`.
+    """Decode all images of a source in the folder `part`, and complete it.
 
     Raises UserError, as `prepare` does, and OSError.
     """
@@ -164,7 +164,7 @@ def publish(part: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-        if read(folder) is not None:  # another process was first
+        if read_folder(folder) is not None:  # another process was first
             shutil.rmtree(part)
             return
         shutil.rmtree(folder)
@@ -178,7 +178,7 @@ def accept(found: Prepared, source: Source, folder: Path, skip_bad: int) -> Prep
     """
     if found.skipped:
         refuse_unreadable(source, found.skipped, skip_bad, folder / INFO)
-        say(
+        print_note(
             f"WARNING: {source.name}: {len(found.skipped)} of {source.total:,} images cannot be "
             f"read and are left out, as data.skip_bad={skip_bad} allows; {folder / INFO} names them"
         )
@@ -196,7 +196,7 @@ def refuse_unreadable(source: Source, bad: Sequence[str], skip_bad: int, listing
     which = bad[0]
     if len(bad) > 1:
         for line in lines[:SHOWN]:
-            say(f"cannot read {line}")
+            print_note(f"cannot read {line}")
         which += f" and {len(bad) - 1:,} more of {source.total:,} images"
     if len(bad) > SHOWN:
         which += f", all of them listed in {listing}"
@@ -220,7 +220,7 @@ def refuse_lost_class(source: Source, states: dict[str, np.ndarray], skip_bad: i
             )
 
 
-def read(folder: Path, warn: bool = False) -> Prepared | None:
+def read_folder(folder: Path, warn: bool = False) -> Prepared | None:
     """Return what is prepared in `folder`, or None where that is nothing.
 
     A damaged folder counts as nothing. warn: log what is damaged. A folder that an older version

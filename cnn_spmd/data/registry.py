@@ -1,4 +1,4 @@
-"""The data sets by name. Add your own with DATASETS["mine"] = load_mine.
+"""Load a data set by its name. Add your own: DATASETS["mine"] = load_mine.
 
 A loader gets config.data and returns a Dataset, or Undecoded for photographs. USES may have an
 entry for it too: then fields that it does not use are refused when they are set by hand.
@@ -29,8 +29,8 @@ def load(
     data: a ConfigDict in which the numbers are valid. check: called with zeros of the same shapes
     before photographs are decoded, so that a bad config fails in seconds.
 
-    Raises UserError for an unknown name, for what the loader refuses, for arrays of another form
-    than Dataset has, and for data that do not fit in memory.
+    Raises UserError for an unknown name and for what the loader refuses. It also does so for arrays
+    of another form than Dataset has, and for data that do not fit in memory.
     """
     try:
         found = loader_of(data)(data)

@@ -1,4 +1,4 @@
-"""Photographs as they are found: in files, of any size and format, not decoded."""
+"""Describe photographs as they are found: in files, of any size, not decoded."""
 
 import hashlib
 import io

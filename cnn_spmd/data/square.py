@@ -1,4 +1,4 @@
-"""Decoding one photograph into a square of pixels."""
+"""Decode one photograph into a square of pixels."""
 
 import io
 import warnings

@@ -1,4 +1,4 @@
-"""Statistics of a training set's images: means, deviations, axes of colour.
+"""Compute means, deviations and axes of colour of a training set's images.
 
 Shapes: N images, H height, W width, C channels, V = 256 values of a pixel, P pixels.
 """

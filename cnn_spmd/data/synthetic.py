@@ -1,4 +1,4 @@
-"""Random images, for measuring speed."""
+"""Make random images, for measuring speed."""
 
 import math
 

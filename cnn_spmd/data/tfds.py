@@ -1,4 +1,4 @@
-"""Photographs that TFDS (tensorflow_datasets) has prepared in array_record files."""
+"""Find photographs that TFDS (tensorflow_datasets) has prepared."""
 
 import hashlib
 import io

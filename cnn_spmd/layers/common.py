@@ -1,8 +1,8 @@
 """Define what layers share: initialisers, the plain convolution, the fast forms.
 
 A layer has one reference form, which is short, and may have fast forms (layers/fast_*.py and
-layers/kernels.py). A fast form computes the same numbers up to rounding; of equal maxima in a pool
-it may give the gradient to another one. Users choose with `config.model.fast`: all or none.
+layers/kernels.py). A fast form computes the same numbers up to rounding. Where maxima in a pool are
+equal, it may give the gradient to another one. Users choose with `config.model.fast`: all or none.
 """
 
 import jax

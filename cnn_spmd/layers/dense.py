@@ -1,4 +1,4 @@
-"""Dense layers, their dropout, and the step from a map to a vector per example.
+"""Build and apply dense layers with dropout; flatten maps to vectors.
 
 A layer's input is placed as the rows of its kernel are, its output as the columns are.
 

@@ -54,7 +54,7 @@ def convolve_fast(
 
 
 def pool_ignores_extra(columns: int, width: int, pool: dict | None) -> bool:
-    """Tell whether a max pool over `columns` columns reads only the first `width`.
+    """Return whether a max pool over `columns` columns reads only the first `width`.
 
     pool: settings of pool.max_pool. If so, the columns beyond `width` need not be cut off first.
     """

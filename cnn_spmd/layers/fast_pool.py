@@ -33,7 +33,7 @@ class Pool(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The number of windows, down and right."""
+        """Return the number of windows, down and right."""
         return tuple(
             windows.count(size, self.window, self.strides, self.ceil) for size in self.sizes
         )
@@ -43,7 +43,7 @@ class Pool(NamedTuple):
 def indexed_max_pool(x_NHWC: jax.Array, bias_C: jax.Array | None, pool: Pool) -> jax.Array:
     """Return the maxima [N, K, K, C]; with a bias, relu(maxima + bias_C).
 
-    Of equal maxima in a window, the first has the gradient. A NaN counts as a maximum.
+    Where maxima in a window are equal, the first gets the gradient. A NaN counts as a maximum.
     """
     return _forward(x_NHWC, bias_C, pool)[0]
 

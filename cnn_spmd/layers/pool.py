@@ -35,8 +35,8 @@ def max_pool(
     out. channels: the logical axis of C. The result is placed as the input is; without this, XLA
     may gather the larger input for the next layer.
 
-    Of equal maxima in a window, the first has the gradient with the lever "pool_index". Without it,
-    and for windows above kernels.WIDEST, the windows' layout decides (_plain_max_pool).
+    Where maxima in a window are equal, the first gets the gradient with the lever "pool_index".
+    Without it, and for windows above kernels.WIDEST, the windows' layout decides (_plain_max_pool).
     """
     axes = ("conv_batch", None, None, channels)
     if "pool_index" in levers and window <= kernels.WIDEST:

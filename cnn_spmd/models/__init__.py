@@ -1,6 +1,6 @@
 """Name the networks, and build one by its name.
 
-A network is an nnx.Module in two parts, any graph of layers:
+A network is an nnx.Module with two methods, any graph of layers:
 
   features(images_NHWC, place, train) -> x_BF          the convolutions
   classify(x_BF, place, dropout_key) -> logits_BC      the dense layers

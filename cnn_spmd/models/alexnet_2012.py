@@ -15,9 +15,10 @@ from flax import nnx
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS, ONES, SMALL
 from cnn_spmd.layers.conv import conv, conv_relu
-from cnn_spmd.layers.dense import dense, dropout_keys, flatten, hidden, logits
+from cnn_spmd.layers.dense import dense, flatten
 from cnn_spmd.layers.norm import response_norm_of_towers
 from cnn_spmd.layers.pool import max_pool
+from cnn_spmd.models.alexnet import AlexNet
 from cnn_spmd.sharding.placement import UNPLACED
 
 CHANNELS = (96, 256, 384, 384, 256)
@@ -98,11 +99,5 @@ class AlexNet2012(nnx.Module):
         x_NHWC = response_norm_of_towers(x_NHWC, self.towers, place, name, **settings)
         return max_pool(x_NHWC, **POOL, place=place, channels="group_in", levers=self.levers)
 
-    def classify(
-        self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """Return the logits [B, classes]; without a key there is no dropout."""
-        keys = dropout_keys(dropout_key, 2)
-        x_BF = hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])
-        x_BF = hidden("fc2", self.fc2, x_BF, place, self.dropout, keys[1], last=True)
-        return logits(self.fc3, x_BF, place)
+    # Dense layers and dropout are those of the one-tower network.
+    classify = AlexNet.classify

@@ -1,4 +1,4 @@
-"""Describe AlexNet 2012 for 32x32 images, whole and without one of its ideas each.
+"""Describe AlexNet 2012 for 32x32 images, and versions without one of its ideas.
 
 It is scaled as in models/alexnet.py: windows of 3 and no strides in the convolutions, so that maps
 are 32 -> 16 -> 8 -> 4 pixels wide. The four-layer network of the paper's figure 1 is here too.

@@ -1,4 +1,4 @@
-"""The smallest convolutional network, for following an array through by hand.
+"""Define the smallest convolutional network, to follow an array through by hand.
 
 Shapes: N batch, H height, W width, C channels; B batch, F features of the dense layer.
 """

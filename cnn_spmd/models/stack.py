@@ -101,7 +101,7 @@ class Conv:
     activation: Callable = nnx.relu
     pool: MaxPool | None = None
 
-    def build(self, name: str, maps: Maps, **common) -> nnx.Module:
+    def build(self, maps: Maps, **common) -> nnx.Module:
         """Build the layer for `maps`; common: dtype and rngs."""
         settings = dict(groups=self.groups, kernel_init=initial(self.std), **common)
         return conv.conv(maps.channels, self.channels, self.window, **settings)
@@ -131,7 +131,7 @@ class Local:
     std: float | None = None
     activation: Callable = nnx.relu
 
-    def build(self, name: str, maps: Maps, **common) -> nnx.Module:
+    def build(self, maps: Maps, **common) -> nnx.Module:
         """Build the layer for `maps`; common: dtype and rngs."""
         settings = dict(kernel_init=initial(self.std, local.HE), **common)
         return local.Local(maps.side, maps.channels, self.channels, self.window, **settings)
@@ -260,7 +260,7 @@ class Stack(nnx.Module):
         maps, self.convolutional = Maps(image_size, 3, "conv_in"), ()
         for label, layer in named(convolutional):
             if hasattr(layer, "build"):
-                setattr(self, label, layer.build(label, maps, **common))
+                setattr(self, label, layer.build(maps, **common))
             self.convolutional += ((label, layer, maps.axis),)
             maps = layer.maps(maps)
             if maps.side < 1:

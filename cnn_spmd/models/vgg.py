@@ -1,6 +1,4 @@
-"""Describe networks of growing depth for 32x32 images.
-
-They have from no convolution to thirteen.
+"""Describe networks of growing depth for 32x32 images: 0 to 13 convolutions.
 
 VGG is Simonyan and Zisserman 2014 (1409.1556), table 1: vgg_11 is its A, vgg_16 its D, and vgg_8 is
 A with one convolution per stage. Windows are 3x3, channels grow after each of five pools, there are

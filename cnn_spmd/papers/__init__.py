@@ -1,1 +1,1 @@
-"""Published figures, measured figures, and the pages of results/ that show both."""
+"""Show published figures beside measured ones, on the pages of results/."""

@@ -1,4 +1,4 @@
-"""What was measured here, beside what papers published.
+"""Set what was measured here beside what papers published.
 
 results/data/*.json and results/data/claims/*.json are each the summary.json of a run, copied there;
 a .jsonl of the same name is that run's metrics.jsonl. results/data/sweeps/*.json are each the
@@ -20,7 +20,7 @@ DATA = pathlib.Path(__file__).parents[2] / "results" / "data"
 TRAINING_ERROR = 0.25  # figure 1 of AlexNet's paper
 
 # Measure -> decimals, and its value in a run. A run and its control: the ratio of epochs, the
-# difference of everything else.
+# difference of all other measures.
 MEASURES = {
     "error": (2, lambda run: 100 * (1 - run["eval"]["accuracy"])),
     "top-5 error": (2, lambda run: 100 * (1 - run["eval"]["top5"])),

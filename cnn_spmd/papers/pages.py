@@ -1,4 +1,4 @@
-"""The pages of results/, generated from results/data.
+"""Make the pages of results/ from results/data.
 
 `python -m cnn_spmd.papers --write` writes them; a test holds that they are up to date.
 """
@@ -134,9 +134,9 @@ PAPER_NOTES = {
     "Claims of AlexNet 2012, on CIFAR-10": (
         """Each row compares runs with control runs of the same seed: (error - control's error), or
         (epochs / control's epochs). These seeds show that ReLU is faster than tanh, by less
-        than claimed, and that conv2 is worth about three points. They cannot tell from chance
-        what overlapping pools, response norms, dropout, conv3, conv4 and the second tower are
-        worth. Two of 11pct's pairs ran on one kind of card, so n is 2 there."""
+        than claimed, and that conv2 is worth about three points. They cannot distinguish from
+        chance what overlapping pools, response norms, dropout, conv3, conv4 and the second tower
+        are worth. Two of 11pct's pairs ran on one kind of card, so n is 2 there."""
     ),
     "AlexNet 2012 on ImageNet": "",
     "One weird trick": (
@@ -294,8 +294,8 @@ def meshes_page() -> str:
         HEAD,
         """Each section is one sweep. Speedup is relative to the one-device run of the same sweep,
         batch and scheme. Ring MB is what a device sends per step if each collective runs as a
-        ring. MB per device are parameters and optimizer state. The first call of each run is
-        left out; a call on a GPU has 20 steps. n is the number of seeds. Synthetic data are
+        ring. MB per device are parameters and optimizer state. The first chunk of each run is
+        left out; a chunk on a GPU has 20 steps. n is the number of seeds. Synthetic data are
         random 224x224 images of 1,000 classes, in bfloat16. The digits ran 12 steps in float32,
         which amplify rounding: hence the small differences in accuracy.""",
     ]

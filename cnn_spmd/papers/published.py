@@ -1,11 +1,11 @@
-"""What papers published, as data."""
+"""List what papers published, as data."""
 
 from typing import NamedTuple
 
 # ---- Throughput on several GPUs
 #
-# All curves are AlexNet on 224x224 images (ILSVRC-2012), and in all of them the global batch grows
-# with the number of GPUs (weak scaling). "Digitised" values are read off a paper's vector graphics:
+# All curves are AlexNet on 224x224 images (ILSVRC-2012). In all of them the global batch grows with
+# the number of GPUs (weak scaling). "Digitised" values are read off a paper's vector graphics:
 # OptCNN's to about 1%, FlexFlow's to about 20 images/s per GPU. values: number of GPUs -> speedup,
 # images/s, or images/s per GPU, as the source gives it.
 
@@ -26,41 +26,17 @@ TENSORFLOW = dict(
     batch="512 per GPU",
 )
 CURVES = [
-    dict(OWT, scheme="one weird trick", unit="speedup", values={1: 1, 2: 1.95, 4: 3.74, 8: 6.25}),
-    dict(
-        OPTCNN, scheme="data", unit="images/s", values={1: 745, 2: 1182, 4: 1762, 8: 2485, 16: 3232}
-    ),
-    dict(
-        OPTCNN,
-        scheme="one weird trick",
-        unit="images/s",
-        values={1: 745, 2: 1401, 4: 2030, 8: 3044, 16: 4262},
-    ),
-    dict(
-        OPTCNN,
-        scheme="layer-wise",
-        unit="images/s",
-        values={1: 745, 2: 1493, 4: 2742, 8: 4937, 16: 9050},
-    ),
-    dict(
-        FLEXFLOW,
-        scheme="data",
-        unit="images/s per GPU",
-        values={1: 2244, 2: 1465, 4: 1203, 8: 869, 16: 625},
-    ),
-    dict(
-        FLEXFLOW,
-        scheme="one weird trick",
-        unit="images/s per GPU",
-        values={1: 2244, 2: 1811, 4: 1511, 8: 1215, 16: 939},
-    ),
-    dict(
-        FLEXFLOW,
-        scheme="FlexFlow",
-        unit="images/s per GPU",
-        values={1: 2244, 2: 2234, 4: 2131, 8: 1917, 16: 1560},
-    ),
-    dict(TENSORFLOW, scheme="data", unit="images/s", values={1: 2987, 2: 5658, 4: 10509, 8: 17822}),
+    dict(source, scheme=scheme, unit=unit, values=dict(zip((1, 2, 4, 8, 16), values, strict=False)))
+    for source, scheme, unit, values in (
+        (OWT, "one weird trick", "speedup", (1, 1.95, 3.74, 6.25)),
+        (OPTCNN, "data", "images/s", (745, 1182, 1762, 2485, 3232)),
+        (OPTCNN, "one weird trick", "images/s", (745, 1401, 2030, 3044, 4262)),
+        (OPTCNN, "layer-wise", "images/s", (745, 1493, 2742, 4937, 9050)),
+        (FLEXFLOW, "data", "images/s per GPU", (2244, 1465, 1203, 869, 625)),
+        (FLEXFLOW, "one weird trick", "images/s per GPU", (2244, 1811, 1511, 1215, 939)),
+        (FLEXFLOW, "FlexFlow", "images/s per GPU", (2244, 2234, 2131, 1917, 1560)),
+        (TENSORFLOW, "data", "images/s", (2987, 5658, 10509, 17822)),
+    )
 ]
 # Our scheme for the name that the curves use.
 SCHEMES = {"data": "data", "one weird trick": "hybrid"}

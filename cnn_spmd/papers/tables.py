@@ -1,4 +1,4 @@
-"""The Markdown tables of the pages in results/, made from results/data.
+"""Make the Markdown tables of the pages in results/ from results/data.
 
 *.json and claims/*.json are summaries of runs (measured.py). sweeps/*.json are each the sweep.json
 of a sweep. programs/*.json are reports of compiled programs (benchmarks/programs.py), speed/*.json
@@ -15,12 +15,6 @@ from cnn_spmd.papers.measured import DATA, is_beside_a_paper, load_summaries
 from cnn_spmd.report import compare, document
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
 from cnn_spmd.training import runfiles
-
-
-def mesh_name(run: dict) -> str:
-    """Return "4x2" for a run on data=4, model=2."""
-    return f"{run['mesh']['data']}x{run['mesh']['model']}"
-
 
 # ---- Runs
 
@@ -59,7 +53,7 @@ def results_row(runs: Sequence[dict]) -> list[str]:
     return [
         run["experiment"].removesuffix(f"_{run['dataset']}"),
         compare.machine(run),
-        f"{mesh_name(run)} {run['parallelism']}",
+        f"{compare.mesh_name(run['mesh'].values())} {run['parallelism']}",
         f"{run['epochs']:g}",
         str(len(runs)),
         mean_and_deviation([100 * run["eval"]["accuracy"] for run in runs], 2),
@@ -78,15 +72,13 @@ SWEEP_HEADER += ["speedup", "ring MB per step"]
 
 def sweep_tables(sweep: dict) -> dict[str, str]:
     """Return one table per batch: a row for each mesh and scheme, seeds averaged."""
-    panels: dict[str, list[dict]] = {}
-    for group in compare.groups_of(sweep["runs"]):
-        panels.setdefault(group["panel"], []).append(group)
 
-    def batch_per_device(panel: str) -> int:
-        group = panels[panel][0]
-        return group["runs"][0]["figures"]["batch_size"] // group["devices"]
+    def batch_per_device(panel: list[dict]) -> int:
+        return panel[0]["runs"][0]["figures"]["batch_size"] // panel[0]["devices"]
 
-    return {panel: sweep_table(panels[panel]) for panel in sorted(panels, key=batch_per_device)}
+    panels = compare.panels_of(compare.groups_of(sweep["runs"]))
+    panels.sort(key=batch_per_device)
+    return {panel[0]["panel"]: sweep_table(panel) for panel in panels}
 
 
 def sweep_table(groups: Sequence[dict]) -> str:
@@ -200,7 +192,7 @@ def program_tables(programs: Sequence[dict]) -> dict[str, str]:
         for row in run["collectives"]:
             counts[row["operation"]] += row["count"]
         cells = [
-            mesh_name(run),
+            compare.mesh_name(run["mesh"].values()),
             run["parallelism"],
             str(run["batch_size"]),
             f"{run['bytes_per_device']['parameters'] / 1e6:.1f}",

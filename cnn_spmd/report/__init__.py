@@ -1,4 +1,4 @@
-"""Reports on runs and sweeps.
+"""Report on runs and sweeps.
 
 Importing this package imports neither jax nor TFDS.
 """

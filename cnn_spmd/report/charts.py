@@ -55,28 +55,21 @@ def all_charts(sweep: dict, groups: list[dict]) -> list[Chart]:
     return drawn
 
 
-def panels_of(groups: Sequence[dict]) -> list[list[dict]]:
-    """Return the groups by panel."""
-    panels: dict[str, list[dict]] = {}
-    for group in groups:
-        panels.setdefault(group["panel"], []).append(group)
-    return list(panels.values())
-
-
 def throughput_chart(sweep: dict, groups: list[dict]) -> Chart:
     """Return the chart of images/s by mesh."""
     caption = (
-        "Images/s over the steady calls; error bars reach from the 10th to the 90th percentile of "
+        "Images/s over the steady chunks; error bars reach from the 10th to the 90th percentile of "
         "the step time. Dashed: ideal, the fastest one-device run times the devices."
         f"{without_base(groups)} {timed_caption(sweep, groups)}"
     )
-    return Chart("Throughput", list(map(plots.throughput, panels_of(groups))), caption)
+    return Chart("Throughput", list(map(plots.throughput, compare.panels_of(groups))), caption)
 
 
 def speedup_chart(sweep: dict, groups: list[dict]) -> Chart:
     """Return the chart of speedups beside the published ones."""
     curves = comparable_curves(sweep, groups)
-    scaled = [panel for panel in panels_of(groups) if any(map(compare.group_speedups, panel))]
+    panels = compare.panels_of(groups)
+    scaled = [panel for panel in panels if any(map(compare.group_speedups, panel))]
     caption = (
         "Throughput relative to the one-device run with the same settings, both scales "
         "logarithmic; a line joins each scheme's fastest meshes."
@@ -90,8 +83,8 @@ def metrics_chart(sweep: dict) -> Chart:
     metrics = runfiles.registered_metrics(run["figures"] for run in sweep["runs"])
     none = [run["name"] for run in sweep["runs"] if not run["metrics"]]
     caption = (
-        "Lines: training, the mean over each call; markers: test. From metrics.jsonl, one curve per"
-        f" run (n = 1), finished or not. {compare.hardware_of(sweep)}. "
+        "Lines: training, the mean over each chunk; markers: test. From metrics.jsonl, one curve "
+        f"per run (n = 1), finished or not. {compare.hardware_of(sweep)}. "
         f"Left out, without metrics: {', '.join(none) or 'no run'}."
     )
     title = f"{', '.join(['Loss', *metrics])} and accuracy"
@@ -105,14 +98,14 @@ def timed_caption(sweep: dict, groups: list[dict]) -> str:
     """Return hardware, number of runs and what is left out, for a chart of times."""
     left_out = left_out_text(sweep["runs"])
     return (
-        f"{compare.hardware_of(sweep)}; {count_text(groups)}. Left out: first calls (warm-up), "
+        f"{compare.hardware_of(sweep)}; {count_text(groups)}. Left out: first chunks (warm-up), "
         f"compilation, evaluation, checkpoints{left_out}."
     )
 
 
 def compiled_caption(sweep: dict, groups: list[dict]) -> str:
     """Return the same for a chart of what the compiled program says."""
-    count = count_text(groups, calls=False)
+    count = count_text(groups, chunks=False)
     left_out = left_out_text(sweep["runs"])
     return (
         f"From the step as compiled for {compare.hardware_of(sweep)}; {count}. "
@@ -120,16 +113,16 @@ def compiled_caption(sweep: dict, groups: list[dict]) -> str:
     )
 
 
-def count_text(groups: Sequence[dict], calls: bool = True) -> str:
-    """Return how many runs, and steady calls of each, a point stands for."""
+def count_text(groups: Sequence[dict], chunks: bool = True) -> str:
+    """Return how many runs, and steady chunks of each, a point stands for."""
     sizes = {len(group["runs"]) for group in groups}
     if not sizes:
         return "n = 0"
     counted = f"n = {range_text(sizes)} run{'s' * (sizes != {1})} (seeds) per point"
     counted += ", averaged" * (max(sizes) > 1)
     steady = {n for group in groups for n in compare.values(group, "steady_calls")}
-    if calls and steady:
-        counted += f", each over {range_text(steady)} steady call{'s' * (steady != {1})}"
+    if chunks and steady:
+        counted += f", each over {range_text(steady)} steady chunk{'s' * (steady != {1})}"
     return counted
 
 
@@ -153,7 +146,7 @@ def without_base(groups: Sequence[dict]) -> str:
     """Return which panels have no one-device run; "" for none."""
     alone = [
         panel[0]["panel"]
-        for panel in panels_of(groups)
+        for panel in compare.panels_of(groups)
         if not any(map(compare.group_speedups, panel))
     ]
     if not alone:
@@ -200,7 +193,7 @@ class BarChart(NamedTuple):
 def bar_chart(kind: BarChart, sweep: dict, groups: list[dict]) -> Chart:
     """Return one bar chart: a picture per panel, a bar per group that has the figures."""
     shown = [group for group in groups if kind.shows(group)]
-    pictures = [plots.bars(panel, kind.bars_of(panel)) for panel in panels_of(shown)]
+    pictures = [plots.bars(panel, kind.bars_of(panel)) for panel in compare.panels_of(shown)]
     if not kind.caption:
         caption = f"{split_caption(shown)} {timed_caption(sweep, groups)}"
         return Chart(kind.title, pictures, caption)
@@ -314,6 +307,6 @@ BAR_CHARTS = (
         held_bars,
         lambda group: True,
         "Parameters and optimizer state, in MB of 1e6 bytes; the tick is the peak of the compiled"
-        " call as XLA gives it, with activations and data.",
+        " program as XLA gives it, with activations and data.",
     ),
 )

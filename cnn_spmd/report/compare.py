@@ -7,6 +7,7 @@ is the groups that differ in nothing but mesh and scheme: one chart compares the
 
 import math
 import statistics
+from collections.abc import Iterable, Sequence
 
 from cnn_spmd.config import complete, flat
 
@@ -51,6 +52,14 @@ def panel_of(run: dict) -> str:
     known = ("mesh", "parallelism", "seed", "batch_size", "batch_per_device")
     others = [f"{name}={value}" for name, value in settings.items() if name not in known]
     return ", ".join([batch, *others])
+
+
+def panels_of(groups: Sequence[dict]) -> list[list[dict]]:
+    """Return the groups by panel."""
+    panels: dict[str, list[dict]] = {}
+    for group in groups:
+        panels.setdefault(group["panel"], []).append(group)
+    return list(panels.values())
 
 
 def group_key(run: dict) -> tuple[str, tuple[int, ...], str]:
@@ -129,6 +138,11 @@ def group_speedups(group: dict) -> list[float]:
 def metric_label(name: str) -> str:
     """Return the header of a metric's column, or the label of its axis."""
     return f"test {name}, %" if name in SHARES else f"test {name}"
+
+
+def mesh_name(sizes: Iterable[int]) -> str:
+    """Return the name of a mesh with these sizes: "4x2" for data=4, model=2."""
+    return "x".join(map(str, sizes))
 
 
 def machine(run: dict) -> str:

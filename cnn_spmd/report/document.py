@@ -124,7 +124,7 @@ def comparison_row(group: dict) -> list[str]:
     """Return a group's cells under COMPARISON_HEADER."""
     gains = compare.group_speedups(group)
     return [
-        "x".join(map(str, group["mesh"])),
+        compare.mesh_name(group["mesh"]),
         group["parallelism"],
         group["panel"],
         str(len(group["runs"])),

@@ -123,7 +123,7 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         if summary:
             summaries.append(summary)
         config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
-        run["mesh"] = mesh_name(run["figures"].get("mesh"), config)
+        run["mesh"] = mesh_of_run(run["figures"].get("mesh"), config)
         runs.append(run | load_curves_and_pictures(folder, notes))
         fields.append(compared_fields(config, summary))
     for run, own in zip(runs, fields, strict=True):
@@ -148,14 +148,14 @@ def load_config_fields(folder: pathlib.Path, notes: list[str]) -> dict:
         return {}
 
 
-def mesh_name(mesh: dict | None, config: dict) -> str | None:
+def mesh_of_run(mesh: dict | None, config: dict) -> str | None:
     """Return "4x2" for a mesh, or for a flat config's; None where neither says it."""
     sizes = list((mesh or {axis: config.get(f"mesh.{axis}") for axis in MESH_AXES}).values())
-    return "x".join(map(str, sizes)) if all(sizes) else None
+    return compare.mesh_name(sizes) if all(sizes) else None
 
 
 def compared_fields(config: dict, summary: dict | None) -> dict:
-    """Return the fields that tell a run from others: config, device and data."""
+    """Return the fields that distinguish a run: config, device and data."""
     unused = () if summary and summary["dataset"] == "synthetic" else ("data.synthetic.",)
     hidden = (*compare.NOT_COMPARED, *unused)
     fields = {field: value for field, value in config.items() if not field.startswith(hidden)}

@@ -1,9 +1,11 @@
 """Draw what a run learned, as in AlexNet's paper (Krizhevsky et al. 2012).
 
-The pictures are the first layer's filters (figure 3), test images with their five most probable
-classes (figure 4, left), and nearest neighbours by the last hidden layer (figure 4, right). The
-PNG files go into the run's folder with pictures.json, which holds their captions and numbers; the
-report shows them. Shapes: K filters, H height, W width, C channels or classes, T test images, N
+There are the first layer's filters (figure 3), and test images with their five most probable
+classes (figure 4, left). There are nearest neighbours by the last hidden layer (figure 4, right).
+The PNG files go into the run's folder with pictures.json, which holds their captions and numbers.
+The report shows them.
+
+Shapes: K filters, H height, W width, C channels or classes, T test images, N
 training images, B batch, F activations.
 """
 
@@ -31,7 +33,7 @@ TEST_IMAGES = 8
 QUERIES = 5
 NEIGHBOURS = 6
 FILTERS = 128  # drawn at most
-BATCH = 256  # training images per call
+BATCH = 256  # training images per call of the program
 
 
 def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:

@@ -1,8 +1,8 @@
 """Draw the report's pictures as SVG, one per panel (compare.py).
 
 They are light, and readable in black and white: each scheme has a marker and a line style, each
-part of a bar a hatch. The colours are those of Okabe and Ito (2008), which colour-blind readers can
-tell apart. Draw within `style()`.
+part of a bar a hatch. Colour-blind readers can distinguish the colours, which are those of Okabe
+and Ito (2008). Draw within `style()`.
 """
 
 import contextlib
@@ -128,7 +128,7 @@ def throughput(groups: list[dict]) -> str:
             capsize=2,
             label=scheme,
         )
-    axes.set_xticks(range(len(meshes)), ["x".join(map(str, mesh)) for mesh in meshes])
+    axes.set_xticks(range(len(meshes)), list(map(compare.mesh_name, meshes)))
     axes.set_xlim(-0.5, len(meshes) - 0.5)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_xlabel("mesh, data x model")
@@ -241,7 +241,7 @@ def bars(groups: list[dict], shown: Bars) -> str:
         place = (mark if hidden else end, row)
         digits = 1 if end >= 10 else 2
         axes.annotate(f"{end:,.{digits}f}", place, (4, 0), va="center", **LABEL)
-    names = [f"{group['mesh'][0]}x{group['mesh'][1]} {group['parallelism']}" for group in groups]
+    names = [f"{compare.mesh_name(group['mesh'])} {group['parallelism']}" for group in groups]
     axes.set_yticks(rows, names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -320,7 +320,7 @@ def depth(networks: Sequence[tuple[str, int, list[float]]]) -> str:
         x = [layers] * len(accuracies)
         axes.plot(x, accuracies, "o", color="#0072B2", markersize=5, alpha=0.7)
         rivals = [max(other) for _, depth, other in networks if depth == layers]
-        # Of two networks of one depth, the better one's label is above its dots.
+        # Two networks may have one depth: the better one's label is above its dots.
         above = min(rivals) < max(accuracies)
         place = (layers, max(accuracies) if above else min(accuracies))
         align = dict(va="bottom" if above else "top")

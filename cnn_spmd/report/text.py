@@ -1,4 +1,4 @@
-"""A report as text: its blocks, numbers in words, Markdown and CSV."""
+"""Write a report as text: its blocks, numbers in words, Markdown and CSV."""
 
 import csv
 import io

@@ -52,7 +52,7 @@ def towers(
     last dimension. out: the logical axes of the result. name: the layer's, for errors.
 
     Where the row splits the channels of the result, a device computes the towers whose channels it
-    holds. With more devices than towers it computes a part of one tower. Nothing moves between
+    holds. With more devices than towers it computes a shard of one tower. Nothing moves between
     towers.
 
     Raises UserError where towers and devices do not divide, and where the row splits the incoming
@@ -74,8 +74,8 @@ def towers(
         return jax.lax.dynamic_slice_in_dim(shard, tower * width, held * width, -1)
 
     def on_device(*shards):
-        parts = [own(shard, axes) for shard, (_, axes) in zip(shards, arrays, strict=True)]
-        return each_tower(f, held, *parts)
+        cut = [own(shard, axes) for shard, (_, axes) in zip(shards, arrays, strict=True)]
+        return each_tower(f, held, *cut)
 
     mapped = jax.shard_map(
         on_device,
@@ -91,15 +91,14 @@ def _check_towers(place, groups: int, axis: str, name: str) -> None:
     """Raise UserError where the row cannot split `groups` towers along `axis`."""
     incoming, outgoing = place.mesh_axes("group_in"), place.mesh_axes(axis)
     devices = place.shards(axis)
-    where = f"(mesh {place.mesh_name}, parallelism={place.parallelism})"
     if incoming and incoming != outgoing:
         raise UserError(
-            f"{name}: group_in={'+'.join(incoming)} and {axis}={'+'.join(outgoing)} {where}: "
+            f"{name}: group_in={'+'.join(incoming)} and {axis}={'+'.join(outgoing)} {place.where}: "
             "expected the same"
         )
     # A tower may be split over devices only if each of them has the whole input of the tower.
     if groups % devices and (devices % groups or incoming):
         raise UserError(
             f"{name}: its {groups} towers do not divide by the {devices} devices of mesh axis "
-            f"{'+'.join(outgoing)} {where}"
+            f"{'+'.join(outgoing)} {place.where}"
         )

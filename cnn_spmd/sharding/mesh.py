@@ -15,9 +15,10 @@ SPELLING = "x".join(axis.upper() for axis in MESH_AXES)
 
 
 def parse(text: str) -> dict[str, int]:
-    """Return the size of each mesh axis that a mesh's name spells: "4x2" is data=4, model=2.
+    """Return the size of each mesh axis that a mesh's name spells.
 
-    Raises UserError unless `text` has one positive integer per mesh axis, joined by x.
+    "4x2" is data=4, model=2. Raises UserError unless `text` has one positive integer per mesh axis,
+    joined by x.
     """
     sizes = sizes_in(text.lower())
     if sizes is None:
@@ -29,14 +30,14 @@ def parse(text: str) -> dict[str, int]:
 
 
 def shapes_over(devices: int) -> list[str]:
-    """Return the names of all meshes over this number of devices, such as 8x1, 4x2, 2x4, 1x8."""
+    """Return the names of all meshes over this many devices: 8x1, 4x2, 2x4, 1x8."""
     divisors = [size for size in range(devices, 0, -1) if devices % size == 0]
     shapes = itertools.product(divisors, repeat=len(MESH_AXES))
     return ["x".join(map(str, sizes)) for sizes in shapes if math.prod(sizes) == devices]
 
 
 def sizes_in(text: str, count: int = len(MESH_AXES)) -> tuple[int, ...] | None:
-    """Return `count` positive integers joined by x, or None where `text` is something else.
+    """Return `count` positive integers that x joins in `text`, otherwise None.
 
     Their product is at most MOST_DEVICES.
     """
@@ -48,9 +49,10 @@ def sizes_in(text: str, count: int = len(MESH_AXES)) -> tuple[int, ...] | None:
 
 
 def shape(asked: Mapping[str, int], devices: int) -> dict[str, int]:
-    """Return the size of each mesh axis; an asked size of -1 takes the devices that are left.
+    """Return the size of each mesh axis, for the sizes that the config asks for.
 
-    devices: how many there are. Raises UserError naming the config's fields where it does not fit.
+    asked: by mesh axis; -1 takes the devices that are left. devices: how many there are. Raises
+    UserError naming the config's fields where it does not fit.
     """
     sizes = asked.values()
     fields = _fields(asked)
@@ -74,11 +76,12 @@ def shape(asked: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def make(*sizes: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh with one size per mesh axis over the first devices; one size may be -1.
+    """Return a mesh over the first devices, with one size per mesh axis.
 
-    devices: None stands for all that JAX finds. The axes are Auto: XLA's partitioner chooses what
-    our constraints leave open. (Explicit axes, the default of jax.make_mesh, refuse contractions of
-    a model-parallel backward pass as ambiguous.)
+    One size may be -1. devices: None stands for all that JAX finds. The axes are Auto: XLA's
+    partitioner chooses what our constraints leave open. (Explicit axes, the default of
+    jax.make_mesh, refuse contractions of a model-parallel backward pass as ambiguous.)
+
     Raises UserError where the shape does not fit, or leaves out devices of a cluster.
     """
     devices = list(jax.devices() if devices is None else devices)

@@ -66,7 +66,7 @@ class Placement:
         return self.shards(axis) > 1
 
     def hidden_output_batch(self, name: str) -> str:
-        """Return the logical batch axis of what the last hidden layer, called `name`, returns.
+        """Return the logical batch axis of the output of the last hidden layer, `name`.
 
         A layer whose columns are not split returns the output layer's batch directly. Where its
         rows are split, XLA can then scatter the partial sums while it adds them
@@ -78,15 +78,15 @@ class Placement:
         """Return the PartitionSpec of an array from its logical axes.
 
         Raises UserError, naming the array, its shape and the axis, where a size does not divide by
-        its mesh axes (jax.lax.with_sharding_constraint would replicate the array in silence), and
-        where one mesh axis splits two dimensions.
+        its mesh axes. (jax.lax.with_sharding_constraint would replicate the array in silence.)
+        Raises it too where one mesh axis splits two dimensions.
         """
         spec = [self._split(name, shape, *pair) for pair in zip(axes, shape, strict=True)]
         used = [mesh_axis for mesh_axes in spec for mesh_axis in _as_tuple(mesh_axes)]
         if len(used) != len(set(used)):
             raise UserError(
                 f"{name} {shape}: two of its axes {axes} are split over the same mesh axis "
-                f"{self._where}"
+                f"{self.where}"
             )
         return P(*spec)
 
@@ -104,12 +104,12 @@ class Placement:
             return None
         raise UserError(
             f"{name} {shape}: {axis}={size} does not divide by the {shards} devices of mesh axis "
-            f"{'+'.join(_as_tuple(mesh_axes))} {self._where}: change the mesh or "
+            f"{'+'.join(_as_tuple(mesh_axes))} {self.where}: change the mesh or "
             f"the {'batch' if axis.endswith('batch') else 'parallelism'}"
         )
 
     def sharding(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> NamedSharding:
-        """Return the NamedSharding of an array from its logical axes. Raises as `spec` does."""
+        """Return the NamedSharding of an array. Raises as `spec` does."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
     @property
@@ -142,7 +142,7 @@ class Placement:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
     def micro_batches(self, x: jax.Array, count: int, *axes: str | None) -> jax.Array:
-        """Reorder [B, ...] to [count, B / count, ...], micro-batches of equal size; nothing moves.
+        """Reorder [B, ...] to micro-batches, [count, B / count, ...]; nothing moves.
 
         Each device gives every micro-batch its share of examples: example i is in micro-batch
         i % count. axes: the logical axes of `x`.
@@ -151,18 +151,18 @@ class Placement:
         return self(x, axes[0], None, *axes[1:]).swapaxes(0, 1)
 
     def whole_batch(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Undo `micro_batches`: [count, B / count, ...] to [B, ...], with these logical axes."""
+        """Undo `micro_batches`: return [B, ...], with these logical axes."""
         x = x.swapaxes(0, 1)
         return self(x.reshape(-1, *x.shape[2:]), *axes)
 
     def towers(
         self, f: Callable, groups: int, *arrays: tuple[jax.Array, Axes], out: Axes, name: str
     ) -> jax.Array:
-        """Apply f to each of `groups` towers where its results live: see sharding/local.py."""
+        """Apply f to each of `groups` towers where its results live: sharding/local.py."""
         return local.towers(self, f, groups, *arrays, out=out, name=name)
 
     def local(self, axes: Axes, f: Callable, *arrays: jax.Array) -> Any:
-        """Return f of the shards that each device holds: see on_shards in sharding/local.py."""
+        """Return f of each device's shards: on_shards in sharding/local.py."""
         return local.on_shards(self, axes, f, *arrays)
 
     # ---- For people.
@@ -173,7 +173,8 @@ class Placement:
         return "x".join(str(size) for size in self.mesh.shape.values())
 
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Return the mesh and the scheme in parentheses, for errors."""
         return f"(mesh {self.mesh_name}, parallelism={self.parallelism})"
 
     def report(self, name: str, axes: Axes, shape: tuple[int, ...], itemsize: int) -> dict:
@@ -201,23 +202,28 @@ class Placement:
 
 
 class Unplaced:
-    """Stand in for a Placement where a network is called by itself: every array stays put."""
+    """Stand in for a Placement where a network is called by itself: nothing moves."""
 
     record = None
 
     def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
+        """Return x as it is."""
         return x
 
     def towers(self, f, groups, *arrays, out, name=""):
+        """Apply f to each of `groups` towers, one after another."""
         return local.each_tower(f, groups, *(array for array, _ in arrays))
 
     def local(self, axes, f, *arrays):
+        """Return f(*arrays): one device holds them all."""
         return f(*arrays)
 
     def splits(self, axis: str) -> bool:
+        """Return False: nothing is split."""
         return False
 
     def hidden_output_batch(self, name: str) -> str:
+        """Return the output layer's logical batch axis."""
         return "output_batch"
 
 
@@ -244,7 +250,7 @@ def _check_own_row(scheme: str, row: Any) -> None:
 
 
 def _as_tuple(mesh_axes: Any) -> tuple[str, ...]:
-    """Return the mesh axes of one dimension, as a row or a PartitionSpec gives them, as a tuple."""
+    """Return as a tuple the mesh axes that a row or PartitionSpec gives a dimension."""
     if mesh_axes is None:
         return ()
     return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
@@ -256,12 +262,12 @@ def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
 
 
 def axes_of(variable: nnx.Variable) -> Axes:
-    """Return the logical axes of a variable; one without the metadata `axes` is not split."""
+    """Return the logical axes of a variable; without metadata `axes`, all None."""
     return getattr(variable, "axes", None) or (None,) * len(variable.shape)
 
 
 def is_dense(variable: nnx.Variable) -> bool:
-    """Return whether a parameter belongs to the dense layers (layers/dense.py marks them)."""
+    """Return whether a parameter is one of the dense layers (see layers/dense.py)."""
     return getattr(variable, "part", None) == "dense"
 
 

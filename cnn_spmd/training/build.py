@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from cnn_spmd.sharding.placement import Placement
 from cnn_spmd.training import cluster, microbatch, optim, program_report
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
+from cnn_spmd.training.timetable import split_into_chunks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,15 +52,14 @@ class Setup:
         `state` is used up: its memory becomes that of the new state. Evaluation, checkpoints and
         files are those of cnn_spmd.train.
         """
-        (feed, _), start = self.feeds, int(state.step)
+        feed, _ = self.feeds
         feed.load()
+        start = int(state.step)
+        chunks = split_into_chunks(start, [start + steps], self.config.steps_per_call)
+        inputs = feed.calls([self.indices(chunk.start, chunk.steps) for chunk in chunks])
         metrics = []
-        n = min(self.config.steps_per_call, steps)
-        chunks = [n] * (steps // n) + [steps % n] * (steps % n > 0)
-        starts = itertools.accumulate(chunks, initial=start)
-        indices = [self.indices(at, n) for at, n in zip(starts, chunks, strict=False)]
-        for n, inputs in zip(chunks, feed.calls(indices), strict=True):
-            state, values = self.train_program(n)(state, *inputs)
+        for chunk, batches in zip(chunks, inputs, strict=True):
+            state, values = self.train_program(chunk.steps)(state, *batches)
             metrics.append(jax.tree.map(np.asarray, values))
         return state, jax.tree.map(lambda *values: np.concatenate(values), *metrics)
 
@@ -124,7 +123,7 @@ class Setup:
 
     @property
     def saved_config(self) -> dict:
-        """Return what config.json holds: config, data set, digests of its files and pixels."""
+        """Return what config.json holds: the config, the data set and its digests."""
         of_data = dict(data_files=self.data.files, data_digest=self.data.digest)
         known = {field: value for field, value in of_data.items() if value}
         return configs.as_json(self.config) | self.data_fields | known
@@ -140,8 +139,8 @@ def prepare(
     """Return the Setup of a config: mesh, data, network and step functions.
 
     devices: None stands for all that JAX finds. data: the config's data set, where it is loaded
-    already. check: called with the finished Setup, and once before photographs are decoded with an
-    all-zero data set of the same shape, so that a bad config fails in seconds. levers: the fast
+    already. check: called with the finished Setup. It is also called once before photographs are
+    decoded, with zeros of the same shape, so that a bad config fails in seconds. levers: the fast
     forms to use, instead of all or none as model.fast says (layers/common.py); for benchmarks.
     Raises UserError for all that is wrong in a config, except for its workdir.
     """
@@ -150,12 +149,7 @@ def prepare(
     rows = config.placement.to_dict()
     place = Placement(mesh.make(*sizes, devices=devices), config.parallelism, rows)
     memory = device_memory(place)
-
-    def assemble(data: Dataset) -> Setup:
-        setup = _assemble(config, place, memory, data, levers)
-        check(setup)
-        return setup
-
+    assemble = functools.partial(_assemble, config, place, memory, levers, check)
     data = data or registry.load(config.data, assemble)
     setup = assemble(data)
     cluster.agree(setup.saved_config)  # each process decides on the fallback by itself
@@ -166,10 +160,14 @@ def _assemble(
     config: ml_collections.ConfigDict,
     place: Placement,
     memory: float | None,
-    data: Dataset,
     levers: Sequence[str] | None,
+    check: Callable[[Setup], object],
+    data: Dataset,
 ) -> Setup:
-    """Return the Setup on this data. Raises UserError for what does not go together."""
+    """Return the Setup on this data, checked.
+
+    Raises UserError for what does not go together.
+    """
     config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, memory)
     config.mesh.update(place.mesh.shape)
     if data.fallback:
@@ -180,6 +178,7 @@ def _assemble(
         setup.functions, config.batch_size, setup.image_size
     )
     _ = setup.functions.abstract_state  # for its errors
+    check(setup)
     return setup
 
 
@@ -195,7 +194,7 @@ def device_memory(place: Placement) -> float | None:
 
 
 def refuse_beyond_memory(setup: Setup) -> None:
-    """Raise UserError where a run's state, or a chunk's images, do not fit into memory."""
+    """Raise UserError where a run's state or a chunk's images do not fit in memory."""
     config, here = setup.config, setup.place.mesh.local_devices
     machine = configs.machine_memory()
     per_device = (here[0].memory_stats() or {}).get("bytes_limit") or machine / len(here)
@@ -291,7 +290,7 @@ def make_preprocessing(config: ml_collections.ConfigDict, data: Dataset) -> Prep
 def make_microbatch(
     config: ml_collections.ConfigDict, place: Placement
 ) -> microbatch.Settings | None:
-    """Return how the dense layers see the batch, or None where they see all of it at once.
+    """Return how the dense layers see the batch; None: all of it at once.
 
     Raises UserError where the micro-batch divides the batch or the mesh unevenly.
     """

@@ -64,7 +64,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """The sum over all chunks."""
+        """Return the sum over all chunks."""
         return sum(seconds for _, seconds in self.chunks)
 
     def steady_chunks(self) -> list[tuple[int, float]]:

@@ -2,13 +2,12 @@
 
 import contextlib
 import pathlib
-import time
 
 import ml_collections
 
 from cnn_spmd.analysis import program
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import build, program_report
+from cnn_spmd.training import build
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.workdir import locked_run, write_run_file
 
@@ -31,10 +30,7 @@ def dry_run(
                     f"--workdir={workdir}: holds a run, which a dry run leaves alone: "
                     "give a new folder"
                 )
-        since = time.perf_counter()
-        n = setup.config.steps_per_call
-        compiled = setup.train_program(n)
-        report = program_report.report_of(setup, compiled, n, time.perf_counter() - since)
+        report = setup.report()
         say(program.as_text(report))
         if workdir:
             write_run_file(workdir / "program.json", setup.data_fields | report)

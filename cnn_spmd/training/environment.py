@@ -1,7 +1,7 @@
 """Protect a command from its surroundings.
 
-These are closed streams and full pipes, environment variables that change a run's numbers or that
-jax refuses, a missing home directory, and libraries that print the same warning twice.
+Streams may be closed and pipes full. Environment variables may change a run's numbers, or be such
+that jax refuses them. The home directory may be missing. Libraries print the same warning twice.
 """
 
 import atexit
@@ -49,6 +49,7 @@ class _LossyFile(io.FileIO):
     error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        """Write what can be written, and return the length of `data`."""
         rest = memoryview(data)
         try:
             while rest:
@@ -107,8 +108,8 @@ def prepare() -> None:
 def refuse_bad_xla_flags() -> None:
     """Raise UserError if XLA cannot read the variable XLA_FLAGS.
 
-    XLA would end this process with pages of text. So another process, which takes 0.1 s, reads the
-    variable first.
+    XLA would end this process with pages of text. So another process reads the variable
+    first.
     """
     if "XLA_FLAGS" not in os.environ:
         return

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, TensorBoard, and the lines of its progress."""
+"""Log a run: metrics.jsonl, TensorBoard, and the lines of its progress."""
 
 import bisect
 import json
@@ -20,13 +20,13 @@ class MetricsFile:
     """Write metrics.jsonl and the same to TensorBoard, on process 0 of a cluster.
 
     step: where the run starts. What an earlier command wrote after it is dropped.
-    identity: fields of every line, such as the data set.
+    fields: those that every line has, such as the data set.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, identity: dict):
+    def __init__(self, workdir: pathlib.Path, step: int, fields: dict):
         path = workdir / "metrics.jsonl"
         self._enabled = jax.process_index() == 0
-        self._identity = dict(schema=runfiles.SCHEMA) | identity
+        self._fields = dict(schema=runfiles.SCHEMA) | fields
         if step == 0 and self._enabled and path.exists():
             os.replace(path, runfiles.free_old_name(path))
         rows = runfiles.read_metrics_rows(path)
@@ -44,7 +44,7 @@ class MetricsFile:
         """Append the line {"step", "split", ...}, and write the scalars `split`/name."""
         if not self._enabled:
             return
-        row = dict(step=step, split=split, **values, **self._identity)
+        row = dict(step=step, split=split, **values, **self._fields)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
@@ -103,7 +103,7 @@ class Log:
 
     @property
     def train_seconds(self) -> float:
-        """Seconds of training up to now, by this command and earlier ones."""
+        """Return the seconds of training so far, by this command and earlier ones."""
         return self._file.train_seconds + self.clock.seconds
 
     def speed(self) -> dict:

@@ -1,8 +1,8 @@
-"""Evaluation metrics. To add one is to add an entry to METRICS.
+"""Define the evaluation metrics. To add one is to add an entry to METRICS.
 
-A metric is a function of the log probabilities [B, C] of a batch of test images and their labels
-[B], and returns one value per image [B]. Evaluation reports its mean over all test images, under
-its name, in metrics.jsonl, TensorBoard, summary.json and the report.
+A metric is a function of the log probabilities [B, C] of a batch of test images, and of their
+labels [B]. It returns one value per image [B]. Evaluation reports its mean over all test images,
+under its name, in metrics.jsonl, TensorBoard, summary.json and the report.
 
 Shapes: B batch, C classes.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 def rank_of_label(scores_BC: jax.Array, labels_B: jax.Array) -> jax.Array:
     """Count the classes that score above the label, int [B].
 
-    Of equal scores the class with the lower number comes first, and a NaN comes last.
+    Where scores are equal, the class with the lower number comes first. A NaN comes last.
     """
     own_B1 = jnp.take_along_axis(scores_BC, labels_B[:, None], axis=-1)
     before_BC = jnp.arange(scores_BC.shape[-1]) < labels_B[:, None]

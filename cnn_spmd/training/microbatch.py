@@ -1,16 +1,16 @@
-"""One weird trick's variable batch: the dense layers see the batch in micro-batches.
+"""Train with the variable batch: dense layers see the batch in micro-batches.
 
-Krizhevsky 2014, section 4: the convolutions work on the whole batch, the dense layers on
-`dense_microbatch` examples after another. With dense_updates="each" the dense weights are updated
-after each micro-batch, at 1/n of the learning rate for n micro-batches, which is no longer exact
-SGD. With "sum" the gradients are averaged first, which is plain SGD, except that each micro-batch
-has a dropout mask of its own.
+Krizhevsky 2014 ("One weird trick"), section 4: the convolutions work on the whole batch, the dense
+layers on `dense_microbatch` examples at a time. With dense_updates="each" the dense weights are
+updated after each micro-batch, at 1/n of the learning rate for n micro-batches, which is no longer
+exact SGD. With "sum" the gradients are averaged first, which is plain SGD, except that each
+micro-batch has a dropout mask of its own.
 
 Each device gives every micro-batch its share of examples, so that a micro-batch is gathered from
 all devices: this is the paper's scheme (c), whose communication is spread evenly. In scheme (b) a
 micro-batch is one device's own examples, and all other links idle; scheme (a) is the whole batch at
-once. Up to UNROLLED micro-batches are written out in the program, not looped over, so that XLA can
-run the gathers of the next one behind the products of this one.
+once. Up to UNROLLED micro-batches are written out in the program instead of looped over. XLA can
+then gather the inputs of one while it computes another.
 
 Shapes: B global batch, n micro-batches, F features that reach the dense layers.
 """
@@ -42,7 +42,7 @@ def updates_each(settings: Settings | None) -> bool:
 
 
 def _dense_and_conv(params: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Split the parameters, or their gradients, into those of dense layers and the others."""
+    """Split parameters or gradients into those of dense layers and the others."""
     return nnx.split_state(params, lambda path, variable: is_dense(variable), ...)
 
 
@@ -57,7 +57,7 @@ def init_optimizer(functions: Any, params: nnx.State) -> dict:
 def train_step(
     functions: Any, state: Any, data: DeviceData, indices_B: jax.Array | None
 ) -> tuple[Any, dict]:
-    """Do one step on the examples `indices_B`; return the new state, loss and accuracy [].
+    """Do one step on the examples `indices_B`; return the new state and metrics [].
 
     functions: StepFunctions. The weights of `state` are packed where functions.packed.
     """
@@ -94,17 +94,18 @@ def train_step(
 
 
 class DenseLayers:
-    """The dense layers in one step: forward, backward and updates, micro-batch by micro-batch."""
+    """The dense layers in one step: forward, backward, update of each micro-batch."""
 
     def __init__(self, functions: Any, state: Any, count: int):
         self.functions, self.state, self.count = functions, state, count
         self.dense_params, self.conv_params = _dense_and_conv(state.params)
 
     def train(self, x_BF: jax.Array, labels_B: jax.Array, dropout_key: jax.Array) -> tuple:
-        """Return dense parameters, optimizer state, sum of gradients, metrics [n], x's gradient.
+        """Return what the micro-batches make of the dense layers.
 
-        With dense_updates="each" there is no sum of gradients (None); with "sum" the parameters
-        and the optimizer's state (None) are as they were.
+        These are their parameters, optimizer state, sum of gradients, metrics [n], and the gradient
+        of x. With dense_updates="each" there is no sum of gradients (None); with "sum" the
+        parameters and the optimizer's state (None) are as they were.
         """
         place, each = self.functions.place, updates_each(self.functions.microbatch)
         inputs = (

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules. To add one is to add an entry to a dict.
+"""Make optimizers and schedules. To add one is to add an entry to a dict.
 
 OPTIMIZERS: name -> function(settings, rate) that returns optax transformations, a tuple of them.
 SCHEDULES: name -> function(rate, settings, steps) that returns an optax schedule.
@@ -17,7 +17,7 @@ from cnn_spmd.errors import UserError
 
 
 def sgd(settings: Any, rate: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
-    """SGD with (Nesterov) momentum and weight decay on weights, not on biases.
+    """Return SGD with (Nesterov) momentum, and weight decay on all except biases.
 
     As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: the learning rate
     scales it, and it passes through the momentum. `weight_decays` sets it by layer.
@@ -37,7 +37,7 @@ def sgd(settings: Any, rate: optax.Schedule) -> tuple[optax.GradientTransformati
 
 
 def stages(rate: float, settings: Any, steps: int) -> optax.Schedule:
-    """Multiply the rate by `stage_factor` at each of `stages`, which are shares of the steps."""
+    """Multiply the rate by `stage_factor` at each of `stages`, shares of the steps."""
     return optax.piecewise_constant_schedule(rate, drops_of(settings, steps))
 
 
@@ -105,7 +105,7 @@ def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Sch
 def make_optimizer(
     settings: Any, steps: int, batch_size: int = 128, updates: int = 1
 ) -> optax.GradientTransformation:
-    """Return the optimizer `settings.name`, with clipping before it and rates by layer after it.
+    """Return the optimizer `settings.name`, with clipping and rates by layer.
 
     A gradient longer than `clip_norm`, over all parameters of the update, is scaled down to it.
     `layer_rates` multiplies the updates of some layers, and `bias_rate` those of all biases.

@@ -1,4 +1,4 @@
-"""Carry float32 weights from step to step in two halves, one of them the bfloat16 that layers read.
+"""Carry float32 weights as two 16-bit halves, of which layers read one.
 
 A bfloat16 run needs each weight twice: in float32 for the update, in bfloat16 for the products. A
 bfloat16 copy beside the float32 weight is 2 more bytes to write and read per weight. Packed, both
@@ -15,7 +15,7 @@ from flax import nnx
 
 
 def pack_bf16(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Split a float32 weight into the nearest bfloat16 and an int16 with the rest of its bits.
+    """Split a float32 weight into the nearest bfloat16 and an int16 with the rest.
 
     Together they are the weight, to the last bit (a NaN becomes another NaN). Where two bfloat16
     are equally near, this takes the larger one; a cast takes the even one.

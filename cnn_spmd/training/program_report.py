@@ -1,4 +1,4 @@
-"""The report on a compiled train step: what a device holds, and what moves in a step."""
+"""Report on a compiled train step: what a device holds, and what moves."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from flax import nnx
 
 from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.sharding.placement import axes_of, name_of
+from cnn_spmd.training import microbatch
 from cnn_spmd.training.step import StepFunctions
 
 
@@ -41,15 +42,15 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int, compile_seconds
         **program.UNKNOWN,
     )
     try:
-        for part in _parts(setup, compiled, n):
-            report |= part
+        for fields in _fields(setup, compiled, n):
+            report |= fields
     except Exception as error:
         report["error"] = " ".join(f"{type(error).__name__}: {error}".split())
     return report
 
 
-def _parts(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]:
-    """Yield the parts of the report one by one, so that an error leaves those before it."""
+def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]:
+    """Yield the fields of the report, so that an error leaves those before it."""
     config, place, functions = setup.config, setup.place, setup.functions
     abstract = functions.abstract_state
     params, model_state = map(_named_variables, (abstract.params, abstract.model_state))
@@ -77,7 +78,7 @@ def _parts(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]:
     theory = None
     reason = coverage.covers(place, network, images, activations, params, collectives)
     if reason is None:
-        each = functions.microbatch is not None and functions.microbatch.optimizer is not None
+        each = microbatch.updates_each(functions.microbatch)
         updates = config.batch_size // config.dense_microbatch if each else 1
         theory = communication.closed_form(place, activations, params, itemsize, updates)
     yield dict(

@@ -18,16 +18,6 @@ from cnn_spmd.errors import UserError
 # The version of the files of a run. Raise it when a field changes its meaning or goes away, not
 # when one is added. A file without `schema` was written before there were versions.
 SCHEMA = 1
-# The fields of config.json that are not fields of the config.
-NOT_CONFIG = (
-    "schema",
-    "run",
-    "dataset",
-    "fallback",
-    "data_files",
-    "data_digest",
-    "skipped_images",
-)
 # The fields of summary.json that say on which hardware and by which code a run was made.
 HARDWARE = ("device_kind", "host_cores", "versions", "commit")
 KINDS = {

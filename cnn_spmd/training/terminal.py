@@ -1,11 +1,11 @@
-"""What a run prints: plain lines, and its progress."""
+"""Print the lines of a run, and its progress."""
 
 import math
 import sys
 import time
 
 import jax
-from rich import progress as rich_progress
+from rich import progress
 
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
@@ -28,10 +28,10 @@ class Progress:
         self._bar = None
         self._silent = jax.process_index() != 0
         if not self._silent and sys.stdout.isatty():
-            self._bar = rich_progress.Progress(
-                rich_progress.TextColumn("step {task.completed}/{task.total}"),
-                rich_progress.BarColumn(),
-                rich_progress.TextColumn("{task.fields[text]}"),
+            self._bar = progress.Progress(
+                progress.TextColumn("step {task.completed}/{task.total}"),
+                progress.BarColumn(),
+                progress.TextColumn("{task.fields[text]}"),
             )
             self._bar.start()
             self._task = self._bar.add_task("", total=steps, text="")

@@ -1,4 +1,4 @@
-"""At which steps a run evaluates and saves, and the chunks between these steps."""
+"""Plan the steps at which a run evaluates and saves, and the chunks between."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class Chunk(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """How many steps the chunk has."""
+        """Return how many steps the chunk has."""
         return self.end - self.start
 
 
@@ -28,7 +28,7 @@ class Timetable(NamedTuple):
 
     @property
     def stops(self) -> list[int]:
-        """The steps at which a run pauses to evaluate or save, and the last one, in order."""
+        """Return the steps at which a run evaluates or saves, and the last, in order."""
         steps = {*self.evaluations, *self.saves, self.last}
         return sorted(step for step in steps if step > self.start)
 

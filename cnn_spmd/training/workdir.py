@@ -1,4 +1,4 @@
-"""The folder of a run: check it, lock it against a second run, write its files."""
+"""Check the folder of a run, lock it against a second run, write its files."""
 
 import contextlib
 import fcntl
