@@ -19,6 +19,11 @@ _API = {
 __all__ = ["__version__", *_API]
 
 
+def __dir__() -> list[str]:
+    """Name the functions of the Python API, also before their first use."""
+    return sorted({*globals(), *_API})
+
+
 def __getattr__(name: str) -> Any:
     """Return a function of the Python API."""
     if name not in _API:

@@ -3,6 +3,7 @@
 The command line, a sweep, or overrides in Python set fields by hand.
 """
 
+import inspect
 import os
 import pathlib
 import runpy
@@ -22,7 +23,9 @@ flags.disclaim_key_flags()  # --help shows --config as a flag of launch.py
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 
-def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
+def load_config(
+    path: str | os.PathLike, overrides: Mapping[str, Any] | None = None
+) -> ml_collections.ConfigDict:
     """Return the config of an experiment with some fields replaced.
 
     The command line replaces fields in the same way.
@@ -35,7 +38,7 @@ def load_config(path: str, overrides: Mapping[str, Any] | None = None) -> ml_col
     """
     from cnn_spmd.training import unused  # imports jax, which launch.py has to set up first
 
-    config = load_file(path)
+    config = load_file(os.fspath(path))
     overrides = dict(overrides or {})
     for field, value in overrides.items():
         _override(config, field, value)
@@ -59,7 +62,8 @@ def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None
         configs.check_value(field, value)
         kind = type(configs.SCHEMA[field].default)
     else:
-        raise UserError(f"{field}: is a section, expected a field such as {field}.name")
+        example = next(name for name in configs.SCHEMA if name.startswith(f"{field}."))
+        raise UserError(f"{field}: is a section, expected a field such as {example}")
     at = configs.get(config, section) if section else config
     with at.ignore_type():  # an integer may stand for a float, and a list for a tuple
         at[last] = kind(value)
@@ -81,6 +85,8 @@ def load_file(text: str) -> ml_collections.ConfigDict:
         raise UserError(f"--config={path}: no such experiment, expected one of {known}")
     try:
         get_config = runpy.run_path(path).get("get_config")
+        if get_config and variant and not inspect.signature(get_config).parameters:
+            raise UserError(f"--config={text}: {path} has no variants, expected {path} alone")
         config = get_config(*variant) if get_config else None
     except UserError:
         raise

@@ -4,15 +4,20 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from setups import (
     BATCH,
     BY_HAND,
+    NETWORKS,
     gather,
     narrow,  # noqa: F401  (a fixture)
     setup_of,
+    small_config,
 )
 
 from cnn_spmd.data import order
+from cnn_spmd.errors import UserError
+from cnn_spmd.layers import dense
 from cnn_spmd.training import build
 
 
@@ -104,3 +109,60 @@ def test_the_report_is_that_of_the_compiled_step():
     setup.train(setup.init(), 1)
     assert setup.train_program(1) is compiled
     assert report["batch_size"] == BATCH
+
+
+class Head(nnx.Module):
+    """A network whose classify has a layer `last`, and what else a test gives it."""
+
+    def __init__(self, *, image_size, classes, width, dropout, dtype, rngs, levers):
+        self.fc1 = dense.dense("fc1", 3, 8, dtype=dtype, rngs=rngs)
+        self.last = self.make(classes, dtype, rngs)
+
+    def make(self, classes, dtype, rngs):
+        return nnx.Linear(8, classes, dtype=dtype, rngs=rngs)
+
+    def features(self, images_BHWC, place=None, train=False):
+        return images_BHWC.mean((1, 2))
+
+    def classify(self, x_BF, place=None, dropout_key=None):
+        return self.last(nnx.relu(self.fc1(x_BF)))
+
+
+class RandomHead(Head):
+    def make(self, classes, dtype, rngs):
+        return nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(8, classes, rngs=rngs))
+
+
+class StatefulHead(Head):
+    def make(self, classes, dtype, rngs):
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        return nnx.Linear(8, classes, dtype=dtype, rngs=rngs)
+
+    def classify(self, x_BF, place=None, dropout_key=None):
+        return self.last(self.norm(nnx.relu(self.fc1(x_BF)), use_running_average=False))
+
+
+class WideHead(Head):
+    def make(self, classes, dtype, rngs):
+        return nnx.Linear(8, classes + 1, dtype=dtype, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "message"),
+    [
+        (RandomHead, {}, r"model\.name=head: last\.layers\.0\.rngs.* holds random numbers"),
+        (StatefulHead, {}, r"norm\.mean: is changed by the network's classify"),
+        (WideHead, {}, r"classify: returns the shape \(16, 17\), expected .* \(16, 16\)"),
+        (Head, dict(dense_microbatch=8), r"dense_microbatch=8: last\.bias is used by .* classify"),
+    ],
+)
+def test_networks_that_would_train_wrongly_are_refused(monkeypatch, network, changes, message):
+    monkeypatch.setitem(NETWORKS, "head", network)
+    with pytest.raises(UserError, match=message):
+        prepared = build.prepare(small_config("head", dtype="float32", **changes))
+        prepared.train_program(1)
+
+
+def test_at_least_one_step(monkeypatch):
+    with pytest.raises(UserError, match="steps=0: expected at least 1"):
+        setup_of("simple_cnn", "data", (1, 1), dtype="float32").train(None, 0)

@@ -1,5 +1,6 @@
 """Evaluation metrics: those that there are, and one of a user's own."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from flax import nnx
 from setups import NO_STATE, TEST_EXAMPLES, on_one
 
 from cnn_spmd.data.feed import DeviceData
+from cnn_spmd.errors import UserError
 from cnn_spmd.training import metrics
 
 
@@ -66,3 +68,21 @@ def test_a_metric_of_ones_own_is_summed(monkeypatch, sums_of):
     expected = probabilities[labels[:5]].sum()
     assert float(sums["label_probability"]) == pytest.approx(expected, rel=1e-5)
     assert float(sums["loss"]) == pytest.approx(-np.log(probabilities[labels[:5]]).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "message"),
+    [
+        (
+            "mean",
+            lambda scores, labels: scores.mean(),
+            r"METRICS\['mean'\]: returns the shape \(\)",
+        ),
+        ("step", lambda scores, labels: labels, r"METRICS\['step'\]: is a field of metrics\.jsonl"),
+    ],
+)
+def test_metrics_that_are_refused(monkeypatch, name, metric, message):
+    monkeypatch.setitem(metrics.METRICS, name, metric)
+    setup, data = on_one("simple_cnn")
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(setup.functions.eval_step, setup.init(), data, None, np.ones(64, bool))

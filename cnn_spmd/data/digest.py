@@ -11,7 +11,8 @@ import numpy as np
 
 def of_image(image_HWC: np.ndarray) -> int:
     """Return the digest of one image's pixels; 64 bits."""
-    return int.from_bytes(hashlib.blake2b(image_HWC, digest_size=8).digest(), "little")
+    pixels = np.ascontiguousarray(image_HWC)
+    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "little")
 
 
 def of_splits(splits: Iterable[tuple[np.ndarray, np.ndarray]]) -> str:

@@ -81,6 +81,10 @@ class Placement:
         its mesh axes. (jax.lax.with_sharding_constraint would replicate the array in silence.)
         Raises it too where one mesh axis splits two dimensions.
         """
+        if len(axes) != len(shape):
+            raise UserError(
+                f"{name} {shape}: has {len(shape)} dimensions, but {len(axes)} logical axes {axes}"
+            )
         spec = [self._split(name, shape, *pair) for pair in zip(axes, shape, strict=True)]
         used = [mesh_axis for mesh_axes in spec for mesh_axis in _as_tuple(mesh_axes)]
         if len(used) != len(set(used)):
@@ -95,7 +99,10 @@ class Placement:
         if axis is None:
             return None
         if axis not in LOGICAL_AXES:
-            raise KeyError(f"{name}: logical axis {axis!r} is not one of {LOGICAL_AXES}")
+            expected = ", ".join(LOGICAL_AXES)
+            raise UserError(
+                f"{name} {shape}: no such logical axis {axis!r}, expected one of {expected}"
+            )
         mesh_axes = self.row.get(axis)
         shards = self.shards(axis)
         if size % shards == 0:

@@ -52,6 +52,8 @@ class Setup:
         `state` is used up: its memory becomes that of the new state. Evaluation, checkpoints and
         files are those of cnn_spmd.train.
         """
+        if steps < 1:
+            raise UserError(f"steps={steps}: expected at least 1")
         feed, _ = self.feeds
         feed.load()
         start = int(state.step)
@@ -175,7 +177,7 @@ def _assemble(
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, levers))
     program_report.layouts_of_activations(  # for its errors
-        setup.functions, config.batch_size, setup.image_size
+        setup.functions, config.batch_size, setup.image_size, len(data.class_names)
     )
     _ = setup.functions.abstract_state  # for its errors
     check(setup)
@@ -249,6 +251,11 @@ def refuse_mismatch(config: ml_collections.ConfigDict, place: Placement, model: 
         raise UserError(
             f"parallelism={place.parallelism}: splits towers, but "
             f"model.name={config.model.name} has one: expected alexnet_2012 or another parallelism"
+        )
+    for path, _ in nnx.to_flat_state(nnx.state(model, nnx.RngState)):
+        raise UserError(
+            f"model.name={config.model.name}: {'.'.join(map(str, path))} holds random numbers, "
+            "expected dropout by classify's dropout_key (layers/dense.py, dropout)"
         )
     layers = nnx.state(model, nnx.Param)
     for field in ("weight_decays", "layer_rates"):

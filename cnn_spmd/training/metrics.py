@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from cnn_spmd.errors import UserError
+
 
 def rank_of_label(scores_BC: jax.Array, labels_B: jax.Array) -> jax.Array:
     """Count the classes that score above the label, int [B].
@@ -43,3 +45,17 @@ METRICS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "top5": top5,
     "loss": loss,
 }
+
+# Other fields of a line of metrics.jsonl, whose names a metric cannot have.
+RESERVED = ("step", "split", "examples", "schema", "dataset", "fallback", "skipped_images")
+
+
+def check(name: str, values: jax.Array, examples: int) -> None:
+    """Raise UserError for a metric's reserved name, and for another shape than [examples]."""
+    if name in RESERVED:
+        raise UserError(f"METRICS[{name!r}]: is a field of metrics.jsonl, expected another name")
+    if jnp.shape(values) != (examples,):
+        raise UserError(
+            f"METRICS[{name!r}]: returns the shape {jnp.shape(values)}, expected one value per "
+            f"example, ({examples},)"
+        )

@@ -23,7 +23,8 @@ import optax
 from flax import nnx
 
 from cnn_spmd.data.feed import DeviceData
-from cnn_spmd.sharding.placement import is_dense
+from cnn_spmd.errors import UserError
+from cnn_spmd.sharding.placement import is_dense, name_of
 from cnn_spmd.training import packing
 
 UNROLLED = 8  # as many as one weird trick had GPUs
@@ -68,6 +69,7 @@ def train_step(
         weights,
         has_aux=True,
     )
+    _refuse_unmarked(functions, weights, state.model_state, x_BF)
     dense = DenseLayers(functions, state, len(labels_B) // functions.microbatch.size)
     dense_params, dense_optimizer, total, metrics, x_gradient = dense.train(
         x_BF, labels_B, dropout_key
@@ -91,6 +93,31 @@ def train_step(
         step=state.step + 1, params=params, model_state=model_state, optimizer=optimizer
     )
     return state, jax.tree.map(jnp.mean, metrics)
+
+
+def _refuse_unmarked(
+    functions: Any, weights: nnx.State, model_state: nnx.State, x_BF: jax.Array
+) -> None:
+    """Raise UserError where classify uses parameters that are not marked as dense.
+
+    Their gradients would be lost: the step takes those of marked parameters from classify, and all
+    others from features.
+    """
+
+    def classify(weights):
+        return functions.model(weights, model_state).classify(x_BF)
+
+    jaxpr = jax.make_jaxpr(classify)(weights).jaxpr
+    used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    leaves = jax.tree_util.tree_leaves_with_path(
+        weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    for (path, variable), argument in zip(leaves, jaxpr.invars, strict=True):
+        if id(argument) in used and not is_dense(variable):
+            raise UserError(
+                f"dense_microbatch={functions.microbatch.size}: {name_of(path)} is used by the "
+                "network's classify and is not marked as dense: make it with layers.dense.dense"
+            )
 
 
 class DenseLayers:

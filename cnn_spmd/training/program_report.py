@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cnn_spmd.analysis import communication, coverage, program
+from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import axes_of, name_of
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.step import StepFunctions
@@ -54,7 +55,9 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     config, place, functions = setup.config, setup.place, setup.functions
     abstract = functions.abstract_state
     params, model_state = map(_named_variables, (abstract.params, abstract.model_state))
-    activations = layouts_of_activations(functions, config.batch_size, setup.image_size)
+    activations = layouts_of_activations(
+        functions, config.batch_size, setup.image_size, len(setup.data.class_names)
+    )
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
         placement=[
@@ -98,21 +101,27 @@ def _named_variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
 
 
 def layouts_of_activations(
-    functions: StepFunctions, batch_size: int, image_size: int
+    functions: StepFunctions, batch_size: int, image_size: int, classes: int
 ) -> list[tuple[str, tuple, tuple]]:
     """Return (name, logical axes, shape) of each layer's input and output, in order.
 
     JAX traces the network with abstract arrays, and `place` records each activation that has a
-    name. Raises UserError where one is not divisible as the scheme asks.
+    name. Raises UserError where one is not divisible as the scheme asks, and for logits of another
+    shape than [batch, classes].
     """
     seen = []
     place = dataclasses.replace(
         functions.place, record=lambda name, axes, x: seen.append((name, axes, x.shape))
     )
     model = nnx.eval_shape(lambda: functions.make_model(nnx.Rngs(0)))
-    nnx.eval_shape(
+    logits = nnx.eval_shape(
         lambda model, x: model.classify(model.features(x, place), place),
         model,
         jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32),
     )
+    if logits.shape != (batch_size, classes):
+        raise UserError(
+            f"classify: returns the shape {logits.shape}, expected [batch, classes], "
+            f"({batch_size}, {classes})"
+        )
     return seen

@@ -25,9 +25,9 @@ from flax import nnx
 
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.feed import DeviceData, labels_of
+from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import microbatch, packing
-from cnn_spmd.training.metrics import METRICS
+from cnn_spmd.training import metrics, microbatch, packing
 
 
 class TrainState(NamedTuple):
@@ -119,8 +119,9 @@ class StepFunctions:
         The loss is the mean cross-entropy in nats, with smoothed labels. With a dropout key, both
         are those of the network under dropout.
         """
-        logits_BC = self.model(params, model_state).classify(x_BF, self.place, dropout_key)
-        logits_BC = _at_least_f32(logits_BC)
+        model = self.model(params, model_state)
+        logits_BC = _at_least_f32(model.classify(x_BF, self.place, dropout_key))
+        _refuse_changes(model, model_state)
         one_hot_BC = jax.nn.one_hot(labels_B, logits_BC.shape[-1])
         targets_BC = optax.smooth_labels(one_hot_BC, self.label_smoothing)
         targets_BC = self.place(targets_BC, "output_batch", "fc3_out")
@@ -247,8 +248,10 @@ class StepFunctions:
         labels_B = self.place(labels_of(data, indices_B), "output_batch")
         mask_B = self.place(mask_B, "output_batch")
         sums = {"examples": mask_B.sum()}
-        for name, metric in METRICS.items():
-            sums[name] = jnp.where(mask_B, metric(scores_BC, labels_B), 0).sum()
+        for name, metric in metrics.METRICS.items():
+            values_B = metric(scores_BC, labels_B)
+            metrics.check(name, values_B, len(labels_B))
+            sums[name] = jnp.where(mask_B, values_B, 0).sum()
         return sums
 
     # ---- Jitted, with the shardings of what they return.
@@ -282,6 +285,19 @@ class StepFunctions:
     def jit_eval(self) -> Callable:
         """Jit `eval_step`; every device gets the sums."""
         return jax.jit(self.eval_step, out_shardings=self.place.replicated)
+
+
+def _refuse_changes(model: nnx.Module, model_state: nnx.State) -> None:
+    """Raise UserError where a network's `classify` has assigned to its model state."""
+    _, _, after = nnx.split(model, nnx.Param, ...)
+    before = nnx.to_flat_state(model_state)
+    for (path, old), (_, new) in zip(before, nnx.to_flat_state(after), strict=True):
+        if old[...] is not new[...]:
+            name = ".".join(map(str, path))
+            raise UserError(
+                f"{name}: is changed by the network's classify, expected features to change it: "
+                "classify may run once per micro-batch"
+            )
 
 
 def _at_least_f32(x: jax.Array) -> jax.Array:

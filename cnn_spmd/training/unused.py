@@ -62,5 +62,6 @@ def reason(config: ml_collections.ConfigDict, field: str) -> str:
             return f"{by}={chosen} does not use it; those that do: {', '.join(users)}"
     needed = NEEDS.get(field)
     if needed and not (value := configs.get(config, needed)):
-        return f"has no effect with {needed}={value!r}, expected another value there"
+        if configs.get(config, field) != configs.SCHEMA[field].default:
+            return f"has no effect with {needed}={value!r}, expected another value there"
     return ""
