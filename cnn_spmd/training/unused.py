@@ -60,8 +60,9 @@ def reason(config: ml_collections.ConfigDict, field: str) -> str:
         users = [name for name, fields in uses.items() if field in fields]
         if users and chosen in uses and chosen not in users:
             return f"{by}={chosen} does not use it; those that do: {', '.join(users)}"
-    needed = NEEDS.get(field)
-    if needed and not (value := configs.get(config, needed)):
-        if configs.get(config, field) != configs.SCHEMA[field].default:
-            return f"has no effect with {needed}={value!r}, expected another value there"
-    return ""
+    if field not in NEEDS or configs.get(config, field) == configs.SCHEMA[field].default:
+        return ""
+    value = configs.get(config, NEEDS[field])
+    if value:
+        return ""
+    return f"has no effect with {NEEDS[field]}={value!r}, expected another value there"
