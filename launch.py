@@ -208,6 +208,8 @@ def config_of_run() -> ml_collections.ConfigDict:
 
     config = CONFIG.value
     if MESH.value is not None:
+        if any(field.startswith("mesh.") for field in experiment.given_fields(flags.FLAGS)):
+            raise UserError(f"--mesh={MESH.value}: config.mesh is given too, expected one of them")
         config.mesh.update(mesh.parse(MESH.value))
     config.profile = PROFILE.value or config.profile
     return config

@@ -125,7 +125,7 @@ def test_overrides_that_are_refused(overrides, message):
         ({"optimizer.stages": (0.5,)}, r"optimizer.stages=\(0.5,\): .* those that do: staged"),
         (
             {"optimizer.options": {"b2": 0.9}},
-            r"optimizer.options=.*optimizer.name=sgd does not use it; those that do: your own",
+            r"optimizer.options=.*optimizer.name=sgd does not use it; those that do: an optimizer",
         ),
         (
             {"optimizer.momentum": 0.0, "optimizer.nesterov": True},

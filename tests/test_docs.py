@@ -104,6 +104,7 @@ def test_readme_has_the_placement_table():
             weights(row, "conv") if "group_in" not in row else f"towers: {row['group_in']}",
             mesh_axes(row, "dense_batch"),
             *(weights(row, layer) for layer in ("fc1", "fc2", "fc3")),
+            mesh_axes(row, "output_batch"),
         ]
         for scheme, row in TABLE.items()
     ]

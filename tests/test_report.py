@@ -19,7 +19,7 @@ from cnn_spmd.config import flat
 from cnn_spmd.errors import UserError
 from cnn_spmd.papers import pages, published, tables
 from cnn_spmd.report import __main__ as report
-from cnn_spmd.report import canvas, charts, compare, load_runs, plots, write_report
+from cnn_spmd.report import canvas, charts, compare, load, load_runs, plots, write_report
 from cnn_spmd.training import loop, runfiles
 
 TOP = [
@@ -1088,3 +1088,11 @@ def test_a_report_needs_neither_jax_nor_tfds(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not {"jax", "tensorflow_datasets"} & set(done.stdout.split())
     assert (run / "report.html").is_file()
+
+
+def test_the_folder_of_a_refused_run_is_noted(tmp_path):
+    (tmp_path / "refused").mkdir()
+    (tmp_path / "refused/.lock").touch()
+    notes = []
+    assert load.load_sweeps([tmp_path / "refused"], notes) == []
+    assert notes == [f"{tmp_path}/refused: is empty, as a run that was refused leaves it"]

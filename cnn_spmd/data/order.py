@@ -1,6 +1,7 @@
-"""Choose which examples each step sees: a pure function of (seed, step).
+"""Choose which examples each step sees: a pure function of seed, step and config.
 
-Neither the mesh nor the number of processes changes it. Shapes: N examples, S steps, B batch.
+Neither the mesh nor the number of processes changes it: each process makes the indices of the whole
+batch, and loads what its devices hold (feed.py). Shapes: N examples, S steps, B batch.
 """
 
 import functools
@@ -29,8 +30,8 @@ def train_indices(
     Each epoch is a new permutation of the data set. Examples at its end that do not fill a batch
     are left out of that epoch.
 
-    held_out: the first `held_out_steps` steps do not see the last `held_out` examples. After these
-    steps, an epoch of the whole data set begins.
+    held_out: the first `held_out_steps` steps do not see the last `held_out` examples, as in
+    cuda-convnet's recipes. After these steps, an epoch of the whole data set begins.
     """
     batches = []
     for at in range(step, step + steps):
@@ -39,7 +40,8 @@ def train_indices(
             first_step, size = 0, examples - held_out
         epoch, position = divmod(at - first_step, size // batch_size)
         start = position * batch_size
-        batches.append(epoch_order(seed, first_step + epoch, size)[start : start + batch_size])
+        key = first_step + epoch  # an offset, so that the second part has permutations of its own
+        batches.append(epoch_order(seed, key, size)[start : start + batch_size])
     return np.stack(batches)
 
 

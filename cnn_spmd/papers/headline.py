@@ -28,7 +28,7 @@ def headline_table() -> str:
     )
     errors = batch_errors()
     rows = [
-        ["CIFAR-10, 40 epochs, one H100", accuracy_text(), "cifar10"],
+        ["CIFAR-10 test accuracy, 40 epochs, one H100", accuracy_text(), "cifar10"],
         [
             'cuda-convnet\'s "13%" network, test error',
             f"{convnet.measured} % (published: {convnet.published} %)",
@@ -42,7 +42,7 @@ def headline_table() -> str:
         ["AlexNet at 224x224, batch 128, one H100", speed_text(), "pytorch"],
         [
             "Speed-up of four H200s over one, 32 images per GPU",
-            f"`hybrid` {hybrid}, `data` {data} times",
+            f"`hybrid` {hybrid} (it shares the update too), `data` {data}",
             "meshes",
         ],
         ["`hybrid` compiled for 8 to 512 H100s: bytes sent", bytes_text(), "programs"],

@@ -9,8 +9,9 @@ a row of TABLE: it maps logical axes to the mesh axes that split them.
                     holds half of the columns, and the four along `data` hold the same half
 
 A logical axis that a row does not name is not split. sharding/placement.py turns a row into JAX
-shardings. Nothing else decides where an array lives: to move an array, change its entry here, or
-give the config a row of your own (`config.placement`).
+shardings. To move an array, change its entry here, or give the config a row of your own
+(`config.placement`). Three things follow without an entry: a momentum lives with its weight; model
+state and metrics are on every device; the data set is too, unless it is streamed.
 
 tests/test_schemes.py checks, for every scheme, that it computes what one device computes and moves
 what theory says.
@@ -24,9 +25,15 @@ ALL = MESH_AXES  # ("data", "model"): split over all devices
 # returns its output split as its kernel's columns are (fc1_out). Where one layer's output and the
 # next layer's input are not split alike, XLA moves the array: that is the communication.
 #
+#   forward    a gather, where the next layer needs more of an array than a device holds; a sum,
+#              where a kernel's rows are split and each device has a partial sum
+#   backward   a gather becomes a reduce-scatter of the gradient; each weight's gradient is summed
+#              over the devices that saw other examples and hold the same part of the weight
+#
 # Activations have one batch axis for each part of the network: the convolutions, the hidden dense
 # layers fc1 and fc2, and the output layer fc3. The `group` axes are the channels of a convolution
-# in groups (AlexNet's towers). If they are split, each device works on its own groups.
+# in groups (AlexNet's towers). If both are split, each device works on its own groups, and nothing
+# moves. With group_out alone, the input is gathered.
 TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
     # Data parallelism. Each device holds all weights and its shard of the batch. The gradients are
     # summed over all devices.
@@ -45,9 +52,10 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
     ),
     # One weird trick (Krizhevsky 2014, section 4, scheme a). The convolutions are data parallel.
     # The dense layers hold 96% of AlexNet's weights and do 8% of its work at 224x224: their columns
-    # are split. XLA gathers fc1's input from the devices along `model`, which hold other examples,
-    # and fc2's input, of which they hold other columns. fc3's rows are split as fc2's columns are,
-    # so that fc2's output does not move: devices sum a few logits instead.
+    # are split. XLA gathers fc1's input along `model`: the devices there hold other examples. It
+    # also gathers fc2's input: they hold other columns of it. fc3's rows are split as fc2's columns
+    # are, so that fc2's output does not move: devices sum a few logits instead. On 4x2, gradients
+    # of convolutions are summed over all 8 devices, those of dense layers over the 4 along `data`.
     "hybrid": dict(
         conv_batch=ALL,
         dense_batch="data",

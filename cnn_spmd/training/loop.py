@@ -6,10 +6,13 @@ host launches one call for many steps, and logs a chunk while the devices work o
 
 - A run evaluates every `eval.every_epochs` epochs, and after its last step.
 - It saves a checkpoint every `checkpoint.every_epochs` epochs, and after its last step.
-- A signal (SIGTERM, Ctrl-C, SIGHUP) ends it after a chunk: it saves, and the same command resumes.
-- A loss, a parameter or a batch statistic that is not finite ends it, and is never saved.
+- A signal (SIGTERM, Ctrl-C, SIGHUP) ends it after the chunks that are launched, at most two: it
+  saves, and the same command resumes.
+- A loss that is not finite ends it. So does a parameter or a model state that is not finite; they
+  are tested before each save, and never saved.
 - A run that is started again restores the TrainState of its newest checkpoint: step, seed,
-  parameters, model state and optimizer state, onto whatever mesh the command asks for.
+  parameters, model state and optimizer state. The mesh, the scheme and a few other fields may
+  differ (config.py, MAY_DIFFER); another change of the config is refused.
 """
 
 import concurrent.futures
@@ -77,7 +80,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path | str) -> dic
             say(program.as_text(programs.report))
             interrupt.raise_if_requested()
 
-            programs.load_data()
+            programs.put_data_on_devices()
             if state is None:
                 state = setup.init()
             run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, started)
@@ -106,6 +109,7 @@ class Run:
         self.evaluation: dict | None = None  # of the state, if it was evaluated at the last stop
         self.started = started
         self.log = Log(setup, workdir, timetable)
+        # Which images each chunk sees, by data/order.py.
         inputs = chunk_inputs(setup, programs.train_feed, timetable.chunks)
         self.chunks = zip(timetable.chunks, inputs, strict=True)
 
@@ -144,7 +148,8 @@ class Run:
                 self.save()
 
         self.evaluation = self.evaluate("final")
-        if self.timetable.stops:  # none: an earlier command saved the last step and was killed
+        # Without stops the last step is saved already: an earlier command was killed after that.
+        if self.timetable.stops:
             self.save()
         self.checkpoints.close()
         if self.setup.config.profile:
@@ -161,7 +166,8 @@ class Run:
         running = None
         while self.step < stop and not self.interrupted:
             chunk, inputs = next(self.chunks)
-            self.state, metrics = self.programs.train[chunk.steps](self.state, *inputs)
+            train_chunk = self.programs.train[chunk.steps]  # one program for each length of a chunk
+            self.state, metrics = train_chunk(self.state, *inputs)
             ended_at = self.log.clock.watch(metrics)
             self.step = chunk.end
             if running:

@@ -50,7 +50,7 @@ METRICS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 RESERVED = ("step", "split", "examples", "schema", "dataset", "fallback", "skipped_images")
 
 
-def check(name: str, values: jax.Array, examples: int) -> None:
+def check_metric(name: str, values: jax.Array, examples: int) -> None:
     """Raise UserError for a metric's reserved name, and for another shape than [examples]."""
     if name in RESERVED:
         raise UserError(f"METRICS[{name!r}]: is a field of metrics.jsonl, expected another name")

@@ -24,7 +24,7 @@ from flax import nnx
 
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.placement import is_dense, name_of
+from cnn_spmd.sharding.placement import UNPLACED, is_dense, name_of
 from cnn_spmd.training import packing
 
 UNROLLED = 8  # as many as one weird trick had GPUs
@@ -105,7 +105,7 @@ def _refuse_unmarked(
     """
 
     def classify(weights):
-        return functions.model(weights, model_state).classify(x_BF)
+        return functions.model(weights, model_state).classify(x_BF, UNPLACED)
 
     jaxpr = jax.make_jaxpr(classify)(weights).jaxpr
     used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}

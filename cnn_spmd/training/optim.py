@@ -53,7 +53,7 @@ SCHEDULES: dict[str, Callable[[float, Any, int], optax.Schedule]] = {
 # The config's fields that only some of them use, by optimizer and by schedule.
 USES = {
     "sgd": ("optimizer.momentum", "optimizer.nesterov"),
-    "your own": ("optimizer.options",),
+    "an optimizer of your own": ("optimizer.options",),
 }
 SCHEDULE_USES = {
     "linear": (),

@@ -32,7 +32,7 @@ class Programs(NamedTuple):
     evaluate: Evaluator
     report: dict  # what program.json holds
 
-    def load_data(self) -> None:
+    def put_data_on_devices(self) -> None:
         """Put the data set on the devices, unless it is streamed."""
         self.train_feed.load()
         self.evaluate.feed.load()

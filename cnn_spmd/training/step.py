@@ -3,13 +3,17 @@
 Nothing here names a mesh axis. `place(x, ...)` constrains an array by its logical axes
 (sharding/placement.py), and XLA inserts the collectives.
 
-A step sees the examples `indices_B`, a function of (seed, step) alone: data/order.py. There are two
-ways to give them. Where the data set is resident, `data` is all of it, on every device, and the
-step takes data[indices_B]. Where it is streamed, `data` holds just the examples, and the indices
-are None (data/feed.py).
+A step sees the examples `indices_B`, which data/order.py makes from seed, step and config; mesh and
+processes do not change them. There are two ways to give them. Where the data set is resident,
+`data` is all of it, on every device, and the step takes data[indices_B]. Where it is streamed,
+`data` holds just the examples, and the indices are None (data/feed.py).
 
-A name ends in its dimensions: B global batch, S steps per chunk, H height, W width, C channels or
-classes, V views of a test image, F features that reach the dense layers. [] is a scalar.
+With `dense_microbatch`, microbatch.train_step takes the place of train_step: the dense layers then
+see one part of the batch after another.
+
+A name ends in its dimensions: B global batch, S steps per chunk (the steps of one compiled call), H
+height, W width, C channels or classes, V views of a test image, F features that reach the dense
+layers. [] is a scalar.
 """
 
 import dataclasses
@@ -27,7 +31,8 @@ from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.feed import DeviceData, labels_of
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import metrics, microbatch, packing
+from cnn_spmd.training import microbatch, packing
+from cnn_spmd.training.metrics import METRICS, check_metric
 
 
 class TrainState(NamedTuple):
@@ -72,7 +77,10 @@ class StepFunctions:
         return graph
 
     def model(self, params: nnx.State, model_state: nnx.State) -> nnx.Module:
-        """Return the network with these arrays, in variables of its own."""
+        """Return the network with these arrays.
+
+        copy=True makes new variables, not new arrays: what `features` assigns stays in this copy.
+        """
         return nnx.merge(self.graph, params, model_state, copy=True)
 
     # ---- The train step.
@@ -83,7 +91,7 @@ class StepFunctions:
         """Return images float32 [B, H, W, C], labels [B] and a dropout key.
 
         Crops, flips, colour noise and dropout masks are a function of (seed, step), whatever the
-        mesh: JAX draws random bits for the whole array, not for a shard.
+        mesh: JAX's random bits depend on an element's place in the whole array, not on the device.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         crop_key, dropout_key = jax.random.split(key)
@@ -143,13 +151,16 @@ class StepFunctions:
         images_BHWC, labels_B, dropout_key = self.batch(state, data, indices_B)
 
         def loss_of(params):
-            x_BF, model_state = self.features(params, state.model_state, images_BHWC)
-            loss, metrics = self.loss(params, state.model_state, x_BF, labels_B, dropout_key)
-            return loss, (metrics, model_state)
+            x_BF, new_model_state = self.features(params, state.model_state, images_BHWC)
+            # classify does not change the model state, and does not need the new one.
+            loss, values = self.loss(params, state.model_state, x_BF, labels_B, dropout_key)
+            return loss, (values, new_model_state)
 
         at = state.params if weights is None else weights
-        grads, (metrics, model_state) = jax.grad(loss_of, has_aux=True)(at)
-        return grads, metrics, model_state
+        # The loss is a mean over the global batch. So XLA inserts a sum of each gradient over the
+        # devices that saw other examples and hold the same part of the weight; no line asks for it.
+        grads, (values, new_model_state) = jax.grad(loss_of, has_aux=True)(at)
+        return grads, values, new_model_state
 
     def update(
         self,
@@ -161,7 +172,8 @@ class StepFunctions:
         """Return parameters and optimizer state after one step of the optimizer.
 
         optimizer: clips the gradient, adds the weight decay, applies momentum and learning rate
-        (training/optim.py). grads: in the dtype that the layers computed in.
+        (training/optim.py); microbatch.py passes another than self.optimizer. grads: float32, or
+        bfloat16 where `weights` were.
         """
         with jax.named_scope("update"):
             grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
@@ -176,12 +188,10 @@ class StepFunctions:
         weights: nnx.State | None = None,
     ) -> tuple[TrainState, dict]:
         """Do one step on the examples `indices_B`; return the new state, loss and accuracy []."""
-        grads, metrics, model_state = self.gradients(state, data, indices_B, weights)
-        # The loss is a mean over the global batch. So XLA sums each gradient over the devices that
-        # hold other examples and the same part of the weight, before the update.
+        grads, values, model_state = self.gradients(state, data, indices_B, weights)
         params, optimizer_state = self.update(self.optimizer, grads, state.optimizer, state.params)
         state = TrainState(state.step + 1, state.seed, params, model_state, optimizer_state)
-        return state, metrics
+        return state, values
 
     def train_chunk(
         self, state: TrainState, data: DeviceData, indices_SB: jax.Array | None
@@ -193,27 +203,27 @@ class StepFunctions:
         """
         step = self.train_step
         if self.microbatch:
-            step = functools.partial(microbatch.train_step, self)  # takes packed states too
+            step = functools.partial(microbatch.train_step, self)  # unpacks weights by itself
         elif self.packed:
             step = packing.packed_step(step)
 
-        def body(state, of_step):
+        def body(state, data_or_indices):
             if indices_SB is None:
-                return step(state, of_step, None)
-            return step(state, data, of_step)
+                return step(state, data_or_indices, None)
+            return step(state, data, data_or_indices)
 
         inputs = data if indices_SB is None else indices_SB
         steps = len(jax.tree.leaves(inputs)[0])
         if self.packed:
             state = packing.pack(state)
         if steps == 1:  # without a scan, as XLA's CPU backend runs the body of a scan slowly
-            state, metrics = body(state, jax.tree.map(lambda x: x[0], inputs))
-            metrics = jax.tree.map(lambda x: x[None], metrics)
+            state, values = body(state, jax.tree.map(lambda x: x[0], inputs))
+            values = jax.tree.map(lambda x: x[None], values)
         else:
-            state, metrics = jax.lax.scan(body, state, inputs)
+            state, values = jax.lax.scan(body, state, inputs)
         if self.packed:
             state = packing.unpack(state)
-        return state, metrics
+        return state, values
 
     # ---- The evaluation step.
 
@@ -248,9 +258,9 @@ class StepFunctions:
         labels_B = self.place(labels_of(data, indices_B), "output_batch")
         mask_B = self.place(mask_B, "output_batch")
         sums = {"examples": mask_B.sum()}
-        for name, metric in metrics.METRICS.items():
+        for name, metric in METRICS.items():
             values_B = metric(scores_BC, labels_B)
-            metrics.check(name, values_B, len(labels_B))
+            check_metric(name, values_B, len(labels_B))
             sums[name] = jnp.where(mask_B, values_B, 0).sum()
         return sums
 
@@ -275,7 +285,10 @@ class StepFunctions:
         return functools.partial(jitted, np.uint32(self.seed))
 
     def jit_train(self) -> Callable:
-        """Jit `train_chunk`. The state is donated: the new state takes the old one's memory."""
+        """Jit `train_chunk`. The state is donated: the new state takes the old one's memory.
+
+        Arguments keep the shardings that they come with.
+        """
         return jax.jit(
             self.train_chunk,
             donate_argnames="state",

@@ -45,7 +45,9 @@ def refuse(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
             and configs.get(config, field)
             and (why := reason(config, field))
         ):
-            raise UserError(f"{field}={configs.get(config, field)}: {why}")
+            value = configs.get(config, field)
+            shown = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+            raise UserError(f"{field}={shown}: {why}")
     if "epochs" in given and "steps" not in given and config.epochs and config.steps:
         raise UserError(
             f"epochs={config.epochs}: steps={config.steps} of the experiment goes first, expected "
@@ -60,7 +62,7 @@ def reason(config: ml_collections.ConfigDict, field: str) -> str:
         users = [name for name, fields in uses.items() if field in fields]
         if users and chosen in uses and chosen not in users:
             return f"{by}={chosen} does not use it; those that do: {', '.join(users)}"
-    if field not in NEEDS or configs.get(config, field) == configs.SCHEMA[field].default:
+    if field not in NEEDS:
         return ""
     value = configs.get(config, NEEDS[field])
     if value:
