@@ -1094,5 +1094,8 @@ def test_the_folder_of_a_refused_run_is_noted(tmp_path):
     (tmp_path / "refused").mkdir()
     (tmp_path / "refused/.lock").touch()
     notes = []
-    assert load.load_sweeps([tmp_path / "refused"], notes) == []
-    assert notes == [f"{tmp_path}/refused: is empty, as a run that was refused leaves it"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    (sweep,) = load.load_sweeps([tmp_path / "refused", tmp_path / "run"], notes)
+    assert [run["name"] for run in sweep["runs"]] == ["run"]
+    assert notes[0] == f"{tmp_path}/refused: is empty, as a run that was refused leaves it"

@@ -42,7 +42,7 @@ def headline_table() -> str:
         ["AlexNet at 224x224, batch 128, one H100", speed_text(), "pytorch"],
         [
             "Speed-up of four H200s over one, 32 images per GPU",
-            f"`hybrid` {hybrid} (it shares the update too), `data` {data}",
+            f"`hybrid` {hybrid} (it splits the update), `data` {data}",
             "meshes",
         ],
         ["`hybrid` compiled for 8 to 512 H100s: bytes sent", bytes_text(), "programs"],

@@ -87,7 +87,7 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
             sweeps.append(load_sweep(folder, notes))
         elif (folder / "config.json").exists() or (folder / "summary.json").exists():
             alone.append(folder)
-        elif all(path.name == ".lock" for path in folder.iterdir()):
+        elif len(folders) > 1 and all(path.name == ".lock" for path in folder.iterdir()):
             notes.append(f"{folder}: is empty, as a run that was refused leaves it")
         else:
             raise UserError(
