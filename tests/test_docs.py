@@ -280,7 +280,17 @@ def test_there_are_commands():
     assert len(commands("python -m cnn_spmd.report")) == 2
 
 
-@pytest.mark.parametrize("command", commands("python launch.py"))
+def different(lines):
+    """Return the commands that still differ once they are cut to a small run."""
+    fixed = {argument.partition("=")[0] for argument in SMALL}
+    kept = {}
+    for line in lines:
+        flags = line.replace("/shared/", "").replace("--cpu_devices 8", "").split()
+        kept.setdefault(tuple(f for f in flags if f.partition("=")[0] not in fixed), line)
+    return list(kept.values())
+
+
+@pytest.mark.parametrize("command", different(commands("python launch.py")))
 def test_launch_commands_run(start, tmp_path, command):  # noqa: F811
     finished(start(*small(command, tmp_path)))
 
