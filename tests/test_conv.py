@@ -158,7 +158,7 @@ def test_groups_of_columns_leave_nothing_in_the_map(size, window, strides, pool)
         return (conv_relu("conv1", layer, x, UNPLACED, levers, pool) ** 2).sum()
 
     plain, fast = (
-        nnx.value_and_grad(functools.partial(value, levers=levers))(layer)
+        nnx.jit(nnx.value_and_grad(functools.partial(value, levers=levers)))(layer)
         for levers in ((), common.LEVERS)
     )
     for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
