@@ -472,7 +472,16 @@ def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path
     assert [path.name for path in (tmp_path / "r").iterdir()] == [".lock"]
 
 
+@pytest.fixture
+def no_nohup():
+    """Let processes hear a closed terminal, also where the tests run under nohup."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
 @pytest.mark.parametrize("swept", [[], ["--sweep", "seed=0,1", "--cpu_devices", "1"]])
+@pytest.mark.usefixtures("no_nohup")
 def test_a_closed_terminal_saves(start, tmp_path, swept):
     terminal, of_process = os.openpty()
     process = start(
