@@ -235,3 +235,11 @@ def test_plain_forms_are_those_without_levers(config):
     plain = text()
     assert plain == text(levers=())
     assert plain != fast
+
+
+def test_an_experiment_without_variants(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict()")
+    with pytest.raises(UserError, match=f"^--config={path}:big: {path} has no variants"):
+        experiment.load_config(f"{path}:big")
+    assert experiment.load_config(path).experiment == "experiment"

@@ -46,6 +46,16 @@ def test_a_loader_of_arrays_is_all_that_a_data_set_takes(monkeypatch, tmp_path):
         np.testing.assert_array_equal(data.arrays[field], array)
 
 
+def test_transposed_images_have_the_digest_of_their_pixels():
+    """As arrays [N, C, H, W] from elsewhere become [N, H, W, C]."""
+    turned = arrays()
+    for split in ("train_images", "test_images"):
+        channels_first = np.ascontiguousarray(turned[split].transpose(0, 3, 1, 2))
+        turned[split] = channels_first.transpose(0, 2, 3, 1)
+    assert not turned["train_images"].flags["C_CONTIGUOUS"]
+    assert digest.of_arrays(turned) == digest.of_arrays(arrays())
+
+
 def test_a_run_trains_on_it_and_records_its_digest(monkeypatch, tmp_path, config):
     monkeypatch.setitem(registry.DATASETS, "greys", load_greys)
     config.update(dict(batch_size=3, epochs=1))

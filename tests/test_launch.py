@@ -140,6 +140,10 @@ def finished(process, code=0):
         ([*SMALL, "stray"], "unexpected argument 'stray'"),
         ([*SMALL, "--mesh", "4by2"], "--mesh=4by2: expected DATAxMODEL"),
         (
+            [*SMALL, "--mesh", "1x1", "--config.mesh.data=4"],
+            "--mesh=1x1: config.mesh is given too, expected one of them",
+        ),
+        (
             [*SMALL, "--cpu_devices", "2", "--mesh", "4x2"],
             "mesh.data=4, mesh.model=2: needs 8 devices, but there are 2",
         ),
