@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import cluster, microbatch, optim, program_report
+from cnn_spmd.training import cluster, microbatch, optim, program_report, startup
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
@@ -41,10 +42,13 @@ class Setup:
     data: Dataset
     place: Placement
     functions: StepFunctions
+    # By the number of steps. A dict, as a cached_property would not be safe in threads.
+    _lowered: dict[int, jax.stages.Lowered] = dataclasses.field(default_factory=dict)
+    _train_programs: dict[int, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     def init(self) -> TrainState:
         """Return the state at step 0, already sharded."""
-        return self.functions.jit_init()()
+        return self.functions.jit_init()(np.uint32(self.config.seed))
 
     def train(self, state: TrainState, steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         """Train for `steps` steps; return the new state, and loss and accuracy [steps].
@@ -73,7 +77,8 @@ class Setup:
         """
         n, since = self.config.steps_per_call, time.perf_counter()
         compiled = self.train_program(n)
-        return program_report.report_of(self, compiled, n, time.perf_counter() - since)
+        seconds = round(time.perf_counter() - since, 2)
+        return program_report.report_of(self, compiled, n) | dict(compile_seconds=seconds)
 
     @functools.cached_property
     def feeds(self) -> tuple[Feed, Feed]:
@@ -99,15 +104,35 @@ class Setup:
 
     def train_program(self, n: int) -> jax.stages.Compiled:
         """Return the compiled program of n train steps; it is compiled once."""
-        if n not in self._programs:
+        if n not in self._train_programs:
+            self._train_programs[n] = self.lower_train(n).compile()
+        return self._train_programs[n]
+
+    def lower_train(self, n: int) -> jax.stages.Lowered:
+        """Return the program of n train steps, ready to be compiled; it is traced once."""
+        if n not in self._lowered:
             inputs = self.feeds[0].shapes(n, self.config.batch_size)
             jitted = self.functions.jit_train()
-            self._programs[n] = jitted.lower(self.functions.abstract_state, *inputs).compile()
-        return self._programs[n]
+            self._lowered[n] = jitted.lower(self.functions.abstract_state, *inputs)
+        return self._lowered[n]
 
-    @functools.cached_property
-    def _programs(self) -> dict[int, jax.stages.Compiled]:
-        return {}
+    def lower_init(self) -> jax.stages.Lowered:
+        """Return the program that makes the state at step 0 from a seed."""
+        return self.functions.jit_init().lower(np.uint32(self.config.seed))
+
+    def lower_evaluation(self) -> jax.stages.Lowered:
+        """Return the program that evaluates one batch of test images."""
+        batch_size = self.config.batch_size
+        mask = jax.ShapeDtypeStruct(
+            (batch_size,), bool, sharding=self.place.sharding(("conv_batch",), (batch_size,))
+        )
+        inputs = self.feeds[1].shapes(batch_size)
+        return self.functions.jit_eval().lower(self.functions.abstract_state, *inputs, mask)
+
+    def lower_all_finite(self) -> jax.stages.Lowered:
+        """Return the program that tests whether parameters and model state are finite."""
+        state = self.functions.abstract_state
+        return jax.jit(all_finite).lower((state.params, state.model_state))
 
     @property
     def image_size(self) -> int:
@@ -131,6 +156,11 @@ class Setup:
         return configs.as_json(self.config) | self.data_fields | known
 
 
+def all_finite(arrays: Any) -> jax.Array:
+    """Return whether all elements of a tree of arrays are finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays)]).all()
+
+
 def prepare(
     config: ml_collections.ConfigDict,
     devices: list | None = None,
@@ -150,10 +180,14 @@ def prepare(
     sizes = config.mesh.to_dict().values()
     rows = config.placement.to_dict()
     place = Placement(mesh.make(*sizes, devices=devices), config.parallelism, rows)
+    if devices is None:
+        threading.Thread(target=reserve_memory, args=[place], daemon=True).start()
     memory = device_memory(place)
     assemble = functools.partial(_assemble, config, place, memory, levers, check)
-    data = data or registry.load(config.data, assemble)
-    setup = assemble(data)
+    with startup.stage("data"):
+        data = data or registry.load(config.data, assemble)
+    with startup.stage("network"):
+        setup = assemble(data)
     cluster.agree(setup.saved_config)  # each process decides on the fallback by itself
     return setup
 
@@ -182,6 +216,16 @@ def _assemble(
     _ = setup.functions.abstract_state  # for its errors
     check(setup)
     return setup
+
+
+def reserve_memory(place: Placement) -> None:
+    """Let JAX take the memory of its GPUs, as it otherwise does when the first array comes.
+
+    That takes a second or two, in which the host has other work.
+    """
+    with startup.stage("memory"):
+        for device in place.mesh.local_devices:
+            jax.device_put(np.uint8(0), device).block_until_ready()
 
 
 def device_memory(place: Placement) -> float | None:

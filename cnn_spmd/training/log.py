@@ -4,16 +4,50 @@ import bisect
 import json
 import os
 import pathlib
+import socket
+import time
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cnn_spmd.training import optim, runfiles
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.clock import Clock
 from cnn_spmd.training.terminal import Progress, say
 from cnn_spmd.training.timetable import Chunk, Timetable
+
+
+class Board:
+    """Write scalars to an event file of TensorBoard in a folder.
+
+    purge_step: TensorBoard forgets what earlier files in the folder hold from this step on.
+
+    tensorboard's own classes for this import TensorFlow, and tensorboardX imports PyTorch, where
+    they are installed: that takes seconds.
+    """
+
+    def __init__(self, folder: pathlib.Path, purge_step: int):
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((folder / name).open("wb", buffering=0))
+        self._write(file_version="brain.Event:2")
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=purge_step, session_log=restart)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Write one scalar."""
+        entry = summary_pb2.Summary.Value(tag=tag, simple_value=value)
+        self._write(step=step, summary=summary_pb2.Summary(value=[entry]))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._records.close()
+
+    def _write(self, **fields) -> None:
+        event = event_pb2.Event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
 
 
 class MetricsFile:
@@ -38,7 +72,7 @@ class MetricsFile:
         with runfiles.atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir.absolute()), purge_step=step + 1)
+        self._board = Board(workdir, purge_step=step + 1)
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Append the line {"step", "split", ...}, and write the scalars `split`/name."""
@@ -47,7 +81,7 @@ class MetricsFile:
         row = dict(step=step, split=split, **values, **self._fields)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+            self._board.scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Close both files."""
@@ -65,7 +99,8 @@ class Log:
         self.clock = Clock()
         self.schedule = optim.make_schedule(config.optimizer, config.steps, config.batch_size)
         ends = [*(chunk.end for chunk in timetable.chunks), config.steps]
-        rates = np.asarray(jax.vmap(self.schedule)(np.array(ends) - 1))
+        # One program: otherwise XLA would compile each operation of a schedule by itself.
+        rates = np.asarray(jax.jit(jax.vmap(self.schedule))(np.array(ends) - 1))
         self._rates = dict(zip(ends, rates, strict=True))  # of the last step of each chunk
         self._file = MetricsFile(workdir, timetable.start, setup.data_fields)
         self._progress = Progress(config.steps)
@@ -111,6 +146,7 @@ class Log:
         images_per_second = self.clock.steps_per_second() * self.batch_size
         return dict(
             startup_seconds=self.clock.startup_seconds,
+            startup=self.clock.startup,
             train_seconds=round(self.train_seconds, 3),
             images_per_second=round(images_per_second, 1) if self.clock.chunks else None,
             step_milliseconds=self.clock.step_milliseconds(),

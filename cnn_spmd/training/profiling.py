@@ -25,7 +25,7 @@ def profile_chunks(
     is complete.
     """
     n = setup.config.steps_per_call
-    inputs = chunk_inputs(setup, programs.train_feed, _endless_chunks(n))
+    inputs = chunk_inputs(setup, _endless_chunks(n))
 
     def run_chunk() -> dict:
         nonlocal state

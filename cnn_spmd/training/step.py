@@ -279,10 +279,9 @@ class StepFunctions:
             self.place.of_state(state),
         )
 
-    def jit_init(self) -> Callable[[], TrainState]:
+    def jit_init(self) -> Callable[[jax.Array], TrainState]:
         """Jit `init`. The state is created sharded: no device ever holds a split array whole."""
-        jitted = jax.jit(self.init, out_shardings=self.place.of_state(self.abstract_state))
-        return functools.partial(jitted, np.uint32(self.seed))
+        return jax.jit(self.init, out_shardings=self.place.of_state(self.abstract_state))
 
     def jit_train(self) -> Callable:
         """Jit `train_chunk`. The state is donated: the new state takes the old one's memory.
