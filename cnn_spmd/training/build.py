@@ -81,6 +81,17 @@ class Setup:
         return program_report.report_of(self, compiled, n) | dict(compile_seconds=seconds)
 
     @functools.cached_property
+    def activations(self) -> list[tuple[str, tuple, tuple]]:
+        """Return (name, logical axes, shape) of each layer's input and output, in order.
+
+        Raises UserError where one is not divisible as the scheme asks.
+        """
+        classes = len(self.data.class_names)
+        return program_report.layouts_of_activations(
+            self.functions, self.config.batch_size, self.image_size, classes
+        )
+
+    @functools.cached_property
     def feeds(self) -> tuple[Feed, Feed]:
         """Return the training split and the test split, as the programs take them."""
         data, resident = self.data, self.config.data.resident == "yes"
@@ -210,10 +221,7 @@ def _assemble(
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, levers))
-    program_report.layouts_of_activations(  # for its errors
-        setup.functions, config.batch_size, setup.image_size, len(data.class_names)
-    )
-    _ = setup.functions.abstract_state  # for its errors
+    _ = setup.activations, setup.functions.abstract_state  # for their errors
     check(setup)
     return setup
 
@@ -225,7 +233,9 @@ def reserve_memory(place: Placement) -> None:
     """
     with startup.stage("memory"):
         for device in place.mesh.local_devices:
-            jax.device_put(np.uint8(0), device).block_until_ready()
+            # A program, as jax.device_put would stop all of Python meanwhile.
+            here = jax.sharding.SingleDeviceSharding(device)
+            jax.jit(lambda: jnp.uint8(0), out_shardings=here)().block_until_ready()
 
 
 def device_memory(place: Placement) -> float | None:
@@ -276,8 +286,7 @@ def make_functions(
         dtype=jnp.dtype(config.dtype),
         levers=tuple(levers),
     )
-    refuse_mismatch(config, place, nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
-    return StepFunctions(
+    functions = StepFunctions(
         make_model=lambda rngs: make_model(rngs=rngs),
         preprocessing=make_preprocessing(config, data),
         optimizer=optim.make_optimizer(config.optimizer, config.steps, config.batch_size),
@@ -287,6 +296,8 @@ def make_functions(
         microbatch=make_microbatch(config, place),
         packed=config.dtype == "bfloat16" and "cast_once" in levers,
     )
+    refuse_mismatch(config, place, functions.abstract_model)
+    return functions
 
 
 def refuse_mismatch(config: ml_collections.ConfigDict, place: Placement, model: Any) -> None:

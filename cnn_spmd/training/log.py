@@ -1,53 +1,19 @@
 """Log a run: metrics.jsonl, TensorBoard, and the lines of its progress."""
 
 import bisect
+import functools
 import json
 import os
 import pathlib
-import socket
-import time
 
 import jax
 import numpy as np
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cnn_spmd.training import optim, runfiles
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.clock import Clock
 from cnn_spmd.training.terminal import Progress, say
 from cnn_spmd.training.timetable import Chunk, Timetable
-
-
-class Board:
-    """Write scalars to an event file of TensorBoard in a folder.
-
-    purge_step: TensorBoard forgets what earlier files in the folder hold from this step on.
-
-    tensorboard's own classes for this import TensorFlow, and tensorboardX imports PyTorch, where
-    they are installed: that takes seconds.
-    """
-
-    def __init__(self, folder: pathlib.Path, purge_step: int):
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter((folder / name).open("wb", buffering=0))
-        self._write(file_version="brain.Event:2")
-        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step=purge_step, session_log=restart)
-
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Write one scalar."""
-        entry = summary_pb2.Summary.Value(tag=tag, simple_value=value)
-        self._write(step=step, summary=summary_pb2.Summary(value=[entry]))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._records.close()
-
-    def _write(self, **fields) -> None:
-        event = event_pb2.Event(wall_time=time.time(), **fields)
-        self._records.write(event.SerializeToString())
 
 
 class MetricsFile:
@@ -72,7 +38,14 @@ class MetricsFile:
         with runfiles.atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)
-        self._board = Board(workdir, purge_step=step + 1)
+        self._workdir, self._purge_step = workdir, step + 1
+
+    @functools.cached_property
+    def _board(self):
+        # Imported while the devices are at work, as it takes a while.
+        from cnn_spmd.training import board
+
+        return board.Board(self._workdir, self._purge_step)
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Append the line {"step", "split", ...}, and write the scalars `split`/name."""

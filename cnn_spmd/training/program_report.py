@@ -55,9 +55,7 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     config, place, functions = setup.config, setup.place, setup.functions
     abstract = functions.abstract_state
     params, model_state = map(_named_variables, (abstract.params, abstract.model_state))
-    activations = layouts_of_activations(
-        functions, config.batch_size, setup.image_size, len(setup.data.class_names)
-    )
+    activations = setup.activations
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
         placement=[
@@ -77,8 +75,8 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     yield found
     side, collectives = setup.image_size, found["collectives"]
     images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
-    network = nnx.eval_shape(lambda: functions.make_model(nnx.Rngs(0)))
     theory = None
+    network = functions.abstract_model
     reason = coverage.covers(place, network, images, activations, params, collectives)
     if reason is None:
         each = microbatch.updates_each(functions.microbatch)
@@ -113,10 +111,9 @@ def layouts_of_activations(
     place = dataclasses.replace(
         functions.place, record=lambda name, axes, x: seen.append((name, axes, x.shape))
     )
-    model = nnx.eval_shape(lambda: functions.make_model(nnx.Rngs(0)))
     logits = nnx.eval_shape(
         lambda model, x: model.classify(model.features(x, place), place),
-        model,
+        functions.abstract_model,
         jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32),
     )
     if logits.shape != (batch_size, classes):

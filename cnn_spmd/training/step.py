@@ -71,10 +71,14 @@ class StepFunctions:
         return TrainState(jnp.zeros((), jnp.int32), seed, params, model_state, optimizer_state)
 
     @functools.cached_property
+    def abstract_model(self) -> nnx.Module:
+        """Return the network with shapes and dtypes in place of its arrays."""
+        return nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0)))
+
+    @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """Return the network without its arrays."""
-        graph, _ = nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0))))
-        return graph
+        return nnx.graphdef(self.abstract_model)
 
     def model(self, params: nnx.State, model_state: nnx.State) -> nnx.Module:
         """Return the network with these arrays.
