@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from cnn_spmd.data import order, registry, statistics
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset
 from cnn_spmd.data.feed import Feed
+from cnn_spmd.data.sharded import ShardedFeed
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
@@ -28,6 +29,8 @@ from cnn_spmd.training import cluster, microbatch, optim, program_report
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
+
+PLANNED_STEPS = 100  # of which the host holds the indices at once, to find the largest exchange
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,13 +79,15 @@ class Setup:
         return program_report.report_of(self, compiled, n, time.perf_counter() - since)
 
     @functools.cached_property
-    def feeds(self) -> tuple[Feed, Feed]:
+    def feeds(self) -> tuple[Feed | ShardedFeed, Feed | ShardedFeed]:
         """Return the training split and the test split, as the programs take them."""
-        data, resident = self.data, self.config.data.resident == "yes"
-        return (
-            Feed(self.place, data.train_images, data.train_labels, resident),
-            Feed(self.place, data.test_images, data.test_labels, resident),
-        )
+        data, resident = self.data, self.config.data.resident
+        train = self.place, data.train_images, data.train_labels
+        test = self.place, data.test_images, data.test_labels
+        if resident == "sharded" and self.place.mesh.size > 1:
+            test_indices, _ = order.eval_indices(self.config.batch_size, len(data.test_images))
+            return ShardedFeed(*train, self._run_indices), ShardedFeed(*test, lambda: [test_indices])
+        return Feed(*train, resident != "no"), Feed(*test, resident != "no")
 
     def indices(self, start: int, steps: int) -> np.ndarray:
         """Return which training images the steps from `start` on see, int32 [steps, B]."""
@@ -96,6 +101,11 @@ class Setup:
             config.data.held_out,
             config.data.held_out_steps,
         )
+
+    def _run_indices(self) -> Iterator[np.ndarray]:
+        """Yield which training images all steps of the run see, as arrays [S, B]."""
+        for chunk in split_into_chunks(0, [max(1, self.config.steps)], PLANNED_STEPS):
+            yield self.indices(chunk.start, chunk.steps)
 
     def train_program(self, n: int) -> jax.stages.Compiled:
         """Return the compiled program of n train steps; it is compiled once."""

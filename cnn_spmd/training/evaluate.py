@@ -6,6 +6,7 @@ import jax
 
 from cnn_spmd.data import order
 from cnn_spmd.data.feed import Feed, put
+from cnn_spmd.data.sharded import ShardedFeed
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.step import TrainState
 
@@ -13,7 +14,7 @@ from cnn_spmd.training.step import TrainState
 class Evaluator:
     """The compiled evaluation program and the test split; call it with a state."""
 
-    def __init__(self, setup: Setup, feed: Feed):
+    def __init__(self, setup: Setup, feed: Feed | ShardedFeed):
         """Compile the program. feed: of the test split; load it before the first call."""
         batch_size = setup.config.batch_size
         self.feed = feed

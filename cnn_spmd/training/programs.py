@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from cnn_spmd.data.feed import DeviceData, Feed
+from cnn_spmd.data.sharded import Indices, ShardedFeed
 from cnn_spmd.training import program_report
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.evaluate import Evaluator
@@ -28,7 +29,7 @@ class Programs(NamedTuple):
     """The compiled programs of a run, the feeds of their images, and a report."""
 
     train: dict[int, jax.stages.Compiled]  # by the number of steps of a chunk
-    train_feed: Feed
+    train_feed: Feed | ShardedFeed
     evaluate: Evaluator
     report: dict  # what program.json holds
 
@@ -52,8 +53,8 @@ def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
 
 
 def chunk_inputs(
-    setup: Setup, feed: Feed, chunks: Iterable[Chunk]
-) -> Iterator[tuple[DeviceData, jax.Array | None]]:
+    setup: Setup, feed: Feed | ShardedFeed, chunks: Iterable[Chunk]
+) -> Iterator[tuple[DeviceData, Indices]]:
     """Yield what the program of each chunk takes beside the state.
 
     A thread prepares the inputs of a chunk while the chunk before it runs.
