@@ -96,7 +96,7 @@ class ShardedFeed:
 
     @property
     def exchanged_bytes(self) -> int:
-        """Return one device's payload of the all-to-all of a step."""
+        """Return one device's payload of a step's all-to-all: capacity images per device."""
         return self.place.mesh.size * self.capacity * self.images[0].nbytes
 
     def load(self) -> None:

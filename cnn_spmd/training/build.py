@@ -86,7 +86,9 @@ class Setup:
         test = self.place, data.test_images, data.test_labels
         if resident == "sharded" and self.place.mesh.size > 1:
             test_indices, _ = order.eval_indices(self.config.batch_size, len(data.test_images))
-            return ShardedFeed(*train, self._run_indices), ShardedFeed(*test, lambda: [test_indices])
+            return ShardedFeed(*train, self._run_indices), ShardedFeed(
+                *test, lambda: [test_indices]
+            )
         return Feed(*train, resident != "no"), Feed(*test, resident != "no")
 
     def indices(self, start: int, steps: int) -> np.ndarray:
@@ -118,6 +120,12 @@ class Setup:
     @functools.cached_property
     def _programs(self) -> dict[int, jax.stages.Compiled]:
         return {}
+
+    @property
+    def image_bytes_per_device(self) -> int:
+        """Return the bytes of images that each device holds during a whole run."""
+        resident, devices = self.config.data.resident, self.place.mesh.size
+        return configs.image_bytes_per_device(resident, self.data, devices)
 
     @property
     def image_size(self) -> int:
@@ -180,7 +188,8 @@ def _assemble(
 
     Raises UserError for what does not go together.
     """
-    config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, memory)
+    platform = place.mesh.devices.flat[0].platform
+    config = configs.resolve(config, data, platform, memory, place.mesh.size)
     config.mesh.update(place.mesh.shape)
     if data.fallback:
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
@@ -206,7 +215,7 @@ def device_memory(place: Placement) -> float | None:
 
 
 def refuse_beyond_memory(setup: Setup) -> None:
-    """Raise UserError where a run's state or a chunk's images do not fit in memory."""
+    """Raise UserError where a run's state, a shard or a chunk's images do not fit in memory."""
     config, here = setup.config, setup.place.mesh.local_devices
     machine = configs.machine_memory()
     per_device = (here[0].memory_stats() or {}).get("bytes_limit") or machine / len(here)
@@ -214,6 +223,9 @@ def refuse_beyond_memory(setup: Setup) -> None:
     state = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
     fields = f"model.name={config.model.name}, model.width={config.model.width}"
     configs.refuse_beyond(per_device, state, f"{fields}, per device")
+    if config.data.resident == "sharded":
+        fields = f"data.resident=sharded, mesh {setup.place.mesh_name}, per device"
+        configs.refuse_beyond(per_device, setup.image_bytes_per_device, fields)
     if config.data.resident == "no":
         fields = f"steps_per_call={config.steps_per_call}, batch_size={config.batch_size}"
         images = min(config.steps_per_call, config.steps) * config.batch_size
