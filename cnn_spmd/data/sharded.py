@@ -105,12 +105,11 @@ class ShardedFeed:
         rows, devices = shape[:2]
         # The padding at the end repeats the first images.
         order = np.arange(rows * devices).reshape(rows, devices) % len(self.images)
-        piece_rows = min(rows, max(1, int(PIECE_BYTES / (devices * self.images[0].nbytes))))
+        piece_rows = max(1, int(PIECE_BYTES / (devices * self.images[0].nbytes)))
         zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
         write = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0)
         images = zeros(shape, self.images.dtype)
         for start in range(0, rows, piece_rows):
-            start = min(start, rows - piece_rows)  # the last piece is as long as the others
             piece = gather(self.images, order[start : start + piece_rows], sharding)
             jax.block_until_ready(images)  # the devices hold at most two pieces beside the shard
             images = write(images, piece, start, 0)
