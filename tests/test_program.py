@@ -627,7 +627,7 @@ def a_report(**changes) -> dict:
         dataset="digits",
         fallback="cifar10",
         data_resident="yes",
-        data_bytes_per_device=2_000_000,
+        image_bytes_per_device=2_000_000,
         param_count=1_234_567,
         compile_seconds=1.23,
         placement=[kernel],

@@ -64,7 +64,7 @@ def test_numbers_are_those_of_resident_data(monkeypatch, parallelism, shape, cha
     )
     assert moved["compiled_bytes"] == moved["closed_form_bytes"] >= images["bytes"]
     assert report["data_on_device"]
-    assert report["data_bytes_per_device"] == (8 + 1) * 32 * 32 * 3
+    assert report["image_bytes_per_device"] == (8 + 1) * 32 * 32 * 3
 
 
 def results_of(setup: build.Setup) -> dict:

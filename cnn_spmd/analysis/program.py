@@ -157,7 +157,7 @@ def _memory(report: dict) -> Iterator[str]:
     yield (
         f"  {held['parameters'] / 1e6:.1f} MB of parameters, "
         f"{held['optimizer'] / 1e6:.1f} MB of optimizer state, "
-        f"{report['data_bytes_per_device'] / 1e6:.1f} MB of images"
+        f"{report['image_bytes_per_device'] / 1e6:.1f} MB of images"
     )
     sizes = ", ".join(
         f"{name.removesuffix('_bytes').replace('_', ' ')} {size / 1e6:.1f}"

@@ -8,9 +8,10 @@ The devices gather these rows, do one all-to-all, and gather their batch from wh
 The all-to-all has a fixed shape: each device sends `capacity` images to each device. That is the
 largest number that any step of the run needs; where a step needs fewer, the rest is padding.
 
-XLA's own gather from a split array would make every device look up the whole global batch, with
-zeros for images that it lacks, and all-reduce the result: D times the bytes of a device's batch.
-XLA for CPUs has no ragged all-to-all, which would need no padding.
+XLA's own gather from a split array is not used: every device looks up the whole global batch, with
+zeros for images that it lacks, and XLA all-reduces the result. For D = 8 and b = 512 a ring then
+sends ten times as many bytes. A ragged all-to-all would need no padding, but XLA's CPU backend has
+none.
 
 Shapes: N examples of a split, D devices, R = N / D rows per device (rounded up), S steps of a
 chunk, B global batch, b per-device batch, M capacity, H height, W width, C channels.
@@ -31,20 +32,20 @@ from cnn_spmd.data.feed import DeviceData, gather, labels_of, one_ahead, put
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import Placement
 
-# The host reads and sends this many bytes of images at once: little beside any device's memory, and
-# enough for all cores.
+# The host reads and sends this many bytes of images at once: enough to keep all cores busy, little
+# beside its memory.
 PIECE_BYTES = 1e9
 
 
 class Plan(NamedTuple):
-    """How the devices get the images of a step; for a chunk, each array begins with S."""
+    """How the devices get the images of a step; for a chunk, each array has S in front."""
 
     indices: jax.Array  # int32 [B]: the examples, for their labels
-    sent_rows: jax.Array  # int32 [D, D, M]: what each device (first D) sends to each other
-    slots: jax.Array  # int32 [D, b]: where in what a device receives each image of its batch lies
+    sent_rows: jax.Array  # int32 [D, D, M]: what each device (the first D) sends to each device
+    slots: jax.Array  # int32 [D, b]: the places of a device's batch among the images it receives
 
 
-# How a step is given its examples of resident, sharded and streamed data.
+# What names the examples of a step: of resident, sharded and streamed data, in this order.
 Indices = jax.Array | Plan | None
 
 
@@ -78,7 +79,7 @@ def exchanged(
 
 @dataclasses.dataclass
 class ShardedFeed:
-    """A split of the data set that lies in shards over all devices; otherwise as feed.Feed."""
+    """A split of the data set in shards over all devices, as the compiled programs take it."""
 
     place: Placement
     images: np.ndarray  # uint8 [N, H, W, C], in memory or mapped from disk

@@ -30,7 +30,7 @@ from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
 
-PLANNED_STEPS = 100  # of which the host holds the indices at once, to find the largest exchange
+PLANNED_STEPS = 10  # the host looks through a run's indices, this many steps at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,8 +105,9 @@ class Setup:
         )
 
     def _run_indices(self) -> Iterator[np.ndarray]:
-        """Yield which training images all steps of the run see, as arrays [S, B]."""
-        for chunk in split_into_chunks(0, [max(1, self.config.steps)], PLANNED_STEPS):
+        """Yield which training images the steps of the run see, at least one chunk, as [S, B]."""
+        steps = max(self.config.steps, self.config.steps_per_call)
+        for chunk in split_into_chunks(0, [steps], PLANNED_STEPS):
             yield self.indices(chunk.start, chunk.steps)
 
     def train_program(self, n: int) -> jax.stages.Compiled:

@@ -32,7 +32,7 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int, compile_seconds
         **setup.data_fields,
         data_on_device=config.data.resident != "no",
         data_resident=config.data.resident,
-        data_bytes_per_device=setup.image_bytes_per_device,
+        image_bytes_per_device=setup.image_bytes_per_device,
         param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
         placement=[],
         activations=[],
