@@ -7,7 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ class DeviceData(NamedTuple):
     """Examples on the devices.
 
     Resident data are a whole split, on every device. Streamed data are the examples of one chunk,
-    and each device holds its shard of each batch.
+    and each device holds its shard of each batch. Sharded data: sharded.py.
     """
 
     images: jax.Array  # uint8 [N, H, W, C], or streamed [S, B, H, W, C]
@@ -92,14 +92,7 @@ class Feed:
         indices: the examples that each call sees; int32 [B] or [S, B]. A thread prepares the next
         call while the devices run this one.
         """
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            ahead = None
-            for each in indices:
-                ahead, ready = thread.submit(self._call, each), ahead
-                if ready is not None:
-                    yield ready.result()
-            if ahead is not None:
-                yield ahead.result()
+        return one_ahead(self._call, indices)
 
     def _call(self, indices: np.ndarray) -> tuple[DeviceData, jax.Array | None]:
         if self.resident:
@@ -121,6 +114,18 @@ class Feed:
         """Return the sharding of [*shape, *inner]: only the batch, shape[-1], is split."""
         axes = (None,) * (len(shape) - 1) + (axis,) + (None,) * len(inner)
         return self.place.sharding(axes, (*shape, *inner))
+
+
+def one_ahead(make: Callable, inputs: Iterable) -> Iterator:
+    """Yield make(each) for each input; a thread makes the next result meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        ahead = None
+        for each in inputs:
+            ahead, ready = thread.submit(make, each), ahead
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from cnn_spmd.data import order, registry, statistics
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset
 from cnn_spmd.data.feed import Feed
+from cnn_spmd.data.sharded import ShardedFeed
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
@@ -29,6 +30,8 @@ from cnn_spmd.training import cluster, microbatch, optim, program_report, startu
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
+
+PLANNED_STEPS = 10  # the host looks through a run's indices, this many steps at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,13 +95,17 @@ class Setup:
         )
 
     @functools.cached_property
-    def feeds(self) -> tuple[Feed, Feed]:
+    def feeds(self) -> tuple[Feed | ShardedFeed, Feed | ShardedFeed]:
         """Return the training split and the test split, as the programs take them."""
-        data, resident = self.data, self.config.data.resident == "yes"
-        return (
-            Feed(self.place, data.train_images, data.train_labels, resident),
-            Feed(self.place, data.test_images, data.test_labels, resident),
-        )
+        data, resident = self.data, self.config.data.resident
+        train = self.place, data.train_images, data.train_labels
+        test = self.place, data.test_images, data.test_labels
+        if resident == "sharded" and self.place.mesh.size > 1:
+            test_indices, _ = order.eval_indices(self.config.batch_size, len(data.test_images))
+            return ShardedFeed(*train, self._run_indices), ShardedFeed(
+                *test, lambda: [test_indices]
+            )
+        return Feed(*train, resident != "no"), Feed(*test, resident != "no")
 
     def indices(self, start: int, steps: int) -> np.ndarray:
         """Return which training images the steps from `start` on see, int32 [steps, B]."""
@@ -112,6 +119,12 @@ class Setup:
             config.data.held_out,
             config.data.held_out_steps,
         )
+
+    def _run_indices(self) -> Iterator[np.ndarray]:
+        """Yield which training images the steps of the run see, at least one chunk, as [S, B]."""
+        steps = max(self.config.steps, self.config.steps_per_call)
+        for chunk in split_into_chunks(0, [steps], PLANNED_STEPS):
+            yield self.indices(chunk.start, chunk.steps)
 
     def train_program(self, n: int) -> jax.stages.Compiled:
         """Return the compiled program of n train steps; it is compiled once."""
@@ -144,6 +157,12 @@ class Setup:
         """Return the program that tests whether parameters and model state are finite."""
         state = self.functions.abstract_state
         return jax.jit(all_finite).lower((state.params, state.model_state))
+
+    @property
+    def image_bytes_per_device(self) -> int:
+        """Return the bytes of images that each device holds during a whole run."""
+        resident, devices = self.config.data.resident, self.place.mesh.size
+        return configs.image_bytes_per_device(resident, self.data, devices)
 
     @property
     def image_size(self) -> int:
@@ -215,7 +234,8 @@ def _assemble(
 
     Raises UserError for what does not go together.
     """
-    config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, memory)
+    platform = place.mesh.devices.flat[0].platform
+    config = configs.resolve(config, data, platform, memory, place.mesh.size)
     config.mesh.update(place.mesh.shape)
     if data.fallback:
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
@@ -250,7 +270,7 @@ def device_memory(place: Placement) -> float | None:
 
 
 def refuse_beyond_memory(setup: Setup) -> None:
-    """Raise UserError where a run's state or a chunk's images do not fit in memory."""
+    """Raise UserError where a run's state, a shard or a chunk's images do not fit in memory."""
     config, here = setup.config, setup.place.mesh.local_devices
     machine = configs.machine_memory()
     per_device = (here[0].memory_stats() or {}).get("bytes_limit") or machine / len(here)
@@ -258,6 +278,9 @@ def refuse_beyond_memory(setup: Setup) -> None:
     state = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
     fields = f"model.name={config.model.name}, model.width={config.model.width}"
     configs.refuse_beyond(per_device, state, f"{fields}, per device")
+    if config.data.resident == "sharded":
+        fields = f"data.resident=sharded, mesh {setup.place.mesh_name}, per device"
+        configs.refuse_beyond(per_device, setup.image_bytes_per_device, fields)
     if config.data.resident == "no":
         fields = f"steps_per_call={config.steps_per_call}, batch_size={config.batch_size}"
         images = min(config.steps_per_call, config.steps) * config.batch_size

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cnn_spmd.analysis import communication, coverage, program
+from cnn_spmd.data.sharded import ShardedFeed
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import axes_of, name_of
 from cnn_spmd.training import microbatch
@@ -29,7 +30,9 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
         batch_size=config.batch_size,
         dtype=config.dtype,
         **setup.data_fields,
-        data_on_device=config.data.resident == "yes",
+        data_on_device=config.data.resident != "no",
+        data_resident=config.data.resident,
+        image_bytes_per_device=setup.image_bytes_per_device,
         param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
         placement=[],
         activations=[],
@@ -81,7 +84,9 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     if reason is None:
         each = microbatch.updates_each(functions.microbatch)
         updates = config.batch_size // config.dense_microbatch if each else 1
-        theory = communication.closed_form(place, activations, params, itemsize, updates)
+        feed, _ = setup.feeds
+        images = feed.exchanged_bytes if isinstance(feed, ShardedFeed) else 0
+        theory = communication.closed_form(place, activations, params, itemsize, updates, images)
     yield dict(
         closed_form=theory,
         closed_form_not_covered=reason,

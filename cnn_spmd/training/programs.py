@@ -2,12 +2,13 @@
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 
 from cnn_spmd.data.feed import DeviceData
+from cnn_spmd.data.sharded import Indices
 from cnn_spmd.training import program_report, startup
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.evaluate import Evaluator
@@ -30,15 +31,16 @@ class Programs(NamedTuple):
 
     train: dict[int, jax.stages.Compiled]  # by the number of steps of a chunk
     evaluate: Evaluator
-    init: Callable  # returns the state at step 0
-    all_finite: Callable  # of (parameters, model state): whether all elements are finite
+    init: jax.stages.Compiled  # of a seed: the state at step 0
+    all_finite: jax.stages.Compiled  # of (parameters, model state): whether all elements are
     report: dict  # what program.json holds
 
 
-def compile_programs(setup: Setup, chunks: Sequence[Chunk]) -> Programs:
-    """Compile the programs of a run at the same time, while the data set moves to the devices.
+def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
+    """Compile the programs of a run side by side, while the data set moves to the devices.
 
-    This thread traces the programs, one after another. XLA compiles them in other threads.
+    This thread traces them; the train step comes first, as it takes longest to compile. Meanwhile
+    XLA compiles, and JAX copies, in other threads.
     """
     n = setup.config.steps_per_call
     # One after another: XLA tries how a kernel runs best, and the next program finds that out
@@ -71,9 +73,7 @@ def compile_programs(setup: Setup, chunks: Sequence[Chunk]) -> Programs:
     return Programs(train.result(), evaluate, init, all_finite, report)
 
 
-def chunk_inputs(
-    setup: Setup, chunks: Iterable[Chunk]
-) -> Iterator[tuple[DeviceData, jax.Array | None]]:
+def chunk_inputs(setup: Setup, chunks: Iterable[Chunk]) -> Iterator[tuple[DeviceData, Indices]]:
     """Yield what the program of each chunk takes beside the state.
 
     A thread prepares the inputs of a chunk while the chunk before it runs.
