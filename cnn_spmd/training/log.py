@@ -71,13 +71,17 @@ class Log:
         self.batch_size, self.timetable = config.batch_size, timetable
         self.clock = Clock()
         self.schedule = optim.make_schedule(config.optimizer, config.steps, config.batch_size)
-        ends = [*(chunk.end for chunk in timetable.chunks), config.steps]
-        # One program: otherwise XLA would compile each operation of a schedule by itself.
-        rates = np.asarray(jax.jit(jax.vmap(self.schedule))(np.array(ends) - 1))
-        self._rates = dict(zip(ends, rates, strict=True))  # of the last step of each chunk
         self._file = MetricsFile(workdir, timetable.start, setup.data_fields)
         self._progress = Progress(config.steps)
         self._evaluation_seconds = 0.0
+
+    @functools.cached_property
+    def _rates(self) -> dict[int, float]:
+        """Return the learning rate of the last step of each chunk, by the chunk's end."""
+        ends = [chunk.end for chunk in self.timetable.chunks]
+        # One program: otherwise XLA would compile each operation of a schedule by itself.
+        rates = jax.jit(jax.vmap(self.schedule))(np.array(ends) - 1)
+        return dict(zip(ends, np.asarray(rates).tolist(), strict=True))
 
     def chunk(self, chunk: Chunk, metrics: dict[str, np.ndarray], seconds: float) -> None:
         """Record a chunk. metrics: one value per step; what is logged is their mean."""
@@ -88,7 +92,7 @@ class Log:
             "train",
             **means,
             images_per_second=images_per_second,
-            learning_rate=float(self._rates[chunk.end]),
+            learning_rate=self._rates[chunk.end],
             steps=chunk.steps,
             train_seconds=self.train_seconds,
         )
