@@ -16,10 +16,10 @@ from flax import nnx
 from cnn_spmd import config as configs
 from cnn_spmd import models
 from cnn_spmd.analysis import program
-from cnn_spmd.data import order, registry, statistics
+from cnn_spmd.data import order, registry, statistics, streaming
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset
-from cnn_spmd.data.feed import Feed
+from cnn_spmd.data.feed import Feed, Resident
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
@@ -78,10 +78,11 @@ class Setup:
     @functools.cached_property
     def feeds(self) -> tuple[Feed, Feed]:
         """Return the training split and the test split, as the programs take them."""
-        data, resident = self.data, self.config.data.resident == "yes"
+        data = self.data
+        kind = Resident if self.config.data.resident == "yes" else streaming.Streamed
         return (
-            Feed(self.place, data.train_images, data.train_labels, resident),
-            Feed(self.place, data.test_images, data.test_labels, resident),
+            kind(self.place, data.train_images, data.train_labels),
+            kind(self.place, data.test_images, data.test_labels),
         )
 
     def indices(self, start: int, steps: int) -> np.ndarray:
@@ -196,7 +197,7 @@ def device_memory(place: Placement) -> float | None:
 
 
 def refuse_beyond_memory(setup: Setup) -> None:
-    """Raise UserError where a run's state or a chunk's images do not fit in memory."""
+    """Raise UserError where a run's state or streamed images do not fit in memory."""
     config, here = setup.config, setup.place.mesh.local_devices
     machine = configs.machine_memory()
     per_device = (here[0].memory_stats() or {}).get("bytes_limit") or machine / len(here)
@@ -206,8 +207,9 @@ def refuse_beyond_memory(setup: Setup) -> None:
     configs.refuse_beyond(per_device, state, f"{fields}, per device")
     if config.data.resident == "no":
         fields = f"steps_per_call={config.steps_per_call}, batch_size={config.batch_size}"
-        images = min(config.steps_per_call, config.steps) * config.batch_size
-        configs.refuse_beyond(machine, images * setup.data.train_images[0].nbytes, fields)
+        steps = min(streaming.BUFFERS * config.steps_per_call, config.steps)
+        needed = steps * config.batch_size * setup.data.train_images[0].nbytes
+        configs.refuse_beyond(machine, needed, fields)
 
 
 def make_functions(

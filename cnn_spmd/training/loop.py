@@ -235,6 +235,7 @@ class Run:
             experiment=config.experiment,
             **self.setup.data_fields,
             data_on_device=report["data_on_device"],
+            page_locked=self.programs.train_feed.page_locked,
             model=config.model.name,
             parallelism=config.parallelism,
             mesh=dict(mesh.shape),
