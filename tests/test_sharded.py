@@ -50,7 +50,7 @@ def test_numbers_are_those_of_resident_data(monkeypatch, parallelism, shape, cha
     for name, value in expected.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
     feed, _ = split.feeds
-    shards = {shard.data.shape for shard in feed.resident_data.images.addressable_shards}
+    shards = {shard.data.shape for shard in feed.data.images.addressable_shards}
     assert shards == {(8, 1, 32, 32, 3)}
 
     report = split.report()
@@ -81,7 +81,7 @@ def test_rows_of_ones_own(conv_batch):
     setup = setup_of("simple_cnn", "data", (4, 2), data=dict(resident="sharded"))
     place = build.Placement(setup.place.mesh, "mine", dict(mine=dict(conv_batch=conv_batch)))
     images = np.arange(90, dtype=np.uint8).reshape(90, 1, 1, 1)
-    feed = sharded.ShardedFeed(place, images, np.arange(90, dtype=np.int32), lambda: [INDICES])
+    feed = sharded.Sharded(place, images, np.arange(90, dtype=np.int32), lambda: [INDICES])
     feed.load()
     exchange = jax.jit(functools.partial(sharded.exchanged, place))
     for indices, call in zip(INDICES, feed.calls(INDICES), strict=True):

@@ -117,6 +117,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
     summary = loop.train(config, tmp_path / "parts")
     assert (summary["status"], summary["steps"]) == ("completed", 8)
     assert summary["data_on_device"] is (resident != "no")
+    assert summary["page_locked"] is None  # a CPU reads all memory alike
     whole, parts = saved_state(tmp_path / "whole", 8), saved_state(tmp_path / "parts", 8)
     assert whole.keys() == parts.keys()
     same_mesh = (data, model) == (1, 1)

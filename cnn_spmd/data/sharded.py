@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cnn_spmd.data.feed import DeviceData, gather, labels_of, one_ahead, put
+from cnn_spmd.data.feed import DeviceData, Feed, gather, labels_of, one_ahead, put
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import Placement
 
@@ -78,17 +78,14 @@ def exchanged(
 
 
 @dataclasses.dataclass
-class ShardedFeed:
-    """A split of the data set in shards over all devices, as the compiled programs take it."""
+class Sharded(Feed):
+    """A split of the data set in shards over all devices; a program takes a Plan."""
 
-    place: Placement
-    images: np.ndarray  # uint8 [N, H, W, C], in memory or mapped from disk
-    labels: np.ndarray  # int32 [N]
     # Returns the indices of all steps that the run will do, as arrays [S, B].
     run_indices: Callable[[], Iterable[np.ndarray]]
 
     # Images [R, D, H, W, C] split along D, and all labels [N] on every device, after `load`.
-    resident_data: DeviceData | None = None
+    data: DeviceData | None = dataclasses.field(default=None, init=False)
 
     @functools.cached_property
     def capacity(self) -> int:
@@ -114,7 +111,7 @@ class ShardedFeed:
             piece = gather(self.images, order[start : start + piece_rows], sharding)
             jax.block_until_ready(images)  # the devices hold at most two pieces beside the shard
             images = write(images, piece, start, 0)
-        self.resident_data = DeviceData(images, put(self.labels, self.place.replicated))
+        self.data = DeviceData(images, put(self.labels, self.place.replicated))
 
     def shapes(self, *shape: int) -> tuple[DeviceData, Plan]:
         """Return shapes, dtypes and shardings of what `calls` yields.
@@ -152,7 +149,7 @@ class ShardedFeed:
         sent_rows, slots = plan_exchange(indices, self._positions(indices), self.capacity)
         split = self._split(indices.ndim - 1)
         plan = Plan(put(indices, self.place.replicated), put(sent_rows, split), put(slots, split))
-        return self.resident_data, plan
+        return self.data, plan
 
     def _images_shape(self) -> tuple[int, ...]:
         devices = self.place.mesh.size

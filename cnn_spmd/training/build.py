@@ -17,11 +17,11 @@ from flax import nnx
 from cnn_spmd import config as configs
 from cnn_spmd import models
 from cnn_spmd.analysis import program
-from cnn_spmd.data import order, registry, statistics
+from cnn_spmd.data import order, registry, statistics, streaming
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset
-from cnn_spmd.data.feed import Feed
-from cnn_spmd.data.sharded import ShardedFeed
+from cnn_spmd.data.feed import Feed, Resident
+from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
@@ -95,17 +95,17 @@ class Setup:
         )
 
     @functools.cached_property
-    def feeds(self) -> tuple[Feed | ShardedFeed, Feed | ShardedFeed]:
+    def feeds(self) -> tuple[Feed, Feed]:
         """Return the training split and the test split, as the programs take them."""
         data, resident = self.data, self.config.data.resident
         train = self.place, data.train_images, data.train_labels
         test = self.place, data.test_images, data.test_labels
-        if resident == "sharded" and self.place.mesh.size > 1:
-            test_indices, _ = order.eval_indices(self.config.batch_size, len(data.test_images))
-            return ShardedFeed(*train, self._run_indices), ShardedFeed(
-                *test, lambda: [test_indices]
-            )
-        return Feed(*train, resident != "no"), Feed(*test, resident != "no")
+        if resident == "no":
+            return streaming.Streamed(*train), streaming.Streamed(*test)
+        if resident == "yes" or self.place.mesh.size == 1:
+            return Resident(*train), Resident(*test)
+        test_indices, _ = order.eval_indices(self.config.batch_size, len(data.test_images))
+        return Sharded(*train, self._run_indices), Sharded(*test, lambda: [test_indices])
 
     def indices(self, start: int, steps: int) -> np.ndarray:
         """Return which training images the steps from `start` on see, int32 [steps, B]."""
@@ -270,7 +270,7 @@ def device_memory(place: Placement) -> float | None:
 
 
 def refuse_beyond_memory(setup: Setup) -> None:
-    """Raise UserError where a run's state, a shard or a chunk's images do not fit in memory."""
+    """Raise UserError where a run's state, a shard or streamed images do not fit in memory."""
     config, here = setup.config, setup.place.mesh.local_devices
     machine = configs.machine_memory()
     per_device = (here[0].memory_stats() or {}).get("bytes_limit") or machine / len(here)
@@ -283,8 +283,9 @@ def refuse_beyond_memory(setup: Setup) -> None:
         configs.refuse_beyond(per_device, setup.image_bytes_per_device, fields)
     if config.data.resident == "no":
         fields = f"steps_per_call={config.steps_per_call}, batch_size={config.batch_size}"
-        images = min(config.steps_per_call, config.steps) * config.batch_size
-        configs.refuse_beyond(machine, images * setup.data.train_images[0].nbytes, fields)
+        steps = min(streaming.BUFFERS * config.steps_per_call, config.steps)
+        needed = steps * config.batch_size * setup.data.train_images[0].nbytes
+        configs.refuse_beyond(machine, needed, fields)
 
 
 def make_functions(

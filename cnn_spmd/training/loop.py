@@ -233,6 +233,7 @@ class Run:
             experiment=config.experiment,
             **self.setup.data_fields,
             data_on_device=report["data_on_device"],
+            page_locked=self.setup.feeds[0].page_locked,
             model=config.model.name,
             parallelism=config.parallelism,
             mesh=dict(mesh.shape),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cnn_spmd.analysis import communication, coverage, program
-from cnn_spmd.data.sharded import ShardedFeed
+from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import axes_of, name_of
 from cnn_spmd.training import microbatch
@@ -85,7 +85,7 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
         each = microbatch.updates_each(functions.microbatch)
         updates = config.batch_size // config.dense_microbatch if each else 1
         feed, _ = setup.feeds
-        images = feed.exchanged_bytes if isinstance(feed, ShardedFeed) else 0
+        images = feed.exchanged_bytes if isinstance(feed, Sharded) else 0
         theory = communication.closed_form(place, activations, params, itemsize, updates, images)
     yield dict(
         closed_form=theory,
