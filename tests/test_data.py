@@ -160,6 +160,12 @@ def test_the_digest_is_the_same_every_time(name):
     assert (other != first) == (name == "synthetic")
 
 
+def test_threads_compute_the_same_digest(monkeypatch):
+    expected = digest.of_arrays(arrays())
+    monkeypatch.setattr(digest, "THREADED_BYTES", 0)
+    assert digest.of_arrays(arrays()) == expected
+
+
 def test_each_pixel_and_label_counts_in_the_digest():
     values = {field: np.zeros_like(array) for field, array in arrays().items()}
     digests = {digest.of_arrays(values)}

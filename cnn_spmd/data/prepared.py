@@ -22,7 +22,8 @@ from absl import logging
 
 from cnn_spmd.data import digest
 from cnn_spmd.data.dataset import blank_arrays
-from cnn_spmd.data.decoding import Workspace, print_note
+from cnn_spmd.data.decoding import Workspace
+from cnn_spmd.data.progress import print_note
 from cnn_spmd.data.source import Source, without
 from cnn_spmd.errors import UserError, one_line
 
