@@ -68,8 +68,7 @@ def read(source: Path) -> prepared.Prepared:
     if source == kept_folder("official"):
         return prepared.keep(source, replace_damaged, "CIFAR-10")
     if source.is_dir() and not is_of_tfds(source):
-        arrays = cifar10_archive.read(source)
-        return prepared.Prepared(arrays, digest.of_arrays(arrays))
+        return prepared.with_digest(cifar10_archive.read(source))
     # What TFDS has prepared is the official archive, or it is refused.
     name = "official" if is_of_tfds(source) else cifar10_archive.fingerprint(source)
     make = functools.partial(decode, source)

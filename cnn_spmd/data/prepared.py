@@ -43,6 +43,11 @@ class Prepared(NamedTuple):
     skipped: Sequence[str] = ()  # names of images that are left out, and why they cannot be read
 
 
+def with_digest(arrays: dict[str, np.ndarray]) -> Prepared:
+    """Return arrays with their digest."""
+    return Prepared(arrays, digest.of_arrays(arrays))
+
+
 def preview(source: Source, size: int) -> Prepared:
     """Return zeros in the shapes of what a source will be; they take no memory."""
     examples = {name: split.examples for name, split in source.splits.items()}
@@ -97,8 +102,7 @@ def keep(folder: Path, make: Callable[[], dict[str, np.ndarray]], name: str) -> 
             found = read_folder(folder)  # another process may have been first
             if found is None:
                 print_note(f"preparing {name} in {folder}, once")
-                arrays = make()
-                found = Prepared(arrays, digest.of_arrays(arrays))
+                found = with_digest(make())
                 write_folder(part, found)
                 publish(part, folder)
     except OSError as error:
@@ -109,10 +113,7 @@ def keep(folder: Path, make: Callable[[], dict[str, np.ndarray]], name: str) -> 
             name,
             one_line(error),
         )
-        if found is None:
-            arrays = make()
-            found = Prepared(arrays, digest.of_arrays(arrays))
-    return found
+    return found or with_digest(make())
 
 
 def write_folder(folder: Path, prepared: Prepared) -> None:
@@ -278,7 +279,7 @@ def read_folder(folder: Path, warn: bool = False) -> Prepared | None:
         try:
             found = Prepared(arrays, **json.loads((folder / INFO).read_text()))
         except FileNotFoundError:
-            found = Prepared(arrays, digest.of_arrays(arrays))
+            found = with_digest(arrays)
             with contextlib.suppress(OSError):
                 write_info(folder, found.digest, found.skipped)
             return found
