@@ -489,7 +489,7 @@ def test_fallback_is_named_in_every_file(config, tmp_path, monkeypatch, capsys):
     def unreachable(*_):
         raise cifar10.Unreachable("no way out")
 
-    monkeypatch.setattr(cifar10, "load", unreachable)
+    monkeypatch.setattr(cifar10, "find", unreachable)
     config.data.update(
         dict(name="cifar10", fallback="digits", fallback_epochs=1, fallback_batch_size=512)
     )
