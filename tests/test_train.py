@@ -66,6 +66,20 @@ def test_files_of_a_run(config, tmp_path):
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["commit"])
     assert summary["step_milliseconds"].keys() == {"median", "p10", "p90"}
     assert summary["compile_seconds"] < summary["startup_seconds"] < startup.process_seconds()
+    stages = {stage["stage"] for stage in summary["startup"]}
+    assert stages == {
+        "memory",
+        "data",
+        "network",
+        "tracing",
+        "compiling",
+        "moving the data",
+        "report",
+    }
+    assert all(
+        0 < stage["begin"] <= stage["end"] <= summary["startup_seconds"]
+        for stage in summary["startup"]
+    )
     assert (summary["status"], summary["steps"], summary["epochs"]) == ("completed", 8, 2.0)
     assert summary["eval"]["examples"] == 40
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))

@@ -37,9 +37,14 @@ def stage(name: str, since: float | None = None) -> Iterator[None]:
         _stages.append(dict(stage=name, begin=begin, end=end))
 
 
-def stages() -> list[dict]:
-    """Return the stages so far, each with its begin and end in seconds after the command."""
-    return sorted(_stages, key=lambda stage: stage["begin"])
+def take_stages() -> list[dict]:
+    """Return the stages so far and forget them: a next run in this process has its own.
+
+    Each has its name, and its begin and end in seconds after the command.
+    """
+    taken = sorted(_stages, key=lambda stage: stage["begin"])
+    _stages.clear()
+    return taken
 
 
 def background(name: str, function: Callable, *arguments) -> concurrent.futures.Future:
