@@ -1,4 +1,4 @@
-"""Measure how long training takes, and how old this process is."""
+"""Measure how long training takes, and how long ago the command was given."""
 
 import concurrent.futures
 import math
@@ -10,8 +10,23 @@ import jax
 import numpy as np
 
 
+# When a sweep's worker got the command that it runs; None in a process of one command.
+_command_began: float | None = None
+
+
+def begin_command() -> None:
+    """Count the time of a command from now on, as its process is older."""
+    global _command_began
+    _command_began = time.monotonic()
+
+
 def process_seconds() -> float | None:
-    """Return the age of this process in seconds; None where there is no /proc."""
+    """Return the age of this process in seconds, or that of its command in a worker.
+
+    It is None where there is no /proc.
+    """
+    if _command_began is not None:
+        return round(time.monotonic() - _command_began, 2)
     try:
         stat = pathlib.Path("/proc/self/stat").read_text()
     except OSError:
