@@ -136,10 +136,10 @@ def launch(argv: list[str]) -> int:
     """
     refuse_flags(argv)
     set_up_jax()
-    from cnn_spmd.training import unused  # as all that imports jax: after set_up_jax
-
     if is_sweep():
         return launch_sweep()
+    from cnn_spmd.training import unused  # as all that imports jax: after set_up_jax
+
     unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
     device_count()
@@ -310,7 +310,6 @@ def launch_sweep() -> int:
         return BAD_INPUT
     with worker.Worker(CPU_DEVICES.value) as runner:
         runner.start()  # it imports jax while this process imports what the plan needs
-        from cnn_spmd import sweep
         from cnn_spmd.training import workdir
 
         folder = workdir.parse(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
@@ -334,7 +333,7 @@ def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
 
     from cnn_spmd import sweep
 
-    simulate(runner.device_count())
+    simulate(runner.cpu_devices or runner.device_count())
     devices = jax.devices()
     combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, len(devices))
     arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])

@@ -47,7 +47,8 @@ class Worker:
     def __init__(self, cpu_devices: int | None):
         self.cpu_devices = cpu_devices
         self._process: subprocess.Popen | None = None
-        self._has_run = False  # whether the process got a command
+        self._devices: int | UserError | None = None  # what the process says of its devices
+        self._has_run = False  # whether it got a command
 
     def __enter__(self) -> "Worker":
         return self
@@ -61,7 +62,7 @@ class Worker:
         log: the file descriptor for its output until its first command; None: that of the sweep.
         """
         self._pipe, theirs = connection.Pipe()
-        self._has_run = False
+        self._devices, self._has_run = None, False
         arguments = [ARGUMENT, str(theirs.fileno()), str(self.cpu_devices or 0)]
         # A signal in between would leave a process that nobody knows. In a session of its own, the
         # terminal's Ctrl-C reaches the sweep only, which passes it on once.
@@ -76,16 +77,16 @@ class Worker:
             )
 
     def device_count(self) -> int:
-        """Return how many devices the process has, once, after `start`.
+        """Return how many devices the process has, after `start`.
 
         Raises UserError where JAX_PLATFORMS names one that is not here.
         """
-        count = self._answer()
-        if isinstance(count, UserError):
-            raise count
-        if count is None:
-            raise RuntimeError(f"a process that takes the devices ended with {self._end()}")
-        return count
+        self._wait_for_devices()
+        if isinstance(self._devices, UserError):
+            raise self._devices
+        if self._devices is None:
+            raise RuntimeError(f"the process that takes the devices ended with {self._end()}")
+        return self._devices
 
     def run(self, arguments: Sequence[str], log: pathlib.Path) -> int:
         """Run launch.py with these arguments; return its exit code.
@@ -97,7 +98,7 @@ class Worker:
             with log.open("w") as file:
                 if self._process is None:
                     self.start(file.fileno())
-                    self._answer()  # the number of its devices
+            self._wait_for_devices()
             self._has_run = True
             with contextlib.suppress(ConnectionError):  # `_answer` finds out that it ended
                 self._pipe.send((list(arguments), str(log.absolute())))
@@ -128,6 +129,11 @@ class Worker:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def _wait_for_devices(self) -> None:
+        """Hear, once, what a process says as it has started."""
+        if self._devices is None:
+            self._devices = self._answer()
 
     def _answer(self) -> Any:
         """Return the next thing that the process sends; None where it ends without."""
@@ -173,14 +179,16 @@ def serve(run: Callable[[], object], take_devices: Callable[[int], int]) -> None
     its argument is the number to simulate, or 0.
     """
     started = time.time()
+    logging.use_absl_handler()  # as app.run does before anything is logged
     _, _, descriptor, cpu_devices = sys.argv
     pipe = connection.Connection(int(descriptor))
     try:
         pipe.send(take_devices(int(cpu_devices)))
-    except UserError as error:  # where it is a command that starts this process, its run says so
+    except UserError as error:
         pipe.send(error)
     from cnn_spmd.training import checkpoint, clock, loop  # noqa: F401  (a run needs them all)
 
+    gc.freeze()  # what is imported need not be searched after each run
     # The sweep is gone, or ends this process, or has a signal that came after the run had ended.
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:

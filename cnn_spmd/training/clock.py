@@ -9,7 +9,6 @@ import time
 import jax
 import numpy as np
 
-
 # When a sweep's worker got the command that it runs; None in a process of one command.
 _command_began: float | None = None
 
