@@ -555,8 +555,12 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
     """From a file of flags, among programs that print as they start, with a bad variable."""
     (tmp_path / "flags.txt").write_text("\n".join(["--sweep=seed=0,1", "--workdir=s"]))
     (tmp_path / "sitecustomize.py").write_text("print('7 of us')")
+    cache = dict(
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
     surroundings = dict(PYTHONPATH=str(tmp_path), JAX_ENABLE_X64="1")
-    out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", **surroundings))
+    out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", **surroundings, **cache))
     assert "2 of 2 runs are completed" in out
     assert out.count("7 of us") == 2  # that of the sweep and one for both runs
     summaries = [runfiles.read_json(tmp_path / f"s/seed={seed}/summary.json") for seed in range(2)]
@@ -569,8 +573,11 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
         row["seconds"] for row in runfiles.read_json(tmp_path / "s/sweep.json")["runs"][1:]
     )
 
-    finished(start(*SMALL, "--config.seed=1", "--config.data.fallback=", "--workdir=alone"))
+    arguments = ["--config.seed=1", "--config.data.fallback=", "--workdir=alone"]
+    finished(start(*SMALL, *arguments, **cache))
     worked, alone = tmp_path / "s/seed=1", tmp_path / "alone"
+    programs = runfiles.read_json(alone / "summary.json")["programs_from_cache"]
+    assert programs == summaries[1]["programs_from_cache"] > 0  # all of them, in both
     for split in ("train", "final"):
         assert rows(worked, split) == rows(alone, split)
     saved, again = (saved_state(folder, summaries[1]["steps"]) for folder in (worked, alone))
