@@ -1,6 +1,6 @@
 """Run one experiment over several meshes and settings: a sweep.
 
-Each run has a process and a folder of its own.
+Each run has a folder of its own. A warm process runs them in turn (worker.py).
 A combination that cannot work is refused before anything starts. A run that fails is recorded with
 its reason, and the sweep goes on. sweep.json holds every combination; the same command on the same
 folder runs those that are not completed yet.

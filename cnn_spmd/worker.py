@@ -237,7 +237,7 @@ def _exit_code_of(run: Callable[[], object]) -> int:
 def _leftover(started: float) -> str:
     """Say what keeps this process from another run after one that ended well; or nothing.
 
-    started: the time at which the process began to read its code.
+    started: when the process began; it may have read the code of any module since then.
     """
     import jax
 
