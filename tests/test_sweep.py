@@ -179,6 +179,22 @@ def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
     assert rows[7]["name"] == "4x2,batch_per_device=8"
 
 
+def test_runs_that_differ_in_their_seed_are_checked_once(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    checked = []
+
+    def prepare(config, *_):
+        checked.append(config.batch_size)
+        if config.batch_size == 48:
+            raise UserError("refused")
+
+    monkeypatch.setattr(sweep.build, "prepare", prepare)
+    combos = sweep.combinations(None, None, ["seed=0,1", "batch_size=16,32,48"], 8)
+    statuses = [row["status"] for row in sweep.plan(combos, SMALL, jax.devices())]
+    assert statuses == ["pending", "pending", "refused"] * 2
+    assert checked == [16, 32, 48, 48]
+
+
 def test_no_two_combinations_have_one_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
     values = "/a/b", "_a_b", "x" * 300, "x" * 299 + "y"
