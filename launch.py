@@ -24,6 +24,7 @@ Exit codes:
   75  interrupted; the command that resumes is printed, if anything was saved
 """
 
+import concurrent.futures
 import datetime
 import errno
 import os
@@ -39,7 +40,7 @@ from cnn_spmd import config as configs
 from cnn_spmd import experiment, worker
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import write
-from cnn_spmd.training import cluster, cluster_env, environment, interrupt
+from cnn_spmd.training import cluster, cluster_env, environment, interrupt, startup
 
 CONFIG = experiment.define_flag(flags.FLAGS)
 MESH = flags.DEFINE_string(
@@ -138,7 +139,8 @@ def launch(argv: list[str]) -> int:
     set_up_jax()
     if is_sweep():
         return launch_sweep()
-    from cnn_spmd.training import unused  # as all that imports jax: after set_up_jax
+    import_training()
+    from cnn_spmd.training import unused
 
     unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
@@ -173,6 +175,18 @@ def set_up_jax() -> None:
     environment.prepare()
     if CPU_DEVICES.value:
         simulate(CPU_DEVICES.value)
+
+
+def import_training() -> None:
+    """Import what training needs, while another thread starts the devices.
+
+    In a cluster, the processes must first find each other.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        if not cluster_env.variable(os.environ):
+            pool.submit(startup.stage("devices")(device_count))
+        with startup.stage("imports", since=0):
+            from cnn_spmd.training import loop, unused  # noqa: F401
 
 
 def simulate(devices: int) -> None:

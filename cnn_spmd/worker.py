@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from multiprocessing import connection
 from typing import Any
 
@@ -23,7 +24,7 @@ from absl import flags, logging
 
 from cnn_spmd import experiment
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import environment, interrupt
+from cnn_spmd.training import environment, interrupt, startup
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch.py"
 # The first argument of launch.py that makes it a worker. Two numbers follow: the file descriptor of
@@ -182,18 +183,23 @@ def serve(run: Callable[[], object], take_devices: Callable[[int], int]) -> None
     logging.use_absl_handler()  # as app.run does before anything is logged
     _, _, descriptor, cpu_devices = sys.argv
     pipe = connection.Connection(int(descriptor))
-    try:
-        pipe.send(take_devices(int(cpu_devices)))
-    except UserError as error:
-        pipe.send(error)
-    from cnn_spmd.training import checkpoint, clock, loop  # noqa: F401  (a run needs them all)
 
+    def announce_devices() -> None:
+        try:
+            pipe.send(take_devices(int(cpu_devices)))
+        except UserError as error:
+            pipe.send(error)
+
+    with futures.ThreadPoolExecutor(1) as pool:
+        announced = pool.submit(announce_devices)
+        from cnn_spmd.training import loop  # noqa: F401  (what a run needs)
+    announced.result()  # raises what else went wrong
     gc.freeze()  # what is imported need not be searched after each run
     # The sweep is gone, or ends this process, or has a signal that came after the run had ended.
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
             sys.argv[1:], log = pipe.recv()
-            clock.begin_command()
+            startup.begin_command()
             with open(log, "ab", 0) as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)

@@ -1,10 +1,16 @@
 """What the tests of photographs share: a small folder of images, and loading it."""
 
+import json
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_collections
 import numpy as np
+import pyarrow
+import tensorflow_datasets as tfds
 from PIL import Image
+from pyarrow import parquet
 
 from cnn_spmd.data import dataset, registry
 
@@ -73,6 +79,49 @@ def assert_same(found: dataset.Dataset, expected: dataset.Dataset) -> None:
     for field, array in expected.arrays.items():
         np.testing.assert_array_equal(found.arrays[field], array, err_msg=field)
     assert found.digest == expected.digest
+
+
+def to_tfrecord(folder: Path) -> None:
+    """Turn a data set of TFDS in array_record files into one in TFRecord files.
+
+    TFDS itself writes these by TensorFlow.
+    """
+
+    def write(path: Path, records: list[bytes]) -> None:
+        # Each record is its length, a checksum of that, the content, and a checksum of it.
+        parts = (struct.pack("<Qxxxx", len(each)) + each + bytes(4) for each in records)
+        path.write_bytes(b"".join(parts))
+
+    change_format(folder, "tfrecord", write)
+
+
+def to_parquet(folder: Path) -> None:
+    """Turn a data set of TFDS in array_record files into one in Parquet files.
+
+    TFDS 4.9.10 itself loses examples where it writes these.
+    """
+
+    def write(path: Path, records: list[bytes]) -> None:
+        parquet.write_table(pyarrow.table({"data": pyarrow.array(records, pyarrow.binary())}), path)
+
+    change_format(folder, "parquet", write)
+
+
+def change_format(folder: Path, form: str, write: Callable[[Path, list[bytes]], None]) -> None:
+    """Replace the array_record files of each split by two of another format."""
+    info = json.loads((folder / "dataset_info.json").read_text())
+    builder = tfds.builder_from_directory(folder)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    for split in info["splits"]:
+        records = list(builder.as_data_source(split["name"], deserialize_method=raw))
+        half = len(records) // 2
+        for i, part in enumerate((records[:half], records[half:])):
+            name = f"{info['name']}-{split['name']}.{form}-0000{i}-of-00002"
+            write(folder / name, part)
+        split["shardLengths"] = [str(half), str(len(records) - half)]
+    for path in folder.glob("*.array_record*"):
+        path.unlink()
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": form}))
 
 
 def cut(path: Path) -> None:

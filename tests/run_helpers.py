@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from tensorboardX.proto import event_pb2
+from tensorboard.backend.event_processing import event_accumulator
 
 from cnn_spmd.training import checkpoint, loop, runfiles
 
@@ -53,17 +53,6 @@ def stop_after(step, config, workdir):
 
 def scalars(workdir, tag):
     """Return {step: value of `tag`} as TensorBoard reads it from all event files."""
-    shown = {}
-    files = workdir.glob("events.out.tfevents.*")
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event, data = event_pb2.Event.FromString(data[12 : 12 + size]), data[16 + size :]
-            # A restarted run purges the steps that it does again.
-            if event.session_log.status == event_pb2.SessionLog.START:
-                shown = {step: value for step, value in shown.items() if step < event.step}
-            for value in event.summary.value:
-                if value.tag == tag:
-                    shown[event.step] = value.simple_value
-    return shown
+    board = event_accumulator.EventAccumulator(str(workdir), size_guidance=dict(scalars=0))
+    board.Reload()
+    return {event.step: event.value for event in board.Scalars(tag)}

@@ -1,5 +1,6 @@
 """The benchmarks as far as they go without a GPU, and the table of speeds."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from cnn_spmd.data import registry
 from cnn_spmd.papers import tables
 
 
@@ -64,6 +66,24 @@ def test_our_side_times_its_steps():
         3,
     )
     assert min(row["step_milliseconds"]) > 0
+
+
+def test_resident_and_streamed_images_in_turn(monkeypatch):
+    """On one simulated device, a narrow network and some steps each."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    streaming = importlib.import_module("streaming")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["_", "--image_size=40", "--crop=32", "--examples=16", "--seconds=0.01", "--repeats=2"],
+    )
+    args = streaming.parse_arguments()
+    config = streaming.make_config(args)
+    config.update(dict(batch_size=4, model=dict(width=64)))
+    row = streaming.compare(args, config, registry.load(config.data))
+    for side in ("resident", "streamed"):
+        low, high = sorted(row[f"{side}_repeats"])
+        assert 0 < low <= row[f"{side}_images_per_second"] <= high
 
 
 def test_the_table_of_speeds(tmp_path):

@@ -328,16 +328,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_orbax_is_called(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", refused)
-    monkeypatch.setattr(
-        checkpoint.ocp, "save_async", lambda *_, **__: pytest.fail("Orbax was called")
-    )
+    monkeypatch.setattr(ocp, "save_async", lambda *_, **__: pytest.fail("Orbax was called"))
     with pytest.raises(checkpoint.SaveError, match="Permission denied"):
         checkpoint.Checkpoints(tmp_path, 2, "mine").save(2, state)
 
 
 def test_the_first_save_is_read_back(tmp_path, state, monkeypatch):
     monkeypatch.setattr(
-        checkpoint.ocp, "save_async", lambda path, *_, **__: (path.mkdir(parents=True), Done())[1]
+        ocp, "save_async", lambda path, *_, **__: (path.mkdir(parents=True), Done())[1]
     )
     checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
     checkpoints.save(2, state)

@@ -1,9 +1,11 @@
 """CIFAR-10 from small archives: forms, refusals, caches, download, fallback."""
 
+import concurrent.futures
 import functools
 import gzip
 import hashlib
 import http.server
+import io
 import os
 import re
 import shutil
@@ -20,9 +22,12 @@ import numpy as np
 import pytest
 import requests
 import tensorflow_datasets as tfds
+from photos import to_tfrecord
+from PIL import Image
 
 from cnn_spmd import config as configs
-from cnn_spmd.data import cifar10, cifar10_archive, registry
+from cnn_spmd.data import cifar10, cifar10_archive, prepared, registry
+from cnn_spmd.data import tfds as tfds_source
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build
 
@@ -73,14 +78,19 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]):
         np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
 
 
-def prepared(tmp_path: Path) -> list[Path]:
-    """Return every folder that TFDS has prepared, finished or not."""
-    return sorted((tmp_path / "tfds").glob("cnn_spmd_cifar10/*/*"))
+def load(source: Path | str) -> dict[str, np.ndarray]:
+    return cifar10.read(cifar10.find(str(source))).arrays
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    """Return the folders in which arrays are kept."""
+    return sorted((tmp_path / "tfds").glob("cnn_spmd_cifar10/*-arrays"))
 
 
 def left_behind(tmp_path: Path) -> list[Path]:
-    """Return all folders and files of CIFAR-10 in TFDS's data directory."""
-    return sorted((tmp_path / "tfds").glob("cnn_spmd_cifar10/**"))
+    """Return what is kept of CIFAR-10, finished or not, except empty locks."""
+    found = sorted((tmp_path / "tfds").glob("cnn_spmd_cifar10/*"))
+    return [path for path in found if path.suffix != ".lock" or path.stat().st_size]
 
 
 def config(**fields) -> ml_collections.ConfigDict:
@@ -102,68 +112,44 @@ def test_every_form_of_data_dir_gives_what_was_written(tmp_path, form):
     assert " ".join(dataset.class_names) == names
 
 
-def test_tfds_prints_nothing_of_its_own(tmp_path, capfd):
-    path, _ = write_archive(tmp_path)
-    cifar10.load(str(path))
+def test_the_second_load_comes_from_the_kept_arrays(tmp_path, monkeypatch, capfd):
+    path, expected = write_archive(tmp_path)
+    load(path)
+    (folder,) = kept(tmp_path)
     out, err = capfd.readouterr()
     assert out == ""
-    assert [line.split()[0] for line in err.splitlines()] == ["preparing", "decoding"]
+    assert [line for line in err.splitlines() if "official" not in line] == [
+        f"preparing CIFAR-10 of {path} in {folder}, once"
+    ]
+    monkeypatch.setattr(cifar10_archive, "read", None)  # calling it is a TypeError
+    assert_equal(load(path), expected)
+    assert "preparing" not in capfd.readouterr().err
 
 
-def test_second_load_comes_from_the_cache_alone(tmp_path, monkeypatch):
+def test_the_shapes_are_known_before_anything_is_read(tmp_path):
     path, expected = write_archive(tmp_path)
-    cifar10.load(str(path))
-    for name in ("prepare", "decode", "probe", "write_cache"):
-        monkeypatch.setattr(cifar10, name, None)  # calling it is a TypeError
-    monkeypatch.setattr(cifar10_archive, "read", None)
-    assert_equal(cifar10.load(str(path)), expected)
-
-
-def test_prepared_data_alone_is_enough(tmp_path, monkeypatch):
-    path, expected = write_archive(tmp_path)
-    cifar10.load(str(path))
-    (cache,) = (tmp_path / "tfds").rglob("decoded.npz")
-    cache.unlink()
-    monkeypatch.setattr(cifar10, "prepare", None)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert cache.exists()
-
-
-def test_it_is_a_tfds_data_set(tmp_path):
-    path, expected = write_folder(tmp_path)
-    cifar10.load(str(path))
-    (folder,) = prepared(tmp_path)
-    builder = tfds.builder_from_directory(folder)
-    assert builder.info.features["label"].names == list(cifar10_archive.CLASS_NAMES)
-    example = builder.as_data_source("test")[2]
-    np.testing.assert_array_equal(example["image"], expected["test_images"][2])
-    assert example["label"] == expected["test_labels"][2]
+    path.write_bytes(b"no archive")
+    seen = []
+    with pytest.raises(UserError, match="damaged"):
+        registry.load(config(dir=str(path)), seen.append)
+    (preview,) = seen
+    assert (preview.name, preview.class_names) == ("cifar10", cifar10_archive.CLASS_NAMES)
+    for key, array in preview.arrays.items():
+        assert (array.shape, array.dtype) == (expected[key].shape, expected[key].dtype)
 
 
 def test_another_archive_is_not_served_from_the_cache(tmp_path):
     path, first = write_archive(tmp_path / "a", seed=0)
     other, second = write_archive(tmp_path / "b", seed=1)
-    assert_equal(cifar10.load(str(path)), first)
+    assert_equal(load(path), first)
     shutil.copy(other, path)
-    assert_equal(cifar10.load(str(path)), second)
-    assert len(prepared(tmp_path)) == 2
-
-
-def test_two_builds_are_equal_byte_for_byte(tmp_path, monkeypatch):
-    path, _ = write_folder(tmp_path)
-    records = []
-    for machine in "ab":
-        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / machine))
-        cifar10.load(str(path))
-        files = sorted((tmp_path / machine).rglob("*.array_record*"))
-        records.append([file.read_bytes() for file in files])
-    assert len(records[0]) == 2
-    assert records[0] == records[1]
+    assert_equal(load(path), second)
+    assert len(kept(tmp_path)) == 2
 
 
 def test_an_archive_that_is_not_the_official_one_is_named_once(tmp_path, caplog, monkeypatch):
     path, expected = write_archive(tmp_path)
-    cifar10.load(str(path))
+    load(path)
     messages = [record.getMessage() for record in caplog.records]
     (line,) = [message for message in messages if "official" in message]
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -171,9 +157,8 @@ def test_an_archive_that_is_not_the_official_one_is_named_once(tmp_path, caplog,
         assert part in line
     caplog.clear()
     monkeypatch.setattr(cifar10_archive, "ARCHIVE_SHA256", sha256)
-    assert_equal(cifar10.load(str(path)), expected)
-    # TFDS itself logs the configuration's name.
-    assert "official" not in caplog.text.replace("'official'", "")
+    assert_equal(load(path), expected)
+    assert "official" not in caplog.text
 
 
 def test_official_checksum_and_size_are_those_of_tfds():
@@ -221,10 +206,14 @@ def test_a_bad_file_is_refused_by_name(tmp_path, bad, packed):
     assert left_behind(tmp_path) == []
 
 
-def flip_bit(path: Path) -> None:
+def flip_bit(path: Path, at: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[int(at * (len(content) - 1))] ^= 1
     path.write_bytes(content)
+
+
+def flip_last_bit(path: Path) -> None:
+    flip_bit(path, 1)
 
 
 def flip_bit_before_padding(path: Path) -> None:
@@ -320,20 +309,13 @@ def test_cifar10_in_another_version_is_named(tmp_path, name):
         with pytest.raises(UserError, match=message):
             registry.load(config(dir=str(given)))
     _, expected = write_archive(tmp_path / "given")  # beside the other version
-    assert_equal(cifar10.load(str(tmp_path / "given")), expected)
+    assert_equal(load(tmp_path / "given"), expected)
 
 
 def test_an_empty_folder_of_the_right_name_names_what_it_lacks(tmp_path):
     (tmp_path / cifar10_archive.FOLDER).mkdir()
     with pytest.raises(UserError, match=r"data_batch_1.bin: No such file"):
         registry.load(config(dir=str(tmp_path)))
-
-
-def test_a_data_directory_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "tfds").write_text("a file, not a directory")
-    path, _ = write_folder(tmp_path)
-    with pytest.raises(UserError, match=r"TFDS_DATA_DIR=.*tfds: cannot prepare CIFAR-10"):
-        registry.load(config(dir=str(path)))
 
 
 def test_photographs_are_not_taken_for_cifar10(pets):
@@ -354,86 +336,151 @@ def test_an_unknown_fallback_is_refused():
 
 
 def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
-    path, expected = write_folder(tmp_path)
+    path, expected = write_archive(tmp_path)
 
-    def interrupted(self, images, labels):
-        yield 0, next(iter(generate(self, images, labels)))[1]
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    generate = cifar10.Cifar10._generate_examples
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cifar10.Cifar10, "_generate_examples", interrupted)
-        cifar10.load(str(path))
-    assert prepared(tmp_path) == []
-    assert_equal(cifar10.load(str(path)), expected)
+    for module, name in ((cifar10_archive, "read"), (prepared.np, "save")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, interrupted)
+            load(path)
+        assert kept(tmp_path) == []
+    assert_equal(load(path), expected)
+    assert left_behind(tmp_path) == kept(tmp_path)
 
 
-def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
-    path, expected = write_folder(tmp_path)
+def test_of_two_processes_one_prepares(tmp_path, monkeypatch, capsys):
+    path, expected = write_archive(tmp_path)
+    calls = []
 
-    def read_while_another_prepares(source):
-        monkeypatch.setattr(cifar10_archive, "read", read)
-        assert_equal(cifar10.load(str(path)), expected)  # finishes first
+    def slow(source, read=cifar10_archive.read):
+        calls.append(source)
+        time.sleep(0.1)
         return read(source)
 
-    read = cifar10_archive.read
-    monkeypatch.setattr(cifar10_archive, "read", read_while_another_prepares)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert len(prepared(tmp_path)) == 1
+    monkeypatch.setattr(cifar10_archive, "read", slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for found in pool.map(load, [path] * 2):
+            assert_equal(found, expected)
+    assert calls == [path]
+    assert "waiting for another run, which prepares CIFAR-10" in capsys.readouterr().err
 
 
 def other_arrays(path: Path) -> None:
-    np.savez(path, **{key: np.zeros(3, np.uint8) for key in KEYS})
+    np.save(path, np.zeros((N, 8, 8, 3), np.uint8))
 
 
-def pickled(path: Path) -> None:
-    np.savez(path, **{key: np.array([{}]) for key in KEYS})
-
-
-@pytest.mark.parametrize("damage", [cut, flip_bit, other_arrays, pickled])
-def test_a_damaged_cache_is_rebuilt_and_said(tmp_path, caplog, damage):
-    path, expected = write_folder(tmp_path)
-    cifar10.load(str(path))
-    (cache,) = (tmp_path / "tfds").rglob("decoded.npz")
-    damage(cache)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert f"{cache} is damaged" in caplog.text
-    assert not list(cache.parent.glob("*.part"))
+@pytest.mark.parametrize("damage", [cut, flip_last_bit, other_arrays, Path.unlink])
+def test_damaged_arrays_are_made_again_and_said(tmp_path, caplog, damage):
+    path, expected = write_archive(tmp_path)
+    load(path)
+    (folder,) = kept(tmp_path)
+    damage(folder / "test_images.npy")
+    assert_equal(load(path), expected)
+    assert f"{folder} is damaged" in caplog.text
     caplog.clear()
-    assert_equal(cifar10.load(str(path)), expected)
-    assert "damaged" not in caplog.text
+    assert_equal(load(path), expected)
+    assert "is damaged" not in caplog.text
+    assert left_behind(tmp_path) == [folder]
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_not_fatal(tmp_path, caplog, monkeypatch):
-    def full(*args):
+@pytest.mark.parametrize("problem", ["a file", "full"])
+def test_arrays_that_cannot_be_kept_are_said_and_not_fatal(tmp_path, caplog, monkeypatch, problem):
+    def full(*_):
         raise OSError("No space left on device")
 
-    path, expected = write_folder(tmp_path)
-    monkeypatch.setattr(cifar10.os, "replace", full)
-    assert_equal(cifar10.load(str(path)), expected)
-    assert "cannot keep the decoded images" in caplog.text
-    assert not list((tmp_path / "tfds").rglob("*.part"))
+    path, expected = write_archive(tmp_path)
+    if problem == "full":
+        monkeypatch.setattr(prepared.np, "save", full)
+    else:
+        (tmp_path / "tfds").write_text("a file, not a directory")
+    assert_equal(load(path), expected)
+    assert f"TFDS_DATA_DIR={tmp_path}/tfds: cannot keep the arrays of CIFAR-10" in caplog.text
+    assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "pattern, damage",
-    [
-        ("*train.array_record*", cut),
-        ("*test.array_record*", flip_bit),
-        ("*test.array_record*", Path.unlink),
-        ("dataset_info.json", cut),
-    ],
-)
-def test_damaged_prepared_data_is_refused(tmp_path, pattern, damage):
-    path, _ = write_folder(tmp_path)
-    cifar10.load(str(path))
-    (folder,) = prepared(tmp_path)
-    (folder / "decoded.npz").unlink()
-    damage(next(folder.glob(pattern)))
-    message = f"{folder}: the prepared data is damaged .*delete this folder"
+# ---- What TFDS has prepared
+
+
+class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A small copy of TFDS's own data set, which shuffles its examples."""
+
+    name = "cifar10"
+    VERSION = tfds.core.Version("3.0.2")
+
+    def __init__(self, arrays: dict[str, np.ndarray], **kwargs):
+        self.arrays = arrays
+        super().__init__(**kwargs)
+
+    def _info(self):
+        features = dict(
+            id=tfds.features.Text(),
+            image=tfds.features.Image(shape=(32, 32, 3)),
+            label=tfds.features.ClassLabel(num_classes=10),
+        )
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split):
+        images, labels = self.arrays[f"{split}_images"], self.arrays[f"{split}_labels"]
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "png")
+            yield i, dict(id=f"{split}_{i:05d}", image=png.getvalue(), label=label)
+
+
+def prepare_by_tfds(tmp_path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    builder = Cifar10(arrays, data_dir=tmp_path / "tfds", file_format="array_record")
+    builder.download_and_prepare()
+    return tmp_path / "tfds/cifar10/3.0.2"
+
+
+@pytest.mark.parametrize("form", ["array_record", "tfrecord"])
+def test_what_tfds_has_prepared_is_the_archive(tmp_path, monkeypatch, form):
+    """It is found in TFDS's data directory or in data.dir, and read once."""
+    folder, expected = write_folder(tmp_path)
+    path = prepare_by_tfds(tmp_path, expected)
+    if form == "tfrecord":
+        to_tfrecord(path)
+    first = next(iter(tfds_source.open_splits(path, ["train"])[0]))
+    assert first["id"] != b"train_00000"
+    with pytest.raises(UserError, match="are not those of CIFAR-10"):
+        load("")
+    same = registry.load(config(dir=str(folder))).digest
+    monkeypatch.setattr(cifar10_archive, "DIGEST", same)
+    assert_equal(load(""), expected)
+    shutil.rmtree(kept(tmp_path)[0])
+    assert registry.load(config(dir=str(tmp_path / "tfds"))).digest == same
+    monkeypatch.setattr(tfds_source, "open_splits", None)
+    assert_equal(load(""), expected)
+    assert_equal(load(tmp_path / "tfds"), expected)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_bit, Path.unlink])
+def test_damaged_files_of_tfds_are_refused(tmp_path, damage):
+    path = prepare_by_tfds(tmp_path, write_folder(tmp_path)[1])
+    damage(next(path.glob("*test.array_record*")))
+    message = rf"^{path}: cannot be read \(.*; delete this folder, and .*--config.data.dir=PATH$"
     with pytest.raises(UserError, match=message) as refusal:
-        registry.load(config(dir=str(path)))
+        registry.load(config())
     assert "\n" not in str(refusal.value)
+
+
+def test_an_id_that_is_missing_is_refused(tmp_path):
+    class Repeated(Cifar10, skip_registration=True):
+        name = "cifar10"
+
+        def _generate_examples(self, split):
+            for i, example in super()._generate_examples(split):
+                yield i, example | dict(id=f"{split}_{max(i, 1):05d}")
+
+    arrays = write_folder(tmp_path)[1]
+    Repeated(arrays, data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    with pytest.raises(UserError, match=r"cifar10/3.0.2: cannot be read .*expected 35, each once"):
+        load("")
 
 
 # ---- Download and fallback
@@ -487,18 +534,24 @@ def official(tmp_path, monkeypatch):
 def test_download_once_then_no_network(official, serve, tmp_path, monkeypatch):
     path, expected = official
     serve(path.read_bytes())
-    assert_equal(cifar10.load(""), expected)
+    assert_equal(load(""), expected)
     monkeypatch.setattr(requests, "get", None)
     monkeypatch.setattr(requests, "Session", None)
-    assert_equal(cifar10.load(""), expected)
-    assert_equal(cifar10.load(str(path)), expected)  # the same archive, so the same prepared data
-    assert [folder.parent.name for folder in prepared(tmp_path)] == ["official"]
+    assert_equal(load(""), expected)
+    assert_equal(load(path), expected)  # the same archive, so the same arrays
+    assert [folder.name for folder in kept(tmp_path)] == ["official-arrays"]
 
 
-def test_official_archive_given_once_needs_no_download(official):
+def test_official_archive_given_once_needs_no_download(official, tmp_path):
     path, expected = official
-    cifar10.load(str(path))
-    assert_equal(cifar10.load(""), expected)
+    load(path)
+    assert_equal(load(""), expected)
+    (folder,) = kept(tmp_path)
+    flip_last_bit(folder / "train_labels.npy")
+    message = rf"^{folder}: is damaged, and cannot reach .*; give .* by --config.data.dir=PATH$"
+    with pytest.raises(UserError, match=message):
+        registry.load(config())
+    assert_equal(load(path), expected)
 
 
 @pytest.mark.parametrize("how", ["dies half way", "another content", "refused"])
@@ -523,7 +576,7 @@ def test_a_failed_download_is_unreachable(official, serve, tmp_path, how):
     "host", ["refuses", "is silent", "has no address", "stalls the name server"]
 )
 def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
-    monkeypatch.setattr(cifar10, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(cifar10, "PROBE_SECONDS", 0.2)
     answered = threading.Event()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -543,7 +596,7 @@ def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
             monkeypatch.setattr(socket, "getaddrinfo", stall)
         start = time.monotonic()
         with pytest.raises(cifar10.Unreachable, match="cannot reach"):
-            cifar10.load("")
+            load("")
         assert time.monotonic() - start < 3
         answered.set()
 
@@ -570,12 +623,13 @@ def test_without_fallback_it_is_an_error():
         registry.load(config(fallback=""))
 
 
-def test_no_tensorflow_is_imported(tmp_path):
-    path, _ = write_folder(tmp_path)
+def test_a_run_that_has_the_data_imports_neither_tfds_nor_requests(tmp_path):
+    """Importing each takes a second."""
+    path, _ = write_archive(tmp_path)
     program = (
-        "import sys; from cnn_spmd.data import cifar10, cifar10_archive; "
-        f"cifar10_archive.IMAGES_PER_FILE = {N}; cifar10.load({str(path)!r}); "
-        "assert 'tensorflow_datasets' in sys.modules; assert 'tensorflow' not in sys.modules"
+        "import sys; from cnn_spmd.data import cifar10, cifar10_archive, registry; "
+        f"cifar10_archive.IMAGES_PER_FILE = {N}; cifar10.read(cifar10.find({str(path)!r})); "
+        "assert not {'tensorflow_datasets', 'requests', 'tensorflow'} & {*sys.modules}"
     )
     subprocess.run(
         [sys.executable, "-W", "error", "-c", program],

@@ -14,7 +14,7 @@ def test_startup_is_counted_from_the_start_of_the_process():
     code = """if True:
         import time
         time.sleep(.5)
-        from cnn_spmd.training.clock import process_seconds
+        from cnn_spmd.training.startup import process_seconds
         first = process_seconds()
         time.sleep(.1)
         print(first, process_seconds() - first)"""

@@ -125,11 +125,11 @@ def test_a_loader_that_returns_something_else_is_refused(monkeypatch):
         registry.load(config_data(name="greys"))
 
 
-def test_a_data_set_that_is_still_to_be_decoded_is_checked_before(monkeypatch):
-    """The check may refuse it, and then nothing is decoded."""
+def test_a_data_set_that_is_still_to_be_read_is_checked_before(monkeypatch):
+    """The check may refuse it, and then nothing is read."""
 
-    def load_later(data: ml_collections.ConfigDict) -> dataset.Undecoded:
-        return dataset.Undecoded(load_greys(data), decode=lambda: decoded.append(data))
+    def load_later(data: ml_collections.ConfigDict) -> dataset.Unread:
+        return dataset.Unread(load_greys(data), read=lambda: decoded.append(data))
 
     def refuse(preview: Dataset) -> None:
         raise UserError(f"{preview.name} is refused")
@@ -158,6 +158,12 @@ def test_the_digest_is_the_same_every_time(name):
     sizes = dict(image_size=24, classes=5, train_examples=20, test_examples=11)
     other = registry.load(config_data(name=name, synthetic=sizes)).digest
     assert (other != first) == (name == "synthetic")
+
+
+def test_threads_compute_the_same_digest(monkeypatch):
+    expected = digest.of_arrays(arrays())
+    monkeypatch.setattr(digest, "THREADED_BYTES", 0)
+    assert digest.of_arrays(arrays()) == expected
 
 
 def test_each_pixel_and_label_counts_in_the_digest():

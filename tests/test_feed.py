@@ -1,14 +1,19 @@
 """Images on their way to the devices.
 
-Each process reads what its devices hold, once, and one call ahead.
+Each process reads what its devices hold, once, and in time.
 """
 
 import threading
+import types
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
-from cnn_spmd.data.feed import Feed, gather, read_examples
+from cnn_spmd.data import streaming
+from cnn_spmd.data.feed import Resident, gather, read_examples
+from cnn_spmd.data.streaming import Streamed
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
 
@@ -32,13 +37,16 @@ LABELS = np.arange(20, dtype=np.int32)
 # lies on two devices.
 @pytest.mark.parametrize(("parallelism", "parts"), [("data", 8), ("model", 4)])
 def test_each_example_is_read_once(parallelism, parts):
-    place, images = Placement(mesh.make(4, 2), parallelism), Recorded(IMAGES)
+    place = Placement(mesh.make(4, 2), parallelism)
     indices = np.random.default_rng(1).permutation(20)[:16].reshape(2, 8).astype(np.int32)
+    images, streamed = Recorded(IMAGES), Recorded(IMAGES)
     axes = (None, "conv_batch", None, None, None)
-    found = gather(images, indices, place.sharding(axes, (2, 8, 4, 4, 3)))
-    np.testing.assert_array_equal(found, IMAGES[indices])
-    assert sorted(np.concatenate(images.read)) == sorted(indices.ravel())
-    assert len(images.read) == parts
+    found = [gather(images, indices, place.sharding(axes, (2, 8, 4, 4, 3)))]
+    found += [data.images for data, _ in Streamed(place, streamed, LABELS).calls([indices])]
+    for array, source in zip(found, (images, streamed), strict=True):
+        np.testing.assert_array_equal(array, IMAGES[indices])
+        assert sorted(np.concatenate(source.read)) == sorted(indices.ravel())
+        assert len(source.read) == parts
 
 
 def test_many_readers_of_a_file(tmp_path):
@@ -50,10 +58,10 @@ def test_many_readers_of_a_file(tmp_path):
         np.testing.assert_array_equal(read_examples(array, indices), np.asarray(array)[indices])
 
 
-@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("kind", [Resident, Streamed])
 @pytest.mark.parametrize("shape", [(8,), (3, 8)])
-def test_a_call_takes_what_its_program_was_compiled_for(resident, shape):
-    feed = Feed(Placement(mesh.make(4, 2), "hybrid"), IMAGES, LABELS, resident)
+def test_a_call_takes_what_its_program_was_compiled_for(kind, shape):
+    feed = kind(Placement(mesh.make(4, 2), "hybrid"), IMAGES, LABELS)
     feed.load()
     order = np.arange(8 * len(shape) ** 2)[: np.prod(shape)].reshape(shape).astype(np.int32) % 20
     (call,) = feed.calls([order])
@@ -64,7 +72,7 @@ def test_a_call_takes_what_its_program_was_compiled_for(resident, shape):
             continue
         assert (array.shape, array.dtype) == (form.shape, form.dtype)
         assert array.sharding == form.sharding
-    if not resident:
+    if kind is Streamed:
         # 8 devices share the images' batch, and 4 the labels', as the last dense layer has it.
         for array, per_device in ((found.images, 1), (found.labels, 2)):
             shard = array.sharding.shard_shape(array.shape)
@@ -73,19 +81,67 @@ def test_a_call_takes_what_its_program_was_compiled_for(resident, shape):
         np.testing.assert_array_equal(found.labels, LABELS[order])
 
 
-def test_the_next_call_is_made_while_this_one_runs():
-    place, made = Placement(mesh.make(1, 1), "data"), [threading.Event() for _ in range(4)]
+class Copying:
+    """Stand in for an array on a GPU: the host's memory is read as late as possible."""
+
+    def __init__(self, shape, sharding, shard):
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        self.shards = [(index, shard(index)) for index in indices]
+        self.found = None
+
+    def block_until_ready(self):
+        if self.found is None:
+            self.found = [(index, memory.copy()) for index, memory in self.shards]
+        return self
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("parallelism", ["data", "model"])
+def test_buffers_are_not_filled_before_they_are_copied(parallelism, asynchronous, monkeypatch):
+    """The chunks differ in length, so that buffers grow and are used in part.
+
+    Where the copy is not asynchronous, the arrays are JAX's own on the CPU, which must not lie in
+    the buffers. The length of a shard, 48 bytes or 144, puts some of them where JAX could do that.
+    """
+    if asynchronous:
+        monkeypatch.setattr(streaming, "aliases", lambda sharding: False)
+        monkeypatch.setattr(jax, "make_array_from_callback", Copying)
+    generator = np.random.default_rng(1)
+    order = [generator.integers(20, size=(steps, 8)) for steps in (1, 3, 3, 2, 3, 1, 3)]
+    calls = Streamed(Placement(mesh.make(4, 2), parallelism), IMAGES, LABELS).calls(order)
+    for (data, _), indices in zip(list(calls), order, strict=True):
+        if not asynchronous:
+            np.testing.assert_array_equal(data.images, IMAGES[indices])
+            continue
+        for index, shard in data.images.block_until_ready().found:
+            np.testing.assert_array_equal(shard, IMAGES[indices][index])
+
+
+def test_two_calls_are_made_while_one_runs():
+    """One is being copied, and one is being gathered."""
+    place, made = Placement(mesh.make(1, 1), "data"), [threading.Event() for _ in range(5)]
 
     def indices():
         for event in made:
             yield np.arange(2, dtype=np.int32)
             event.set()  # the feed has asked for the one after it
 
-    calls = Feed(place, IMAGES, LABELS, resident=False).calls(indices())
+    calls = Streamed(place, IMAGES, LABELS).calls(indices())
     next(calls)
-    # The second call is being prepared, and no further one.
-    assert [event.is_set() for event in made] == [True, False, False, False]
-    assert len(list(calls)) == 3
+    assert [event.is_set() for event in made] == [True, True, False, False, False]
+    assert len(list(calls)) == 4
+
+
+def test_a_feed_that_is_left_early_leaves_no_thread():
+    place, order = Placement(mesh.make(4, 2), "data"), [np.arange(8, dtype=np.int32)] * 5
+    for feed in (Streamed(place, IMAGES, LABELS), Resident(place, IMAGES, LABELS)):
+        list(feed.calls(order))  # starts the readers, which stay
+        threads = threading.active_count()
+        calls = feed.calls(order)
+        next(calls)
+        assert threading.active_count() == threads + 1
+        calls.close()
+        assert threading.active_count() == threads
 
 
 def test_what_goes_wrong_while_reading_is_raised():
@@ -94,6 +150,53 @@ def test_what_goes_wrong_while_reading_is_raised():
             raise OSError("Input/output error")
 
     place = Placement(mesh.make(1, 1), "data")
-    calls = Feed(place, Damaged(IMAGES), LABELS, resident=False).calls([np.arange(2)] * 3)
+    calls = Streamed(place, Damaged(IMAGES), LABELS).calls([np.arange(2)] * 3)
     with pytest.raises(OSError, match="Input/output error"):
         next(calls)
+
+
+class CudaRuntime:
+    """A CUDA runtime that locks pages, or refuses to."""
+
+    def __init__(self, status: int):
+        self.status, self.locked = status, set()
+
+    def cudaSetDevice(self, number):
+        return 0
+
+    def cudaHostRegister(self, address, size, flags):
+        self.locked.add(address.value)
+        return self.status
+
+    def cudaHostUnregister(self, address):
+        self.locked.remove(address.value)
+
+    cudaGetErrorString = mock.Mock(return_value=b"out of memory")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "locked", "warning"),
+    [
+        (CudaRuntime(0), True, []),
+        (CudaRuntime(2), False, ["cudaHostRegister: out of memory"]),
+        (None, False, ["this process has not loaded libcudart"]),
+    ],
+)
+def test_memory_is_page_locked_or_a_warning_says_why_not(runtime, locked, warning, monkeypatch):
+    """As on a GPU. What is locked is unlocked in the end."""
+    if runtime:
+        monkeypatch.setattr(streaming, "cuda_runtime", lambda: runtime)
+    lock, said, seen = streaming.lock_or_warn, [], []
+    gpu = types.SimpleNamespace(platform="gpu", local_hardware_id=0)
+    monkeypatch.setattr(streaming, "lock_or_warn", lambda memory, _: lock(memory, gpu))
+    monkeypatch.setattr(
+        streaming.logging, "log_first_n", lambda level, text, n, error: said.append(str(error))
+    )
+    feed = Streamed(Placement(mesh.make(1, 1), "data"), IMAGES, LABELS)
+    for _ in feed.calls([np.arange(2)] * 4):
+        seen.append(len(runtime.locked) if runtime else 0)
+    assert feed.page_locked is locked
+    assert said == warning * 2  # one for each buffer, and the log shows the first
+    if locked:
+        assert seen[-1] == streaming.BUFFERS
+        assert runtime.locked == set()

@@ -651,7 +651,7 @@ def free_port() -> int:
 
 
 def test_two_processes_train_one_network(start, tmp_path):
-    """Two processes of four devices log what one of eight logs; streamed, too."""
+    """Two processes of four devices log what one of eight logs: sharded, and streamed."""
     arguments = [*SMALL, "--mesh", "4x2", "--config.parallelism=hybrid"]
 
     def pair(workdir, *more):
@@ -670,9 +670,10 @@ def test_two_processes_train_one_network(start, tmp_path):
             for i in range(2)
         ]
 
-    names = ("one", "two", "streamed")
+    names = ("one", "sharded", "streamed")
     one = start(*arguments, "--cpu_devices", 8, "--workdir", "one")
-    for process in (one, *pair("two"), *pair("streamed", "--config.data.resident=no")):
+    sharded = pair("sharded", "--config.data.resident=sharded")
+    for process in (one, *sharded, *pair("streamed", "--config.data.resident=no")):
         finished(process)
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in names]
     assert [summary["processes"] for summary in summaries] == [1, 2, 2]
@@ -688,8 +689,8 @@ def test_two_processes_train_one_network(start, tmp_path):
         assert summaries[0]["eval"] == pytest.approx(summaries[i]["eval"], rel=1e-6)
         assert losses[0] == pytest.approx(losses[i], rel=1e-6)
     finished(
-        start(*arguments, "--cpu_devices", 8, "--workdir", "two", "--config.epochs=2")
-    )  # and one process resumes
+        start(*arguments, "--cpu_devices", 8, "--workdir", "sharded", "--config.epochs=2")
+    )  # and one process resumes, with resident data
 
 
 def test_makefile_runs_what_the_readme_says():

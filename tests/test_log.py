@@ -4,12 +4,12 @@ import shutil
 
 from run_helpers import scalars, stop_after
 
-from cnn_spmd.training import log, loop
+from cnn_spmd.training import board, log, loop
 
 
 def test_tensorboard_gets_what_the_file_gets(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(log.SummaryWriter, "add_scalar", lambda _, *scalar: written.append(scalar))
+    monkeypatch.setattr(board.Board, "scalar", lambda _, *scalar: written.append(scalar))
     file = log.MetricsFile(tmp_path, 0, {})
     file.write(3, "train", loss=1.5)
     file.close()

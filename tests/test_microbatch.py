@@ -47,7 +47,7 @@ def test_what_two_micro_batches_move(n):
     By hand, in the compiled program and in the closed form.
     """
     setup = setup_of("alexnet", "hybrid", (4, 2), dense_microbatch=8, dtype="float32")
-    report = program_report.report_of(setup, setup.train_program(n), n, 0.0)
+    report = program_report.report_of(setup, setup.train_program(n), n)
     moved = {
         (row["kind"], "+".join(row["axes"])): (row["compiled_bytes"], row["closed_form_bytes"])
         for row in report["communication"]

@@ -314,7 +314,7 @@ def test_cifar10_that_is_gone_is_an_error_and_not_the_digits(saved, capsys, monk
     def gone(data_dir):
         raise cifar10.Unreachable("no way out")
 
-    monkeypatch.setattr(cifar10, "load", gone)
+    monkeypatch.setattr(cifar10, "find", gone)
     folder = saved(data=dict(name="cifar10", fallback="digits"), dataset="cifar10")
     assert report.main(["--pictures", str(folder), "--data_dir", "x"]) == 2
     error = capsys.readouterr().err

@@ -2,15 +2,21 @@
 
 import concurrent.futures
 import errno
+import io
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from photos import (
     SIZE,
     assert_same,
@@ -27,7 +33,7 @@ from photos import (
 from PIL import Image
 
 from cnn_spmd import config as configs
-from cnn_spmd.data import dataset, decoding, digest, prepared, square
+from cnn_spmd.data import dataset, decoding, digest, prepared, progress, square
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build, loop
 
@@ -50,7 +56,7 @@ def decoded(monkeypatch) -> list[str]:
         return decode(file, size)
 
     monkeypatch.setattr(square, "decode", note)
-    monkeypatch.setattr(decoding.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(progress, "cores", lambda: 1)
     return files
 
 
@@ -330,18 +336,29 @@ def test_a_new_first_class_moves_the_labels_of_the_others(pets, monkeypatch, dec
     assert_same(data, load_anew(pets, monkeypatch))
 
 
+KILLED = """
+import signal, sys
+import ml_collections
+from cnn_spmd.data import progress, registry, square
+
+def decode(file, size, decode=square.decode, decoded=[]):
+    if len(decoded) == 4:
+        signal.raise_signal(signal.SIGKILL)
+    decoded.append(file)
+    return decode(file, size)
+
+square.decode = decode
+progress.cores = lambda: 1
+registry.load(ml_collections.ConfigDict(dict(name="folder", dir=sys.argv[1], image_size=16)))
+"""
+
+
 @pytest.mark.parametrize("power", ["on", "cut"])
-def test_an_interrupted_preparation_continues(pets, tmp_path, monkeypatch, decoded, power):
+def test_a_killed_preparation_continues(pets, tmp_path, monkeypatch, decoded, power, capsys):
     """After a power cut, images whose pixels did not reach the disk are decoded again."""
-
-    def interrupted(file: Path, size: int, decode=square.decode) -> np.ndarray:
-        if len(decoded) == 4:
-            raise KeyboardInterrupt
-        return decode(file, size)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(square, "decode", interrupted)
-        load(pets)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(pets)], env=environment)
+    assert killed.returncode == -signal.SIGKILL
     assert prepared_folders(tmp_path) == []
     expected = ["train/dog/b.jpg", "val/cat/a.jpg", "val/dog/a.jpg"]
     if power == "cut":
@@ -350,10 +367,42 @@ def test_an_interrupted_preparation_continues(pets, tmp_path, monkeypatch, decod
         with (part / "train_images.npy").open("r+b") as file:
             file.seek(decoding.HEADER_BYTES + SIZE * SIZE * 3)
             file.write(bytes(SIZE * SIZE * 3))
-    decoded.clear()
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0)
     data = load(pets)
     assert decoded == expected
+    notes = capsys.readouterr().err
+    assert "4 of these images are decoded already" in notes
+    assert "prepared 7 of 7 images, " in notes
+    assert f"prepared {len(expected)} images in " in notes
     assert_same(data, load_anew(pets, monkeypatch))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_counts_new_images_only(monkeypatch, capsys, terminal):
+    """80 of 1,000 images are kept, and 20 of the others take 10 s on two cores."""
+    clock = iter([0.0, 50.0, 60.0, 60.5]).__next__  # digests are compared until 50 s
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    monkeypatch.setattr(progress, "cores", lambda: 2)
+    if terminal:
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setenv("COLUMNS", "120")
+    shown = progress.Progress(total=1000, kept=80)
+    shown.update(0)
+    shown.update(20)
+    shown.close()
+    end = "prepared 20 images in 10.0 s, 2 per second (1 per core)\n"
+    if terminal:
+        text = sys.stderr.getvalue()
+        assert re.search(r"100/1,000 images .*2 per second \(1 per core\), ETA 0:07:30", text)
+        assert text.endswith(end)
+    else:
+        line = "prepared 100 of 1,000 images, 2 per second (1 per core), ETA 0:07:30\n"
+        assert capsys.readouterr().err == line + end
 
 
 def test_an_interruption_at_the_very_end_loses_nothing(pets, tmp_path, monkeypatch):

@@ -626,7 +626,8 @@ def a_report(**changes) -> dict:
         batch_size=64,
         dataset="digits",
         fallback="cifar10",
-        data_on_device=True,
+        data_resident="yes",
+        image_bytes_per_device=2_000_000,
         param_count=1_234_567,
         compile_seconds=1.23,
         placement=[kernel],
@@ -658,7 +659,7 @@ def test_the_printed_report():
         "name shape logical axes mesh axes MB per device",
         "fc3 input 4096x10 fc3_in, fc3_out data+model, - 0.020",
         "Memory per device",
-        "3.0 MB of parameters, 4.0 MB of optimizer state",
+        "3.0 MB of parameters, 4.0 MB of optimizer state, 2.0 MB of images",
         "XLA's account of the program, MB: argument 5.0",
         "Collectives per step (payload and sent: MB per device, summed over the count)",
         "operation over mesh axes phase count payload sent in a ring",
@@ -676,7 +677,7 @@ def test_the_printed_report_says_what_is_missing():
     )
     text = program.as_text(
         a_report(
-            data_on_device=False,
+            data_resident="no",
             collectives=[],
             communication=[],
             closed_form=None,

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from photos import SIZE, colours, load, write_image
+from photos import SIZE, colours, cut, load, to_parquet, to_tfrecord, write_image
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import photographs, prepared
@@ -64,14 +64,25 @@ class Sentences(Imagenette, skip_registration=True):
             yield i, dict(text="a sentence", label=i % 2)
 
 
-def prepare(tmp_path: Path, builder: type) -> None:
+def prepare(tmp_path: Path, builder: type) -> Path:
+    """Prepare a data set, and return its folder."""
     builder(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    return tmp_path / "tfds" / builder.name / "1.0.0"
 
 
-@pytest.mark.parametrize("builder", [Imagenette, Flowers])
-def test_a_prepared_data_set_is_loaded_by_its_name(tmp_path, monkeypatch, builder):
+@pytest.mark.parametrize(
+    "builder, form", [(Imagenette, "tfrecord"), (Flowers, "array_record"), (Flowers, "parquet")]
+)
+def test_a_prepared_data_set_is_loaded_by_its_name(tmp_path, monkeypatch, builder, form):
     """It tests on `validation`, or on `test` where there is no such split."""
-    prepare(tmp_path, builder)
+    folder = prepare(tmp_path, builder)
+    if form == "tfrecord":
+        to_tfrecord(folder)
+    if form == "parquet":
+        to_parquet(folder)
+    # TFDS is at work on another version, or was killed.
+    shutil.copytree(folder, folder.with_name("incomplete.ABC_1.0.1"))
+    next(folder.with_name("incomplete.ABC_1.0.1").glob("*train*")).unlink()
     data = load("", builder.name)
     assert (data.name, data.class_names[3], len(data.class_names)) == (builder.name, "n3", 10)
     assert data.train_labels.tolist() == [*range(10), 0, 1]
@@ -160,6 +171,29 @@ def test_a_known_data_set_that_is_not_there_says_how_to_get_it(tmp_path, name):
     assert "\n" not in str(refusal.value)
     with pytest.raises(UserError, match=rf"^data.dir={tmp_path}/gone: is no folder"):
         load(tmp_path / "gone", name)
+
+
+def test_a_damaged_tfrecord_file_is_named(tmp_path):
+    folder = prepare(tmp_path, Imagenette)
+    to_tfrecord(folder)
+    path = folder / "imagenette-train.tfrecord-00001-of-00002"
+    cut(path)
+    message = rf"cannot read image 6 .*{path.name}: damaged.* and 5 more of 23 images"
+    with pytest.raises(UserError, match=message) as refusal:
+        load("", "imagenette")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_format_that_needs_tensorflow_is_refused(tmp_path):
+    folder = prepare(tmp_path, Imagenette)
+    info = (folder / "dataset_info.json").read_text()
+    (folder / "dataset_info.json").write_text(info.replace("array_record", "riegeli"))
+    for path in folder.glob("*.array_record*"):
+        path.rename(str(path).replace("array_record", "riegeli"))
+    message = rf"^data.name=imagenette: {folder} cannot be read \(.*RIEGELI.*: prepare it, where "
+    with pytest.raises(UserError, match=message) as refusal:
+        load("", "imagenette")
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_data_set_without_a_split_to_test_on_is_refused(tmp_path):

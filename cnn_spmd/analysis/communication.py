@@ -14,6 +14,9 @@ devices and Pr model devices. In a ring a device sends:
                         output, and they are all-reduced (the same, turned
                         around; Megatron-LM)                              2 (Pr-1)/Pr B d'/Pc
 
+Where the data set is sharded (data/sharded.py), each of D devices sends M images to each device:
+exchange_images counts (D-1) M images.
+
 When each device keeps only its shard of a sum, XLA can use a reduce-scatter, at half the cost of an
 all-reduce. Gholami et al. ignore this; here it counts. Left out are scalars, labels, the sums of
 the softmax and, where classes are split, the logits that the metrics gather. coverage.py says for
@@ -131,12 +134,20 @@ def sum_weight_gradients(layer: Layer, updates: int) -> Iterator[Move]:
         yield Move(name, "all-reduce", set(layer.input.batch), "backward", updates * held)
 
 
+def exchange_images(mesh: Mesh, image_bytes: int) -> Iterator[Move]:
+    """Send each device the images of its batch, where the data set is sharded."""
+    if image_bytes:
+        every_axis = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1}
+        yield Move("images", "all-to-all", every_axis, "", image_bytes)
+
+
 def closed_form(
     place: Placement,
     activations: Sequence[tuple[str, tuple, tuple]],
     params: Sequence[tuple[str, nnx.Variable]],
     itemsize: int,
     dense_updates: int = 1,
+    image_bytes: int = 0,
 ) -> list[dict]:
     """Return what theory says that a train step moves, as JSON-ready rows.
 
@@ -148,13 +159,14 @@ def closed_form(
       each needs gradients of its own. The micro-batches together move the activations of one
       batch. (Where their gradients are summed before one update, XLA reduces some or all of them
       one by one: more than theory.)
+    image_bytes: one device's payload where the devices exchange the images of a step; otherwise 0.
 
     A row has what, operation, axes, phase, bytes (one device's payload) and ring_bytes, as in
     hlo.py. Raises NotCovered where a layer cannot be identified; coverage.py has the other limits.
     """
     if place.mesh.size == 1:
         return []
-    moves: list[Move] = []
+    moves = list(exchange_images(place.mesh, image_bytes))
     before = None
     layers = layers_of(place, activations, params, itemsize)
     for layer in layers:

@@ -25,6 +25,9 @@ UNKNOWN = dict(
     totals=dict.fromkeys(("count", "bytes", "ring_bytes")),
     memory=dict.fromkeys(f"{name}_bytes" for name in _XLA_MEMORY),
 )
+_WHERE_IMAGES_LIVE = dict(  # by data.resident
+    yes="a copy on every device", sharded="split over all devices", no="streamed from the host"
+)
 _WIDTH = 100
 
 
@@ -107,7 +110,7 @@ def _summary(report: dict) -> Iterator[str]:
     data = report["dataset"]
     if report["fallback"]:
         data += f" (fallback for {report['fallback']})"
-    data += ", a copy on every device" if report["data_on_device"] else ", streamed from the host"
+    data += f", {_WHERE_IMAGES_LIVE[report['data_resident']]}"
     yield f"mesh {mesh}, {report['devices']} x {compiler['device_kind']}"
     yield f"parallelism {report['parallelism']}, global batch {report['batch_size']}, data {data}"
     yield f"model {report['model']}, {report['param_count']:,} parameters, {report['dtype']}"
@@ -153,7 +156,8 @@ def _memory(report: dict) -> Iterator[str]:
     yield "Memory per device"
     yield (
         f"  {held['parameters'] / 1e6:.1f} MB of parameters, "
-        f"{held['optimizer'] / 1e6:.1f} MB of optimizer state"
+        f"{held['optimizer'] / 1e6:.1f} MB of optimizer state, "
+        f"{report['image_bytes_per_device'] / 1e6:.1f} MB of images"
     )
     sizes = ", ".join(
         f"{name.removesuffix('_bytes').replace('_', ' ')} {size / 1e6:.1f}"

@@ -6,6 +6,7 @@ Format: https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version".
 
 import gzip
 import hashlib
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -71,7 +72,7 @@ def find(data_dir: str) -> Path:
                 problem = f"is CIFAR-10 in its {version} version, expected the binary version"
     raise UserError(
         f"data.dir={data_dir}: {problem}; give {ARCHIVE}, the folder {FOLDER}, or a folder "
-        f"holding either{advice}"
+        f"that holds either or TFDS's cifar10{advice}"
     )
 
 
@@ -80,41 +81,35 @@ def holds_any(folder: Path, names: Sequence[str]) -> bool:
     return any((folder / name).exists() for name in names)
 
 
-def fingerprint(source: Path) -> str:
-    """Return a name for the content.
+def examples() -> dict[str, int]:
+    """Return the number of images in each split."""
+    return {split: len(names) * IMAGES_PER_FILE for split, names in FILES.items()}
 
-    It is "official", or "local-" and 12 hexadecimal digits of the SHA-256. Logs a warning where an
-    archive is not the official one. Raises UserError naming the file that is missing or cannot be
-    read.
+
+def fingerprint(archive: Path) -> str:
+    """Return a name for an archive's content.
+
+    It is "official", or "local-" and 12 hexadecimal digits of the SHA-256. Logs a warning where it
+    is not the official one. Raises UserError where it cannot be read.
     """
-    digest = hashlib.sha256()
-    for path in [source] if source.is_file() else [source / name for name in ALL_FILES]:
-        if path.is_fifo():  # opening it would wait for its writer
-            raise UserError(f"data.dir={source}: {path.name}: is a pipe; expected a readable file")
-        try:
-            with path.open("rb") as stream:
-                hashlib.file_digest(stream, lambda: digest)
-        except OSError as error:
-            raise UserError(
-                f"data.dir={source}: {path.name}: {error.strerror}; expected a readable file"
-            ) from error
-    if digest.hexdigest() == ARCHIVE_SHA256:
+    with open_file(archive, archive) as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if sha256 == ARCHIVE_SHA256:
         return "official"
-    if source.is_file():
-        logging.warning(
-            "data.dir: %s is not the official archive: its sha256 is %s, the official one %s. "
-            "Using it all the same.",
-            source,
-            digest.hexdigest(),
-            ARCHIVE_SHA256,
-        )
-    return f"local-{digest.hexdigest()[:12]}"
+    logging.warning(
+        "data.dir: %s is not the official archive: its sha256 is %s, the official one %s. "
+        "Using it all the same.",
+        archive,
+        sha256,
+        ARCHIVE_SHA256,
+    )
+    return f"local-{sha256[:12]}"
 
 
-def read(source: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return {"train": (images, labels), "test": ...}, in the files' order.
+def read(source: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an archive or a folder, in the files' order.
 
-    Images are uint8 [N, H, W, C], labels uint8 [N].
+    These are {train,test}_images, uint8 [N, H, W, C], and {train,test}_labels, int32 [N].
     Raises UserError naming the file that is missing, damaged, of the wrong size, or wrong.
     """
     records = {
@@ -130,12 +125,14 @@ def read(source: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 f"data.dir={source}: {name} holds label {label}; expected 0 to 9: damaged, or not "
                 "CIFAR-10"
             )
-    splits = {}
+    arrays = {}
     for split, names in FILES.items():
-        rows = np.concatenate([records[name] for name in names])
-        images_NHWC = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        splits[split] = images_NHWC, rows[:, 0]
-    return splits
+        images = arrays[f"{split}_images"] = np.empty((examples()[split], *SHAPE_HWC), np.uint8)
+        for name, part in zip(names, np.split(images, len(names)), strict=True):
+            part[:] = records[name][:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = [records[name][:, 0] for name in names]
+        arrays[f"{split}_labels"] = np.concatenate(labels, dtype=np.int32)
+    return arrays
 
 
 def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -144,9 +141,11 @@ def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
     Nothing is unpacked to disk. Raises UserError for a damaged archive and a file of another size.
     """
     if source.is_dir():
-        for path in (source / name for name in ALL_FILES):
-            check_size(source, path.name, path.stat().st_size)
-            yield path.name, path.read_bytes()
+        for name in ALL_FILES:
+            with open_file(source, source / name) as stream:
+                content = stream.read()
+            check_size(source, name, len(content))
+            yield name, content
         return
     try:
         with gzip.open(source) as stream:
@@ -163,6 +162,18 @@ def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
         raise UserError(
             f"data.dir={source}: damaged or truncated ({error}): {source.stat().st_size:,} bytes; "
             f"expected a tar.gz such as the official {ARCHIVE} of {ARCHIVE_BYTES:,} bytes"
+        ) from error
+
+
+def open_file(source: Path, path: Path) -> io.BufferedReader:
+    """Open the archive, or a file of the folder `source`. Raises UserError where it cannot."""
+    if path.is_fifo():  # opening it would wait for its writer
+        raise UserError(f"data.dir={source}: {path.name}: is a pipe; expected a readable file")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(
+            f"data.dir={source}: {path.name}: {error.strerror}; expected a readable file"
         ) from error
 
 

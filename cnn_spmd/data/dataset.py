@@ -91,9 +91,21 @@ class Dataset(Provenance):
 
 
 @dataclasses.dataclass(frozen=True)
-class Undecoded:
-    """Photographs that are found, but not decoded yet: decoding them can take hours."""
+class Unread:
+    """A data set that is found, but not read yet: decoding photographs can take hours."""
 
-    # Zeros in the shapes of what `decode` returns; they take no memory.
+    # Zeros in the shapes of what `read` returns; see `blank_arrays`.
     preview: Dataset
-    decode: Callable[[], Dataset]
+    read: Callable[[], Dataset]
+
+
+def blank_arrays(examples: dict[str, int], side: int) -> dict[str, np.ndarray]:
+    """Return zeros in the place of a data set's arrays; they take no memory.
+
+    examples: the number of images in "train" and in "test"; side: of an image, in pixels.
+    """
+    arrays = {}
+    for split, n in examples.items():
+        arrays[f"{split}_images"] = np.broadcast_to(np.uint8(0), (n, side, side, 3))
+        arrays[f"{split}_labels"] = np.broadcast_to(np.int32(0), (n,))
+    return arrays

@@ -11,28 +11,21 @@ import functools
 import itertools
 import os
 import shutil
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from cnn_spmd.data import digest, square
+from cnn_spmd.data import digest, progress, square
+from cnn_spmd.data.progress import Progress, print_note
 from cnn_spmd.data.source import Source, Split, Unreadable
 from cnn_spmd.errors import UserError, one_line
 
 IMAGES_PER_TASK = 64  # a thread decodes these before it takes the next task
-PROGRESS_SECONDS = 10.0
 HEADER_BYTES = 128  # of a .npy file, before its values: NumPy's header for uint8 [N, H, W, C]
 
 # What is stored of each decoded image until all are decoded. A key of 0 means: not decoded.
 STATE = np.dtype([("key", np.uint64), ("digest", np.uint64), ("label", np.int32)])
-
-
-def print_note(text: str) -> None:
-    """Print a line on the standard error stream."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class Rows(NamedTuple):
@@ -82,26 +75,20 @@ class Workspace:
         kept = sum(np.count_nonzero(each.state["key"]) for each in rows.values())
         if 0 < kept < source.total:
             print_note(f"{kept:,} of these images are decoded already")
-        bad, done = [], 0
-        started = reported = time.monotonic()
+        bad = []
+        shown = Progress(source.total, kept)
         # Pillow decodes and rescales without Python's lock, so threads are enough.
-        pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        pool = concurrent.futures.ThreadPoolExecutor(progress.cores())
         try:
             for name, split in source.splits.items():
                 task = functools.partial(decode_some, split, rows[name])
-                for found in pool.map(task, range(0, split.examples, IMAGES_PER_TASK)):
-                    bad += [Unreadable(name, index, text) for index, text in found]
-                    done = min(done + IMAGES_PER_TASK, source.total)
-                    now = time.monotonic()
-                    if now - reported > PROGRESS_SECONDS:
-                        reported = now
-                        rate = done / (now - started)
-                        print_note(
-                            f"prepared {done:,} of {source.total:,} images, {rate:,.0f} per second"
-                        )
+                for new, unreadable in pool.map(task, range(0, split.examples, IMAGES_PER_TASK)):
+                    bad += [Unreadable(name, index, text) for index, text in unreadable]
+                    shown.update(new)
                 rows[name].images.flush()
         finally:
             pool.shutdown(cancel_futures=True)
+            shown.close()
         return bad
 
     def finish(self, source: Source) -> str:
@@ -191,17 +178,18 @@ def rearrange(rows: Rows, keys: np.ndarray) -> None:
     state["key"][np.setdiff1d(np.arange(len(state)), kept)] = 0
 
 
-def decode_some(split: Split, rows: Rows, start: int) -> list[tuple[int, str]]:
+def decode_some(split: Split, rows: Rows, start: int) -> tuple[int, list[tuple[int, str]]]:
     """Decode the IMAGES_PER_TASK photographs from `start` on, where still needed.
 
-    Returns index and text of each that cannot be read.
+    Returns how many it has tried, and index and text of each that cannot be read.
     """
     images, state = rows
-    bad = []
+    new, bad = 0, []
     for i in range(start, min(start + IMAGES_PER_TASK, split.examples)):
         # After a power cut, the pixels may differ from what the state says.
         if state["key"][i] and state["digest"][i] == digest.of_image(images[i]):
             continue
+        new += 1
         name = f"image {i}"
         try:
             name, file, label = split.read(i)
@@ -212,4 +200,4 @@ def decode_some(split: Split, rows: Rows, start: int) -> list[tuple[int, str]]:
         images[i] = pixels
         # The state is written last, so that a kill leaves no state without pixels.
         state[i] = split.keys[i], digest.of_image(pixels), label
-    return bad
+    return new, bad

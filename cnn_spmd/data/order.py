@@ -48,8 +48,10 @@ def train_indices(
 def eval_indices(batch_size: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
     """Return every example once, in order, padded to whole batches.
 
-    These are the indices, int32 [S, B], and a mask, bool [S, B], that is False on the padding.
+    These are the indices, int32 [S, B], and a mask, bool [S, B], that is False on the padding. The
+    padding begins again with the first example: where the data set is sharded, no device then
+    sends more than its share.
     """
     steps = -(-examples // batch_size)
     positions = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
-    return np.minimum(positions, examples - 1), positions < examples
+    return positions % examples, positions < examples

@@ -1,12 +1,11 @@
 """Load photographs, from class folders or TFDS, as squares of one size."""
 
-import os
 from pathlib import Path
 
 import ml_collections
 
-from cnn_spmd.data import folder, prepared
-from cnn_spmd.data.dataset import Dataset, Undecoded
+from cnn_spmd.data import folder, prepared, tfds
+from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.source import Source
 from cnn_spmd.errors import UserError
 
@@ -14,12 +13,7 @@ from cnn_spmd.errors import UserError
 CLASSES = dict(imagenet2012=1000, imagenette=10)
 
 
-def data_directory() -> Path:
-    """Return TFDS's data directory, which also holds what we prepare."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-
-
-def load(data: ml_collections.ConfigDict) -> Dataset | Undecoded:
+def load(data: ml_collections.ConfigDict) -> Dataset | Unread:
     """Return the photographs of config.data, decoded if an earlier run did so.
 
     data.name: "folder", one of CLASSES, or another name of TFDS; data.dir: the class folders, or
@@ -29,13 +23,13 @@ def load(data: ml_collections.ConfigDict) -> Dataset | Undecoded:
     """
     name, size, skip_bad = data.name, data.image_size, data.get("skip_bad", 0)
     source = find_source(name, data.dir)
-    root = data_directory() / "cnn_spmd_photographs"
+    root = tfds.data_directory() / "cnn_spmd_photographs"
     found = prepared.find(source, size, root, skip_bad)
     if found is not None:
         return make_dataset(name, source, found)
-    return Undecoded(
+    return Unread(
         preview=make_dataset(name, source, prepared.preview(source, size)),
-        decode=lambda: make_dataset(name, source, prepared.prepare(source, size, root, skip_bad)),
+        read=lambda: make_dataset(name, source, prepared.prepare(source, size, root, skip_bad)),
     )
 
 
@@ -43,14 +37,12 @@ def find_source(name: str, data_dir: str) -> Source:
     """Return the data set as it is found. Raises UserError as `load`."""
     if name == "folder" and not data_dir:
         raise UserError(f"data.dir=: is empty, {folder.LAYOUT}")
-    root = Path(data_dir).expanduser() if data_dir else data_directory()
+    root = Path(data_dir).expanduser() if data_dir else tfds.data_directory()
     if data_dir and not root.is_dir():
         raise UserError(f"data.dir={data_dir}: is no folder, {folder.LAYOUT}")
     if name == "folder" or (name in CLASSES and (root / "train").is_dir()):
         source = folder.find_source(root)
     else:
-        from cnn_spmd.data import tfds  # importing TFDS takes a second
-
         source = tfds.find_source(name, root)
     found, expected = len(source.class_names), CLASSES.get(name)
     if expected not in (None, found):

@@ -1,6 +1,6 @@
-"""Decode photographs once, and map them from disk ever after (np.memmap).
+"""Decode a data set once, and map it from disk ever after (np.memmap).
 
-The data set may be larger than memory. Each one has a folder of its own, which appears when it is
+It may be larger than memory. Each data set has a folder of its own, which appears when it is
 complete. Shapes: N images, H = W = size rows and columns, C = 3 channels (red, green, blue).
 """
 
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,9 @@ import numpy as np
 from absl import logging
 
 from cnn_spmd.data import digest
-from cnn_spmd.data.decoding import Workspace, print_note
+from cnn_spmd.data.dataset import blank_arrays
+from cnn_spmd.data.decoding import Workspace
+from cnn_spmd.data.progress import print_note
 from cnn_spmd.data.source import Source, without
 from cnn_spmd.errors import UserError, one_line
 
@@ -41,14 +43,15 @@ class Prepared(NamedTuple):
     skipped: Sequence[str] = ()  # names of images that are left out, and why they cannot be read
 
 
+def with_digest(arrays: dict[str, np.ndarray]) -> Prepared:
+    """Return arrays with their digest."""
+    return Prepared(arrays, digest.of_arrays(arrays))
+
+
 def preview(source: Source, size: int) -> Prepared:
     """Return zeros in the shapes of what a source will be; they take no memory."""
-    arrays = {}
-    for name, split in source.splits.items():
-        shape = (split.examples, size, size, 3)
-        arrays[f"{name}_images"] = np.broadcast_to(np.uint8(0), shape)
-        arrays[f"{name}_labels"] = np.broadcast_to(np.int32(0), shape[:1])
-    return Prepared(arrays, digest="")
+    examples = {name: split.examples for name, split in source.splits.items()}
+    return Prepared(blank_arrays(examples, size), digest="")
 
 
 def find(source: Source, size: int, root: Path, skip_bad: int) -> Prepared | None:
@@ -70,7 +73,7 @@ def prepare(source: Source, size: int, root: Path, skip_bad: int) -> Prepared:
     folder = folder_of(source, size, root)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with exclusive(source, size, root) as part:
+        with exclusive(workspace_of(source, size, root), source.name) as part:
             found = read_folder(folder)
             if found is None:
                 decode_into(part, source, size, skip_bad)
@@ -82,6 +85,48 @@ def prepare(source: Source, size: int, root: Path, skip_bad: int) -> Prepared:
             f"({one_line(error)}); choose a directory that can be written and has room"
         ) from error
     return accept(found, source, folder, skip_bad)
+
+
+def keep(folder: Path, make: Callable[[], dict[str, np.ndarray]], name: str) -> Prepared:
+    """Return the arrays that are kept in `folder`; make and keep them where there are none.
+
+    make: returns the arrays that Prepared has; name: of what they are made from, for messages.
+    Where they cannot be kept, a warning is logged.
+    """
+    found = read_folder(folder, warn=True)
+    if found is not None:
+        return found
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder, name) as part:
+            found = read_folder(folder)  # another process may have been first
+            if found is None:
+                print_note(f"preparing {name} in {folder}, once")
+                found = with_digest(make())
+                write_folder(part, found)
+                publish(part, folder)
+    except OSError as error:
+        logging.warning(
+            "TFDS_DATA_DIR=%s: cannot keep the arrays of %s there (%s): the next run prepares "
+            "them again.",
+            folder.parent.parent,
+            name,
+            one_line(error),
+        )
+    return found or with_digest(make())
+
+
+def write_folder(folder: Path, prepared: Prepared) -> None:
+    """Write arrays that `read_folder` can read. Raises OSError, and then leaves nothing behind."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        folder.mkdir()
+        for name, array in prepared.arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        write_info(folder, prepared.digest, prepared.skipped)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def folder_of(source: Source, size: int, root: Path) -> Path:
@@ -99,15 +144,16 @@ def workspace_of(source: Source, size: int, root: Path) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive(source: Source, size: int, root: Path) -> Iterator[Path]:
-    """Keep others from decoding the same images; yield the folder to decode in.
+def exclusive(path: Path, name: str) -> Iterator[Path]:
+    """Keep others from preparing the same data set; yield the folder to work in.
+
+    path: where its files lie, without a suffix; name: of what is prepared, for messages.
 
     Where the file system has no locks, the folder is this process's own and is removed at the end.
     Then two processes at once do the work twice, without harm.
     """
-    path = workspace_of(source, size, root)
     with path.with_suffix(".lock").open("a") as lock:
-        if acquire(lock, f"waiting for another run, which prepares {source.name} in {root}"):
+        if acquire(lock, f"waiting for another run, which prepares {name} in {path.parent}"):
             yield path.with_suffix(".part")
             return
         part = path.with_suffix(f".{uuid.uuid4().hex}.part")
@@ -233,7 +279,7 @@ def read_folder(folder: Path, warn: bool = False) -> Prepared | None:
         try:
             found = Prepared(arrays, **json.loads((folder / INFO).read_text()))
         except FileNotFoundError:
-            found = Prepared(arrays, digest.of_arrays(arrays))
+            found = with_digest(arrays)
             with contextlib.suppress(OSError):
                 write_info(folder, found.digest, found.skipped)
             return found

@@ -1,10 +1,11 @@
 """Load a data set by its name. Add your own: DATASETS["mine"] = load_mine.
 
-A loader gets config.data and returns a Dataset, or Undecoded for photographs. USES may have an
-entry for it too: then fields that it does not use are refused when they are set by hand.
+A loader gets config.data and returns a Dataset, or Unread where reading takes long. USES may have
+an entry for it too: then fields that it does not use are refused when they are set by hand.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,13 @@ from pathlib import Path
 import ml_collections
 from absl import logging
 
-from cnn_spmd.data import cifar10_archive, digest, photographs
-from cnn_spmd.data.dataset import Dataset, Undecoded
+from cnn_spmd.data import cifar10, cifar10_archive, digest, photographs, prepared, tfds
+from cnn_spmd.data.dataset import Dataset, Unread, blank_arrays
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
 from cnn_spmd.errors import UserError
 
-Loader = Callable[[ml_collections.ConfigDict], Dataset | Undecoded]
+Loader = Callable[[ml_collections.ConfigDict], Dataset | Unread]
 
 
 def load(
@@ -27,16 +28,16 @@ def load(
     """Return the data set that config.data describes, with the digest of its arrays.
 
     data: a ConfigDict in which the numbers are valid. check: called with zeros of the same shapes
-    before photographs are decoded, so that a bad config fails in seconds.
+    before CIFAR-10 is read or photographs are decoded, so that a bad config fails at once.
 
     Raises UserError for an unknown name and for what the loader refuses. It also does so for arrays
     of another form than Dataset has, and for data that do not fit in memory.
     """
     try:
         found = loader_of(data)(data)
-        if isinstance(found, Undecoded):
+        if isinstance(found, Unread):
             check(found.preview)
-            found = found.decode()
+            found = found.read()
     except MemoryError as error:
         raise UserError(
             f"data.name={data.name}: does not fit in this machine's memory ({error})"
@@ -55,9 +56,7 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
     """Return the loader of data.name. Raises UserError for an unknown name."""
     if data.name in DATASETS:
         return DATASETS[data.name]
-    from cnn_spmd.data import tfds  # importing TFDS takes a second
-
-    root = Path(data.dir).expanduser() if data.dir else photographs.data_directory()
+    root = Path(data.dir).expanduser() if data.dir else tfds.data_directory()
     if tfds.prepared_folder(data.name, root):
         return photographs.load
     raise UserError(
@@ -66,48 +65,56 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
     )
 
 
-def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
-    """Load CIFAR-10; or the digits, where it is missing and data.fallback says so.
+def load_cifar10(data: ml_collections.ConfigDict) -> Dataset | Unread:
+    """Find CIFAR-10; or load the digits, where it is missing and data.fallback says so.
 
     Raises UserError for a wrong data.dir, and where CIFAR-10 is missing and data.fallback is "".
     """
-    from cnn_spmd.data import cifar10  # importing TFDS takes a second
-
     if data.fallback not in ("", "digits"):
         raise UserError(
             f'data.fallback={data.fallback}: choose digits, or "" to make a missing CIFAR-10 an '
             "error"
         )
     try:
-        arrays = cifar10.load(data.dir)
+        source = cifar10.find(data.dir)
     except cifar10.Unreachable as error:
-        remedy = (
-            f"give {cifar10_archive.ARCHIVE} or the folder {cifar10_archive.FOLDER} by "
-            "--config.data.dir=PATH"
-        )
         if not data.fallback:
-            raise cifar10.Unreachable(f"data.name=cifar10: {error}; {remedy}") from error
-        warn_of_digits(str(error), remedy)
+            message = f"data.name=cifar10: {error}; {cifar10.REMEDY}"
+            raise cifar10.Unreachable(message) from error
+        warn_of_digits(str(error))
         return dataclasses.replace(load_digits(data), fallback="cifar10")
-    found = digest.of_arrays(arrays)
-    if found != cifar10_archive.DIGEST:
+    blank = blank_arrays(cifar10_archive.examples(), cifar10_archive.SHAPE_HWC[0])
+    read = functools.partial(read_cifar10, source, data.dir)
+    return Unread(make_cifar10(prepared.Prepared(blank, digest="")), read)
+
+
+def read_cifar10(source: Path, data_dir: str) -> Dataset:
+    """Read what cifar10.find has found; warn where it is another data set in the same form."""
+    found = cifar10.read(source)
+    if found.digest != cifar10_archive.DIGEST:
         logging.warning(
             "data.dir=%s: these are not CIFAR-10's pixels and labels (their digest is %s, "
             "CIFAR-10's %s). Using them all the same.",
-            data.dir,
-            found,
+            data_dir,
+            found.digest,
             cifar10_archive.DIGEST,
         )
-    return Dataset(name="cifar10", **arrays, class_names=cifar10_archive.CLASS_NAMES, digest=found)
+    return make_cifar10(found)
 
 
-def warn_of_digits(reason: str, remedy: str) -> None:
+def make_cifar10(found: prepared.Prepared) -> Dataset:
+    """Return CIFAR-10's arrays, or zeros that stand for them, as a Dataset."""
+    names = cifar10_archive.CLASS_NAMES
+    return Dataset(name="cifar10", **found.arrays, class_names=names, digest=found.digest)
+
+
+def warn_of_digits(reason: str) -> None:
     """Print a banner that nobody can miss: the digits stand in for CIFAR-10."""
     lines = [
         "WARNING: THIS RUN DOES NOT USE CIFAR-10. "
         "It uses scikit-learn's 1,797 handwritten digits instead.",
         f"Why: {reason}",
-        f"To use CIFAR-10, {remedy}",
+        f"To use CIFAR-10, {cifar10.REMEDY}",
         'To make this an error: --config.data.fallback=""',
     ]
     rule = "!" * 110

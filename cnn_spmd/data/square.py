@@ -36,5 +36,7 @@ def decode(file: Path | io.BytesIO, size: int) -> np.ndarray:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode == "P":
             image = image.convert("RGBA")  # a palette may hold transparency
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+        if image.mode != "RGB":  # which would be copied
+            image = image.convert("RGB")
+        square = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
         return np.asarray(square)

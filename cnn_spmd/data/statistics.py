@@ -3,12 +3,17 @@
 Shapes: N images, H height, W width, C channels, V = 256 values of a pixel, P pixels.
 """
 
+import concurrent.futures
+import os
+
 import numpy as np
+from PIL import Image
 
 # The most bytes of images that statistics are taken from.
 SAMPLE_BYTES = 2**30
 # The bytes of images that are worked on at a time, so that they stay in a CPU's cache.
 BLOCK_BYTES = 2**18
+VALUES_V = np.arange(256)
 
 
 def sample(images_NHWC: np.ndarray) -> np.ndarray:
@@ -40,21 +45,20 @@ def channel_statistics(images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     They are in pixel values, and exact, from the histograms of the uint8 images. A deviation is at
     least 1, so that dividing by it is safe.
     """
-    values_V = np.arange(256)
-    counts_CV = sum(histograms(block) for block in blocks(images_NHWC))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        counts_CV = sum(pool.map(histograms, blocks(images_NHWC)))
     total_C = counts_CV.sum(1)
-    mean_C = counts_CV @ values_V / total_C
-    variance_C = counts_CV @ values_V**2 / total_C - mean_C**2
+    mean_C = counts_CV @ VALUES_V / total_C
+    variance_C = counts_CV @ VALUES_V**2 / total_C - mean_C**2
     std_C = np.sqrt(np.maximum(variance_C, 1.0))
     return mean_C.astype(np.float32), std_C.astype(np.float32)
 
 
 def histograms(images_NHWC: np.ndarray) -> np.ndarray:
-    """Count each value in each channel; int [C, V]."""
-    channels = images_NHWC.shape[-1]
-    return np.stack(
-        [np.bincount(images_NHWC[..., c].ravel(), minlength=256) for c in range(channels)]
-    )
+    """Count each value in each channel of RGB images; int [C, V]."""
+    # Pillow counts faster than NumPy, and without Python's lock.
+    image = Image.fromarray(images_NHWC.reshape(-1, *images_NHWC.shape[2:]))
+    return np.array(image.histogram()).reshape(-1, len(VALUES_V))
 
 
 def colour_axes(images_NHWC: np.ndarray) -> np.ndarray:

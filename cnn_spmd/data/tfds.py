@@ -1,18 +1,24 @@
-"""Find photographs that TFDS (tensorflow_datasets) has prepared."""
+"""Find data sets that TFDS (tensorflow_datasets) has prepared.
 
+TFDS itself is imported only where its files are read: that takes a second.
+"""
+
+import functools
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
 
+from cnn_spmd.data import tfrecord
 from cnn_spmd.data.folder import identity_of
 from cnn_spmd.data.source import Photograph, Source, Split, key_of
 from cnn_spmd.errors import UserError, one_line
+
+INFO = "dataset_info.json"  # in each folder of a prepared data set
 
 # What `tfds build` needs for these besides the name: imagenette has six configurations.
 CONFIGS = {"imagenette": "/full-size-v2"}
@@ -22,12 +28,19 @@ MANUAL = {
 }
 
 
+def data_directory() -> Path:
+    """Return TFDS's data directory, which also holds what we prepare."""
+    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
 def prepared_folder(name: str, root: Path) -> Path | None:
     """Return where TFDS has prepared a data set, its last version, or None."""
     if not name.isidentifier():  # as all of TFDS's names
         return None
-    found = sorted(path.parent for path in (root / name).rglob("dataset_info.json"))
-    return found[-1] if found else None
+    found = sorted(path.parent for path in (root / name).rglob(INFO))
+    # TFDS prepares in a folder "incomplete..." and renames it at the end.
+    complete = [path for path in found if "incomplete" not in path.name]
+    return complete[-1] if complete else None
 
 
 def how_to_build(name: str, root: Path) -> str:
@@ -45,7 +58,7 @@ def find_source(name: str, root: Path) -> Source:
 
     It trains on the split `train`, and tests on `validation`, or `test` where there is none.
     Raises UserError, with the command that prepares it, where it is missing, damaged, without
-    images and labels, or in files without random access.
+    images and labels, or in a file format that needs TensorFlow.
     """
     remedy = (
         f"{how_to_build(name, root)}; or give its images in class folders by "
@@ -55,11 +68,12 @@ def find_source(name: str, root: Path) -> Source:
     if folder is None:
         raise UserError(f"data.name={name}: {root / name} holds no prepared data set: {remedy}")
     try:
-        builder = tfds.builder_from_directory(folder)
-        class_names = class_names_of(builder.info.features)
-        names = split_names(builder.info.splits, f"data.name={name}: {folder}")
-        decoders = dict(image=tfds.decode.SkipDecoding())
-        examples = [builder.as_data_source(split, decoders=decoders) for split in names]
+        import tensorflow_datasets
+
+        info = tensorflow_datasets.builder_from_directory(folder).info
+        class_names = class_names_of(info.features)
+        names = split_names(info.splits, f"data.name={name}: {folder}")
+        examples = open_splits(folder, names)
     except Exception as error:
         # TFDS raises many types for another file format, a missing split, a damaged file.
         raise UserError(
@@ -73,11 +87,39 @@ def find_source(name: str, root: Path) -> Source:
     return Source(str(folder), splits, class_names, content, fingerprint)
 
 
-def class_names_of(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
+def open_splits(folder: Path, names: Sequence[str]) -> list[Sequence[dict]]:
+    """Return the examples of each split; their images stay encoded, as PNG or JPEG.
+
+    Raises ValueError for another number of examples than TFDS wrote, and TFDS's errors, also where
+    only TensorFlow can read the files.
+    """
+    import tensorflow_datasets
+
+    builder = tensorflow_datasets.builder_from_directory(folder)
+    info = builder.info
+    decoders = dict(image=tensorflow_datasets.decode.SkipDecoding())
+    parse = functools.partial(info.features.deserialize_example_np, decoders=decoders)
+    splits = []
+    for name in names:
+        split = info.splits[name]
+        if info.file_format is tensorflow_datasets.core.FileFormat.TFRECORD:
+            found = tfrecord.Examples(split.filepaths, split.shard_lengths, parse)
+        else:
+            found = builder.as_data_source(name, decoders=decoders)
+        if len(found) != split.num_examples:
+            raise ValueError(
+                f"{name} holds {len(found):,} examples, but {INFO} names {split.num_examples:,}"
+            )
+        splits.append(found)
+    return splits
+
+
+def class_names_of(features: Mapping) -> tuple[str, ...]:
     """Return the class names. Raises ValueError without `image` and `label`."""
-    kinds = dict(image=tfds.features.Image, label=tfds.features.ClassLabel)
-    found = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
-    for feature, kind in kinds.items():
+    from tensorflow_datasets import features as kinds
+
+    found = dict(features) if isinstance(features, kinds.FeaturesDict) else {}
+    for feature, kind in dict(image=kinds.Image, label=kinds.ClassLabel).items():
         if not isinstance(found.get(feature), kind):
             raise ValueError(
                 f"has the features {', '.join(sorted(found)) or features}, expected image (an "

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from cnn_spmd.config import complete
-from cnn_spmd.data.feed import Feed
+from cnn_spmd.data.streaming import Streamed
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import drawings, plots
 from cnn_spmd.report.canvas import Figure
@@ -276,7 +276,7 @@ def training_distances(
         return jax.lax.map(lambda test_F: jnp.linalg.norm(train_BF - test_F, axis=-1), test_TF)
 
     images, labels = setup.data.train_images, setup.data.train_labels
-    feed = Feed(setup.place, images, labels, resident=False)
+    feed = Streamed(setup.place, images, labels)
     calls = -(-len(images) // BATCH)
     # The last batch is filled up with the last image.
     indices = np.minimum(np.arange(calls * BATCH, dtype=np.int32), len(images) - 1)

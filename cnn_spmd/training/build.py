@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,18 +17,21 @@ from flax import nnx
 from cnn_spmd import config as configs
 from cnn_spmd import models
 from cnn_spmd.analysis import program
-from cnn_spmd.data import order, registry, statistics
+from cnn_spmd.data import order, registry, statistics, streaming
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset
-from cnn_spmd.data.feed import Feed
+from cnn_spmd.data.feed import Feed, Resident
+from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import cluster, microbatch, optim, program_report
+from cnn_spmd.training import cluster, microbatch, optim, program_report, startup
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
+
+PLANNED_STEPS = 10  # the host looks through a run's indices, this many steps at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,10 +45,13 @@ class Setup:
     data: Dataset
     place: Placement
     functions: StepFunctions
+    # By the number of steps. A dict, as a cached_property would not be safe in threads.
+    _lowered: dict[int, jax.stages.Lowered] = dataclasses.field(default_factory=dict)
+    _train_programs: dict[int, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     def init(self) -> TrainState:
         """Return the state at step 0, already sharded."""
-        return self.functions.jit_init()()
+        return self.functions.jit_init()(np.uint32(self.config.seed))
 
     def train(self, state: TrainState, steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         """Train for `steps` steps; return the new state, and loss and accuracy [steps].
@@ -73,16 +80,32 @@ class Setup:
         """
         n, since = self.config.steps_per_call, time.perf_counter()
         compiled = self.train_program(n)
-        return program_report.report_of(self, compiled, n, time.perf_counter() - since)
+        seconds = round(time.perf_counter() - since, 2)
+        return program_report.report_of(self, compiled, n) | dict(compile_seconds=seconds)
+
+    @functools.cached_property
+    def activations(self) -> list[tuple[str, tuple, tuple]]:
+        """Return (name, logical axes, shape) of each layer's input and output, in order.
+
+        Raises UserError where one is not divisible as the scheme asks.
+        """
+        classes = len(self.data.class_names)
+        return program_report.layouts_of_activations(
+            self.functions, self.config.batch_size, self.image_size, classes
+        )
 
     @functools.cached_property
     def feeds(self) -> tuple[Feed, Feed]:
         """Return the training split and the test split, as the programs take them."""
-        data, resident = self.data, self.config.data.resident == "yes"
-        return (
-            Feed(self.place, data.train_images, data.train_labels, resident),
-            Feed(self.place, data.test_images, data.test_labels, resident),
-        )
+        data, resident = self.data, self.config.data.resident
+        train = self.place, data.train_images, data.train_labels
+        test = self.place, data.test_images, data.test_labels
+        if resident == "no":
+            return streaming.Streamed(*train), streaming.Streamed(*test)
+        if resident == "yes" or self.place.mesh.size == 1:
+            return Resident(*train), Resident(*test)
+        test_indices, _ = order.eval_indices(self.config.batch_size, len(data.test_images))
+        return Sharded(*train, self._run_indices), Sharded(*test, lambda: [test_indices])
 
     def indices(self, start: int, steps: int) -> np.ndarray:
         """Return which training images the steps from `start` on see, int32 [steps, B]."""
@@ -97,17 +120,49 @@ class Setup:
             config.data.held_out_steps,
         )
 
+    def _run_indices(self) -> Iterator[np.ndarray]:
+        """Yield which training images the steps of the run see, at least one chunk, as [S, B]."""
+        steps = max(self.config.steps, self.config.steps_per_call)
+        for chunk in split_into_chunks(0, [steps], PLANNED_STEPS):
+            yield self.indices(chunk.start, chunk.steps)
+
     def train_program(self, n: int) -> jax.stages.Compiled:
         """Return the compiled program of n train steps; it is compiled once."""
-        if n not in self._programs:
+        if n not in self._train_programs:
+            self._train_programs[n] = self.lower_train(n).compile()
+        return self._train_programs[n]
+
+    def lower_train(self, n: int) -> jax.stages.Lowered:
+        """Return the program of n train steps, ready to be compiled; it is traced once."""
+        if n not in self._lowered:
             inputs = self.feeds[0].shapes(n, self.config.batch_size)
             jitted = self.functions.jit_train()
-            self._programs[n] = jitted.lower(self.functions.abstract_state, *inputs).compile()
-        return self._programs[n]
+            self._lowered[n] = jitted.lower(self.functions.abstract_state, *inputs)
+        return self._lowered[n]
 
-    @functools.cached_property
-    def _programs(self) -> dict[int, jax.stages.Compiled]:
-        return {}
+    def lower_init(self) -> jax.stages.Lowered:
+        """Return the program that makes the state at step 0 from a seed."""
+        return self.functions.jit_init().lower(np.uint32(self.config.seed))
+
+    def lower_evaluation(self) -> jax.stages.Lowered:
+        """Return the program that evaluates one batch of test images."""
+        batch_size = self.config.batch_size
+        mask = jax.ShapeDtypeStruct(
+            (batch_size,), bool, sharding=self.place.sharding(("conv_batch",), (batch_size,))
+        )
+        inputs = self.feeds[1].shapes(batch_size)
+        return self.functions.jit_eval().lower(self.functions.abstract_state, *inputs, mask)
+
+    def lower_all_finite(self) -> jax.stages.Lowered:
+        """Return the program that tests whether parameters and model state are finite."""
+        state = self.functions.abstract_state
+        return jax.jit(all_finite).lower((state.params, state.model_state))
+
+    @property
+    def image_bytes_per_device(self) -> int:
+        """Return the bytes of images that each device holds during a whole run."""
+        resident, devices = self.config.data.resident, self.place.mesh.size
+        return configs.image_bytes_per_device(resident, self.data, devices)
 
     @property
     def image_size(self) -> int:
@@ -131,6 +186,11 @@ class Setup:
         return configs.as_json(self.config) | self.data_fields | known
 
 
+def all_finite(arrays: Any) -> jax.Array:
+    """Return whether all elements of a tree of arrays are finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays)]).all()
+
+
 def prepare(
     config: ml_collections.ConfigDict,
     devices: list | None = None,
@@ -150,10 +210,14 @@ def prepare(
     sizes = config.mesh.to_dict().values()
     rows = config.placement.to_dict()
     place = Placement(mesh.make(*sizes, devices=devices), config.parallelism, rows)
+    if devices is None:
+        threading.Thread(target=reserve_memory, args=[place], daemon=True).start()
     memory = device_memory(place)
     assemble = functools.partial(_assemble, config, place, memory, levers, check)
-    data = data or registry.load(config.data, assemble)
-    setup = assemble(data)
+    with startup.stage("data"):
+        data = data or registry.load(config.data, assemble)
+    with startup.stage("network"):
+        setup = assemble(data)
     cluster.agree(setup.saved_config)  # each process decides on the fallback by itself
     return setup
 
@@ -170,18 +234,28 @@ def _assemble(
 
     Raises UserError for what does not go together.
     """
-    config = configs.resolve(config, data, place.mesh.devices.flat[0].platform, memory)
+    platform = place.mesh.devices.flat[0].platform
+    config = configs.resolve(config, data, platform, memory, place.mesh.size)
     config.mesh.update(place.mesh.shape)
     if data.fallback:
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, levers))
-    program_report.layouts_of_activations(  # for its errors
-        setup.functions, config.batch_size, setup.image_size, len(data.class_names)
-    )
-    _ = setup.functions.abstract_state  # for its errors
+    _ = setup.activations, setup.functions.abstract_state  # for their errors
     check(setup)
     return setup
+
+
+def reserve_memory(place: Placement) -> None:
+    """Let JAX take the memory of its GPUs, as it otherwise does when the first array comes.
+
+    That takes a second or two, in which the host has other work.
+    """
+    with startup.stage("memory"):
+        for device in place.mesh.local_devices:
+            # A program, as jax.device_put would stop all of Python meanwhile.
+            here = jax.sharding.SingleDeviceSharding(device)
+            jax.jit(lambda: jnp.uint8(0), out_shardings=here)().block_until_ready()
 
 
 def device_memory(place: Placement) -> float | None:
@@ -196,7 +270,7 @@ def device_memory(place: Placement) -> float | None:
 
 
 def refuse_beyond_memory(setup: Setup) -> None:
-    """Raise UserError where a run's state or a chunk's images do not fit in memory."""
+    """Raise UserError where a run's state, a shard or streamed images do not fit in memory."""
     config, here = setup.config, setup.place.mesh.local_devices
     machine = configs.machine_memory()
     per_device = (here[0].memory_stats() or {}).get("bytes_limit") or machine / len(here)
@@ -204,10 +278,14 @@ def refuse_beyond_memory(setup: Setup) -> None:
     state = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
     fields = f"model.name={config.model.name}, model.width={config.model.width}"
     configs.refuse_beyond(per_device, state, f"{fields}, per device")
+    if config.data.resident == "sharded":
+        fields = f"data.resident=sharded, mesh {setup.place.mesh_name}, per device"
+        configs.refuse_beyond(per_device, setup.image_bytes_per_device, fields)
     if config.data.resident == "no":
         fields = f"steps_per_call={config.steps_per_call}, batch_size={config.batch_size}"
-        images = min(config.steps_per_call, config.steps) * config.batch_size
-        configs.refuse_beyond(machine, images * setup.data.train_images[0].nbytes, fields)
+        steps = min(streaming.BUFFERS * config.steps_per_call, config.steps)
+        needed = steps * config.batch_size * setup.data.train_images[0].nbytes
+        configs.refuse_beyond(machine, needed, fields)
 
 
 def make_functions(
@@ -232,8 +310,7 @@ def make_functions(
         dtype=jnp.dtype(config.dtype),
         levers=tuple(levers),
     )
-    refuse_mismatch(config, place, nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
-    return StepFunctions(
+    functions = StepFunctions(
         make_model=lambda rngs: make_model(rngs=rngs),
         preprocessing=make_preprocessing(config, data),
         optimizer=optim.make_optimizer(config.optimizer, config.steps, config.batch_size),
@@ -243,6 +320,8 @@ def make_functions(
         microbatch=make_microbatch(config, place),
         packed=config.dtype == "bfloat16" and "cast_once" in levers,
     )
+    refuse_mismatch(config, place, functions.abstract_model)
+    return functions
 
 
 def refuse_mismatch(config: ml_collections.ConfigDict, place: Placement, model: Any) -> None:

@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from orbax.checkpoint import v1 as ocp
 
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import cluster
@@ -54,6 +53,13 @@ ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # the end of the name that Orbax writ
 
 # Orbax logs each error that it raises, with hundreds of lines of traceback.
 logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _orbax() -> Any:
+    """Import Orbax, which takes a while; a run needs it after its first steps."""
+    from orbax.checkpoint import v1
+
+    return v1
 
 
 class SaveError(RuntimeError):
@@ -147,8 +153,8 @@ class Checkpoint:
         """
         named = _arrays_by_name(target)
         try:
-            _check_names(named.keys(), ocp.metadata(self.path).metadata.keys())
-            loaded = ocp.load(self.path, named)
+            _check_names(named.keys(), _orbax().metadata(self.path).metadata.keys())
+            loaded = _orbax().load(self.path, named)
         except Rejected:
             raise
         except Exception as error:  # of many kinds, for files that are cut, missing or misshapen
@@ -279,6 +285,10 @@ class Checkpoints:
 
     # ---- Save
 
+    def prepare(self) -> None:
+        """Import Orbax in the background: the first save then need not wait for that."""
+        self._background.submit(_orbax)
+
     def save(self, step: int, state: Any, accuracy: float | None = None) -> None:
         """Start to save a state in the background, after the save before it has ended.
 
@@ -289,7 +299,7 @@ class Checkpoints:
         named = _arrays_by_name(state)
         try:
             self._check_disk(sum(array.nbytes for array in named.values()))
-            written = ocp.save_async(self.directory / f"{SAVING}{step}", named, overwrite=True)
+            written = _orbax().save_async(self.directory / f"{SAVING}{step}", named, overwrite=True)
         except Exception as error:
             raise self._failed(step, error) from error
         self._pending = _Pending(
@@ -370,7 +380,7 @@ class Checkpoints:
         cluster.exchange(None)  # wait until process 0 has renamed the folder
         checkpoint = self._checkpoint(pending.step)
         try:
-            ocp.load(checkpoint.path, pending.on_host)
+            _orbax().load(checkpoint.path, pending.on_host)
         except Exception as error:
             if self._is_main:
                 checkpoint.set_aside("cannot be read back")

@@ -1,40 +1,13 @@
-"""Measure how long training takes, and how long ago the command was given."""
+"""Measure how long training takes."""
 
 import concurrent.futures
 import math
-import os
-import pathlib
 import time
 
 import jax
 import numpy as np
 
-# When a sweep's worker got the command that it runs; None in a process of one command.
-_command_began: float | None = None
-
-
-def begin_command() -> None:
-    """Count the time of a command from now on, as its process is older."""
-    global _command_began
-    _command_began = time.monotonic()
-
-
-def process_seconds() -> float | None:
-    """Return the age of this process in seconds, or that of its command in a worker.
-
-    It is None where there is no /proc.
-    """
-    if _command_began is not None:
-        return round(time.monotonic() - _command_began, 2)
-    try:
-        stat = pathlib.Path("/proc/self/stat").read_text()
-    except OSError:
-        return None
-    # Field 22 of man 5 proc_pid_stat, in clock ticks since boot. Field 2, the name of the program,
-    # is in parentheses and may hold spaces.
-    start_ticks = int(stat.rpartition(")")[2].split()[19])
-    seconds_since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
-    return round(seconds_since_boot - start_ticks / os.sysconf("SC_CLK_TCK"), 2)
+from cnn_spmd.training import startup
 
 
 class Clock:
@@ -51,6 +24,7 @@ class Clock:
     def __init__(self):
         self.chunks: list[tuple[int, float]] = []  # (steps, seconds) of each
         self.startup_seconds: float | None = None  # the age of the process after the first chunk
+        self.startup: list[dict] = []  # what these seconds were spent on (startup.py)
         self._watcher = concurrent.futures.ThreadPoolExecutor(1)
         self._since = time.perf_counter()
 
@@ -73,7 +47,8 @@ class Clock:
         self._since = end.result()
         self.chunks.append((steps, seconds))
         if self.startup_seconds is None:
-            self.startup_seconds = process_seconds()
+            self.startup_seconds = startup.process_seconds()
+            self.startup = startup.stages()
         return seconds
 
     @property

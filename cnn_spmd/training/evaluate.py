@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from cnn_spmd.data import order
-from cnn_spmd.data.feed import Feed, put
+from cnn_spmd.data.feed import put
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.step import TrainState
 
@@ -13,18 +13,16 @@ from cnn_spmd.training.step import TrainState
 class Evaluator:
     """The compiled evaluation program and the test split; call it with a state."""
 
-    def __init__(self, setup: Setup, feed: Feed):
-        """Compile the program. feed: of the test split; load it before the first call."""
+    def __init__(self, setup: Setup, program: jax.stages.Compiled):
+        """Put the masks on the devices. The feed of the test split must be loaded already."""
         batch_size = setup.config.batch_size
-        self.feed = feed
+        self.program = program
+        _, self.feed = setup.feeds
         self.examples = len(setup.data.test_images)
         self.indices, masks = order.eval_indices(batch_size, self.examples)
         self.masks = [
             put(mask, setup.place.sharding(("conv_batch",), mask.shape)) for mask in masks
         ]
-        state, inputs = setup.functions.abstract_state, feed.shapes(batch_size)
-        lowered = setup.functions.jit_eval().lower(state, *inputs, self.masks[0])
-        self.program = lowered.compile()
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """Return loss (nats), accuracy and the other metrics as means, and `examples`."""

@@ -1,13 +1,13 @@
 """Log a run: metrics.jsonl, TensorBoard, and the lines of its progress."""
 
 import bisect
+import functools
 import json
 import os
 import pathlib
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from cnn_spmd.training import optim, runfiles
 from cnn_spmd.training.build import Setup
@@ -38,7 +38,14 @@ class MetricsFile:
         with runfiles.atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir.absolute()), purge_step=step + 1)
+        self._workdir, self._purge_step = workdir, step + 1
+
+    @functools.cached_property
+    def _board(self):
+        # Imported while the devices are at work, as it takes a while.
+        from cnn_spmd.training import board
+
+        return board.Board(self._workdir, self._purge_step)
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Append the line {"step", "split", ...}, and write the scalars `split`/name."""
@@ -47,7 +54,7 @@ class MetricsFile:
         row = dict(step=step, split=split, **values, **self._fields)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+            self._board.scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Close both files."""
@@ -64,12 +71,17 @@ class Log:
         self.batch_size, self.timetable = config.batch_size, timetable
         self.clock = Clock()
         self.schedule = optim.make_schedule(config.optimizer, config.steps, config.batch_size)
-        ends = [*(chunk.end for chunk in timetable.chunks), config.steps]
-        rates = np.asarray(jax.vmap(self.schedule)(np.array(ends) - 1))
-        self._rates = dict(zip(ends, rates, strict=True))  # of the last step of each chunk
         self._file = MetricsFile(workdir, timetable.start, setup.data_fields)
         self._progress = Progress(config.steps)
         self._evaluation_seconds = 0.0
+
+    @functools.cached_property
+    def _rates(self) -> dict[int, float]:
+        """Return the learning rate of the last step of each chunk, by the chunk's end."""
+        ends = [chunk.end for chunk in self.timetable.chunks]
+        # One program: otherwise XLA would compile each operation of a schedule by itself.
+        rates = jax.jit(jax.vmap(self.schedule))(np.array(ends) - 1)
+        return dict(zip(ends, np.asarray(rates).tolist(), strict=True))
 
     def chunk(self, chunk: Chunk, metrics: dict[str, np.ndarray], seconds: float) -> None:
         """Record a chunk. metrics: one value per step; what is logged is their mean."""
@@ -80,7 +92,7 @@ class Log:
             "train",
             **means,
             images_per_second=images_per_second,
-            learning_rate=float(self._rates[chunk.end]),
+            learning_rate=self._rates[chunk.end],
             steps=chunk.steps,
             train_seconds=self.train_seconds,
         )
@@ -111,6 +123,7 @@ class Log:
         images_per_second = self.clock.steps_per_second() * self.batch_size
         return dict(
             startup_seconds=self.clock.startup_seconds,
+            startup=self.clock.startup,
             train_seconds=round(self.train_seconds, 3),
             images_per_second=round(images_per_second, 1) if self.clock.chunks else None,
             step_milliseconds=self.clock.step_milliseconds(),

@@ -19,10 +19,8 @@ import concurrent.futures
 import datetime
 import pathlib
 import time
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -80,9 +78,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path | str) -> dic
             say(program.as_text(programs.report))
             interrupt.raise_if_requested()
 
-            programs.put_data_on_devices()
             if state is None:
-                state = setup.init()
+                state = programs.init(np.uint32(setup.config.seed))
             run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, started)
             write_run_file(workdir / "program.json", setup.data_fields | programs.report)
             return run.train()
@@ -110,7 +107,7 @@ class Run:
         self.started = started
         self.log = Log(setup, workdir, timetable)
         # Which images each chunk sees, by data/order.py.
-        inputs = chunk_inputs(setup, programs.train_feed, timetable.chunks)
+        inputs = chunk_inputs(setup, timetable.chunks)
         self.chunks = zip(timetable.chunks, inputs, strict=True)
 
     def train(self) -> dict:
@@ -121,6 +118,7 @@ class Run:
         status = "failed"
         try:
             self.summary("running")
+            self.checkpoints.prepare()
             status = self.run_to_the_end()
         except NonFinite as error:
             self.checkpoints.close()
@@ -215,7 +213,7 @@ class Run:
         A separate thread writes the checkpoint while training goes on. Raises NonFinite for a
         state that is not finite, SaveError if the folder of the run is gone.
         """
-        if not all_finite((self.state.params, self.state.model_state)):
+        if not self.programs.all_finite((self.state.params, self.state.model_state)):
             raise NonFinite(f"parameters are not finite after step {self.step}")
         if jax.process_index() == 0 and not (self.workdir / "config.json").exists():
             raise SaveError(
@@ -235,6 +233,7 @@ class Run:
             experiment=config.experiment,
             **self.setup.data_fields,
             data_on_device=report["data_on_device"],
+            page_locked=self.setup.feeds[0].page_locked,
             model=config.model.name,
             parallelism=config.parallelism,
             mesh=dict(mesh.shape),
@@ -262,9 +261,3 @@ class Run:
         if self.workdir.exists():
             write_run_file(self.workdir / "summary.json", summary)
         return summary
-
-
-@jax.jit
-def all_finite(arrays: Any) -> jax.Array:
-    """Return whether all elements of a tree of arrays are finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays)]).all()

@@ -23,6 +23,7 @@ import optax
 from flax import nnx
 
 from cnn_spmd.data.feed import DeviceData
+from cnn_spmd.data.sharded import Indices
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import UNPLACED, is_dense, name_of
 from cnn_spmd.training import packing
@@ -56,7 +57,7 @@ def init_optimizer(functions: Any, params: nnx.State) -> dict:
 
 
 def train_step(
-    functions: Any, state: Any, data: DeviceData, indices_B: jax.Array | None
+    functions: Any, state: Any, data: DeviceData, indices_B: Indices
 ) -> tuple[Any, dict]:
     """Do one step on the examples `indices_B`; return the new state and metrics [].
 

@@ -25,7 +25,7 @@ def profile_chunks(
     is complete.
     """
     n = setup.config.steps_per_call
-    inputs = chunk_inputs(setup, programs.train_feed, _endless_chunks(n))
+    inputs = chunk_inputs(setup, _endless_chunks(setup.config.steps, n))
 
     def run_chunk() -> dict:
         nonlocal state
@@ -41,6 +41,10 @@ def profile_chunks(
         say(f"WARNING: there is no profile: {error}")
 
 
-def _endless_chunks(steps: int) -> Iterator[Chunk]:
-    for start in itertools.count(0, steps):
-        yield Chunk(start, start + steps)
+def _endless_chunks(steps: int, n: int) -> Iterator[Chunk]:
+    """Yield the whole chunks of a run of `steps` steps, at least one, over and over.
+
+    Sharded data are planned for the steps of the run and no further ones (data/sharded.py).
+    """
+    starts = range(0, max(1, steps - n + 1), n)
+    return itertools.cycle([Chunk(start, start + n) for start in starts])

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cnn_spmd.analysis import communication, coverage, program
+from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import axes_of, name_of
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.step import StepFunctions
 
 
-def report_of(setup: Any, compiled: jax.stages.Compiled, n: int, compile_seconds: float) -> dict:
+def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
     """Report what a compiled program of n steps holds and moves per step, JSON-ready.
 
     setup: a build.Setup. An error in the report never ends a run: what is not known is then null or
@@ -29,7 +30,9 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int, compile_seconds
         batch_size=config.batch_size,
         dtype=config.dtype,
         **setup.data_fields,
-        data_on_device=config.data.resident == "yes",
+        data_on_device=config.data.resident != "no",
+        data_resident=config.data.resident,
+        image_bytes_per_device=setup.image_bytes_per_device,
         param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
         placement=[],
         activations=[],
@@ -38,7 +41,7 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int, compile_seconds
         closed_form_not_covered=None,
         communication=None,
         closed_form_ring_bytes=None,
-        compile_seconds=round(compile_seconds, 2),
+        compile_seconds=None,
         **program.compiler_of(setup.place.mesh),
         **program.UNKNOWN,
     )
@@ -55,9 +58,7 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     config, place, functions = setup.config, setup.place, setup.functions
     abstract = functions.abstract_state
     params, model_state = map(_named_variables, (abstract.params, abstract.model_state))
-    activations = layouts_of_activations(
-        functions, config.batch_size, setup.image_size, len(setup.data.class_names)
-    )
+    activations = setup.activations
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
         placement=[
@@ -77,13 +78,15 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     yield found
     side, collectives = setup.image_size, found["collectives"]
     images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
-    network = nnx.eval_shape(lambda: functions.make_model(nnx.Rngs(0)))
     theory = None
+    network = functions.abstract_model
     reason = coverage.covers(place, network, images, activations, params, collectives)
     if reason is None:
         each = microbatch.updates_each(functions.microbatch)
         updates = config.batch_size // config.dense_microbatch if each else 1
-        theory = communication.closed_form(place, activations, params, itemsize, updates)
+        feed, _ = setup.feeds
+        images = feed.exchanged_bytes if isinstance(feed, Sharded) else 0
+        theory = communication.closed_form(place, activations, params, itemsize, updates, images)
     yield dict(
         closed_form=theory,
         closed_form_not_covered=reason,
@@ -113,10 +116,9 @@ def layouts_of_activations(
     place = dataclasses.replace(
         functions.place, record=lambda name, axes, x: seen.append((name, axes, x.shape))
     )
-    model = nnx.eval_shape(lambda: functions.make_model(nnx.Rngs(0)))
     logits = nnx.eval_shape(
         lambda model, x: model.classify(model.features(x, place), place),
-        model,
+        functions.abstract_model,
         jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32),
     )
     if logits.shape != (batch_size, classes):

@@ -1,13 +1,15 @@
 """Compile the programs of a run, and report on them."""
 
+import concurrent.futures
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 
-from cnn_spmd.data.feed import DeviceData, Feed
-from cnn_spmd.training import program_report
+from cnn_spmd.data.feed import DeviceData
+from cnn_spmd.data.sharded import Indices
+from cnn_spmd.training import program_report, startup
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.evaluate import Evaluator
 from cnn_spmd.training.timetable import Chunk
@@ -25,37 +27,56 @@ jax.monitoring.register_event_listener(_note_cache_hit)
 
 
 class Programs(NamedTuple):
-    """The compiled programs of a run, the feeds of their images, and a report."""
+    """The compiled programs of a run, and a report on the train program."""
 
     train: dict[int, jax.stages.Compiled]  # by the number of steps of a chunk
-    train_feed: Feed
     evaluate: Evaluator
+    init: jax.stages.Compiled  # of a seed: the state at step 0
+    all_finite: jax.stages.Compiled  # of (parameters, model state): whether all elements are
     report: dict  # what program.json holds
-
-    def put_data_on_devices(self) -> None:
-        """Put the data set on the devices, unless it is streamed."""
-        self.train_feed.load()
-        self.evaluate.feed.load()
 
 
 def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
-    """Compile a train program for each length of a chunk, and the evaluation program."""
+    """Compile the programs of a run side by side, while the data set moves to the devices.
+
+    This thread traces them; the train step comes first, as it takes longest to compile. Meanwhile
+    XLA compiles, and JAX copies, in other threads.
+    """
     n = setup.config.steps_per_call
-    hits = len(_cache_hits)
-    since = time.perf_counter()
-    train = {steps: setup.train_program(steps) for steps in {n, *(chunk.steps for chunk in chunks)}}
-    train_feed, test_feed = setup.feeds
-    evaluate = Evaluator(setup, test_feed)
-    report = program_report.report_of(setup, train[n], n, time.perf_counter() - since)
+    # One after another: XLA tries how a kernel runs best, and the next program finds that out
+    # from the cache.
+    lengths = dict.fromkeys([n, *(chunk.steps for chunk in chunks)])
+    hits, since = len(_cache_hits), time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+
+        def start(stage: str, function: Callable, *arguments) -> concurrent.futures.Future:
+            return pool.submit(startup.stage(stage)(function), *arguments)
+
+        def trace(function: Callable, *arguments) -> jax.stages.Lowered:
+            return startup.stage("tracing")(function)(*arguments)
+
+        trace(setup.lower_train, n)
+        train = start("compiling", lambda: {steps: setup.train_program(steps) for steps in lengths})
+        moves = [start("moving the data", feed.load) for feed in setup.feeds]
+        others = [
+            start("compiling", trace(lower).compile)
+            for lower in (setup.lower_init, setup.lower_evaluation, setup.lower_all_finite)
+        ]
+        with startup.stage("report"):
+            report = program_report.report_of(setup, train.result()[n], n)
+        init, evaluation, all_finite = (future.result() for future in others)
+        report["compile_seconds"] = round(time.perf_counter() - since, 2)
+        for move in moves:
+            move.result()
     report["programs_from_cache"] = len(_cache_hits) - hits
-    return Programs(train, train_feed, evaluate, report)
+    evaluate = Evaluator(setup, evaluation)
+    return Programs(train.result(), evaluate, init, all_finite, report)
 
 
-def chunk_inputs(
-    setup: Setup, feed: Feed, chunks: Iterable[Chunk]
-) -> Iterator[tuple[DeviceData, jax.Array | None]]:
+def chunk_inputs(setup: Setup, chunks: Iterable[Chunk]) -> Iterator[tuple[DeviceData, Indices]]:
     """Yield what the program of each chunk takes beside the state.
 
     A thread prepares the inputs of a chunk while the chunk before it runs.
     """
+    feed, _ = setup.feeds
     return feed.calls(setup.indices(chunk.start, chunk.steps) for chunk in chunks)

@@ -4,9 +4,10 @@ Nothing here names a mesh axis. `place(x, ...)` constrains an array by its logic
 (sharding/placement.py), and XLA inserts the collectives.
 
 A step sees the examples `indices_B`, which data/order.py makes from seed, step and config; mesh and
-processes do not change them. There are two ways to give them. Where the data set is resident,
+processes do not change them. There are three ways to give them. Where the data set is resident,
 `data` is all of it, on every device, and the step takes data[indices_B]. Where it is streamed,
-`data` holds just the examples, and the indices are None (data/feed.py).
+`data` holds just the examples, and the indices are None (data/feed.py). Where it is sharded, each
+device holds a part of it, and a Plan takes the indices' place (data/sharded.py).
 
 With `dense_microbatch`, microbatch.train_step takes the place of train_step: the dense layers then
 see one part of the batch after another.
@@ -27,6 +28,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from cnn_spmd.data import sharded
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.feed import DeviceData, labels_of
 from cnn_spmd.errors import UserError
@@ -71,10 +73,14 @@ class StepFunctions:
         return TrainState(jnp.zeros((), jnp.int32), seed, params, model_state, optimizer_state)
 
     @functools.cached_property
+    def abstract_model(self) -> nnx.Module:
+        """Return the network with shapes and dtypes in place of its arrays."""
+        return nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0)))
+
+    @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """Return the network without its arrays."""
-        graph, _ = nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0))))
-        return graph
+        return nnx.graphdef(self.abstract_model)
 
     def model(self, params: nnx.State, model_state: nnx.State) -> nnx.Module:
         """Return the network with these arrays.
@@ -86,7 +92,7 @@ class StepFunctions:
     # ---- The train step.
 
     def batch(
-        self, state: TrainState, data: DeviceData, indices_B: jax.Array | None
+        self, state: TrainState, data: DeviceData, indices_B: sharded.Indices
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return images float32 [B, H, W, C], labels [B] and a dropout key.
 
@@ -96,6 +102,7 @@ class StepFunctions:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         crop_key, dropout_key = jax.random.split(key)
         colour_key = jax.random.fold_in(key, 2)
+        data, indices_B = sharded.exchanged(self.place, data, indices_B)
         images_BHWC = self.preprocessing.train_images(data.images, indices_B, crop_key, colour_key)
         images_BHWC = self.place(images_BHWC, "conv_batch", None, None, None)
         labels_B = self.place(labels_of(data, indices_B), "output_batch")
@@ -140,7 +147,7 @@ class StepFunctions:
         self,
         state: TrainState,
         data: DeviceData,
-        indices_B: jax.Array | None,
+        indices_B: sharded.Indices,
         weights: nnx.State | None = None,
     ) -> tuple[nnx.State, dict, nnx.State]:
         """Return the gradient of the loss, loss and accuracy [], and the new model state.
@@ -184,7 +191,7 @@ class StepFunctions:
         self,
         state: TrainState,
         data: DeviceData,
-        indices_B: jax.Array | None,
+        indices_B: sharded.Indices,
         weights: nnx.State | None = None,
     ) -> tuple[TrainState, dict]:
         """Do one step on the examples `indices_B`; return the new state, loss and accuracy []."""
@@ -194,7 +201,7 @@ class StepFunctions:
         return state, values
 
     def train_chunk(
-        self, state: TrainState, data: DeviceData, indices_SB: jax.Array | None
+        self, state: TrainState, data: DeviceData, indices_SB: sharded.Indices
     ) -> tuple[TrainState, dict]:
         """Do the S steps of a chunk in one program; return the new state, and metrics [S].
 
@@ -249,10 +256,11 @@ class StepFunctions:
         self,
         state: TrainState,
         data: DeviceData,
-        indices_B: jax.Array | None,
+        indices_B: sharded.Indices,
         mask_B: jax.Array,
     ) -> dict:
         """Sum each of METRICS over the examples with a True mask, and count them as `examples`."""
+        data, indices_B = sharded.exchanged(self.place, data, indices_B)
         images = data.images if indices_B is None else data.images[indices_B]
         scores_BC = self.scores(state, images)
         labels_B = self.place(labels_of(data, indices_B), "output_batch")
@@ -279,10 +287,9 @@ class StepFunctions:
             self.place.of_state(state),
         )
 
-    def jit_init(self) -> Callable[[], TrainState]:
+    def jit_init(self) -> Callable[[jax.Array], TrainState]:
         """Jit `init`. The state is created sharded: no device ever holds a split array whole."""
-        jitted = jax.jit(self.init, out_shardings=self.place.of_state(self.abstract_state))
-        return functools.partial(jitted, np.uint32(self.seed))
+        return jax.jit(self.init, out_shardings=self.place.of_state(self.abstract_state))
 
     def jit_train(self) -> Callable:
         """Jit `train_chunk`. The state is donated: the new state takes the old one's memory.

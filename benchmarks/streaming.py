@@ -1,0 +1,149 @@
+"""Time training on images that lie on the devices, and on images streamed from the host, in turn.
+
+  python benchmarks/streaming.py
+  python benchmarks/streaming.py --batches 8 --image_size 40 --crop 32 --examples 64 --seconds 0.1
+                                 tries this script on a CPU
+
+AlexNet with the recipe of experiments/alexnet_cifar.py, on synthetic images of 256x256 and 1000
+classes, cropped to 224x224; in bfloat16 on GPUs. Both sides share the images and run their chunks
+as a run does. Each side chooses the steps of a chunk by itself.
+
+A measurement spans whole chunks, for at least --seconds seconds, from the end of one chunk to the
+end of another. The two sides are measured alternately, --repeats times. The script prints one JSON
+object with all repeats and their medians.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import jax
+import ml_collections
+from speed import card
+
+from cnn_spmd.data import registry
+from cnn_spmd.data.dataset import Dataset
+from cnn_spmd.training import build
+from cnn_spmd.training.provenance import provenance
+from experiments.alexnet_cifar import get_config
+
+CLASSES = 1000
+# Chunks before each measurement. Afterwards the streamed side is no further ahead than in a run.
+WARMUP = 3
+SIDES = dict(resident="yes", streamed="no")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--batches", default="512,128", help="global batches (default: %(default)s)")
+    add("--image_size", type=int, default=256, help="side of the images (default: 256)")
+    add("--crop", type=int, default=224, help="side of what the network sees (default: 224)")
+    add("--examples", type=int, default=20_000, help="training images (default: 20000)")
+    add("--seconds", type=float, default=3.0, help="per measurement (default: 3)")
+    add("--repeats", type=int, default=3, help="measurements of each side (default: 3)")
+    return parser.parse_args()
+
+
+def make_config(args: argparse.Namespace) -> ml_collections.ConfigDict:
+    """Return the config that both sides and all batches share."""
+    config = get_config()
+    config.mesh.update(dict(data=1, model=1))
+    # The learning-rate schedule spans more steps than are measured.
+    config.steps = 10**6
+    config.data.update(dict(name="synthetic", crop=args.crop, crop_pad=0))
+    config.data.synthetic.update(
+        dict(
+            image_size=args.image_size,
+            classes=CLASSES,
+            train_examples=args.examples,
+            test_examples=1,
+        )
+    )
+    # As in ours.py. The recipe's own settings are for small images.
+    config.optimizer.update(dict(learning_rate=0.01, clip_norm=0.0))
+    return config
+
+
+class Side:
+    """A training that goes on from measurement to measurement, with one kind of feed."""
+
+    def __init__(self, config: ml_collections.ConfigDict, data: Dataset, resident: str):
+        config = config.copy_and_resolve_references()
+        config.data.resident = resident
+        self.setup = build.prepare(config, data=data)
+        self.steps_per_call = self.setup.config.steps_per_call
+        self.program = self.setup.train_program(self.steps_per_call)
+        self.feed, _ = self.setup.feeds
+        self.feed.load()
+        self.state = self.setup.init()
+        n = self.steps_per_call
+        self.inputs = self.feed.calls(self.setup.indices(at, n) for at in itertools.count(0, n))
+        self.rates: list[int] = []
+
+    def measure(self, seconds: float) -> None:
+        """Train for WARMUP chunks and then for `seconds` or more; note the images per second."""
+        ends: list[float] = []  # of chunks
+        values = None
+        while len(ends) <= WARMUP or ends[-1] - ends[WARMUP] < seconds:
+            before = values
+            self.state, values = self.program(self.state, *next(self.inputs))
+            if before is not None:
+                # The host is at most one chunk ahead of the devices, as in training/loop.py.
+                jax.block_until_ready(before)
+                ends.append(time.perf_counter())
+        jax.block_until_ready((self.state, values))
+        loss = float(values["loss"][-1])
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"loss is {loss}")
+        images = (len(ends) - 1 - WARMUP) * self.steps_per_call * self.setup.config.batch_size
+        self.rates.append(round(images / (ends[-1] - ends[WARMUP])))
+
+
+def compare(args: argparse.Namespace, config: ml_collections.ConfigDict, data: Dataset) -> dict:
+    """Return the images per second of both sides."""
+    sides = {name: Side(config, data, resident) for name, resident in SIDES.items()}
+    for _ in range(args.repeats):
+        for side in sides.values():
+            side.measure(args.seconds)
+    row = dict(
+        batch_size=config.batch_size,
+        image_size=args.image_size,
+        crop=args.crop,
+        examples=args.examples,
+        dtype=sides["streamed"].setup.config.dtype,
+        page_locked=sides["streamed"].feed.page_locked,
+    )
+    for name, side in sides.items():
+        row[f"{name}_images_per_second"] = statistics.median(side.rates)
+        row[f"{name}_repeats"] = side.rates
+        row[f"{name}_steps_per_call"] = side.steps_per_call
+        side.inputs.close()
+    row["ratio"] = round(row["streamed_images_per_second"] / row["resident_images_per_second"], 4)
+    return row
+
+
+def main() -> None:
+    """Measure all batches and print one line of JSON."""
+    args = parse_arguments()
+    config = make_config(args)
+    data = registry.load(config.data)
+    result = dict(hardware=card(), **provenance(), streaming=[])
+    for batch_size in map(int, args.batches.split(",")):
+        config.batch_size = batch_size
+        result["streaming"].append(compare(args, config, data))
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
