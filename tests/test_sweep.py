@@ -574,6 +574,7 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
     cache = dict(
         JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_TRACEBACK_IN_LOCATIONS_LIMIT="100",  # jax's default
     )
     surroundings = dict(PYTHONPATH=str(tmp_path), JAX_ENABLE_X64="1")
     out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", **surroundings, **cache))
