@@ -126,18 +126,6 @@ def test_the_second_load_comes_from_the_kept_arrays(tmp_path, monkeypatch, capfd
     assert "preparing" not in capfd.readouterr().err
 
 
-def test_the_shapes_are_known_before_anything_is_read(tmp_path):
-    path, expected = write_archive(tmp_path)
-    path.write_bytes(b"no archive")
-    seen = []
-    with pytest.raises(UserError, match="damaged"):
-        registry.load(config(dir=str(path)), seen.append)
-    (preview,) = seen
-    assert (preview.name, preview.class_names) == ("cifar10", cifar10_archive.CLASS_NAMES)
-    for key, array in preview.arrays.items():
-        assert (array.shape, array.dtype) == (expected[key].shape, expected[key].dtype)
-
-
 def test_another_archive_is_not_served_from_the_cache(tmp_path):
     path, first = write_archive(tmp_path / "a", seed=0)
     other, second = write_archive(tmp_path / "b", seed=1)

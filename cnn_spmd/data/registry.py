@@ -5,7 +5,6 @@ an entry for it too: then fields that it does not use are refused when they are 
 """
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 import ml_collections
 from absl import logging
 
-from cnn_spmd.data import cifar10, cifar10_archive, digest, photographs, prepared, tfds
-from cnn_spmd.data.dataset import Dataset, Unread, blank_arrays
+from cnn_spmd.data import cifar10, cifar10_archive, digest, photographs, tfds
+from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
 from cnn_spmd.errors import UserError
@@ -27,21 +26,49 @@ def load(
 ) -> Dataset:
     """Return the data set that config.data describes, with the digest of its arrays.
 
-    data: a ConfigDict in which the numbers are valid. check: called with zeros of the same shapes
-    before CIFAR-10 is read or photographs are decoded, so that a bad config fails at once.
-
-    Raises UserError for an unknown name and for what the loader refuses. It also does so for arrays
-    of another form than Dataset has, and for data that do not fit in memory.
+    It does what `find` and `read` do. Raises UserError as they do.
     """
+    return read(data, find(data), check)
+
+
+def find(data: ml_collections.ConfigDict) -> Dataset | Unread:
+    """Return the data set that config.data describes, or Unread where reading takes long.
+
+    data: a ConfigDict in which the numbers are valid. Raises UserError for an unknown name, for
+    what the loader refuses, for arrays of another form than Dataset has, and for data that do not
+    fit in memory.
+    """
+    return _checked(data, lambda: loader_of(data)(data))
+
+
+def read(
+    data: ml_collections.ConfigDict,
+    found: Dataset | Unread,
+    check: Callable[[Dataset], object] = lambda _: None,
+) -> Dataset:
+    """Return the data set that `find` has found.
+
+    check: called with zeros of the same shapes before photographs are decoded, so that a bad config
+    fails in seconds. Raises UserError as `find`.
+    """
+    if isinstance(found, Dataset):
+        return found
+    check(found.preview)
+    return _checked(data, found.read)
+
+
+def _checked(
+    data: ml_collections.ConfigDict, load: Callable[[], Dataset | Unread]
+) -> Dataset | Unread:
+    """Return what `load` returns; a Dataset is checked, and gets a digest."""
     try:
-        found = loader_of(data)(data)
-        if isinstance(found, Unread):
-            check(found.preview)
-            found = found.read()
+        found = load()
     except MemoryError as error:
         raise UserError(
             f"data.name={data.name}: does not fit in this machine's memory ({error})"
         ) from None
+    if isinstance(found, Unread):
+        return found
     if not isinstance(found, Dataset):
         raise UserError(
             f"data.name={data.name}: its loader returns {type(found).__name__}, expected a Dataset"
@@ -65,8 +92,8 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
     )
 
 
-def load_cifar10(data: ml_collections.ConfigDict) -> Dataset | Unread:
-    """Find CIFAR-10; or load the digits, where it is missing and data.fallback says so.
+def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
+    """Load CIFAR-10; or the digits, where it is missing and data.fallback says so.
 
     Raises UserError for a wrong data.dir, and where CIFAR-10 is missing and data.fallback is "".
     """
@@ -76,34 +103,21 @@ def load_cifar10(data: ml_collections.ConfigDict) -> Dataset | Unread:
             "error"
         )
     try:
-        source = cifar10.find(data.dir)
+        found = cifar10.read(cifar10.find(data.dir))
     except cifar10.Unreachable as error:
         if not data.fallback:
             message = f"data.name=cifar10: {error}; {cifar10.REMEDY}"
             raise cifar10.Unreachable(message) from error
         warn_of_digits(str(error))
         return dataclasses.replace(load_digits(data), fallback="cifar10")
-    blank = blank_arrays(cifar10_archive.examples(), cifar10_archive.SHAPE_HWC[0])
-    read = functools.partial(read_cifar10, source, data.dir)
-    return Unread(make_cifar10(prepared.Prepared(blank, digest="")), read)
-
-
-def read_cifar10(source: Path, data_dir: str) -> Dataset:
-    """Read what cifar10.find has found; warn where it is another data set in the same form."""
-    found = cifar10.read(source)
     if found.digest != cifar10_archive.DIGEST:
         logging.warning(
             "data.dir=%s: these are not CIFAR-10's pixels and labels (their digest is %s, "
             "CIFAR-10's %s). Using them all the same.",
-            data_dir,
+            data.dir,
             found.digest,
             cifar10_archive.DIGEST,
         )
-    return make_cifar10(found)
-
-
-def make_cifar10(found: prepared.Prepared) -> Dataset:
-    """Return CIFAR-10's arrays, or zeros that stand for them, as a Dataset."""
     names = cifar10_archive.CLASS_NAMES
     return Dataset(name="cifar10", **found.arrays, class_names=names, digest=found.digest)
 

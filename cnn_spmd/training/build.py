@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from cnn_spmd import models
 from cnn_spmd.analysis import program
 from cnn_spmd.data import order, registry, statistics, streaming
 from cnn_spmd.data.augment import Preprocessing
-from cnn_spmd.data.dataset import Dataset
+from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.feed import Feed, Resident
 from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
@@ -45,6 +44,7 @@ class Setup:
     data: Dataset
     place: Placement
     functions: StepFunctions
+    memory: float | None = None  # bytes that each device can hold; None where nobody knows
     # By the number of steps. A dict, as a cached_property would not be safe in threads.
     _lowered: dict[int, jax.stages.Lowered] = dataclasses.field(default_factory=dict)
     _train_programs: dict[int, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
@@ -194,28 +194,31 @@ def all_finite(arrays: Any) -> jax.Array:
 def prepare(
     config: ml_collections.ConfigDict,
     devices: list | None = None,
-    data: Dataset | None = None,
+    data: Dataset | Unread | None = None,
     check: Callable[[Setup], object] = lambda _: None,
     levers: Sequence[str] | None = None,
 ) -> Setup:
     """Return the Setup of a config: mesh, data, network and step functions.
 
-    devices: None stands for all that JAX finds. data: the config's data set, where it is loaded
-    already. check: called with the finished Setup. It is also called once before photographs are
-    decoded, with zeros of the same shape, so that a bad config fails in seconds. levers: the fast
-    forms to use, instead of all or none as model.fast says (layers/common.py); for benchmarks.
+    devices: None stands for all that JAX finds. data: the config's data set, where registry.find
+    has found it already. check: called with the finished Setup. It is also called once before
+    photographs are decoded, with zeros of the same shape, so that a bad config fails in seconds.
+    levers: the fast forms to use, instead of all or none as model.fast says (layers/common.py); for
+    benchmarks.
     Raises UserError for all that is wrong in a config, except for its workdir.
     """
     configs.validate(config)
     sizes = config.mesh.to_dict().values()
     rows = config.placement.to_dict()
     place = Placement(mesh.make(*sizes, devices=devices), config.parallelism, rows)
-    if devices is None:
-        threading.Thread(target=reserve_memory, args=[place], daemon=True).start()
     memory = device_memory(place)
+    if devices is None:
+        startup.background("memory", reserve_memory, place)
     assemble = functools.partial(_assemble, config, place, memory, levers, check)
-    with startup.stage("data"):
-        data = data or registry.load(config.data, assemble)
+    if data is None:
+        with startup.stage("data"):
+            data = registry.find(config.data)
+    data = registry.read(config.data, data, assemble)
     with startup.stage("network"):
         setup = assemble(data)
     cluster.agree(setup.saved_config)  # each process decides on the fallback by itself
@@ -240,7 +243,7 @@ def _assemble(
     if data.fallback:
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
-    setup = Setup(config, data, place, make_functions(config, data, place, levers))
+    setup = Setup(config, data, place, make_functions(config, data, place, levers), memory)
     _ = setup.activations, setup.functions.abstract_state  # for their errors
     check(setup)
     return setup
@@ -251,11 +254,8 @@ def reserve_memory(place: Placement) -> None:
 
     That takes a second or two, in which the host has other work.
     """
-    with startup.stage("memory"):
-        for device in place.mesh.local_devices:
-            # A program, as jax.device_put would stop all of Python meanwhile.
-            here = jax.sharding.SingleDeviceSharding(device)
-            jax.jit(lambda: jnp.uint8(0), out_shardings=here)().block_until_ready()
+    for device in place.mesh.local_devices:
+        jax.device_put(np.uint8(0), device).block_until_ready()
 
 
 def device_memory(place: Placement) -> float | None:
@@ -271,9 +271,8 @@ def device_memory(place: Placement) -> float | None:
 
 def refuse_beyond_memory(setup: Setup) -> None:
     """Raise UserError where a run's state, a shard or streamed images do not fit in memory."""
-    config, here = setup.config, setup.place.mesh.local_devices
-    machine = configs.machine_memory()
-    per_device = (here[0].memory_stats() or {}).get("bytes_limit") or machine / len(here)
+    config, machine = setup.config, configs.machine_memory()
+    per_device = setup.memory or machine / len(setup.place.mesh.local_devices)
     abstract = setup.functions.abstract_state
     state = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
     fields = f"model.name={config.model.name}, model.width={config.model.width}"

@@ -6,6 +6,7 @@ import pathlib
 import ml_collections
 
 from cnn_spmd.analysis import program
+from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build
 from cnn_spmd.training.terminal import say
@@ -13,15 +14,19 @@ from cnn_spmd.training.workdir import locked_run, write_run_file
 
 
 def dry_run(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path | None, devices: list | None = None
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path | None,
+    devices: list | None = None,
+    data: Dataset | Unread | None = None,
 ) -> dict:
     """Compile the train step, print the report and return it.
 
     workdir: write the report there as program.json. devices: compile for these, which may be those
     of a machine that is not here (analysis/target.py); None means the devices of this machine.
+    data: the config's data set, where it is found already.
     Raises UserError for bad input, and for a workdir that holds a run.
     """
-    setup = build.prepare(config, devices)
+    setup = build.prepare(config, devices, data)
     with contextlib.ExitStack() as stack:
         if workdir:
             stack.enter_context(locked_run(workdir, setup.saved_config))

@@ -26,6 +26,7 @@ import numpy as np
 
 from cnn_spmd import config as configs
 from cnn_spmd.analysis import program
+from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.training import build, cluster, resume
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.checkpoint import Checkpoints, SaveError
@@ -45,10 +46,14 @@ class NonFinite(RuntimeError):
     """A loss or the state is not finite; the run ends and keeps its checkpoints."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path | str) -> dict:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path | str,
+    data: Dataset | Unread | None = None,
+) -> dict:
     """Train the run of `config` in `workdir`, or resume it; return its summary.
 
-    The summary is what summary.json holds.
+    The summary is what summary.json holds. data: the config's data set, where it is found already.
     Raises UserError for bad input, before anything is compiled; KeyboardInterrupt for a signal
     before the data are loaded; NonFinite if training diverges; SaveError if a save fails.
     """
@@ -60,7 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path | str) -> dic
         with locked_run(workdir, setup.saved_config):
             pass
 
-    setup = build.prepare(config, check=refuse_early)
+    setup = build.prepare(config, data=data, check=refuse_early)
     with Interrupt() as interrupt:  # from here on, a signal is noted and does not kill
         interrupt.raise_if_requested()
         with locked_run(workdir, setup.saved_config) as old_summary:

@@ -3,11 +3,13 @@
 Stages may overlap: while one thread traces a program, others compile and copy.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _stages: list[dict] = []
 # When a sweep's worker got the command that it runs; None in a process of one command.
@@ -52,3 +54,23 @@ def stage(name: str, since: float | None = None) -> Iterator[None]:
 def stages() -> list[dict]:
     """Return the stages so far, each with its begin and end in seconds after the command."""
     return sorted(_stages, key=lambda stage: stage["begin"])
+
+
+def background(name: str, function: Callable, *arguments) -> concurrent.futures.Future:
+    """Call a function in a thread, as a stage; return its result as a future.
+
+    Python does not wait for the thread when it exits, unlike for those of an executor.
+    """
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            with stage(name):
+                result = function(*arguments)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
