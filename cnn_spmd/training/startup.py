@@ -12,10 +12,24 @@ import time
 from collections.abc import Callable, Iterator
 
 _stages: list[dict] = []
+# When a sweep's worker got the command that it runs; None in a process of one command.
+_command_began: float | None = None
+
+
+def begin_command() -> None:
+    """Count from now on, as the process of this command has run others before."""
+    global _command_began
+    _command_began = time.monotonic()
+    _stages.clear()
 
 
 def process_seconds() -> float | None:
-    """Return the age of this process in seconds; None where there is no /proc."""
+    """Return the age of this process in seconds, or that of its command in a sweep's worker.
+
+    It is None where there is no /proc.
+    """
+    if _command_began is not None:
+        return round(time.monotonic() - _command_began, 2)
     try:
         stat = pathlib.Path("/proc/self/stat").read_text()
     except OSError:
