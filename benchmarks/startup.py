@@ -8,7 +8,8 @@ Each measurement is a command of its own, as a user types it:
   cold      experiments/alexnet_cifar.py for a few steps, with an empty compilation cache
   warm      the same again, with the programs in the cache
   result    the whole experiment, to its final accuracy, with the programs in the cache
-  sweep     12 runs of 100 steps (4 learning rates x 3 seeds), with the programs in the cache
+  sweep     12 runs of 100 steps (4 learning rates x 3 seeds), with the programs in the cache,
+            which a first sweep fills
 
 `first_step_seconds` is summary.json's startup_seconds: from the start of the process to the end of
 the first chunk. The others are seconds of a wall clock around the command. The script writes one
@@ -64,9 +65,8 @@ class Bench:
         workdir = self.folder / f"{name}-{self.count}"
         shared = QUICK if self.args.quick else (f"--config.data.dir={self.args.data_dir}",)
         command = [sys.executable, "launch.py", f"--config={EXPERIMENT}", *shared, *flags]
-        environment = os.environ | dict(
-            XDG_CACHE_HOME=str(self.folder / cache), TFDS_DATA_DIR=str(self.folder / cache)
-        )
+        caches = ("XDG_CACHE_HOME", "TFDS_DATA_DIR", "CUDA_CACHE_PATH")
+        environment = os.environ | dict.fromkeys(caches, str(self.folder / cache))
         since = time.perf_counter()
         done = subprocess.run(
             [*command, f"--workdir={workdir}"],
@@ -151,13 +151,13 @@ def main() -> None:
         if "cold" in only:
             for i in range(args.repeats):
                 bench.record("cold", bench.measure("cold", f"cache-{i}", *few), args.output)
-        else:
+        elif {"warm", "result"} & {*only}:
             bench.measure("cache", "cache-0", *few)
         for name, flags in (("warm", few), ("result", whole), ("sweep", sweep)):
             if name not in only:
                 continue
-            if flags not in (few, whole):
-                bench.measure(f"{name}-cache", "cache-0", *flags)
+            if name == "sweep":
+                bench.measure("sweep-cache", "cache-0", *flags)
             for _ in range(args.repeats):
                 bench.record(name, bench.measure(name, "cache-0", *flags), args.output)
 

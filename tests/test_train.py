@@ -372,7 +372,7 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
                 steps=10**7,
                 data=dict(resident="no", crop=8, synthetic=dict(image_size=1024)),
             ),
-            r"steps_per_call=100000, batch_size=16: needs 5,033\.2 GB",
+            r"steps_per_call=100000, batch_size=16: needs 10,066\.3 GB",
         ),
         (
             dict(optimizer=dict(weight_decays=dict(fc9=1.0))),
@@ -733,7 +733,7 @@ def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeyp
         test_labels=data.test_labels * 0,
         test_images=data.test_images // 4,
     )
-    monkeypatch.setattr(registry, "load", lambda *_: data)
+    monkeypatch.setattr(registry, "find", lambda *_: data)
     seen = []
     monkeypatch.setattr(
         statistics,

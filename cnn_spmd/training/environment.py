@@ -183,6 +183,8 @@ def cache_programs() -> None:
     # The lines of code that made a program are such metadata, too. They would give it other keys in
     # a sweep's worker, and after each edit.
     jax.config.update("jax_traceback_in_locations_limit", 0)
+    # By default, programs that compile within a second are compiled again by each command.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnn_spmd"
