@@ -65,6 +65,14 @@ def read(source: Path) -> prepared.Prepared:
     that another archive never gets these arrays. They are compared with their digest when they are
     read again. Raises UserError for a missing, damaged or wrong source.
     """
+    files = [source] if source.is_file() else sorted(source.iterdir())
+    statuses = [path.stat() for path in files]
+    return _read(source, tuple((status.st_mtime_ns, status.st_size) for status in statuses))
+
+
+@functools.lru_cache(maxsize=1)  # the runs of a sweep share a process, and mostly their data
+def _read(source: Path, _: tuple) -> prepared.Prepared:
+    """Do what `read` does; the second argument changes when a file of the source does."""
     if source == kept_folder("official"):
         return prepared.keep(source, replace_damaged, "CIFAR-10")
     if source.is_dir() and not is_of_tfds(source):
