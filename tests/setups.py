@@ -193,7 +193,7 @@ def computed(name: str, parallelism: str, shape: tuple[int, int]) -> dict:
             },
             gradients=gather(gradients),
             params=gather(state.params),
-            report=program_report.report_of(setup, compiled, 1, 0.0),
+            report=program_report.report_of(setup, compiled, 1),
         )
 
 

@@ -10,7 +10,7 @@ from setups import gather, narrow, setup_of, trained  # noqa: F401
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import sharded
-from cnn_spmd.data.feed import Feed
+from cnn_spmd.data.feed import Resident
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build
 from cnn_spmd.training.evaluate import Evaluator
@@ -124,7 +124,7 @@ def test_a_batch_in_order_takes_equally_many_from_each_device():
 
 def test_on_one_device_the_programs_are_those_of_resident_data():
     setup = setup_of("simple_cnn", "data", (1, 1), data=dict(resident="sharded"))
-    assert [(type(feed), feed.resident) for feed in setup.feeds] == [(Feed, True)] * 2
+    assert [type(feed) for feed in setup.feeds] == [Resident] * 2
 
 
 @pytest.mark.parametrize(
