@@ -73,6 +73,11 @@ SCHEMA = {
     "model.name": Field("alexnet", "network: a name in cnn_spmd/models"),
     "model.width": Field(4096, "units of each hidden dense layer", low=1, high=10**6),
     "model.dropout": Field(0.5, "share of hidden dense units that are dropped", low=0.0, below=1.0),
+    "model.batch_norm": Field(
+        "global",
+        "statistics of batch norm: of the global batch; per_device: as papers, depends on the mesh",
+        choices=("global", "per_device"),
+    ),
     "model.fast": Field(True, "fast forms of layers and gradients; False: the plain forms"),
     "dense_microbatch": Field(
         0, "examples that the dense layers see at a time (variable batch); 0: the batch", low=0
