@@ -66,7 +66,9 @@ def test_one_step_on_eight_devices_against_numpy(per_device, groups, levers):
     place = Placement(mesh.make(4, 2), "data")
     with jax.enable_x64(True):
         got = jax.jit(program(place, per_device, levers))(jnp.array(X), jnp.array(GRADIENT))
-    each = [expected(*pair) for pair in zip(*(np.split(a, groups) for a in (X, GRADIENT)))]
+    each = [
+        expected(*pair) for pair in zip(*(np.split(a, groups) for a in (X, GRADIENT)), strict=True)
+    ]
     joins = dict(y=np.concatenate, by_x=np.concatenate, scale=np.sum, bias=np.sum)
     for name, array in got.items():
         join = joins.get(name, np.mean)
@@ -82,8 +84,11 @@ def test_what_devices_sum(per_device, affine, reduced):
     """Two numbers per channel in each direction; nothing that a device waits for per device."""
     place = Placement(mesh.make(4, 2), "data")
     train = program(place, per_device, ("own_gradients",), affine)
-    shapes = [jax.ShapeDtypeStruct(X.shape, jnp.float32, sharding=place.sharding(
-        ("conv_batch", None, None, None), X.shape))] * 2
+    shapes = [
+        jax.ShapeDtypeStruct(
+            X.shape, jnp.float32, sharding=place.sharding(("conv_batch", None, None, None), X.shape)
+        )
+    ] * 2
     text = jax.jit(train).lower(*shapes).compile().as_text()
     found = hlo.parse_collectives(text, place.mesh.shape)
     assert {c.operation for c in found} == {"all-reduce"}

@@ -10,7 +10,7 @@ For 32x32 the windows of the convolutions are 3x3 and without strides, as in
 models/alexnet_2012_small.py.
 """
 
-from cnn_spmd.models.alexnet_2012 import CHANNELS
+from cnn_spmd.models import alexnet_2012
 from cnn_spmd.models.stack import BatchNorm, Conv, Hidden, MaxPool, Output, Stack
 
 NORM = BatchNorm(epsilon=1e-4, momentum=0.9)
@@ -20,7 +20,7 @@ def layers(image_size: int) -> tuple:
     """Return the layers for images of this side: 32 pixels, or those of photographs."""
     small = image_size <= 32
     pool = MaxPool(3, 2, ceil=small)
-    one, two, three, four, five = CHANNELS
+    one, two, three, four, five = alexnet_2012.CHANNELS
     start = dict(std=0.01, bias=0.01)
     grouped = dict(start, groups=2)
     return (
