@@ -49,7 +49,7 @@ def get_config(variant: str = "20") -> ml_collections.ConfigDict:
     config = cnn_spmd.config.default()
     config.experiment = f"resnet_cifar_{variant}"
     config.model.name = variant if variant.startswith("plain") else f"resnet_{variant}"
-    config.data.update(fallback="digits", normalise="pixel_mean", crop_pad=4, flip=True)
+    config.data.update(normalise="pixel_mean", crop_pad=4, flip=True)
     config.batch_size = 128
     config.epochs = 0
     config.steps = STEPS

@@ -265,7 +265,7 @@ def _layer(
     given = activations[f"{name} input"]
     statistics = _statistics(place, own, itemsize)
     if statistics or not own:
-        return Layer(name, given, given, (), (), {}, False, statistics)
+        return Layer(name, given, given, (), (), {}, is_dense=False, statistics=statistics)
     unknown = own.keys() - {f"{name}.kernel", f"{name}.bias"}
     if unknown or f"{name}.kernel" not in own or f"{name} output" not in activations:
         raise NotCovered(

@@ -43,7 +43,7 @@ USES: dict[str, tuple[str, ...]] = {
     "alexnet": ("model.width", "model.dropout"),
     "alexnet_2012": ("model.width", "model.dropout"),
     "simple_cnn": (),
-    "alexnet_bn": ("model.width", "model.dropout", "model.batch_norm"),
+    "alexnet_bn": stack.uses(alexnet_bn.layers(32)),
     **dict.fromkeys(resnet.NETS, ("model.batch_norm",)),
     **{name: stack.uses(net) for name, net in STACKS.items()},
 }
