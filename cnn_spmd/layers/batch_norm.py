@@ -78,7 +78,8 @@ class BatchNorm(nnx.Module):
         """Move a running average towards the mean over the groups."""
         now_C = jax.lax.stop_gradient(now_GC).mean(0)
         average_C = self.momentum * running[...] + (1 - self.momentum) * now_C
-        running[...] = average_C.astype(running.dtype)
+        # Not running[...] = ...: while JAX traces, that takes longer with each operation before it.
+        running.set_value(average_C.astype(running.dtype))
 
 
 def _plain_norm(x_GNHWC, scale_C, bias_C, epsilon):
