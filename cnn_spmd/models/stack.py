@@ -199,7 +199,10 @@ class ResponseNorm:
 
 @dataclasses.dataclass(frozen=True)
 class BatchNorm:
-    """A batch_norm.BatchNorm without scale and bias; Stack sets per_device."""
+    """A batch_norm.BatchNorm without scale and bias; Stack sets per_device.
+
+    epsilon, momentum: as there.
+    """
 
     prefix: ClassVar[str] = "norm"
 
@@ -277,8 +280,8 @@ def uses(net: Iterable) -> tuple[str, ...]:
     hidden = [layer for layer in net if isinstance(layer, Hidden)]
     width = ("model.width",) if any(layer.units is None for layer in hidden) else ()
     dropout = ("model.dropout",) if any(layer.dropout is None for layer in hidden) else ()
-    batch_norm = any(isinstance(layer, BatchNorm) for layer in net)
-    return width + dropout + ("model.batch_norm",) * batch_norm
+    normalised = ("model.batch_norm",) if any(isinstance(layer, BatchNorm) for layer in net) else ()
+    return width + dropout + normalised
 
 
 class Stack(nnx.Module):
