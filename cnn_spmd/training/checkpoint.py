@@ -62,6 +62,17 @@ def _orbax() -> Any:
     return v1
 
 
+def _save_async(path: pathlib.Path, named: dict[str, jax.Array]) -> Any:
+    """Let Orbax write arrays in the background; return its response.
+
+    Weights hardly become smaller by compression, which takes far longer than writing them.
+    """
+    context = _orbax().Context()
+    context.array.saving.use_compression = False
+    with context:
+        return _orbax().save_async(path, named, overwrite=True)
+
+
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the earlier ones are untouched."""
 
@@ -299,7 +310,7 @@ class Checkpoints:
         named = _arrays_by_name(state)
         try:
             self._check_disk(sum(array.nbytes for array in named.values()))
-            written = _orbax().save_async(self.directory / f"{SAVING}{step}", named, overwrite=True)
+            written = _save_async(self.directory / f"{SAVING}{step}", named)
         except Exception as error:
             raise self._failed(step, error) from error
         self._pending = _Pending(
