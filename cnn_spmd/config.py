@@ -73,6 +73,11 @@ SCHEMA = {
     "model.name": Field("alexnet", "network: a name in cnn_spmd/models"),
     "model.width": Field(4096, "units of each hidden dense layer", low=1, high=10**6),
     "model.dropout": Field(0.5, "share of hidden dense units that are dropped", low=0.0, below=1.0),
+    "model.batch_norm": Field(
+        "global",
+        "statistics of batch norm: of the global batch, or of each device's part of it",
+        choices=("global", "per_device"),
+    ),
     "model.fast": Field(True, "fast forms of layers and gradients; False: the plain forms"),
     "dense_microbatch": Field(
         0, "examples that the dense layers see at a time (variable batch); 0: the batch", low=0
@@ -199,9 +204,9 @@ SHARDED_SHARE = 0.6
 RESIDENT_BYTES = 4e9
 CHUNK_BYTES = 1e9
 
-# What a resumed run may change, as its numbers do not depend on it. There are two exceptions: the
+# What a resumed run may change, as its numbers do not depend on it. There are three exceptions: the
 # learning rate follows steps and epochs from there on. data.skip_bad may change, as data_digest
-# shows which images are left out.
+# shows which images are left out. With model.batch_norm=per_device numbers depend on the mesh.
 MAY_DIFFER = (
     "mesh",
     "model.fast",

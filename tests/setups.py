@@ -20,7 +20,7 @@ from cnn_spmd import config as configs
 from cnn_spmd import models
 from cnn_spmd.data import feed, order, registry
 from cnn_spmd.data.feed import DeviceData
-from cnn_spmd.models import alexnet, alexnet_2012, stack
+from cnn_spmd.models import alexnet, alexnet_2012, resnet, stack
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement, name_of
 from cnn_spmd.training import build, program_report
@@ -62,10 +62,16 @@ OWN_ROWS = {
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-    """Build AlexNet with few channels, and know the network "stack"."""
+    """Build networks with few channels, and know "stack", "resnet_8" and "plain_8"."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
+    monkeypatch.setattr(resnet, "CHANNELS", (8, 16, 24))
     monkeypatch.setitem(NETWORKS, "stack", functools.partial(stack.Stack, "stack", STACK))
+    for name in ("resnet_8", "plain_8"):
+        shortcuts = name == "resnet_8"
+        network = functools.partial(resnet.ResNet, name, 8, shortcuts=shortcuts)
+        monkeypatch.setitem(NETWORKS, name, network)
+        monkeypatch.setitem(models.USES, name, ("model.batch_norm",))
 
 
 def shipped_config() -> ml_collections.ConfigDict:
@@ -157,10 +163,10 @@ def trained(setup: build.Setup, steps: int) -> tuple[np.ndarray, dict[str, np.nd
 
 @functools.cache
 def computed(name: str, parallelism: str, shape: tuple[int, int]) -> dict:
-    """Return loss, gradients, parameters of a second step, and its program's report.
+    """Return loss, gradients and state of a second step, and its program's report.
 
     The first step is that of one device: it gives all meshes momenta to continue from. `held` maps
-    each parameter's name to the bytes that the first device holds of it.
+    each variable's name to the bytes that the first device holds of it.
     """
     with jax.enable_x64(True):
         setup = setup_of(name, parallelism, shape)
@@ -188,11 +194,14 @@ def computed(name: str, parallelism: str, shape: tuple[int, int]) -> dict:
             loss=float(metrics["loss"]),
             accuracy=float(metrics["accuracy"]),
             held={
-                name_of(path).removesuffix(".value"): leaf.addressable_shards[0].data.nbytes
-                for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+                name_of(path[1:]).removesuffix(".value"): leaf.addressable_shards[0].data.nbytes
+                for path, leaf in jax.tree_util.tree_leaves_with_path(
+                    (state.params, state.model_state)
+                )
             },
             gradients=gather(gradients),
             params=gather(state.params),
+            model_state=gather(state.model_state),
             report=program_report.report_of(setup, compiled, 1),
         )
 

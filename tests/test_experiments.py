@@ -19,6 +19,7 @@ from experiments import (
     deeper_cifar,
     owt_cifar,
     owt_imagenet,
+    resnet_cifar,
 )
 
 
@@ -140,6 +141,30 @@ def test_variants_differ_from_their_control_in_what_they_say():
         <= differ
         <= {"experiment", "model.name", "optimizer.learning_rate"}
     )
+
+
+@pytest.mark.parametrize("variant", resnet_cifar.VARIANTS)
+def test_recipe_of_the_residual_networks(variant, few):
+    """He et al. 2015, section 4.2: a tenth of the rate after 32,000 and 48,000 steps."""
+    config = resnet_cifar.get_config(variant)
+    assert config.experiment == f"resnet_cifar_{variant}"
+    assert config.model.name in (variant, f"resnet_{variant}")
+    assert (config.batch_size, config.steps, config.label_smoothing) == (128, 64_000, 0)
+    data, settings = config.data, config.optimizer
+    assert (data.normalise, data.crop_pad, data.flip, data.colour_noise) == (
+        "pixel_mean",
+        4,
+        True,
+        0,
+    )
+    assert (settings.momentum, settings.nesterov, settings.weight_decay) == (0.9, False, 1e-4)
+    schedule = optim.make_schedule(settings, config.steps, config.batch_size)
+    steps = (400, 31_999, 32_000, 47_999, 48_000, 63_999)
+    rates = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert [float(schedule(step)) for step in steps] == pytest.approx(rates)
+    assert float(schedule(0)) == pytest.approx(0.0 if variant == "110" else 0.1)
+    if variant in ("20", "plain_32"):
+        build.prepare(config, data=few)
 
 
 @pytest.fixture(scope="module")

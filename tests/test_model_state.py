@@ -1,106 +1,90 @@
-"""Model state: batch norm's statistics, on meshes and compared with NumPy."""
+"""Model state: the running averages of batch norm, on meshes and across checkpoints."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from setups import (
-    NETWORKS,
     gather,
-    indices_of,
-    network,
-    on_devices,
+    narrow,  # noqa: F401  (a fixture)
     setup_of,
 )
 
-from cnn_spmd.layers import dense
+from cnn_spmd.training import checkpoint
 
-
-class Norm(nnx.Module):
-    """Batch norm with running statistics in float32, whatever it computes in."""
-
-    def __init__(self, channels):
-        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
-        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
-        self.variance = nnx.BatchStat(jnp.ones(channels, jnp.float32))
-
-    def __call__(self, x_NHWC, train):
-        mean_C, variance_C = self.mean[...], self.variance[...]
-        if train:
-            mean_C, variance_C = x_NHWC.mean((0, 1, 2)), x_NHWC.var((0, 1, 2))
-            for old, new in ((self.mean, mean_C), (self.variance, variance_C)):
-                old[...] = (0.9 * old[...] + 0.1 * new).astype(jnp.float32)
-        return (x_NHWC - mean_C) * jax.lax.rsqrt(variance_C + 1e-5) * self.scale[...]
-
-
-class Residual(nnx.Module):
-    """A residual block with batch norm; no biases, arrays without logical axes."""
-
-    def __init__(self, *, image_size, classes, width, dropout, dtype, rngs, levers):
-        settings = dict(dtype=dtype, use_bias=False, padding="SAME", rngs=rngs)
-        self.conv1 = nnx.Conv(3, 8, (3, 3), **settings)
-        self.norm1 = Norm(8)
-        self.conv2 = nnx.Conv(8, 8, (3, 3), **settings)
-        self.norm2 = Norm(8)
-        self.fc3 = dense.dense("fc3", 8, classes, dtype=dtype, rngs=rngs)
-
-    def features(self, x_NHWC, place, train=False):
-        x_NHWC = self.conv1(place(x_NHWC, "conv_batch", None, None, None, name="conv1 input"))
-        x_NHWC = nnx.relu(self.norm1(x_NHWC, train))
-        x_NHWC += nnx.relu(self.norm2(self.conv2(x_NHWC), train))
-        return place(x_NHWC, "conv_batch", None, None, None).mean((1, 2))
-
-    def classify(self, x_BF, place, dropout_key=None):
-        return dense.logits(self.fc3, x_BF, place)
-
-
-@pytest.fixture(autouse=True)
-def residual(monkeypatch):
-    """Know the network "residual"."""
-    monkeypatch.setitem(NETWORKS, "residual", Residual)
+SCORES = "scores"
+MESHES = (("data", (1, 1)), ("data", (4, 2)), ("hybrid", (2, 2)))
 
 
 @pytest.mark.parametrize("changes", [{}, dict(dense_microbatch=8)])
-def test_batch_statistics_are_those_of_the_whole_batch(changes):
-    """Model state is trained, used in evaluation and reported, alike on every mesh."""
+def test_a_run_goes_on_on_another_mesh(changes, tmp_path):
+    """Three steps, a checkpoint, and a step on another mesh: as four steps on one device.
+
+    So are the test scores, which depend on the running averages.
+    """
     with jax.enable_x64(True):
-        one, *meshes = (
-            results_of(setup_of("residual", parallelism, shape, **changes))
-            for parallelism, shape in (("data", (1, 1)), ("data", (4, 2)), ("hybrid", (2, 2)))
+        one, first, second = (setup_of("resnet_8", *mesh, **changes) for mesh in MESHES)
+        expected, _ = one.train(one.init(), 4)
+        state, _ = first.train(first.init(), 3)
+        assert restored(tmp_path, first, save=state) is None
+        state, _ = second.train(restored(tmp_path, second), 1)
+        expected_results = scores_and_state(one, expected)
+        assert_alike(scores_and_state(second, state), expected_results)
+        fresh = expected._replace(model_state=one.init().model_state)
+        scores, others = (
+            results[SCORES] for results in (expected_results, scores_and_state(one, fresh))
         )
-    (mean,) = (value for name, value in one.items() if "norm1']['mean" in name)
-    assert np.abs(mean).max() > 1e-3
-    for many in meshes:
-        for name, value in one.items():
-            np.testing.assert_allclose(many[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        assert np.abs(scores - others).max() > 1e-3
 
 
-def results_of(setup) -> dict[str, np.ndarray]:
-    """Return state, losses and test scores after three steps; check the report."""
-    state, metrics = setup.train(setup.init(), 3)
-    images = setup.data.test_images
-    scores_of = jax.jit(setup.functions.scores)
-    scores = scores_of(state, images)
-    fresh = state._replace(model_state=setup.init().model_state)
-    # Evaluation uses the statistics.
-    assert np.abs(scores - scores_of(fresh, images)).max() > 1e-3
-    report = setup.report()
-    assert "error" not in report
-    # On one device nothing moves, whatever the network.
-    assert report["closed_form"] == ([] if setup.place.mesh.size == 1 else None)
-    assert {row["name"] for row in report["placement"]} >= {"norm1.mean", "fc3.kernel"}
-    return gather((state, metrics["loss"], scores))
+def restored(tmp_path, setup, save=None):
+    """Return the state of the newest checkpoint, or None, on a mesh; then save a state."""
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 1, "mine")
+    found = checkpoints.restore(setup.functions.abstract_state)
+    if save is not None:
+        checkpoints.save(int(save.step), save, None)
+    checkpoints.close()
+    return found
 
 
-def test_batch_statistics_against_numpy():
-    """One step moves the running mean a tenth of the way to the batch's mean."""
+def scores_and_state(setup, state) -> dict[str, np.ndarray]:
+    """Return the scores of the test images and the state, by name."""
+    scores = jax.jit(setup.functions.scores)(state, setup.data.test_images)
+    return gather(state) | {SCORES: np.asarray(scores)}
+
+
+def assert_alike(got: dict, expected: dict) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_statistics_per_device_depend_on_the_number_of_shards_of_the_batch():
+    """Two meshes that split the batch in two compute the same; one device another."""
+    per_device = dict(model=dict(name="resnet_8", width=64, batch_norm="per_device"))
     with jax.enable_x64(True):
-        setup = setup_of("residual", "data", (4, 2))
-        state = setup.init()
-        batch = jax.jit(setup.functions.batch)
-        images, _, _ = batch(state, on_devices(setup), indices_of(setup, 0))
-        mean_C = np.asarray(network(setup, state).conv1(images)).mean((0, 1, 2))
-        state, _ = setup.train(state, 1)
-    running_C = state.model_state["norm1"]["mean"][...]
-    np.testing.assert_allclose(running_C, 0.1 * mean_C, rtol=1e-5)
+        setups = [
+            setup_of("resnet_8", parallelism, shape, **per_device)
+            for parallelism, shape in (("data", (2, 1)), ("model", (2, 2)), ("data", (1, 1)))
+        ]
+        along_data, with_model, one = (gather(setup.train(setup.init(), 2)) for setup in setups)
+        report = setups[0].report()
+    assert_alike(along_data, with_model)
+    name = next(name for name in one if "norm7" in name and "mean" in name)
+    assert np.abs(one[name] - along_data[name]).max() > 1e-4
+    assert report["closed_form_not_covered"] is None
+    for row in report["communication"]:
+        assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], abs=100)
+
+
+def test_running_averages_stay_in_float32():
+    setup = setup_of("resnet_8", "data", (1, 1), dtype="bfloat16")
+    abstract = jax.eval_shape(
+        lambda state: setup.functions.features(
+            state.params, state.model_state, jnp.zeros((4, 16, 16, 3))
+        ),
+        setup.functions.abstract_state,
+    )
+    x_BF, model_state = abstract
+    assert x_BF.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(model_state)} == {jnp.dtype("float32")}

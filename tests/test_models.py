@@ -1,5 +1,7 @@
 """The networks have the layers, the sizes and the parameters that they should."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from cnn_spmd import models
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers import common, conv, dense, norm, pool
-from cnn_spmd.models import alexnet, cuda_convnet, stack
+from cnn_spmd.models import alexnet, cuda_convnet, resnet, stack
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import UNPLACED, Placement, Unplaced
 
@@ -46,6 +48,18 @@ def make_stack(net, **settings):
         ("alexnet_2012_small_no_conv4", 32, 10, 35_044_874),
         ("four_layers_relu", 32, 10, 89_578),
         ("four_layers_tanh", 32, 10, 89_578),
+        # He et al. 2015, table 6: 0.27, 0.46, 0.66, 0.85, 1.7 million.
+        ("resnet_20", 32, 10, 269_722),
+        ("resnet_32", 32, 10, 464_154),
+        ("resnet_44", 32, 10, 658_586),
+        ("resnet_56", 32, 10, 853_018),
+        ("resnet_110", 32, 10, 1_727_962),
+        # Shortcuts have no weights.
+        ("plain_20", 32, 10, 269_722),
+        # As without batch norm, which has no parameters here.
+        ("alexnet_bn", 32, 10, 35_708_810),
+        ("alexnet_bn", 224, 1000, 60_965_224),
+        ("alexnet_bn", 227, 1000, 60_965_224),
         ("fully_connected", 32, 10, 3072 * 4096 + 4096 + 4096 * 10 + 10),
         # torchvision's convolutions, and dense layers of 4096.
         ("vgg_11", 32, 10, 28_144_010),
@@ -65,7 +79,14 @@ def test_parameter_count_and_shapes(name, image_size, classes, count):
 
 @pytest.mark.parametrize(
     ("name", "image_size"),
-    [("alexnet", 32), ("alexnet_2012", 64), ("simple_cnn", 32), ("cuda_convnet_11pct", 24)],
+    [
+        ("alexnet", 32),
+        ("alexnet_2012", 64),
+        ("simple_cnn", 32),
+        ("cuda_convnet_11pct", 24),
+        ("resnet_20", 32),
+        ("alexnet_bn", 32),
+    ],
 )
 def test_every_parameter_names_its_axes(name, image_size):
     state = nnx.state(nnx.eval_shape(lambda: make(name, image_size, 10)), nnx.Param)
@@ -87,6 +108,7 @@ def test_dense_parameters_are_those_of_the_layers_called_fc():
         ("alexnet", 31),
         ("alexnet_2012", 32),
         ("simple_cnn", 31),
+        ("resnet_20", 30),
         ("lenet", 32),
         ("cuda_convnet_80sec", 1),
     ],
@@ -101,19 +123,26 @@ def programs(name, size, **settings):
     graph, params = nnx.split(model)
 
     def logits(params, x, key):
-        model = nnx.merge(graph, params)
-        return model.classify(model.features(x), dropout_key=key)
+        model = nnx.merge(graph, params, copy=True)
+        place = Placement(mesh.make(8, 1), "data")
+        return model.classify(model.features(x, place, train=True), dropout_key=key)
 
-    return str(jax.make_jaxpr(logits)(params, jnp.zeros((1, size, size, 3)), jax.random.key(0)))
+    return str(jax.make_jaxpr(logits)(params, jnp.zeros((8, size, size, 3)), jax.random.key(0)))
 
 
-@pytest.mark.parametrize("name", models.NETWORKS)
+# Of networks that differ in depth alone, one.
+DEEP = re.compile(r"(resnet|plain)_(32|44|56|110)")
+
+
+@pytest.mark.parametrize("name", [name for name in models.NETWORKS if not DEEP.match(name)])
 def test_the_settings_that_networks_use_change_them(name):
     size = 64 if name == "alexnet_2012" else 32
     plain = programs(name, size, width=64)
     assert (programs(name, size, width=32) != plain) == ("model.width" in models.USES[name])
     changed = programs(name, size, width=64, dropout=0.25) != plain
     assert changed == ("model.dropout" in models.USES[name])
+    changed = programs(name, size, width=64, batch_norm="per_device") != plain
+    assert changed == ("model.batch_norm" in models.USES[name])
 
 
 def test_networks_of_the_claims_lack_what_they_say():
@@ -215,6 +244,71 @@ def test_order_of_cuda_convnets_layers(name, size):
         h = nnx.relu(model.local4(nnx.relu(model.local3(h))))
     got, expected = model.classify(model.features(x)), model.fc3(h.reshape(2, -1))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def randomise_averages(model):
+    """Give each batch norm running averages that matter."""
+    random = np.random.default_rng(0)
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.BatchStat)):
+        variable[...] = jnp.asarray(random.uniform(0.1, 0.5, variable.shape), jnp.float32)
+    return model
+
+
+@pytest.mark.parametrize("shortcuts", [True, False])
+def test_blocks_of_a_residual_network(shortcuts):
+    """Compare step by step with He et al. 2015, figure 2 and option A of section 3.3."""
+    model = resnet.ResNet(
+        "r",
+        8,
+        shortcuts=shortcuts,
+        image_size=8,
+        classes=5,
+        width=0,
+        dropout=0.0,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    randomise_averages(model)
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+
+    def normalised(number, x):
+        return getattr(model, f"norm{number}")("norm", getattr(model, f"conv{number}")(x))
+
+    x = nnx.relu(normalised(1, images))
+    for first, side, channels in ((2, 8, 16), (4, 4, 32), (6, 2, 64)):
+        y = normalised(first + 1, nnx.relu(normalised(first, x)))
+        assert y.shape == (2, side, side, channels)
+        if shortcuts:
+            halved = x if first == 2 else x[:, ::2, ::2]
+            y = y.at[..., : halved.shape[-1]].add(halved)
+        x = nnx.relu(y)
+    got, expected = model.features(images), x.sum((1, 2)) / 4
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.classify(got), model.fc3(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_order_and_first_weights_of_alexnet_with_batch_norm():
+    """The inputs of conv2 to conv5 are normalised; biases are those of the author's files."""
+    model = randomise_averages(make("alexnet_bn", 32, 5, width=16))
+    x = h = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
+
+    def pooled(h):
+        return pool.max_pool(h, 3, 2, ceil=True)
+
+    h = model.norm1("norm1", pooled(nnx.relu(model.conv1(h))))
+    h = model.norm2("norm2", pooled(nnx.relu(model.conv2(h))))
+    h = model.norm3("norm3", nnx.relu(model.conv3(h)))
+    h = model.norm4("norm4", nnx.relu(model.conv4(h)))
+    h = pooled(nnx.relu(model.conv5(h))).reshape(1, -1)
+    np.testing.assert_allclose(model.features(x), h, rtol=1e-4, atol=1e-5)
+    assert h.std() > 0.01
+    assert not hasattr(model, "norm5")
+    names = ("conv1", "conv5", "fc1", "fc2", "fc3")
+    starts = [float(getattr(model, name).bias[...].max()) for name in names]
+    assert starts == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01])
+    stds = [float(getattr(model, name).kernel[...].std()) for name in ("conv2", "fc1", "fc3")]
+    assert stds == pytest.approx([0.01, 0.005, 0.01], rel=0.2)
 
 
 def test_activations_dropout_and_first_weights_of_a_stack():

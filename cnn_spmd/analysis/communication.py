@@ -13,6 +13,8 @@ devices and Pr model devices. In a ring a device sends:
   sum_output            rows split: each device has a partial sum of the
                         output, and they are all-reduced (the same, turned
                         around; Megatron-LM)                              2 (Pr-1)/Pr B d'/Pc
+  sum_statistics        batch norm over the global batch of C channels: two
+                        sums per channel, forward and backward            4 (Pc-1)/Pc C/Pr each
 
 Where the data set is sharded (data/sharded.py), each of D devices sends M images to each device:
 exchange_images counts (D-1) M images.
@@ -63,7 +65,8 @@ class Layer:
     """One layer of a network, with the layout of its activations and weights.
 
     rows, columns: mesh axes on which the kernel's input and output dimension are split. A layer
-    without weights (a response norm) has neither, and its layout does not change.
+    without a kernel (a norm) has neither, and its layout does not change. statistics: phase ->
+    bytes that the devices of a batch norm sum there.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Layer:
     columns: tuple[str, ...]
     param_bytes: dict[str, int]  # parameter -> bytes on each device, in the compute dtype
     is_dense: bool
+    statistics: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Move(NamedTuple):
@@ -134,6 +138,15 @@ def sum_weight_gradients(layer: Layer, updates: int) -> Iterator[Move]:
         yield Move(name, "all-reduce", set(layer.input.batch), "backward", updates * held)
 
 
+def sum_statistics(layer: Layer) -> Iterator[Move]:
+    """Sum the statistics of a batch norm over the batch's devices.
+
+    The sums of the backward pass are the gradients of its scale and bias too.
+    """
+    for phase, held in layer.statistics.items():
+        yield Move(layer.input.name, "all-reduce", set(layer.input.batch), phase, held)
+
+
 def exchange_images(mesh: Mesh, image_bytes: int) -> Iterator[Move]:
     """Send each device the images of its batch, where the data set is sharded."""
     if image_bytes:
@@ -144,7 +157,7 @@ def exchange_images(mesh: Mesh, image_bytes: int) -> Iterator[Move]:
 def closed_form(
     place: Placement,
     activations: Sequence[tuple[str, tuple, tuple]],
-    params: Sequence[tuple[str, nnx.Variable]],
+    variables: Sequence[tuple[str, nnx.Variable]],
     itemsize: int,
     dense_updates: int = 1,
     image_bytes: int = 0,
@@ -153,7 +166,8 @@ def closed_form(
 
     activations: (name, logical axes, shape) of each layer's input and output, in the network's
       order; names are such as "conv1 input".
-    params: (name, abstract variable) of each parameter; names are such as "conv1.kernel".
+    variables: (name, abstract variable) of each parameter, and of the model state; names are such
+      as "conv1.kernel".
     itemsize: bytes per element of the compute dtype, in which activations and gradients move.
     dense_updates: updates of the dense layers per step. In a variable batch there are several, and
       each needs gradients of its own. The micro-batches together move the activations of one
@@ -168,12 +182,13 @@ def closed_form(
         return []
     moves = list(exchange_images(place.mesh, image_bytes))
     before = None
-    layers = layers_of(place, activations, params, itemsize)
+    layers = layers_of(place, activations, variables, itemsize)
     for layer in layers:
         if before is not None:
             moves += move_between_layers(place.mesh, before, layer.input)
             moves += sum_input_gradient(before, layer)
         moves += sum_output(place.mesh, layer)
+        moves += sum_statistics(layer)
         before = layer.output
     for layer in layers:
         moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
@@ -201,19 +216,19 @@ def count_devices(mesh: Mesh, axes: Sequence[str] | set[str]) -> int:
 def layers_of(
     place: Placement,
     activations: Sequence[tuple[str, tuple, tuple]],
-    params: Sequence[tuple[str, nnx.Variable]],
+    variables: Sequence[tuple[str, nnx.Variable]],
     itemsize: int,
 ) -> list[Layer]:
     """Return the network's layers in order; arguments are those of `closed_form`.
 
-    Raises NotCovered where activations and parameters do not pair up into layers.
+    Raises NotCovered where activations and variables do not pair up into layers.
     """
     laid_out = {}
     for name, axes, shape in activations:
         if name in laid_out:
             raise NotCovered(f"{name!r} is there twice: a layer runs more than once")
         laid_out[name] = _activation(place, name, axes, shape, itemsize)
-    unused = dict(params)
+    unused = dict(variables)
     layers = []
     for name in (name.removesuffix(" input") for name in laid_out if name.endswith(" input")):
         own = {key: unused.pop(key) for key in list(unused) if key.rpartition(".")[0] == name}
@@ -246,10 +261,11 @@ def _layer(
     own: dict[str, nnx.Variable],
     itemsize: int,
 ) -> Layer:
-    """Return the layer `name`, whose parameters are `own`."""
+    """Return the layer `name`, whose variables are `own`."""
     given = activations[f"{name} input"]
-    if not own:
-        return Layer(name, given, given, (), (), {}, is_dense=False)
+    statistics = _statistics(place, own, itemsize)
+    if statistics or not own:
+        return Layer(name, given, given, (), (), {}, is_dense=False, statistics=statistics)
     unknown = own.keys() - {f"{name}.kernel", f"{name}.bias"}
     if unknown or f"{name}.kernel" not in own or f"{name} output" not in activations:
         raise NotCovered(
@@ -264,6 +280,17 @@ def _layer(
     rows, columns = _split_axes(place, spec)[-2:]
     given_and_result = given, activations[f"{name} output"]
     return Layer(name, *given_and_result, rows, columns, param_bytes, is_dense(kernel))
+
+
+def _statistics(place: Placement, own: dict[str, nnx.Variable], itemsize: int) -> dict[str, int]:
+    """Return phase -> bytes of the statistics of a batch norm; no phase for other layers."""
+    averages = [variable for variable in own.values() if isinstance(variable, nnx.BatchStat)]
+    if not averages:
+        return {}
+    average = averages[0]
+    channels = place.sharding(axes_of(average), average.shape).shard_shape(average.shape)
+    # The mean and the variance, in float32 or wider.
+    return dict.fromkeys(average.sums, 2 * math.prod(channels) * max(itemsize, 4))
 
 
 def _split_axes(place: Placement, spec) -> list[tuple[str, ...]]:

@@ -1,7 +1,8 @@
 """Decide whether the closed form holds for a network on a placement.
 
-The rules in communication.py describe a chain of convolutions and dense layers. Each kernel is
-split along at most one dimension, and there are few ways from one layer's layout to the next.
+The rules in communication.py describe a chain of convolutions, norms and dense layers. Each kernel
+is split along at most one dimension, and there are few ways from one layer's layout to the next.
+Paths may lead around convolutions where all maps have one layout, with whole channels.
 Other networks and placements train as well, but XLA may move other arrays than the rules say. They
 are not covered.
 """
@@ -29,25 +30,25 @@ def covers(
     network: nnx.Module,
     images: jax.ShapeDtypeStruct,
     activations: Sequence[tuple[str, tuple, tuple]],
-    params: Sequence[tuple[str, nnx.Variable]],
+    variables: Sequence[tuple[str, nnx.Variable]],
     compiled: Sequence[dict] = (),
 ) -> str | None:
     """Return why the closed form does not hold; None: it holds.
 
     network: the abstract module (nnx.eval_shape). images: [N, H, W, C] as it takes them.
-    activations, params: as closed_form takes them. compiled: rows of hlo.summarise.
+    activations, variables: as closed_form takes them. compiled: rows of hlo.summarise.
     """
     if place.mesh.size == 1:
         return None
     try:
         _check_compiled(place, compiled)
         _check_state(network)
-        layers = layers_of(place, activations, params, itemsize=1)
+        layers = layers_of(place, activations, variables, itemsize=1)
         for layer in layers:
             _check_layer(layer)
         for layer, following in itertools.pairwise(layers):
             _check_step_between(layer.output, following.input)
-        _check_chain(network, images, [layer.output.name for layer in layers])
+        _check_chain(network, images, layers)
     except NotCovered as reason:
         return str(reason)
     return None
@@ -61,9 +62,9 @@ def _check_compiled(place: Placement, compiled: Sequence[dict]) -> None:
 
 
 def _check_state(network: nnx.Module) -> None:
-    """Refuse model state, such as batch statistics: it has rules of its own."""
+    """Refuse model state other than that of layers/batch_norm.py."""
     for path, variable in nnx.to_flat_state(nnx.state(network)):
-        if not isinstance(variable, nnx.Param):
+        if not isinstance(variable, nnx.Param) and not hasattr(variable, "sums"):
             name = ".".join(map(str, path))
             raise NotCovered(f"{name} is model state ({type(variable).__name__})")
 
@@ -114,8 +115,14 @@ class _Marking(Unplaced):
         return checkpoint_name(x, name) if name else x
 
 
-def _check_chain(network: nnx.Module, images: jax.ShapeDtypeStruct, names: list[str]) -> None:
-    """Refuse a network in which a path leads around a layer, as in residual ones."""
+def _check_chain(
+    network: nnx.Module, images: jax.ShapeDtypeStruct, layers: Sequence[Layer]
+) -> None:
+    """Refuse a path around a layer, as in residual networks, where an array may move on it.
+
+    None moves where all maps are split alike, along the batch alone, and the paths join before the
+    dense layers.
+    """
     graph, state = nnx.split(network)
     place = _Marking()
 
@@ -124,9 +131,11 @@ def _check_chain(network: nnx.Module, images: jax.ShapeDtypeStruct, names: list[
         return model.classify(model.features(images_NHWC, place), place)
 
     always = _on_every_path(jax.make_jaxpr(logits)(images, state).jaxpr)
-    for name in names:
-        if name not in always:
-            raise NotCovered(f"a path leads around {name!r}: the network is no chain of layers")
+    maps = [end for layer in layers for end in (layer.input, layer.output) if end.is_map]
+    alike = len({end.batch for end in maps}) == 1 and not any(end.features for end in maps)
+    for end in (layer.output for layer in layers):
+        if end.name not in always and not (alike and end.is_map):
+            raise NotCovered(f"a path leads around {end.name!r}: the network is no chain of layers")
 
 
 def _on_every_path(jaxpr: Jaxpr) -> frozenset[str]:

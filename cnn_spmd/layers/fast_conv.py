@@ -37,8 +37,8 @@ def convolve_fast(
     channels, strides = kernel_HWIO.shape[2], (stride, stride)
     # Several columns as channels would mix with channels that the placement splits over devices.
     columns = "column_groups" in levers and not place.splits("conv_out")
-    if channels > IMAGE_CHANNELS and stride == 1:
-        if columns and channels <= NARROW and x_NHWC.shape[2] % 2:
+    if channels > IMAGE_CHANNELS:
+        if columns and stride == 1 and channels <= NARROW and x_NHWC.shape[2] % 2:
             return paired_gradient(x_NHWC, kernel_HWIO, tuple(padding[0]))
         return convolve(x_NHWC, kernel_HWIO, padding, strides)
     if "space_to_depth" not in levers:
@@ -74,7 +74,7 @@ def space_to_depth(
 
     GPUs are fast if many channels go in and out. AlexNet's conv1, an 11x11 window on 3 channels
     with stride 4, becomes 3x3 on 48 channels with group=1. With group=2 it is 3x2 on 96 channels,
-    and 128 channels come out instead of 64. Applies to strides above 1, and to images (group=8).
+    and 128 channels come out instead of 64. Applies to images, with strides or without (group=8).
 
     Returns [N, H', W' + extra, O]; `extra` is what rounds W' up to a multiple of `group`.
     """

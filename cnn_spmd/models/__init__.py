@@ -17,7 +17,7 @@ from flax import nnx
 
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
-from cnn_spmd.models import alexnet_2012_small, cuda_convnet, stack, vgg
+from cnn_spmd.models import alexnet_2012_small, alexnet_bn, cuda_convnet, resnet, stack, vgg
 from cnn_spmd.models.alexnet import AlexNet
 from cnn_spmd.models.alexnet_2012 import AlexNet2012
 from cnn_spmd.models.simple_cnn import SimpleCNN
@@ -26,11 +26,14 @@ from cnn_spmd.models.simple_cnn import SimpleCNN
 STACKS = cuda_convnet.NETS | alexnet_2012_small.NETS | vgg.NETS
 
 # Name -> factory(*, image_size, classes, width, dropout, dtype, rngs, levers) -> nnx.Module. An
-# experiment may add networks of its own.
+# experiment may add networks of its own. Where USES names model.batch_norm, the factory takes it
+# too, as batch_norm.
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "alexnet": AlexNet,
     "alexnet_2012": AlexNet2012,
     "simple_cnn": SimpleCNN,
+    "alexnet_bn": alexnet_bn.alexnet_bn,
+    **resnet.NETS,
     **{name: functools.partial(stack.Stack, name, net) for name, net in STACKS.items()},
 }
 
@@ -40,12 +43,16 @@ USES: dict[str, tuple[str, ...]] = {
     "alexnet": ("model.width", "model.dropout"),
     "alexnet_2012": ("model.width", "model.dropout"),
     "simple_cnn": (),
+    "alexnet_bn": stack.uses(alexnet_bn.layers(32)),
+    **dict.fromkeys(resnet.NETS, ("model.batch_norm",)),
     **{name: stack.uses(net) for name, net in STACKS.items()},
 }
 
 
-def make(name: str, **settings) -> nnx.Module:
+def make(name: str, batch_norm: str = "global", **settings) -> nnx.Module:
     """Build a network by its name; settings: the arguments of its factory in NETWORKS.
+
+    batch_norm: model.batch_norm, for the networks that have one.
 
     Raises UserError for an unknown name or lever, and for an image size that the network refuses.
     """
@@ -54,4 +61,6 @@ def make(name: str, **settings) -> nnx.Module:
     for lever in settings.get("levers", ()):
         if lever not in LEVERS:
             raise UserError(f"levers={lever}: unknown, expected some of {', '.join(LEVERS)}")
+    if "model.batch_norm" in USES.get(name, ()):
+        settings["batch_norm"] = batch_norm
     return NETWORKS[name](**settings)

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.layers import conv, dense, local, norm, pool, windows
+from cnn_spmd.layers import batch_norm, conv, dense, local, norm, pool, windows
 from cnn_spmd.layers.common import HE, LEVERS
 from cnn_spmd.sharding.placement import UNPLACED
 
@@ -34,6 +34,7 @@ class Call(NamedTuple):
     axis: str  # the logical axis of the input's channels
     place: Any  # a Placement, or UNPLACED
     levers: tuple[str, ...]  # the fast forms it may use: layers/common.py
+    train: bool
 
 
 def initial(std: float | None, he: Callable = HE) -> Callable:
@@ -85,11 +86,13 @@ class AveragePool:
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A convolution of stride 1 that keeps the size, with its activation.
+    """A convolution with its activation.
 
     groups: towers that do not see each other. std: of the normal distribution of the initial
-    weights (None: He et al. 2015); biases start at zero. pool: a max pool that follows at once,
-    which may change places with the activation (conv.conv_relu); Stack sets it.
+    weights (None: He et al. 2015). bias: what biases start at. strides: 1 keeps the size; above 1
+    there is no padding, and the last window may reach over the edge, as in cuda-convnet. pool: a
+    max pool that follows at once, which may change places with the activation (conv.conv_relu);
+    Stack sets it.
     """
 
     prefix: ClassVar[str] = "conv"
@@ -100,16 +103,31 @@ class Conv:
     std: float | None = None
     activation: Callable = nnx.relu
     pool: MaxPool | None = None
+    bias: float = 0.0
+    strides: int = 1
 
     def build(self, maps: Maps, **common) -> nnx.Module:
         """Build the layer for `maps`; common: dtype and rngs."""
-        settings = dict(groups=self.groups, kernel_init=initial(self.std), **common)
-        return conv.conv(maps.channels, self.channels, self.window, **settings)
+        if self.strides > 1:
+            overhang = windows.overhang(maps.side, self.window, self.strides)
+            common.update(strides=self.strides, padding=(0, overhang))
+        return conv.conv(
+            maps.channels,
+            self.channels,
+            self.window,
+            groups=self.groups,
+            kernel_init=initial(self.std),
+            bias_init=nnx.initializers.constant(self.bias),
+            **common,
+        )
 
     def maps(self, maps: Maps) -> Maps:
         """Return what comes out of `maps`."""
         axis = "conv_out" if self.groups == 1 else "group_out"
-        maps = Maps(maps.side, self.channels, axis)
+        side = maps.side
+        if self.strides > 1:
+            side = windows.count(side, self.window, self.strides, ceil=True)
+        maps = Maps(side, self.channels, axis)
         return self.pool.maps(maps) if self.pool else maps
 
     def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
@@ -180,22 +198,61 @@ class ResponseNorm:
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchNorm:
+    """A batch_norm.BatchNorm without scale and bias; Stack sets per_device.
+
+    epsilon, momentum: as there.
+    """
+
+    prefix: ClassVar[str] = "norm"
+
+    epsilon: float
+    momentum: float
+    per_device: bool = False
+
+    def build(self, maps: Maps, **common) -> nnx.Module:
+        """Build the layer for `maps`."""
+        settings = dict(dataclasses.asdict(self), axis=maps.axis, affine=False)
+        return batch_norm.BatchNorm(maps.channels, **settings)
+
+    def maps(self, maps: Maps) -> Maps:
+        """Return what comes out of `maps`."""
+        return maps
+
+    def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
+        """Return the normalised maps."""
+        return call.layer(call.name, x_NHWC, call.place, call.train, call.levers)
+
+
+@dataclasses.dataclass(frozen=True)
 class Hidden:
     """A dense layer with ReLU and dropout.
 
-    units, dropout: None stands for model.width and model.dropout. std: as in Conv.
+    units, dropout: None stands for model.width and model.dropout. std, bias: as in Conv.
     """
 
     units: int | None = None
     dropout: float | None = None
     std: float | None = None
+    bias: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """The last dense layer, with a unit per class; std: as in Conv."""
+    """The last dense layer, with a unit per class; std, bias: as in Conv."""
 
     std: float | None = 0.01
+    bias: float = 0.0
+
+
+def fully_connected(
+    name: str, layer: Hidden | Output, features: int, units: int, **common
+) -> nnx.Module:
+    """Build the dense layer that `layer` describes, from `features` to `units`."""
+    settings = dict(
+        kernel_init=initial(layer.std), bias_init=nnx.initializers.constant(layer.bias), **common
+    )
+    return dense.dense(name, features, units, **settings)
 
 
 def paired(layers: Iterable) -> list:
@@ -219,11 +276,12 @@ def named(layers: Iterable) -> Iterator[tuple[str, Any]]:
 
 
 def uses(net: Iterable) -> tuple[str, ...]:
-    """Return which fields of the config the hidden layers of `net` leave open."""
+    """Return which fields of the config the layers of `net` leave open."""
     hidden = [layer for layer in net if isinstance(layer, Hidden)]
     width = ("model.width",) if any(layer.units is None for layer in hidden) else ()
     dropout = ("model.dropout",) if any(layer.dropout is None for layer in hidden) else ()
-    return width + dropout
+    normalised = ("model.batch_norm",) if any(isinstance(layer, BatchNorm) for layer in net) else ()
+    return width + dropout + normalised
 
 
 class Stack(nnx.Module):
@@ -246,10 +304,12 @@ class Stack(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
         levers: tuple[str, ...] = LEVERS,
+        batch_norm: str = "global",
     ):
         """Build the layers of `net`; the other arguments as for AlexNet.
 
-        name: the network's, for errors. Raises UserError for images that are too small.
+        name: the network's, for errors. batch_norm: "global" or "per_device". Raises UserError for
+        images that are too small.
         """
         *hidden, output = [layer for layer in net if isinstance(layer, Hidden | Output)]
         convolutional = paired(layer for layer in net if not isinstance(layer, Hidden | Output))
@@ -259,6 +319,8 @@ class Stack(nnx.Module):
 
         maps, self.convolutional = Maps(image_size, 3, "conv_in"), ()
         for label, layer in named(convolutional):
+            if isinstance(layer, BatchNorm):
+                layer = dataclasses.replace(layer, per_device=batch_norm == "per_device")
             if hasattr(layer, "build"):
                 setattr(self, label, layer.build(maps, **common))
             self.convolutional += ((label, layer, maps.axis),)
@@ -272,21 +334,20 @@ class Stack(nnx.Module):
         features, self.hidden = maps.side**2 * maps.channels, ()
         for number, layer in enumerate(hidden, 1):
             label, units = f"fc{number}", layer.units or width
-            built = dense.dense(label, features, units, kernel_init=initial(layer.std), **common)
-            setattr(self, label, built)
+            setattr(self, label, fully_connected(label, layer, features, units, **common))
             rate = dropout if layer.dropout is None else layer.dropout
             self.hidden += ((label, rate),)
             features = units
-        self.fc3 = dense.dense("fc3", features, classes, kernel_init=initial(output.std), **common)
+        self.fc3 = fully_connected("fc3", output, features, classes, **common)
 
     def features(self, images_NHWC: jax.Array, place=UNPLACED, train: bool = False) -> jax.Array:
         """Return what the convolutional layers make of the images: [N, H, W, 3] -> [B, F].
 
-        The images have zero mean. train has no effect here.
+        The images have zero mean. train: batch norm uses the statistics of the batch.
         """
         x_NHWC = images_NHWC
         for label, layer, axis in self.convolutional:
-            call = Call(label, getattr(self, label, None), axis, place, self.levers)
+            call = Call(label, getattr(self, label, None), axis, place, self.levers, train)
             x_NHWC = layer.apply(call, x_NHWC)
         return dense.flatten(x_NHWC, place)
 

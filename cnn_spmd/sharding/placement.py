@@ -225,6 +225,10 @@ class Unplaced:
         """Return f(*arrays): one device holds them all."""
         return f(*arrays)
 
+    def shards(self, axis: str) -> int:
+        """Return 1: nothing is split."""
+        return 1
+
     def splits(self, axis: str) -> bool:
         """Return False: nothing is split."""
         return False

@@ -306,6 +306,7 @@ def make_functions(
         classes=len(data.class_names),
         width=config.model.width,
         dropout=config.model.dropout,
+        batch_norm=config.model.batch_norm,
         dtype=jnp.dtype(config.dtype),
         levers=tuple(levers),
     )

@@ -57,13 +57,14 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     """Yield the fields of the report, so that an error leaves those before it."""
     config, place, functions = setup.config, setup.place, setup.functions
     abstract = functions.abstract_state
-    params, model_state = map(_named_variables, (abstract.params, abstract.model_state))
+    model_state = _named_variables(abstract.model_state)
+    variables = _named_variables(abstract.params) + model_state
     activations = setup.activations
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
         placement=[
             place.report(name, axes_of(leaf), leaf.shape, leaf.dtype.itemsize)
-            for name, leaf in params + model_state
+            for name, leaf in variables
         ],
         activations=[place.report(*activation, itemsize) for activation in activations],
         bytes_per_device=dict(
@@ -80,13 +81,13 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
     theory = None
     network = functions.abstract_model
-    reason = coverage.covers(place, network, images, activations, params, collectives)
+    reason = coverage.covers(place, network, images, activations, variables, collectives)
     if reason is None:
         each = microbatch.updates_each(functions.microbatch)
         updates = config.batch_size // config.dense_microbatch if each else 1
         feed, _ = setup.feeds
         images = feed.exchanged_bytes if isinstance(feed, Sharded) else 0
-        theory = communication.closed_form(place, activations, params, itemsize, updates, images)
+        theory = communication.closed_form(place, activations, variables, itemsize, updates, images)
     yield dict(
         closed_form=theory,
         closed_form_not_covered=reason,
