@@ -1,4 +1,5 @@
 # make train and make test first set up .venv, if it is missing or older than the requirements.
+# --no-compile: Python compiles a module when it is first imported; most are never.
 EXTRAS := $(shell nvidia-smi >/dev/null 2>&1 && echo dev,cuda12 || echo dev)
 ARGS ?=
 
@@ -20,7 +21,7 @@ test: .venv/installed
 	  $$python -m venv .venv; \
 	fi; \
 	.venv/bin/python -c "$$ok" || { echo "error: .venv has $$(.venv/bin/python --version), Python 3.11 or newer is needed: remove .venv" >&2; exit 1; }
-	.venv/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	.venv/bin/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'
 	@touch $@
 
 .PHONY: train test

@@ -24,11 +24,9 @@ Exit codes:
   75  interrupted; the command that resumes is printed, if anything was saved
 """
 
-import concurrent.futures
 import datetime
 import errno
 import gc
-import multiprocessing
 import os
 import pathlib
 import shlex
@@ -39,7 +37,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from cnn_spmd import config as configs
-from cnn_spmd import experiment
+from cnn_spmd import experiment, worker
 from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import write
@@ -208,6 +206,13 @@ def simulate(devices: int) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
 
 
+def take_devices(simulated: int) -> int:
+    """Create the devices of a sweep's worker, and count them; 0: none is simulated."""
+    if simulated:
+        simulate(simulated)
+    return device_count()
+
+
 def device_count() -> int:
     """Count the devices.
 
@@ -319,13 +324,8 @@ def is_sweep() -> bool:
 def launch_sweep() -> int:
     """Run every combination that the flags name; return the exit code.
 
-    This process only plans: it simulates the devices, so that the runs can have the real ones.
+    This process only plans: it simulates the devices, so that the worker can have the real ones.
     """
-    import jax
-
-    from cnn_spmd import sweep
-    from cnn_spmd.training import workdir
-
     if name := cluster_env.variable(os.environ):  # no other process waits for this one
         message = (
             f"error: {name}={os.environ[name]}: a sweep runs in one process, expected a single "
@@ -333,22 +333,18 @@ def launch_sweep() -> int:
         )
         print(message, file=sys.stderr)
         return BAD_INPUT
-    simulate(CPU_DEVICES.value or devices_of_another_process())
-    folder = workdir.parse(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
-    devices = jax.devices()
-    try:
-        combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, len(devices))
-        arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])
-        shared = without(arguments, {"mesh", "sweep", "batch_per_device", "workdir"})
-        sweep.refuse_fields(combos, shared, len(devices))
-        result = sweep.run(
-            CONFIG.value.experiment, shared, combos, devices, CPU_DEVICES.value, folder
-        )
-        for path in write.write_report([folder]):
-            print(path)
-    except KeyboardInterrupt:
-        print(f"Interrupted. To go on: {again(folder)}")
-        return INTERRUPTED
+    with worker.Worker(CPU_DEVICES.value) as runner:
+        runner.start()  # it imports jax while this process imports what the plan needs
+        from cnn_spmd.training import workdir
+
+        folder = workdir.parse(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
+        try:
+            result = sweep_in(folder, runner)
+            for path in write.write_report([folder]):
+                print(path)
+        except KeyboardInterrupt:
+            print(f"Interrupted. To go on: {again(folder)}")
+            return INTERRUPTED
     statuses = [run["status"] for run in result["runs"]]
     print(f"{statuses.count('completed')} of {len(statuses)} runs are completed. Files: {folder}")
     if set(statuses) == {"completed"}:
@@ -356,11 +352,19 @@ def launch_sweep() -> int:
     return BAD_INPUT if set(statuses) == {"refused"} else CRASHED
 
 
-def devices_of_another_process() -> int:
-    """Count the devices in another process, which then frees them for the runs."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-        return pool.submit(device_count).result()
+def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
+    """Run what the flags name in `folder`; return sweep.json."""
+    import jax
+
+    from cnn_spmd import sweep
+
+    simulate(runner.cpu_devices or runner.device_count())
+    devices = jax.devices()
+    combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, len(devices))
+    arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])
+    shared = without(arguments, {"mesh", "sweep", "batch_per_device", "workdir"})
+    sweep.refuse_fields(combos, shared, len(devices))
+    return sweep.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
 
 
 def without(arguments: list[str], names: set[str]) -> list[str]:
@@ -398,6 +402,14 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(refuse(error))
 
 
-if __name__ == "__main__":
+def run_command() -> None:
+    """Do what sys.argv says, and end the process with the exit code."""
     environment.protect_streams()
     app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [worker.ARGUMENT]:
+        worker.serve(run_command, take_devices)
+    else:
+        run_command()

@@ -111,7 +111,7 @@ SCHEMA = {
     "data.held_out_steps": Field(0, "steps that leave out data.held_out images", low=0),
     "data.fallback": Field("", "digits: stand in where CIFAR-10 cannot be had; empty: an error"),
     "data.fallback_epochs": Field(
-        6, "epochs on the fallback, unless epochs or steps is set by hand; 0: as given", low=0
+        5, "epochs on the fallback, unless epochs or steps is set by hand; 0: as given", low=0
     ),
     "data.fallback_batch_size": Field(
         64, "batch_size on the fallback, unless that is set by hand; 0: as given", low=0

@@ -154,6 +154,14 @@ def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> 
     return holder
 
 
+def forget_flags(values: flags.FlagValues) -> None:
+    """Forget what was parsed, so that `parse_flags` starts again from the defaults."""
+    for name in list(values):
+        if name.startswith("config."):  # of a field that the last command set
+            delattr(values, name)
+    values.unparse_flags()
+
+
 def parse_flags(
     values: flags.FlagValues, argv: Sequence[str], known_only: bool = False
 ) -> list[str]:

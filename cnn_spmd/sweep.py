@@ -1,6 +1,6 @@
 """Run one experiment over several meshes and settings: a sweep.
 
-Each run has a process and a folder of its own.
+Each run has a folder of its own. A warm process runs them in turn (worker.py).
 A combination that cannot work is refused before anything starts. A run that fails is recorded with
 its reason, and the sweep goes on. sweep.json holds every combination; the same command on the same
 folder runs those that are not completed yet.
@@ -17,22 +17,19 @@ import pathlib
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from absl import logging
 from rich import console, live, table
 
 from cnn_spmd import config as configs
-from cnn_spmd import experiment
+from cnn_spmd import experiment, worker
 from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
-from cnn_spmd.training import build, interrupt, runfiles, unused, workdir
+from cnn_spmd.training import build, runfiles, unused, workdir
 
-LAUNCH = pathlib.Path(__file__).parent.parent / "launch.py"
 COLUMNS = (
     "run",
     "status",
@@ -204,6 +201,7 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
     It is pending, or refused with the reason why it cannot work on `devices`.
     """
     datasets: dict[str, dataset.Dataset] = {}
+    fine: set[str] = set()
     for settings in combos:
         row = dict(
             name=folder_name(settings),
@@ -220,7 +218,7 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
         try:
             arguments = arguments_of(settings, shared, len(devices))
             row["command"] = shlex.join(["python", "launch.py", *arguments])
-            _check(arguments, row["mesh"], devices, datasets)
+            _check(arguments, row["mesh"], devices, datasets, fine)
         except UserError as error:
             row.update(status="refused", reason=str(error))
         yield row
@@ -243,21 +241,27 @@ def _check(
     shape: str | None,
     devices: Sequence,
     datasets: dict[str, dataset.Dataset],
+    fine: set[str],
 ) -> None:
     """Raise UserError where a run with these arguments cannot work on `devices`.
 
-    shape: the value of --mesh. datasets: those that are loaded already, by their config.
+    shape: the value of --mesh. datasets: those that are loaded already, by their config. fine: the
+    configs that can work, except for their seed, which decides on no shape.
     """
     config, given = experiment.parse_arguments(arguments)
     if shape:
         config.mesh.update(mesh.parse(shape))
     configs.validate(config)
     unused.refuse(config, given)
+    config.seed = 0
+    if (content := repr(config)) in fine:
+        return
     with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it
         check = functools.partial(build.prepare, config, devices)
         if (key := repr(config.data)) not in datasets:
             datasets[key] = registry.load(config.data, check)
         check(datasets[key])
+    fine.add(content)
 
 
 # ---- Run
@@ -268,13 +272,13 @@ def run(
     shared: Sequence[str],
     combos: Sequence[dict],
     devices: Sequence,
-    cpu_devices: int | None,
+    runner: worker.Worker,
     folder: pathlib.Path,
 ) -> dict:
     """Run a sweep in `folder`, or continue the one there; return sweep.json.
 
     The folder gets sweep.json, and a folder and a log per run. name: of the experiment; shared:
-    launch.py's arguments that all runs have; devices: as many as there are, to check the
+    launch.py's arguments that all runs have; devices: as many as the runner has, to check the
     combinations on. Raises UserError for a folder that cannot be used, or holds another sweep.
     """
     with workdir.locked(folder) as content:
@@ -289,7 +293,7 @@ def run(
         same = dict(
             arguments=list(shared),
             devices=len(devices),
-            cpu_devices=cpu_devices,
+            cpu_devices=runner.cpu_devices,
             config=configs.flat(configs.as_json(config)),  # an experiment's file may change, too
         )
         if old:
@@ -303,7 +307,7 @@ def run(
             started=old["started"] if old else now,
             hardware=old and old["hardware"],
         )
-        return _Sweep(sweep, rows, earlier, folder).run()
+        return _Sweep(sweep, rows, earlier, runner, folder).run()
 
 
 def _read_sweep(folder: pathlib.Path) -> dict | None:
@@ -366,9 +370,17 @@ class _Sweep:
     earlier: rows of an earlier command that this one does not name.
     """
 
-    def __init__(self, sweep: dict, rows: list[dict], earlier: list[dict], folder: pathlib.Path):
+    def __init__(
+        self,
+        sweep: dict,
+        rows: list[dict],
+        earlier: list[dict],
+        runner: worker.Worker,
+        folder: pathlib.Path,
+    ):
         self.sweep = sweep
         self.rows = rows
+        self.runner = runner
         self.all_rows = [*earlier, *rows]
         self.folder = folder
 
@@ -399,9 +411,11 @@ class _Sweep:
     def _run_row(self, row: dict) -> None:
         """Run one row and fill in its seconds, status, figures and reason."""
         folder = self.folder / row["name"]
+        log = self.folder / f"{row['name']}.log"
+        arguments = [*shlex.split(row["command"])[2:], f"--workdir={folder}"]
         since = time.monotonic()
         try:
-            code = _run_process(shlex.split(row["command"])[2:], folder)
+            code = self.runner.run(arguments, log)
         finally:
             row["seconds"] = round(time.monotonic() - since, 1)
             row["status"] = "interrupted"
@@ -409,11 +423,13 @@ class _Sweep:
         row["status"] = OUTCOMES.get(code, "failed")
         if code == 0:
             row["figures"] = runfiles.figures_of(folder)
+            if row["figures"]["profile"]:
+                self.runner.close()  # the profiler may slow down what its process runs later
             summary = runfiles.read_json(folder / "summary.json")
             now = {key: summary[key] for key in runfiles.HARDWARE}
             self.sweep["hardware"] = runfiles.merge_facts(self.sweep["hardware"] or now, now)
         else:
-            row["reason"] = reason_of(code, self.folder / f"{row['name']}.log")
+            row["reason"] = reason_of(code, log)
         self._write()
 
     def _write(self) -> dict:
@@ -421,39 +437,6 @@ class _Sweep:
         content = self.sweep | dict(runs=self.all_rows)
         runfiles.write_json(self.folder / "sweep.json", content)
         return content
-
-
-def _run_process(arguments: list[str], folder: pathlib.Path) -> int:
-    """Run launch.py in a process and a session of its own, and return its exit code.
-
-    The terminal's Ctrl-C then reaches this process only, which passes it on once.
-    """
-    with folder.with_name(folder.name + ".log").open("w") as log:
-        process = None
-        try:
-            # A signal in between would leave a process that nobody knows.
-            with interrupt.delayed_signals():
-                process = subprocess.Popen(
-                    [sys.executable, LAUNCH, *arguments, f"--workdir={folder}"],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            return process.wait()
-        except KeyboardInterrupt:
-            if process is None:
-                raise
-            logging.warning(
-                "Interrupted: waiting for %s to save; a second signal stops it at once.",
-                folder.name,
-            )
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait()
-            finally:
-                process.kill()
-            raise
 
 
 def reason_of(code: int, log: pathlib.Path) -> str:

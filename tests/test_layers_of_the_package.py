@@ -17,6 +17,7 @@ ORDER = (
     "analysis",
     "training",
     "experiment",
+    "worker",
     "sweep",
     "papers.published",  # data only
     "report",

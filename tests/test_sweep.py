@@ -3,18 +3,23 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import types
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT
+from run_helpers import rows, saved_state
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
 from cnn_spmd import config as configs
-from cnn_spmd import experiment, sweep
+from cnn_spmd import experiment, sweep, worker
 from cnn_spmd.data import registry
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
@@ -23,27 +28,52 @@ from cnn_spmd.training import runfiles
 from cnn_spmd.training import workdir as workdirs
 
 SHARED = SMALL[:2]
-# Stands in for launch.py: what a run does is its seed.
+# Stands in for launch.py as a worker: what a run does is its seed.
 FAKE = """
 import json, os, pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
-seed = next(arg.split("=")[1] for arg in sys.argv if arg.startswith("--config.seed="))
-with open(folder.parent / "started", "a") as file:
-    file.write(seed + "\\n")
-if (folder.parent / "repaired").exists() or seed == "0":
-    folder.mkdir(exist_ok=True)
-    summary = dict(status="completed", device_kind="card", host_cores=2, versions={}, commit="c")
-    (folder / "summary.json").write_text(json.dumps(summary))
-elif seed == "1":
-    sys.exit("error: seed=1: is refused by the run itself")
-elif seed == "2":
-    sys.exit("one\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory\\nat the end")
-elif seed == "3":
-    os.kill(os.getpid(), signal.SIGKILL)
-else:
+from multiprocessing import connection
+pipe = connection.Connection(int(sys.argv[2]))
+pipe.send(8)
+
+def run(folder, seed):
+    with open(folder.parent / "started", "a") as file:
+        file.write(seed + "\\n")
+    with open(folder.parent / "processes", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    if (folder.parent / "repaired").exists() or seed == "0":
+        folder.mkdir(exist_ok=True)
+        summary = dict(device_kind="card", host_cores=2, versions={}, commit="c")
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return 0, ""
+    if seed == "1":
+        return 1, "error: seed=1: is refused by the run itself"
+    if seed == "2":
+        return 1, "one\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory\\nat the end"
+    if seed == "3":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if seed == "5" and os.fork():  # ends, while a process that it started holds the pipe
+        os._exit(7)
+    if seed == "5":
+        time.sleep(4)
+        os._exit(0)
+    if seed == "6":
+        return 1, "does not leave"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(60)
+
+while True:
+    try:
+        arguments, log = pipe.recv()
+    except EOFError:
+        sys.exit()
+    seed = next(arg.split("=")[1] for arg in arguments if arg.startswith("--config.seed="))
+    code, said = run(pathlib.Path(arguments[-1].removeprefix("--workdir=")), seed)
+    with open(log, "a") as file:
+        file.write(said)
+    pipe.send((code, ""))
+    if seed == "6":
+        time.sleep(60)
 """
 
 
@@ -149,6 +179,22 @@ def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
     assert rows[7]["name"] == "4x2,batch_per_device=8"
 
 
+def test_runs_that_differ_in_their_seed_are_checked_once(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    checked = []
+
+    def prepare(config, *_):
+        checked.append(config.batch_size)
+        if config.batch_size == 48:
+            raise UserError("refused")
+
+    monkeypatch.setattr(sweep.build, "prepare", prepare)
+    combos = sweep.combinations(None, None, ["seed=0,1", "batch_size=16,32,48"], 8)
+    statuses = [row["status"] for row in sweep.plan(combos, SMALL, jax.devices())]
+    assert statuses == ["pending", "pending", "refused"] * 2
+    assert checked == [16, 32, 48, 48]
+
+
 def test_no_two_combinations_have_one_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
     values = "/a/b", "_a_b", "x" * 300, "x" * 299 + "y"
@@ -216,12 +262,16 @@ def fake(monkeypatch, tmp_path):
     """Sweeps over seeds whose runs are FAKE."""
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sweep, "LAUNCH", tmp_path / "fake.py")
+    monkeypatch.setattr(worker, "LAUNCH", tmp_path / "fake.py")
     monkeypatch.setattr(
         runfiles,
         "figures_of",
         lambda folder: dict(
-            images_per_second=1.0, step_milliseconds=dict(median=1.0), ring_bytes=0, accuracy=0.5
+            images_per_second=1.0,
+            step_milliseconds=dict(median=1.0),
+            ring_bytes=0,
+            accuracy=0.5,
+            profile=None,
         ),
     )
     monkeypatch.setattr(
@@ -241,13 +291,24 @@ def fake(monkeypatch, tmp_path):
             for combo in combos
         ],
     )
-    return lambda *seeds: sweep.run(
-        "e", SHARED, [dict(seed=seed) for seed in seeds], jax.devices(), None, tmp_path / "s"
-    )
+
+    def run(*seeds):
+        combos = [dict(seed=seed) for seed in seeds]
+        with worker.Worker(None) as runner:
+            return sweep.run("e", SHARED, combos, jax.devices(), runner, tmp_path / "s")
+
+    return run
+
+
+def processes_of(folder):
+    """The number of the process of each run in turn: 0, 1, ..."""
+    ids = (folder / "processes").read_text().split()
+    return [list(dict.fromkeys(ids)).index(each) for each in ids]
 
 
 def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     result = fake(0, 1, 2, 3)
+    assert processes_of(tmp_path / "s") == [0, 0, 1, 2]  # a fresh one after each failure
     assert result == json.loads((tmp_path / "s/sweep.json").read_text())
     got = {run["name"]: (run["status"], run["reason"]) for run in result["runs"]}
     assert got == {
@@ -268,6 +329,7 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
         ("seed=3", "completed"),
     ]
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]
+    assert processes_of(tmp_path / "s")[4:] == [3, 3]
     capsys.readouterr()
     (tmp_path / "s/seed=0/summary.json").unlink()  # sweep.json has its figures
     result = fake(0, 2)
@@ -286,6 +348,39 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3", "0"]
 
 
+def test_a_process_that_ends_or_hangs_does_not_hang_the_sweep(fake, monkeypatch, capfd):
+    monkeypatch.setattr(worker, "LEAVE_SECONDS", 0.1)
+    since = time.monotonic()
+    rows = fake(5, 6, 0)["runs"]
+    assert time.monotonic() - since < 4  # what the first run started still holds its pipe
+    assert [row["status"] for row in rows] == ["failed", "failed", "completed"]
+    assert [row["reason"] for row in rows] == ["said nothing", "does not leave", ""]
+
+
+def test_a_profiled_run_has_its_process_for_itself(fake, monkeypatch, tmp_path):
+    figures = runfiles.figures_of
+
+    def profiled(folder):
+        return figures(folder) | dict(profile=dict(steps=1))
+
+    monkeypatch.setattr(runfiles, "figures_of", profiled)
+    (tmp_path / "s").mkdir()
+    fake(0)
+    (tmp_path / "s/repaired").touch()
+    fake(1, 2)
+    assert processes_of(tmp_path / "s") == [0, 1, 2]
+
+
+def test_what_keeps_a_process_from_another_run(monkeypatch, tmp_path):
+    own = tmp_path / "own.py"
+    own.touch()
+    os.utime(own, (time.time() + 2e4,) * 2)
+    monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(__file__=str(own)))
+    assert worker._leftover(time.time() + 1e4) == f"{own} has changed"
+    monkeypatch.setattr(jax, "live_arrays", lambda: [np.zeros(worker.LEFT_BYTES + 1, np.uint8)])
+    assert worker._leftover(time.time() + 3e4) == "this one leaves 1,048,577 bytes on the devices"
+
+
 def test_a_terminal_shows_brackets_as_they_are(monkeypatch, tmp_path):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -297,7 +392,7 @@ def test_a_terminal_shows_brackets_as_they_are(monkeypatch, tmp_path):
         dict(name=name, status="refused", reason="levers=[]", seconds=None, figures={})
         for name in ("[red]:x:", "[/a]")
     ]
-    sweep._Sweep({}, rows, [], tmp_path).run()
+    sweep._Sweep({}, rows, [], worker.Worker(None), tmp_path).run()
     for text in ("[red]:x:", "[/a]", "levers=[]"):
         assert f" {text} " in sys.stdout.getvalue()
 
@@ -341,7 +436,11 @@ def test_a_run_that_had_no_step_left_has_no_speed(fake, monkeypatch):
         runfiles,
         "figures_of",
         lambda folder: dict(
-            images_per_second=None, step_milliseconds=None, ring_bytes=0, accuracy=0.5
+            images_per_second=None,
+            step_milliseconds=None,
+            ring_bytes=0,
+            accuracy=0.5,
+            profile=None,
         ),
     )
     assert fake(0)["runs"][0]["status"] == "completed"
@@ -373,7 +472,7 @@ def test_a_signal_as_a_run_starts_leaves_no_process_behind(fake, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         return begun[0]
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", interrupted)
+    monkeypatch.setattr(worker.subprocess, "Popen", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -468,20 +567,44 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
     )  # none can
 
 
-def test_a_sweep_from_a_file_of_flags(start, tmp_path):  # noqa: F811
-    """Among programs that print as they start."""
-    (tmp_path / "flags.txt").write_text("\n".join(["--sweep=seed=0,1", "--config.steps=1"]))
+def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path):  # noqa: F811
+    """From a file of flags, among programs that print as they start, with a bad variable."""
+    (tmp_path / "flags.txt").write_text("\n".join(["--sweep=seed=0,1", "--workdir=s"]))
     (tmp_path / "sitecustomize.py").write_text("print('7 of us')")
-    out, _ = finished(
-        start(*SMALL, "--flagfile", "flags.txt", "--workdir", "s", PYTHONPATH=str(tmp_path))
+    cache = dict(
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_TRACEBACK_IN_LOCATIONS_LIMIT="100",  # jax's default
     )
+    surroundings = dict(PYTHONPATH=str(tmp_path), JAX_ENABLE_X64="1")
+    out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", **surroundings, **cache))
     assert "2 of 2 runs are completed" in out
+    assert out.count("7 of us") == 2  # that of the sweep and one for both runs
+    summaries = [runfiles.read_json(tmp_path / f"s/seed={seed}/summary.json") for seed in range(2)]
+    for seed, summary in enumerate(summaries):
+        said = (tmp_path / f"s/seed={seed}.log").read_text()
+        assert said.count("JAX_ENABLE_X64=1 has no effect") == 1
+        assert said.count("Done: synthetic") == 1
+        assert summary["config"]["seed"] == seed
+    assert summaries[1]["startup_seconds"] < sum(
+        row["seconds"] for row in runfiles.read_json(tmp_path / "s/sweep.json")["runs"][1:]
+    )
+
+    arguments = ["--config.seed=1", "--config.data.fallback=", "--workdir=alone"]
+    finished(start(*SMALL, *arguments, **cache))
+    worked, alone = tmp_path / "s/seed=1", tmp_path / "alone"
+    programs = runfiles.read_json(alone / "summary.json")["programs_from_cache"]
+    assert programs >= summaries[1]["programs_from_cache"] > 0  # the process still has one or two
+    for split in ("train", "final"):
+        assert rows(worked, split) == rows(alone, split)
+    saved, again = (saved_state(folder, summaries[1]["steps"]) for folder in (worked, alone))
+    assert saved.keys() == again.keys()
+    assert all((saved[name] == again[name]).all() for name in saved)
 
 
 def test_sweeps_that_are_refused_at_once(start, tmp_path):  # noqa: F811
     for more, message in (
         (["--dry_run"], "--dry_run: expected a single mesh"),
-        (["--mesh", "1x1,"], "has an empty value"),
         (["--sweep", "model.dropout=0.0,0.5"], "--sweep=model.dropout: model.name=simple_cnn"),
     ):
         _, err = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1", *more), code=2)
@@ -496,7 +619,7 @@ def test_sweeps_that_are_refused_at_once(start, tmp_path):  # noqa: F811
 def test_a_sweep_json_of_another_form_is_refused(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(UserError, match=r"holds no sweep \(no whole sweep\.json\)"):
-        sweep.run("x", ["--config", "experiments/alexnet_cifar.py"], [], [], None, tmp_path)
+        sweep.run("x", SHARED, [], [], worker.Worker(None), tmp_path)
 
 
 def test_equal_values_are_swept_once():

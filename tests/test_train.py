@@ -66,6 +66,20 @@ def test_files_of_a_run(config, tmp_path):
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", summary["commit"])
     assert summary["step_milliseconds"].keys() == {"median", "p10", "p90"}
     assert summary["compile_seconds"] < summary["startup_seconds"] < startup.process_seconds()
+    stages = {stage["stage"] for stage in summary["startup"]}
+    assert stages == {
+        "memory",
+        "data",
+        "network",
+        "tracing",
+        "compiling",
+        "moving the data",
+        "report",
+    }
+    assert all(
+        0 < stage["begin"] <= stage["end"] <= summary["startup_seconds"]
+        for stage in summary["startup"]
+    )
     assert (summary["status"], summary["steps"], summary["epochs"]) == ("completed", 8, 2.0)
     assert summary["eval"]["examples"] == 40
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))
@@ -358,7 +372,7 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
                 steps=10**7,
                 data=dict(resident="no", crop=8, synthetic=dict(image_size=1024)),
             ),
-            r"steps_per_call=100000, batch_size=16: needs 5,033\.2 GB",
+            r"steps_per_call=100000, batch_size=16: needs 10,066\.3 GB",
         ),
         (
             dict(optimizer=dict(weight_decays=dict(fc9=1.0))),
@@ -719,7 +733,7 @@ def test_statistics_and_evaluation_use_their_own_split(config, tmp_path, monkeyp
         test_labels=data.test_labels * 0,
         test_images=data.test_images // 4,
     )
-    monkeypatch.setattr(registry, "load", lambda *_: data)
+    monkeypatch.setattr(registry, "find", lambda *_: data)
     seen = []
     monkeypatch.setattr(
         statistics,

@@ -48,7 +48,7 @@ class Clock:
         self.chunks.append((steps, seconds))
         if self.startup_seconds is None:
             self.startup_seconds = startup.process_seconds()
-            self.startup = startup.stages()
+            self.startup = startup.take_stages()
         return seconds
 
     @property

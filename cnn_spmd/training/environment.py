@@ -180,6 +180,11 @@ def cache_programs() -> None:
     # The report reads the op_names in a program. By default, programs that differ only in these
     # share an entry of the cache.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    # The lines of code that made a program are such metadata, too. They would give it other keys in
+    # a sweep's worker, and after each edit.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    # By default, programs that compile within a second are compiled again by each command.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnn_spmd"

@@ -12,10 +12,24 @@ import time
 from collections.abc import Callable, Iterator
 
 _stages: list[dict] = []
+# When a sweep's worker got the command that it runs; None in a process of one command.
+_command_began: float | None = None
+
+
+def begin_command() -> None:
+    """Count from now on, as the process of this command has run others before."""
+    global _command_began
+    _command_began = time.monotonic()
+    _stages.clear()
 
 
 def process_seconds() -> float | None:
-    """Return the age of this process in seconds; None where there is no /proc."""
+    """Return the age of this process in seconds, or that of its command in a sweep's worker.
+
+    It is None where there is no /proc.
+    """
+    if _command_began is not None:
+        return round(time.monotonic() - _command_began, 2)
     try:
         stat = pathlib.Path("/proc/self/stat").read_text()
     except OSError:
@@ -37,9 +51,14 @@ def stage(name: str, since: float | None = None) -> Iterator[None]:
         _stages.append(dict(stage=name, begin=begin, end=end))
 
 
-def stages() -> list[dict]:
-    """Return the stages so far, each with its begin and end in seconds after the command."""
-    return sorted(_stages, key=lambda stage: stage["begin"])
+def take_stages() -> list[dict]:
+    """Return the stages so far and forget them: a next run in this process has its own.
+
+    Each has its name, and its begin and end in seconds after the command.
+    """
+    taken = sorted(_stages, key=lambda stage: stage["begin"])
+    _stages.clear()
+    return taken
 
 
 def background(name: str, function: Callable, *arguments) -> concurrent.futures.Future:

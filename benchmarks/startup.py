@@ -1,0 +1,166 @@
+"""Time what a user waits for: from the command to the first step, to the result, to a sweep's end.
+
+  python benchmarks/startup.py --data_dir DIR        DIR holds the folder cifar-10-batches-bin
+  python benchmarks/startup.py --quick               tries this script on a CPU, with small settings
+
+Each measurement is a command of its own, as a user types it:
+
+  cold      experiments/alexnet_cifar.py for a few steps, with an empty compilation cache
+  warm      the same again, with the programs in the cache
+  result    the whole experiment, to its final accuracy, with the programs in the cache
+  sweep     12 runs of 100 steps (4 learning rates x 3 seeds), with the programs in the cache,
+            which a first sweep fills
+
+`first_step_seconds` is summary.json's startup_seconds: from the start of the process to the end of
+the first chunk. The others are seconds of a wall clock around the command. The script writes one
+JSON file with all repeats and the medians, after each measurement.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from cnn_spmd.training import provenance, runfiles
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXPERIMENT = "experiments/alexnet_cifar.py"
+SWEEP = ("optimizer.learning_rate=0.05,0.1,0.15,0.2", "seed=0,1,2")
+QUICK = ("--config.data.name=digits", "--config.model.width=16", "--config.batch_size=64")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data_dir", default="", help="config.data.dir: where CIFAR-10 is")
+    add("--repeats", type=int, default=3, help="of each measurement (default: 3)")
+    add("--only", default="cold,warm,result,sweep", help="what to measure (default: %(default)s)")
+    add("--quick", action="store_true", help="small settings, to try this script")
+    add("--output", type=pathlib.Path, help="default: results/data/startup/<device>.json")
+    return parser.parse_args()
+
+
+class Bench:
+    """A folder for the runs and caches, and what was measured so far."""
+
+    def __init__(self, args: argparse.Namespace, folder: pathlib.Path):
+        self.args = args
+        self.folder = folder
+        self.count = 0
+        self.result: dict = {}
+
+    def measure(self, name: str, cache: str, *flags: str) -> dict:
+        """Run launch.py with these flags; return its seconds, and what its summary says."""
+        self.count += 1
+        workdir = self.folder / f"{name}-{self.count}"
+        shared = QUICK if self.args.quick else (f"--config.data.dir={self.args.data_dir}",)
+        command = [sys.executable, "launch.py", f"--config={EXPERIMENT}", *shared, *flags]
+        caches = ("XDG_CACHE_HOME", "TFDS_DATA_DIR", "CUDA_CACHE_PATH")
+        environment = os.environ | dict.fromkeys(caches, str(self.folder / cache))
+        since = time.perf_counter()
+        done = subprocess.run(
+            [*command, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds = round(time.perf_counter() - since, 2)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise SystemExit(f"{name}: exit code {done.returncode}: {lines[-1]}")
+        print(f"{name}: {seconds} s", flush=True)
+        summary = workdir / "summary.json"
+        if not summary.exists():
+            return dict(seconds=seconds) | sweep_figures(workdir)
+        return dict(seconds=seconds) | figures_of(json.loads(summary.read_text()))
+
+    def record(self, name: str, row: dict, output: pathlib.Path | None) -> None:
+        """Add a measurement, and write the file."""
+        self.result.setdefault(name, []).append(row)
+        medians = dict(
+            cold_first_step_seconds=self.median("cold", "first_step_seconds"),
+            warm_first_step_seconds=self.median("warm", "first_step_seconds"),
+            warm_result_seconds=self.median("result", "seconds"),
+            sweep_12_runs_seconds=self.median("sweep", "seconds"),
+        )
+        hardware = row["hardware"]
+        slug = "-".join(hardware["device_kind"].lower().split())
+        path = output or ROOT / "results" / "data" / "startup" / f"{slug}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runfiles.write_json(
+            path, medians | dict(hardware=hardware, **provenance.provenance(), repeats=self.result)
+        )
+
+    def median(self, name: str, field: str) -> float | None:
+        """Return the median of a field over the repeats; None where there are none."""
+        values = [row[field] for row in self.result.get(name, ())]
+        return round(statistics.median(values), 2) if values else None
+
+
+def figures_of(summary: dict) -> dict:
+    """Return what a run's summary says of its start-up and its result."""
+    return dict(
+        hardware=dict(device_kind=summary["device_kind"], host_cores=summary["host_cores"]),
+        first_step_seconds=summary["startup_seconds"],
+        stages=summary["startup"],
+        compile_seconds=summary["compile_seconds"],
+        programs_from_cache=summary["programs_from_cache"],
+        step_milliseconds=summary["step_milliseconds"],
+        train_seconds=summary["train_seconds"],
+        steps=summary["steps"],
+        accuracy=summary["eval"]["accuracy"],
+    )
+
+
+def sweep_figures(folder: pathlib.Path) -> dict:
+    """Return what sweep.json says of each run's seconds."""
+    sweep = json.loads((folder / "sweep.json").read_text())
+    runs = sweep["runs"]
+    hardware = sweep["hardware"]
+    return dict(
+        hardware=dict(device_kind=hardware["device_kind"], host_cores=hardware["host_cores"]),
+        runs=len(runs),
+        run_seconds=[run["seconds"] for run in runs],
+        train_seconds=[run["figures"]["train_seconds"] for run in runs],
+        compile_seconds=[run["figures"]["compile_seconds"] for run in runs],
+    )
+
+
+def main() -> None:
+    """Measure what --only names, and write the file."""
+    args = parse_arguments()
+    only = args.only.split(",")
+    few = ("--config.steps=8",) if args.quick else ("--config.steps=300",)
+    whole = few if args.quick else ()
+    hundred = ("--config.steps=4",) if args.quick else ("--config.steps=100",)
+    sweep = [*hundred, *(flag for field in SWEEP for flag in ("--sweep", field))]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, pathlib.Path(folder))
+        if "cold" in only:
+            for i in range(args.repeats):
+                bench.record("cold", bench.measure("cold", f"cache-{i}", *few), args.output)
+        elif {"warm", "result"} & {*only}:
+            bench.measure("cache", "cache-0", *few)
+        for name, flags in (("warm", few), ("result", whole), ("sweep", sweep)):
+            if name not in only:
+                continue
+            if name == "sweep":
+                bench.measure("sweep-cache", "cache-0", *flags)
+            for _ in range(args.repeats):
+                bench.record(name, bench.measure(name, "cache-0", *flags), args.output)
+
+
+if __name__ == "__main__":
+    main()
