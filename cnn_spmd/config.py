@@ -57,6 +57,12 @@ SCHEMA = {
         choices=("auto", "float32", "bfloat16"),
     ),
     "profile": Field(0, "steps, at least, to trace after the last one", low=0, high=1000),
+    "noise_scale": Field(
+        0,
+        "batches by which each evaluation measures the noise scale; at most an epoch; 0: none",
+        low=0,
+        high=10**6,
+    ),
     # Where arrays live: cnn_spmd/sharding/table.py.
     **{
         f"mesh.{axis}": Field(
@@ -240,6 +246,7 @@ MAY_DIFFER = (
     "epochs",
     "steps",
     "profile",
+    "noise_scale",
 )
 # What a run's config.json says of its data beside the config; a resumed run has the same.
 DATA_FIELDS = ("dataset", "fallback", "data_files", "data_digest")
@@ -518,6 +525,7 @@ def resolve(
         )
     config.epochs = 0  # steps says it from here on
     _resolve_warmup(config, per_epoch)
+    _resolve_noise_scale(config, per_epoch)
     if config.data.resident == "auto":
         config.data.resident = _where_images_live(data, memory, devices)
     if not config.steps_per_call:
@@ -540,6 +548,17 @@ def _resolve_warmup(config: ml_collections.ConfigDict, per_epoch: int) -> None:
             f"steps, expected at most the run's {config.steps}"
         )
     settings.warmup_epochs = 0.0  # warmup_steps says it from here on
+
+
+def _resolve_noise_scale(config: ml_collections.ConfigDict, per_epoch: int) -> None:
+    """Cut noise_scale to an epoch and to the run, in place. Raises UserError for one batch."""
+    batches = min(config.noise_scale, per_epoch, config.steps)
+    if batches == 1:
+        raise UserError(
+            f"noise_scale={config.noise_scale}: takes 1 batch, of {per_epoch} in an epoch and "
+            f"{config.steps} in the run, expected 0 or at least 2"
+        )
+    config.noise_scale = batches
 
 
 def _where_images_live(data: Any, memory: float | None, devices: int) -> str:

@@ -378,6 +378,7 @@ def test_help_shows_every_flag(start):
         "--sweep",
         "--batch_per_device",
         "--profile",
+        "--noise_scale",
         "--cpu_devices",
         "--workdir",
         "--[no]dry_run",
