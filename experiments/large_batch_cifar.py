@@ -8,9 +8,9 @@
   ... --config.eval.every_epochs=1 --noise_scale 5
                                           for the steps to a target error, and the noise scale
 
-A variant is at most one rule, then bn or not, then imagenette or not, with "_" between them:
+A variant is some of a rule, bn and imagenette, in this order, with "_" between them:
 
-  linear      momentum SGD; the rate grows with the batch (as without a rule)
+  linear      momentum SGD; the rate grows with the batch (also without a rule)
   lars        a local rate per parameter, eta |w| / (|g| + decay |w|), times the rate
   larc        the same local rate, but at most the rate: min(rate, local)
   bn          AlexNet-BN (batch norm on the inputs of conv2 to conv5) instead of AlexNet 2012,
@@ -29,12 +29,12 @@ falls from 14 points to 2.2 without LARS. What was measured here: results/batche
 
 The recipe is that of the authors' files (nvcaffe, models/alexnet_bn): momentum 0.9, weight decay
 5e-4, dropout 0.5, polynomial decay of power 2, eta 0.001. Their warm-up takes 4 to 10 epochs; here
-5 for every batch. Images are those of alexnet_cifar.py or owt_imagenet.py.
+it takes 5 for every batch. Images are those of alexnet_cifar.py or owt_imagenet.py.
 
-The rates are the authors', too. linear: 0.02 for AlexNet at a batch of 256, 0.08 for AlexNet-BN at
-512. lars and larc: 2 at 1K, 10 at 8K and 16 at 16K, which is nearly a power of 0.75 of the batch.
-They are for ImageNet, where a batch has 25 times as many steps. To search them on images that are
-held out of training, for each batch by itself:
+The rates are published ones, too. linear: 0.01 for AlexNet at 128 (owt_imagenet.py), 0.08 for
+AlexNet-BN at 512. lars and larc: 2 at 1K, 10 at 8K and 16 at 16K, nearly a power of 0.75 of the
+batch. They are for ImageNet, whose epochs have 25 times as many steps. To search them for each
+batch, on images that are held out of training:
 
   ... --config.data.validation=5000 --sweep optimizer.learning_rate=0.1,0.2,0.4,0.8,1.6
       --sweep batch_size=128,1024,4096,8192
@@ -57,8 +57,8 @@ def get_config(variant: str = "linear") -> ml_collections.ConfigDict:
     bn, imagenette = "bn" in rest, "imagenette" in rest
     if rest != ["bn"] * bn + ["imagenette"] * imagenette:
         raise UserError(
-            f"experiments/large_batch_cifar.py:{variant}: unknown variant, expected one of "
-            f"{', '.join(RULES)}, with _bn, _imagenette or _bn_imagenette after it, or not"
+            f"experiments/large_batch_cifar.py:{variant}: unknown variant, expected some of a rule "
+            f"({', '.join(RULES)}), bn and imagenette, in this order, with _ between them"
         )
     images = owt_imagenet.get_config("imagenette") if imagenette else alexnet_cifar.get_config()
     with_response_norm = "alexnet_2012" if imagenette else "alexnet_2012_small"

@@ -219,9 +219,9 @@ def test_one_weird_tricks_question_on_cifar10(variant):
     ] == ["data.fallback"]
 
 
-# The authors' rates: of plain scaling for batches of 256 and 512, of LARS and LARC for 1K and 8K.
+# Published rates: of linear scaling for 128 and 512, of LARS and LARC for 1K and 8K.
 RATES_OF_LARGE_BATCHES = {
-    "linear": {256: 0.02},
+    "linear": {128: 0.01},
     "linear_bn": {512: 0.08},
     "lars": {1024: 2, 8192: 10},
     "larc_bn_imagenette": {1024: 2, 8192: 10},
@@ -230,7 +230,7 @@ RATES_OF_LARGE_BATCHES = {
 
 @pytest.mark.parametrize("variant", RATES_OF_LARGE_BATCHES)
 def test_large_batches(variant, few):
-    """Five epochs of warm-up to the authors' rates, then a decay of power 2 over the others."""
+    """Five epochs of warm-up to published rates, then a decay of power 2 over the others."""
     config = large_batch_cifar.get_config(variant)
     rule, *rest = variant.split("_")
     name = "imagenette" if "imagenette" in rest else "cifar"

@@ -14,7 +14,8 @@ there are gradients g1 and g2 of two batch sizes, B1 = B and B2 = n B, on every 
   tr(S) = (|g1|^2 - |g2|^2) / (1/B1 - 1/B2)
 
 Both are unbiased; their ratio is not. To average several measurements, average the two and divide
-then. The noise is all that training has: images, crops, colour noise and dropout masks.
+then. The noise is all that training has: images, crops, colour noise and dropout masks. As in
+training, batch norm uses the statistics of each batch of B.
 """
 
 import functools

@@ -103,7 +103,8 @@ def muon(settings: Any, rate: optax.Schedule) -> tuple[optax.GradientTransformat
     Jordan et al. 2024 (github.com/KellerJordan/Muon): the momentum of a matrix is made nearly
     orthogonal by five Newton-Schulz iterations. A convolution [H, W, I, O] is taken as the matrix
     [H W I, O], as the authors do for CIFAR-10 (airbench). Biases and the output layer fc3 take
-    AdamW, also as they do. Decay and rate are those of `adamw` for both.
+    AdamW, also as they do. Decay and rate are those of `adamw` for both. Where a matrix is split,
+    XLA moves parts of it for each product: more bytes than the gradient takes.
     """
 
     def matrices(params):
