@@ -8,8 +8,9 @@ Each measurement is a command of its own, as a user types it:
   cold      experiments/alexnet_cifar.py for a few steps, with an empty compilation cache
   warm      the same again, with the programs in the cache
   result    the whole experiment, to its final accuracy, with the programs in the cache
-  sweep     12 runs of 100 steps (4 learning rates x 3 seeds), with the programs in the cache,
-            which a first sweep fills
+  sweep     12 runs of 100 steps (4 learning rates x 3 seeds), with the programs in the cache
+
+A first result and a first sweep, which are not counted, fill the cache.
 
 `first_step_seconds` is summary.json's startup_seconds: from the start of the process to the end of
 the first chunk. The others are seconds of a wall clock around the command. The script writes one
@@ -156,8 +157,8 @@ def main() -> None:
         for name, flags in (("warm", few), ("result", whole), ("sweep", sweep)):
             if name not in only:
                 continue
-            if name == "sweep":
-                bench.measure("sweep-cache", "cache-0", *flags)
+            if name != "warm":  # other programs than those of `few`
+                bench.measure(f"{name}-cache", "cache-0", *flags)
             for _ in range(args.repeats):
                 bench.record(name, bench.measure(name, "cache-0", *flags), args.output)
 

@@ -75,6 +75,15 @@ def test_transposed_images_have_the_digest_of_their_pixels():
     assert digest.of_arrays(turned) == digest.of_arrays(arrays())
 
 
+def test_a_known_digest_is_looked_up_by_every_byte(monkeypatch):
+    monkeypatch.setattr(digest, "KNOWN", {digest.quick_hash(arrays()): "known"})
+    assert digest.of_arrays(arrays()) == "known"
+    for name in arrays():
+        changed = arrays()
+        changed[name][-1] += 1
+        assert digest.of_arrays(changed) != "known"
+
+
 def test_a_run_trains_on_it_and_records_its_digest(monkeypatch, tmp_path, config):
     monkeypatch.setitem(registry.DATASETS, "greys", load_greys)
     config.update(dict(batch_size=3, epochs=1))

@@ -2,7 +2,7 @@
 
 import re
 
-from cnn_spmd.papers import measured, tables
+from cnn_spmd.papers import measured, tables, waiting
 from cnn_spmd.papers.measured import DATA
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
@@ -26,18 +26,13 @@ def headline_table() -> str:
         figures[f"{scheme}, batch 32 per GPU, 4 GPUs"].measured
         for scheme in ("one weird trick", "data")
     )
-    errors = batch_errors()
     rows = [
         ["CIFAR-10 test accuracy, 40 epochs, one H100", accuracy_text(), "cifar10"],
+        ["The same on one H200, from the command", waiting_text(), "startup"],
         [
             'cuda-convnet\'s "13%" network, test error',
             f"{convnet.measured} % (published: {convnet.published} %)",
             "papers",
-        ],
-        [
-            "CIFAR-10 error at batch 1024, dense layers updated per 128",
-            f"{errors[1024]} % (batch 128: {errors[128]} %)",
-            "batches",
         ],
         ["AlexNet at 224x224, batch 128, one H100", speed_text(), "pytorch"],
         [
@@ -64,16 +59,13 @@ def accuracy_text() -> str:
     return f"{accuracy} % (n = {len(runs)}) in {seconds:.1f} s of training"
 
 
-def batch_errors() -> dict[int, str]:
-    """Return CIFAR-10's errors at batch 128, and at 1024 with the variable batch."""
-    errors: dict[int, list[float]] = {128: [], 1024: []}
-    experiments = {128: "owt_cifar", 1024: "owt_cifar_variable"}
-    for run in measured.load_summaries(DATA / "claims"):
-        batch = run["batch_size"]
-        scaling = run["config"]["optimizer"]["scaling"]
-        if run["experiment"] == experiments.get(batch) and scaling == 1.0:
-            errors[batch].append(100 * (1 - run["eval"]["accuracy"]))
-    return {batch: mean_and_deviation(values, 2) for batch, values in errors.items()}
+def waiting_text() -> str:
+    """Return the seconds from the command to the result and to the first step, on one GPU."""
+    (measured,) = waiting.load("startup")
+    return (
+        f"{measured['warm_first_step_seconds']:.1f} s to the first step, "
+        f"{measured['warm_result_seconds']:.1f} s to the result"
+    )
 
 
 def speed_text() -> str:
