@@ -82,7 +82,7 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     network = functions.abstract_model
     reason = coverage.covers(place, network, images, activations, params, collectives)
     if reason is None and config.optimizer.name == "muon":
-        reason = _split_by_muon(params)
+        reason = _split_by_muon(abstract.params)
     if reason is None:
         each = microbatch.updates_each(functions.microbatch)
         updates = config.batch_size // config.dense_microbatch if each else 1
@@ -97,9 +97,9 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     )
 
 
-def _split_by_muon(params: list[tuple[str, nnx.Variable]]) -> str | None:
+def _split_by_muon(params: nnx.State) -> str | None:
     """Say which split kernel Muon's update multiplies with itself; None: no kernel is split."""
-    for name, leaf in params:
+    for name, leaf in _named_variables(params):
         if leaf.ndim > 1 and not leaf.get_value().sharding.is_fully_replicated:
             return f"optimizer.name=muon multiplies {name}, which is split, in its update"
     return None
