@@ -136,7 +136,7 @@ SCHEMA = {
     "label_smoothing": Field(
         0.0, "share of each label that is spread over all classes", low=0.0, below=1.0
     ),
-    "optimizer.name": Field("sgd", "optimizer: a name in cnn_spmd/training/optim.py"),
+    "optimizer.name": Field("sgd", "sgd, lars, larc, adamw, muon, or one of your own"),
     "optimizer.options": Field({}, "numbers for an optimizer of your own, by name", item=0.0),
     "optimizer.learning_rate": Field(0.01, "highest learning rate", low=0.0),
     "optimizer.scaling": Field(
@@ -154,7 +154,9 @@ SCHEMA = {
     "optimizer.warmup_steps": Field(
         0, "steps over which the rate grows from 0, instead of warmup", low=0, high=10**7
     ),
-    "optimizer.decay": Field("linear", "schedule after the warm-up: a name in training/optim.py"),
+    "optimizer.decay": Field(
+        "linear", "after the warm-up: linear, polynomial, cosine, constant, staged, or your own"
+    ),
     "optimizer.power": Field(
         2.0, "decay=polynomial: the rate falls as (1 - t) ** power, t from 0 to 1", low=0.0
     ),
@@ -171,7 +173,7 @@ SCHEMA = {
         {}, 'multiply the rate of some layers, such as {"fc1": 0.25}', low=0.0, item=0.0
     ),
     "optimizer.momentum": Field(
-        0.9, "share of the last update that the next one repeats", low=0.0, below=1.0
+        0.9, "share of the last update that the next one repeats; adamw: beta 1", low=0.0, below=1.0
     ),
     "optimizer.nesterov": Field(False, "Nesterov's form of momentum"),
     "optimizer.beta2": Field(
