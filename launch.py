@@ -68,6 +68,13 @@ PROFILE = flags.DEFINE_integer(
     "away): profile.json gets the top kernels and the communication.",
     lower_bound=1,
 )
+NOISE_SCALE = flags.DEFINE_integer(
+    "noise_scale",
+    None,
+    "At each evaluation, measure the gradient's noise scale by this many training batches, at most "
+    "an epoch; sets config.noise_scale.",
+    lower_bound=2,
+)
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
@@ -231,7 +238,7 @@ def device_count() -> int:
 
 
 def config_of_run() -> ml_collections.ConfigDict:
-    """Return the config with what --mesh and --profile set in it."""
+    """Return the config with what --mesh, --profile and --noise_scale set in it."""
     from cnn_spmd.sharding import mesh
 
     config = CONFIG.value
@@ -240,6 +247,7 @@ def config_of_run() -> ml_collections.ConfigDict:
             raise UserError(f"--mesh={MESH.value}: config.mesh is given too, expected one of them")
         config.mesh.update(mesh.parse(MESH.value))
     config.profile = PROFILE.value or config.profile
+    config.noise_scale = NOISE_SCALE.value or config.noise_scale
     return config
 
 

@@ -57,6 +57,12 @@ SCHEMA = {
         choices=("auto", "float32", "bfloat16"),
     ),
     "profile": Field(0, "steps, at least, to trace after the last one", low=0, high=1000),
+    "noise_scale": Field(
+        0,
+        "batches by which each evaluation measures the noise scale; at most an epoch; 0: none",
+        low=0,
+        high=10**6,
+    ),
     # Where arrays live: cnn_spmd/sharding/table.py.
     **{
         f"mesh.{axis}": Field(
@@ -114,6 +120,9 @@ SCHEMA = {
     ),
     "data.held_out": Field(0, "last training images that the first steps leave out", low=0),
     "data.held_out_steps": Field(0, "steps that leave out data.held_out images", low=0),
+    "data.validation": Field(
+        0, "last training images to evaluate on instead of the test split; 0: the test split", low=0
+    ),
     "data.fallback": Field("", "digits: stand in where CIFAR-10 cannot be had; empty: an error"),
     "data.fallback_epochs": Field(
         5, "epochs on the fallback, unless epochs or steps is set by hand; 0: as given", low=0
@@ -132,7 +141,7 @@ SCHEMA = {
     "label_smoothing": Field(
         0.0, "share of each label that is spread over all classes", low=0.0, below=1.0
     ),
-    "optimizer.name": Field("sgd", "optimizer: a name in cnn_spmd/training/optim.py"),
+    "optimizer.name": Field("sgd", "sgd, lars, larc, adamw, muon, or one of your own"),
     "optimizer.options": Field({}, "numbers for an optimizer of your own, by name", item=0.0),
     "optimizer.learning_rate": Field(0.01, "highest learning rate", low=0.0),
     "optimizer.scaling": Field(
@@ -144,7 +153,18 @@ SCHEMA = {
     "optimizer.warmup": Field(
         0.0, "share of the steps over which the rate grows from 0", low=0.0, high=1.0
     ),
-    "optimizer.decay": Field("linear", "schedule after the warm-up: a name in training/optim.py"),
+    "optimizer.warmup_epochs": Field(
+        0.0, "epochs over which the rate grows from 0, instead of warmup", low=0.0
+    ),
+    "optimizer.warmup_steps": Field(
+        0, "steps over which the rate grows from 0, instead of warmup", low=0, high=10**7
+    ),
+    "optimizer.decay": Field(
+        "linear", "after the warm-up: linear, polynomial, cosine, constant, staged, or your own"
+    ),
+    "optimizer.power": Field(
+        2.0, "decay=polynomial: the rate falls as (1 - t) ** power, t from 0 to 1", low=0.0
+    ),
     "optimizer.stages": Field(
         (),
         "decay=staged: shares of the steps at which the rate falls, such as (0.25, 0.5)",
@@ -158,9 +178,20 @@ SCHEMA = {
         {}, 'multiply the rate of some layers, such as {"fc1": 0.25}', low=0.0, item=0.0
     ),
     "optimizer.momentum": Field(
-        0.9, "share of the last update that the next one repeats", low=0.0, below=1.0
+        0.9, "share of the last update that the next one repeats; adamw: beta 1", low=0.0, below=1.0
     ),
     "optimizer.nesterov": Field(False, "Nesterov's form of momentum"),
+    "optimizer.beta2": Field(
+        0.999,
+        "adamw, muon: share of the last mean square that the next one keeps",
+        low=0.0,
+        below=1.0,
+    ),
+    "optimizer.trust": Field(
+        0.001,
+        "lars, larc: eta of the local rate, which is about eta times norm(w) / norm(g)",
+        low=0.0,
+    ),
     "optimizer.weight_decay": Field(5e-4, "decay of weights, not of biases", low=0.0),
     "optimizer.weight_decays": Field(
         {}, 'another weight decay for some layers, such as {"fc3": 0.01}', low=0.0, item=0.0
@@ -225,6 +256,7 @@ MAY_DIFFER = (
     "epochs",
     "steps",
     "profile",
+    "noise_scale",
 )
 # What a run's config.json says of its data beside the config; a resumed run has the same.
 DATA_FIELDS = ("dataset", "fallback", "data_files", "data_digest")
@@ -402,6 +434,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             _check_range(f"{name}.{key}", each, field)
     if not config.epochs and not config.steps:
         raise UserError("epochs=0, steps=0: expected a positive number in one of them")
+    _refuse_several_warmups(config.optimizer)
     expanded("data.dir", config.data.dir)
     if config.data.name == "synthetic":
         sizes = config.data.synthetic
@@ -410,6 +443,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
         needed = (sizes.train_examples + sizes.test_examples) * sizes.image_size**2 * 3
         refuse_beyond(machine_memory(), needed, fields)
+
+
+def _refuse_several_warmups(settings: ml_collections.ConfigDict) -> None:
+    """Raise UserError where two of the three fields say how long the warm-up is."""
+    fields = ("warmup", "warmup_epochs", "warmup_steps")
+    given = [f"optimizer.{name}={settings[name]}" for name in fields if settings[name]]
+    if len(given) > 1:
+        raise UserError(f"{', '.join(given)}: expected one of them, and 0 in the others")
 
 
 def _check_range(name: str, value: float, field: Field) -> None:
@@ -493,11 +534,41 @@ def resolve(
             f"epochs={config.epochs}: makes {config.steps} steps, expected at most 10000000"
         )
     config.epochs = 0  # steps says it from here on
+    _resolve_warmup(config, per_epoch)
+    _resolve_noise_scale(config, per_epoch)
     if config.data.resident == "auto":
         config.data.resident = _where_images_live(data, memory, devices)
     if not config.steps_per_call:
         config.steps_per_call = _steps_per_call(config, data, platform)
     return config
+
+
+def _resolve_warmup(config: ml_collections.ConfigDict, per_epoch: int) -> None:
+    """Turn optimizer.warmup_epochs into steps, in place.
+
+    Raises UserError for a warm-up that is longer than the run.
+    """
+    settings = config.optimizer
+    if settings.warmup_epochs:
+        settings.warmup_steps = round(settings.warmup_epochs * per_epoch)
+    if settings.warmup_steps > config.steps:
+        given = "warmup_epochs" if settings.warmup_epochs else "warmup_steps"
+        raise UserError(
+            f"optimizer.{given}={settings[given]}: makes a warm-up of {settings.warmup_steps} "
+            f"steps, expected at most the run's {config.steps}"
+        )
+    settings.warmup_epochs = 0.0  # warmup_steps says it from here on
+
+
+def _resolve_noise_scale(config: ml_collections.ConfigDict, per_epoch: int) -> None:
+    """Cut noise_scale to an epoch and to the run, in place. Raises UserError for one batch."""
+    batches = min(config.noise_scale, per_epoch, config.steps)
+    if batches == 1:
+        raise UserError(
+            f"noise_scale={config.noise_scale}: takes 1 batch, of {per_epoch} in an epoch and "
+            f"{config.steps} in the run, expected 0 or at least 2"
+        )
+    config.noise_scale = batches
 
 
 def _where_images_live(data: Any, memory: float | None, devices: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 from cnn_spmd.data import dataset, digest, registry
 from cnn_spmd.data.dataset import Dataset
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import loop
+from cnn_spmd.training import build, loop
 
 
 def config_data(**fields) -> ml_collections.ConfigDict:
@@ -44,6 +44,25 @@ def test_a_loader_of_arrays_is_all_that_a_data_set_takes(monkeypatch, tmp_path):
     assert data.digest == digest.of_arrays(arrays())
     for field, array in arrays().items():
         np.testing.assert_array_equal(data.arrays[field], array)
+
+
+def test_validation_takes_the_last_training_images(monkeypatch, config):
+    """They stand where the test images were; the digest is that of the whole data set."""
+    monkeypatch.setitem(registry.DATASETS, "greys", load_greys)
+    config.update(dict(batch_size=3, data=dict(name="greys", validation=3)))
+    data = build.prepare(config).data
+    assert (data.name, data.digest) == ("greys_validation", digest.of_arrays(arrays()))
+    for split, part in (("train", slice(3)), ("test", slice(3, None))):
+        for kind in ("images", "labels"):
+            expected = arrays()[f"train_{kind}"][part]
+            np.testing.assert_array_equal(data.arrays[f"{split}_{kind}"], expected)
+
+
+@pytest.mark.parametrize("examples", [2, 4, 6, 7])
+def test_validation_without_all_classes_is_refused(examples):
+    expected = f"data.validation={examples}: greys has 6 training images, expected all 3 classes"
+    with pytest.raises(UserError, match=expected):
+        load_greys(config_data()).with_validation(examples)
 
 
 def test_transposed_images_have_the_digest_of_their_pixels():

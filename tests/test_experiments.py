@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import dataset, synthetic
+from cnn_spmd.errors import UserError
 from cnn_spmd.training import build, optim
 from experiments import (
     alexnet_2012_imagenet,
@@ -17,6 +18,7 @@ from experiments import (
     claims_2012_cifar,
     cuda_convnet_cifar,
     deeper_cifar,
+    large_batch_cifar,
     owt_cifar,
     owt_imagenet,
     resnet_cifar,
@@ -240,6 +242,49 @@ def test_one_weird_tricks_question_on_cifar10(variant):
     assert [
         field for field in here if field.startswith("data.") and here[field] != of_alexnet[field]
     ] == ["data.fallback"]
+
+
+# Published rates: of linear scaling for 128 and 512, of LARS and LARC for 1K and 8K.
+RATES_OF_LARGE_BATCHES = {
+    "linear": {128: 0.01},
+    "linear_bn": {512: 0.08},
+    "lars": {1024: 2, 8192: 10},
+    "larc_bn_imagenette": {1024: 2, 8192: 10},
+}
+
+
+@pytest.mark.parametrize("variant", RATES_OF_LARGE_BATCHES)
+def test_large_batches(variant, few):
+    """Five epochs of warm-up to published rates, then a decay of power 2 over the others."""
+    config = large_batch_cifar.get_config(variant)
+    rule, *rest = variant.split("_")
+    name = "imagenette" if "imagenette" in rest else "cifar"
+    assert config.experiment == "_".join(["large_batch", name, rule, *["bn"] * ("bn" in rest)])
+    assert config.data.name == name.replace("cifar", "cifar10")
+    assert (config.model.name == "alexnet_bn") == ("bn" in rest)
+    side = 256 if "imagenette" in rest else 32
+    images = np.broadcast_to(np.zeros((), np.uint8), (50_000, side, side, 3))
+    data = dataclasses.replace(few, train_images=images)
+    for batch_size, rate in RATES_OF_LARGE_BATCHES[variant].items():
+        steps_per_epoch = len(images) // batch_size
+        config.batch_size = batch_size
+        settings = configs.resolve(config, data, "cpu").optimizer
+        schedule = optim.make_schedule(settings, 100 * steps_per_epoch, batch_size)
+        rates = [float(schedule(epochs * steps_per_epoch)) for epochs in (2.5, 5, 52.5, 100)]
+        assert rates == pytest.approx([rate / 2, rate, rate / 4, 0], rel=0.06)
+
+
+@pytest.mark.parametrize("variant", ["lars", "larc_bn"])
+def test_large_batches_can_be_set_up(variant, few):
+    build.prepare(large_batch_cifar.get_config(variant), data=few)
+
+
+@pytest.mark.parametrize("variant", ["sgd", "lars_larc", "imagenette_bn", "lars_", "bn_bn"])
+def test_unknown_variants_of_large_batches(variant):
+    with pytest.raises(
+        UserError, match=f"large_batch_cifar.py:{variant}: unknown variant, .* larc"
+    ):
+        large_batch_cifar.get_config(variant)
 
 
 @pytest.mark.parametrize("experiment", [alexnet_2012_imagenet, owt_imagenet])

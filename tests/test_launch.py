@@ -378,6 +378,7 @@ def test_help_shows_every_flag(start):
         "--sweep",
         "--batch_per_device",
         "--profile",
+        "--noise_scale",
         "--cpu_devices",
         "--workdir",
         "--[no]dry_run",
@@ -706,7 +707,9 @@ def test_makefile_runs_what_the_readme_says():
             check=True,
         ).stdout
         assert f".venv/bin/python {command} --mesh 1x1\n" in out
-        assert re.search(r"pip install --quiet --no-compile --editable '\.\[dev(,cuda12)?\]'\n", out)
+        assert re.search(
+            r"pip install --quiet --no-compile --editable '\.\[dev(,cuda12)?\]'\n", out
+        )
 
 
 def test_makefile_refuses_an_old_python(tmp_path):

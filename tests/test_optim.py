@@ -1,14 +1,22 @@
-"""Optimizers and schedules compared with formulas, and those of a user's own."""
+"""Optimizers and schedules compared with formulas, on meshes, and those of a user's own."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from setups import setup_of
+from setups import (
+    assert_close,
+    gather,
+    narrow,  # noqa: F401  (a fixture)
+    setup_of,
+)
 
+from cnn_spmd import config as configs
+from cnn_spmd.analysis import hlo
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import optim
 
@@ -41,20 +49,33 @@ def params_after(optimizer, params, gradients):
 # ---- Schedules.
 
 
-@pytest.mark.parametrize("decay", ["linear", "cosine", "constant", "staged"])
+@pytest.mark.parametrize("decay", ["linear", "polynomial", "cosine", "constant", "staged"])
 def test_schedule(config, decay):
     config.optimizer.update(
-        dict(learning_rate=0.4, warmup=0.25, decay=decay, stages=(0.3, 0.7), stage_factor=0.5)
+        dict(
+            learning_rate=0.4,
+            warmup=0.25,
+            decay=decay,
+            power=3.0,
+            stages=(0.3, 0.7),
+            stage_factor=0.5,
+        )
     )
     schedule = optim.make_schedule(config.optimizer, 100)
     rates = [float(schedule(step)) for step in (0, 10, 25, 62.5, 100)]
-    later = dict(linear=[0.2, 0], cosine=[0.2, 0], constant=[0.4, 0.4], staged=[0.2, 0.1])[decay]
-    np.testing.assert_allclose(rates, [0, 0.16, 0.4, *later], atol=1e-6)
+    later = dict(
+        linear=[0.2, 0],
+        polynomial=[0.05, 0],
+        cosine=[0.2, 0],
+        constant=[0.4, 0.4],
+        staged=[0.2, 0.1],
+    )
+    np.testing.assert_allclose(rates, [0, 0.16, 0.4, *later[decay]], atol=1e-6)
 
 
 def test_unknown_schedules_are_refused(config):
     config.optimizer.decay = "steps"
-    expected = r"optimizer\.decay=steps: unknown, expected one of linear, cosine, constant, staged$"
+    expected = r"optimizer\.decay=steps: unknown, expected one of linear, .*, constant, staged$"
     with pytest.raises(UserError, match=expected):
         optim.make_schedule(config.optimizer, 100)
 
@@ -149,6 +170,35 @@ def test_the_warmup_is_rounded_to_whole_steps(config):
     assert float(schedule(28)) == pytest.approx(0.4 * 28 / 29)
 
 
+# Of `setup_of`: 4 steps an epoch, 10 steps in all.
+@pytest.mark.parametrize(
+    ("given", "steps"), [({}, 0), (dict(warmup_steps=3), 3), (dict(warmup_epochs=1.5), 6)]
+)
+def test_the_warmup_in_steps_and_epochs(given, steps):
+    """Epochs become steps; the first rate that is not lower is that after the warm-up."""
+    setup = setup_of("simple_cnn", "data", (1, 1), optimizer=dict(given, decay="constant"))
+    settings = setup.config.optimizer
+    assert (settings.warmup_steps, settings.warmup_epochs) == (steps, 0)
+    schedule = optim.make_schedule(settings, 10)
+    rates = [float(schedule(step)) / settings.learning_rate for step in range(10)]
+    expected = [min(1, step / steps if steps else 1) for step in range(10)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 11), ("epochs", 2.75)])
+def test_a_warmup_longer_than_the_run_is_refused(name, value):
+    expected = rf"optimizer\.warmup_{name}={value}: .* of 11 steps, expected at most the run's 10$"
+    with pytest.raises(UserError, match=expected):
+        setup_of("simple_cnn", "data", (1, 1), optimizer={f"warmup_{name}": value})
+
+
+def test_two_warmups_are_refused(config):
+    config.optimizer.update(dict(warmup=0.25, warmup_steps=3))
+    expected = "optimizer.warmup=0.25, optimizer.warmup_steps=3: expected one of them, and 0 in"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        configs.validate(config)
+
+
 # ---- SGD.
 
 
@@ -235,29 +285,183 @@ def test_scaling_reaches_the_optimizer(config):
     assert got == pytest.approx(-0.4)
 
 
+# ---- The other optimizers, by hand.
+
+STEPS = 4
+RATES = 0.5 * (1 - np.arange(STEPS) / STEPS)  # linear decay from 0.5
+MOMENTUM, BETA2, TRUST = 0.8, 0.9, 0.1
+
+
+def lars_by_hand(weight, gradients, decay, combine=np.multiply):
+    """You, Gitman, Ginsburg 2017, algorithm 1; a weight of zeros has the local rate eta."""
+    velocity = 0.0
+    for gradient, rate in zip(gradients, RATES, strict=True):
+        of_weight, of_gradient = np.linalg.norm(weight), np.linalg.norm(gradient)
+        local = TRUST
+        if of_weight:
+            local = TRUST * of_weight / (of_gradient + decay * of_weight)
+        velocity = MOMENTUM * velocity + combine(rate, local) * (gradient + decay * weight)
+        weight = weight - velocity
+    return weight
+
+
+def larc_by_hand(weight, gradients, decay):
+    return lars_by_hand(weight, gradients, decay, np.minimum)
+
+
+def adamw_by_hand(weight, gradients, decay, beta1=MOMENTUM, beta2=BETA2, nesterov=False):
+    """Loshchilov and Hutter 2019, algorithm 2; optax has Dozat's form of Nesterov's momentum."""
+    mean, square = 0.0, 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients, RATES, strict=True), 1):
+        mean = beta1 * mean + (1 - beta1) * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        direction = corrected(mean, gradient, beta1, step, nesterov)
+        direction /= np.sqrt(square / (1 - beta2**step)) + 1e-8
+        weight = weight - rate * (direction + decay * weight)
+    return weight
+
+
+def corrected(mean, gradient, beta, step, nesterov):
+    """Return a running mean, corrected for its start at 0; optionally in Nesterov's form."""
+    if not nesterov:
+        return mean / (1 - beta**step)
+    ahead = beta * mean / (1 - beta ** (step + 1))
+    return ahead + (1 - beta) * gradient / (1 - beta**step)
+
+
+def muon_by_hand(weight, gradients, decay):
+    """Jordan et al. 2024, of a matrix or convolution; the size is 0.2 as in Liu et al. 2025."""
+    mean = 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients, RATES, strict=True), 1):
+        mean = MOMENTUM * mean + (1 - MOMENTUM) * gradient
+        x = corrected(mean, gradient, MOMENTUM, step, True).reshape(-1, weight.shape[-1])
+        x /= np.linalg.norm(x) + 1e-8
+        for _ in range(5):
+            square = x.T @ x
+            x = 3.4445 * x + x @ (-4.7750 * square + 2.0315 * square @ square)
+        direction = 0.2 * np.sqrt(max(x.shape)) * x.reshape(weight.shape)
+        weight = weight - rate * (direction + decay * weight)
+    return weight
+
+
+BY_HAND = dict(lars=lars_by_hand, larc=larc_by_hand, adamw=adamw_by_hand, muon=muon_by_hand)
+ADAMW_IN_MUON = functools.partial(adamw_by_hand, beta1=0.9, nesterov=True)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_optimizers_by_hand(config, name):
+    """Four steps of a falling rate, in float64; the biases begin at 0 and do not decay."""
+    config.optimizer.update(
+        dict(
+            name=name,
+            warmup=0.0,
+            decay="linear",
+            learning_rate=0.5,
+            momentum=MOMENTUM,
+            nesterov=name == "muon",
+            beta2=BETA2,
+            trust=TRUST,
+            weight_decay=0.01,
+            weight_decays=dict(fc3=0.2),
+            clip_norm=0.0,
+        )
+    )
+    random = np.random.default_rng(0)
+    shapes = dict(conv1=(3, 3, 2, 4), fc1=(8, 6), fc3=(6, 3))
+    params = {
+        layer: dict(kernel=random.normal(size=shape), bias=np.zeros(shape[-1]))
+        for layer, shape in shapes.items()
+    }
+    gradients = [jax.tree.map(lambda x: random.normal(size=x.shape), params) for _ in range(STEPS)]
+    with jax.enable_x64(True):
+        optimizer = optim.make_optimizer(config.optimizer, STEPS)
+        got = params_after(optimizer, jax.tree.map(jnp.asarray, params), gradients)
+    for layer, of_layer in params.items():
+        for part, weight in of_layer.items():
+            by_hand = BY_HAND[name]
+            if name == "muon" and (part == "bias" or layer == "fc3"):
+                by_hand = ADAMW_IN_MUON
+            decay = {"bias": 0.0, "kernel": 0.2 if layer == "fc3" else 0.01}[part]
+            expected = by_hand(weight, [each[layer][part] for each in gradients], decay)
+            np.testing.assert_allclose(got[layer][part], expected, 1e-9, err_msg=f"{layer} {part}")
+
+
+# ---- On meshes.
+
+
+def updated(name, shape):
+    """Return parameters after two updates in float64 on a mesh, and the collectives of one."""
+    settings = dict(name=name, learning_rate=0.1, trust=0.1, clip_norm=0.0)
+    parallelism = "data" if shape == (1, 1) else "hybrid"
+    setup = setup_of("alexnet", parallelism, shape, optimizer=settings)
+    functions, random = setup.functions, np.random.default_rng(0)
+    abstract = functions.abstract_state.params
+
+    def drawn():
+        return jax.tree.map(
+            lambda x: jax.device_put(random.normal(size=x.shape), x.sharding), abstract
+        )
+
+    params = drawn()
+    state = jax.jit(functions.optimizer.init)(params)
+    update = jax.jit(functools.partial(functions.update, functions.optimizer))
+    compiled = update.lower(drawn(), state, params).compile()
+    for _ in range(2):
+        params, state = compiled(drawn(), state, params)
+    return gather(params), hlo.parse_collectives(compiled.as_text(), dict(setup.place.mesh.shape))
+
+
+@pytest.mark.parametrize("name", ["lars", "larc", "muon"])
+def test_a_norm_of_a_split_weight_is_that_of_the_whole(name):
+    """Updates on 4x2 and 1x8 are those of one device.
+
+    LARS and LARC add one scalar for the weight and one for the gradient, per split parameter.
+    """
+    with jax.enable_x64(True):
+        (one, _), *many = (updated(name, shape) for shape in ((1, 1), (4, 2), (1, 8)))
+    for params, collectives in many:
+        assert_close(params, one, 1e-12)
+        if name == "muon":
+            assert {each.operation for each in collectives} > {"all-reduce"}
+            continue
+        assert {(each.operation, each.axes) for each in collectives} == {("all-reduce", ("model",))}
+        # Split are the kernels and biases of fc1 and fc2, and the kernel of fc3.
+        assert sum(each.bytes for each in collectives) == 5 * 2 * np.dtype(float).itemsize
+
+
+def test_the_closed_form_does_not_cover_muon_on_split_weights():
+    """Its update moves matrices, which no rule describes; whole weights it moves as SGD does."""
+    setup = setup_of("simple_cnn", "model", (1, 2), dtype="float32", optimizer=dict(name="muon"))
+    reason = setup.report()["closed_form_not_covered"]
+    assert reason == "optimizer.name=muon multiplies conv1.kernel, which is split, in its update"
+    setup = setup_of("simple_cnn", "data", (2, 1), dtype="float32", optimizer=dict(name="muon"))
+    (row,) = setup.report()["communication"]
+    assert row["compiled_bytes"] == pytest.approx(row["closed_form_bytes"], abs=100)
+
+
 # ---- Optimizers of a user's own.
 
 
-def adamw(settings, rate):
-    """AdamW, with a number of its own."""
-    return (optax.adamw(rate, b2=settings.options["b2"], weight_decay=settings.weight_decay),)
+def lion(settings, rate):
+    """Lion, with a number of its own."""
+    return (optax.lion(rate, b2=settings.options["b2"], weight_decay=settings.weight_decay),)
 
 
 @pytest.fixture
-def known_adamw(monkeypatch):
-    monkeypatch.setitem(optim.OPTIMIZERS, "adamw", adamw)
+def known_lion(monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "lion", lion)
 
 
-OF_ADAMW = dict(name="adamw", options={"b2": 0.9}, weight_decay=0.1)
+OF_LION = dict(name="lion", options={"b2": 0.7}, weight_decay=0.1)
 
 
-def test_an_optimizer_of_ones_own(config, known_adamw):
-    """Two steps of AdamW by hand (Loshchilov and Hutter 2019), with rates by layer."""
-    config.optimizer.update(dict(PLAIN, **OF_ADAMW, bias_rate=2.0, layer_rates=dict(fc3=0.25)))
+def test_an_optimizer_of_ones_own(config, known_lion):
+    """Three steps of Lion by hand (Chen et al. 2023), with rates by layer."""
+    config.optimizer.update(dict(PLAIN, **OF_LION, bias_rate=2.0, layer_rates=dict(fc3=0.25)))
     optimizer = optim.make_optimizer(config.optimizer, 10)
     layer = dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full(2, 3.0))
     params = dict(fc1=layer, fc3=layer)
-    gradients = (1.0, -0.5)
+    gradients = (1.0, -0.03, -0.5)
     params = params_after(optimizer, params, [filled(params, each) for each in gradients])
     for layer, name, rate in (
         ("fc1", "kernel", 1.0),
@@ -265,21 +469,20 @@ def test_an_optimizer_of_ones_own(config, known_adamw):
         ("fc3", "kernel", 0.25),
         ("fc3", "bias", 0.5),
     ):
-        weight, mean, square = 3.0, 0.0, 0.0
-        for step, gradient in enumerate(gradients, 1):
-            mean = 0.9 * mean + 0.1 * gradient
-            square = 0.9 * square + 0.1 * gradient**2
-            direction = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.9**step)) + 1e-8)
+        weight, mean = 3.0, 0.0
+        for gradient in gradients:
+            direction = np.sign(0.9 * mean + 0.1 * gradient)
             weight -= rate * (direction + 0.1 * weight)
+            mean = 0.7 * mean + 0.3 * gradient
         got = params[layer][name]
         np.testing.assert_allclose(got, weight, rtol=1e-5, err_msg=f"{layer} {name}")
 
 
-def test_an_optimizer_of_ones_own_trains_on_a_mesh(known_adamw):
+def test_an_optimizer_of_ones_own_trains_on_a_mesh(known_lion):
     """Its state lies where the weights do, and the numbers are those of one device."""
 
     def trained(parallelism, shape):
-        setup = setup_of("simple_cnn", parallelism, shape, optimizer=OF_ADAMW)
+        setup = setup_of("simple_cnn", parallelism, shape, optimizer=OF_LION)
         state, metrics = setup.train(setup.init(), 2)
         return state, metrics["loss"]
 
@@ -288,14 +491,13 @@ def test_an_optimizer_of_ones_own_trains_on_a_mesh(known_adamw):
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
     kernel = many.params["fc3"]["kernel"][...]
     assert not kernel.sharding.is_fully_replicated
-    for name in ("mu", "nu"):
-        moments = optax.tree_utils.tree_get(many.optimizer, name)
-        assert moments["fc3"]["kernel"][...].sharding == kernel.sharding
+    moments = optax.tree_utils.tree_get(many.optimizer, "mu")
+    assert moments["fc3"]["kernel"][...].sharding == kernel.sharding
     np.testing.assert_allclose(kernel, one.params["fc3"]["kernel"][...], rtol=1e-4, atol=1e-6)
 
 
-def test_unknown_optimizers_are_refused(config, known_adamw):
+def test_unknown_optimizers_are_refused(config, known_lion):
     config.optimizer.name = "adam"
-    expected = r"optimizer\.name=adam: unknown, expected one of sgd, adamw$"
+    expected = r"optimizer\.name=adam: unknown, expected one of sgd, .*, muon, lion$"
     with pytest.raises(UserError, match=expected):
         optim.make_optimizer(config.optimizer, 10)

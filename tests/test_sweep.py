@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from run_helpers import rows, saved_state
+from run_helpers import lines, rows, saved_state
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
 from cnn_spmd import config as configs
@@ -547,6 +547,8 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
         "s",
         "--profile",
         "2",
+        "--noise_scale",
+        "3",
     ]
     out, _ = finished(start(*arguments), code=1)  # not every combination worked
     assert "2 of 3 runs are completed" in out
@@ -559,6 +561,8 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
         assert (run["figures"]["profile"]["communication_milliseconds"] > 0) == (
             run["mesh"] == "2x1"
         )
+        (noise,) = lines(tmp_path / "s" / run["name"], "noise")
+        assert noise["batches"] == 3
     assert {"report.md", "report.csv", "1x1", "1x1.log"} <= {
         path.name for path in (tmp_path / "s").iterdir()
     }

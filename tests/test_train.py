@@ -856,6 +856,7 @@ def test_what_a_resumed_run_may_change(config):
         "epochs",
         "steps",
         "profile",
+        "noise_scale",
         "model.fast",
         "data.skip_bad",
     }

@@ -50,6 +50,33 @@ class Dataset(Provenance):
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return {name: getattr(self, name) for name in names}
 
+    def with_validation(self, examples: int) -> "Dataset":
+        """Return the data set with its last training images in place of the test split.
+
+        Its name then ends in _validation. examples: how many images; 0: the data set as it is.
+        Raises UserError where that leaves no training images, and where a class is missing among
+        them or among the others, as in photographs, which are sorted by class.
+        """
+        if not examples:
+            return self
+        left = max(len(self.train_images) - examples, 0)
+        classes = len(np.unique(self.train_labels))
+        for labels in (self.train_labels[:left], self.train_labels[left:]):
+            if len(np.unique(labels)) < classes or self.fallback:
+                raise UserError(
+                    f"data.validation={examples}: {self.name} has {len(self.train_images)} "
+                    f"training images, expected all {classes} classes among the last {examples} "
+                    "and among the others, and no fallback"
+                )
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}_validation",
+            train_images=self.train_images[:left],
+            train_labels=self.train_labels[:left],
+            test_images=self.train_images[left:],
+            test_labels=self.train_labels[left:],
+        )
+
     def check(self) -> None:
         """Raise UserError for arrays of another form and for labels without a class."""
         for split in ("train", "test"):

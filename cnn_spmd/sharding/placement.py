@@ -128,11 +128,14 @@ class Placement:
         """Return a sharding for each array of a train state.
 
         An nnx.Variable lies where its metadata `axes` says; one without, and any other array, is
-        replicated. A momentum is built from its weight and so carries the weight's axes.
+        replicated. A momentum is built from its weight and so carries the weight's axes. A variable
+        without an array, which an optimizer for some parameters has of the others, stays as it is.
         """
 
         def sharding_of(path, leaf):
             if isinstance(leaf, nnx.Variable):
+                if not jax.tree.leaves(leaf):
+                    return leaf
                 return leaf.replace(self.sharding(axes_of(leaf), leaf.shape, name_of(path)))
             return self.replicated
 

@@ -219,6 +219,7 @@ def prepare(
         with startup.stage("data"):
             data = registry.find(config.data)
     data = registry.read(config.data, data, assemble)
+    data = data.with_validation(config.data.validation)
     with startup.stage("network"):
         setup = assemble(data)
     cluster.agree(setup.saved_config)  # each process decides on the fallback by itself

@@ -3,6 +3,7 @@
 import bisect
 import functools
 import json
+import math
 import os
 import pathlib
 
@@ -112,6 +113,16 @@ class Log:
             f"step {step}/{self.timetable.last}  {split}: test accuracy {result['accuracy']:.2%}, "
             f"loss {result['loss']:.4f} over {result['examples']} images"
         )
+
+    def noise_scale(self, step: int, result: dict[str, float]) -> None:
+        """Record a measurement of the gradient's noise (noise_scale.py)."""
+        if not all(map(math.isfinite, result.values())):
+            say(f"WARNING: there is no noise scale at step {step}: a gradient is not finite")
+            return
+        self._file.write(step, "noise", **result)
+        scale = result.get("noise_scale")
+        shown = "unknown, more batches are needed" if scale is None else f"{scale:,.0f} images"
+        say(f"step {step}/{self.timetable.last}  noise scale: {shown}")
 
     @property
     def train_seconds(self) -> float:

@@ -4,7 +4,8 @@ A run goes from stop to stop. A stop is a step after which the run evaluates, sa
 Between two stops the devices work through chunks. A chunk is the steps of one compiled call: the
 host launches one call for many steps, and logs a chunk while the devices work on the next one.
 
-- A run evaluates every `eval.every_epochs` epochs, and after its last step.
+- A run evaluates every `eval.every_epochs` epochs, and after its last step. With `noise_scale` it
+  then measures the gradient's noise, too.
 - It saves a checkpoint every `checkpoint.every_epochs` epochs, and after its last step.
 - A signal (SIGTERM, Ctrl-C, SIGHUP) ends it after the chunks that are launched, at most two: it
   saves, and the same command resumes.
@@ -32,6 +33,7 @@ from cnn_spmd.training.build import Setup
 from cnn_spmd.training.checkpoint import Checkpoints, SaveError
 from cnn_spmd.training.interrupt import Interrupt
 from cnn_spmd.training.log import Log
+from cnn_spmd.training.noise_scale import NoiseScale
 from cnn_spmd.training.profiling import profile_chunks
 from cnn_spmd.training.programs import Programs, chunk_inputs, compile_programs
 from cnn_spmd.training.provenance import provenance
@@ -111,6 +113,7 @@ class Run:
         self.evaluation: dict | None = None  # of the state, if it was evaluated at the last stop
         self.started = started
         self.log = Log(setup, workdir, timetable)
+        self.noise_scale = NoiseScale(setup) if setup.config.noise_scale else None
         # Which images each chunk sees, by data/order.py.
         inputs = chunk_inputs(setup, timetable.chunks)
         self.chunks = zip(timetable.chunks, inputs, strict=True)
@@ -210,6 +213,8 @@ class Run:
         if not np.isfinite(metrics["loss"]):
             raise NonFinite(f"test loss is {metrics['loss']} after step {self.step}")
         self.log.evaluation(self.step, split, metrics, seconds)
+        if self.noise_scale:
+            self.log.noise_scale(self.step, self.noise_scale.measure(self.state))
         return metrics
 
     def save(self) -> None:

@@ -82,6 +82,8 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     theory = None
     network = functions.abstract_model
     reason = coverage.covers(place, network, images, activations, variables, collectives)
+    if reason is None and config.optimizer.name == "muon":
+        reason = _split_by_muon(abstract.params)
     if reason is None:
         each = microbatch.updates_each(functions.microbatch)
         updates = config.batch_size // config.dense_microbatch if each else 1
@@ -94,6 +96,14 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
         communication=communication.compare(collectives, theory),
         closed_form_ring_bytes=None if theory is None else sum(row["ring_bytes"] for row in theory),
     )
+
+
+def _split_by_muon(params: nnx.State) -> str | None:
+    """Say which split kernel Muon's update multiplies with itself; None: no kernel is split."""
+    for name, leaf in _named_variables(params):
+        if leaf.ndim > 1 and not leaf.get_value().sharding.is_fully_replicated:
+            return f"optimizer.name=muon multiplies {name}, which is split, in its update"
+    return None
 
 
 def _named_variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
