@@ -1,7 +1,7 @@
 """Time what a user waits for: from the command to the first step, to the result, to a sweep's end.
 
   python benchmarks/startup.py --data_dir DIR        DIR holds the folder cifar-10-batches-bin
-  python benchmarks/startup.py --quick               tries this script on a CPU, with small settings
+  python benchmarks/startup.py --quick --repeats 1   tries this script on a CPU, in minutes
 
 Each measurement is a command of its own, as a user types it:
 
@@ -43,12 +43,19 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data_dir", default="", help="config.data.dir: where CIFAR-10 is")
+    add("--data_dir", default="", help="where CIFAR-10 is (config.data.dir)")
     add("--repeats", type=int, default=3, help="of each measurement (default: 3)")
     add("--only", default="cold,warm,result,sweep", help="what to measure (default: %(default)s)")
     add("--quick", action="store_true", help="small settings, to try this script")
-    add("--output", type=pathlib.Path, help="default: results/data/startup/<device>.json")
-    return parser.parse_args()
+    add(
+        "--output",
+        type=pathlib.Path,
+        help="default: results/data/startup/<device>.json; with --quick: no file",
+    )
+    args = parser.parse_args()
+    if not args.quick and not args.data_dir:
+        parser.error("--data_dir is needed, so that no download is timed; or give --quick")
+    return args
 
 
 class Bench:
@@ -96,6 +103,8 @@ class Bench:
             warm_result_seconds=self.median("result", "seconds"),
             sweep_12_runs_seconds=self.median("sweep", "seconds"),
         )
+        if self.args.quick and output is None:
+            return
         hardware = row["hardware"]
         slug = "-".join(hardware["device_kind"].lower().split())
         path = output or ROOT / "results" / "data" / "startup" / f"{slug}.json"

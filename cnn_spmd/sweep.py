@@ -396,9 +396,11 @@ class _Sweep:
                 if seconds:
                     caption += f", about {sum(seconds) / len(seconds) * left / 60:.0f} min"
                 screen.update(table_of(self.all_rows, caption), refresh=True)
-                self._run_row(row)
+                try:
+                    self._run_row(row)
+                finally:  # an interrupted run, too, is shown as such
+                    screen.update(table_of(self.all_rows), refresh=True)
                 seconds.append(row["seconds"])
-                screen.update(table_of(self.all_rows), refresh=True)
         return self._write()
 
     def _screen(self):
@@ -414,6 +416,7 @@ class _Sweep:
         log = self.folder / f"{row['name']}.log"
         arguments = [*shlex.split(row["command"])[2:], f"--workdir={folder}"]
         since = time.monotonic()
+        log_begins = log.stat().st_size if log.exists() else 0
         try:
             code = self.runner.run(arguments, log)
         finally:
@@ -429,7 +432,7 @@ class _Sweep:
             now = {key: summary[key] for key in runfiles.HARDWARE}
             self.sweep["hardware"] = runfiles.merge_facts(self.sweep["hardware"] or now, now)
         else:
-            row["reason"] = reason_of(code, log)
+            row["reason"] = reason_of(code, log, log_begins)
         self._write()
 
     def _write(self) -> dict:
@@ -439,13 +442,19 @@ class _Sweep:
         return content
 
 
-def reason_of(code: int, log: pathlib.Path) -> str:
-    """Say in one line why a run ended so, by the last error in its log."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def reason_of(code: int, log: pathlib.Path, begin: int = 0) -> str:
+    """Say in one line why a run ended so, by the last error in its log.
+
+    begin: the bytes of the log that are of earlier attempts.
+    """
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "rror:" in line or "RESOURCE_EXHAUSTED" in line]
-    last = (errors or lines or ["said nothing"])[-1]
-    killed = f"killed by {signal.Signals(-code).name}; " if code < 0 else ""
-    return f"{killed}{last.removeprefix('error: ')[:300]}"
+    last = (errors or lines or ["said nothing"])[-1].removeprefix("error: ")[:300]
+    if code >= 0:
+        return last
+    quoted = f"last output: {last}" if lines else last
+    return f"killed by {signal.Signals(-code).name}; {quoted}"
 
 
 # ---- Print

@@ -96,7 +96,7 @@ class Worker:
         After a signal to the sweep, it waits until the run has saved, and raises KeyboardInterrupt.
         """
         try:
-            with log.open("w") as file:
+            with log.open("a") as file:
                 if self._process is None:
                     self.start(file.fileno())
             self._wait_for_devices()

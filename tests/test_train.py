@@ -68,14 +68,11 @@ def test_files_of_a_run(config, tmp_path):
     assert summary["step_milliseconds"].keys() == {"median", "p10", "p90"}
     assert summary["compile_seconds"] < summary["startup_seconds"] < startup.process_seconds()
     stages = {stage["stage"] for stage in summary["startup"]}
+    programs = ("the train step", "init", "the evaluation", "the test for NaN")
     assert stages == {
-        "memory",
-        "data",
-        "network",
-        "tracing",
-        "compiling",
-        "moving the data",
-        "report",
+        *("memory", "data", "network", "moving the images", "imports for later", "report"),
+        *(f"{verb} {program}" for verb in ("tracing", "compiling") for program in programs),
+        "the first chunk",
     }
     assert all(
         0 < stage["begin"] <= stage["end"] <= summary["startup_seconds"]

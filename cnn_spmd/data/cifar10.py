@@ -33,10 +33,10 @@ class Unreachable(UserError):
 def find(data_dir: str) -> Path:
     """Return where CIFAR-10 is, for `read`; nothing is read yet.
 
-    data_dir: the archive, the folder cifar-10-batches-bin, a folder that holds one of them, or a
-    TFDS data directory in which TFDS has prepared `cifar10`. "": the arrays of the official archive
-    that an earlier run has kept, what TFDS has prepared in its usual data directory, or the
-    official archive, which is downloaded.
+    data_dir: the archive, the folder cifar-10-batches-bin, a folder that holds one of them, a TFDS
+    data directory in which TFDS has prepared `cifar10`, or that folder in it. "": the arrays of the
+    official archive that an earlier run has kept, what TFDS has prepared in its usual data
+    directory, or the official archive, which is downloaded.
 
     Raises UserError for a wrong data_dir, and Unreachable where the download fails.
     """
@@ -44,10 +44,12 @@ def find(data_dir: str) -> Path:
         try:
             return cifar10_archive.find(data_dir)
         except UserError:
-            folder = tfds.prepared_folder("cifar10", Path(data_dir).expanduser())
-            if folder is None:
-                raise
-            return folder
+            root = Path(data_dir).expanduser()
+            for parent in (root, root.parent, root.parent.parent):  # root may be cifar10/3.0.2
+                folder = tfds.prepared_folder("cifar10", parent)
+                if folder is not None and folder.is_relative_to(root):
+                    return folder
+            raise
     kept = kept_folder("official")
     return kept if kept.is_dir() else find_elsewhere()
 

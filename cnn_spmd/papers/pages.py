@@ -389,19 +389,21 @@ def programs_page() -> str:
 
 def startup_page() -> str:
     """Return the page on what a user waits for."""
-    (measured,) = waiting.load("startup")
+    measured = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
     return joined(
         "# From the command to the result",
         HEAD,
-        """`python launch.py --config experiments/alexnet_cifar.py` on CIFAR-10, unpacked. The first
-        step is the end of the first chunk, after the start of the process. Caches are those of
-        XLA's programs and kernels. All commands ran one after another on one machine.""",
+        """`python launch.py --config experiments/alexnet_cifar.py` on CIFAR-10, which is unpacked
+        already. The first step is the end of the first chunk (97 steps), after the start of the
+        process. Caches are those of XLA's programs and kernels; result and sweep found theirs
+        filled. All commands ran one after another on one machine.""",
         waiting.waiting_table(),
         f"""A run of the sweep took {waiting.run_overhead(measured):.1f} s beyond its
         steps (median). The 12 runs are 4 learning rates x 3 seeds. {HARDWARE}""",
         "## Where the time goes",
         """Seconds after the command. Stages overlap: threads read the data, start the device, take
-        its memory, compile and copy, while Python imports and traces.""",
+        its memory, compile and copy, while Python imports and traces.
+        [running](../docs/running.md) says what each stage is.""",
         waiting.stages_table(measured),
         "## Streamed images",
         """AlexNet in bfloat16 on images of 256x256, cropped to 224x224: either all images are on

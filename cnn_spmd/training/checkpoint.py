@@ -55,8 +55,8 @@ ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # the end of the name that Orbax writ
 logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 
-def _orbax() -> Any:
-    """Import Orbax, which takes a while; a run needs it after its first steps."""
+def orbax() -> Any:
+    """Import Orbax, which takes a while; programs.py does so while XLA compiles."""
     from orbax.checkpoint import v1
 
     return v1
@@ -67,10 +67,10 @@ def _save_async(path: pathlib.Path, named: dict[str, jax.Array]) -> Any:
 
     Weights hardly become smaller by compression, which takes far longer than writing them.
     """
-    context = _orbax().Context()
+    context = orbax().Context()
     context.array.saving.use_compression = False
     with context:
-        return _orbax().save_async(path, named, overwrite=True)
+        return orbax().save_async(path, named, overwrite=True)
 
 
 class SaveError(RuntimeError):
@@ -164,8 +164,8 @@ class Checkpoint:
         """
         named = _arrays_by_name(target)
         try:
-            _check_names(named.keys(), _orbax().metadata(self.path).metadata.keys())
-            loaded = _orbax().load(self.path, named)
+            _check_names(named.keys(), orbax().metadata(self.path).metadata.keys())
+            loaded = orbax().load(self.path, named)
         except Rejected:
             raise
         except Exception as error:  # of many kinds, for files that are cut, missing or misshapen
@@ -296,10 +296,6 @@ class Checkpoints:
 
     # ---- Save
 
-    def prepare(self) -> None:
-        """Import Orbax in the background: the first save then need not wait for that."""
-        self._background.submit(_orbax)
-
     def save(self, step: int, state: Any, accuracy: float | None = None) -> None:
         """Start to save a state in the background, after the save before it has ended.
 
@@ -391,7 +387,7 @@ class Checkpoints:
         cluster.exchange(None)  # wait until process 0 has renamed the folder
         checkpoint = self._checkpoint(pending.step)
         try:
-            _orbax().load(checkpoint.path, pending.on_host)
+            orbax().load(checkpoint.path, pending.on_host)
         except Exception as error:
             if self._is_main:
                 checkpoint.set_aside("cannot be read back")

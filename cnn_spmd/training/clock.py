@@ -48,6 +48,7 @@ class Clock:
         self.chunks.append((steps, seconds))
         if self.startup_seconds is None:
             self.startup_seconds = startup.process_seconds()
+            startup.add_stage("the first chunk", seconds)
             self.startup = startup.take_stages()
         return seconds
 

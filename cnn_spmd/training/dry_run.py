@@ -5,7 +5,9 @@ import pathlib
 
 import ml_collections
 
+from cnn_spmd import config as configs
 from cnn_spmd.analysis import program
+from cnn_spmd.data import registry
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build
@@ -23,10 +25,12 @@ def dry_run(
 
     workdir: write the report there as program.json. devices: compile for these, which may be those
     of a machine that is not here (analysis/target.py); None means the devices of this machine.
-    data: the config's data set, where it is found already.
+    data: the config's data set, where it is found already. Photographs are counted, not decoded.
     Raises UserError for bad input, and for a workdir that holds a run.
     """
-    setup = build.prepare(config, devices, data)
+    configs.validate(config)
+    data = data or registry.find(config.data)
+    setup = build.prepare(config, devices, data.preview if isinstance(data, Unread) else data)
     with contextlib.ExitStack() as stack:
         if workdir:
             stack.enter_context(locked_run(workdir, setup.saved_config))

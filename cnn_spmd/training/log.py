@@ -43,7 +43,7 @@ class MetricsFile:
 
     @functools.cached_property
     def _board(self):
-        # Imported while the devices are at work, as it takes a while.
+        # Importing it takes a while; programs.py does so while XLA compiles.
         from cnn_spmd.training import board
 
         return board.Board(self._workdir, self._purge_step)

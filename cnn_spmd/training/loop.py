@@ -126,7 +126,6 @@ class Run:
         status = "failed"
         try:
             self.summary("running")
-            self.checkpoints.prepare()
             status = self.run_to_the_end()
         except NonFinite as error:
             self.checkpoints.close()

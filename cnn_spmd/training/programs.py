@@ -9,7 +9,7 @@ import jax
 
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.data.sharded import Indices
-from cnn_spmd.training import program_report, startup
+from cnn_spmd.training import checkpoint, program_report, startup
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.evaluate import Evaluator
 from cnn_spmd.training.timetable import Chunk
@@ -52,18 +52,29 @@ def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
         def start(stage: str, function: Callable, *arguments) -> concurrent.futures.Future:
             return pool.submit(startup.stage(stage)(function), *arguments)
 
-        def trace(function: Callable, *arguments) -> jax.stages.Lowered:
-            return startup.stage("tracing")(function)(*arguments)
+        def trace(name: str, function: Callable, *arguments) -> jax.stages.Lowered:
+            return startup.stage(f"tracing {name}")(function)(*arguments)
 
-        trace(setup.lower_train, n)
-        train = start("compiling", lambda: {steps: setup.train_program(steps) for steps in lengths})
-        moves = [start("moving the data", feed.load) for feed in setup.feeds]
+        trace("the train step", setup.lower_train, n)
+        train = start(
+            "compiling the train step",
+            lambda: {steps: setup.train_program(steps) for steps in lengths},
+        )
+        moves = [start("moving the images", feed.load) for feed in setup.feeds]
         others = [
-            start("compiling", trace(lower).compile)
-            for lower in (setup.lower_init, setup.lower_evaluation, setup.lower_all_finite)
+            start(f"compiling {name}", trace(name, lower).compile)
+            for name, lower in (
+                ("init", setup.lower_init),
+                ("the evaluation", setup.lower_evaluation),
+                ("the test for NaN", setup.lower_all_finite),
+            )
         ]
+        with startup.stage("imports for later"):  # while XLA works
+            checkpoint.orbax()
+            from cnn_spmd.training import board  # noqa: F401
+        program = train.result()[n]
         with startup.stage("report"):
-            report = program_report.report_of(setup, train.result()[n], n)
+            report = program_report.report_of(setup, program, n)
         init, evaluation, all_finite = (future.result() for future in others)
         report["compile_seconds"] = round(time.perf_counter() - since, 2)
         for move in moves:

@@ -51,6 +51,13 @@ def stage(name: str, since: float | None = None) -> Iterator[None]:
         _stages.append(dict(stage=name, begin=begin, end=end))
 
 
+def add_stage(name: str, seconds: float) -> None:
+    """Record a stage that ends now."""
+    end = process_seconds()
+    if end is not None:
+        _stages.append(dict(stage=name, begin=round(end - seconds, 2), end=end))
+
+
 def take_stages() -> list[dict]:
     """Return the stages so far and forget them: a next run in this process has its own.
 
