@@ -125,13 +125,13 @@ SCHEMA = {
     ),
     "data.fallback": Field("", "digits: stand in where CIFAR-10 cannot be had; empty: an error"),
     "data.fallback_epochs": Field(
-        5, "epochs on the fallback, unless epochs or steps is set by hand; 0: as given", low=0
+        4, "epochs on the fallback, unless epochs or steps is set by hand; 0: as given", low=0
     ),
     "data.fallback_batch_size": Field(
         64, "batch_size on the fallback, unless that is set by hand; 0: as given", low=0
     ),
     "data.fallback_learning_rate": Field(
-        0.05, "learning rate on the fallback, unless that is set by hand; 0: as given", low=0.0
+        0.1, "learning rate on the fallback, unless that is set by hand; 0: as given", low=0.0
     ),
     "data.synthetic.image_size": Field(32, "side of random images in pixels", low=1, high=4096),
     "data.synthetic.classes": Field(10, "classes of random images", low=1, high=10**6),

@@ -508,7 +508,7 @@ def test_fallback_is_named_in_every_file(config, tmp_path, monkeypatch, capsys):
     summary = loop.train(config, tmp_path)
     assert (summary["batch_size"], summary["steps"], summary["eval"]["examples"]) == (512, 2, 360)
     assert (
-        "For digits: batch_size=512, steps=2, optimizer.learning_rate=0.05, from data.fallback_*.\n"
+        "For digits: batch_size=512, steps=2, optimizer.learning_rate=0.1, from data.fallback_*.\n"
         in capsys.readouterr().out
     )
     for name in ("config.json", "program.json", "summary.json"):
@@ -532,40 +532,40 @@ def on_the_fallback(*arguments):
         (
             [],
             64,
-            0.05,
-            110,
-            "batch_size=64, steps=110, optimizer.learning_rate=0.05, from data.fallback_*",
+            0.1,
+            88,
+            "batch_size=64, steps=88, optimizer.learning_rate=0.1, from data.fallback_*",
         ),
         (
             ["steps=40"],
             64,
-            0.05,
+            0.1,
             40,
-            "batch_size=64, optimizer.learning_rate=0.05, from data.fallback_*; steps=40, as given",
+            "batch_size=64, optimizer.learning_rate=0.1, from data.fallback_*; steps=40, as given",
         ),
         (
             ["epochs=2"],
             64,
-            0.05,
+            0.1,
             44,
-            "batch_size=64, optimizer.learning_rate=0.05, from data.fallback_*; steps=44, as given",
+            "batch_size=64, optimizer.learning_rate=0.1, from data.fallback_*; steps=44, as given",
         ),
         (
             ["batch_size=32", "optimizer.learning_rate=0.01"],
             32,
             0.01,
-            5 * 44,
-            "batch_size=32, optimizer.learning_rate=0.01, as given; steps=220, from "
+            4 * 44,
+            "batch_size=32, optimizer.learning_rate=0.01, as given; steps=176, from "
             "data.fallback_*",
         ),
         (
             ["batch_size=512", "data.fallback_batch_size=128"],
             128,
-            0.05,
-            55,
-            "batch_size=128, steps=55, ",
+            0.1,
+            44,
+            "batch_size=128, steps=44, ",
         ),
-        (["data.fallback_epochs=0"], 64, 0.05, 40 * 22, "steps=880, as given"),
+        (["data.fallback_epochs=0"], 64, 0.1, 40 * 22, "steps=880, as given"),
     ],
 )
 def test_what_is_given_wins_over_the_fallback(arguments, batch_size, rate, steps, says):
