@@ -153,6 +153,9 @@ SCHEMA = {
     "optimizer.warmup": Field(
         0.0, "share of the steps over which the rate grows from 0", low=0.0, high=1.0
     ),
+    "optimizer.warmup_factor": Field(
+        0.0, "the rate's factor during the warm-up; 0: it grows from 0 to 1", low=0.0, high=1.0
+    ),
     "optimizer.warmup_epochs": Field(
         0.0, "epochs over which the rate grows from 0, instead of warmup", low=0.0
     ),

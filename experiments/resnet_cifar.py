@@ -22,8 +22,8 @@ mirrored at random; weights drawn by He et al.'s rule; one view of a test image.
 What differs from the paper:
 - All 50,000 images are trained on. The paper held out 5,000 to choose its schedule.
 - Pads are reflected pixels, not zeros. Biases have no weight decay.
-- :110 starts with a rate that grows from 0 to .1 within 400 steps. The paper trains at .01 until
-  the training error is below 80%, which took about as long.
+- :110 trains its first 400 steps at a rate of .01. The paper does so until the training error is
+  below 80%, which took about as long.
 
 What was measured: results/depth.md.
 """
@@ -55,7 +55,8 @@ def get_config(variant: str = "20") -> ml_collections.ConfigDict:
     config.steps = STEPS
     config.optimizer.update(
         learning_rate=0.1,
-        warmup=warmup / STEPS,
+        warmup_steps=warmup,
+        warmup_factor=0.1,
         decay="staged",
         stages=tuple((drop - warmup) / (STEPS - warmup) for drop in DROPS),
         stage_factor=0.1,

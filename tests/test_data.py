@@ -58,9 +58,21 @@ def test_validation_takes_the_last_training_images(monkeypatch, config):
             np.testing.assert_array_equal(data.arrays[f"{split}_{kind}"], expected)
 
 
+def test_validation_of_images_sorted_by_class_is_evenly_spaced():
+    data = load_greys(config_data())
+    order = np.argsort(data.train_labels, kind="stable")
+    by_class = dataclasses.replace(
+        data, train_images=data.train_images[order], train_labels=data.train_labels[order]
+    )
+    split = by_class.with_validation(3)
+    for labels in (split.train_labels, split.test_labels):
+        np.testing.assert_array_equal(labels, [0, 1, 2])
+    np.testing.assert_array_equal(split.test_images[:, 0, 0, 0], [0, 80, 160])
+
+
 @pytest.mark.parametrize("examples", [2, 4, 6, 7])
 def test_validation_without_all_classes_is_refused(examples):
-    expected = f"data.validation={examples}: greys has 6 training images, expected all 3 classes"
+    expected = f"data.validation={examples}: greys has 6 training images, expected all its classes"
     with pytest.raises(UserError, match=expected):
         load_greys(config_data()).with_validation(examples)
 

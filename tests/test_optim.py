@@ -192,6 +192,15 @@ def test_a_warmup_longer_than_the_run_is_refused(name, value):
         setup_of("simple_cnn", "data", (1, 1), optimizer={f"warmup_{name}": value})
 
 
+def test_a_warmup_at_a_constant_rate(config):
+    config.optimizer.update(
+        dict(learning_rate=0.4, warmup_steps=3, warmup_factor=0.1, decay="constant")
+    )
+    schedule = optim.make_schedule(config.optimizer, 10)
+    rates = [float(schedule(step)) for step in range(5)]
+    assert rates == pytest.approx([0.04, 0.04, 0.04, 0.4, 0.4])
+
+
 def test_two_warmups_are_refused(config):
     config.optimizer.update(dict(warmup=0.25, warmup_steps=3))
     expected = "optimizer.warmup=0.25, optimizer.warmup_steps=3: expected one of them, and 0 in"

@@ -51,31 +51,38 @@ class Dataset(Provenance):
         return {name: getattr(self, name) for name in names}
 
     def with_validation(self, examples: int) -> "Dataset":
-        """Return the data set with its last training images in place of the test split.
+        """Return the data set with some training images in place of the test split.
 
-        Its name then ends in _validation. examples: how many images; 0: the data set as it is.
-        Raises UserError where that leaves no training images, and where a class is missing among
-        them or among the others, as in photographs, which are sorted by class.
+        These are the last ones or, where the last ones lack a class, evenly spaced ones:
+        photographs are sorted by class. The latter are copied to memory. The data set's name then
+        ends in _validation. examples: how many images; 0: the data set as it is.
+        Raises UserError where a class would be missing on either side.
         """
         if not examples:
             return self
-        left = max(len(self.train_images) - examples, 0)
-        classes = len(np.unique(self.train_labels))
-        for labels in (self.train_labels[:left], self.train_labels[left:]):
-            if len(np.unique(labels)) < classes or self.fallback:
-                raise UserError(
-                    f"data.validation={examples}: {self.name} has {len(self.train_images)} "
-                    f"training images, expected all {classes} classes among the last {examples} "
-                    "and among the others, and no fallback"
+        total = len(self.train_images)
+        last = slice(total - examples, None), slice(total - examples)
+        is_held_out = np.zeros(total, bool)
+        is_held_out[np.arange(examples) * total // examples % total] = True
+        for held_out, rest in (last, (is_held_out, ~is_held_out)):
+            if examples < total and not self.fallback and self._has_all_classes(held_out, rest):
+                return dataclasses.replace(
+                    self,
+                    name=f"{self.name}_validation",
+                    train_images=self.train_images[rest],
+                    train_labels=self.train_labels[rest],
+                    test_images=self.train_images[held_out],
+                    test_labels=self.train_labels[held_out],
                 )
-        return dataclasses.replace(
-            self,
-            name=f"{self.name}_validation",
-            train_images=self.train_images[:left],
-            train_labels=self.train_labels[:left],
-            test_images=self.train_images[left:],
-            test_labels=self.train_labels[left:],
+        raise UserError(
+            f"data.validation={examples}: {self.name} has {total} training images, expected all "
+            f"its classes among {examples} of them and among the others, and no fallback"
         )
+
+    def _has_all_classes(self, *parts: slice | np.ndarray) -> bool:
+        """Return whether each part of the training images has all their classes."""
+        classes = np.unique(self.train_labels)
+        return all(len(np.unique(self.train_labels[part])) == len(classes) for part in parts)
 
     def check(self) -> None:
         """Raise UserError for arrays of another form and for labels without a class."""

@@ -204,10 +204,11 @@ def drops_of(settings: Any, steps: int) -> dict[int, float]:
 
 
 def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Schedule:
-    """Return the learning rate by step: linear warm-up to the rate, then the decay.
+    """Return the learning rate by step: a warm-up to the rate, then the decay.
 
     The warm-up takes `warmup_steps`, or the share `warmup` of all steps; config.resolve has turned
-    `warmup_epochs` into steps. The rate is `learning_rate` times (batch_size / 128) **
+    `warmup_epochs` into steps. It is linear from 0, or constant at `warmup_factor` times the rate.
+    The rate is `learning_rate` times (batch_size / 128) **
     `scaling`: a power of 1.0 is what Krizhevsky 2014 (section 5) found to work, 0.5 what its theory
     says, and 0.0 turns scaling off.
     Raises UserError for an unknown decay, and for stages that are not ascending shares.
@@ -226,7 +227,11 @@ def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Sch
     decay = SCHEDULES[settings.decay](rate, settings, max(steps - warmup, 1))
     if not warmup:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), decay], [warmup])
+    if settings.warmup_factor:
+        ramp = optax.constant_schedule(rate * settings.warmup_factor)
+    else:
+        ramp = optax.linear_schedule(0.0, rate, warmup)
+    return optax.join_schedules([ramp, decay], [warmup])
 
 
 def make_optimizer(
