@@ -41,6 +41,8 @@ def meshes_of(model: str, parallelism: str) -> list[tuple[int, int]]:
         return [(4, 2)] if model == "alexnet" else []
     if parallelism == "two_tower" and model not in ("alexnet_2012", "alexnet_bn"):
         return []
+    if model == "simple_cnn" and "ALL_MESHES" not in os.environ:
+        return [(4, 2)]  # its layers are among alexnet's
     count = len(SMALLER) if "ALL_MESHES" in os.environ else ALWAYS_SMALLER.get(parallelism, 0)
     towers = 2 if parallelism == "two_tower" else 8
     return [shape for shape in MESHES + SMALLER[:count] if shape[1] <= towers]
