@@ -109,6 +109,13 @@ def test_the_report_is_that_of_the_compiled_step():
     setup.train(setup.init(), 1)
     assert setup.train_program(1) is compiled
     assert report["batch_size"] == BATCH
+    assert report["streamed_bytes_per_device"] == 0
+
+
+def test_the_report_says_what_is_streamed():
+    setup = setup_of("simple_cnn", "model", (2, 4), data=dict(resident="no"))
+    # The four devices along the model axis receive the same half of the batch.
+    assert setup.streamed_bytes_per_device == BATCH // 2 * 32 * 32 * 3
 
 
 class Head(nnx.Module):

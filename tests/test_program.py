@@ -628,6 +628,7 @@ def a_report(**changes) -> dict:
         fallback="cifar10",
         data_resident="yes",
         image_bytes_per_device=2_000_000,
+        streamed_bytes_per_device=0,
         param_count=1_234_567,
         compile_seconds=1.23,
         placement=[kernel],

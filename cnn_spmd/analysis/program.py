@@ -159,6 +159,8 @@ def _memory(report: dict) -> Iterator[str]:
         f"{held['optimizer'] / 1e6:.1f} MB of optimizer state, "
         f"{report['image_bytes_per_device'] / 1e6:.1f} MB of images"
     )
+    if streamed := report["streamed_bytes_per_device"]:
+        yield f"  {streamed / 1e6:.1f} MB of images per step from the host"
     sizes = ", ".join(
         f"{name.removesuffix('_bytes').replace('_', ' ')} {size / 1e6:.1f}"
         for name, size in report["memory"].items()

@@ -165,6 +165,14 @@ class Setup:
         return configs.image_bytes_per_device(resident, self.data, devices)
 
     @property
+    def streamed_bytes_per_device(self) -> int:
+        """Return the bytes of images that a device receives from the host for each step."""
+        if self.config.data.resident != "no":
+            return 0
+        images = self.feeds[0].shapes(self.config.batch_size)[0].images
+        return program.bytes_per_device(images)
+
+    @property
     def image_size(self) -> int:
         """Return the side of what the network sees of an image, in pixels."""
         return self.config.data.crop or self.data.train_images.shape[1]

@@ -33,6 +33,7 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
         data_on_device=config.data.resident != "no",
         data_resident=config.data.resident,
         image_bytes_per_device=setup.image_bytes_per_device,
+        streamed_bytes_per_device=setup.streamed_bytes_per_device,
         param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
         placement=[],
         activations=[],
