@@ -1193,6 +1193,7 @@ def test_a_target_that_is_not_reached_or_that_all_reach_alike():
     runs.append(a_scaling_run(512, 40, accuracy=0.2))
     scaling, text = scaling_of(runs)
     assert scaling.target == 0.2
+    assert list(scaling.steps) == [64, 128, 256, 512]
     assert "set by batch 512, whose best error is 80.00 %" in text
     scaling, text = scaling_of(runs, 0.09)
     assert list(scaling.steps) == [64, 128, 256]

@@ -141,9 +141,10 @@ def target_of_all(best: Mapping[int, float]) -> tuple[float, str]:
 
 
 def evaluations(run: dict) -> list[tuple[int, float]]:
-    """Return step and test accuracy of each evaluation of a run, in order."""
+    """Return step and test accuracy of each evaluation of a run after step 0, in order."""
     rows = [row for row in run["metrics"] if row["split"] in ("eval", "final")]
-    return sorted((row["step"], row["accuracy"]) for row in rows if "accuracy" in row)
+    found = ((row["step"], row.get("accuracy")) for row in rows if row["step"] > 0)
+    return sorted((step, accuracy) for step, accuracy in found if accuracy is not None)
 
 
 def reached(runs: list[dict], target: float) -> list[Reached]:
@@ -161,7 +162,7 @@ def reached(runs: list[dict], target: float) -> list[Reached]:
 
 def fit_knee(steps: Mapping[int, float]) -> Knee | None:
     """Return the fit of batch size -> steps; None for fewer than three batch sizes."""
-    if len(steps) < LEAST or min(steps.values()) <= 0:
+    if len(steps) < LEAST:
         return None
     sizes = np.array(list(steps), float)
     logs = np.log(list(steps.values()))
@@ -233,7 +234,7 @@ def row_of(scaling: Scaling, batch: Batch) -> list[str]:
         f"{step:,}",
         f"{before:,}" if before else "none",
         f"{step * batch.size:,}",
-        f"{most_steps / step:.2f}" if step else "",
+        f"{most_steps / step:.2f}",
         f"{batch.size / smallest:.2f}",
         ", ".join(f"{name}={value}" for name, value in others),
         counted,
