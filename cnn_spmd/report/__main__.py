@@ -42,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--data_dir", metavar="PATH", help="with --pictures: where the run's data.dir is now"
     )
+    made.add_argument(
+        "--target_error",
+        type=float,
+        metavar="SHARE",
+        help="of a sweep of batch_size: the test error, from 0 to 1, to which the steps are "
+        "counted; without it, the lowest whole percent that every batch size reaches",
+    )
     return made
 
 
@@ -57,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.error("--pictures: expected the folder of a run")
     if arguments.data_dir is not None and not arguments.pictures:
         command.error("--data_dir: expected --pictures with it")
+    target = arguments.target_error
+    if target is not None and not (folders and 0 < target < 1):
+        command.error(
+            f"--target_error={target:g}: expected a share between 0 and 1, such as 0.1, and the "
+            "folder of a sweep"
+        )
     try:
         if not folders:
             pages.print_pages()
@@ -66,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for folder in folders:
                 pictures.draw_pictures(folder, arguments.data_dir)
-        paths = write_report(folders)
+        paths = write_report(folders, target)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

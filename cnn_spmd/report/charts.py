@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cnn_spmd.papers import published
-from cnn_spmd.report import compare, plots
+from cnn_spmd.report import batch_scaling, compare, plots
 from cnn_spmd.report.plots import Bars
 from cnn_spmd.report.text import Chart
 from cnn_spmd.training import runfiles
@@ -41,7 +41,9 @@ SPLIT_CAPTIONS = {
 }
 
 
-def all_charts(sweep: dict, groups: list[dict]) -> list[Chart]:
+def all_charts(
+    sweep: dict, groups: list[dict], scaling: batch_scaling.Scaling | None
+) -> list[Chart]:
     """Return the charts that a sweep has figures for."""
     drawn = []
     with plots.style():
@@ -52,6 +54,8 @@ def all_charts(sweep: dict, groups: list[dict]) -> list[Chart]:
             drawn += [bar_chart(kind, sweep, groups) for kind in BAR_CHARTS]
         if any(run["metrics"] for run in sweep["runs"]):
             drawn.append(metrics_chart(sweep))
+        if scaling and scaling.steps:
+            drawn.append(steps_chart(sweep, scaling))
     return drawn
 
 
@@ -89,6 +93,22 @@ def metrics_chart(sweep: dict) -> Chart:
     )
     title = f"{', '.join(['Loss', *metrics])} and accuracy"
     return Chart(title, plots.curves(sweep["runs"], metrics), caption)
+
+
+def steps_chart(sweep: dict, scaling: batch_scaling.Scaling) -> Chart:
+    """Return the chart of steps to the target by batch size."""
+    knee = scaling.knee if scaling.knee_is_measured else None
+    _, noise = scaling.noise or (0, None)
+    counts = {len(batch.runs) for batch in scaling.batches}
+    none = [f"{batch.size:,}" for batch in scaling.batches if not batch.reached]
+    caption = (
+        f"The fewest steps to a test error of {100 * (1 - scaling.target):.4g} %, both scales "
+        "logarithmic. Perfect scaling: the smallest batch's steps, divided by how many times the "
+        f"batch is larger. {compare.hardware_of(sweep)}; the best of n = {range_text(counts)} runs "
+        f"per point. Left out, without a run that reached it: {', '.join(none) or 'no batch size'}."
+    )
+    title = "Steps to the target by batch size"
+    return Chart(title, [plots.steps_to_target(scaling.steps, knee, noise)], caption)
 
 
 # ---- Captions

@@ -5,7 +5,7 @@ import html
 import statistics
 from collections.abc import Callable, Sequence
 
-from cnn_spmd.report import compare, text
+from cnn_spmd.report import batch_scaling, compare, text
 from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
 from cnn_spmd.training import runfiles
 
@@ -23,28 +23,35 @@ PROFILE_LEGEND = (
 )
 
 
-def report_blocks(sweeps: Sequence[dict], notes: Sequence[str]) -> list[Block]:
-    """Return the report on sweeps (load.load_sweeps); notes are its warnings."""
+def report_blocks(
+    sweeps: Sequence[dict], notes: Sequence[str], target_error: float | None = None
+) -> list[Block]:
+    """Return the report on sweeps (load.load_sweeps); notes are its warnings.
+
+    target_error: as batch_scaling.measure takes it.
+    """
     experiments = dict.fromkeys(sweep["experiment"] for sweep in sweeps)
     blocks: list[Block] = [Heading(1, f"cnn_spmd: {', '.join(experiments)}")]
     if notes:
         blocks.append(Table(["warnings"], [[note] for note in notes]))
-    return blocks + [block for sweep in sweeps for block in sweep_blocks(sweep)]
+    return blocks + [block for sweep in sweeps for block in sweep_blocks(sweep, target_error)]
 
 
-def sweep_blocks(sweep: dict) -> list[Block]:
+def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
     """Return the blocks of one sweep."""
     # The import loads matplotlib, which takes a second and can fail (canvas.py).
     from cnn_spmd.report import charts
 
     runs = sweep["runs"]
     groups = compare.groups_of(runs)
+    scaling = batch_scaling.measure(sweep, target_error)
     shares, kernels = profile_blocks(runs)
     return [
         Heading(2, sweep["title"]),
         facts_table(sweep),
-        *charts.all_charts(sweep, groups),
+        *charts.all_charts(sweep, groups, scaling),
         *comparison_blocks(groups),
+        *(batch_scaling.blocks(scaling) if scaling else []),
         *shares,
         Heading(3, "All runs"),
         runs_table(runs),

@@ -13,8 +13,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from cnn_spmd.papers import published
 from cnn_spmd.report import canvas, compare
+from cnn_spmd.report.batch_scaling import Knee
 from cnn_spmd.report.canvas import Axes, Figure, ticker
 
 SETTINGS = {
@@ -304,6 +307,35 @@ def draw_run(axes: Axes, rows: Sequence[dict], name: str, look: tuple) -> None:
         axes.plot(*zip(*train, strict=True), **thin)
     if test:
         axes.plot(*zip(*test, strict=True), marker, color=colour, markersize=5, alpha=0.7)
+
+
+# ---- Steps to a target
+
+
+def steps_to_target(steps: dict[int, int], knee: Knee | None, noise: float | None) -> str:
+    """Return steps by batch size, the fit with its knee, and the noise scale.
+
+    steps: batch size -> steps, smallest batch first.
+    """
+    fig = Figure(figsize=(WIDTH, 3.6))
+    axes = fig.add_subplot(xlabel="batch size", ylabel="steps to the target")
+    sizes = list(steps)
+    ideal = [steps[sizes[0]] * sizes[0] / size for size in sizes]
+    axes.plot(sizes, ideal, "--", color="#444444", linewidth=1, label="perfect scaling")
+    if knee:
+        between = np.geomspace(sizes[0], sizes[-1])
+        fitted = knee.fewest_steps * (1 + knee.batch / between)
+        axes.plot(between, fitted, "-.", color="#D55E00", linewidth=1, label="fit")
+        axes.axvline(knee.batch, color="#D55E00", linestyle=":", label=f"knee, {knee.batch:,.0f}")
+    if noise:
+        look = dict(color="#009E73", linestyle=(0, (5, 1, 1, 1)))
+        axes.axvline(noise, label=f"noise scale, {noise:,.0f}", **look)
+    look = dict(color="#0072B2", markersize=5, label="best run")
+    axes.plot(sizes, list(steps.values()), "o" if knee else "o-", **look)
+    for scale_axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        set_scale("log", base=2)
+        scale_axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+    return svg_with_legend(fig, axes, "Steps to the target")
 
 
 # ---- Depth

@@ -1,0 +1,280 @@
+"""Find the steps to a target accuracy against batch size, and the knee of that curve.
+
+Shallue et al. 2019 (arXiv 1811.03600) count, for each batch size, the steps of the run that reaches
+a test error first, over all other settings that were tried. At small batches, twice the batch needs
+half of the steps (perfect scaling). At large ones, more images per step save no steps.
+
+McCandlish et al. 2018 (arXiv 1812.06162), section 2, give the curve a form with two parameters:
+
+  S = S_min (1 + B_crit / B)        S: steps, B: batch size
+
+The knee is B_crit. There a run needs twice the fewest possible steps, S_min, and twice the fewest
+possible images, S_min B_crit. The fit is by least squares of log S.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from cnn_spmd.report.text import Block, Heading, Paragraph, Table
+
+LEAST = 3  # batch sizes; with two, any curve of two parameters fits
+# The fit tries this many knees, equally spaced in the logarithm. They reach beyond the measured
+# batch sizes by OUTSIDE, so that the fit can say that the knee is not among them.
+CANDIDATES = 10_001
+OUTSIDE = 100
+HEADER = [
+    "batch",
+    "steps to the target",
+    "evaluation before, step",
+    "images to the target",
+    "speedup in steps",
+    "ideal",
+    "setting",
+    "runs that reached it",
+    "noise scale, images",
+]
+LEGEND = (
+    "For each batch size, the run that reached the target in the fewest steps counts (Shallue et "
+    "al. 2019); its setting is named. A run reaches the target somewhere between two evaluations; "
+    "the later one counts. Speedup is relative to the smallest batch that reached the target; ideal"
+    " is the ratio of the batches. A learning rate that decays until the run's end ties the steps "
+    "to the length of the run."
+)
+
+
+class Reached(NamedTuple):
+    """The evaluation by which a run has the target, and the one before (0: none)."""
+
+    step: int
+    before: int
+    run: dict
+
+
+class Batch(NamedTuple):
+    """The runs of one batch size, and those that reached the target, fastest first."""
+
+    size: int
+    runs: list[dict]
+    reached: list[Reached]
+
+
+class Knee(NamedTuple):
+    """A fit: B_crit, S_min, and by what share it misses the steps (root mean square)."""
+
+    batch: float
+    fewest_steps: float
+    miss: float
+
+
+class Scaling(NamedTuple):
+    """Steps to a target by batch size; knee: None where too few reached the target."""
+
+    target: float  # test accuracy, from 0 to 1
+    reason: str  # for this target
+    batches: list[Batch]
+    knee: Knee | None
+
+    @property
+    def steps(self) -> dict[int, int]:
+        """Return batch size -> steps, for those that reached the target."""
+        return {batch.size: batch.reached[0].step for batch in self.batches if batch.reached}
+
+    @property
+    def knee_is_measured(self) -> bool:
+        """Return whether the knee lies among the batch sizes that reached the target."""
+        return bool(self.knee) and min(self.steps) <= self.knee.batch <= max(self.steps)
+
+    @property
+    def noise(self) -> tuple[int, float] | None:
+        """Return the smallest batch size with a noise scale, and that noise scale."""
+        scales = ((batch.size, noise_scale(batch)) for batch in self.batches)
+        return next(((size, scale) for size, scale in scales if scale), None)
+
+
+def measure(sweep: dict, target_error: float | None = None) -> Scaling | None:
+    """Return the scaling of a sweep (load.load_sweeps).
+
+    target_error: from 0 to 1; None: the lowest whole percent that every batch size reaches.
+    Returns None unless runs of at least three batch sizes, of one network on one data set, were
+    evaluated. The sweep must set batch_size: with batch_per_device, it is about speed.
+    """
+    by_size: dict[int, list[dict]] = {}
+    for run in sweep["runs"]:
+        size = run["settings"].get("batch_size")
+        if isinstance(size, int) and run["status"] not in ("refused", "pending"):
+            by_size.setdefault(size, []).append(run)
+    found = [run["figures"] for runs in by_size.values() for run in runs if run["figures"]]
+    subjects = {(figures["model"], figures["dataset"]) for figures in found}
+    random_images = any(dataset == "synthetic" for _, dataset in subjects)
+    best = {
+        size: max(accuracies)
+        for size, runs in by_size.items()
+        if (accuracies := [accuracy for run in runs for _, accuracy in evaluations(run)])
+    }
+    if len(best) < LEAST or len(subjects) > 1 or random_images:
+        return None
+    if target_error is None:
+        target, reason = target_of_all(best)
+    else:
+        target, reason = round(1 - target_error, 9), "set by --target_error"
+    batches = [Batch(size, runs, reached(runs, target)) for size, runs in sorted(by_size.items())]
+    scaling = Scaling(target, reason, batches, None)
+    return scaling._replace(knee=fit_knee(scaling.steps))
+
+
+def target_of_all(best: Mapping[int, float]) -> tuple[float, str]:
+    """Return the accuracy that every batch size reaches, in whole percent, and why.
+
+    best: batch size -> its best accuracy. An accuracy below one percent is not rounded.
+    """
+    worst = min(best, key=best.get)
+    # In floating point, 100 * 0.29 is a little less than 29.
+    target = math.floor(round(100 * best[worst], 6)) / 100 or best[worst]
+    return target, (
+        "the lowest that every batch size reaches, in whole percent. It is set by batch "
+        f"{worst:,}, whose best error is {100 * (1 - best[worst]):.2f} %; --target_error takes "
+        "another"
+    )
+
+
+def evaluations(run: dict) -> list[tuple[int, float]]:
+    """Return step and test accuracy of each evaluation of a run after step 0, in order."""
+    rows = [row for row in run["metrics"] if row["split"] in ("eval", "final")]
+    found = ((row["step"], row.get("accuracy")) for row in rows if row["step"] > 0)
+    return sorted((step, accuracy) for step, accuracy in found if accuracy is not None)
+
+
+def reached(runs: list[dict], target: float) -> list[Reached]:
+    """Return when each run that reached the target did so, fastest first."""
+    found = []
+    for run in runs:
+        before = 0
+        for step, accuracy in evaluations(run):
+            if accuracy >= target:
+                found.append(Reached(step, before, run))
+                break
+            before = step
+    return sorted(found, key=lambda each: each.step)
+
+
+def fit_knee(steps: Mapping[int, float]) -> Knee | None:
+    """Return the fit of batch size -> steps; None for fewer than three batch sizes."""
+    if len(steps) < LEAST:
+        return None
+    sizes = np.array(list(steps), float)
+    logs = np.log(list(steps.values()))
+    knees = np.geomspace(sizes.min() / OUTSIDE, sizes.max() * OUTSIDE, CANDIDATES)
+    # For a given knee, the best log S_min is a mean.
+    fewest = logs - np.log1p(knees[:, None] / sizes)
+    errors = fewest.std(axis=1)
+    best = errors.argmin()
+    return Knee(float(knees[best]), math.exp(fewest[best].mean()), math.expm1(errors[best]))
+
+
+def noise_scale(batch: Batch) -> float | None:
+    """Return the simple noise scale where the best setting reaches the target.
+
+    tr(S) and |G|^2 are each averaged over the setting's seeds, at the evaluation nearest to the
+    target (training/noise_scale.py). Returns None where none was measured, or noise hides G.
+    """
+
+    def setting(found: Reached) -> dict:
+        return found.run["settings"] | dict(seed=None)
+
+    traces, norms = [], []
+    for found in batch.reached:
+        rows = [row for row in found.run["metrics"] if is_noise(row)]
+        if rows and setting(found) == setting(batch.reached[0]):
+            nearest = min(rows, key=lambda row, step=found.step: abs(row["step"] - step))
+            traces.append(nearest["trace"])
+            norms.append(nearest["gradient_norm2"])
+    trace, norm = sum(traces), sum(norms)
+    return trace / norm if trace > 0 and norm > 0 else None
+
+
+def is_noise(row: dict) -> bool:
+    """Return whether a line of metrics.jsonl is a whole measurement of the noise scale."""
+    figures = (row.get("trace"), row.get("gradient_norm2"))
+    return row["split"] == "noise" and all(isinstance(each, int | float) for each in figures)
+
+
+# ---- Blocks of the report
+
+
+def blocks(scaling: Scaling) -> list[Block]:
+    """Return the section of the report: table, target, knee, noise scale, legend."""
+    error = f"{100 * (1 - scaling.target):.4g} %"
+    texts = [f"Target: a test error of {error}, {scaling.reason}.", knee_text(scaling)]
+    texts.append(noise_text(scaling))
+    hit = [batch for batch in scaling.batches if batch.reached]
+    early = [f"{batch.size:,}" for batch in hit if not batch.reached[0].before]
+    if early:
+        texts.append(f"The first evaluation already reached it, at batch {', '.join(early)}.")
+    return [
+        Heading(3, "Steps to a target against batch size"),
+        Table(HEADER, [row_of(scaling, batch) for batch in scaling.batches]),
+        *map(Paragraph, [*texts, LEGEND]),
+    ]
+
+
+def row_of(scaling: Scaling, batch: Batch) -> list[str]:
+    """Return a batch size's cells under HEADER."""
+    counted = f"{len(batch.reached)} of {len(batch.runs)}"
+    if not batch.reached:
+        return [f"{batch.size:,}", *[""] * 6, counted, ""]
+    smallest, most_steps = next(iter(scaling.steps.items()))
+    step, before, run = batch.reached[0]
+    others = (item for item in run["settings"].items() if item[0] != "batch_size")
+    scale = noise_scale(batch)
+    return [
+        f"{batch.size:,}",
+        f"{step:,}",
+        f"{before:,}" if before else "none",
+        f"{step * batch.size:,}",
+        f"{most_steps / step:.2f}",
+        f"{batch.size / smallest:.2f}",
+        ", ".join(f"{name}={value}" for name, value in others),
+        counted,
+        "" if scale is None else f"{scale:,.0f}",
+    ]
+
+
+def knee_text(scaling: Scaling) -> str:
+    """Say where the knee is, or why it cannot be determined."""
+    steps, knee = scaling.steps, scaling.knee
+    if knee is None:
+        return f"No knee: it takes {LEAST} batch sizes that reach the target, here {len(steps)} do."
+    miss = f"The fit misses the steps by {100 * knee.miss:.1f} % (root mean square)."
+    if knee.batch > max(steps):
+        return (
+            f"The knee cannot be determined. By the fit it lies above batch {max(steps):,}, the "
+            f"largest: the steps still fall nearly in proportion to the batch. {miss}"
+        )
+    if knee.batch < min(steps):
+        return (
+            f"The knee cannot be determined. By the fit it lies below batch {min(steps):,}, the "
+            f"smallest: no batch here scales perfectly. {miss}"
+        )
+    return (
+        f"The knee is at batch {knee.batch:,.0f}: B_crit of S = S_min (1 + B_crit / B) (McCandlish "
+        "et al. 2018). There a run needs twice the fewest possible steps, "
+        f"S_min = {knee.fewest_steps:,.0f}, and twice the fewest possible images. {miss}"
+    )
+
+
+def noise_text(scaling: Scaling) -> str:
+    """Say what the simple noise scale is, and of which batch size."""
+    if scaling.noise is None:
+        return (
+            "There is no noise scale at the target: the runs did not measure it (--noise_scale), "
+            "or noise hid the gradient."
+        )
+    size, scale = scaling.noise
+    return (
+        f"The simple noise scale tr(S) / |G|^2 is {scale:,.0f} images (McCandlish et al. 2018), "
+        f"measured in the runs of batch {size:,} at the evaluation nearest to the target. It "
+        "predicts the knee's order of magnitude."
+    )
