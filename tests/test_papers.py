@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from cnn_spmd.config import flat
 from cnn_spmd.papers import __main__ as command
-from cnn_spmd.papers import headline, measured, pages, published, tables
+from cnn_spmd.papers import headline, measured, pages, pictures, published, tables
 from cnn_spmd.report import compare
 from experiments import owt_imagenet
 
@@ -167,6 +167,7 @@ def swept_run(devices, batch, rate, parallelism="hybrid", size=61_100_840, micro
         seed=0,
     )
     return dict(
+        name=f"{parallelism}-{devices}x{batch}-{size}",
         status="completed",
         settings=dict(batch_per_device=batch, size=size, micro=micro),
         figures=figures,
@@ -228,7 +229,7 @@ def test_commands_make_the_runs_that_a_figure_is_of(figure):
     if "experiment" in figure.where:
         assert made == [
             figure.where["experiment"],
-            *([figure.control] if figure.control else []),
+            *([(figure.where | figure.control)["experiment"]] if figure.control else []),
         ]
 
 
@@ -275,7 +276,7 @@ def test_every_published_figure_is_on_the_papers_page():
 
 def test_the_depth_plot_is_what_the_results_say():
     runs = measured.load_summaries(measured.DATA / "claims")
-    assert (ROOT / "results" / "depth.svg").read_text() == tables.depth_plot(runs)
+    assert (ROOT / "results" / "depth.svg").read_text() == pictures.depth(runs)
 
 
 def test_the_headline_table_fits_readme():
