@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cnn_spmd.config import flat
 from cnn_spmd.errors import UserError
 from cnn_spmd.papers.published import FIGURES, PublishedFigure
 from cnn_spmd.report import compare, load
@@ -238,8 +239,15 @@ def with_control(figure: PublishedFigure, run: dict, runs: Sequence[dict]) -> tu
         return (run,)
     shared = ("seed", "dataset", "epochs", "devices", "device_kind")
     where = figure.where | {name: run[name] for name in shared} | figure.control
-    control = next((other for other in runs if matches(where, other)), None)
-    return () if control is None else (run, control)
+    controls = [other for other in runs if matches(where, other)]
+    if not controls:
+        return ()
+
+    def fields(run: dict) -> set[str]:
+        return set(map(str, flat(run["config"]).items()))
+
+    # A sweep over other fields has several; the control is the one with the most equal fields.
+    return (run, max(controls, key=lambda other: len(fields(other) & fields(run))))
 
 
 def measured_cells(figure: PublishedFigure, pairs: Sequence[tuple[dict, ...]]) -> list[str]:

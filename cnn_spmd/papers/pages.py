@@ -181,9 +181,9 @@ def runs_page(paths: Sequence[pathlib.Path]) -> str:
         parts += [f"## {title}", *figures_beside(rows)]
     others = measured.folders_beside_nothing(runs)
     if others:
-        parts.append(f"About no published figure: {', '.join(map(str, others))}.")
+        parts.append(f"About no published figure: {'; '.join(map(str, others))}.")
     if unfinished:
-        parts.append(f"Not completed, and left out: {'; '.join(unfinished)}.")
+        parts.append(f"Not completed, so left out: {'; '.join(unfinished)}.")
     return joined(*parts)
 
 
