@@ -334,9 +334,9 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     add("cifar_linear", 128, 0.0, rate=2)
     runs = measured.load_single_runs(tmp_path)
     assert pages.large_batch_section(runs)[2].splitlines()[2:] == [
+        "| CIFAR-10 | AlexNet, linear | 2/1 | 62.50 ± 53.03 |  |  | 50.00 |",
         "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |",
         "| CIFAR-10 | AlexNet-BN, lars | 1 |  |  | 12.50 |  |",
-        "| CIFAR-10 | AlexNet, linear | 2/1 | 62.50 ± 53.03 |  |  | 50.00 |",
         "| Imagenette | AlexNet, lars | 1 |  | 25.00 |  |  |",
     ]
     assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
@@ -377,7 +377,7 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pages, "PAGES", made)
     run = dict(eval=dict(accuracy=0.75), param_count=1000, batch_size=128)
     runs = [run | dict(experiment="deeper_vgg_11")]
-    monkeypatch.setattr(measured, "load_single_runs", lambda folder=None: runs)
+    monkeypatch.setattr(measured, "load_single_runs", lambda folder=None: [*runs])
     assert command.main(["--write"]) == 0
     written = capsys.readouterr().out.splitlines()
     assert written == [

@@ -44,7 +44,7 @@ def draw_errors(axes: Axes, title: str, errors: dict[tuple[str, int], list[float
         network, rule = setting.split(", ")
         colour, marker = RULES[rule]
         look = dict(color=colour, marker=marker, markersize=4)
-        own = {batch: row for (of, batch), row in sorted(errors.items()) if of == setting}
+        own = {batch: row for (of, batch), row in errors.items() if of == setting}
         means = list(map(statistics.mean, own.values()))
         axes.plot(list(own), means, linestyle=NETWORKS[network], label=setting, **look)
         for batch, row in own.items():

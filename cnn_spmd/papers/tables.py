@@ -337,13 +337,13 @@ def large_batch_errors(runs: Sequence[dict]) -> dict[tuple[str, str, int], list[
     large_batch_cifar_lars_bn, large_batch_imagenette_linear, ...
     """
     errors: dict[tuple[str, str, int], list[float]] = {}
-    for run in sorted(runs, key=lambda run: run["experiment"]):
+    for run in runs:
         if run["experiment"].startswith("large_batch_"):
             data, rule, *bn = run["experiment"].removeprefix("large_batch_").split("_")
             network = "AlexNet-BN" if bn else "AlexNet"
             key = (LARGE_BATCH_DATA[data], f"{network}, {rule}", run["batch_size"])
             errors.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
-    return errors
+    return dict(sorted(errors.items()))
 
 
 def large_batch_table(runs: Sequence[dict]) -> str:
