@@ -320,7 +320,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
         write(tmp_path, f"large_batch_{variant}", accuracy=accuracy, **fields)
 
     add("cifar_linear", 128, 0.75)
-    add("cifar_linear", 8192, 0.5)
+    add("cifar_linear", 8192, 0.5, rate=2)
     section = pages.large_batch_section(measured.load_single_runs(tmp_path))
     assert section[2].splitlines() == [
         "| data | network, rule | n | batch 128 | batch 8192 |",
@@ -331,16 +331,16 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
         add(f"cifar_{rule}_bn", 1024, 0.875)
     add("imagenette_lars", 512, 0.75, dataset="imagenette")
     # Two rates: each run is compared with the one of its own rate.
-    add("cifar_linear", 128, 0.0, rate=2)
+    add("cifar_linear", 128, 0.625, rate=2)
     runs = measured.load_single_runs(tmp_path)
     assert pages.large_batch_section(runs)[2].splitlines()[2:] == [
-        "| CIFAR-10 | AlexNet, linear | 2/1 | 62.50 ± 53.03 |  |  | 50.00 |",
+        "| CIFAR-10 | AlexNet, linear | 2/1 | 31.25 ± 8.84 |  |  | 50.00 |",
         "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |",
         "| CIFAR-10 | AlexNet-BN, lars | 1 |  |  | 12.50 |  |",
         "| Imagenette | AlexNet, lars | 1 |  | 25.00 |  |  |",
     ]
     assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
-        ["12.8", "25.00 (50.00 - 25.00)", "1", "", "1 x H100"]
+        ["12.8", "12.50 (50.00 - 37.50)", "1", "", "1 x H100"]
     ]
     picture = pictures.large_batches(runs)
     for text in ("AlexNet-BN, larc", "AlexNet, linear", "Imagenette", "8,192"):
