@@ -8,7 +8,7 @@ nothing.
 
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from cnn_spmd.config import flat
@@ -21,6 +21,8 @@ from cnn_spmd.training import runfiles
 DATA = pathlib.Path(__file__).parents[2] / "results" / "data"
 TRAINING_ERROR = 0.25  # figure 1 of AlexNet's paper
 
+# What the tables read of each run, besides what a figure measures.
+NEEDED = ("experiment", "seed", "dataset", "device_kind", "devices", "mesh", "epochs", "host_cores")
 # Measure -> decimals, the field of a run that it is made from, and its value in a run. A run and
 # its control: the ratio of epochs, the difference of all other measures.
 MEASURES = {
@@ -63,9 +65,11 @@ def load_summary(path: pathlib.Path, metrics: pathlib.Path) -> dict:
     """
     run = {name: value for name, value in runfiles.read_json(path).items() if value is not None}
     if metrics.exists():
-        per_epoch = round(run["steps"] / run["epochs"])
-        steps = steps_to_error(runfiles.read_metrics_rows(metrics), TRAINING_ERROR, per_epoch)
-        run["epochs_to_error"] = steps and steps / per_epoch
+        run["epochs_to_error"] = None
+        if run["epochs"] >= 1:  # within less, steps_to_error finds nothing
+            per_epoch = round(run["steps"] / run["epochs"])
+            steps = steps_to_error(runfiles.read_metrics_rows(metrics), TRAINING_ERROR, per_epoch)
+            run["epochs_to_error"] = steps and steps / per_epoch
     return run
 
 
@@ -76,8 +80,7 @@ def load_given(paths: Sequence[pathlib.Path]) -> tuple[list[dict], list[str]]:
     own, and with a speedup also those of the one-device runs. Raises UserError for other paths.
     """
     runs, unfinished, folders = [], [], []
-    for path in paths:
-        given = path.parent if path.name == "summary.json" else path
+    for given in distinct(path.parent if path.name == "summary.json" else path for path in paths):
         if (given / "sweep.json").exists():
             sweep = load.load_sweep(given, notes=[])
             folders += [given / run["name"] for run in sweep["runs"]]
@@ -87,22 +90,28 @@ def load_given(paths: Sequence[pathlib.Path]) -> tuple[list[dict], list[str]]:
             folders.append(given)
         else:
             raise UserError(
-                f"{path}: expected the folder of a run or of a sweep, or a summary.json; found "
+                f"{given}: expected the folder of a run or of a sweep, or a summary.json; found "
                 "neither summary.json nor sweep.json"
             )
-    # A run counts once, also where it is given by itself and with its sweep.
-    for folder in {folder.resolve(): folder for folder in folders}.values():
+    for folder in distinct(folders):
         path = folder / "summary.json"
         if not path.exists():
             unfinished.append(f"{folder}: no summary.json")
             continue
-        status = runfiles.check_fields(path, runfiles.read_json(path))["status"]
-        if status == "completed":
-            run = load_summary(path, folder / "metrics.jsonl")
-            runs.append(run | dict(folders=[folder]))
+        summary = runfiles.check_fields(path, runfiles.read_json(path))
+        missing = [name for name in NEEDED if summary.get(name) is None]
+        if summary["status"] != "completed":
+            unfinished.append(f"{folder}: {summary['status']}")
+        elif missing:
+            raise UserError(f"{path}: lacks {', '.join(missing)}, which every run writes")
         else:
-            unfinished.append(f"{folder}: {status}")
+            runs.append(load_summary(path, folder / "metrics.jsonl") | dict(folders=[folder]))
     return runs, unfinished
+
+
+def distinct(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """Return the paths without those that lead to the same file; a run counts once."""
+    return list({path.resolve(): path for path in paths}.values())
 
 
 def steps_to_error(rows: Sequence[dict], error: float, steps_per_epoch: int) -> int | None:
