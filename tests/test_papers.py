@@ -14,7 +14,7 @@ from cnn_spmd.config import flat
 from cnn_spmd.papers import __main__ as command
 from cnn_spmd.papers import headline, measured, pages, pictures, published, tables
 from cnn_spmd.report import compare
-from experiments import owt_imagenet
+from experiments import owt_imagenet, resnet_cifar
 
 FIGURES = [figure for figures in published.FIGURES.values() for figure in figures]
 
@@ -239,6 +239,11 @@ def test_one_weird_tricks_table_is_in_its_experiment():
         assert f"{gpus} ({128 * gpus}, {dense}) {error} {hours:.2f} {speedup}" in text
 
 
+def test_table_6_of_residual_networks_is_in_its_experiment():
+    for layers, (error, _) in published.RESIDUAL_NETWORKS.items():
+        assert re.search(rf"\n  {layers}\b.* {error}\b", resnet_cifar.__doc__), layers
+
+
 # ---- The pages of results/
 
 
@@ -327,6 +332,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
         "|---|---|---|---|---|",
         "| CIFAR-10 | AlexNet, linear | 1 | 25.00 | 50.00 |",
     ]
+    assert section[3] == "Measured on 1 x H100."
     for rule in ("larc", "lars"):
         add(f"cifar_{rule}_bn", 1024, 0.875)
     add("imagenette_lars", 512, 0.75, dataset="imagenette")
@@ -427,14 +433,19 @@ def test_any_run_beside_the_figures_that_it_is_about(tmp_path, capsys):
 def test_any_sweep_beside_the_figures_that_it_is_about(tmp_path, capsys):
     """The one-device run that a speedup is relative to counts as used."""
     runs = [swept_run(1, 128, 100.0), swept_run(2, 128, 180.0), swept_run(2, 128, 90.0, "model")]
-    for run in runs:
-        make_run(tmp_path / run["name"], experiment="owt", dataset="synthetic")
+    folders = [
+        make_run(tmp_path / run["name"], experiment="owt", dataset="synthetic") for run in runs
+    ]
+    # Also given by itself, it counts once.
+    runs.append(swept_run(2, 128, 90.0, "two_tower"))
+    folders.append(make_run(tmp_path / runs[3]["name"], eval=dict(accuracy=0.75)))
     sweep = dict(experiment="owt", hardware=dict(host_cores=4), devices=2, runs=runs)
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
-    assert command.main([str(tmp_path)]) == 0
+    assert command.main([str(tmp_path), folders[3]]) == 0
     out = capsys.readouterr().out
+    assert "| 1 | 80sec: test error, % | 26 | 25.00 | 1 | -1.00 | 1 x H100 |" in out
     assert "| 1 | 2 GPUs, batches (256, 256): speedup | 1.95 | 1.80 | 1 | -0.15 | 2 x H100 |" in out
-    assert f"About no published figure: {tmp_path / runs[2]['name']}." in " ".join(out.split())
+    assert f"About no published figure: {folders[2]}." in " ".join(out.split())
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):

@@ -299,6 +299,9 @@ def large_batch_section(runs: Sequence[dict]) -> list[str]:
     table = tables.large_batch_table(runs)
     if not table:
         return []
+    machines = {
+        compare.machine(run) for run in runs if run["experiment"].startswith("large_batch_")
+    }
     launch = "python launch.py --config experiments/large_batch_cifar.py:lars"
     return [
         "## Batches of up to 8,192",
@@ -308,6 +311,7 @@ def large_batch_section(runs: Sequence[dict]) -> list[str]:
         warm-up. Batch norm reduces the gap at 8K from 14 points to 2.2. With LARS nothing is
         lost up to 8K.""",
         table,
+        f"Measured on {', '.join(sorted(machines))}.",
         f"![Test error by batch size]({LARGE_BATCHES})",
         commands(
             "Command",
