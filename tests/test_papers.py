@@ -436,12 +436,12 @@ def test_any_sweep_beside_the_figures_that_it_is_about(tmp_path, capsys):
     folders = [
         make_run(tmp_path / run["name"], experiment="owt", dataset="synthetic") for run in runs
     ]
-    # Also given by itself, it counts once.
+    # Also given by itself, it counts once, as does the sweep that is given twice.
     runs.append(swept_run(2, 128, 90.0, "two_tower"))
     folders.append(make_run(tmp_path / runs[3]["name"], eval=dict(accuracy=0.75)))
     sweep = dict(experiment="owt", hardware=dict(host_cores=4), devices=2, runs=runs)
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
-    assert command.main([str(tmp_path), folders[3]]) == 0
+    assert command.main([str(tmp_path), str(tmp_path), folders[3]]) == 0
     out = capsys.readouterr().out
     assert "| 1 | 80sec: test error, % | 26 | 25.00 | 1 | -1.00 | 1 x H100 |" in out
     assert "| 1 | 2 GPUs, batches (256, 256): speedup | 1.95 | 1.80 | 1 | -0.15 | 2 x H100 |" in out
