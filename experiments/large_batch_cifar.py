@@ -18,14 +18,14 @@ A variant is some of a rule, bn and imagenette, in this order, with "_" between 
   imagenette  Imagenette at 224 pixels
 
 Every batch trains for 100 epochs, as in the authors' files. Published, ILSVRC-2012, top-1 accuracy
-in % (You, Gitman, Ginsburg 2017, arXiv 1708.03888):
+in % (You, Gitman, Ginsburg 2017, arXiv 1708.03888, as quoted in github.com/lcy-seso/LearningNotes):
 
-  batch                          256     512      4K      8K     16K     32K
-  AlexNet, linear               57.6       -    53.1    44.8       -       -
-  AlexNet-BN, LARS                 -    60.2    60.4    60.1    59.3    57.8
+  batch                          256      4K      8K
+  AlexNet, linear               57.6    53.1    44.8
 
 Linear scaling of AlexNet diverges above the rate for a batch of 2K. With batch norm, the gap at 8K
-falls from 14 points to 2.2 without LARS. What was measured here: results/batches.md.
+falls from 14 points to 2.2 without LARS. With LARS nothing is lost up to 8K (abstract). What was
+measured here: results/batches.md.
 
 The recipe is that of the authors' files (nvcaffe, models/alexnet_bn): momentum 0.9, weight decay
 5e-4, dropout 0.5, polynomial decay of power 2, eta 0.001. Their warm-up takes 4 to 10 epochs; here

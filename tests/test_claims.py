@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from cnn_spmd import models
-from cnn_spmd.papers import measured, pages, tables
+from cnn_spmd.papers import measured, pages, pictures, tables
 
 
 def test_steps_to_error():
@@ -35,7 +35,7 @@ def test_depth_on_known_runs(tmp_path):
         "| simple_cnn | 2 | 1 | 1,000 | 1 | 70.00 |",
         "| vgg_11 | 11 | 8 | 1,000 | 1 | 90.00 |",
     ]
-    picture = tables.depth_plot(runs)
+    picture = pictures.depth(runs)
     assert ">simple_cnn<" in picture
     assert ">vgg_11<" in picture
     assert picture.count(">0.0 M<") == 2

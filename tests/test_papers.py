@@ -12,9 +12,9 @@ from conftest import ROOT
 
 from cnn_spmd.config import flat
 from cnn_spmd.papers import __main__ as command
-from cnn_spmd.papers import headline, measured, pages, published, tables
+from cnn_spmd.papers import headline, measured, pages, pictures, published, tables
 from cnn_spmd.report import compare
-from experiments import owt_imagenet
+from experiments import owt_imagenet, resnet_cifar
 
 FIGURES = [figure for figures in published.FIGURES.values() for figure in figures]
 
@@ -167,6 +167,7 @@ def swept_run(devices, batch, rate, parallelism="hybrid", size=61_100_840, micro
         seed=0,
     )
     return dict(
+        name=f"{parallelism}-{devices}x{batch}-{size}",
         status="completed",
         settings=dict(batch_per_device=batch, size=size, micro=micro),
         figures=figures,
@@ -228,7 +229,7 @@ def test_commands_make_the_runs_that_a_figure_is_of(figure):
     if "experiment" in figure.where:
         assert made == [
             figure.where["experiment"],
-            *([figure.control] if figure.control else []),
+            *([(figure.where | figure.control)["experiment"]] if figure.control else []),
         ]
 
 
@@ -236,6 +237,11 @@ def test_one_weird_tricks_table_is_in_its_experiment():
     text = re.sub(" +", " ", owt_imagenet.__doc__)
     for gpus, dense, error, hours, speedup in published.ONE_WEIRD_TRICK:
         assert f"{gpus} ({128 * gpus}, {dense}) {error} {hours:.2f} {speedup}" in text
+
+
+def test_table_6_of_residual_networks_is_in_its_experiment():
+    for layers, (error, _) in published.RESIDUAL_NETWORKS.items():
+        assert re.search(rf"\n  {layers}\b.* {error}\b", resnet_cifar.__doc__), layers
 
 
 # ---- The pages of results/
@@ -273,9 +279,78 @@ def test_every_published_figure_is_on_the_papers_page():
                 assert line in " ".join(page.replace("\\\n", "").split())
 
 
-def test_the_depth_plot_is_what_the_results_say():
-    runs = measured.load_summaries(measured.DATA / "claims")
-    assert (ROOT / "results" / "depth.svg").read_text() == tables.depth_plot(runs)
+def test_pictures_are_what_the_results_say():
+    runs = measured.load_single_runs()
+    assert (ROOT / "results" / "depth.svg").read_text() == pictures.depth(runs)
+    batches = ROOT / "results" / pages.LARGE_BATCHES
+    if tables.large_batch_errors(runs):
+        assert batches.read_text() == pictures.large_batches(runs)
+    else:
+        assert not batches.exists()
+
+
+def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
+    assert not pages.residual_section(measured.load_single_runs(tmp_path))
+    size = dict(param_count=269_722, images_per_second=1e4, steps=64_000, batch_size=128)
+    write(tmp_path, "resnet_cifar_20", accuracy=0.91, **size)
+    write(tmp_path, "resnet_cifar_20", seed=1, accuracy=0.93, **size)
+    write(tmp_path, "resnet_20", **size)  # another experiment
+    table = pages.residual_section(measured.load_single_runs(tmp_path))[2]
+    first = (
+        "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 2 ± 0 | 10,000 ± 0 |"
+    )
+    assert table.splitlines()[2:] == [first]
+    for layers in (110, 32, 44, 56):
+        write(tmp_path, f"resnet_cifar_{layers}", **size)
+    for layers in (56, 44, 32, 20):
+        write(tmp_path, f"resnet_cifar_plain_{layers}", accuracy=0.9 - layers / 1e3, **size)
+    rows = pages.residual_section(measured.load_single_runs(tmp_path))[2].splitlines()[2:]
+    assert rows[0] == first
+    assert rows[4].startswith("| ResNet-110 | 269,722 | 1.7 | 1 x H100 | 1 | 6.61 | 25.00 |")
+    assert rows[8].startswith("| plain-56 | 269,722 |  | 1 x H100 | 1 |  | 15.60 |")
+    assert figures(tmp_path, "ResNet-20: test error, %") == [
+        ["8.75", "8.00 ± 1.41", "2", "-0.75", "1 x H100"]
+    ]
+    assert figures(tmp_path, "plain-56: error added to plain-20's, points") == [
+        ["grows with depth", "3.60 (15.60 - 12.00)", "1", "", "1 x H100"]
+    ]
+
+
+def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
+    assert not pages.large_batch_section(measured.load_single_runs(tmp_path))
+
+    def add(variant, batch, accuracy, rate=1, **more):
+        config = dict(batch_size=batch, rate=rate)
+        fields = dict(epochs=100.0, batch_size=batch, config=config) | more
+        write(tmp_path, f"large_batch_{variant}", accuracy=accuracy, **fields)
+
+    add("cifar_linear", 128, 0.75)
+    add("cifar_linear", 8192, 0.5, rate=2)
+    section = pages.large_batch_section(measured.load_single_runs(tmp_path))
+    assert section[2].splitlines() == [
+        "| data | network, rule | n | batch 128 | batch 8192 |",
+        "|---|---|---|---|---|",
+        "| CIFAR-10 | AlexNet, linear | 1 | 25.00 | 50.00 |",
+    ]
+    assert section[3] == "Measured on 1 x H100."
+    for rule in ("larc", "lars"):
+        add(f"cifar_{rule}_bn", 1024, 0.875)
+    add("imagenette_lars", 512, 0.75, dataset="imagenette")
+    # Two rates: each run is compared with the one of its own rate.
+    add("cifar_linear", 128, 0.625, rate=2)
+    runs = measured.load_single_runs(tmp_path)
+    assert pages.large_batch_section(runs)[2].splitlines()[2:] == [
+        "| CIFAR-10 | AlexNet, linear | 2/1 | 31.25 ± 8.84 |  |  | 50.00 |",
+        "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |",
+        "| CIFAR-10 | AlexNet-BN, lars | 1 |  |  | 12.50 |  |",
+        "| Imagenette | AlexNet, lars | 1 |  | 25.00 |  |  |",
+    ]
+    assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
+        ["12.8", "12.50 (50.00 - 37.50)", "1", "", "1 x H100"]
+    ]
+    picture = pictures.large_batches(runs)
+    for text in ("AlexNet-BN, larc", "AlexNet, linear", "Imagenette", "8,192"):
+        assert f">{text}<" in picture
 
 
 def test_the_headline_table_fits_readme():
@@ -306,6 +381,9 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pages, "RESULTS", results)
     made = dict.fromkeys(pages.PAGES, lambda: "page")
     monkeypatch.setattr(pages, "PAGES", made)
+    run = dict(eval=dict(accuracy=0.75), param_count=1000, batch_size=128)
+    runs = [run | dict(experiment="deeper_vgg_11")]
+    monkeypatch.setattr(measured, "load_single_runs", lambda folder=None: [*runs])
     assert command.main(["--write"]) == 0
     written = capsys.readouterr().out.splitlines()
     assert written == [
@@ -316,6 +394,69 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     assert headline.headline_table() in (tmp_path / "README.md").read_text()
     assert command.main(["--write"]) == 0
     assert not capsys.readouterr().out.strip()
+    # There is a picture of large batches as soon as there is a run.
+    runs.append(run | dict(experiment="large_batch_cifar_lars"))
+    assert command.main(["--write"]) == 0
+    assert capsys.readouterr().out.strip() == str(results / pages.LARGE_BATCHES)
+
+
+# ---- Any run
+
+
+def make_run(folder, name="cuda_convnet_80sec-h100-seed0", **more):
+    """Make a run's folder from a summary in results/data."""
+    folder.mkdir(parents=True)
+    run = json.loads((measured.DATA / f"{name}.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(run | more))
+    return str(folder)
+
+
+def test_any_run_beside_the_figures_that_it_is_about(tmp_path, capsys):
+    """No file is copied; a run counts once; each run is shown or named."""
+    paper = [make_run(tmp_path / f"{seed}", seed=seed, eval=dict(accuracy=0.75)) for seed in (0, 1)]
+    digits = make_run(tmp_path / "digits", dataset="digits")
+    stopped = make_run(tmp_path / "stopped", status="interrupted", eval=None)
+    # Without its control.
+    no_lrn = make_run(tmp_path / "no_lrn", experiment="claims_2012_no_lrn")
+    again = f"{paper[0]}/summary.json"
+    assert command.main([*paper, again, digits, stopped, no_lrn]) == 0
+    out = capsys.readouterr().out
+    assert "| 1 | 80sec: test error, % | 26 | 25.00 ± 0.00 | 2 | -1.00 | 1 x H100 |" in out
+    assert "| 1 | without response norms: added error, points | 1.4 | not measured | 0 |" in out
+    assert out.count("\n| ") == 2 + 3  # two headers
+    text = " ".join(out.split())
+    assert text.endswith(
+        f"About no published figure: {digits}. Not completed, so left out: {stopped}: interrupted."
+    )
+
+
+def test_any_sweep_beside_the_figures_that_it_is_about(tmp_path, capsys):
+    """The one-device run that a speedup is relative to counts as used."""
+    runs = [swept_run(1, 128, 100.0), swept_run(2, 128, 180.0), swept_run(2, 128, 90.0, "model")]
+    folders = [
+        make_run(tmp_path / run["name"], experiment="owt", dataset="synthetic") for run in runs
+    ]
+    # Also given by itself, it counts once, as does the sweep that is given twice.
+    runs.append(swept_run(2, 128, 90.0, "two_tower"))
+    folders.append(make_run(tmp_path / runs[3]["name"], eval=dict(accuracy=0.75)))
+    sweep = dict(experiment="owt", hardware=dict(host_cores=4), devices=2, runs=runs)
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    assert command.main([str(tmp_path), str(tmp_path), folders[3]]) == 0
+    out = capsys.readouterr().out
+    assert "| 1 | 80sec: test error, % | 26 | 25.00 | 1 | -1.00 | 1 x H100 |" in out
+    assert "| 1 | 2 GPUs, batches (256, 256): speedup | 1.95 | 1.80 | 1 | -0.15 | 2 x H100 |" in out
+    assert f"About no published figure: {folders[2]}." in " ".join(out.split())
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    assert command.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}: expected the folder of a run or of a sweep, or a summary.json; "
+        "found neither summary.json nor sweep.json\n"
+    )
+
+
+# ---- The command line
 
 
 def test_it_prints_every_page(tmp_path):

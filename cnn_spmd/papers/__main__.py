@@ -1,4 +1,8 @@
-"""Print the pages of results/: `python -m cnn_spmd.papers`; `--write` writes them."""
+"""Print published figures beside measured ones.
+
+`python -m cnn_spmd.papers` prints the pages of results/, and `--write` writes them.
+`python -m cnn_spmd.papers RUN...` prints the figures that your runs are about.
+"""
 
 import argparse
 import pathlib
@@ -6,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.papers import measured, pages, tables
+from cnn_spmd.papers import measured, pages
 from cnn_spmd.training import environment
 
 
@@ -16,8 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m cnn_spmd.papers",
         description=(
             "Print the pages of results/, made from results/data: every published figure beside "
-            "what was measured, accuracy by depth, errors by batch size, speeds."
+            "what was measured, accuracy by depth, errors by batch size, speeds. With RUN: print "
+            "the published figures that these runs are about, beside what they measured."
         ),
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=pathlib.Path,
+        metavar="RUN",
+        help="the folder of a run or of a sweep, or a summary.json",
     )
     parser.add_argument(
         "--write",
@@ -29,14 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     picture = arguments.depth_plot
+    if arguments.runs and (arguments.write or picture):
+        parser.error("RUN: expected neither --write nor --depth_plot with it")
     try:
-        if arguments.write:
+        if arguments.runs:
+            print(pages.runs_page(arguments.runs), end="")
+        elif arguments.write:
             print(*pages.write_pages(), sep="\n")
         else:
             pages.print_pages()
         if picture:
+            from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
+
             runs = measured.load_summaries(measured.DATA / "claims")
-            picture.write_text(tables.depth_plot(runs))
+            picture.write_text(pictures.depth(runs))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

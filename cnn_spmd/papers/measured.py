@@ -8,26 +8,30 @@ nothing.
 
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from cnn_spmd.config import flat
+from cnn_spmd.errors import UserError
 from cnn_spmd.papers.published import FIGURES, PublishedFigure
-from cnn_spmd.report import compare
+from cnn_spmd.report import compare, load
 from cnn_spmd.report.text import mean_and_deviation
 from cnn_spmd.training import runfiles
 
 DATA = pathlib.Path(__file__).parents[2] / "results" / "data"
 TRAINING_ERROR = 0.25  # figure 1 of AlexNet's paper
 
-# Measure -> decimals, and its value in a run. A run and its control: the ratio of epochs, the
-# difference of all other measures.
+# What the tables read of each run, besides what a figure measures.
+NEEDED = ("experiment", "seed", "dataset", "device_kind", "devices", "mesh", "epochs", "host_cores")
+# Measure -> decimals, the field of a run that it is made from, and its value in a run. A run and
+# its control: the ratio of epochs, the difference of all other measures.
 MEASURES = {
-    "error": (2, lambda run: 100 * (1 - run["eval"]["accuracy"])),
-    "top-5 error": (2, lambda run: 100 * (1 - run["eval"]["top5"])),
-    "seconds": (1, lambda run: run["train_seconds"]),
-    "hours": (2, lambda run: run["train_seconds"] / 3600),
-    "speedup": (2, lambda run: run["speedup"]),
-    "epochs": (1, lambda run: run["epochs_to_error"]),
+    "error": (2, "eval", lambda run: 100 * (1 - run["eval"]["accuracy"])),
+    "top-5 error": (2, "eval", lambda run: 100 * (1 - run["eval"]["top5"])),
+    "seconds": (1, "train_seconds", lambda run: run["train_seconds"]),
+    "hours": (2, "train_seconds", lambda run: run["train_seconds"] / 3600),
+    "speedup": (2, "speedup", lambda run: run["speedup"]),
+    "epochs": (1, "epochs_to_error", lambda run: run["epochs_to_error"]),
 }
 
 
@@ -36,33 +40,78 @@ MEASURES = {
 
 def load_results(folder: pathlib.Path = DATA) -> list[dict]:
     """Return all runs in `folder`, its claims/ and, with their speedup, its sweeps/."""
-    runs = load_summaries(folder) + load_summaries(folder / "claims")
+    runs = load_single_runs(folder)
     for path in sorted((folder / "sweeps").glob("*.json")):
-        sweep = runfiles.read_json(path)
-        for group in compare.groups_of(sweep["runs"]):
-            speedups = compare.group_speedups(group)
-            # There is no speedup where the panel has no one-device run.
-            for run, speedup in zip(group["runs"], speedups, strict=False):
-                runs.append(scaled_run(run, speedup, group["devices"], sweep))
+        runs += scaled_runs(runfiles.read_json(path))
     return runs
+
+
+def load_single_runs(folder: pathlib.Path = DATA) -> list[dict]:
+    """Return the summaries in `folder` and its claims/."""
+    return load_summaries(folder) + load_summaries(folder / "claims")
 
 
 def load_summaries(folder: pathlib.Path) -> list[dict]:
-    """Return the summaries in a folder.
+    """Return the summaries in a folder (load_summary)."""
+    paths = sorted(folder.glob("*.json"))
+    return [load_summary(path, path.with_suffix(".jsonl")) for path in paths]
 
-    Those with metrics beside them get epochs_to_error: the number of epochs to TRAINING_ERROR, or
-    None where it was not reached.
+
+def load_summary(path: pathlib.Path, metrics: pathlib.Path) -> dict:
+    """Return a summary without the fields that are null.
+
+    Where the file `metrics` exists, the summary gets epochs_to_error: the number of epochs to
+    TRAINING_ERROR, or None where it was not reached.
     """
-    runs = []
-    for path in sorted(folder.glob("*.json")):
-        run = runfiles.read_json(path)
-        metrics = path.with_suffix(".jsonl")
-        if metrics.exists():
+    run = {name: value for name, value in runfiles.read_json(path).items() if value is not None}
+    if metrics.exists():
+        run["epochs_to_error"] = None
+        if run["epochs"] >= 1:  # within less, steps_to_error finds nothing
             per_epoch = round(run["steps"] / run["epochs"])
             steps = steps_to_error(runfiles.read_metrics_rows(metrics), TRAINING_ERROR, per_epoch)
             run["epochs_to_error"] = steps and steps / per_epoch
-        runs.append(run)
-    return runs
+    return run
+
+
+def load_given(paths: Sequence[pathlib.Path]) -> tuple[list[dict], list[str]]:
+    """Return the completed runs in `paths`, and a line on each run that is not completed.
+
+    paths: folders of runs and of sweeps, and files named summary.json. Each run gets `folders`: its
+    own, and with a speedup also those of the one-device runs. Raises UserError for other paths.
+    """
+    runs, unfinished, folders = [], [], []
+    for given in distinct(path.parent if path.name == "summary.json" else path for path in paths):
+        if (given / "sweep.json").exists():
+            sweep = load.load_sweep(given, notes=[])
+            folders += [given / run["name"] for run in sweep["runs"]]
+            for run in scaled_runs(sweep):
+                runs.append(run | dict(folders=[given / name for name in run["names"]]))
+        elif (given / "summary.json").exists():
+            folders.append(given)
+        else:
+            raise UserError(
+                f"{given}: expected the folder of a run or of a sweep, or a summary.json; found "
+                "neither summary.json nor sweep.json"
+            )
+    for folder in distinct(folders):
+        path = folder / "summary.json"
+        if not path.exists():
+            unfinished.append(f"{folder}: no summary.json")
+            continue
+        summary = runfiles.check_fields(path, runfiles.read_json(path))
+        missing = [name for name in NEEDED if summary.get(name) is None]
+        if summary["status"] != "completed":
+            unfinished.append(f"{folder}: {summary['status']}")
+        elif missing:
+            raise UserError(f"{path}: lacks {', '.join(missing)}, which every run writes")
+        else:
+            runs.append(load_summary(path, folder / "metrics.jsonl") | dict(folders=[folder]))
+    return runs, unfinished
+
+
+def distinct(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """Return the paths without those that lead to the same file; a run counts once."""
+    return list({path.resolve(): path for path in paths}.values())
 
 
 def steps_to_error(rows: Sequence[dict], error: float, steps_per_epoch: int) -> int | None:
@@ -85,13 +134,27 @@ def steps_to_error(rows: Sequence[dict], error: float, steps_per_epoch: int) -> 
     return None
 
 
-def scaled_run(run: dict, speedup: float, devices: int, sweep: dict) -> dict:
-    """Return a sweep's run in the form of a summary, with its speedup and command."""
-    figures = run["figures"]
+def scaled_runs(sweep: dict) -> list[dict]:
+    """Return the runs of a sweep that have a speedup (scaled_run)."""
+    return [
+        scaled_run(run, speedup, group, sweep)
+        for group in compare.groups_of(sweep["runs"])
+        # There is no speedup where the panel has no one-device run.
+        for run, speedup in zip(group["runs"], compare.group_speedups(group), strict=False)
+    ]
+
+
+def scaled_run(run: dict, speedup: float, group: dict, sweep: dict) -> dict:
+    """Return a sweep's run in the form of a summary, with its speedup and command.
+
+    names: its own name, and those of the one-device runs that its speedup is relative to.
+    """
+    figures, devices = run["figures"], group["devices"]
     # Older sweeps say it only by the name of their experiment.
     variable = figures.get("dense_microbatch", "variable" in sweep["experiment"])
     return figures | dict(
         devices=devices,
+        names=[member["name"] for member in (run, *group["base"]["runs"])],
         host_cores=sweep["hardware"]["host_cores"],
         speedup=speedup,
         command=command_with_base(run["command"], figures["batch_size"], devices),
@@ -135,12 +198,26 @@ def measured_tables(folder: pathlib.Path = DATA) -> dict[str, list[MeasuredRow]]
     }
 
 
+def tables_about(runs: Sequence[dict]) -> dict[str, list[MeasuredRow]]:
+    """Return the rows of the figures that runs are about by table; no table without rows."""
+    found = {
+        title: [row for figure in about(figures, runs) for row in measured_rows(figure, runs)]
+        for title, figures in FIGURES.items()
+    }
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def about(figures: Sequence[PublishedFigure], runs: Sequence[dict]) -> list[PublishedFigure]:
+    """Return the figures that at least one of the runs is about, not only as a control."""
+    return [figure for figure in figures if any(matches(figure.where, run) for run in runs)]
+
+
 def measured_rows(figure: PublishedFigure, runs: Sequence[dict]) -> list[MeasuredRow]:
     """Return one row per group of runs that differ only in their seed, at least one."""
     groups: dict[tuple, list[tuple[dict, ...]]] = {}
     for run in runs:
-        pair = with_control(figure, run, runs) if matches(figure.where, run) else None
-        if pair:
+        pair = with_control(figure, run, runs) if matches(figure.where, run) else ()
+        if pair and all(MEASURES[figure.measure][1] in member for member in pair):
             key = (compare.machine(run), str(run["mesh"]), compare.recipe(run))
             groups.setdefault(key, []).append(pair)
     published = figure.published
@@ -165,26 +242,31 @@ def matches(where: dict, run: dict) -> bool:
     return all(run.get(name) == value for name, value in where.items())
 
 
-def with_control(
-    figure: PublishedFigure, run: dict, runs: Sequence[dict]
-) -> tuple[dict, ...] | None:
-    """Return (run,) or (run, its control); None where a control is missing."""
-    if figure.control is None:
+def with_control(figure: PublishedFigure, run: dict, runs: Sequence[dict]) -> tuple[dict, ...]:
+    """Return (run,) or (run, its control); () where a control is missing."""
+    if not figure.control:
         return (run,)
     shared = ("seed", "dataset", "epochs", "devices", "device_kind")
-    where = {name: run[name] for name in shared} | dict(experiment=figure.control)
-    control = next((other for other in runs if matches(where, other)), None)
-    return None if control is None else (run, control)
+    where = figure.where | {name: run[name] for name in shared} | figure.control
+    controls = [other for other in runs if matches(where, other)]
+    if not controls:
+        return ()
+
+    def fields(run: dict) -> set[str]:
+        return set(map(str, flat(run["config"]).items()))
+
+    # A sweep over other fields has several; the control is the one with the most equal fields.
+    return (run, max(controls, key=lambda other: len(fields(other) & fields(run))))
 
 
 def measured_cells(figure: PublishedFigure, pairs: Sequence[tuple[dict, ...]]) -> list[str]:
     """Return measured, n, and measured minus published, of with_control's tuples."""
-    digits, measure = MEASURES[figure.measure]
+    digits, _, measure = MEASURES[figure.measure]
     values = [value for value in (tuple(map(measure, pair)) for pair in pairs) if None not in value]
     if not values:
         return ["not reached", "0", ""]
     numbers, means = [first for first, *_ in values], ""
-    if figure.control is not None:
+    if figure.control:
         ratio = figure.measure == "epochs"
         numbers = [first / second if ratio else first - second for first, second in values]
         first, second = map(statistics.mean, zip(*values, strict=True))
@@ -200,9 +282,22 @@ def measured_cells(figure: PublishedFigure, pairs: Sequence[tuple[dict, ...]]) -
 
 def is_beside_a_paper(run: dict) -> bool:
     """Return whether the papers' tables show a run, possibly as a control."""
-    for figure in (figure for figures in FIGURES.values() for figure in figures):
-        if matches(figure.where, run) or matches(
-            figure.where | dict(experiment=figure.control), run
-        ):
-            return True
-    return False
+    return any(is_about(figure, run) for figures in FIGURES.values() for figure in figures)
+
+
+def folders_beside_nothing(runs: Sequence[dict]) -> list[pathlib.Path]:
+    """Return the folders of load_given's runs that measure no figure of tables_about."""
+    shown = [figure for figures in FIGURES.values() for figure in about(figures, runs)]
+    used = {
+        folder
+        for run in runs
+        if any(is_about(figure, run) for figure in shown)
+        for folder in run["folders"]
+    }
+    folders = dict.fromkeys(folder for run in runs for folder in run["folders"])
+    return [folder for folder in folders if folder not in used]
+
+
+def is_about(figure: PublishedFigure, run: dict) -> bool:
+    """Return whether a run measures a figure, possibly as a control."""
+    return matches(figure.where, run) or matches(figure.where | (figure.control or {}), run)

@@ -19,6 +19,7 @@ COMMAND = "python -m cnn_spmd.papers --write"
 HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
 HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
     config, commit, versions, hardware and seed."""
+LARGE_BATCHES = "large_batches.svg"
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 
@@ -135,6 +136,12 @@ PAPER_NOTES = {
         are worth. Two of 11pct's pairs ran on one kind of card, so n is 2 there."""
     ),
     "AlexNet 2012 on ImageNet": "",
+    "Residual and plain networks": "Error is on the 10,000 test images.",
+    "Large batches": (
+        """Each row compares runs with runs of batch 128 and the same seed: (error - error at 128).
+        Published is for ImageNet, relative to a batch of 256 or more, so there is no
+        difference."""
+    ),
     "One weird trick": (
         """Batches are (convolutions, dense layers). Speedups are measured on random images; their
         n counts sweeps, whose learning rates and warm-ups differ, which no speed depends on."""
@@ -155,11 +162,37 @@ def papers_page() -> str:
         Difference is measured minus published. {SEEDS} {HARDWARE}""",
     ]
     for title, rows in measured.measured_tables().items():
-        numbered = [(str(number), *row[:6]) for number, row in enumerate(rows, 1)]
-        header = ["#", "figure", "published", "measured", "n", "difference", "hardware"]
-        parts += [f"## {title}", PAPER_NOTES[title], markdown_table(header, numbered)]
-        parts.append(commands("Commands and sources", *command_groups(rows)))
+        parts += [f"## {title}", PAPER_NOTES[title], *figures_beside(rows)]
     return joined(*parts)
+
+
+def runs_page(paths: Sequence[pathlib.Path]) -> str:
+    """Return the page with the published figures that the runs in `paths` are about.
+
+    Raises UserError for a path without a run.
+    """
+    runs, unfinished = measured.load_given(paths)
+    parts = [
+        "# These runs beside the papers",
+        f"""Difference is measured minus published. {SEEDS} A figure that is not measured needs
+        all the runs of its commands.""",
+    ]
+    for title, rows in measured.tables_about(runs).items():
+        parts += [f"## {title}", *figures_beside(rows)]
+    others = measured.folders_beside_nothing(runs)
+    if others:
+        parts.append(f"About no published figure: {'; '.join(map(str, others))}.")
+    if unfinished:
+        parts.append(f"Not completed, so left out: {'; '.join(unfinished)}.")
+    return joined(*parts)
+
+
+def figures_beside(rows: Sequence[MeasuredRow]) -> list[str]:
+    """Return the table of some figures, and their commands and sources."""
+    numbered = [(str(number), *row[:6]) for number, row in enumerate(rows, 1)]
+    header = ["#", "figure", "published", "measured", "n", "difference", "hardware"]
+    closed = commands("Commands and sources", *command_groups(rows))
+    return [markdown_table(header, numbered), closed]
 
 
 def command_groups(rows: Sequence[MeasuredRow]) -> list[tuple[str, list[str]]]:
@@ -195,7 +228,32 @@ def depth_page() -> str:
                 ["python launch.py --config experiments/deeper_cifar.py:vgg_16"],
             ),
         ),
+        *residual_section(measured.load_single_runs()),
     )
+
+
+def residual_section(runs: Sequence[dict]) -> list[str]:
+    """Return the section on residual and plain networks; [] without such runs."""
+    table = tables.residual_table(runs)
+    if not table:
+        return []
+    return [
+        "## Residual and plain networks",
+        """CIFAR-10 under the recipe of He et al. 2015 (`experiments/resnet_cifar.py`). Published
+        are table 6's test errors and parameters; for 110 layers, the mean of five runs. For the
+        plain networks the paper has a plot only, in which the error grows with depth.""",
+        table,
+        commands(
+            "Command",
+            (
+                "One run per network; --config.seed=N for the seeds.",
+                [
+                    "python launch.py --config experiments/resnet_cifar.py:20",
+                    "python launch.py --config experiments/resnet_cifar.py:plain_20",
+                ],
+            ),
+        ),
+    ]
 
 
 def weights_of_a_neuron(side: int) -> int:
@@ -232,7 +290,37 @@ def batches_page() -> str:
                 ],
             ),
         ),
+        *large_batch_section(measured.load_single_runs()),
     )
+
+
+def large_batch_section(runs: Sequence[dict]) -> list[str]:
+    """Return the section on batches of up to 8,192; [] without such runs."""
+    table = tables.large_batch_table(runs)
+    if not table:
+        return []
+    machines = {
+        compare.machine(run) for run in runs if run["experiment"].startswith("large_batch_")
+    }
+    launch = "python launch.py --config experiments/large_batch_cifar.py:lars"
+    return [
+        "## Batches of up to 8,192",
+        """Test error in % by network, rule and batch (`experiments/large_batch_cifar.py`). You et
+        al. 2017 (arXiv 1708.03888) claim for AlexNet on ImageNet: accuracy falls from 57.6% at
+        256 to 53.1% at 4K and 44.8% at 8K, if the learning rate grows with the batch after a
+        warm-up. Batch norm reduces the gap at 8K from 14 points to 2.2. With LARS nothing is
+        lost up to 8K.""",
+        table,
+        f"Measured on {', '.join(sorted(machines))}.",
+        f"![Test error by batch size]({LARGE_BATCHES})",
+        commands(
+            "Command",
+            (
+                "The same for the other variants.",
+                [f"{launch} --sweep batch_size=128,1024,4096,8192 --sweep seed=0,1,2"],
+            ),
+        ),
+    ]
 
 
 def rates_page() -> str:
@@ -443,14 +531,19 @@ def print_pages() -> None:
 
 
 def write_pages() -> list[pathlib.Path]:
-    """Write all pages, depth.svg and README's headline table; return what changed.
+    """Write all pages, their pictures and README's headline table; return what changed.
 
     Raises UserError where there are no results.
     """
+    from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
+
     require_results()
     readme = RESULTS.parent / "README.md"
     texts = {RESULTS / name: make() for name, make in PAGES.items()}
-    texts[RESULTS / "depth.svg"] = tables.depth_plot(measured.load_summaries(DATA / "claims"))
+    runs = measured.load_single_runs()
+    texts[RESULTS / "depth.svg"] = pictures.depth(runs)
+    if tables.large_batch_errors(runs):
+        texts[RESULTS / LARGE_BATCHES] = pictures.large_batches(runs)
     texts[readme] = headline.with_headline(readme.read_text())
     changed = [
         path for path, text in texts.items() if not path.exists() or path.read_text() != text

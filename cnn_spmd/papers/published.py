@@ -60,8 +60,8 @@ class PublishedFigure(NamedTuple):
     """One published figure, and which runs measure the same.
 
     published: a number, or words. measure: a key of measured.MEASURES. where: values that a
-    run's fields must have. configs: the --config arguments of the runs. control: the experiment
-    whose run of the same seed each run is compared with.
+    run's fields must have. configs: the --config arguments of the runs. control: the fields in
+    which the run of the same seed differs that each run is compared with.
     """
 
     name: str
@@ -70,7 +70,7 @@ class PublishedFigure(NamedTuple):
     where: dict
     configs: tuple[str, ...]
     source: str
-    control: str | None = None
+    control: dict | None = None
 
 
 EXAMPLE_LAYERS = (
@@ -102,7 +102,7 @@ def added_error(variant: str, name: str, published: float | str, section: str) -
         where=dict(experiment=f"claims_2012_{variant}", dataset="cifar10"),
         configs=(f"claims_2012_cifar.py:{variant}", "claims_2012_cifar.py:base"),
         source=f"{ALEXNET_2012}, section {section}, on ImageNet",
-        control="claims_2012_base",
+        control=dict(experiment="claims_2012_base"),
     )
 
 
@@ -207,6 +207,72 @@ def curve_figures(curve: dict) -> list[PublishedFigure]:
     ]
 
 
+# Table 6 of "Deep Residual Learning": layers -> test error in %, parameters in millions. The error
+# of 110 layers is the mean of five runs; their best has 6.43.
+RESIDUAL_NETWORKS = {
+    20: (8.75, 0.27),
+    32: (7.51, 0.46),
+    44: (7.17, 0.66),
+    56: (6.97, 0.85),
+    110: (6.61, 1.7),
+}
+RESIDUAL_RECIPE = dict(dataset="cifar10", batch_size=128, steps=64_000)
+RESIDUAL_PAPER = "He et al. 2015, arXiv 1512.03385"
+
+
+def residual_network(layers: int, error: float) -> PublishedFigure:
+    """Return the error of a row of RESIDUAL_NETWORKS."""
+    best = "; mean of five runs, the best has 6.43" if layers == 110 else ""
+    return PublishedFigure(
+        name=f"ResNet-{layers}: test error, %",
+        published=error,
+        measure="error",
+        where=dict(RESIDUAL_RECIPE, experiment=f"resnet_cifar_{layers}"),
+        configs=(f"resnet_cifar.py:{layers}",),
+        source=f"{RESIDUAL_PAPER}, table 6{best}",
+    )
+
+
+def plain_network(layers: int) -> PublishedFigure:
+    """Return how much larger the error of a plain network is than that of plain-20."""
+    return PublishedFigure(
+        name=f"plain-{layers}: error added to plain-20's, points",
+        published="grows with depth",
+        measure="error",
+        where=dict(RESIDUAL_RECIPE, experiment=f"resnet_cifar_plain_{layers}"),
+        configs=(f"resnet_cifar.py:plain_{layers}", "resnet_cifar.py:plain_20"),
+        source=f"{RESIDUAL_PAPER}, figure 6, a plot without numbers",
+        control=dict(experiment="resnet_cifar_plain_20"),
+    )
+
+
+LARS = "You et al. 2017, arXiv 1708.03888, on ImageNet"
+# The table and the gap with batch norm, as notes on the paper have them.
+LARS_NOTES = f"{LARS}, as quoted in github.com/lcy-seso/LearningNotes"
+
+
+def added_by_batch(variant: str, batch: int, published: str, source: str) -> PublishedFigure:
+    """Return how much larger the error is with a batch than with 128 images.
+
+    published: words, as it is another data set's, and its small batch is another.
+    """
+    config = f"large_batch_cifar.py:{variant} --config.batch_size="
+    return PublishedFigure(
+        name=f"{variant}, batch {batch:,}: added error, points",
+        published=published,
+        measure="error",
+        where=dict(
+            experiment=f"large_batch_cifar_{variant}",
+            dataset="cifar10",
+            batch_size=batch,
+            epochs=100.0,
+        ),
+        configs=(f"{config}{batch}", f"{config}128"),
+        source=source,
+        control=dict(batch_size=128),
+    )
+
+
 # Title of a table -> its figures.
 FIGURES: dict[str, list[PublishedFigure]] = {
     "cuda-convnet's CIFAR-10 networks": [
@@ -224,7 +290,7 @@ FIGURES: dict[str, list[PublishedFigure]] = {
             where=dict(experiment="claims_2012_tanh", dataset="cifar10"),
             configs=("claims_2012_cifar.py:tanh", "claims_2012_cifar.py:relu"),
             source=f"{ALEXNET_2012}, figure 1, on CIFAR-10",
-            control="claims_2012_relu",
+            control=dict(experiment="claims_2012_relu"),
         ),
         PublishedFigure(
             name="11pct without response norms: added error, points",
@@ -233,7 +299,7 @@ FIGURES: dict[str, list[PublishedFigure]] = {
             where=dict(experiment="cuda_convnet_11pct_no_lrn", dataset="cifar10"),
             configs=("cuda_convnet_cifar.py:11pct_no_lrn", "cuda_convnet_cifar.py:11pct"),
             source=f"{ALEXNET_2012}, section 3.3, on CIFAR-10: 13% without, 11% with",
-            control="cuda_convnet_11pct",
+            control=dict(experiment="cuda_convnet_11pct"),
         ),
         added_error("no_lrn", "without response norms", 1.4, "3.3"),
         added_error("plain_pool", "pools that do not overlap", 0.4, "3.4"),
@@ -246,6 +312,16 @@ FIGURES: dict[str, list[PublishedFigure]] = {
     "AlexNet 2012 on ImageNet": [
         imagenet_2012("top-1 error", 40.7, "error"),
         imagenet_2012("top-5 error", 18.2, "top-5 error"),
+    ],
+    "Residual and plain networks": [
+        *(residual_network(layers, error) for layers, (error, _) in RESIDUAL_NETWORKS.items()),
+        *(plain_network(layers) for layers in (32, 44, 56)),
+    ],
+    "Large batches": [
+        added_by_batch("linear", 4096, "4.5", f"{LARS_NOTES}: accuracy 57.6% at 256, 53.1% at 4K"),
+        added_by_batch("linear", 8192, "12.8", f"{LARS_NOTES}: accuracy 57.6% at 256, 44.8% at 8K"),
+        added_by_batch("linear_bn", 8192, "2.2", f"{LARS_NOTES}: the gap at 8K with batch norm"),
+        added_by_batch("lars", 8192, "no loss", f"{LARS}, abstract: AlexNet up to 8K"),
     ],
     "One weird trick": [figure for row in ONE_WEIRD_TRICK for figure in one_weird_trick(*row)],
     "Speedup over one GPU": [

@@ -242,17 +242,39 @@ def depth_table(runs: Sequence[dict]) -> str:
     return markdown_table([*header, "test accuracy, %"], rows)
 
 
-def depth_plot(runs: Sequence[dict]) -> str:
-    """Return the accuracies of depth_table as a picture, SVG."""
-    from cnn_spmd.report import plots  # loads matplotlib, which the tables do not need
+# Experiment of experiments/resnet_cifar.py without its depth -> the name of the series.
+SERIES = {"resnet_cifar": "ResNet", "resnet_cifar_plain": "plain"}
 
-    networks = []
-    for name, same in runs_by_depth(runs).items():
-        label = f"{name}\n{same[0]['param_count'] / 1e6:.1f} M"
-        accuracies = [100 * run["eval"]["accuracy"] for run in same]
-        networks.append((label, DEEPER[name][0], accuracies))
-    with plots.style():
-        return plots.depth(networks)
+
+def residual_table(runs: Sequence[dict]) -> str:
+    """Return error and speed of the residual and the plain networks; "" without runs."""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        series, _, layers = run["experiment"].rpartition("_")
+        if series in SERIES:
+            key = (series, int(layers), compare.machine(run), compare.recipe(run))
+            groups[key].append(run)
+    rows = []
+    for (series, layers, machine, _), same in sorted(groups.items()):
+        error, millions = "", ""
+        if series == "resnet_cifar":
+            error, millions = map(str, published.RESIDUAL_NETWORKS[layers])
+        rows.append(
+            [
+                f"{SERIES[series]}-{layers}",
+                f"{same[0]['param_count']:,}",
+                millions,
+                machine,
+                str(len(same)),
+                error,
+                mean_and_deviation([100 * (1 - run["eval"]["accuracy"]) for run in same], 2),
+                mean_and_deviation([run["train_seconds"] for run in same], 0),
+                mean_and_deviation([run["images_per_second"] for run in same], 0),
+            ]
+        )
+    header = ["network", "parameters", "published, M", "hardware", "n", "published error, %"]
+    header += ["error, %", "train, s", "images/s"]
+    return markdown_table(header, rows) if rows else ""
 
 
 # ---- Batches
@@ -288,6 +310,11 @@ def batch_table(runs: Sequence[dict], paper: dict[tuple[str, int], float] | None
             rate = RATES[run["config"]["optimizer"]["scaling"]]
             key = (data, f"{rate}, {dense}", run["batch_size"])
             errors.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
+    return errors_table(errors, "rate times, dense batch")
+
+
+def errors_table(errors: dict[tuple[str, str, int], list[float]], setting_name: str) -> str:
+    """Return errors in % by data, setting and batch, a column for each batch."""
     batches = sorted({batch for *_, batch in errors})
     rows = []
     for data, setting in dict.fromkeys((data, setting) for data, setting, _ in errors):
@@ -295,8 +322,34 @@ def batch_table(runs: Sequence[dict], paper: dict[tuple[str, int], float] | None
         counts = dict.fromkeys(str(len(row)) for row in found if row)
         means = (mean_and_deviation(row, 2) for row in found)
         rows.append([data, setting, "/".join(counts), *means])
-    header = ["data", "rate times, dense batch", "n", *(f"batch {batch}" for batch in batches)]
+    header = ["data", setting_name, "n", *(f"batch {batch}" for batch in batches)]
     return markdown_table(header, rows)
+
+
+# Part of an experiment's name -> the name of its data in the table.
+LARGE_BATCH_DATA = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
+
+
+def large_batch_errors(runs: Sequence[dict]) -> dict[tuple[str, str, int], list[float]]:
+    """Return data, "network, rule" and batch -> errors in %.
+
+    The runs are those of experiments/large_batch_cifar.py, whose experiments are named
+    large_batch_cifar_lars_bn, large_batch_imagenette_linear, ...
+    """
+    errors: dict[tuple[str, str, int], list[float]] = {}
+    for run in runs:
+        if run["experiment"].startswith("large_batch_"):
+            data, rule, *bn = run["experiment"].removeprefix("large_batch_").split("_")
+            network = "AlexNet-BN" if bn else "AlexNet"
+            key = (LARGE_BATCH_DATA[data], f"{network}, {rule}", run["batch_size"])
+            errors.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
+    return dict(sorted(errors.items()))
+
+
+def large_batch_table(runs: Sequence[dict]) -> str:
+    """Return large_batch_errors as a table; "" without runs."""
+    errors = large_batch_errors(runs)
+    return errors_table(errors, "network, rule") if errors else ""
 
 
 # ---- Learning rates

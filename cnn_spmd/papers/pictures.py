@@ -1,0 +1,57 @@
+"""Draw the pictures of results/ as SVG. This loads matplotlib, which the tables do not need."""
+
+import statistics
+from collections.abc import Sequence
+
+from cnn_spmd.papers import tables
+from cnn_spmd.report import plots
+from cnn_spmd.report.canvas import Axes, Figure, ticker
+
+# Rule of experiments/large_batch_cifar.py -> colour and marker. Networks have line styles.
+RULES = {"linear": ("#0072B2", "o"), "lars": ("#D55E00", "s"), "larc": ("#009E73", "^")}
+NETWORKS = {"AlexNet": "-", "AlexNet-BN": "--"}
+
+
+def depth(runs: Sequence[dict]) -> str:
+    """Return the accuracies of tables.depth_table as a picture."""
+    networks = []
+    for name, same in tables.runs_by_depth(runs).items():
+        label = f"{name}\n{same[0]['param_count'] / 1e6:.1f} M"
+        accuracies = [100 * run["eval"]["accuracy"] for run in same]
+        networks.append((label, tables.DEEPER[name][0], accuracies))
+    with plots.style():
+        return plots.depth(networks)
+
+
+def large_batches(runs: Sequence[dict]) -> str:
+    """Return the errors of tables.large_batch_table as a picture, one part per data set."""
+    errors = tables.large_batch_errors(runs)
+    data = list(dict.fromkeys(name for name, *_ in errors))
+    with plots.style():
+        fig = Figure(figsize=(plots.WIDTH, 0.6 + 2.6 * len(data)))
+        column = fig.subplots(len(data), squeeze=False)[:, 0]
+        for name, axes in zip(data, column, strict=True):
+            draw_errors(axes, name, errors)
+        return plots.svg_with_legend(fig, column[0], "Test error by batch size")
+
+
+def draw_errors(axes: Axes, data: str, errors: dict[tuple[str, str, int], list[float]]) -> None:
+    """Draw the errors on a data set: a line through each setting's means, a dot per run.
+
+    Settings without runs on this data set get an empty line, for the legend.
+    """
+    for setting in dict.fromkeys(setting for _, setting, _ in errors):
+        network, rule = setting.split(", ")
+        colour, marker = RULES[rule]
+        look = dict(color=colour, marker=marker, markersize=4)
+        own = {key[2]: row for key, row in errors.items() if key[:2] == (data, setting)}
+        means = list(map(statistics.mean, own.values()))
+        axes.plot(list(own), means, linestyle=NETWORKS[network], label=setting, **look)
+        for batch, row in own.items():
+            axes.plot([batch] * len(row), row, linestyle="", alpha=0.4, **look)
+    axes.set_title(data)
+    axes.set_ylabel("test error, %")
+    axes.set_xlabel("batch")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({batch for name, _, batch in errors if name == data}))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
