@@ -1,5 +1,6 @@
 # make train and make test first set up .venv, if it is missing or older than the requirements.
-# --no-compile: Python compiles a module when it is first imported; most are never.
+# pip would compile all modules on one core; compileall takes all cores. Some files are templates
+# that no Python can compile.
 EXTRAS := $(shell nvidia-smi >/dev/null 2>&1 && echo dev,cuda12 || echo dev)
 ARGS ?=
 
@@ -22,6 +23,7 @@ test: .venv/installed
 	fi; \
 	.venv/bin/python -c "$$ok" || { echo "error: .venv has $$(.venv/bin/python --version), Python 3.11 or newer is needed: remove .venv" >&2; exit 1; }
 	.venv/bin/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'
+	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 .PHONY: train test
