@@ -94,7 +94,7 @@ class Bench:
             return dict(seconds=seconds) | sweep_figures(workdir)
         return dict(seconds=seconds) | figures_of(json.loads(summary.read_text()))
 
-    def record(self, name: str, row: dict, output: pathlib.Path | None) -> None:
+    def record(self, name: str, row: dict) -> None:
         """Add a measurement, and write the file."""
         self.result.setdefault(name, []).append(row)
         medians = dict(
@@ -103,11 +103,11 @@ class Bench:
             warm_result_seconds=self.median("result", "seconds"),
             sweep_12_runs_seconds=self.median("sweep", "seconds"),
         )
-        if self.args.quick and output is None:
+        if self.args.quick and self.args.output is None:
             return
         hardware = row["hardware"]
         slug = "-".join(hardware["device_kind"].lower().split())
-        path = output or ROOT / "results" / "data" / "startup" / f"{slug}.json"
+        path = self.args.output or ROOT / "results" / "data" / "startup" / f"{slug}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         runfiles.write_json(
             path, medians | dict(hardware=hardware, **provenance.provenance(), repeats=self.result)
@@ -160,7 +160,7 @@ def main() -> None:
         bench = Bench(args, pathlib.Path(folder))
         if "cold" in only:
             for i in range(args.repeats):
-                bench.record("cold", bench.measure("cold", f"cache-{i}", *few), args.output)
+                bench.record("cold", bench.measure("cold", f"cache-{i}", *few))
         elif {"warm", "result"} & {*only}:
             bench.measure("cache", "cache-0", *few)
         for name, flags in (("warm", few), ("result", whole), ("sweep", sweep)):
@@ -169,7 +169,7 @@ def main() -> None:
             if name != "warm":  # other programs than those of `few`
                 bench.measure(f"{name}-cache", "cache-0", *flags)
             for _ in range(args.repeats):
-                bench.record(name, bench.measure(name, "cache-0", *flags), args.output)
+                bench.record(name, bench.measure(name, "cache-0", *flags))
 
 
 if __name__ == "__main__":

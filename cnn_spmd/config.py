@@ -121,7 +121,7 @@ SCHEMA = {
     "data.held_out": Field(0, "last training images that the first steps leave out", low=0),
     "data.held_out_steps": Field(0, "steps that leave out data.held_out images", low=0),
     "data.validation": Field(
-        0, "last training images to evaluate on instead of the test split; 0: the test split", low=0
+        0, "training images to evaluate on instead of the test split; 0: the test split", low=0
     ),
     "data.fallback": Field("", "digits: stand in where CIFAR-10 cannot be had; empty: an error"),
     "data.fallback_epochs": Field(

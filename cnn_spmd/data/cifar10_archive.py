@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from absl import logging
 
+from cnn_spmd.data import digest
 from cnn_spmd.errors import UserError
 
 # The official archive, with checksum and size from TFDS (its url_checksums/cifar10.txt).
@@ -36,7 +37,7 @@ OTHER_VERSIONS = {
     "MATLAB": ("cifar-10-matlab.tar.gz", "cifar-10-batches-mat", "data_batch_1.mat"),
 }
 RECORD_BYTES = 1 + 32 * 32 * 3
-DIGEST = "8f7b01b42d7c5cba"  # of all its pixels and labels, by data/digest.py
+DIGEST = digest.CIFAR10  # of all its pixels and labels, by data/digest.py
 CLASS_NAMES = (
     "airplane",
     "automobile",

@@ -39,14 +39,10 @@ class MetricsFile:
         with runfiles.atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)
-        self._workdir, self._purge_step = workdir, step + 1
-
-    @functools.cached_property
-    def _board(self):
         # Importing it takes a while; programs.py does so while XLA compiles.
         from cnn_spmd.training import board
 
-        return board.Board(self._workdir, self._purge_step)
+        self._board = board.Board(workdir, purge_step=step + 1)
 
     def write(self, step: int, split: str, **values: float) -> None:
         """Append the line {"step", "split", ...}, and write the scalars `split`/name."""

@@ -43,8 +43,8 @@ def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
     XLA compiles, and JAX copies, in other threads.
     """
     n = setup.config.steps_per_call
-    # One after another: XLA tries how a kernel runs best, and the next program finds that out
-    # from the cache.
+    # One after another: XLA finds out by trials how a kernel runs best, and keeps the result. The
+    # next program needs no trials for the same kernels.
     lengths = dict.fromkeys([n, *(chunk.steps for chunk in chunks)])
     hits, since = len(_cache_hits), time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:
