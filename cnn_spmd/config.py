@@ -195,7 +195,8 @@ SCHEMA = {
         "lars, larc: eta of the local rate, which is about eta times norm(w) / norm(g)",
         low=0.0,
     ),
-    "optimizer.weight_decay": Field(5e-4, "decay of weights, not of biases", low=0.0),
+    "optimizer.weight_decay": Field(5e-4, "decay of kernels", low=0.0),
+    "optimizer.decay_all": Field(False, "decay biases and the scales of batch norms, too"),
     "optimizer.weight_decays": Field(
         {}, 'another weight decay for some layers, such as {"fc3": 0.01}', low=0.0, item=0.0
     ),

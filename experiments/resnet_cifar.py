@@ -16,12 +16,12 @@ are, the larger is their error.
   110                  1,727,962     6.43, the best of five; their mean is 6.61
 
 The recipe is the paper's: batch 128; rate .1, divided by 10 after 32,000 and after 48,000 of 64,000
-steps; momentum .9; weight decay .0001; images less the mean image, padded by 4, cropped and
-mirrored at random; weights drawn by He et al.'s rule; one view of a test image.
+steps; momentum .9; weight decay .0001 of all parameters; images less the mean image, padded by 4,
+cropped and mirrored at random; weights drawn by He et al.'s rule; one view of a test image.
 
 What differs from the paper:
 - All 50,000 images are trained on. The paper held out 5,000 to choose its schedule.
-- Pads are reflected pixels, not zeros. Biases have no weight decay.
+- Pads are reflected pixels, not zeros.
 - :110 trains its first 400 steps at a rate of .01. The paper does so until the training error is
   below 80%, which took about as long.
 
@@ -62,5 +62,6 @@ def get_config(variant: str = "20") -> ml_collections.ConfigDict:
         stage_factor=0.1,
         momentum=0.9,
         weight_decay=1e-4,
+        decay_all=True,
     )
     return config

@@ -211,17 +211,22 @@ def test_two_warmups_are_refused(config):
 # ---- SGD.
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_sgd_against_numpy(config, nesterov):
-    """As in Krizhevsky et al. 2012, section 5, also Nesterov; biases do not decay."""
+@pytest.mark.parametrize(("nesterov", "decay_all"), [(True, False), (False, False), (False, True)])
+def test_sgd_against_numpy(config, nesterov, decay_all):
+    """As in Krizhevsky et al. 2012, section 5, also Nesterov.
+
+    Biases and scales decay only with decay_all.
+    """
     config.optimizer.update(
         dict(PLAIN, learning_rate=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
     )
+    config.optimizer.decay_all = decay_all
     optimizer = optim.make_optimizer(config.optimizer, 100)
-    params = dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full((2,), 3.0))
+    params = dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full(2, 3.0), scale=jnp.full(2, 3.0))
     gradients = (1.0, -0.5, 0.25)
     params = params_after(optimizer, params, [filled(params, each) for each in gradients])
-    for name, decay in (("kernel", 0.01), ("bias", 0.0)):
+    of_vectors = 0.01 if decay_all else 0.0
+    for name, decay in (("kernel", 0.01), ("bias", of_vectors), ("scale", of_vectors)):
         weight, momentum = 3.0, 0.0
         for gradient in gradients:
             gradient += decay * weight

@@ -27,10 +27,10 @@ RMS_OF_ADAMW = 0.2
 
 
 def sgd(settings: Any, rate: optax.Schedule) -> tuple[optax.GradientTransformation, ...]:
-    """Return SGD with (Nesterov) momentum, and weight decay on all except biases.
+    """Return SGD with (Nesterov) momentum and weight decay.
 
     As in Krizhevsky et al. 2012, section 5, the decay is added to the gradient: the learning rate
-    scales it, and it passes through the momentum. `weight_decays` sets it by layer.
+    scales it, and it passes through the momentum. `decay_of` says which parameters decay.
     """
     return (
         add_decay(settings),
@@ -49,7 +49,7 @@ def lars(
       v <- m v + rate local (g + decay w)
       w <- w - v
 
-    Weight decay is sgd's: biases have none. Where |w| is 0, local is eta: a bias that starts at 0
+    Weight decay is sgd's. Where |w| is 0, local is eta: a bias that starts at 0
     then takes a step of SGD at eta times the rate. The authors' code (nvcaffe) takes a local rate
     of 1 there, and its biases start above 0. Its local rate leaves out the decay. optax.lars has
     |g + decay w| as the denominator, and a local rate of 1 where |w| is 0.
@@ -132,9 +132,8 @@ def add_decay(settings: Any) -> optax.GradientTransformation:
     """Return the transformation that adds to each gradient its weight's decay."""
 
     def add(path, gradient, weight):
-        if is_bias(path):
-            return gradient
-        return gradient + decay_of(settings, path) * weight
+        decay = decay_of(settings, path)
+        return gradient + decay * weight if decay else gradient
 
     return optax.stateless(
         lambda grads, params: jax.tree_util.tree_map_with_path(add, grads, params)
@@ -142,8 +141,12 @@ def add_decay(settings: Any) -> optax.GradientTransformation:
 
 
 def decay_of(settings: Any, path: tuple) -> float:
-    """Return the weight decay of a parameter: that of its layer, and none of a bias."""
-    if is_bias(path):
+    """Return the weight decay of a parameter: that of its layer.
+
+    Biases and the scale of a batch norm have none, unless `decay_all`. The two decay together or
+    not at all: where the scale alone shrinks, the bias outgrows it, and ReLUs stay on or off.
+    """
+    if not settings.decay_all and (is_bias(path) or is_named(path, "scale")):
         return 0.0
     return settings.weight_decays.get(path[0].key, settings.weight_decay)
 
@@ -191,7 +194,12 @@ SCHEDULE_USES = {
 
 def is_bias(path: tuple) -> bool:
     """Return whether a parameter's path, such as (fc1, bias), is that of a bias."""
-    return "bias" in [getattr(key, "key", None) for key in path]
+    return is_named(path, "bias")
+
+
+def is_named(path: tuple, name: str) -> bool:
+    """Return whether a name is part of a parameter's path."""
+    return name in [getattr(key, "key", None) for key in path]
 
 
 def drops_of(settings: Any, steps: int) -> dict[int, float]:
