@@ -50,7 +50,7 @@ def commands(summary: str, *groups: tuple[str, Sequence[str]]) -> str:
 
 def wrapped_command(command: str) -> str:
     """Return a shell command on lines of at most 96 columns, broken before flags."""
-    first, *flags = command.split(" --")
+    first, *flags = " ".join(command.split()).split(" --")
     lines = [first]
     for flag in flags:
         if len(lines[-1]) + len(flag) < 87:
