@@ -88,12 +88,13 @@ class Halo(NamedTuple):
         """Raise UserError unless the halo fits; name: the layer's. where: mesh and scheme."""
         if self.fits:
             return
-        axis, smaller = "+".join(self.mesh_axes), range(2, self.devices)
-        works = [str(n) for n in smaller if self._replace(devices=n).fits]
+        axis = "+".join(self.mesh_axes)
+        divisors = [n for n in range(1, self.devices) if self.devices % n == 0]
+        works = [str(n) for n in divisors if self._replace(devices=n).fits]
         raise UserError(
             f"{name}: windows of {self.windows.size} rows on maps of {self.windows.rows} rows read "
             f"more rows than the neighbours hold on {self.devices} devices along mesh axis {axis} "
-            f"{where}: expected {' or '.join(['1', *works])} devices along {axis}"
+            f"{where}: expected {' or '.join(works)} devices along {axis}"
         )
 
     def even(self, x_NHWC: jax.Array) -> jax.Array:

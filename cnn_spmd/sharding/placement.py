@@ -251,7 +251,7 @@ class Placement:
                 notes.append(
                     f"{axis}={size} does not divide by {split}={self.shards(axis)}: replicated"
                 )
-        if len(axes) == 4 and axes[0] == "dense_batch":
+        if len(axes) == 4 and axes[0] == "dense_batch" and self.splits("image_height"):
             split = "+".join(self.mesh_axes("image_height"))
             notes.append(f"too few rows for {split}={self.shards('image_height')}: not split")
         return dict(
