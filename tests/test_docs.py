@@ -92,8 +92,8 @@ def test_readme_has_the_placement_table():
         return ", ".join([axes] if isinstance(axes, str) else axes)
 
     def images(row):
-        rows = f"; rows: {row['image_height']}" if "image_height" in row else ""
-        return mesh_axes(row, "conv_batch") + rows
+        height = f"; height: {row['image_height']}" if "image_height" in row else ""
+        return mesh_axes(row, "conv_batch") + height
 
     def weights(row, layer):
         for name, axis in (("columns", f"{layer}_out"), ("rows", f"{layer}_in")):

@@ -13,9 +13,10 @@ devices and Pr model devices. In a ring a device sends:
   sum_output            rows split: each device has a partial sum of the
                         output, and they are all-reduced (the same, turned
                         around; Megatron-LM)                              2 (Pr-1)/Pr B d'/Pc
-  exchange_halos        height split: a window of K rows reads (K-1)/2 rows of each
-                        neighbour; they come forward, and their gradients go
-                        back (Dryden et al. 2019, 1903.06681; sharding/halo.py)     (K-1) B/Pc w d
+  exchange_halos        height split: a window of K rows reads K-1 rows of the
+                        neighbours, of w pixels with c channels each; these
+                        rows move forward, and their gradients backward
+                        (Dryden et al. 2019, 1903.06681; sharding/halo.py)    (K-1) w c B/Pc each
   sum_statistics        batch norm over the global batch of C channels: two
                         sums per channel, forward and backward            4 (Pc-1)/Pc C/Pr each
 
