@@ -232,6 +232,7 @@ CONV = sum(
 FC1 = 256 * 64 + 64
 FC2 = 64 * 64 + 64
 FC3 = 64 * 16 + 16
+ROWS = [8 * 16, 16 * 8, 24 * 8, 16 * 8]  # of one row of the inputs of conv2 ... conv5
 INPUTS = [8 * 16 * 16, 16 * 8 * 8, 24 * 8 * 8, 16 * 8 * 8, 256, 64, 64]
 
 # How many numbers each paper's scheme reduces (an all-reduce or a reduce-scatter) and gathers on
@@ -254,5 +255,11 @@ BY_HAND = {
         ("reduce", "data"): (FC1 + 64 * 64) / 2 + 64,
         ("reduce", "model"): BATCH / 4 * (256 + 64),
         ("gather", "model"): BATCH / 4 * (256 + 64),
+    },
+    "spatial": {
+        ("reduce", "data+model"): CONV + FC1 + FC2 + FC3,
+        # A row above and one below, of the images and of each map forward, of each map backward.
+        ("collective-permute", "model"): BATCH / 4 * 2 * (32 * 3 + 2 * sum(ROWS)),
+        ("all-to-all", "model"): 2 * BATCH / 8 * 256,
     },
 }

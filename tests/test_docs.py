@@ -91,6 +91,10 @@ def test_readme_has_the_placement_table():
         axes = row.get(logical_axis, ())
         return ", ".join([axes] if isinstance(axes, str) else axes)
 
+    def images(row):
+        height = f"; height: {row['image_height']}" if "image_height" in row else ""
+        return mesh_axes(row, "conv_batch") + height
+
     def weights(row, layer):
         for name, axis in (("columns", f"{layer}_out"), ("rows", f"{layer}_in")):
             if axis in row:
@@ -100,7 +104,7 @@ def test_readme_has_the_placement_table():
     expected = [
         [
             f"`{scheme}`",
-            mesh_axes(row, "conv_batch"),
+            images(row),
             weights(row, "conv") if "group_in" not in row else f"towers: {row['group_in']}",
             mesh_axes(row, "dense_batch"),
             *(weights(row, layer) for layer in ("fc1", "fc2", "fc3")),

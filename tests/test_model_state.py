@@ -13,17 +13,22 @@ from setups import (
 from cnn_spmd.training import checkpoint
 
 SCORES = "scores"
-MESHES = (("data", (1, 1)), ("data", (4, 2)), ("hybrid", (2, 2)))
+SPATIAL, HYBRID = ("spatial", (2, 4)), ("hybrid", (2, 2))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dense_microbatch=8)])
-def test_a_run_goes_on_on_another_mesh(changes, tmp_path):
+@pytest.mark.parametrize(
+    ("meshes", "changes"),
+    [((SPATIAL, HYBRID), {}), ((HYBRID, SPATIAL), dict(dense_microbatch=8))],
+)
+def test_a_run_goes_on_on_another_mesh(meshes, changes, tmp_path):
     """Three steps, a checkpoint, and a step on another mesh: as four steps on one device.
 
     So are the test scores, which depend on the running averages.
     """
     with jax.enable_x64(True):
-        one, first, second = (setup_of("resnet_8", *mesh, **changes) for mesh in MESHES)
+        one, first, second = (
+            setup_of("resnet_8", *mesh, **changes) for mesh in (("data", (1, 1)), *meshes)
+        )
         expected, _ = one.train(one.init(), 4)
         state, _ = first.train(first.init(), 3)
         assert restored(tmp_path, first, save=state) is None

@@ -13,6 +13,10 @@ devices and Pr model devices. In a ring a device sends:
   sum_output            rows split: each device has a partial sum of the
                         output, and they are all-reduced (the same, turned
                         around; Megatron-LM)                              2 (Pr-1)/Pr B d'/Pc
+  exchange_halos        height split: a window of K rows reads K-1 rows of the
+                        neighbours, of w pixels with c channels each; these
+                        rows move forward, and their gradients backward
+                        (Dryden et al. 2019, 1903.06681; sharding/halo.py)    (K-1) w c B/Pc each
   sum_statistics        batch norm over the global batch of C channels: two
                         sums per channel, forward and backward            4 (Pc-1)/Pc C/Pr each
 
@@ -49,7 +53,7 @@ class Activation(NamedTuple):
 
     name: str
     batch: tuple[str, ...]
-    between: tuple[str, ...]  # height and width of a map
+    height: tuple[str, ...]  # rows of a map
     features: tuple[str, ...]  # channels of a map, features of a dense layer
     is_map: bool
     bytes: int  # on each device, in the compute dtype
@@ -57,7 +61,12 @@ class Activation(NamedTuple):
     @property
     def axes(self) -> set[str]:
         """Return every mesh axis on which the activation is split."""
-        return {*self.batch, *self.between, *self.features}
+        return {*self.batch, *self.height, *self.features}
+
+    @property
+    def shared(self) -> set[str]:
+        """Return the mesh axes along which devices hold other examples, or other rows."""
+        return {*self.batch, *self.height}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +108,14 @@ def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> It
         after.name, "all-gather", sliced, "backward", after.bytes * count_devices(mesh, sliced)
     )
     exchanged = exchanged_axes(before, after)
-    yield Move(after.name, "all-to-all", exchanged, "forward", after.bytes)
-    yield Move(after.name, "all-to-all", exchanged, "backward", after.bytes)
+    # Rows may have padding, which moves too.
+    held = before.bytes if before.height else after.bytes
+    yield Move(after.name, "all-to-all", exchanged, "forward", held)
+    yield Move(after.name, "all-to-all", exchanged, "backward", held)
 
 
 def exchanged_axes(before: Activation, after: Activation) -> set[str]:
-    """Return the mesh axes that go from batch to features, or from features to batch."""
+    """Return the mesh axes that go from batch to rows or features, or back."""
     kept = before.axes & after.axes
     return {axis for axis in kept if (axis in before.batch) != (axis in after.batch)}
 
@@ -135,7 +146,7 @@ def sum_output(mesh: Mesh, layer: Layer) -> Iterator[Move]:
 def sum_weight_gradients(layer: Layer, updates: int) -> Iterator[Move]:
     """Sum each parameter's gradient over the batch's devices, once per update."""
     for name, held in layer.param_bytes.items():
-        yield Move(name, "all-reduce", set(layer.input.batch), "backward", updates * held)
+        yield Move(name, "all-reduce", layer.input.shared, "backward", updates * held)
 
 
 def sum_statistics(layer: Layer) -> Iterator[Move]:
@@ -144,7 +155,18 @@ def sum_statistics(layer: Layer) -> Iterator[Move]:
     The sums of the backward pass are the gradients of its scale and bias too.
     """
     for phase, held in layer.statistics.items():
-        yield Move(layer.input.name, "all-reduce", set(layer.input.batch), phase, held)
+        yield Move(layer.input.name, "all-reduce", layer.input.shared, phase, held)
+
+
+def exchange_halos(halos: Sequence[Activation], first: str) -> Iterator[Move]:
+    """Send rows of maps to the neighbours that read them, and their gradients back.
+
+    first: the first layer, whose images need no gradient.
+    """
+    for halo in halos:
+        yield Move(halo.name, "collective-permute", set(halo.height), "forward", halo.bytes)
+        if halo.name != f"{first} halo":
+            yield Move(halo.name, "collective-permute", set(halo.height), "backward", halo.bytes)
 
 
 def exchange_images(mesh: Mesh, image_bytes: int) -> Iterator[Move]:
@@ -165,7 +187,7 @@ def closed_form(
     """Return what theory says that a train step moves, as JSON-ready rows.
 
     activations: (name, logical axes, shape) of each layer's input and output, in the network's
-      order; names are such as "conv1 input".
+      order; names are such as "conv1 input". "conv1 halo" is what all devices get of neighbours.
     variables: (name, abstract variable) of each parameter, and of the model state; names are such
       as "conv1.kernel".
     itemsize: bytes per element of the compute dtype, in which activations and gradients move.
@@ -190,6 +212,8 @@ def closed_form(
         moves += sum_output(place.mesh, layer)
         moves += sum_statistics(layer)
         before = layer.output
+    halos = [_activation(place, *each, itemsize) for each in activations if is_halo(each[0])]
+    moves += exchange_halos(halos, layers[0].name)
     for layer in layers:
         moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
     return [_row(place.mesh, move) for move in moves if count_devices(place.mesh, move.axes) > 1]
@@ -238,9 +262,14 @@ def layers_of(
     order = [
         end for layer in layers for end in dict.fromkeys((layer.input.name, layer.output.name))
     ]
-    if order != list(laid_out):
+    if order != [name for name in laid_out if not is_halo(name)]:
         raise NotCovered("layers are not one after another")
     return layers
+
+
+def is_halo(name: str) -> bool:
+    """Return whether an activation is the halo of a layer (sharding/local.py)."""
+    return name.endswith(" halo")
 
 
 def _activation(
@@ -248,9 +277,10 @@ def _activation(
 ) -> Activation:
     if len(shape) < 2:
         raise NotCovered(f"{name!r} has no features")
-    sharding = place.sharding(axes, shape, name)
-    first, *between, last = _split_axes(place, sharding.spec)
-    held = math.prod(sharding.shard_shape(shape)) * itemsize
+    first, *between, last = _split_axes(place, place.spec(axes, shape, name))
+    if any(between[1:]):
+        raise NotCovered(f"the width of {name!r} is split")
+    held = math.prod(place.shard_shape(axes, shape, name)) * itemsize
     return Activation(name, first, sum(between, ()), last, len(shape) == 4, held)
 
 
@@ -264,6 +294,11 @@ def _layer(
     """Return the layer `name`, whose variables are `own`."""
     given = activations[f"{name} input"]
     statistics = _statistics(place, own, itemsize)
+    if not own and f"{name} output" in activations:
+        result = activations[f"{name} output"]
+        # A mean over the map: each device has a partial sum, over its rows.
+        summed = tuple(axis for axis in given.height if axis not in result.height)
+        return Layer(name, given, result, summed, given.features, {}, is_dense=False)
     if statistics or not own:
         return Layer(name, given, given, (), (), {}, is_dense=False, statistics=statistics)
     unknown = own.keys() - {f"{name}.kernel", f"{name}.bias"}
@@ -272,6 +307,8 @@ def _layer(
             f"{name} is no layer with a kernel, at most a bias, an input and an output"
         )
     kernel = own[f"{name}.kernel"]
+    if given.height and kernel.shape[0] > 1 and f"{name} halo" not in activations:
+        raise NotCovered(f"{name}: the height of its maps is split, and XLA chooses what moves")
     param_bytes = {}
     for key, param in own.items():
         sharding = place.sharding(axes_of(param), param.shape, key)

@@ -8,7 +8,7 @@ are not covered.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from flax import nnx
@@ -72,8 +72,6 @@ def _check_state(network: nnx.Module) -> None:
 def _check_layer(layer: Layer) -> None:
     """Refuse a layer whose kernel, input and output fit none of the known splits."""
     name, given, result = layer.name, layer.input, layer.output
-    if given.between or result.between:
-        raise NotCovered(f"{name}: height or width of its maps is split")
     if layer.rows and layer.columns:
         raise NotCovered(f"{name}: both rows and columns of its kernel are split")
     has_towers = not layer.rows and layer.columns == given.features
@@ -93,8 +91,10 @@ def _check_step_between(before: Activation, after: Activation) -> None:
     where = f"from {before.name} to {after.name}"
     changes = [
         set(before.batch) - after.axes,
+        set(before.height) - after.axes,
         set(before.features) - after.axes,
         set(after.batch) - before.axes,
+        set(after.height) - before.axes,
         set(after.features) - before.axes,
         exchanged_axes(before, after),
     ]
@@ -120,7 +120,7 @@ def _check_chain(
 ) -> None:
     """Refuse a path around a layer, as in residual networks, where an array may move on it.
 
-    None moves where all maps are split alike, along the batch alone, and the paths join before the
+    None moves where all maps are split alike, with whole channels, and the paths join before the
     dense layers.
     """
     graph, state = nnx.split(network)
@@ -130,12 +130,22 @@ def _check_chain(
         model = nnx.merge(graph, state)
         return model.classify(model.features(images_NHWC, place), place)
 
-    always = _on_every_path(jax.make_jaxpr(logits)(images, state).jaxpr)
+    jaxpr = jax.make_jaxpr(logits)(images, state).jaxpr
+    always, marked = _on_every_path(jaxpr), set(_marks(jaxpr))
     maps = [end for layer in layers for end in (layer.input, layer.output) if end.is_map]
-    alike = len({end.batch for end in maps}) == 1 and not any(end.features for end in maps)
-    for end in (layer.output for layer in layers):
+    layouts = {(end.batch, end.height, end.features) for end in maps}
+    alike = len(layouts) == 1 and not any(end.features for end in maps)
+    # Pools have names only where the height is split.
+    for end in (layer.output for layer in layers if layer.output.name in marked):
         if end.name not in always and not (alike and end.is_map):
             raise NotCovered(f"a path leads around {end.name!r}: the network is no chain of layers")
+
+
+def _marks(jaxpr: Jaxpr) -> Iterator[str]:
+    """Yield the marks in a jaxpr."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "name":
+            yield equation.params["name"]
 
 
 def _on_every_path(jaxpr: Jaxpr) -> frozenset[str]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding.placement import UNPLACED
 
@@ -58,7 +59,12 @@ class BatchNorm(nnx.Module):
         name: the layer's, such as "norm1", for the placement report. train: use the statistics of
         the batch, and update the running averages.
         """
-        axes = ("conv_batch", None, None, *self.mean.axes)
+        if self.per_device and place.splits("image_height"):
+            raise UserError(
+                f"model.batch_norm=per_device: parallelism={place.parallelism} splits the height "
+                f"of the maps that {name} normalises, expected global"
+            )
+        axes = place.map_axes(x_NHWC.shape[1], *self.mean.axes)
         x_NHWC = place(x_NHWC, *axes, name=f"{name} input")
         mean_C, variance_C = self.mean[...], self.variance[...]
         scale_C = jnp.ones_like(mean_C) if self.scale is None else self.scale[...]

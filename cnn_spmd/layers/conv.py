@@ -12,8 +12,9 @@ from flax import nnx
 
 from cnn_spmd.layers import fast_conv
 from cnn_spmd.layers.activation import activate
-from cnn_spmd.layers.common import HE, LEVERS, convolve
+from cnn_spmd.layers.common import HE, LEVERS
 from cnn_spmd.layers.pool import max_pool
+from cnn_spmd.sharding.halo import Windows
 
 
 def conv(
@@ -79,15 +80,15 @@ def conv_relu(
     then work on a quarter of the numbers, and so does the sum that is the bias's gradient.
     """
     channels = "conv_out" if layer.feature_group_count == 1 else "group_out"
-    axes = ("conv_batch", None, None, channels)
-    if layer.feature_group_count == 1:
-        x_NHWC = _convolve(name, layer, x_NHWC, place, levers, pool)
+    if layer.feature_group_count > 1 or place.splits("image_height"):
+        x_NHWC = _convolve_on_shards(name, layer, x_NHWC, place, levers)
     else:
-        x_NHWC = _convolve_towers(name, layer, x_NHWC, place)
+        x_NHWC = _convolve(name, layer, x_NHWC, place, levers, pool)
+    axes = place.map_axes(x_NHWC.shape[1], channels)
     x_NHWC = place(x_NHWC, *axes, name=f"{name} output")
     bias_C = None if layer.bias is None else layer.bias[...].astype(x_NHWC.dtype)
 
-    pooling = dict(pool or {}, place=place, channels=channels, levers=levers)
+    pooling = dict(pool or {}, place=place, channels=channels, levers=levers, name=f"{name} pool")
     swaps = activation is nnx.relu and bias_C is not None
     if pool and swaps and "pool_first" in levers:
         return max_pool(x_NHWC, **pooling, bias_C=bias_C)
@@ -97,7 +98,7 @@ def conv_relu(
 
 def _convolve(name, layer, x_NHWC, place, levers, pool) -> jax.Array:
     """Convolve without the bias; extra columns may remain that `pool` ignores."""
-    x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{name} input")
+    x_NHWC = place(x_NHWC, "conv_batch", "image_height", None, "conv_in", name=f"{name} input")
     window, stride, padding = layer.kernel_size[1], layer.strides[1], layer.padding
     width = (x_NHWC.shape[2] + sum(padding[1]) - window) // stride + 1
     x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
@@ -108,19 +109,31 @@ def _convolve(name, layer, x_NHWC, place, levers, pool) -> jax.Array:
     return x_NHWC[:, :, :width]
 
 
-def _convolve_towers(name, layer, x_NHWC, place) -> jax.Array:
-    """Convolve each tower by itself, without the bias.
+def _convolve_on_shards(name, layer, x_NHWC, place, levers) -> jax.Array:
+    """Convolve without the bias: each device its own towers or rows.
 
     XLA partitions one grouped convolution by gathering the whole batch, so each tower is its own.
+    Where the height is split, each device gets the rows that its windows read. The lever
+    "column_groups" does not apply here.
     """
-    inputs = ("conv_batch", None, None, "group_in")
-    x_NHWC = place(x_NHWC, *inputs, name=f"{name} input")
-    kernel_HWIO = layer.kernel[...].astype(layer.dtype)
-    return place.towers(
-        lambda x, kernel: convolve(x, kernel, layer.padding, layer.strides),
-        layer.feature_group_count,
+    groups, padding = layer.feature_group_count, layer.padding
+    window, stride, rows = layer.kernel_size[0], layer.strides[0], x_NHWC.shape[1]
+    count = (rows + sum(padding[0]) - window) // stride + 1
+    inputs = place.map_axes(count, "conv_in" if groups == 1 else "group_in")
+    x_NHWC = place(x_NHWC, *inputs, name=f"{name} input").astype(layer.dtype)
+    splits_rows = place.splits_height(inputs)
+    if splits_rows:
+        reach = Windows(rows, window, stride, padding[0][0], count)
+        x_NHWC = place.overlapping(x_NHWC, inputs, reach, name)
+        padding = [(0, 0), padding[1]]  # the halo holds the rows beyond the edge
+    forms = tuple(lever for lever in levers if lever == "space_to_depth")
+    x_NHWC = place.towers(
+        lambda x, kernel: fast_conv.convolve_fast(x, kernel, padding, stride, forms, place),
+        groups,
         (x_NHWC, inputs),
-        (kernel_HWIO, layer.kernel.axes),
-        out=("conv_batch", None, None, "group_out"),
+        (layer.kernel[...].astype(layer.dtype), layer.kernel.axes),
+        out=place.map_axes(count, layer.kernel.axes[-1]),
         name=name,
+        rows=splits_rows,
     )
+    return x_NHWC[:, :count]

@@ -46,8 +46,9 @@ def flatten(x_NHWC: jax.Array, place) -> jax.Array:
     """Return a map [N, H, W, C] as [B, F], with B = N and F = H * W * C.
 
     Channels that several devices share are gathered first: a split F would have another order.
+    Where the height is split, devices trade rows for examples.
     """
-    x_NHWC = place(x_NHWC, "conv_batch", None, None, None)
+    x_NHWC = place(x_NHWC, place.features_batch, None, None, None)
     return x_NHWC.reshape(len(x_NHWC), -1)
 
 

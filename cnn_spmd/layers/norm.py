@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.sharding.halo import Windows
 
 
 def response_norm(
@@ -69,10 +70,31 @@ def response_norm_of_towers(
     AlexNet's two GPUs did so (2012, section 3.2); nothing moves between towers. settings: those of
     response_norm. name: the layer's, such as "norm1", for the placement report.
     """
-    axes = ("conv_batch", None, None, "group_in")
+    axes = place.map_axes(x_NHWC.shape[1], "group_in")
     x_NHWC = place(x_NHWC, *axes, name=f"{name} input")
     norm = functools.partial(response_norm, **settings)
-    return place.towers(norm, groups, (x_NHWC, axes), out=axes, name=name)
+    return place(place.towers(norm, groups, (x_NHWC, axes), out=axes, name=name), *axes)
+
+
+def response_norm_within_map(x_NHWC: jax.Array, place, channels: str, name: str, **settings):
+    """Apply response_norm within each map.
+
+    channels: the logical axis of C. settings, name: as for response_norm_of_towers.
+    """
+    size, rows = settings["size"], x_NHWC.shape[1]
+    axes = place.map_axes(rows, channels)
+    norm = functools.partial(response_norm, within_map=True, **settings)
+    if not place.splits_height(axes):
+        return place(norm(x_NHWC), *axes)
+    reach = Windows(rows, size, 1, size // 2, rows)
+    x_NHWC = place.overlapping(place(x_NHWC, *axes, name=f"{name} input"), axes, reach, name)
+
+    def norm_of_inner_rows(x_NHWC):
+        last = x_NHWC.shape[1] - (size - 1) // 2
+        return norm(x_NHWC)[:, size // 2 : last]
+
+    x_NHWC = place.towers(norm_of_inner_rows, 1, (x_NHWC, axes), out=axes, name=name, rows=True)
+    return place(x_NHWC[:, :rows], *axes)
 
 
 # The fast form ("own_gradients"): its gradient keeps x alone and computes the sums again. Autodiff

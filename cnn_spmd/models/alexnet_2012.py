@@ -97,7 +97,8 @@ class AlexNet2012(nnx.Module):
     def _norm_and_pool(self, name: str, x_NHWC: jax.Array, place) -> jax.Array:
         settings = dict(RESPONSE_NORM, levers=self.levers)
         x_NHWC = response_norm_of_towers(x_NHWC, self.towers, place, name, **settings)
-        return max_pool(x_NHWC, **POOL, place=place, channels="group_in", levers=self.levers)
+        settings = dict(place=place, channels="group_in", levers=self.levers, name=f"{name} pool")
+        return max_pool(x_NHWC, **POOL, **settings)
 
     # Dense layers and dropout are those of the one-tower network.
     classify = AlexNet.classify

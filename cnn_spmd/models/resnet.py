@@ -87,8 +87,9 @@ class ResNet(nnx.Module):
             y_NHWC = self._normalised(number + 1, y_NHWC, place, train)
             if self.shortcuts:
                 y_NHWC += shortcut(x_NHWC, y_NHWC.shape)
-            x_NHWC = place(nnx.relu(y_NHWC), "conv_batch", None, None, "conv_out")
-        return place(x_NHWC.mean((1, 2)), "conv_batch", None)
+            x_NHWC = place(nnx.relu(y_NHWC), *place.map_axes(y_NHWC.shape[1], "conv_out"))
+        x_NHWC = place(x_NHWC, *place.map_axes(x_NHWC.shape[1], "conv_out"), name="mean input")
+        return place(x_NHWC.mean((1, 2)), place.features_batch, "conv_out", name="mean output")
 
     def _normalised(self, number: int, x_NHWC: jax.Array, place, train: bool) -> jax.Array:
         """Apply a convolution and its batch norm."""

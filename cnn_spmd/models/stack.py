@@ -61,7 +61,7 @@ class MaxPool:
 
     def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
         """Return the pooled maps."""
-        settings = dict(place=call.place, channels=call.axis, levers=call.levers)
+        settings = dict(place=call.place, channels=call.axis, levers=call.levers, name=call.name)
         return pool.max_pool(x_NHWC, **dataclasses.asdict(self), **settings)
 
 
@@ -80,8 +80,8 @@ class AveragePool:
 
     def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
         """Return the pooled maps."""
-        x_NHWC = pool.average_pool(x_NHWC, self.window, self.strides)
-        return call.place(x_NHWC, "conv_batch", None, None, call.axis)
+        settings = dict(place=call.place, channels=call.axis, name=call.name)
+        return pool.average_pool(x_NHWC, self.window, self.strides, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +160,8 @@ class Local:
 
     def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
         """Return the maps after the layer and its activation."""
-        before = ("conv_batch", None, None, "conv_in")
-        after = ("conv_batch", None, None, "conv_out")
+        rows = x_NHWC.shape[1]
+        before, after = (call.place.map_axes(rows, axis) for axis in ("conv_in", "conv_out"))
         x_NHWC = call.place(x_NHWC, *before, name=f"{call.name} input")
         x_NHWC = call.place(call.layer(x_NHWC), *after, name=f"{call.name} output")
         return self.activation(x_NHWC)
@@ -193,8 +193,7 @@ class ResponseNorm:
             return norm.response_norm_of_towers(
                 x_NHWC, self.groups, call.place, call.name, **settings
             )
-        x_NHWC = norm.response_norm(x_NHWC, within_map=True, **settings)
-        return call.place(x_NHWC, "conv_batch", None, None, call.axis)
+        return norm.response_norm_within_map(x_NHWC, call.place, call.axis, call.name, **settings)
 
 
 @dataclasses.dataclass(frozen=True)

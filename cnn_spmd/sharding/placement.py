@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from cnn_spmd.config import MESH_AXES
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import local
-from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_REPLICATE, TABLE
+from cnn_spmd.sharding.halo import Windows
+from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_BE_UNEVEN, MAY_REPLICATE, TABLE
 
 Axes = tuple[str | None, ...]  # the logical axis of each dimension; None: not split
 
@@ -22,9 +23,9 @@ Axes = tuple[str | None, ...]  # the logical axis of each dimension; None: not s
 class Placement:
     """A scheme, which is a row of the placement table, on a mesh.
 
-    Inside a jitted function, `place(x, "conv_batch", None, None, "conv_out")` puts an activation
-    where the row puts its logical axes. `own_rows` are further schemes, from a config. `record`, if
-    given, is called with (name, axes, array) for each named activation while JAX traces it.
+    Inside a jitted function, `place(x, "dense_batch", "fc1_out")` puts an activation where the row
+    puts its logical axes. `own_rows` are further schemes, from a config. `record`, if given, is
+    called with (name, axes, array) for each named activation while JAX traces it.
 
     Raises UserError for an unknown scheme, and for an own row that names an unknown axis.
     """
@@ -74,8 +75,34 @@ class Placement:
         """
         return "dense_batch" if self.splits(f"{name}_out") else "output_batch"
 
-    def spec(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> P:
+    def map_axes(self, rows: int, channels: str | None) -> Axes:
+        """Return the logical axes of maps with this many rows; channels: their logical axis.
+
+        Maps with fewer rows than the devices that split the height are not split along it. Their
+        batch is then split as that of the dense layers.
+        """
+        if self.shards("image_height") > rows:
+            return "dense_batch", None, None, channels
+        return "conv_batch", "image_height", None, channels
+
+    def splits_height(self, axes: Axes) -> bool:
+        """Return whether maps with these logical axes are split along their height."""
+        return "image_height" in axes and self.splits("image_height")
+
+    @property
+    def features_batch(self) -> str:
+        """Return the logical batch axis of what leaves the convolutions.
+
+        Where the height is split, devices trade rows for examples there.
+        """
+        return "dense_batch" if self.splits("image_height") else "conv_batch"
+
+    def spec(
+        self, axes: Axes, shape: tuple[int, ...], name: str = "array", even: bool = False
+    ) -> P:
         """Return the PartitionSpec of an array from its logical axes.
+
+        even: rows of maps must divide too, as shard_map needs.
 
         Raises UserError, naming the array, its shape and the axis, where a size does not divide by
         its mesh axes. (jax.lax.with_sharding_constraint would replicate the array in silence.)
@@ -85,7 +112,7 @@ class Placement:
             raise UserError(
                 f"{name} {shape}: has {len(shape)} dimensions, but {len(axes)} logical axes {axes}"
             )
-        spec = [self._split(name, shape, *pair) for pair in zip(axes, shape, strict=True)]
+        spec = [self._split(name, shape, *pair, even) for pair in zip(axes, shape, strict=True)]
         used = [mesh_axis for mesh_axes in spec for mesh_axis in _as_tuple(mesh_axes)]
         if len(used) != len(set(used)):
             raise UserError(
@@ -94,7 +121,9 @@ class Placement:
             )
         return P(*spec)
 
-    def _split(self, name: str, shape: tuple[int, ...], axis: str | None, size: int) -> Any:
+    def _split(
+        self, name: str, shape: tuple[int, ...], axis: str | None, size: int, even: bool
+    ) -> Any:
         """Return the entry of a PartitionSpec for one dimension of the array `name`."""
         if axis is None:
             return None
@@ -105,7 +134,7 @@ class Placement:
             )
         mesh_axes = self.row.get(axis)
         shards = self.shards(axis)
-        if size % shards == 0:
+        if size % shards == 0 or (axis in MAY_BE_UNEVEN and size > shards and not even):
             return tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes
         if axis in MAY_REPLICATE:
             return None
@@ -118,6 +147,15 @@ class Placement:
     def sharding(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> NamedSharding:
         """Return the NamedSharding of an array. Raises as `spec` does."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
+
+    def shard_shape(
+        self, axes: Axes, shape: tuple[int, ...], name: str = "array"
+    ) -> tuple[int, ...]:
+        """Return the shape of an array's largest shard. Raises as `spec` does."""
+        spec = self.spec(axes, shape, name)
+        return tuple(
+            -(-size // self.devices_on(split)) for size, split in zip(shape, spec, strict=True)
+        )
 
     @property
     def replicated(self) -> NamedSharding:
@@ -166,14 +204,26 @@ class Placement:
         return self(x.reshape(-1, *x.shape[2:]), *axes)
 
     def towers(
-        self, f: Callable, groups: int, *arrays: tuple[jax.Array, Axes], out: Axes, name: str
+        self,
+        f: Callable,
+        groups: int,
+        *arrays: tuple[jax.Array, Axes],
+        out: Axes,
+        name: str,
+        rows: bool = False,
     ) -> jax.Array:
         """Apply f to each of `groups` towers where its results live: sharding/local.py."""
-        return local.towers(self, f, groups, *arrays, out=out, name=name)
+        return local.towers(self, f, groups, *arrays, out=out, name=name, rows=rows)
 
     def local(self, axes: Axes, f: Callable, *arrays: jax.Array) -> Any:
         """Return f of each device's shards: on_shards in sharding/local.py."""
         return local.on_shards(self, axes, f, *arrays)
+
+    def overlapping(
+        self, x_NHWC: jax.Array, axes: Axes, windows: Windows, name: str, fill: float = 0.0
+    ) -> jax.Array:
+        """Return a map whose shards hold all rows that windows read: sharding/local.py."""
+        return local.overlapping(self, x_NHWC, axes, windows, name, fill)
 
     # ---- For people.
 
@@ -190,7 +240,8 @@ class Placement:
     def report(self, name: str, axes: Axes, shape: tuple[int, ...], itemsize: int) -> dict:
         """Return a JSON-ready row on one array; itemsize: bytes per element.
 
-        `note` says which axis the row asked to split and could not (MAY_REPLICATE), or is empty.
+        `note` says which axis the row asked to split and could not (MAY_REPLICATE, map_axes), or is
+        empty.
         """
         sharding = self.sharding(axes, shape, name)
         notes = []
@@ -200,13 +251,16 @@ class Placement:
                 notes.append(
                     f"{axis}={size} does not divide by {split}={self.shards(axis)}: replicated"
                 )
+        if len(axes) == 4 and axes[0] == "dense_batch" and self.splits("image_height"):
+            split = "+".join(self.mesh_axes("image_height"))
+            notes.append(f"too few rows for {split}={self.shards('image_height')}: not split")
         return dict(
             name=name,
             shape=list(shape),
             logical_axes=list(axes),
             mesh_axes=[list(a) if isinstance(a, tuple) else a for a in sharding.spec],
             bytes=math.prod(shape) * itemsize,
-            bytes_per_device=math.prod(sharding.shard_shape(shape)) * itemsize,
+            bytes_per_device=math.prod(self.shard_shape(axes, shape, name)) * itemsize,
             note="; ".join(notes),
         )
 
@@ -220,7 +274,7 @@ class Unplaced:
         """Return x as it is."""
         return x
 
-    def towers(self, f, groups, *arrays, out, name=""):
+    def towers(self, f, groups, *arrays, out, name="", rows=False):
         """Apply f to each of `groups` towers, one after another."""
         return local.each_tower(f, groups, *(array for array, _ in arrays))
 
@@ -228,9 +282,17 @@ class Unplaced:
         """Return f(*arrays): one device holds them all."""
         return f(*arrays)
 
+    def map_axes(self, rows, channels):
+        """Return the logical axes of maps."""
+        return "conv_batch", "image_height", None, channels
+
     def shards(self, axis: str) -> int:
         """Return 1: nothing is split."""
         return 1
+
+    def splits_height(self, axes) -> bool:
+        """Return False: nothing is split."""
+        return False
 
     def splits(self, axis: str) -> bool:
         """Return False: nothing is split."""
@@ -239,6 +301,8 @@ class Unplaced:
     def hidden_output_batch(self, name: str) -> str:
         """Return the output layer's logical batch axis."""
         return "output_batch"
+
+    features_batch = "conv_batch"
 
 
 UNPLACED = Unplaced()

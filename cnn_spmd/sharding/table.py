@@ -31,9 +31,10 @@ ALL = MESH_AXES  # ("data", "model"): split over all devices
 #              over the devices that saw other examples and hold the same part of the weight
 #
 # Activations have one batch axis for each part of the network: the convolutions, the hidden dense
-# layers fc1 and fc2, and the output layer fc3. The `group` axes are the channels of a convolution
-# in groups (AlexNet's towers). If both are split, each device works on its own groups, and nothing
-# moves. With group_out alone, the input is gathered.
+# layers fc1 and fc2, and the output layer fc3. image_height are the rows of images and maps. The
+# `group` axes are the channels of a convolution in groups (AlexNet's towers). If both are split,
+# each device works on its own groups, and nothing moves. With group_out alone, the input is
+# gathered.
 TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
     # Data parallelism. Each device holds all weights and its shard of the batch. The gradients are
     # summed over all devices.
@@ -87,11 +88,17 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
         fc2_out="model",
         fc3_out="model",
     ),
+    # Spatial partitioning (Dryden et al. 2019; GSPMD, 2021). The height of images and maps is split
+    # over `model`, so that several devices share an example. Windows read rows of the neighbours,
+    # which exchange them (sharding/halo.py). Before fc1, the devices along `model` trade rows for
+    # examples (an all-to-all), and the dense layers are data parallel over all devices.
+    "spatial": dict(conv_batch="data", image_height="model", dense_batch=ALL, output_batch=ALL),
 }
 
 # Every logical axis that an array may have. Rows may name any of them.
 LOGICAL_AXES = (
     "conv_batch",
+    "image_height",
     "dense_batch",
     "output_batch",
     "conv_in",
@@ -110,3 +117,6 @@ LOGICAL_AXES = (
 # logical axes. CIFAR-10's 10 classes are divisible by few mesh sizes, and the output layer is
 # small: each device then holds all of it, and the placement report says so.
 MAY_REPLICATE = ("fc3_out",)
+
+# Another exception: where the rows of a map do not divide, the last devices hold fewer of them.
+MAY_BE_UNEVEN = ("image_height",)

@@ -395,7 +395,7 @@ def make_microbatch(
     count, rest = divmod(config.batch_size, size)
     if rest:
         raise UserError(f"dense_microbatch={size}: does not divide batch_size={config.batch_size}")
-    place.spec(("conv_batch",), (size,), "dense_microbatch")
+    place.spec((place.features_batch,), (size,), "dense_microbatch")
     if config.dense_updates == "sum":
         return microbatch.Settings(size, None)
     optimizer = optim.make_optimizer(config.optimizer, config.steps, config.batch_size, count)

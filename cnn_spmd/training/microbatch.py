@@ -137,7 +137,7 @@ class DenseLayers:
         """
         place, each = self.functions.place, updates_each(self.functions.microbatch)
         inputs = (
-            place.micro_batches(x_BF, self.count, "conv_batch", None),
+            place.micro_batches(x_BF, self.count, place.features_batch, None),
             place.micro_batches(labels_B, self.count, "output_batch"),
             jax.random.split(dropout_key, self.count),
         )
@@ -149,7 +149,7 @@ class DenseLayers:
         carry, (metrics, gradients) = jax.lax.scan(
             self._micro_batch, carry, inputs, unroll=min(self.count, UNROLLED)
         )
-        gradient = place.whole_batch(gradients / self.count, "conv_batch", None)
+        gradient = place.whole_batch(gradients / self.count, place.features_batch, None)
         return *carry, metrics, gradient.astype(x_BF.dtype)
 
     def _micro_batch(self, carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:

@@ -104,7 +104,8 @@ class StepFunctions:
         colour_key = jax.random.fold_in(key, 2)
         data, indices_B = sharded.exchanged(self.place, data, indices_B)
         images_BHWC = self.preprocessing.train_images(data.images, indices_B, crop_key, colour_key)
-        images_BHWC = self.place(images_BHWC, "conv_batch", None, None, None)
+        axes = self.place.map_axes(images_BHWC.shape[1], None)
+        images_BHWC = self.place(images_BHWC, *axes)
         labels_B = self.place(labels_of(data, indices_B), "output_batch")
         return images_BHWC, labels_B, dropout_key
 
@@ -244,7 +245,7 @@ class StepFunctions:
         batch, views = views_BVHWC.shape[:2]
         # The views of an image are neighbours, and so they stay on one device.
         images = views_BVHWC.reshape(-1, *views_BVHWC.shape[2:])
-        images = self.place(images, "conv_batch", None, None, None)
+        images = self.place(images, *self.place.map_axes(images.shape[1], None))
         model = self.model(state.params, state.model_state)
         logits = model.classify(model.features(images, self.place), self.place)
         logits_BVC = logits.astype(jnp.float32).reshape(batch, views, -1)
