@@ -51,6 +51,12 @@ SCHEMA = {
         low=0,
         high=10**5,
     ),
+    "collectives_in_flight": Field(
+        1,
+        "collectives that may be under way at once, on several GPUs; XLA's own limit is 1",
+        low=1,
+        high=1000,
+    ),
     "dtype": Field(
         "auto",
         "type of the computation; auto: bfloat16, on a CPU float32",
@@ -248,6 +254,7 @@ MAY_DIFFER = (
     "parallelism",
     "placement",
     "steps_per_call",
+    "collectives_in_flight",
     "eval.every_epochs",
     "checkpoint",
     "data.dir",

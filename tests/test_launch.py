@@ -397,7 +397,7 @@ def test_a_dry_run_without_a_whole_report_fails(config, monkeypatch, capsys):
     assert launch.launch(["launch.py"]) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(
-        program, "parse_collectives", lambda *_: (_ for _ in ()).throw(ValueError("not known"))
+        program.hlo, "Module", lambda *_: (_ for _ in ()).throw(ValueError("not known"))
     )
     assert launch.launch(["launch.py"]) == 1
     assert capsys.readouterr().err == "error: there is no whole report: ValueError: not known\n"

@@ -132,6 +132,7 @@ def figures_of_seed(seed):
         loss=loss,
         eval=dict(accuracy=accuracy, loss=loss),
         peak_bytes=400_000_000,
+        hidden_share=0.875,
         dense_microbatch=0,
         device_kind="NVIDIA H200",
         processes=1,
@@ -202,7 +203,7 @@ def write_run(
     summary = {
         name: value
         for name, value in figures.items()
-        if name not in ("accuracy", "loss", "peak_bytes", "ring_bytes")
+        if name not in ("accuracy", "loss", "peak_bytes", "ring_bytes", "hidden_share")
     }
     summary |= dict(
         experiment="e",
@@ -219,6 +220,7 @@ def write_run(
         memory=dict(peak_bytes=figures["peak_bytes"]),
         totals=dict(ring_bytes=figures["ring_bytes"]),
         closed_form_ring_bytes=figures["closed_form_ring_bytes"],
+        overlap=dict(hidden_share=figures["hidden_share"]),
     )
     folder.mkdir(parents=True)
     for name, content in dict(config=config, program=program, summary=summary).items():
@@ -524,7 +526,7 @@ def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monk
 @pytest.mark.parametrize(
     "broken",
     [
-        "analysis.program.parse_collectives",
+        "analysis.hlo.Module",
         "analysis.communication.closed_form",
         "sharding.placement.Placement.report",
     ],

@@ -12,6 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -123,62 +124,82 @@ def parse_collectives(
     groups. It also does so for groups of several sizes, for `send` and `recv`, and for a loop whose
     trip count is not in the text.
     """
-    module = _Module(mesh_shape)
-    for line in re.sub(r"/\*index=\d+\*/", "", hlo_text).splitlines():
-        try:
-            module.read(line)
-        except ValueError as error:
-            raise ValueError(f"{error}, in the HLO line: {_shorten(line)}") from error
-    return [
-        dataclasses.replace(collective, count=module.count_per_step(computation, line, steps))
-        for computation, line, collective in module.found
-    ]
+    return Module(hlo_text, mesh_shape).collectives(steps)
 
 
 def _shorten(line: str) -> str:
     return line.strip()[:300]
 
 
-class _Module:
-    """Collect what is needed of an HLO module, line by line.
+class Instruction(NamedTuple):
+    """One instruction of an HLO module, in the words of the text."""
 
-    instructions: name -> its operands and attributes, as text.
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # its operands and attributes
+    computation: str  # the name of the computation that it stands in
+
+    @property
+    def operands(self) -> list[str]:
+        """Return the names of the operands."""
+        return re.findall(r"%([\w.-]+)", self.rest.split(")")[0])
+
+    @property
+    def called(self) -> list[str]:
+        """Return the names of the computations that it calls."""
+        return re.findall(r"[\w.-]+", " ".join(_CALLED.findall(self.rest)))
+
+    @property
+    def trip_count(self) -> int | None:
+        """Return how often a `while` runs; None where it is not in the text."""
+        match = _TRIP_COUNT.search(self.rest)
+        return int(match[1]) if match else None
+
+
+class Module:
+    """An HLO module, read from its text (parse_collectives says what cannot be read).
+
+    instructions: each by its name, which is unique in a module, in the order of the text.
     callers: computation -> (calling computation, trip counts) of each call. The trip counts are [n]
       for the body of a loop that runs n times, [None] where n is not in the text, [] otherwise.
-    found: (computation, line, collective) of each collective.
     """
 
-    def __init__(self, mesh_shape: dict[str, int]):
+    def __init__(self, hlo_text: str, mesh_shape: dict[str, int]):
         self.mesh_shape = mesh_shape
-        self.computation = ""
-        self.instructions: dict[str, str] = {}
+        self.instructions: dict[str, Instruction] = {}
         self.callers: dict[str, list[tuple[str, list[int | None]]]] = defaultdict(list)
-        self.found: list[tuple[str, str, Collective]] = []
+        self._computation = ""
+        self._found: list[tuple[str, Collective]] = []  # the line, and what it says
+        for line in re.sub(r"/\*index=\d+\*/", "", hlo_text).splitlines():
+            try:
+                self._read(line)
+            except ValueError as error:
+                raise ValueError(f"{error}, in the HLO line: {_shorten(line)}") from error
 
-    def read(self, line: str) -> None:
+    def collectives(self, steps: int = 1) -> list[Collective]:
+        """Return each collective, as parse_collectives does."""
+        return [
+            dataclasses.replace(collective, count=self._count_per_step(collective, line, steps))
+            for line, collective in self._found
+        ]
+
+    def _read(self, line: str) -> None:
         """Read the next line. Raises ValueError for a form that is not known."""
         if match := _INSTRUCTION.match(line):
-            name, shape, opcode, rest = match.groups()
-            self.instructions[name] = rest
-            self._read_calls(opcode, rest)
-            if _CROSS_DEVICE.search(opcode) and not opcode.endswith(("-update", "-done")):
-                collective = _read_collective(name, shape, opcode, self)
-                if collective:
-                    self.found.append((self.computation, line, collective))
+            instruction = Instruction(*match.groups(), self._computation)
+            self.instructions[instruction.name] = instruction
+            trips = [instruction.trip_count] if instruction.opcode == "while" else []
+            for called in instruction.called:
+                self.callers[called].append((self._computation, trips))
+            if collective := _read_collective(instruction, self):
+                self._found.append((line, collective))
         elif match := _COMPUTATION_HEADER.match(line):
-            self.computation = match[1]
+            self._computation = match[1]
         elif not re.search("^HloModule|{$", line):
             without_text = re.sub(r'"[^"]*"', "", line)
             if _CROSS_DEVICE.search(without_text):
                 raise ValueError("neither a header nor an instruction, yet it names a collective")
-
-    def _read_calls(self, opcode: str, rest: str) -> None:
-        trips: list[int | None] = []
-        if opcode == "while":
-            match = _TRIP_COUNT.search(rest)
-            trips = [int(match[1]) if match else None]
-        for called in re.findall(r"[\w.-]+", " ".join(_CALLED.findall(rest))):
-            self.callers[called].append((self.computation, trips))
 
     def _enclosing_loops(self, computation: str) -> list[list[int | None]]:
         """Return the trip counts around a computation, outermost first, per call path."""
@@ -189,10 +210,10 @@ class _Module:
             paths += [outer + trips for outer in self._enclosing_loops(caller)]
         return paths
 
-    def count_per_step(self, computation: str, line: str, steps: int) -> int:
-        """Return how often a computation runs per step; `line` is for errors."""
+    def _count_per_step(self, collective: Collective, line: str, steps: int) -> int:
+        """Return how often a collective runs per step; `line` is for errors."""
         count = 0
-        for loops in self._enclosing_loops(computation):
+        for loops in self._enclosing_loops(self.instructions[collective.name].computation):
             if None in loops:
                 raise ValueError(
                     f"a loop does not say how often it runs, around the HLO line: {_shorten(line)}"
@@ -202,10 +223,16 @@ class _Module:
         return count
 
 
-def _read_collective(name: str, shape: str, opcode: str, module: _Module) -> Collective | None:
-    """Return the collective that an instruction is or starts; None for one device."""
+def _read_collective(instruction: Instruction, module: Module) -> Collective | None:
+    """Return the collective that an instruction is or starts, or None.
+
+    A collective of one device moves nothing, and is None, too.
+    """
+    name, shape, opcode, rest, _ = instruction
+    if not _CROSS_DEVICE.search(opcode) or opcode.endswith(("-update", "-done")):
+        return None
     operation = opcode.removesuffix("-start")
-    attributes = module.instructions[name].split(", metadata={")[0]
+    attributes = rest.split(", metadata={")[0]
     if operation in ("send", "recv") and "is_host_transfer=true" in attributes:
         return None
     if operation not in RING_PARTS:
@@ -215,10 +242,10 @@ def _read_collective(name: str, shape: str, opcode: str, module: _Module) -> Col
         return None
     shape = _without_layouts(shape)
     received = _received(operation, shape) if opcode.endswith("-start") else shape
-    shapes = tuple(match[0] for match in _ARRAY.finditer(received))
+    shapes = tuple(arrays(received))
     if not shapes or _ARRAY.sub("", received).strip("(), "):
         raise ValueError(f"unknown shape {shape!r}")
-    payload = sum(map(_array_bytes, shapes))
+    payload = sum(map(array_bytes, shapes))
     if operation == "reduce-scatter":
         payload *= size
     phase = _phase(name, module.instructions)
@@ -229,7 +256,12 @@ def _without_layouts(shape: str) -> str:
     return re.sub(r"\{[^{}]*\}", "", shape)
 
 
-def _array_bytes(shape: str) -> int:
+def arrays(shape: str) -> list[str]:
+    """Return the arrays of a shape, without their layouts: ["f32[8,32]"]."""
+    return [match[0] for match in _ARRAY.finditer(shape)]
+
+
+def array_bytes(shape: str) -> int:
     """Return the bytes of an array, such as f32[8,32]."""
     dtype, dimensions = _ARRAY.fullmatch(shape).groups()
     if dtype not in DTYPE_BYTES:
@@ -348,7 +380,7 @@ def _differing(devices: list[int], mesh_shape: dict[str, int]) -> tuple[str, ...
     return tuple(axis for axis, along in zip(mesh_shape, coordinates, strict=True) if np.ptp(along))
 
 
-def _phase(name: str, instructions: dict[str, str]) -> str:
+def _phase(name: str, instructions: dict[str, Instruction]) -> str:
     """Return the phase of an instruction, from its op_name or those nearest upstream."""
     op_names, queue, seen = [], [name], set()
     while queue:
@@ -356,11 +388,10 @@ def _phase(name: str, instructions: dict[str, str]) -> str:
         if current in seen or current not in instructions:
             continue
         seen.add(current)
-        if match := _OP_NAME.search(instructions[current]):
+        if match := _OP_NAME.search(instructions[current].rest):
             op_names.append(match[1])
         else:
-            operands = instructions[current].split(")")[0]
-            queue += re.findall(r"%([\w.-]+)", operands)
+            queue += instructions[current].operands
     names = "\n".join(op_names)
     return next((phase for phase, mark in PHASES.items() if re.search(mark, names)), "")
 

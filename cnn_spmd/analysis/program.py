@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from cnn_spmd.analysis.hlo import parse_collectives, summarise
+from cnn_spmd.analysis import hlo, schedule
 
 # Our names of what XLA's CompiledMemoryStats calls <name>_in_bytes.
 _XLA_MEMORY = dict(
@@ -24,6 +24,7 @@ UNKNOWN = dict(
     collectives=None,
     totals=dict.fromkeys(("count", "bytes", "ring_bytes")),
     memory=dict.fromkeys(f"{name}_bytes" for name in _XLA_MEMORY),
+    overlap=schedule.UNKNOWN | dict(reason="there is no report on the program"),
 )
 _WHERE_IMAGES_LIVE = dict(  # by data.resident
     yes="a copy on every device", sharded="split over all devices", no="streamed from the host"
@@ -72,16 +73,21 @@ def compiler_of(mesh: jax.sharding.Mesh) -> dict:
 def report(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, steps: int = 1) -> dict:
     """Return compiler, mesh, memory per device and collectives per step, JSON-ready.
 
-    compiled: a program of `steps` steps.
+    compiled: a program of `steps` steps. overlap: what share of the collectives' time the schedule
+    can hide (schedule.report).
     """
-    rows = summarise(parse_collectives(compiled.as_text(), dict(mesh.shape), steps))
+    module = hlo.Module(compiled.as_text(), dict(mesh.shape))
+    collectives = module.collectives(steps)
+    rows = hlo.summarise(collectives)
     totals = {key: sum(row[key] for row in rows) for key in ("count", "bytes", "ring_bytes")}
     where = compiler_of(mesh)
+    platform, device_kind = (where["compiler"][key] for key in ("platform", "device_kind"))
     held = memory(compiled)
-    if where["compiler"]["platform"] == "cpu":
+    if platform == "cpu":
         # XLA for CPUs leaves temporaries out of its peak.
         held["peak_bytes"] = None
-    return where | dict(collectives=rows, totals=totals, memory=held)
+    overlap = schedule.report(module, collectives, device_kind, platform)
+    return where | dict(collectives=rows, totals=totals, memory=held, overlap=overlap)
 
 
 def as_text(report: dict) -> str:
@@ -96,6 +102,7 @@ def as_text(report: dict) -> str:
         *_placement("Where each activation lives", report["activations"]),
         *_memory(report),
         *_collectives(report["collectives"]),
+        *(_overlap(report["overlap"]) if report["collectives"] else ()),
         *_theory(report),
     ]
     if "error" in report:
@@ -190,6 +197,18 @@ def _collectives(rows: list[dict] | None) -> Iterator[str]:
     ]
     header = ("operation", "over mesh axes", "phase", "count", "payload", "sent in a ring")
     yield from _table(title, header, cells, numbers=3)
+
+
+def _overlap(overlap: dict) -> Iterator[str]:
+    """Yield what share of the communication the schedule can hide, or why it is not known."""
+    if overlap["hidden_share"] is None:
+        yield from _wrapped(f"What the schedule can hide is not known: {overlap['reason']}")
+    else:
+        yield (
+            f"Estimate: the schedule can hide {overlap['hidden_share']:.0%} of "
+            f"{overlap['communication_milliseconds']:.3f} ms of communication per step "
+            f"({overlap['hidden_bytes_share']:.0%} of the bytes)"
+        )
 
 
 def _theory(report: dict) -> Iterator[str]:

@@ -454,7 +454,10 @@ def programs_page() -> str:
         runs as a ring. The closed form is that of `cnn_spmd/analysis/communication.py` (Gholami
         et al. 2018): it counts a reduce-scatter, which the GPU's compiler makes, where the
         CPU's makes an all-reduce of twice the cost. Where weights are split, a few bytes more
-        are summed for the norm by which gradients are clipped. MB per device are parameters.""",
+        are summed for the norm by which gradients are clipped. MB per device are parameters.
+        Hidden is the share of the communication's time that the schedule of the GPU's program can
+        hide behind computing, by the estimate of `cnn_spmd/analysis/schedule.py`. It takes each
+        link for one of NVLink. "-": not estimated.""",
     ]
     for title, table in tables.program_tables(tables.load_programs()).items():
         parts += [f"## {title}", table]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from cnn_spmd.papers import published
 from cnn_spmd.papers.measured import DATA, is_beside_a_paper, load_summaries
-from cnn_spmd.report import compare, document
+from cnn_spmd.report import compare, document, text
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
 from cnn_spmd.training import runfiles
 
@@ -198,11 +198,12 @@ def program_tables(programs: Sequence[dict]) -> dict[str, str]:
             f"{run['bytes_per_device']['parameters'] / 1e6:.1f}",
             ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items())),
             f"{run['totals']['ring_bytes'] / 1e6:.1f}",
-            f"{run['closed_form_ring_bytes'] / 1e6:.1f}",
+            text.optional(run["closed_form_ring_bytes"], 1, 1e-6) or "-",
+            text.optional(runfiles.hidden_share(run), 0, 100) or "-",
         ]
         tables.setdefault(title, []).append(cells)
     header = ["mesh", "scheme", "batch", "MB per device", "collectives per step"]
-    header += ["ring MB per step", "closed form"]
+    header += ["ring MB per step", "closed form", "hidden, %"]
     return {title: markdown_table(header, rows) for title, rows in tables.items()}
 
 

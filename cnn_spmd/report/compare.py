@@ -27,6 +27,7 @@ NOT_THE_RECIPE = (
     *NOT_COMPARED,
     "seed",
     "steps_per_call",
+    "collectives_in_flight",
     "model.fast",
     "data.resident",
 )

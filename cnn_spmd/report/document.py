@@ -15,7 +15,9 @@ LEGEND = (
     " deviation. Speedup is the throughput relative to the run on mesh 1x1 with the same batch and"
     " settings, of the same scheme where there is one. Efficiency is the speedup divided by the"
     " number of devices. Ring MB is what a device sends per step if each collective runs as a ring;"
-    " theory is its closed form (Gholami et al. 2018). MB are 1e6 bytes."
+    " theory is its closed form (Gholami et al. 2018). Hidden is the share of the communication's"
+    " estimated time that the compiled schedule can hide behind computing, on GPUs. MB are 1e6"
+    " bytes."
 )
 PROFILE_LEGEND = (
     "Mean over the devices. Overlapped communication runs while the device computes, exposed"
@@ -107,6 +109,7 @@ COMPARISON_HEADER = [
     "parameters and optimizer, MB per device",
     "ring MB per step",
     "theory",
+    "hidden, %",
     "test accuracy, %",
 ]
 
@@ -141,6 +144,7 @@ def comparison_row(group: dict) -> list[str]:
         f"{100 * statistics.mean(gains) / group['devices']:.1f}" if gains else "",
         f"{held_bytes(group) / 1e6:,.1f}",
         *(text.optional(moved, 1, 1e-6) for moved in moved_bytes(group)),
+        text.optional(compare.average(group, "hidden_share"), 0, 100),
         metric_text("accuracy", compare.values(group, "accuracy")),
     ]
 

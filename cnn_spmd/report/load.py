@@ -28,6 +28,7 @@ def load_runs(folder: str | os.PathLike) -> list[dict]:
         eval.examples, and every further metric of training.metrics.METRICS.
       peak_bytes, ring_bytes, closed_form_ring_bytes: from program.json; bytes per device, the
         latter two per step.
+      hidden_share: from program.json; of the communication, the part that the schedule can hide.
       Each other number and text of summary.json, under its own name: experiment, seed, steps,
         mesh.data, images_per_second, step_milliseconds.median, train_seconds, versions.jax, ...
 
@@ -65,6 +66,7 @@ def load_run(folder: pathlib.Path) -> dict:
             peak_bytes=program["memory"].get("peak_bytes"),
             ring_bytes=program["totals"].get("ring_bytes"),
             closed_form_ring_bytes=program.get("closed_form_ring_bytes"),
+            hidden_share=runfiles.hidden_share(program),
         )
     return fields
 

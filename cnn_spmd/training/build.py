@@ -129,7 +129,8 @@ class Setup:
     def train_program(self, n: int) -> jax.stages.Compiled:
         """Return the compiled program of n train steps; it is compiled once."""
         if n not in self._train_programs:
-            self._train_programs[n] = self.lower_train(n).compile()
+            lowered = self.lower_train(n)
+            self._train_programs[n] = lowered.compile(compiler_options=self.compiler_options)
         return self._train_programs[n]
 
     def lower_train(self, n: int) -> jax.stages.Lowered:
@@ -139,6 +140,19 @@ class Setup:
             jitted = self.functions.jit_train()
             self._lowered[n] = jitted.lower(self.functions.abstract_state, *inputs)
         return self._lowered[n]
+
+    @property
+    def compiler_options(self) -> dict[str, int]:
+        """Return what the train step's program is compiled with, beside XLA's defaults.
+
+        XLA builds a schedule from its end. With one collective in flight, only what no other
+        collective waits for may stand between a start and its done. So XLA leaves the gradients of
+        the dense layers to the end, and nothing hides their all-reduces.
+        """
+        at_once, mesh = self.config.collectives_in_flight, self.place.mesh
+        if at_once == 1 or mesh.size == 1 or mesh.devices.flat[0].platform == "cpu":
+            return {}
+        return {"xla_gpu_experimental_parallel_collective_overlap_limit": at_once}
 
     def lower_init(self) -> jax.stages.Lowered:
         """Return the program that makes the state at step 0 from a seed."""
@@ -254,6 +268,11 @@ def _assemble(
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, levers), memory)
     _ = setup.activations, setup.functions.abstract_state  # for their errors
+    if config.collectives_in_flight > 1 and not setup.compiler_options:
+        say(
+            f"collectives_in_flight={config.collectives_in_flight} has no effect: it is an option "
+            "of XLA for several GPUs."
+        )
     check(setup)
     return setup
 

@@ -43,6 +43,7 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
         communication=None,
         closed_form_ring_bytes=None,
         compile_seconds=None,
+        compiler_options=setup.compiler_options,
         **program.compiler_of(setup.place.mesh),
         **program.UNKNOWN,
     )

@@ -43,8 +43,9 @@ FIELDS = {
     },
     "program.json": {
         "a whole number": "schema?",
-        "an object": "memory totals",
-        "a number": "memory.peak_bytes? totals.ring_bytes? closed_form_ring_bytes?",
+        "an object": "memory totals overlap?",
+        "a number": "memory.peak_bytes? totals.ring_bytes? closed_form_ring_bytes? "
+        "overlap.hidden_share?",
     },
     "profile.json": {
         "a whole number": "schema?",
@@ -239,11 +240,20 @@ def figures_of(folder: pathlib.Path) -> dict:
             peak_bytes=program["memory"]["peak_bytes"],
             ring_bytes=program["totals"]["ring_bytes"],
             closed_form_ring_bytes=program["closed_form_ring_bytes"],
+            hidden_share=hidden_share(program),
             dense_microbatch=summary["config"].get("dense_microbatch", 0),
             profile=profile,
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}: summary.json or program.json lacks {error}") from error
+
+
+def hidden_share(program: dict) -> float | None:
+    """Return the share of communication that a program can hide; None where it is not known.
+
+    program: program.json, which lacks it where an older version wrote it.
+    """
+    return (program.get("overlap") or {}).get("hidden_share")
 
 
 def merge_facts(old: Any, new: Any) -> Any:
