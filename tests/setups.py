@@ -255,4 +255,11 @@ BY_HAND = {
         ("reduce", "model"): BATCH / 4 * (256 + 64),
         ("gather", "model"): BATCH / 4 * (256 + 64),
     },
+    "dense_2d": {
+        ("reduce", "data+model"): CONV,
+        ("reduce", "data"): BATCH / 2 * (64 + 64 + 16),
+        ("reduce", "model"): BATCH / 4 * (256 + 64 + 64),
+        ("gather", "model"): BATCH / 4 * 256,
+        ("all-to-all", "data"): 2 * BATCH / 8 * 256,
+    },
 }

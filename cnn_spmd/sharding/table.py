@@ -74,6 +74,21 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
         fc1_out="model",
         fc2_in="model",
     ),
+    # One mesh axis splits the rows of a dense kernel, the other its columns. They change places
+    # from layer to layer: an output lies as the next layer takes it (PaSE, IPDPS 2021, table II).
+    # The dense batch is not split, so no gradient of a dense weight is summed. Each layer sums its
+    # outputs along the mesh axis of its rows. Before fc1, devices along `data` exchange examples
+    # for features, and XLA then gathers the batch along `model` (Placement.move). `data` is last in
+    # conv_batch, so that the examples that a device receives follow each other in the batch.
+    "dense_2d": dict(
+        conv_batch=("model", "data"),
+        fc1_in="data",
+        fc1_out="model",
+        fc2_in="model",
+        fc2_out="data",
+        fc3_in="data",
+        fc3_out="model",
+    ),
     # The two GPUs of AlexNet (Krizhevsky et al. 2012, figure 2). Each holds one tower of the
     # network; the towers meet only in conv3 and in the dense layers.
     "two_tower": dict(
