@@ -256,6 +256,13 @@ BY_HAND = {
         ("reduce", "model"): BATCH / 4 * (256 + 64),
         ("gather", "model"): BATCH / 4 * (256 + 64),
     },
+    "dense_2d": {
+        ("reduce", "data+model"): CONV,
+        ("reduce", "data"): BATCH / 2 * (64 + 64 + 16),
+        ("reduce", "model"): BATCH / 4 * (256 + 64 + 64),
+        ("gather", "model"): BATCH / 4 * 256,
+        ("all-to-all", "data"): 2 * BATCH / 8 * 256,
+    },
     "spatial": {
         ("reduce", "data+model"): CONV + FC1 + FC2 + FC3,
         # A row above and one below, of the images and of each map forward, of each map backward.

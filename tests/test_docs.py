@@ -88,7 +88,7 @@ def test_readme_has_the_placement_table():
     """Each cell of the README's table is what TABLE says, for every scheme."""
 
     def mesh_axes(row, logical_axis):
-        axes = row.get(logical_axis, ())
+        axes = row.get(logical_axis, "-")
         return ", ".join([axes] if isinstance(axes, str) else axes)
 
     def images(row):
@@ -96,10 +96,12 @@ def test_readme_has_the_placement_table():
         return mesh_axes(row, "conv_batch") + height
 
     def weights(row, layer):
-        for name, axis in (("columns", f"{layer}_out"), ("rows", f"{layer}_in")):
-            if axis in row:
-                return f"{name}: {mesh_axes(row, axis)}"
-        return "-"
+        split = [
+            f"{name}: {mesh_axes(row, axis)}"
+            for name, axis in (("rows", f"{layer}_in"), ("columns", f"{layer}_out"))
+            if axis in row
+        ]
+        return ", ".join(split) or "-"
 
     expected = [
         [

@@ -28,15 +28,15 @@ from cnn_spmd.training.step import StepFunctions
 def test_micro_batches_on_meshes():
     """Summed gradients are plain SGD; updates after each are the same on every mesh."""
 
-    def run(shape, **changes):
+    def run(shape, parallelism="hybrid", **changes):
         changes = dict(changes, model=dict(width=64, dropout=0.0))
-        return trained(setup_of("alexnet", "hybrid", shape, **changes), 2)
+        return trained(setup_of("alexnet", parallelism, shape, **changes), 2)
 
     with jax.enable_x64(True):
         plain = run((1, 1))
         summed = run((2, 2), dense_microbatch=4, dense_updates="sum")
         each_on_one = run((1, 1), dense_microbatch=4)
-        each = run((2, 2), dense_microbatch=4)
+        each = run((2, 2), "dense_2d", dense_microbatch=4)
     for got, expected in ((summed, plain), (each, each_on_one)):
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
         assert_close(got[1], expected[1])

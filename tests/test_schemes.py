@@ -7,8 +7,10 @@ crops, flips and colour noise too. The compiled program's bytes are within 2% of
 plus 2 kB for scalars, labels and sums of the softmax.
 """
 
+import math
 import os
 
+import numpy as np
 import pytest
 from setups import (
     BATCH,
@@ -25,6 +27,7 @@ from setups import (
     narrow,  # noqa: F401  (a fixture)
 )
 
+from cnn_spmd.config import MESH_AXES
 from cnn_spmd.sharding.table import TABLE
 
 LOSS_TOLERANCE = 1e-9
@@ -41,8 +44,9 @@ def meshes_of(model: str, parallelism: str) -> list[tuple[int, int]]:
         return [(4, 2)] if model == "alexnet" else []
     if parallelism == "two_tower" and model not in ("alexnet_2012", "alexnet_bn"):
         return []
-    if model == "simple_cnn" and "ALL_MESHES" not in os.environ:
-        return [(4, 2)]  # its layers are among alexnet's
+    dense_like_alexnet = (model, parallelism) == ("alexnet_2012", "dense_2d")
+    if (model == "simple_cnn" or dense_like_alexnet) and "ALL_MESHES" not in os.environ:
+        return [(4, 2)]  # the layers that matter are among alexnet's
     if parallelism == "spatial" and "ALL_MESHES" not in os.environ:
         # 8x1 is `data`; rows of alexnet_2012 do not divide by 4.
         return MESHES[1:] if model == "alexnet" else [(2, 4)]
@@ -109,7 +113,7 @@ def test_scheme(model, parallelism, shape):
 
 
 def extra_bytes(model: str, parallelism: str, shape: tuple[int, int]) -> int:
-    """Return the bytes that two forms of layers reduce beyond the closed form."""
+    """Return the bytes beyond the closed form: of two forms of layers, and of split logits."""
     if model == "alexnet_2012":
         # The gradient of conv1 is reduced as that of two 12x16 kernels ("column_groups"; one of
         # 12x12 where channels are split), and then cut to 11x11.
@@ -122,6 +126,9 @@ def extra_bytes(model: str, parallelism: str, shape: tuple[int, int]) -> int:
         # The CPU's compiler sums statistics along one mesh axis after the other, forward and back:
         # two sums for each channel of seven norms.
         return 2 * 2 * (3 * 8 + 2 * 16 + 2 * 24) * FLOAT
+    if parallelism == "dense_2d":
+        # Of the whole batch, the metrics gather each device's largest logit and its class.
+        return BATCH * shape[1] * 2 * FLOAT
     return 0
 
 
@@ -136,24 +143,29 @@ def check_communication(report: dict, extra: int) -> None:
 def check_placement(report: dict, held: dict, row: dict, shape: tuple[int, int]) -> None:
     """Compare the report with the bytes that a device holds, and with the table."""
     assert {array["name"]: array["bytes_per_device"] for array in report["placement"]} == held
-    data, columns = shape
-    for array in report["placement"]:
-        split = [axis for axis in array["logical_axes"] if row.get(axis) == "model"]
-        assert array["bytes_per_device"] * (columns if split else 1) == array["bytes"], array
     (images,) = (array for array in report["activations"] if array["name"] == "conv1 input")
     rows = images["shape"][1]
-    held_rows = -(-rows // columns) if "image_height" in row else rows
-    devices = data if row["conv_batch"] == "data" else data * columns
-    assert images["bytes_per_device"] == images["bytes"] // devices // rows * held_rows
+    columns = shape[1] if "image_height" in row else 1
+    # The last devices may hold fewer rows than the others; each has room for as many.
+    images["bytes"] = images["bytes"] // rows * -(-rows // columns) * columns
+    for array in [*report["placement"], images]:
+        shares = array["bytes"] // array["bytes_per_device"]
+        assert shares == math.prod(
+            size
+            for axis in array["logical_axes"]
+            for name, size in zip(MESH_AXES, shape, strict=True)
+            if name in np.ravel(row.get(axis))
+        ), array
 
 
-# The kernels of which a device holds half, on 4x2.
+# The kernels that are split on 4x2: a device holds half of each, or 1/8 under dense_2d.
 SPLIT = {
     "data": "",
     "model": "conv1 conv2 conv3 conv4 conv5 fc1 fc2 fc3",
     "hybrid": "fc1 fc2 fc3",
     "hybrid_alternating": "fc1 fc2",
     "spatial": "",
+    "dense_2d": "fc1 fc2 fc3",
 }
 
 
@@ -178,11 +190,11 @@ def test_grouped_kernels_are_split(parallelism):
 
 
 def split_kernels(model: str, parallelism: str) -> str:
-    """Return the layers with a kernel of which a device holds half, on 4x2."""
-    found = computed(model, parallelism, (4, 2))
+    """Return the layers with a kernel that is split as SPLIT says."""
+    found, parts = computed(model, parallelism, (4, 2)), 8 if parallelism == "dense_2d" else 2
     kernels = [row for row in found["report"]["placement"] if row["name"].endswith(".kernel")]
-    halves = [row["name"] for row in kernels if found["held"][row["name"]] * 2 == row["bytes"]]
-    return " ".join(name.removesuffix(".kernel") for name in halves)
+    split = [row["name"] for row in kernels if found["held"][row["name"]] * parts == row["bytes"]]
+    return " ".join(name.removesuffix(".kernel") for name in split)
 
 
 def test_data_parallel_formula():

@@ -102,37 +102,42 @@ def test_evaluation_counts_every_image_once(config, tmp_path, shape):
     assert padded["eval"]["loss"] == pytest.approx(whole["eval"]["loss"], rel=1e-6)
 
 
+ON_ONE = ("data", 1, 1, "yes")
+ON_4X2 = ("hybrid", 4, 2, "yes")
+ON_2X4 = ("dense_2d", 2, 4, "sharded")
+STREAMED = ("data", 1, 1, "no")
+
+
 @pytest.mark.parametrize(
-    "resumed_on",
-    [
-        ("data", 1, 1, "yes"),
-        ("hybrid", 4, 2, "yes"),
-        ("hybrid", 2, 4, "sharded"),
-        ("data", 1, 1, "no"),
-    ],
+    ("begun_on", "resumed_on"),
+    [(ON_ONE, ON_ONE), (ON_2X4, ON_4X2), (ON_ONE, ON_2X4), (ON_ONE, STREAMED)],
 )
-def test_resumed_equals_uninterrupted(config, tmp_path, resumed_on):
+def test_resumed_equals_uninterrupted(config, tmp_path, begun_on, resumed_on):
     """A run killed after step 4 of 8 ends as one that was not killed.
 
     They are equal bit for bit on the same mesh, and within 1e-5 on another mesh.
     """
-    loop.train(config, tmp_path / "whole")
-    stop_after(4, config, tmp_path / "parts")
-    parallelism, data, model, resident = resumed_on
-    config.update(
-        dict(
-            parallelism=parallelism,
-            mesh=dict(data=data, model=model),
-            data=dict(resident=resident),
+
+    def put_on(parallelism, data, model, resident):
+        config.update(
+            dict(
+                parallelism=parallelism,
+                mesh=dict(data=data, model=model),
+                data=dict(resident=resident),
+            )
         )
-    )
+
+    loop.train(config, tmp_path / "whole")
+    put_on(*begun_on)
+    stop_after(4, config, tmp_path / "parts")
+    put_on(*resumed_on)
     summary = loop.train(config, tmp_path / "parts")
     assert (summary["status"], summary["steps"]) == ("completed", 8)
-    assert summary["data_on_device"] is (resident != "no")
+    assert summary["data_on_device"] is (resumed_on[3] != "no")
     assert summary["page_locked"] is None  # a CPU reads all memory alike
     whole, parts = saved_state(tmp_path / "whole", 8), saved_state(tmp_path / "parts", 8)
     assert whole.keys() == parts.keys()
-    same_mesh = (data, model) == (1, 1)
+    same_mesh = resumed_on[1:3] == begun_on[1:3]
     for name, value in whole.items():
         tolerance = 0 if same_mesh else 1e-5 * np.abs(value).max()
         np.testing.assert_allclose(parts[name], value, rtol=0, atol=tolerance, err_msg=name)

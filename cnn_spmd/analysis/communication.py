@@ -8,6 +8,8 @@ devices and Pr model devices. In a ring a device sends:
   sum_weight_gradients  the weights' gradients are summed over the devices that share
                         the batch (equation 4; with split weights, 8)     2 (Pc-1)/Pc W/Pr
   move_between_layers   columns split: the input is all-gathered (3)        (Pr-1)/Pr B d/Pc
+                        batch and rows split over Pc: examples are
+                        exchanged for features (all-to-all), and back     2 (Pc-1)/Pc B d/(Pc Pr)
   sum_input_gradient    columns split: each device has a partial sum of the
                         input's gradient, and they are all-reduced (3)    2 (Pr-1)/Pr B d/Pc
   sum_output            rows split: each device has a partial sum of the
@@ -19,6 +21,9 @@ devices and Pr model devices. In a ring a device sends:
                         (Dryden et al. 2019, 1903.06681; sharding/halo.py)    (K-1) w c B/Pc each
   sum_statistics        batch norm over the global batch of C channels: two
                         sums per channel, forward and backward            4 (Pc-1)/Pc C/Pr each
+
+dense_2d splits each kernel over both mesh axes, and no dense batch. Pc and Pr change places where
+its columns lie on `data` (3), and where its rows do (sum_output).
 
 Where the data set is sharded (data/sharded.py), each of D devices sends M images to each device:
 exchange_images counts (D-1) M images.
@@ -108,8 +113,8 @@ def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> It
         after.name, "all-gather", sliced, "backward", after.bytes * count_devices(mesh, sliced)
     )
     exchanged = exchanged_axes(before, after)
-    # Rows may have padding, which moves too.
-    held = before.bytes if before.height else after.bytes
+    # Rows may have padding, which moves too. Placement.move exchanges before it gathers.
+    held = before.bytes if before.height else after.bytes / count_devices(mesh, gathered)
     yield Move(after.name, "all-to-all", exchanged, "forward", held)
     yield Move(after.name, "all-to-all", exchanged, "backward", held)
 

@@ -1,7 +1,7 @@
 """Decide whether the closed form holds for a network on a placement.
 
-The rules in communication.py describe a chain of convolutions, norms and dense layers. Each kernel
-is split along at most one dimension, and there are few ways from one layer's layout to the next.
+The rules in communication.py describe a chain of convolutions, norms and dense layers. There are
+few ways from one layer's layout to the next.
 Paths may lead around convolutions where all maps have one layout, with whole channels.
 Other networks and placements train as well, but XLA may move other arrays than the rules say. They
 are not covered.
@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, Literal
 
 from cnn_spmd.analysis.communication import (
-    Activation,
     Layer,
     NotCovered,
     exchanged_axes,
@@ -47,7 +46,7 @@ def covers(
         for layer in layers:
             _check_layer(layer)
         for layer, following in itertools.pairwise(layers):
-            _check_step_between(layer.output, following.input)
+            _check_step_between(layer, following)
         _check_chain(network, images, layers)
     except NotCovered as reason:
         return str(reason)
@@ -72,8 +71,6 @@ def _check_state(network: nnx.Module) -> None:
 def _check_layer(layer: Layer) -> None:
     """Refuse a layer whose kernel, input and output fit none of the known splits."""
     name, given, result = layer.name, layer.input, layer.output
-    if layer.rows and layer.columns:
-        raise NotCovered(f"{name}: both rows and columns of its kernel are split")
     has_towers = not layer.rows and layer.columns == given.features
     if layer.param_bytes and layer.rows != given.features and not has_towers:
         raise NotCovered(f"{name}: its input's features are not split as its kernel's rows are")
@@ -86,22 +83,30 @@ def _check_layer(layer: Layer) -> None:
         raise NotCovered(f"{name}: the batch of its output is not split as that of its input is")
 
 
-def _check_step_between(before: Activation, after: Activation) -> None:
-    """Refuse a change of layout between two layers that is not one simple collective."""
+def _check_step_between(layer: Layer, following: Layer) -> None:
+    """Refuse a change of layout between two layers that is not one simple collective.
+
+    Into the first dense layer it may be two: Placement.move exchanges, then gathers.
+    """
+    before, after = layer.output, following.input
     where = f"from {before.name} to {after.name}"
+    gathered, exchanged = set(before.batch) - after.axes, exchanged_axes(before, after)
     changes = [
-        set(before.batch) - after.axes,
+        gathered,
         set(before.height) - after.axes,
         set(before.features) - after.axes,
         set(after.batch) - before.axes,
         set(after.height) - before.axes,
         set(after.features) - before.axes,
-        exchanged_axes(before, after),
+        exchanged,
     ]
-    if sum(map(bool, changes)) > 1:
+    in_turn = following.is_dense and not layer.is_dense and gathered and exchanged
+    if sum(map(bool, changes)) > (2 if in_turn else 1):
         raise NotCovered(f"{where}: the layout changes in several ways at once")
     shared = min(len(before.batch), len(after.batch))
-    if before.batch[:shared] != after.batch[:shared]:
+    to_features = tuple(axis for axis in after.features if axis in before.batch)
+    others = before.batch[: len(before.batch) - len(to_features)]
+    if before.batch[:shared] != after.batch[:shared] or before.batch != others + to_features:
         raise NotCovered(f"{where}: the batch is split in another order of mesh axes")
     is_flattened = before.is_map and not after.is_map
     if is_flattened and after.axes.intersection(before.features):

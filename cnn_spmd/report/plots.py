@@ -47,7 +47,8 @@ SCHEMES = {
     "hybrid_alternating": ("#009E73", "^", "-."),
     "model": ("#CC79A7", "D", ":"),
     "two_tower": ("#E69F00", "v", (0, (5, 1, 1, 1, 1, 1))),
-    "spatial": ("#F0E442", "X", (0, (3, 1, 1, 1))),
+    "dense_2d": ("#56B4E9", "X", (0, (3, 1))),
+    "spatial": ("#F0E442", "*", (0, (3, 1, 1, 1))),
 }
 OTHER = ("#222222", "P", (0, (1, 3)))
 LABEL = dict(textcoords="offset points", fontsize=8)

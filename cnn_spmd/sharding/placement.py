@@ -189,6 +189,22 @@ class Placement:
             self.record(name, axes, x)
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
+    def move(self, x: jax.Array, batch: str, *axes: str | None, name: str = "") -> jax.Array:
+        """Place `x`, whose batch alone is split, as `batch`, where the row puts `axes`.
+
+        Mesh axes that go from the batch to the features are exchanged first (an all-to-all), while
+        a device holds no more than its own examples. The rest of the batch is gathered afterwards.
+        XLA by itself would gather all of x on every device, and slice it.
+        """
+        split, features = self.mesh_axes(batch), self.mesh_axes(axes[-1])
+        if not set(split).isdisjoint(features):
+            self.spec(axes, x.shape, name or "array")  # raises where a size does not divide
+            x = self(x, batch, *[None] * (x.ndim - 1))
+            rest = tuple(mesh_axis for mesh_axis in split if mesh_axis not in features)
+            exchanged = NamedSharding(self.mesh, P(rest, *[None] * (x.ndim - 2), features))
+            x = jax.lax.with_sharding_constraint(x, exchanged)
+        return self(x, *axes, name=name)
+
     def micro_batches(self, x: jax.Array, count: int, *axes: str | None) -> jax.Array:
         """Reorder [B, ...] to micro-batches, [count, B / count, ...]; nothing moves.
 
@@ -273,6 +289,10 @@ class Unplaced:
     def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
         """Return x as it is."""
         return x
+
+    def move(self, x: jax.Array, batch: str, *axes: str | None, name: str = "") -> jax.Array:
+        """Return x as __call__ does."""
+        return self(x, *axes, name=name)
 
     def towers(self, f, groups, *arrays, out, name="", rows=False):
         """Apply f to each of `groups` towers, one after another."""

@@ -88,6 +88,21 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
         fc2_out="model",
         fc3_out="model",
     ),
+    # One mesh axis splits the rows of a dense kernel, the other its columns. They change places
+    # from layer to layer: an output lies as the next layer takes it (PaSE, IPDPS 2021, table II).
+    # The dense batch is not split, so no gradient of a dense weight is summed. Each layer sums its
+    # outputs along the mesh axis of its rows. Before fc1, devices along `data` exchange examples
+    # for features, and XLA then gathers the batch along `model` (Placement.move). `data` is last in
+    # conv_batch, so that the examples that a device receives follow each other in the batch.
+    "dense_2d": dict(
+        conv_batch=("model", "data"),
+        fc1_in="data",
+        fc1_out="model",
+        fc2_in="model",
+        fc2_out="data",
+        fc3_in="data",
+        fc3_out="model",
+    ),
     # Spatial partitioning (Dryden et al. 2019; GSPMD, 2021). The height of images and maps is split
     # over `model`, so that several devices share an example. Windows read rows of the neighbours,
     # which exchange them (sharding/halo.py). Before fc1, the devices along `model` trade rows for
