@@ -37,12 +37,16 @@ ALWAYS_SMALLER = {"hybrid": 2, "two_tower": 2}
 
 def meshes_of(model: str, parallelism: str) -> list[tuple[int, int]]:
     """Return the meshes on which to test a scheme."""
-    if parallelism == "mine":
+    if parallelism in OWN_ROWS:
         return [(4, 2)] if model == "alexnet" else []
     if parallelism == "two_tower" and model not in ("alexnet_2012", "alexnet_bn"):
         return []
-    if model == "simple_cnn" and "ALL_MESHES" not in os.environ:
-        return [(4, 2)]  # its layers are among alexnet's
+    if "ALL_MESHES" not in os.environ:
+        if model == "alexnet_2012" and "at_rest" in TABLE[parallelism]:
+            return [(4, 2)] if parallelism == "fsdp" else []  # all rests alike on every mesh
+        if model == "simple_cnn":
+            # Its layers are among alexnet's.
+            return [] if "at_rest" in TABLE[parallelism] else [(4, 2)]
     count = len(SMALLER) if "ALL_MESHES" in os.environ else ALWAYS_SMALLER.get(parallelism, 0)
     towers = 2 if parallelism == "two_tower" else 8
     return [shape for shape in MESHES + SMALLER[:count] if shape[1] <= towers]
@@ -51,7 +55,7 @@ def meshes_of(model: str, parallelism: str) -> list[tuple[int, int]]:
 CASES = [
     (model, parallelism, shape)
     for model in IMAGE_SIZE
-    for parallelism in (*TABLE, "mine")
+    for parallelism in (*TABLE, *OWN_ROWS)
     for shape in meshes_of(model, parallelism)
 ]
 # Networks with batch norm, on all meshes if ALL_MESHES is set.
@@ -123,7 +127,10 @@ def check_placement(report: dict, held: dict, row: dict, shape: tuple[int, int])
     data, columns = shape
     for array in report["placement"]:
         split = [axis for axis in array["logical_axes"] if row.get(axis) == "model"]
-        assert array["bytes_per_device"] * (columns if split else 1) == array["bytes"], array
+        parts = columns if split else 1
+        if "at_rest" in row and array["name"].endswith(".kernel"):
+            parts = data * columns
+        assert array["bytes_per_device"] * parts == array["bytes"], array
     (images,) = (array for array in report["activations"] if array["name"] == "conv1 input")
     devices = data if row["conv_batch"] == "data" else data * columns
     assert images["bytes_per_device"] == images["bytes"] // devices
@@ -135,6 +142,8 @@ SPLIT = {
     "model": "conv1 conv2 conv3 conv4 conv5 fc1 fc2 fc3",
     "hybrid": "fc1 fc2 fc3",
     "hybrid_alternating": "fc1 fc2",
+    "sharded_update": "",
+    "fsdp": "",
 }
 
 

@@ -13,6 +13,9 @@ devices and Pr model devices. In a ring a device sends:
   sum_output            rows split: each device has a partial sum of the
                         output, and they are all-reduced (the same, turned
                         around; Megatron-LM)                              2 (Pr-1)/Pr B d'/Pc
+  gather_weights        at rest, weights are split over D more devices than in
+                        use: each is all-gathered, forward and, with
+                        gather_again, backward                             (D-1)/D W each
   sum_statistics        batch norm over the global batch of C channels: two
                         sums per channel, forward and backward            4 (Pc-1)/Pc C/Pr each
 
@@ -20,9 +23,10 @@ Where the data set is sharded (data/sharded.py), each of D devices sends M image
 exchange_images counts (D-1) M images.
 
 When each device keeps only its shard of a sum, XLA can use a reduce-scatter, at half the cost of an
-all-reduce. Gholami et al. ignore this; here it counts. Left out are scalars, labels, the sums of
-the softmax and, where classes are split, the logits that the metrics gather. coverage.py says for
-which networks and placements the rules hold.
+all-reduce. Gholami et al. ignore this; here it counts. One such sum is that of a gradient whose
+weight is split at rest (Xu et al. 2020, arXiv 2004.13336; ZeRO, Rajbhandari et al. 2020, arXiv
+1910.02054). Left out are scalars, labels, the sums of the softmax and, where classes are split, the
+logits that the metrics gather. coverage.py says for which networks and placements the rules hold.
 """
 
 import dataclasses
@@ -60,6 +64,16 @@ class Activation(NamedTuple):
         return {*self.batch, *self.between, *self.features}
 
 
+class Weight(NamedTuple):
+    """The layout of one parameter.
+
+    at_rest: the mesh axes that split it between steps, and do not in its use.
+    """
+
+    bytes: int  # on each device in its use, in the compute dtype
+    at_rest: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer of a network, with the layout of its activations and weights.
@@ -74,7 +88,7 @@ class Layer:
     output: Activation
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    param_bytes: dict[str, int]  # parameter -> bytes on each device, in the compute dtype
+    weights: dict[str, Weight]  # by the parameter's name
     is_dense: bool
     statistics: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -132,10 +146,24 @@ def sum_output(mesh: Mesh, layer: Layer) -> Iterator[Move]:
     yield Move(name, "all-gather", scattered, "backward", unscattered)
 
 
-def sum_weight_gradients(layer: Layer, updates: int) -> Iterator[Move]:
-    """Sum each parameter's gradient over the batch's devices, once per update."""
-    for name, held in layer.param_bytes.items():
-        yield Move(name, "all-reduce", set(layer.input.batch), "backward", updates * held)
+def sum_weight_gradients(mesh: Mesh, layer: Layer, updates: int) -> Iterator[Move]:
+    """Sum each parameter's gradient over the batch's devices, once per update.
+
+    Each device keeps its shard of the sum where the weight is split at rest. Mesh axes that do not
+    split it then sum the shards.
+    """
+    for name, weight in layer.weights.items():
+        held, scattered = updates * weight.bytes, set(layer.input.batch) & set(weight.at_rest)
+        shard = held / count_devices(mesh, scattered)
+        yield Move(name, "reduce-scatter", scattered, "backward", held)
+        yield Move(name, "all-reduce", set(layer.input.batch) - scattered, "backward", shard)
+
+
+def gather_weights(layer: Layer, updates: int, phases: Sequence[str]) -> Iterator[Move]:
+    """Gather the weights that are split at rest, once per update in each of `phases`."""
+    for name, weight in layer.weights.items():
+        for phase in phases:
+            yield Move(name, "all-gather", set(weight.at_rest), phase, updates * weight.bytes)
 
 
 def sum_statistics(layer: Layer) -> Iterator[Move]:
@@ -190,8 +218,12 @@ def closed_form(
         moves += sum_output(place.mesh, layer)
         moves += sum_statistics(layer)
         before = layer.output
-    for layer in layers:
-        moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
+    for number, layer in enumerate(layers):
+        updates = dense_updates if layer.is_dense else 1
+        # The first layer's weights are not needed backward: nobody wants the images' gradient.
+        again = place.row.get("gather_again") and number > 0
+        moves += gather_weights(layer, updates, ("forward", "backward") if again else ("forward",))
+        moves += sum_weight_gradients(place.mesh, layer, updates)
     return [_row(place.mesh, move) for move in moves if count_devices(place.mesh, move.axes) > 1]
 
 
@@ -272,14 +304,20 @@ def _layer(
             f"{name} is no layer with a kernel, at most a bias, an input and an output"
         )
     kernel = own[f"{name}.kernel"]
-    param_bytes = {}
-    for key, param in own.items():
-        sharding = place.sharding(axes_of(param), param.shape, key)
-        param_bytes[key] = math.prod(sharding.shard_shape(param.shape)) * itemsize
+    weights = {key: _weight(place, key, param, itemsize) for key, param in own.items()}
     spec = place.spec(axes_of(kernel), kernel.shape, f"{name}.kernel")
     rows, columns = _split_axes(place, spec)[-2:]
     given_and_result = given, activations[f"{name} output"]
-    return Layer(name, *given_and_result, rows, columns, param_bytes, is_dense(kernel))
+    return Layer(name, *given_and_result, rows, columns, weights, is_dense(kernel))
+
+
+def _weight(place: Placement, name: str, param: nnx.Variable, itemsize: int) -> Weight:
+    """Return the layout of the parameter `name`."""
+    sharding = place.sharding(axes_of(param), param.shape, name)
+    at_rest = place.spec_at_rest(axes_of(param), param.shape, name)
+    used, resting = (sum(_split_axes(place, spec), ()) for spec in (sharding.spec, at_rest))
+    held = math.prod(sharding.shard_shape(param.shape)) * itemsize
+    return Weight(held, tuple(axis for axis in resting if axis not in used))
 
 
 def _statistics(place: Placement, own: dict[str, nnx.Variable], itemsize: int) -> dict[str, int]:

@@ -77,9 +77,9 @@ def _check_layer(layer: Layer) -> None:
     if layer.rows and layer.columns:
         raise NotCovered(f"{name}: both rows and columns of its kernel are split")
     has_towers = not layer.rows and layer.columns == given.features
-    if layer.param_bytes and layer.rows != given.features and not has_towers:
+    if layer.weights and layer.rows != given.features and not has_towers:
         raise NotCovered(f"{name}: its input's features are not split as its kernel's rows are")
-    if layer.param_bytes and layer.columns != result.features:
+    if layer.weights and layer.columns != result.features:
         raise NotCovered(f"{name}: its output's features are not split as its kernel's columns are")
     # A sum over split rows may be scattered over the batch. No other layer changes the batch.
     scattered = result.batch[len(given.batch) :]

@@ -100,8 +100,11 @@ def _convolve(name, layer, x_NHWC, place, levers, pool) -> jax.Array:
     x_NHWC = place(x_NHWC, "conv_batch", None, None, "conv_in", name=f"{name} input")
     window, stride, padding = layer.kernel_size[1], layer.strides[1], layer.padding
     width = (x_NHWC.shape[2] + sum(padding[1]) - window) // stride + 1
-    x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
-    x_NHWC = fast_conv.convolve_fast(x_NHWC, kernel_HWIO, padding, stride, levers, place)
+
+    def product(x_NHWC, kernel_HWIO):
+        return fast_conv.convolve_fast(x_NHWC, kernel_HWIO, padding, stride, levers, place)
+
+    x_NHWC = place.product(product, x_NHWC.astype(layer.dtype), layer.kernel, layer.dtype)
     # A placement report (place.record) shows each map with its true shape.
     if not place.record and fast_conv.pool_ignores_extra(x_NHWC.shape[2], width, pool):
         return x_NHWC
@@ -115,12 +118,15 @@ def _convolve_towers(name, layer, x_NHWC, place) -> jax.Array:
     """
     inputs = ("conv_batch", None, None, "group_in")
     x_NHWC = place(x_NHWC, *inputs, name=f"{name} input")
-    kernel_HWIO = layer.kernel[...].astype(layer.dtype)
-    return place.towers(
-        lambda x, kernel: convolve(x, kernel, layer.padding, layer.strides),
-        layer.feature_group_count,
-        (x_NHWC, inputs),
-        (kernel_HWIO, layer.kernel.axes),
-        out=("conv_batch", None, None, "group_out"),
-        name=name,
-    )
+
+    def product(x_NHWC, kernel_HWIO):
+        return place.towers(
+            lambda x, kernel: convolve(x, kernel, layer.padding, layer.strides),
+            layer.feature_group_count,
+            (x_NHWC, inputs),
+            (kernel_HWIO, layer.kernel.axes),
+            out=("conv_batch", None, None, "group_out"),
+            name=name,
+        )
+
+    return place.product(product, x_NHWC, layer.kernel, layer.dtype)

@@ -66,7 +66,7 @@ def hidden(
     """
     batch = place.hidden_output_batch(name) if last else "dense_batch"
     x_BF = place(x_BF, "dense_batch", f"{name}_in", name=f"{name} input")
-    x_BF = place(nnx.relu(layer(x_BF)), batch, f"{name}_out", name=f"{name} output")
+    x_BF = place(nnx.relu(_linear(layer, x_BF, place)), batch, f"{name}_out", name=f"{name} output")
     # Placed once more after dropout: otherwise XLA may gather the mask for the next layer too.
     return place(dropout(x_BF, rate, key), batch, f"{name}_out")
 
@@ -74,7 +74,13 @@ def hidden(
 def logits(layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
     """Apply the output `layer`, called fc3; returns [B, classes]."""
     x_BF = place(x_BF, "output_batch", "fc3_in", name="fc3 input")
-    return place(layer(x_BF), "output_batch", "fc3_out", name="fc3 output")
+    return place(_linear(layer, x_BF, place), "output_batch", "fc3_out", name="fc3 output")
+
+
+def _linear(layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
+    """Apply `layer`, with its kernel brought from where it lies at rest."""
+    x_BF = place.product(jnp.dot, x_BF.astype(layer.dtype), layer.kernel, layer.dtype)
+    return x_BF if layer.bias is None else x_BF + layer.bias[...].astype(layer.dtype)
 
 
 def dropout_keys(key: jax.Array | None, layers: int) -> list[jax.Array | None] | jax.Array:

@@ -163,7 +163,7 @@ class Local:
         before = ("conv_batch", None, None, "conv_in")
         after = ("conv_batch", None, None, "conv_out")
         x_NHWC = call.place(x_NHWC, *before, name=f"{call.name} input")
-        x_NHWC = call.place(call.layer(x_NHWC), *after, name=f"{call.name} output")
+        x_NHWC = call.place(call.layer(x_NHWC, call.place), *after, name=f"{call.name} output")
         return self.activation(x_NHWC)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.placement import axes_of, name_of
+from cnn_spmd.sharding.placement import axes_of, is_weight, name_of
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.step import StepFunctions
 
@@ -64,7 +64,9 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
         placement=[
-            place.report(name, axes_of(leaf), leaf.shape, leaf.dtype.itemsize)
+            place.report(
+                name, axes_of(leaf), leaf.shape, leaf.dtype.itemsize, weight=is_weight(leaf)
+            )
             for name, leaf in variables
         ],
         activations=[place.report(*activation, itemsize) for activation in activations],
