@@ -146,24 +146,29 @@ def sum_output(mesh: Mesh, layer: Layer) -> Iterator[Move]:
     yield Move(name, "all-gather", scattered, "backward", unscattered)
 
 
-def sum_weight_gradients(mesh: Mesh, layer: Layer, updates: int) -> Iterator[Move]:
-    """Sum each parameter's gradient over the batch's devices, once per update.
+def sum_weight_gradients(layer: Layer, updates: int) -> Iterator[Move]:
+    """Sum each parameter's gradient over the batch's devices, once per update."""
+    for name, weight in layer.weights.items():
+        if not weight.at_rest:
+            summed = set(layer.input.batch)
+            yield Move(name, "all-reduce", summed, "backward", updates * weight.bytes)
 
-    Each device keeps its shard of the sum where the weight is split at rest. Mesh axes that do not
-    split it then sum the shards.
+
+def gather_weights(mesh: Mesh, layer: Layer, uses: int, again: bool) -> Iterator[Move]:
+    """Gather each weight that is split at rest, and split the sum of its gradient.
+
+    uses: micro-batches. again: gather once more in the backward pass. Mesh axes of the batch that
+    do not split the weight sum the shards.
     """
     for name, weight in layer.weights.items():
-        held, scattered = updates * weight.bytes, set(layer.input.batch) & set(weight.at_rest)
-        shard = held / count_devices(mesh, scattered)
-        yield Move(name, "reduce-scatter", scattered, "backward", held)
-        yield Move(name, "all-reduce", set(layer.input.batch) - scattered, "backward", shard)
-
-
-def gather_weights(layer: Layer, updates: int, phases: Sequence[str]) -> Iterator[Move]:
-    """Gather the weights that are split at rest, once per update in each of `phases`."""
-    for name, weight in layer.weights.items():
-        for phase in phases:
-            yield Move(name, "all-gather", set(weight.at_rest), phase, updates * weight.bytes)
+        if weight.at_rest:
+            gathered, whole = set(weight.at_rest), uses * weight.bytes
+            for phase in ("forward", "backward") if again else ("forward",):
+                yield Move(name, "all-gather", gathered, phase, whole)
+            scattered = set(layer.input.batch) & gathered
+            shard = whole / count_devices(mesh, scattered)
+            yield Move(name, "reduce-scatter", scattered, "backward", whole)
+            yield Move(name, "all-reduce", set(layer.input.batch) - scattered, "backward", shard)
 
 
 def sum_statistics(layer: Layer) -> Iterator[Move]:
@@ -189,6 +194,7 @@ def closed_form(
     itemsize: int,
     dense_updates: int = 1,
     image_bytes: int = 0,
+    micro_batches: int = 1,
 ) -> list[dict]:
     """Return what theory says that a train step moves, as JSON-ready rows.
 
@@ -202,6 +208,7 @@ def closed_form(
       batch. (Where their gradients are summed before one update, XLA reduces some or all of them
       one by one: more than theory.)
     image_bytes: one device's payload where the devices exchange the images of a step; otherwise 0.
+    micro_batches: of the dense layers. Weights that are split at rest are gathered for each one.
 
     A row has what, operation, axes, phase, bytes (one device's payload) and ring_bytes, as in
     hlo.py. Raises NotCovered where a layer cannot be identified; coverage.py has the other limits.
@@ -219,11 +226,10 @@ def closed_form(
         moves += sum_statistics(layer)
         before = layer.output
     for number, layer in enumerate(layers):
-        updates = dense_updates if layer.is_dense else 1
         # The first layer's weights are not needed backward: nobody wants the images' gradient.
-        again = place.row.get("gather_again") and number > 0
-        moves += gather_weights(layer, updates, ("forward", "backward") if again else ("forward",))
-        moves += sum_weight_gradients(place.mesh, layer, updates)
+        again = place.row.get("gather_again", False) and number > 0
+        moves += gather_weights(place.mesh, layer, micro_batches if layer.is_dense else 1, again)
+        moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
     return [_row(place.mesh, move) for move in moves if count_devices(place.mesh, move.axes) > 1]
 
 

@@ -88,11 +88,13 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     if reason is None and config.optimizer.name == "muon":
         reason = _split_by_muon(abstract.params)
     if reason is None:
-        each = microbatch.updates_each(functions.microbatch)
-        updates = config.batch_size // config.dense_microbatch if each else 1
+        micro_batches = config.batch_size // (config.dense_microbatch or config.batch_size)
+        updates = micro_batches if microbatch.updates_each(functions.microbatch) else 1
         feed, _ = setup.feeds
         images = feed.exchanged_bytes if isinstance(feed, Sharded) else 0
-        theory = communication.closed_form(place, activations, variables, itemsize, updates, images)
+        theory = communication.closed_form(
+            place, activations, variables, itemsize, updates, images, micro_batches
+        )
     yield dict(
         closed_form=theory,
         closed_form_not_covered=reason,
