@@ -23,6 +23,7 @@ from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.models import alexnet, alexnet_2012, resnet, stack
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement, name_of
+from cnn_spmd.sharding.table import KERNELS, TABLE
 from cnn_spmd.training import build, program_report
 from cnn_spmd.training.step import StepFunctions, TrainState
 from experiments import alexnet_cifar
@@ -50,13 +51,16 @@ STACK = (
 
 # Rows of a config's own.
 OWN_ROWS = {
+    # All weights at rest on all devices: convolutions beside their use on each device, dense layers
+    # beside their split over `model`.
+    "hybrid_at_rest": {**TABLE["hybrid"], "at_rest": KERNELS, "gather_again": False},
     "mine": dict(
         conv_batch=("data", "model"),
         dense_batch="data",
         output_batch="data",
         fc1_out="model",
         fc2_in="model",
-    )
+    ),
 }
 
 
@@ -233,6 +237,7 @@ FC1 = 256 * 64 + 64
 FC2 = 64 * 64 + 64
 FC3 = 64 * 16 + 16
 ROWS = [8 * 16, 16 * 8, 24 * 8, 16 * 8]  # of one row of the inputs of conv2 ... conv5
+BIASES = 8 + 16 + 24 + 16 + 16 + 64 + 64 + 16
 INPUTS = [8 * 16 * 16, 16 * 8 * 8, 24 * 8 * 8, 16 * 8 * 8, 256, 64, 64]
 
 # How many numbers each paper's scheme reduces (an all-reduce or a reduce-scatter) and gathers on
@@ -255,6 +260,15 @@ BY_HAND = {
         ("reduce", "data"): (FC1 + 64 * 64) / 2 + 64,
         ("reduce", "model"): BATCH / 4 * (256 + 64),
         ("gather", "model"): BATCH / 4 * (256 + 64),
+    },
+    "sharded_update": {
+        ("reduce", "data+model"): CONV + FC1 + FC2 + FC3,
+        ("gather", "data+model"): CONV + FC1 + FC2 + FC3 - BIASES,
+    },
+    "fsdp": {
+        ("reduce", "data+model"): CONV + FC1 + FC2 + FC3,
+        # conv1's kernel, 3x3x3x8, is not gathered again.
+        ("gather", "data+model"): 2 * (CONV + FC1 + FC2 + FC3 - BIASES) - 27 * 8,
     },
     "dense_2d": {
         ("reduce", "data+model"): CONV,

@@ -40,16 +40,20 @@ ALWAYS_SMALLER = {"hybrid": 2, "two_tower": 2}
 
 def meshes_of(model: str, parallelism: str) -> list[tuple[int, int]]:
     """Return the meshes on which to test a scheme."""
-    if parallelism == "mine":
+    if parallelism in OWN_ROWS:
         return [(4, 2)] if model == "alexnet" else []
     if parallelism == "two_tower" and model not in ("alexnet_2012", "alexnet_bn"):
         return []
-    dense_like_alexnet = (model, parallelism) == ("alexnet_2012", "dense_2d")
-    if (model == "simple_cnn" or dense_like_alexnet) and "ALL_MESHES" not in os.environ:
-        return [(4, 2)]  # the layers that matter are among alexnet's
-    if parallelism == "spatial" and "ALL_MESHES" not in os.environ:
-        # 8x1 is `data`; rows of alexnet_2012 do not divide by 4.
-        return MESHES[1:] if model == "alexnet" else [(2, 4)]
+    if "ALL_MESHES" not in os.environ:
+        if model == "alexnet_2012" and parallelism == "sharded_update":
+            return []  # fsdp rests alike
+        if model == "alexnet_2012" and parallelism in ("dense_2d", "fsdp"):
+            return [(4, 2)]  # the layers that matter are among alexnet's
+        if model == "simple_cnn":
+            return [] if "at_rest" in TABLE[parallelism] else [(4, 2)]
+        if parallelism == "spatial":
+            # 8x1 is `data`; rows of alexnet_2012 do not divide by 4.
+            return MESHES[1:] if model == "alexnet" else [(2, 4)]
     count = len(SMALLER) if "ALL_MESHES" in os.environ else ALWAYS_SMALLER.get(parallelism, 0)
     towers = 2 if parallelism == "two_tower" else 8
     return [shape for shape in MESHES + SMALLER[:count] if shape[1] <= towers]
@@ -58,7 +62,7 @@ def meshes_of(model: str, parallelism: str) -> list[tuple[int, int]]:
 CASES = [
     (model, parallelism, shape)
     for model in IMAGE_SIZE
-    for parallelism in (*TABLE, "mine")
+    for parallelism in (*TABLE, *OWN_ROWS)
     for shape in meshes_of(model, parallelism)
 ]
 # Networks with batch norm, on all meshes if ALL_MESHES is set.
@@ -149,23 +153,28 @@ def check_placement(report: dict, held: dict, row: dict, shape: tuple[int, int])
     # The last devices may hold fewer rows than the others; each has room for as many.
     images["bytes"] = images["bytes"] // rows * -(-rows // columns) * columns
     for array in [*report["placement"], images]:
+        is_kernel = array["name"].endswith(".kernel")
+        split = row | row.get("at_rest", {}) if is_kernel else row
         shares = array["bytes"] // array["bytes_per_device"]
         assert shares == math.prod(
             size
             for axis in array["logical_axes"]
             for name, size in zip(MESH_AXES, shape, strict=True)
-            if name in np.ravel(row.get(axis))
+            if name in np.ravel(split.get(axis))
         ), array
 
 
-# The kernels that are split on 4x2: a device holds half of each, or 1/8 under dense_2d.
+# The kernels that are split on 4x2: a device holds half of each, or 1/8 where both mesh axes split
+# it, in use or at rest.
 SPLIT = {
     "data": "",
     "model": "conv1 conv2 conv3 conv4 conv5 fc1 fc2 fc3",
     "hybrid": "fc1 fc2 fc3",
     "hybrid_alternating": "fc1 fc2",
-    "spatial": "",
+    "sharded_update": "conv1 conv2 conv3 conv4 conv5 fc1 fc2 fc3",
+    "fsdp": "conv1 conv2 conv3 conv4 conv5 fc1 fc2 fc3",
     "dense_2d": "fc1 fc2 fc3",
+    "spatial": "",
 }
 
 
@@ -191,7 +200,8 @@ def test_grouped_kernels_are_split(parallelism):
 
 def split_kernels(model: str, parallelism: str) -> str:
     """Return the layers with a kernel that is split as SPLIT says."""
-    found, parts = computed(model, parallelism, (4, 2)), 8 if parallelism == "dense_2d" else 2
+    found = computed(model, parallelism, (4, 2))
+    parts = 8 if parallelism in ("sharded_update", "fsdp", "dense_2d") else 2
     kernels = [row for row in found["report"]["placement"] if row["name"].endswith(".kernel")]
     split = [row["name"] for row in kernels if found["held"][row["name"]] * parts == row["bytes"]]
     return " ".join(name.removesuffix(".kernel") for name in split)

@@ -19,6 +19,9 @@ devices and Pr model devices. In a ring a device sends:
                         neighbours, of w pixels with c channels each; these
                         rows move forward, and their gradients backward
                         (Dryden et al. 2019, 1903.06681; sharding/halo.py)    (K-1) w c B/Pc each
+  gather_weights        at rest, weights are split over D more devices than in
+                        use: each is all-gathered, forward and, with
+                        gather_again, backward                             (D-1)/D W each
   sum_statistics        batch norm over the global batch of C channels: two
                         sums per channel, forward and backward            4 (Pc-1)/Pc C/Pr each
 
@@ -29,9 +32,10 @@ Where the data set is sharded (data/sharded.py), each of D devices sends M image
 exchange_images counts (D-1) M images.
 
 When each device keeps only its shard of a sum, XLA can use a reduce-scatter, at half the cost of an
-all-reduce. Gholami et al. ignore this; here it counts. Left out are scalars, labels, the sums of
-the softmax and, where classes are split, the logits that the metrics gather. coverage.py says for
-which networks and placements the rules hold.
+all-reduce. Gholami et al. ignore this; here it counts. One such sum is that of a gradient whose
+weight is split at rest (Xu et al. 2020, arXiv 2004.13336; ZeRO, Rajbhandari et al. 2020, arXiv
+1910.02054). Left out are scalars, labels, the sums of the softmax and, where classes are split, the
+logits that the metrics gather. coverage.py says for which networks and placements the rules hold.
 """
 
 import dataclasses
@@ -74,6 +78,16 @@ class Activation(NamedTuple):
         return {*self.batch, *self.height}
 
 
+class Weight(NamedTuple):
+    """The layout of one parameter.
+
+    at_rest: the mesh axes that split it between steps, and do not in its use.
+    """
+
+    bytes: int  # on each device in its use, in the compute dtype
+    at_rest: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer of a network, with the layout of its activations and weights.
@@ -88,7 +102,7 @@ class Layer:
     output: Activation
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    param_bytes: dict[str, int]  # parameter -> bytes on each device, in the compute dtype
+    weights: dict[str, Weight]  # by the parameter's name
     is_dense: bool
     statistics: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -150,8 +164,27 @@ def sum_output(mesh: Mesh, layer: Layer) -> Iterator[Move]:
 
 def sum_weight_gradients(layer: Layer, updates: int) -> Iterator[Move]:
     """Sum each parameter's gradient over the batch's devices, once per update."""
-    for name, held in layer.param_bytes.items():
-        yield Move(name, "all-reduce", layer.input.shared, "backward", updates * held)
+    for name, weight in layer.weights.items():
+        if not weight.at_rest:
+            summed = layer.input.shared
+            yield Move(name, "all-reduce", summed, "backward", updates * weight.bytes)
+
+
+def gather_weights(mesh: Mesh, layer: Layer, uses: int, again: bool) -> Iterator[Move]:
+    """Gather each weight that is split at rest, and split the sum of its gradient.
+
+    uses: micro-batches. again: gather once more in the backward pass. Mesh axes of the batch that
+    do not split the weight sum the shards.
+    """
+    for name, weight in layer.weights.items():
+        if weight.at_rest:
+            gathered, whole = set(weight.at_rest), uses * weight.bytes
+            for phase in ("forward", "backward") if again else ("forward",):
+                yield Move(name, "all-gather", gathered, phase, whole)
+            scattered = layer.input.shared & gathered
+            shard = whole / count_devices(mesh, scattered)
+            yield Move(name, "reduce-scatter", scattered, "backward", whole)
+            yield Move(name, "all-reduce", layer.input.shared - scattered, "backward", shard)
 
 
 def sum_statistics(layer: Layer) -> Iterator[Move]:
@@ -188,6 +221,7 @@ def closed_form(
     itemsize: int,
     dense_updates: int = 1,
     image_bytes: int = 0,
+    micro_batches: int = 1,
 ) -> list[dict]:
     """Return what theory says that a train step moves, as JSON-ready rows.
 
@@ -201,6 +235,7 @@ def closed_form(
       batch. (Where their gradients are summed before one update, XLA reduces some or all of them
       one by one: more than theory.)
     image_bytes: one device's payload where the devices exchange the images of a step; otherwise 0.
+    micro_batches: of the dense layers. Weights that are split at rest are gathered for each one.
 
     A row has what, operation, axes, phase, bytes (one device's payload) and ring_bytes, as in
     hlo.py. Raises NotCovered where a layer cannot be identified; coverage.py has the other limits.
@@ -219,7 +254,10 @@ def closed_form(
         before = layer.output
     halos = [_activation(place, *each, itemsize) for each in activations if is_halo(each[0])]
     moves += exchange_halos(halos, layers[0].name)
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        # The first layer's weights are not needed backward: nobody wants the images' gradient.
+        again = place.row.get("gather_again", False) and number > 0
+        moves += gather_weights(place.mesh, layer, micro_batches if layer.is_dense else 1, again)
         moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
     return [_row(place.mesh, move) for move in moves if count_devices(place.mesh, move.axes) > 1]
 
@@ -282,10 +320,11 @@ def _activation(
 ) -> Activation:
     if len(shape) < 2:
         raise NotCovered(f"{name!r} has no features")
-    first, *between, last = _split_axes(place, place.spec(axes, shape, name))
+    spec = place.spec(axes, shape, name)
+    first, *between, last = _split_axes(place, spec)
     if any(between[1:]):
         raise NotCovered(f"the width of {name!r} is split")
-    held = math.prod(place.shard_shape(axes, shape, name)) * itemsize
+    held = math.prod(place.shard_shape(spec, shape)) * itemsize
     return Activation(name, first, sum(between, ()), last, len(shape) == 4, held)
 
 
@@ -314,14 +353,20 @@ def _layer(
     kernel = own[f"{name}.kernel"]
     if given.height and kernel.shape[0] > 1 and f"{name} halo" not in activations:
         raise NotCovered(f"{name}: the height of its maps is split, and XLA chooses what moves")
-    param_bytes = {}
-    for key, param in own.items():
-        sharding = place.sharding(axes_of(param), param.shape, key)
-        param_bytes[key] = math.prod(sharding.shard_shape(param.shape)) * itemsize
+    weights = {key: _weight(place, key, param, itemsize) for key, param in own.items()}
     spec = place.spec(axes_of(kernel), kernel.shape, f"{name}.kernel")
     rows, columns = _split_axes(place, spec)[-2:]
     given_and_result = given, activations[f"{name} output"]
-    return Layer(name, *given_and_result, rows, columns, param_bytes, is_dense(kernel))
+    return Layer(name, *given_and_result, rows, columns, weights, is_dense(kernel))
+
+
+def _weight(place: Placement, name: str, param: nnx.Variable, itemsize: int) -> Weight:
+    """Return the layout of the parameter `name`."""
+    sharding = place.sharding(axes_of(param), param.shape, name)
+    at_rest = place.spec_at_rest(axes_of(param), param.shape, name)
+    used, resting = (sum(_split_axes(place, spec), ()) for spec in (sharding.spec, at_rest))
+    held = math.prod(sharding.shard_shape(param.shape)) * itemsize
+    return Weight(held, tuple(axis for axis in resting if axis not in used))
 
 
 def _statistics(place: Placement, own: dict[str, nnx.Variable], itemsize: int) -> dict[str, int]:

@@ -72,9 +72,9 @@ def _check_layer(layer: Layer) -> None:
     """Refuse a layer whose kernel, input and output fit none of the known splits."""
     name, given, result = layer.name, layer.input, layer.output
     has_towers = not layer.rows and layer.columns == given.features
-    if layer.param_bytes and layer.rows != given.features and not has_towers:
+    if layer.weights and layer.rows != given.features and not has_towers:
         raise NotCovered(f"{name}: its input's features are not split as its kernel's rows are")
-    if layer.param_bytes and layer.columns != result.features:
+    if layer.weights and layer.columns != result.features:
         raise NotCovered(f"{name}: its output's features are not split as its kernel's columns are")
     # A sum over split rows may be scattered over the batch. No other layer changes the batch.
     scattered = result.batch[len(given.batch) :]

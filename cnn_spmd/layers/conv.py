@@ -101,8 +101,11 @@ def _convolve(name, layer, x_NHWC, place, levers, pool) -> jax.Array:
     x_NHWC = place(x_NHWC, "conv_batch", "image_height", None, "conv_in", name=f"{name} input")
     window, stride, padding = layer.kernel_size[1], layer.strides[1], layer.padding
     width = (x_NHWC.shape[2] + sum(padding[1]) - window) // stride + 1
-    x_NHWC, kernel_HWIO = x_NHWC.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)
-    x_NHWC = fast_conv.convolve_fast(x_NHWC, kernel_HWIO, padding, stride, levers, place)
+
+    def product(x_NHWC, kernel_HWIO):
+        return fast_conv.convolve_fast(x_NHWC, kernel_HWIO, padding, stride, levers, place)
+
+    x_NHWC = place.product(product, x_NHWC.astype(layer.dtype), layer.kernel, layer.dtype)
     # A placement report (place.record) shows each map with its true shape.
     if not place.record and fast_conv.pool_ignores_extra(x_NHWC.shape[2], width, pool):
         return x_NHWC
@@ -127,13 +130,16 @@ def _convolve_on_shards(name, layer, x_NHWC, place, levers) -> jax.Array:
         x_NHWC = place.overlapping(x_NHWC, inputs, reach, name)
         padding = [(0, 0), padding[1]]  # the halo holds the rows beyond the edge
     forms = tuple(lever for lever in levers if lever == "space_to_depth")
-    x_NHWC = place.towers(
-        lambda x, kernel: fast_conv.convolve_fast(x, kernel, padding, stride, forms, place),
-        groups,
-        (x_NHWC, inputs),
-        (layer.kernel[...].astype(layer.dtype), layer.kernel.axes),
-        out=place.map_axes(count, layer.kernel.axes[-1]),
-        name=name,
-        rows=splits_rows,
-    )
-    return x_NHWC[:, :count]
+
+    def product(x_NHWC, kernel_HWIO):
+        return place.towers(
+            lambda x, kernel: fast_conv.convolve_fast(x, kernel, padding, stride, forms, place),
+            groups,
+            (x_NHWC, inputs),
+            (kernel_HWIO, layer.kernel.axes),
+            out=place.map_axes(count, layer.kernel.axes[-1]),
+            name=name,
+            rows=splits_rows,
+        )
+
+    return place.product(product, x_NHWC, layer.kernel, layer.dtype)[:, :count]

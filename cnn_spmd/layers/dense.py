@@ -69,7 +69,7 @@ def hidden(
     batch = place.hidden_output_batch(name) if last else "dense_batch"
     comes_from = "conv_batch" if name == "fc1" else "dense_batch"
     x_BF = place.move(x_BF, comes_from, "dense_batch", f"{name}_in", name=f"{name} input")
-    x_BF = place(nnx.relu(layer(x_BF)), batch, f"{name}_out", name=f"{name} output")
+    x_BF = place(nnx.relu(_linear(layer, x_BF, place)), batch, f"{name}_out", name=f"{name} output")
     # Placed once more after dropout: otherwise XLA may gather the mask for the next layer too.
     return place(dropout(x_BF, rate, key), batch, f"{name}_out")
 
@@ -81,7 +81,13 @@ def logits(layer: nnx.Linear, x_BF: jax.Array, place, first: bool = False) -> ja
     """
     comes_from = "conv_batch" if first else "output_batch"
     x_BF = place.move(x_BF, comes_from, "output_batch", "fc3_in", name="fc3 input")
-    return place(layer(x_BF), "output_batch", "fc3_out", name="fc3 output")
+    return place(_linear(layer, x_BF, place), "output_batch", "fc3_out", name="fc3 output")
+
+
+def _linear(layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
+    """Apply `layer`, with its kernel brought from where it lies at rest."""
+    x_BF = place.product(jnp.dot, x_BF.astype(layer.dtype), layer.kernel, layer.dtype)
+    return x_BF if layer.bias is None else x_BF + layer.bias[...].astype(layer.dtype)
 
 
 def dropout_keys(key: jax.Array | None, layers: int) -> list[jax.Array | None] | jax.Array:

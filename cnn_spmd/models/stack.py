@@ -163,7 +163,7 @@ class Local:
         rows = x_NHWC.shape[1]
         before, after = (call.place.map_axes(rows, axis) for axis in ("conv_in", "conv_out"))
         x_NHWC = call.place(x_NHWC, *before, name=f"{call.name} input")
-        x_NHWC = call.place(call.layer(x_NHWC), *after, name=f"{call.name} output")
+        x_NHWC = call.place(call.layer(x_NHWC, call.place), *after, name=f"{call.name} output")
         return self.activation(x_NHWC)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_spmd.config import MESH_AXES
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding import local
+from cnn_spmd.sharding import at_rest, local
 from cnn_spmd.sharding.halo import Windows
 from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_BE_UNEVEN, MAY_REPLICATE, TABLE
 
@@ -148,11 +148,8 @@ class Placement:
         """Return the NamedSharding of an array. Raises as `spec` does."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
-    def shard_shape(
-        self, axes: Axes, shape: tuple[int, ...], name: str = "array"
-    ) -> tuple[int, ...]:
-        """Return the shape of an array's largest shard. Raises as `spec` does."""
-        spec = self.spec(axes, shape, name)
+    def shard_shape(self, spec: P, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of an array's largest shard."""
         return tuple(
             -(-size // self.devices_on(split)) for size, split in zip(shape, spec, strict=True)
         )
@@ -162,19 +159,56 @@ class Placement:
         """Return the sharding of an array that every device holds whole."""
         return NamedSharding(self.mesh, P())
 
+    def spec_at_rest(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> P:
+        """Return the PartitionSpec of a weight between steps, from its logical axes.
+
+        Each dimension is split as `spec` says and, beyond that, over the mesh axes that the row's
+        `at_rest` gives it. Mesh axes that split the weight already are skipped. Where a size does
+        not divide, the dimension is split over fewer of them: the longest beginning of the list
+        that divides, otherwise one of them. Raises as `spec` does.
+        """
+        spec = mesh_axes_of(self.spec(axes, shape, name))
+        for dimension, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+            taken = sum(spec, ())
+            free = [a for a in self._axes_at_rest(axis, shape) if a not in taken]
+            for extra in (*(free[:n] for n in range(len(free), 0, -1)), *([a] for a in free)):
+                split = *spec[dimension], *extra
+                if size % self.devices_on(split) == 0:
+                    spec[dimension] = split
+                    break
+        return P(
+            *(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None for mesh_axes in spec)
+        )
+
+    def _axes_at_rest(self, axis: str | None, shape: tuple[int, ...]) -> list[str]:
+        """Return the mesh axes that split a dimension of a weight at rest, beyond its use.
+
+        A weight of one dimension, such as a bias, is small and lies as it is used.
+        """
+        names = _as_tuple(self.row.get("at_rest", {}).get(axis)) if len(shape) > 1 else ()
+        return [name for name in names if self.mesh.shape[name] > 1]
+
+    def sharding_at_rest(
+        self, axes: Axes, shape: tuple[int, ...], name: str = "array"
+    ) -> NamedSharding:
+        """Return the NamedSharding of a weight between steps. Raises as `spec` does."""
+        return NamedSharding(self.mesh, self.spec_at_rest(axes, shape, name))
+
     def of_state(self, state: Any) -> Any:
-        """Return a sharding for each array of a train state.
+        """Return a sharding for each array of a train state, as it lies between steps.
 
         An nnx.Variable lies where its metadata `axes` says; one without, and any other array, is
-        replicated. A momentum is built from its weight and so carries the weight's axes. A variable
-        without an array, which an optimizer for some parameters has of the others, stays as it is.
+        replicated. Weights (nnx.Param) lie where the row has them at rest. A momentum is built from
+        its weight: it carries the weight's axes, and is a Param too. A variable without an array,
+        which an optimizer for some parameters has of the others, stays as it is.
         """
 
         def sharding_of(path, leaf):
             if isinstance(leaf, nnx.Variable):
                 if not jax.tree.leaves(leaf):
                     return leaf
-                return leaf.replace(self.sharding(axes_of(leaf), leaf.shape, name_of(path)))
+                of_variable = self.sharding_at_rest if is_weight(leaf) else self.sharding
+                return leaf.replace(of_variable(axes_of(leaf), leaf.shape, name_of(path)))
             return self.replicated
 
         return jax.tree_util.tree_map_with_path(
@@ -204,6 +238,10 @@ class Placement:
             exchanged = NamedSharding(self.mesh, P(rest, *[None] * (x.ndim - 2), features))
             x = jax.lax.with_sharding_constraint(x, exchanged)
         return self(x, *axes, name=name)
+
+    def product(self, f: Callable, x: jax.Array, kernel: nnx.Param, dtype: Any) -> jax.Array:
+        """Return f(x, kernel), with the kernel in `dtype` and where it is used: at_rest.py."""
+        return at_rest.product(self, f, x, kernel, dtype)
 
     def micro_batches(self, x: jax.Array, count: int, *axes: str | None) -> jax.Array:
         """Reorder [B, ...] to micro-batches, [count, B / count, ...]; nothing moves.
@@ -253,19 +291,23 @@ class Placement:
         """Return the mesh and the scheme in parentheses, for errors."""
         return f"(mesh {self.mesh_name}, parallelism={self.parallelism})"
 
-    def report(self, name: str, axes: Axes, shape: tuple[int, ...], itemsize: int) -> dict:
+    def report(
+        self, name: str, axes: Axes, shape: tuple[int, ...], itemsize: int, weight: bool = False
+    ) -> dict:
         """Return a JSON-ready row on one array; itemsize: bytes per element.
 
-        `note` says which axis the row asked to split and could not (MAY_REPLICATE, map_axes), or is
-        empty.
+        weight: report where it lies at rest. `note` says which axis the row asked to split and
+        could not (MAY_REPLICATE, map_axes, or at rest), or is empty.
         """
-        sharding = self.sharding(axes, shape, name)
-        notes = []
-        for axis, size, got in zip(axes, shape, sharding.spec, strict=True):
-            if got is None and self.mesh_axes(axis):
-                split = "+".join(self.mesh_axes(axis))
+        spec = (self.spec_at_rest if weight else self.spec)(axes, shape, name)
+        split, notes = mesh_axes_of(spec), []
+        for axis, size, got in zip(axes, shape, split, strict=True):
+            at_rest = self._axes_at_rest(axis, shape) if weight else []
+            asked = dict.fromkeys([*self.mesh_axes(axis), *at_rest])
+            if asked.keys() - sum(split, ()):
                 notes.append(
-                    f"{axis}={size} does not divide by {split}={self.shards(axis)}: replicated"
+                    f"{axis}={size} does not divide by {'+'.join(asked)}={self.devices_on(asked)}: "
+                    f"{'split over ' + '+'.join(got) if got else 'replicated'}"
                 )
         if len(axes) == 4 and axes[0] == "dense_batch" and self.splits("image_height"):
             split = "+".join(self.mesh_axes("image_height"))
@@ -274,9 +316,9 @@ class Placement:
             name=name,
             shape=list(shape),
             logical_axes=list(axes),
-            mesh_axes=[list(a) if isinstance(a, tuple) else a for a in sharding.spec],
+            mesh_axes=[list(a) if isinstance(a, tuple) else a for a in spec],
             bytes=math.prod(shape) * itemsize,
-            bytes_per_device=math.prod(self.shard_shape(axes, shape, name)) * itemsize,
+            bytes_per_device=math.prod(self.shard_shape(spec, shape)) * itemsize,
             note="; ".join(notes),
         )
 
@@ -293,6 +335,10 @@ class Unplaced:
     def move(self, x: jax.Array, batch: str, *axes: str | None, name: str = "") -> jax.Array:
         """Return x as __call__ does."""
         return self(x, *axes, name=name)
+
+    def product(self, f, x, kernel, dtype):
+        """Return f(x, kernel), with the kernel in `dtype`."""
+        return f(x, kernel[...].astype(dtype))
 
     def towers(self, f, groups, *arrays, out, name="", rows=False):
         """Apply f to each of `groups` towers, one after another."""
@@ -334,10 +380,26 @@ def _check_own_row(scheme: str, row: Any) -> None:
         raise UserError(f"placement.{scheme}={row}: expected a row such as {{'fc1_out': 'model'}}")
     if scheme in TABLE:
         raise UserError(f"placement.{scheme}: is a built-in row, choose another name")
+    at_rest = row.get("at_rest", {})
+    if not isinstance(at_rest, Mapping):
+        expected = "expected a row of weights such as {'fc1_in': 'data'}"
+        raise UserError(f"placement.{scheme}.at_rest={at_rest}: {expected}")
+    again = row.get("gather_again")
+    if "gather_again" in row and not ("at_rest" in row and isinstance(again, bool)):
+        field = f"placement.{scheme}.gather_again={again}"
+        raise UserError(f"{field}: expected True or False, in a row with at_rest")
+    used = {axis: row[axis] for axis in row if axis not in ("at_rest", "gather_again")}
+    _check_mesh_axes(f"placement.{scheme}", used, LOGICAL_AXES)
+    of_weights = [axis for axis in LOGICAL_AXES if axis.endswith(("_in", "_out"))]
+    _check_mesh_axes(f"placement.{scheme}.at_rest", at_rest, of_weights)
+
+
+def _check_mesh_axes(where: str, row: Mapping, known_axes: Sequence[str]) -> None:
+    """Raise UserError unless `row` maps some of `known_axes` to mesh axes."""
     for axis, mesh_axes in row.items():
-        field = f"placement.{scheme}.{axis}={mesh_axes}"
-        if axis not in LOGICAL_AXES:
-            expected = ", ".join(LOGICAL_AXES)
+        field = f"{where}.{axis}={mesh_axes}"
+        if axis not in known_axes:
+            expected = ", ".join(known_axes)
             raise UserError(f"{field}: no such logical axis, expected one of {expected}")
         several = isinstance(mesh_axes, tuple | list)
         names = list(mesh_axes) if several else [mesh_axes]
@@ -362,6 +424,11 @@ def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
 def axes_of(variable: nnx.Variable) -> Axes:
     """Return the logical axes of a variable; without metadata `axes`, all None."""
     return getattr(variable, "axes", None) or (None,) * len(variable.shape)
+
+
+def is_weight(variable: nnx.Variable) -> bool:
+    """Return whether a variable is a parameter, or what an optimizer keeps of one."""
+    return isinstance(variable, nnx.Param)
 
 
 def is_dense(variable: nnx.Variable) -> bool:

@@ -13,13 +13,22 @@ shardings. To move an array, change its entry here, or give the config a row of 
 (`config.placement`). Three things follow without an entry: a momentum lives with its weight; model
 state and metrics are on every device; the data set is too, unless it is streamed.
 
+A row says where arrays are used. Its key `at_rest`, a row of the same form, splits weights further
+between steps: layers/ gather them for use (sharding/at_rest.py).
+
 tests/test_schemes.py checks, for every scheme, that it computes what one device computes and moves
 what theory says.
 """
 
+from typing import Any
+
 from cnn_spmd.config import MESH_AXES
 
 ALL = MESH_AXES  # ("data", "model"): split over all devices
+
+# Every kernel, split over all devices. Where a size does not divide, fewer devices split it: that
+# changes no number, and the placement report says so. Vectors (biases, scales) stay as in use.
+KERNELS = dict(conv_out=ALL, group_out=ALL, fc1_in=ALL, fc2_in=ALL, fc3_in=ALL)
 
 # Layers follow two rules. A layer takes its input split as its kernel's rows are (fc1_in), and
 # returns its output split as its kernel's columns are (fc1_out). Where one layer's output and the
@@ -35,7 +44,7 @@ ALL = MESH_AXES  # ("data", "model"): split over all devices
 # `group` axes are the channels of a convolution in groups (AlexNet's towers). If both are split,
 # each device works on its own groups, and nothing moves. With group_out alone, the input is
 # gathered.
-TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
+TABLE: dict[str, dict[str, Any]] = {
     # Data parallelism. Each device holds all weights and its shard of the batch. The gradients are
     # summed over all devices.
     "data": dict(conv_batch=ALL, dense_batch=ALL, output_batch=ALL),
@@ -87,6 +96,27 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
         fc1_out="model",
         fc2_out="model",
         fc3_out="model",
+    ),
+    # Data parallelism with a split update (Xu et al. 2020, arXiv 2004.13336; ZeRO-1). Each device
+    # keeps and updates one of N shards of the weights and momenta. XLA gathers the weights at the
+    # start of a step, and sums the gradients straight into shards: together as many bytes as the
+    # all-reduce of `data`.
+    "sharded_update": dict(
+        conv_batch=ALL,
+        dense_batch=ALL,
+        output_batch=ALL,
+        at_rest=KERNELS,
+    ),
+    # As sharded_update, one layer at a time (ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054;
+    # PyTorch's FSDP). A layer's weights are gathered when its input is there, dropped after use,
+    # and gathered again in the backward pass: half more bytes, and no device holds all weights at
+    # once. gather_again=False keeps them from the forward pass.
+    "fsdp": dict(
+        conv_batch=ALL,
+        dense_batch=ALL,
+        output_batch=ALL,
+        at_rest=KERNELS,
+        gather_again=True,
     ),
     # One mesh axis splits the rows of a dense kernel, the other its columns. They change places
     # from layer to layer: an output lies as the next layer takes it (PaSE, IPDPS 2021, table II).

@@ -11,7 +11,7 @@ from flax import nnx
 from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.placement import axes_of, name_of
+from cnn_spmd.sharding.placement import axes_of, is_weight, name_of
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.step import StepFunctions
 
@@ -65,7 +65,9 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
         placement=[
-            place.report(name, axes_of(leaf), leaf.shape, leaf.dtype.itemsize)
+            place.report(
+                name, axes_of(leaf), leaf.shape, leaf.dtype.itemsize, weight=is_weight(leaf)
+            )
             for name, leaf in variables
         ],
         activations=[place.report(*activation, itemsize) for activation in activations],
@@ -87,11 +89,13 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     if reason is None and config.optimizer.name == "muon":
         reason = _split_by_muon(abstract.params)
     if reason is None:
-        each = microbatch.updates_each(functions.microbatch)
-        updates = config.batch_size // config.dense_microbatch if each else 1
+        micro_batches = config.batch_size // (config.dense_microbatch or config.batch_size)
+        updates = micro_batches if microbatch.updates_each(functions.microbatch) else 1
         feed, _ = setup.feeds
         images = feed.exchanged_bytes if isinstance(feed, Sharded) else 0
-        theory = communication.closed_form(place, activations, variables, itemsize, updates, images)
+        theory = communication.closed_form(
+            place, activations, variables, itemsize, updates, images, micro_batches
+        )
     yield dict(
         closed_form=theory,
         closed_form_not_covered=reason,
