@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from conftest import ROOT
 
 from cnn_spmd.data import registry
 from cnn_spmd.papers import tables
+from cnn_spmd.sharding.table import ALL, TABLE
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,25 @@ def test_the_table_of_speeds(tmp_path):
     assert tables.speed_table(tmp_path).splitlines()[2:] == [
         "| 2 x X | 8 | 1x2 hybrid | 100 | 40 (max) | 2.50 | 10 | 4 | 2.00 | 1.25 |"
     ]
+
+
+def test_programs_are_compiled_for_every_row_of_the_table(monkeypatch):
+    """Each row on 2 to 512 devices; what splits over all devices at once on Nx1 only."""
+    # The module sets both for itself; this test undoes it.
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.syspath_prepend(ROOT)
+    programs = importlib.import_module("benchmarks.programs")
+    cases = list(programs.cases())
+    assert len({case.name for case in cases}) == len(cases)
+    for scheme in TABLE:
+        devices = {math.prod(case.mesh) for case in cases if case.parallelism == scheme}
+        assert devices == {2, 4, 8, 64, 512}
+    assert {case.mesh for case in cases if case.parallelism == "data"} == {
+        (count, 1) for count in (2, 4, 8, 64, 512)
+    }
+    assert {case.mesh[1] for case in cases if case.parallelism == "hybrid"} == {2, 8}
+    assert not programs.uses_one_axis(dict(conv_batch=ALL, at_rest=dict(fc1_in=ALL), again=True))
+    assert programs.uses_one_axis(dict(conv_batch=ALL, at_rest=dict(fc1_in="model")))
+    config = programs.config_of(next(case for case in cases if case.in_flight > 1))
+    assert config.collectives_in_flight == programs.IN_FLIGHT

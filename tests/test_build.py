@@ -1,5 +1,7 @@
 """A config's Setup creates a state, trains it from Python, and reports."""
 
+import types
+
 import jax
 import numpy as np
 import optax
@@ -92,6 +94,7 @@ def test_the_report_is_that_of_the_compiled_step():
     """It can be had before training, and training then compiles nothing again."""
     setup = setup_of("alexnet", "hybrid", (4, 2), dtype="float32")
     report = setup.report()
+    assert report["compiler_options"] == {}
     assert "error" not in report
     assert (report["parallelism"], report["mesh"]) == ("hybrid", dict(data=4, model=2))
     moved = {
@@ -173,3 +176,28 @@ def test_networks_that_would_train_wrongly_are_refused(monkeypatch, network, cha
 def test_at_least_one_step(monkeypatch):
     with pytest.raises(UserError, match="steps=0: expected at least 1"):
         setup_of("simple_cnn", "data", (1, 1), dtype="float32").train(None, 0)
+
+
+def on(platform, devices, in_flight):
+    """Return what a Setup's options depend on."""
+    found = np.array([types.SimpleNamespace(platform=platform)] * devices)
+    return types.SimpleNamespace(
+        config=types.SimpleNamespace(collectives_in_flight=in_flight),
+        place=types.SimpleNamespace(mesh=types.SimpleNamespace(devices=found, size=devices)),
+    )
+
+
+def test_collectives_in_flight_is_an_option_of_the_compiler_for_several_gpus(monkeypatch, capsys):
+    options = build.Setup.compiler_options.fget
+    limit = {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
+    assert options(on("gpu", 8, 4)) == limit
+    assert not any(map(options, (on("gpu", 8, 1), on("gpu", 1, 4), on("cpu", 8, 4))))
+
+    setup = build.prepare(small_config("simple_cnn", dtype="float32", collectives_in_flight=4))
+    assert "collectives_in_flight=4 has no effect" in capsys.readouterr().out
+    monkeypatch.setattr(build.Setup, "compiler_options", limit)
+    given = []
+    lowered = types.SimpleNamespace(compile=lambda compiler_options: given.append(compiler_options))
+    monkeypatch.setattr(build.Setup, "lower_train", lambda *_: lowered)
+    setup.train_program(3)
+    assert given == [limit]

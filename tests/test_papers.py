@@ -353,6 +353,17 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
         assert f">{text}<" in picture
 
 
+def test_a_program_of_an_older_version_has_no_hidden_share():
+    run = tables.load_programs()[0]
+    run.pop("overlap", None)
+    newer = run | dict(overlap=dict(hidden_share=0.125), in_flight=4, closed_form_ring_bytes=None)
+    ((_, table),) = tables.program_tables([run, newer]).items()
+    old, new = ([cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:])
+    assert old[-2] == "-"
+    assert new[-3:-1] == ["-", "12"]
+    assert new[2] == f"{old[2]}, 4 in flight"
+
+
 def test_the_headline_table_fits_readme():
     table = headline.headline_table()
     rows = re.sub(r"\(results/.*?\)", "", table).splitlines()

@@ -24,6 +24,7 @@ from cnn_spmd.report import (
     canvas,
     charts,
     compare,
+    document,
     load,
     load_runs,
     plots,
@@ -375,6 +376,14 @@ def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_
     )
     assert rows[1]["efficiency"] == "0.625"
     assert rows[6]["speedup"] == rows[6]["efficiency"] == ""
+
+
+def test_the_hidden_share_has_a_column_which_is_empty_for_older_sweeps():
+    column = document.COMPARISON_HEADER.index("hidden, %")
+    older = a_run("1x2", hidden_share=None)
+    del older["figures"]["hidden_share"]
+    groups = compare.groups_of([a_run("2x1"), older])
+    assert [document.comparison_row(group)[column] for group in groups] == ["88", ""]
 
 
 def test_a_fixed_batch_compares_with_the_same_batch_and_scheme(tmp_path):
@@ -1029,6 +1038,7 @@ def test_load_runs_gives_one_flat_dict_per_run(tmp_path):
         "peak_bytes": 400_000_000,
         "ring_bytes": 3_000_000 * 4 + 70_000 * 2,
         "closed_form_ring_bytes": 3_100_000 * 4,
+        "hidden_share": 0.875,
     }
     assert {name: last[name] for name in expected} == expected
     assert rows[1]["eval.mean_rank"] == 2.5

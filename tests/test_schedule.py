@@ -222,6 +222,8 @@ def test_the_report_is_a_share_of_time_and_of_bytes(monkeypatch):
         ([joined(), JOINED_DONE], "cpu", "cpu", "XLA for CPUs gives a collective no start"),
         ([joined(), JOINED_DONE], "NVIDIA A100", "gpu", "schedule.py has no NVIDIA A100"),
         ([joined()], H100, "gpu", "all-reduce-start.2 has no done in region_0.36_spmd"),
+        ([JOINED_DONE, joined()], H100, "gpu", "all-reduce-start.2 has no done"),
+        ([joined(), GEMM.replace("%dy", "%dx"), JOINED_DONE], H100, "gpu", "KeyError: 'dx'"),
         (
             [joined(), SLICE.replace("bf16[4]{0} fusion", "f4[4] fusion"), JOINED_DONE],
             H100,

@@ -13,7 +13,7 @@ multiprocessors and memory, that devices wait for each other, or the time betwee
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cnn_spmd.analysis.hlo import Collective, Instruction, Module, array_bytes, arrays
@@ -33,9 +33,10 @@ class Rates(NamedTuple):
     latency: float
 
 
-# flops: results/data/speed/h100-x1.json and h200-x2.json, matrix_flop_per_second. bandwidth: the
-# data sheets of NVIDIA. link and latency: all-reduces of XLA and NCCL between two H200s, of 2 kB
-# to 256 MB. Links between hosts are slower, and then less is hidden.
+# flops: results/data/speed/h100-x1.json and h200-x2.json, matrix_flop_per_second. bandwidth: data
+# sheets of NVIDIA. link: results/data/sweeps/alexnet-224-4xh200.json, the ring bytes of `data` on
+# 4x1 over what its step takes longer than that of one GPU. latency: small all-reduces of XLA and
+# NCCL between two H200s. Links between hosts are slower, and then less is hidden.
 _LINK = dict(link=295e9, latency=12e-6)
 RATES = {
     "NVIDIA H100 80GB HBM3": Rates(flops=720e12, bandwidth=3.35e12, **_LINK),
@@ -51,7 +52,6 @@ _SLICING = ("slice", "dynamic-slice", "gather")
 _CALLS = ("while", "call", "conditional")
 _DIM_LABELS = re.compile(r"\bdim_labels=\w+?_(\w+)->")
 _CONTRACTED = re.compile(r'\blhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d",]*)[}\]]')
-
 
 # The fields of `report` where nothing is known.
 UNKNOWN = dict(
@@ -95,8 +95,8 @@ def report(
         try:
             found = overlaps(module, collectives, rates)
             return _summary(found) | dict(rates=rates._asdict(), reason=None)
-        except ValueError as error:
-            reason = str(error)
+        except (ValueError, LookupError) as error:  # a form of the text that is not known
+            reason = f"{type(error).__name__}: {error}"
     return UNKNOWN | dict(reason=reason)
 
 
@@ -116,18 +116,18 @@ def _summary(found: Sequence[Overlap]) -> dict:
         )
         for collective, seconds, between, hidden in found
     ]
-    time, hidden, sent = (
-        sum(row[name] for row in rows)
-        for name in ("milliseconds", "hidden_milliseconds", "ring_bytes")
-    )
-    sent_hidden = sum(
-        row["ring_bytes"] * row["hidden_milliseconds"] / row["milliseconds"] for row in rows
-    )
+
+    def total(value: Callable[[Overlap], float]) -> float:
+        return sum(row.collective.count * value(row) for row in found)
+
+    seconds, hidden = total(lambda row: row.seconds), total(lambda row: row.hidden)
+    sent = total(lambda row: row.collective.ring_bytes)
+    sent_hidden = total(lambda row: row.collective.ring_bytes * row.hidden / row.seconds)
     return dict(
-        hidden_share=round(hidden / time, 4),
+        hidden_share=round(hidden / seconds, 4),
         hidden_bytes_share=round(sent_hidden / sent, 4),
-        communication_milliseconds=round(time, 4),
-        hidden_milliseconds=round(hidden, 4),
+        communication_milliseconds=round(1e3 * seconds, 4),
+        hidden_milliseconds=round(1e3 * hidden, 4),
         collectives=rows,
     )
 
@@ -135,7 +135,8 @@ def _summary(found: Sequence[Overlap]) -> dict:
 def overlaps(module: Module, collectives: Sequence[Collective], rates: Rates) -> list[Overlap]:
     """Return what the schedule does with each of the module's collectives.
 
-    Raises ValueError for a collective whose done is in another computation than its start.
+    Raises ValueError for a collective whose done does not follow its start in one computation, and
+    for an element type that is not known.
     """
     return _Schedule(module, rates).overlaps(collectives)
 
@@ -160,6 +161,8 @@ class _Schedule:
             start = self.instructions[collective.name]
             while start.computation in self.wrappers:
                 start = self.wrappers[start.computation]
+            if start.name in starts:
+                raise ValueError(f"{start.name} starts several collectives")
             starts[start.name] = collective
         computations = dict.fromkeys(self.instructions[name].computation for name in starts)
         found = [overlap for name in computations for overlap in self._walk(name, starts)]
@@ -167,11 +170,12 @@ class _Schedule:
         return sorted(found, key=lambda overlap: order[overlap.collective.name])
 
     def _walk(self, computation: str, starts: dict[str, Collective]) -> list[Overlap]:
-        """Walk through one computation's schedule, with a clock for computing and one for links."""
+        """Walk through one computation's schedule, and return its collectives."""
         computed = waited = link_free = 0.0
-        running: dict[str, tuple[float, float, float]] = {}  # start: from, until, computed before
+        # By the name of the start: when it has the link, until when, and what was computed before.
+        running: dict[str, tuple[float, float, float]] = {}
         between: dict[str, float] = {}
-        waits: list[tuple[float, float]] = []
+        waits: list[tuple[float, float]] = []  # from, until
         for instruction in self.computations[computation]:
             name, clock = instruction.name, computed + waited
             if name in starts:
@@ -181,7 +185,7 @@ class _Schedule:
                 if instruction.opcode.endswith("-start"):
                     continue
                 done = name
-            elif instruction.opcode.endswith("-done") and instruction.operands[0] in starts:
+            elif instruction.opcode.endswith("-done") and instruction.operands[0] in running:
                 done = instruction.operands[0]
             else:
                 computed += self._seconds(instruction)

@@ -456,8 +456,10 @@ def programs_page() -> str:
         CPU's makes an all-reduce of twice the cost. Where weights are split, a few bytes more
         are summed for the norm by which gradients are clipped. MB per device are parameters.
         Hidden is the share of the communication's time that the schedule of the GPU's program can
-        hide behind computing, by the estimate of `cnn_spmd/analysis/schedule.py`. It takes each
-        link for one of NVLink. "-": not estimated.""",
+        hide behind computing, by the estimate of `cnn_spmd/analysis/schedule.py`, as if each link
+        were NVLink; "-": not estimated. "4 in flight" is `collectives_in_flight=4`, where XLA's own
+        limit is 1. What the column cannot see:
+        [performance](../docs/performance.md#what-the-schedule-can-hide).""",
     ]
     for title, table in tables.program_tables(tables.load_programs()).items():
         parts += [f"## {title}", table]

@@ -171,7 +171,7 @@ def load_programs(folder: pathlib.Path = DATA / "programs") -> list[dict]:
     programs = [runfiles.read_json(path) for path in folder.glob("*.json")]
 
     def place(run: dict) -> tuple:
-        shape = (list(run["mesh"].values()), run["parallelism"])
+        shape = (list(run["mesh"].values()), run["parallelism"], run.get("in_flight", 1))
         network = (run["image_size"], run["devices"], run["compiler"]["platform"], run["model"])
         return network + shape
 
@@ -188,12 +188,13 @@ def program_tables(programs: Sequence[dict]) -> dict[str, str]:
             f"{run['model']}, {run['image_size']}x{run['image_size']} images, "
             f"{run['devices']} x {target}"
         )
+        in_flight = run.get("in_flight", 1)  # files of older versions lack it
         counts: collections.Counter[str] = collections.Counter()
         for row in run["collectives"]:
             counts[row["operation"]] += row["count"]
         cells = [
             compare.mesh_name(run["mesh"].values()),
-            run["parallelism"],
+            run["parallelism"] + (f", {in_flight} in flight" if in_flight > 1 else ""),
             str(run["batch_size"]),
             f"{run['bytes_per_device']['parameters'] / 1e6:.1f}",
             ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items())),
