@@ -398,10 +398,9 @@ def test_optimizers_by_hand(config, name):
 # ---- On meshes.
 
 
-def updated(name, shape):
+def updated(name, parallelism, shape):
     """Return parameters after two updates in float64 on a mesh, and the collectives of one."""
     settings = dict(name=name, learning_rate=0.1, trust=0.1, clip_norm=0.0)
-    parallelism = "data" if shape == (1, 1) else "hybrid"
     setup = setup_of("alexnet", parallelism, shape, optimizer=settings)
     functions, random = setup.functions, np.random.default_rng(0)
     abstract = functions.abstract_state.params
@@ -422,20 +421,26 @@ def updated(name, shape):
 
 @pytest.mark.parametrize("name", ["lars", "larc", "muon"])
 def test_a_norm_of_a_split_weight_is_that_of_the_whole(name):
-    """Updates on 4x2 and 1x8 are those of one device.
+    """Updates on 4x2 and 1x8, and of weights split at rest, are those of one device.
 
     LARS and LARC add one scalar for the weight and one for the gradient, per split parameter.
     """
+    # Split are the kernels and biases of fc1 and fc2, and the kernel of fc3. At rest: all kernels.
+    cases = {
+        ("hybrid", (4, 2)): (("model",), 5),
+        ("hybrid", (1, 8)): (("model",), 5),
+        ("sharded_update", (4, 2)): (("data", "model"), 8),
+    }
     with jax.enable_x64(True):
-        (one, _), *many = (updated(name, shape) for shape in ((1, 1), (4, 2), (1, 8)))
-    for params, collectives in many:
+        one, _ = updated(name, "data", (1, 1))
+        many = [updated(name, *case) for case in cases]
+    for (params, collectives), (axes, split) in zip(many, cases.values(), strict=True):
         assert_close(params, one, 1e-12)
         if name == "muon":
             assert {each.operation for each in collectives} > {"all-reduce"}
             continue
-        assert {(each.operation, each.axes) for each in collectives} == {("all-reduce", ("model",))}
-        # Split are the kernels and biases of fc1 and fc2, and the kernel of fc3.
-        assert sum(each.bytes for each in collectives) == 5 * 2 * np.dtype(float).itemsize
+        assert {(each.operation, each.axes) for each in collectives} == {("all-reduce", axes)}
+        assert sum(each.bytes for each in collectives) == split * 2 * np.dtype(float).itemsize
 
 
 def test_the_closed_form_does_not_cover_muon_on_split_weights():
