@@ -8,6 +8,7 @@ from flax import nnx
 from setups import (
     BATCH,
     BY_HAND,
+    CONV,
     FC1,
     FC2,
     FC3,
@@ -26,7 +27,10 @@ from cnn_spmd.training.step import StepFunctions
 
 
 def test_micro_batches_on_meshes():
-    """Summed gradients are plain SGD; updates after each are the same on every mesh."""
+    """Summed gradients are plain SGD; updates after each are the same on every mesh.
+
+    So are those of weights that are split at rest.
+    """
 
     def run(shape, parallelism="hybrid", **changes):
         changes = dict(changes, model=dict(width=64, dropout=0.0))
@@ -37,7 +41,8 @@ def test_micro_batches_on_meshes():
         summed = run((2, 2), dense_microbatch=4, dense_updates="sum")
         each_on_one = run((1, 1), dense_microbatch=4)
         each = run((2, 2), "dense_2d", dense_microbatch=4)
-    for got, expected in ((summed, plain), (each, each_on_one)):
+        at_rest = run((2, 2), "fsdp", dense_microbatch=4)
+    for got, expected in ((summed, plain), (each, each_on_one), (at_rest, each_on_one)):
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
         assert_close(got[1], expected[1])
     assert abs(each[0][1] - plain[0][1]) > 1e-4
@@ -68,6 +73,18 @@ def test_what_two_micro_batches_move(parallelism, n, dense_gradients):
     for move, (compiled, theory) in moved.items():
         assert compiled / 4 == pytest.approx(expected.get(move, 0), rel=0.01, abs=100), move
         assert theory / 4 == pytest.approx(expected.get(move, 0), rel=0.01, abs=100), move
+
+
+def test_what_micro_batches_move_of_weights_at_rest():
+    """Each micro-batch gathers dense weights and splits gradients, though one update follows."""
+    changes = dict(dense_microbatch=8, dense_updates="sum", dtype="float32")
+    setup = setup_of("alexnet", "fsdp", (4, 2), **changes)
+    report = program_report.report_of(setup, setup.train_program(1), 1)
+    dense, conv = FC1 + FC2 + FC3 - 144, CONV - 80  # without biases
+    expected = dict(gather=2 * (2 * dense + conv) - 27 * 8, reduce=2 * dense + conv)
+    for row in report["communication"]:
+        by_hand = pytest.approx(expected[row["kind"]], rel=0.01)
+        assert (row["compiled_bytes"] / 4, row["closed_form_bytes"] / 4) == (by_hand, by_hand), row
 
 
 class PlainLoop:

@@ -427,14 +427,19 @@ def updated(name, parallelism, shape):
 
 @pytest.mark.parametrize("name", ["lars", "larc", "muon"])
 def test_a_norm_of_a_split_weight_is_that_of_the_whole(name):
-    """Updates under hybrid and dense_2d are those of one device.
+    """Updates under hybrid, dense_2d and of weights split at rest are those of one device.
 
     LARS and LARC add one scalar for the weight and one for the gradient, per split parameter and
     mesh axis.
     """
-    # How many parameters a mesh axis splits: under hybrid the kernels and biases of fc1 and fc2,
-    # and the kernel of fc3; under dense_2d the three kernels, and a bias as its kernel's columns.
-    split = {"hybrid": {("model",): 5}, "dense_2d": {("model",): 3 + 2, ("data",): 3 + 1}}
+    # How many parameters mesh axes split: under hybrid the kernels and biases of fc1 and fc2, and
+    # the kernel of fc3; under dense_2d the three kernels, and a bias as its kernel's columns; at
+    # rest all kernels.
+    split = {
+        "hybrid": {("model",): 5},
+        "dense_2d": {("model",): 3 + 2, ("data",): 3 + 1},
+        "sharded_update": {("data", "model"): 8},
+    }
     with jax.enable_x64(True):
         one, _ = updated(name, "data", (1, 1))
         many = {scheme: updated(name, scheme, (4, 2)) for scheme in split}

@@ -25,12 +25,14 @@ from jax.sharding import NamedSharding
 def product(place, f: Callable, x: jax.Array, kernel: nnx.Param, dtype: Any) -> jax.Array:
     """Return f(x, kernel), with the kernel cast to `dtype` and where the row uses it.
 
-    f: linear in x and in the kernel, such as a convolution. kernel: with metadata `axes`.
+    f: linear in x and in the kernel, such as a convolution.
     """
     weight = kernel[...].astype(dtype)
-    axes = getattr(kernel, "axes", None) or (None,) * weight.ndim
-    rest, used = place.sharding_at_rest(axes, weight.shape), place.sharding(axes, weight.shape)
-    if rest.is_equivalent_to(used, weight.ndim):
+    if "at_rest" not in place.row or not hasattr(kernel, "axes"):
+        return f(x, weight)
+    layout = kernel.axes, kernel.shape, "kernel"
+    rest, used = place.sharding_at_rest(*layout), place.sharding(*layout)
+    if rest == used:
         return f(x, weight)
     if "gather_again" not in place.row:
         return f(x, _gathered(weight, rest, used))
