@@ -121,8 +121,8 @@ def interpreted(monkeypatch):
     )
 
 
-def pool_of(size, window, strides, ceil):
-    return fast_pool.Pool(window, strides, ceil, (size, size), lambda f, *arrays: f(*arrays))
+def pool_of(sizes, window, strides, ceil):
+    return fast_pool.Pool(window, strides, ceil, sizes, lambda f, *arrays: f(*arrays))
 
 
 def compare_kernels(pool, x, *bias):
@@ -141,17 +141,20 @@ def compare_kernels(pool, x, *bias):
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("bias", [(), (jnp.linspace(-3, 1, 16),)])
-@pytest.mark.parametrize(("size", "window", "strides", "ceil"), [(9, 3, 2, False), (7, 4, 2, True)])
-def test_pool_kernels_against_the_plain_form(size, window, strides, ceil, bias):
-    x = jax.random.normal(jax.random.key(0), (2, size, size, 16))
-    index = compare_kernels(pool_of(size, window, strides, ceil), x, *bias)
+@pytest.mark.parametrize(
+    ("sizes", "window", "strides", "ceil"),
+    [((5, 9), 3, 2, False), ((7, 7), 4, 2, True)],  # of a shard of rows, and of a map
+)
+def test_pool_kernels_against_the_plain_form(sizes, window, strides, ceil, bias):
+    x = jax.random.normal(jax.random.key(0), (2, *sizes, 16))
+    index = compare_kernels(pool_of(sizes, window, strides, ceil), x, *bias)
     assert bool((index == kernels.NONE).any()) == bool(bias)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_pool_kernels_on_equal_maxima_nan_and_several_blocks_of_channels():
     x = jax.random.randint(jax.random.key(0), (2, 9, 9, 96), 0, 4).astype(jnp.float32)
-    compare_kernels(pool_of(9, 3, 2, False), x.at[0, 4, 4, ::5].set(jnp.nan))
+    compare_kernels(pool_of((9, 9), 3, 2, False), x.at[0, 4, 4, ::5].set(jnp.nan))
 
 
 @pytest.mark.usefixtures("interpreted")
