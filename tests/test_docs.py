@@ -111,6 +111,7 @@ def test_readme_has_the_placement_table():
             mesh_axes(row, "dense_batch"),
             *(weights(row, layer) for layer in ("fc1", "fc2", "fc3")),
             mesh_axes(row, "output_batch"),
+            ", ".join(row["at_rest"]["fc1_in"]) if "at_rest" in row else "as in use",
         ]
         for scheme, row in TABLE.items()
     ]
