@@ -95,6 +95,8 @@ def test_readme_has_the_placement_table():
         for name, axis in (("columns", f"{layer}_out"), ("rows", f"{layer}_in")):
             if axis in row:
                 return f"{name}: {mesh_axes(row, axis)}"
+            if axis in row.get("at_rest", ()):
+                return f"at rest: {mesh_axes(row['at_rest'], axis)}"
         return "-"
 
     expected = [
