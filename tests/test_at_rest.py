@@ -76,33 +76,36 @@ def test_own_rows_that_are_refused(row, message):
     assert str(error.value).startswith(f"placement.mine.{message}")
 
 
-def gathers(parallelism: str, **changes) -> list[tuple]:
-    """Return (dtype, the gathers that it waits for) of each gather of a kernel, in order."""
-    setup = setup_of("alexnet", parallelism, (4, 2), **changes)
+def moves(parallelism: str, dtype: str) -> list[tuple]:
+    """Return (dtype, the moves that it waits for) of each move of a kernel or its gradient.
+
+    In a gradient of AlexNet, in order. A move is a constraint on where such an array lies. A gather
+    has two: where the kernel rests, and where it is used.
+    """
+    setup = setup_of("alexnet", parallelism, (4, 2), dtype=dtype)
     functions, state = setup.functions, setup.functions.abstract_state
     inputs = setup.feeds[0].shapes(setup.config.batch_size)
-    traced = jax.make_jaxpr(functions.gradients)(state, *inputs).jaxpr
     kernels = [leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
     found, waits = [], {}
-    for equation in traced.eqns:
+    for equation in jax.make_jaxpr(functions.gradients)(state, *inputs).jaxpr.eqns:
         known = [variable for variable in equation.invars if not isinstance(variable, Literal)]
         before = frozenset().union(*(waits.get(variable, ()) for variable in known))
-        (result, *_) = equation.outvars
-        is_placed = equation.primitive.name == "sharding_constraint"
-        is_kernel = result.aval.shape in kernels
-        if is_placed and is_kernel and equation.params["sharding"].is_fully_replicated:
-            found.append((str(result.aval.dtype), before))
+        result = equation.outvars[0].aval
+        if equation.primitive.name == "sharding_constraint" and result.shape in kernels:
+            found.append((str(result.dtype), before))
             before |= {len(found) - 1}
         waits |= dict.fromkeys(equation.outvars, before)
     return found
 
 
-def test_fsdp_gathers_one_layer_after_another():
-    """Each gather waits for all gathers before it, forward and backward.
+def test_fsdp_moves_one_layer_after_another():
+    """Each move waits for all moves before it, forward and backward.
 
-    There are eight of each; XLA drops the last one, as nothing needs the gradient of the images.
-    With sharded_update no gather waits for another one. What moves has the compute dtype.
+    That is 2 per layer forward and 3 backward: the gather and the sum of the gradient. With
+    sharded_update no gather waits for another one. What moves has the compute dtype.
     """
-    in_turn = [("float32", frozenset(range(number))) for number in range(16)]
-    assert gathers("fsdp", dtype="float32") == in_turn
-    assert gathers("sharded_update", dtype="bfloat16") == [("bfloat16", frozenset())] * 8
+    assert moves("fsdp", "float32") == [("float32", frozenset(range(n))) for n in range(8 * 5)]
+    found = moves("sharded_update", "bfloat16")
+    in_pairs = [("bfloat16", frozenset({n - 1} if n % 2 else ())) for n in range(8 * 2)]
+    assert found[: 8 * 2] == in_pairs
+    assert len(found) == 8 * 3

@@ -149,6 +149,23 @@ def test_resumed_equals_uninterrupted(config, tmp_path, begun_on, resumed_on):
             assert got == expected if same_mesh else got == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path):
+    """A run goes from whole weights to split ones and back, a step each, and loses nothing."""
+    config.optimizer.update(dict(decay="constant", warmup=0.0))
+    config.update(dict(steps=4, epochs=0))
+    loop.train(config, tmp_path / "whole")
+    homes = [("data", 8, 1), ("sharded_update", 4, 2), ("fsdp", 2, 4), ("data", 1, 1)]
+    for steps, (parallelism, data, model) in enumerate(homes, 1):
+        mesh = dict(data=data, model=model)
+        config.update(dict(steps=steps, parallelism=parallelism, mesh=mesh))
+        summary = loop.train(config, tmp_path / "parts")
+        assert (summary["status"], summary["steps"]) == ("completed", steps)
+    whole, parts = saved_state(tmp_path / "whole", 4), saved_state(tmp_path / "parts", 4)
+    for name, value in whole.items():
+        tolerance = 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(parts[name], value, rtol=0, atol=tolerance, err_msg=name)
+
+
 def test_a_run_of_two_stages_and_crops_resumes(config, tmp_path):
     """A small form of cuda-convnet's recipe resumes after step 4.
 
@@ -175,7 +192,7 @@ def test_a_checkpoint_is_not_changed_by_the_steps_after_it(config, tmp_path):
     config.checkpoint.keep = 10
     loop.train(config, tmp_path / "long")
     config.epochs = 1
-    config.optimizer.decay = "constant"
+    config.optimizer.update(dict(decay="constant", warmup=0.0))
     config.optimizer.warmup = 0.0
     loop.train(config, tmp_path / "short")
     config.epochs = 4
