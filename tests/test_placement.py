@@ -77,7 +77,7 @@ def test_the_report_says_what_is_replicated():
         (dict(mine=dict(conv_batch=3)), r"placement\.mine\.conv_batch=3: expected 'data', 'model'"),
         (dict(mine=3), r"placement\.mine=3: expected a row such as"),
         (dict(data=dict(fc1_out="model")), r"placement\.data: is a built-in row"),
-        (dict(other={}), "parallelism=mine: unknown, expected one of .*two_tower, other"),
+        (dict(other={}), "parallelism=mine: unknown, expected one of data, .*, other"),
     ],
 )
 def test_own_rows_that_are_refused(own, message):

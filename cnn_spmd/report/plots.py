@@ -45,9 +45,9 @@ SCHEMES = {
     "data": ("#0072B2", "o", "-"),
     "hybrid": ("#D55E00", "s", "--"),
     "hybrid_alternating": ("#009E73", "^", "-."),
-    "dense_2d": ("#56B4E9", "X", (0, (3, 1))),
     "model": ("#CC79A7", "D", ":"),
     "two_tower": ("#E69F00", "v", (0, (5, 1, 1, 1, 1, 1))),
+    "dense_2d": ("#56B4E9", "X", (0, (3, 1))),
 }
 OTHER = ("#222222", "P", (0, (1, 3)))
 LABEL = dict(textcoords="offset points", fontsize=8)

@@ -74,6 +74,19 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
         fc1_out="model",
         fc2_in="model",
     ),
+    # The two GPUs of AlexNet (Krizhevsky et al. 2012, figure 2). Each holds one tower of the
+    # network; the towers meet only in conv3 and in the dense layers.
+    "two_tower": dict(
+        conv_batch="data",
+        dense_batch="data",
+        output_batch="data",
+        conv_out="model",
+        group_in="model",
+        group_out="model",
+        fc1_out="model",
+        fc2_out="model",
+        fc3_out="model",
+    ),
     # One mesh axis splits the rows of a dense kernel, the other its columns. They change places
     # from layer to layer: an output lies as the next layer takes it (PaSE, IPDPS 2021, table II).
     # The dense batch is not split, so no gradient of a dense weight is summed. Each layer sums its
@@ -87,19 +100,6 @@ TABLE: dict[str, dict[str, str | tuple[str, ...]]] = {
         fc2_in="model",
         fc2_out="data",
         fc3_in="data",
-        fc3_out="model",
-    ),
-    # The two GPUs of AlexNet (Krizhevsky et al. 2012, figure 2). Each holds one tower of the
-    # network; the towers meet only in conv3 and in the dense layers.
-    "two_tower": dict(
-        conv_batch="data",
-        dense_batch="data",
-        output_batch="data",
-        conv_out="model",
-        group_in="model",
-        group_out="model",
-        fc1_out="model",
-        fc2_out="model",
         fc3_out="model",
     ),
 }
