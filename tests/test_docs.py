@@ -1,5 +1,6 @@
 """README and guide show what the code prints, draws and does."""
 
+import itertools
 import json
 import os
 import re
@@ -131,26 +132,30 @@ def test_readme_shows_the_last_line_of_a_measured_run(name):
     assert any(block.startswith(line) for block in fences(README, "text"))
 
 
-def test_mesh_picture_is_drawn_from_the_table():
-    drawing = runpy.run_path(str(ROOT / "docs" / "draw_mesh.py"))
-    svg = (ROOT / "docs" / "mesh.svg").read_text()
-    assert drawing["draw"]() == svg
-    assert int(re.search(r'<svg [^>]*width="(\d+)"', svg)[1]) <= 800
+def test_pictures_are_drawn_from_the_table():
+    drawing = runpy.run_path(str(ROOT / "docs" / "draw_schemes.py"))
+    for path, svg in drawing["pictures"]():
+        assert path.read_text() == svg
+        assert int(re.search(r'<svg [^>]*width="(\d+)"', svg)[1]) <= 800
 
 
-def test_mesh_picture_shows_what_jax_places():
+@pytest.mark.parametrize("scheme", TABLE)
+def test_pictures_show_what_jax_places(scheme):
     """For each dimension the picture fills the shard that jax gives the device."""
-    drawing = runpy.run_path(str(ROOT / "docs" / "draw_mesh.py"))
+    drawing = runpy.run_path(str(ROOT / "docs" / "draw_schemes.py"))
     sizes = drawing["MESH"]
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
-    row = TABLE[drawing["SCHEME"]]
-    logical_axes = {axis for array in drawing["ARRAYS"] for axis in array[2:]}
-    assert {axis for axis in row if not axis.startswith("output")} <= logical_axes
-    for axis in logical_axes:
-        sharding = NamedSharding(mesh, PartitionSpec(row.get(axis)))
+    row = TABLE[scheme]
+    drawn = {axis for array in drawing["ARRAYS"] for axes in array[2:] for axis in axes}
+    shown = {axis for axis in row if axis not in ("output_batch", "at_rest", "gather_again")}
+    assert shown | set(row.get("at_rest", ())) <= drawn | {"group_in"}
+    for axis, colour in itertools.product(drawn, ("activation", "weight")):
+        split = drawing["mesh_axes"](scheme, colour, [axis])
+        expected = row | row.get("at_rest", {}) if colour == "weight" else row
+        sharding = NamedSharding(mesh, PartitionSpec(expected.get(axis)))
         held = sharding.devices_indices_map((64,))
         for (data, model), device in np.ndenumerate(mesh.devices):
-            index, count = drawing["shard"](axis, dict(data=data, model=model))
+            index, count = drawing["shard"](split, dict(data=data, model=model))
             (shard,) = held[device]
             assert shard.indices(64)[:2] == (64 // count * index, 64 // count * (index + 1))
 

@@ -1,7 +1,7 @@
 """Report on a compiled train step: what a device holds, and what moves."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -81,27 +81,40 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
         yield dict(model_state_bytes_per_device=held)
     found = program.report(compiled, place.mesh, n)
     yield found
-    side, collectives = setup.image_size, found["collectives"]
-    images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
-    theory = None
-    network = functions.abstract_model
-    reason = coverage.covers(place, network, images, activations, variables, collectives)
-    if reason is None and config.optimizer.name == "muon":
-        reason = _split_by_muon(abstract.params)
-    if reason is None:
-        micro_batches = config.batch_size // (config.dense_microbatch or config.batch_size)
-        updates = micro_batches if microbatch.updates_each(functions.microbatch) else 1
-        feed, _ = setup.feeds
-        images = feed.exchanged_bytes if isinstance(feed, Sharded) else 0
-        theory = communication.closed_form(
-            place, activations, variables, itemsize, updates, images, micro_batches
-        )
+    collectives = found["collectives"]
+    theory, reason = theory_of(setup, collectives)
     yield dict(
         closed_form=theory,
         closed_form_not_covered=reason,
         communication=communication.compare(collectives, theory),
         closed_form_ring_bytes=None if theory is None else sum(row["ring_bytes"] for row in theory),
     )
+
+
+def theory_of(setup: Any, compiled: Sequence[dict] = ()) -> tuple[list[dict] | None, str | None]:
+    """Return the rows of the closed form, or None and why it does not cover the run.
+
+    setup: a build.Setup. compiled: the collectives of the program, where it is compiled.
+    """
+    config, place, functions = setup.config, setup.place, setup.functions
+    abstract, activations = functions.abstract_state, setup.activations
+    variables = _named_variables(abstract.params) + _named_variables(abstract.model_state)
+    side, network = setup.image_size, functions.abstract_model
+    images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
+    reason = coverage.covers(place, network, images, activations, variables, compiled)
+    if reason is None and config.optimizer.name == "muon":
+        reason = _split_by_muon(abstract.params)
+    if reason is not None:
+        return None, reason
+    micro_batches = config.batch_size // (config.dense_microbatch or config.batch_size)
+    updates = micro_batches if microbatch.updates_each(functions.microbatch) else 1
+    feed, _ = setup.feeds
+    exchanged = feed.exchanged_bytes if isinstance(feed, Sharded) else 0
+    itemsize = jnp.dtype(config.dtype).itemsize
+    rows = communication.closed_form(
+        place, activations, variables, itemsize, updates, exchanged, micro_batches
+    )
+    return rows, None
 
 
 def _split_by_muon(params: nnx.State) -> str | None:
