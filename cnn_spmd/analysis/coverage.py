@@ -72,6 +72,8 @@ def _check_state(network: nnx.Module) -> None:
 def _check_layer(layer: Layer) -> None:
     """Refuse a layer whose kernel, input and output fit none of the known splits."""
     name, given, result = layer.name, layer.input, layer.output
+    if given.height and layer.param_bytes and (layer.rows or layer.columns):
+        raise NotCovered(f"{name}: both the height and the channels of its maps are split")
     if layer.rows and layer.columns:
         raise NotCovered(f"{name}: both rows and columns of its kernel are split")
     has_towers = not layer.rows and layer.columns == given.features
