@@ -120,15 +120,17 @@ class Move(NamedTuple):
 def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> Iterator[Move]:
     """Bring an activation to the next layer's layout, and its gradient back."""
     gathered = before.axes - after.axes
-    yield Move(after.name, "all-gather", gathered, "forward", after.bytes)
+    # What a device holds before it gathers. Rows may have padding, which moves too.
+    held = before.bytes if before.height else after.bytes / count_devices(mesh, gathered)
+    whole = held * count_devices(mesh, gathered)
+    yield Move(after.name, "all-gather", gathered, "forward", whole)
     # Slicing is free going forward; backward the slices of the gradient are gathered.
     sliced = after.axes - before.axes
     yield Move(
         after.name, "all-gather", sliced, "backward", after.bytes * count_devices(mesh, sliced)
     )
+    # Placement.move exchanges before it gathers.
     exchanged = exchanged_axes(before, after)
-    # Rows may have padding, which moves too. Placement.move exchanges before it gathers.
-    held = before.bytes if before.height else after.bytes / count_devices(mesh, gathered)
     yield Move(after.name, "all-to-all", exchanged, "forward", held)
     yield Move(after.name, "all-to-all", exchanged, "backward", held)
 

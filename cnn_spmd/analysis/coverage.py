@@ -71,6 +71,8 @@ def _check_state(network: nnx.Module) -> None:
 def _check_layer(layer: Layer) -> None:
     """Refuse a layer whose kernel, input and output fit none of the known splits."""
     name, given, result = layer.name, layer.input, layer.output
+    if given.height and layer.weights and (layer.rows or layer.columns):
+        raise NotCovered(f"{name}: both the height and the channels of its maps are split")
     has_towers = not layer.rows and layer.columns == given.features
     if layer.weights and layer.rows != given.features and not has_towers:
         raise NotCovered(f"{name}: its input's features are not split as its kernel's rows are")

@@ -66,7 +66,8 @@ def towers(
     mesh_axes = place.mesh_axes(out[-1])
     if not rows and (groups == 1 or not mesh_axes):
         return each_tower(f, groups, *(array for array, _ in arrays))
-    _check_towers(place, groups, out[-1], name)
+    if groups > 1:
+        _check_towers(place, groups, out[-1], name)
     devices = place.shards(out[-1])
     held = max(1, groups // devices)
 
