@@ -43,7 +43,7 @@ KERNELS = dict(conv_out=ALL, tower_in=ALL, fc1_in=ALL, fc2_in=ALL, fc3_in=ALL)
 # Activations have one batch axis for each part of the network: the convolutions, the hidden dense
 # layers fc1 and fc2, and the output layer fc3. The `group` axes are the channels of a convolution
 # in groups (AlexNet's towers). If both are split, each device works on its own groups, and nothing
-# moves. With group_out alone, the input is gathered. `tower_in`: the channels that a tower takes in.
+# moves. With group_out alone, the input is gathered. `tower_in` is what one tower takes in.
 TABLE: dict[str, dict[str, Any]] = {
     # Data parallelism. Each device holds all weights and its shard of the batch. The gradients are
     # summed over all devices.
