@@ -148,7 +148,7 @@ def test_pictures_show_what_jax_places(scheme):
     row = TABLE[scheme]
     drawn = {axis for array in drawing["ARRAYS"] for axes in array[2:] for axis in axes}
     shown = {axis for axis in row if axis not in ("output_batch", "at_rest", "gather_again")}
-    assert shown | set(row.get("at_rest", ())) <= drawn | {"group_in"}
+    assert shown | set(row.get("at_rest", ())) <= drawn | {"group_in", "tower_in"}
     for axis, colour in itertools.product(drawn, ("activation", "weight")):
         split = drawing["mesh_axes"](scheme, colour, [axis])
         expected = row | row.get("at_rest", {}) if colour == "weight" else row

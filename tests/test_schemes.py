@@ -83,7 +83,7 @@ if "ALL_MESHES" in os.environ:
     ]
 CASES += BATCH_NORM
 CASES += [("stack", "data", (4, 1)), ("stack", "hybrid", (2, 2)), ("stack", "model", (2, 2))]
-CASES += [("stack", "spatial", (2, 2))]
+CASES += [("stack", "spatial", (2, 2)), ("stack", "fsdp", (2, 2))]
 
 
 def not_covered(model: str, parallelism: str, shape: tuple[int, int]) -> str:
@@ -163,6 +163,9 @@ def check_placement(report: dict, held: dict, row: dict, shape: tuple[int, int])
         is_kernel = array["name"].endswith(".kernel")
         split = row | row.get("at_rest", {}) if is_kernel else row
         shares = array["bytes"] // array["bytes_per_device"]
+        if "at_rest" in row and array["note"]:  # fewer devices split the 12 rows of a tower
+            assert shares < math.prod(shape), array
+            continue
         assert shares == math.prod(
             size
             for axis in array["logical_axes"]

@@ -37,7 +37,7 @@ def conv(
 
     groups: above 1, the channels form towers that do not see each other (AlexNet 2012, figure 2).
     """
-    rows, columns = ("conv_in", "conv_out") if groups == 1 else (None, "group_out")
+    rows, columns = ("conv_in", "conv_out") if groups == 1 else ("tower_in", "group_out")
     return nnx.Conv(
         channels_in,
         channels_out,

@@ -57,4 +57,4 @@ class Local(nnx.Module):
         ]
         multiply = functools.partial(jnp.einsum, "nhwtc,hwtcd->nhwd")
         x_NHWD = place.product(multiply, jnp.stack(taps, 3), self.kernel, self.dtype)
-        return x_NHWD + self.bias[...].astype(self.dtype)
+        return place.product(jnp.add, x_NHWD, self.bias, self.dtype)

@@ -28,7 +28,8 @@ ALL = MESH_AXES  # ("data", "model"): split over all devices
 
 # Every kernel, split over all devices. Where a size does not divide, fewer devices split it: that
 # changes no number, and the placement report says so. Vectors (biases, scales) stay as in use.
-KERNELS = dict(conv_out=ALL, group_out=ALL, fc1_in=ALL, fc2_in=ALL, fc3_in=ALL)
+# Kernels in groups are split by rows (tower_in): each tower's gradient then is where its shard is.
+KERNELS = dict(conv_out=ALL, tower_in=ALL, fc1_in=ALL, fc2_in=ALL, fc3_in=ALL)
 
 # Layers follow two rules. A layer takes its input split as its kernel's rows are (fc1_in), and
 # returns its output split as its kernel's columns are (fc1_out). Where one layer's output and the
@@ -43,7 +44,7 @@ KERNELS = dict(conv_out=ALL, group_out=ALL, fc1_in=ALL, fc2_in=ALL, fc3_in=ALL)
 # layers fc1 and fc2, and the output layer fc3. image_height are the rows of images and maps. The
 # `group` axes are the channels of a convolution in groups (AlexNet's towers). If both are split,
 # each device works on its own groups, and nothing moves. With group_out alone, the input is
-# gathered.
+# gathered. `tower_in` is what one tower takes in.
 TABLE: dict[str, dict[str, Any]] = {
     # Data parallelism. Each device holds all weights and its shard of the batch. The gradients are
     # summed over all devices.
@@ -150,6 +151,7 @@ LOGICAL_AXES = (
     "conv_out",
     "group_in",
     "group_out",
+    "tower_in",
     "fc1_in",
     "fc1_out",
     "fc2_in",
