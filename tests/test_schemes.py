@@ -160,18 +160,23 @@ def check_placement(report: dict, held: dict, row: dict, shape: tuple[int, int])
     # The last devices may hold fewer rows than the others; each has room for as many.
     images["bytes"] = images["bytes"] // rows * -(-rows // columns) * columns
     for array in [*report["placement"], images]:
-        is_kernel = array["name"].endswith(".kernel")
-        split = row | row.get("at_rest", {}) if is_kernel else row
+        rows_of_table = [row]
+        if array is not images and len(array["shape"]) > 1:
+            rows_of_table.append(row.get("at_rest", {}))
+        split = {
+            name
+            for axis in array["logical_axes"]
+            for each in rows_of_table
+            for name in np.ravel(each.get(axis, []))
+        }
+        devices = math.prod(
+            size for name, size in zip(MESH_AXES, shape, strict=True) if name in split
+        )
         shares = array["bytes"] // array["bytes_per_device"]
         if "at_rest" in row and array["note"]:  # fewer devices split the 12 rows of a tower
-            assert shares < math.prod(shape), array
-            continue
-        assert shares == math.prod(
-            size
-            for axis in array["logical_axes"]
-            for name, size in zip(MESH_AXES, shape, strict=True)
-            if name in np.ravel(split.get(axis))
-        ), array
+            assert shares < devices, array
+        else:
+            assert shares == devices, array
 
 
 # The kernels that are split on 4x2: a device holds half of each, or 1/8 where both mesh axes split

@@ -877,6 +877,7 @@ def test_what_a_resumed_run_may_change(config):
         "profile",
         "noise_scale",
         "model.fast",
+        "collectives_in_flight",
         "data.skip_bad",
     }
     old = configs.as_json(config)
