@@ -454,14 +454,24 @@ def programs_page() -> str:
         runs as a ring. The closed form is that of `cnn_spmd/analysis/communication.py` (Gholami
         et al. 2018): it counts a reduce-scatter, which the GPU's compiler makes, where the
         CPU's makes an all-reduce of twice the cost. Where weights are split, a few bytes more
-        are summed for the norm by which gradients are clipped. MB per device are parameters.
+        are summed for the norm by which gradients are clipped. MB per device are parameters;
+        peak is XLA's account of the whole program, which it does not give for CPUs.
         Hidden is the share of the communication's time that the schedule of the GPU's program can
         hide behind computing, by the estimate of `cnn_spmd/analysis/schedule.py`, as if each link
         were NVLink; "-": not estimated. "4 in flight" is `collectives_in_flight=4`, where XLA's own
         limit is 1. What the column cannot see:
         [performance](../docs/performance.md#what-the-schedule-can-hide).""",
     ]
-    for title, table in tables.program_tables(tables.load_programs()).items():
+    programs = tables.load_programs()
+    parts += [
+        "## What papers claim",
+        """PaSE (IPDPS 2021) says that a dense split over two axes halves what one weird trick
+        moves in the dense layers. That depends on the global batch: dense_2d sums activations,
+        hybrid sums weights. Xu et al. (2020) divide the update by the number of devices. Biases
+        are not divided here, and a kernel whose size does not divide is split over fewer.""",
+        tables.claims_table(programs),
+    ]
+    for title, table in tables.program_tables(programs).items():
         parts += [f"## {title}", table]
     parts.append(
         commands(
