@@ -356,12 +356,16 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
 def test_a_program_of_an_older_version_has_no_hidden_share():
     run = tables.load_programs()[0]
     run.pop("overlap", None)
-    newer = run | dict(overlap=dict(hidden_share=0.125), in_flight=4, closed_form_ring_bytes=None)
-    ((_, table),) = tables.program_tables([run, newer]).items()
-    old, new = ([cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:])
-    assert old[-2] == "-"
-    assert new[-3:-1] == ["-", "12"]
-    assert new[2] == f"{old[2]}, 4 in flight"
+    newer = run | dict(overlap=dict(hidden_share=0.125), closed_form_ring_bytes=None)
+    in_flight = newer | dict(overlap=dict(hidden_share=0.5), in_flight=4)
+    for programs, closed_form, hidden in (
+        ([run], run["closed_form_ring_bytes"] / 1e6, "-"),
+        ([newer], None, "12"),
+        ([newer, in_flight], None, "12 (50)"),
+    ):
+        ((_, table),) = tables.program_tables(programs).items()
+        (row,) = ([cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:])
+        assert row[-3:-1] == ["-" if closed_form is None else f"{closed_form:.1f}", hidden]
 
 
 def test_the_headline_table_fits_readme():

@@ -458,8 +458,8 @@ def programs_page() -> str:
         peak is XLA's account of the whole program, which it does not give for CPUs.
         Hidden is the share of the communication's time that the schedule of the GPU's program can
         hide behind computing, by the estimate of `cnn_spmd/analysis/schedule.py`, as if each link
-        were NVLink; "-": not estimated. "4 in flight" is `collectives_in_flight=4`, where XLA's own
-        limit is 1. What the column cannot see:
+        were NVLink; "-": not estimated. In parentheses is the share with
+        `collectives_in_flight=4`, where XLA's own limit is 1. What the column cannot see:
         [performance](../docs/performance.md#what-the-schedule-can-hide).""",
     ]
     programs = tables.load_programs()

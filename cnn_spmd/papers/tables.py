@@ -179,34 +179,48 @@ def load_programs(folder: pathlib.Path = DATA / "programs") -> list[dict]:
 
 
 def program_tables(programs: Sequence[dict]) -> dict[str, str]:
-    """Return one table per network and target: what a device holds and sends."""
+    """Return one table per network and target: what a device holds and sends.
+
+    In parentheses is the hidden share with more collectives in flight.
+    """
     tables: dict[str, list[list[str]]] = {}
+    in_flight = {program_key(run): run for run in programs if run.get("in_flight", 1) > 1}
     for run in programs:
-        kind = run["compiler"]["device_kind"]
+        if run.get("in_flight", 1) > 1:  # files of older versions lack it
+            continue
+        *_, kind, mesh = program_key(run)
         target = "CPU devices" if kind == "cpu" else compare.short_kind(kind)
         title = (
             f"{run['model']}, {run['image_size']}x{run['image_size']} images, "
-            f"{run['devices']} x {target}"
+            f"{run['devices']} x {target}, batch {run['batch_size']}"
         )
-        in_flight = run.get("in_flight", 1)  # files of older versions lack it
         counts: collections.Counter[str] = collections.Counter()
         for row in run["collectives"]:
-            counts[row["operation"]] += row["count"]
+            counts[row["operation"].removeprefix("collective-")] += row["count"]
+        hidden = text.optional(runfiles.hidden_share(run), 0, 100) or "-"
+        if other := in_flight.get(program_key(run)):
+            hidden += f" ({text.optional(runfiles.hidden_share(other), 0, 100)})"
         cells = [
-            compare.mesh_name(run["mesh"].values()),
-            run["parallelism"] + (f", {in_flight} in flight" if in_flight > 1 else ""),
-            str(run["batch_size"]),
+            mesh,
+            run["parallelism"],
             f"{run['bytes_per_device']['parameters'] / 1e6:.1f}",
             text.optional(run["memory"]["peak_bytes"], 0, 1e-6) or "-",
             ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items())),
             f"{run['totals']['ring_bytes'] / 1e6:.1f}",
             text.optional(run["closed_form_ring_bytes"], 1, 1e-6) or "-",
-            text.optional(runfiles.hidden_share(run), 0, 100) or "-",
+            hidden,
         ]
         tables.setdefault(title, []).append(cells)
-    header = ["mesh", "scheme", "batch", "MB per device", "peak MB", "collectives per step"]
+    header = ["mesh", "scheme", "MB per device", "peak MB", "collectives per step"]
     header += ["ring MB per step", "closed form", "hidden, %"]
     return {title: markdown_table(header, rows) for title, rows in tables.items()}
+
+
+def program_key(run: dict) -> tuple:
+    """Return what tells programs apart, except for the collectives in flight."""
+    mesh = compare.mesh_name(run["mesh"].values())
+    kind = run["compiler"]["device_kind"]
+    return run["model"], run["image_size"], run["parallelism"], kind, mesh
 
 
 def claims_table(programs: Sequence[dict]) -> str:
