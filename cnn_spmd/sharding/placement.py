@@ -389,7 +389,7 @@ def _check_own_row(scheme: str, row: Any) -> None:
         field = f"placement.{scheme}.gather_again={again}"
         raise UserError(f"{field}: expected True or False, in a row with at_rest")
     used = {axis: row[axis] for axis in row if axis not in ("at_rest", "gather_again")}
-    _check_mesh_axes(f"placement.{scheme}", used, LOGICAL_AXES)
+    _check_mesh_axes(f"placement.{scheme}", used, (*LOGICAL_AXES, "at_rest", "gather_again"))
     of_weights = [axis for axis in LOGICAL_AXES if axis.endswith(("_in", "_out"))]
     _check_mesh_axes(f"placement.{scheme}.at_rest", at_rest, of_weights)
 

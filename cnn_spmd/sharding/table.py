@@ -98,10 +98,10 @@ TABLE: dict[str, dict[str, Any]] = {
         fc2_out="model",
         fc3_out="model",
     ),
-    # Data parallelism with a split update (Xu et al. 2020, arXiv 2004.13336; ZeRO-1). Each device
-    # keeps and updates one of N shards of the weights and momenta. XLA gathers the weights at the
-    # start of a step, and sums the gradients straight into shards: together as many bytes as the
-    # all-reduce of `data`.
+    # Data parallelism with a split update (Xu et al. 2020, arXiv 2004.13336; like ZeRO-1). Each
+    # device keeps and updates one of N shards of the weights and momenta. XLA gathers the weights
+    # at the start of a step, and sums the gradients straight into shards: together as many bytes as
+    # the all-reduce of `data`.
     "sharded_update": dict(
         conv_batch=ALL,
         dense_batch=ALL,
