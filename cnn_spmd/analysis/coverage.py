@@ -1,10 +1,9 @@
 """Decide whether the closed form holds for a network on a placement.
 
 The rules in communication.py describe a chain of convolutions, norms and dense layers. There are
-few ways from one layer's layout to the next.
-Paths may lead around convolutions where all maps have one layout, with whole channels.
-Other networks and placements train as well, but XLA may move other arrays than the rules say. They
-are not covered.
+few ways from one layer's layout to the next. Paths may lead around convolutions where all maps have
+one layout, with whole channels. Other networks and placements train as well, but XLA may move other
+arrays than the rules say. They are not covered.
 """
 
 import itertools

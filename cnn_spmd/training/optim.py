@@ -49,10 +49,10 @@ def lars(
       v <- m v + rate local (g + decay w)
       w <- w - v
 
-    Weight decay is sgd's. Where |w| is 0, local is eta: a bias that starts at 0
-    then takes a step of SGD at eta times the rate. The authors' code (nvcaffe) takes a local rate
-    of 1 there, and its biases start above 0. Its local rate leaves out the decay. optax.lars has
-    |g + decay w| as the denominator, and a local rate of 1 where |w| is 0.
+    Weight decay is sgd's. Where |w| is 0, local is eta: a bias that starts at 0 then takes a step
+    of SGD at eta times the rate. The authors' code (nvcaffe) takes a local rate of 1 there, and its
+    biases start above 0. Its local rate leaves out the decay. optax.lars has |g + decay w| as the
+    denominator, and a local rate of 1 where |w| is 0.
 
     combine: makes a parameter's rate out of the rate and its local rate.
     """
@@ -216,9 +216,8 @@ def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Sch
 
     The warm-up takes `warmup_steps`, or the share `warmup` of all steps; config.resolve has turned
     `warmup_epochs` into steps. It is linear from 0, or constant at `warmup_factor` times the rate.
-    The rate is `learning_rate` times (batch_size / 128) **
-    `scaling`: a power of 1.0 is what Krizhevsky 2014 (section 5) found to work, 0.5 what its theory
-    says, and 0.0 turns scaling off.
+    The rate is `learning_rate` times (batch_size / 128) ** `scaling`: a power of 1.0 is what
+    Krizhevsky 2014 (section 5) found to work, 0.5 what its theory says, and 0.0 turns scaling off.
     Raises UserError for an unknown decay, and for stages that are not ascending shares.
     """
     if settings.decay not in SCHEDULES:
