@@ -25,7 +25,7 @@ LEVERS = (
     "pool_first",
     # Keep where each maximum of a pool was, in one byte: layers/fast_pool.py.
     "pool_index",
-    # Carry weights as a bfloat16 and the rest of their bits: training/packing.py.
+    # Let the update write the next step's bfloat16 weights: training/step.py.
     "cast_once",
     # Convolve several columns of the map at once: layers/fast_conv.py.
     "column_groups",

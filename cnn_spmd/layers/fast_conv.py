@@ -21,6 +21,10 @@ IMAGE_CHANNELS = 3
 COLUMNS_STRIDED = 2
 COLUMNS_OF_IMAGES = 8
 
+# The same for maps of at most so many channels (ResNets for CIFAR-10: 16).
+COLUMNS_OF_MAPS = 4
+FEW = 16
+
 # Up to this many input channels, the gradient by the input is too narrow for a GPU by itself.
 NARROW = 64
 
@@ -38,6 +42,8 @@ def convolve_fast(
     # Several columns as channels would mix with channels that the placement splits over devices.
     columns = "column_groups" in levers and not place.splits("conv_out")
     if channels > IMAGE_CHANNELS:
+        if columns and stride == 1 and channels <= FEW and not place.splits("conv_batch"):
+            return space_to_depth(x_NHWC, kernel_HWIO, padding, stride, COLUMNS_OF_MAPS)
         if columns and stride == 1 and channels <= NARROW and x_NHWC.shape[2] % 2:
             return paired_gradient(x_NHWC, kernel_HWIO, tuple(padding[0]))
         return convolve(x_NHWC, kernel_HWIO, padding, strides)

@@ -26,7 +26,6 @@ from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.data.sharded import Indices
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import UNPLACED, is_dense, name_of
-from cnn_spmd.training import packing
 
 UNROLLED = 8  # as many as one weird trick had GPUs
 
@@ -61,30 +60,29 @@ def train_step(
 ) -> tuple[Any, dict]:
     """Do one step on the examples `indices_B`; return the new state and metrics [].
 
-    functions: StepFunctions. The weights of `state` are packed where functions.packed.
+    functions: StepFunctions.
     """
-    weights = packing.layer_weights(state.params)
     images, labels_B, dropout_key = functions.batch(state, data, indices_B)
     x_BF, backward, model_state = jax.vjp(
-        lambda weights: functions.features(weights, state.model_state, images),
-        weights,
+        lambda params: functions.features(params, state.model_state, images),
+        state.params,
         has_aux=True,
     )
-    _refuse_unmarked(functions, weights, state.model_state, x_BF)
+    _refuse_unmarked(functions, state.params, state.model_state, x_BF)
     dense = DenseLayers(functions, state, len(labels_B) // functions.microbatch.size)
     dense_params, dense_optimizer, total, metrics, x_gradient = dense.train(
         x_BF, labels_B, dropout_key
     )
     _, conv_grads = _dense_and_conv(backward(x_gradient)[0])
     if total is None:
-        conv_params, conv_optimizer = dense.update(
+        conv_params, conv_optimizer = functions.update(
             functions.optimizer, conv_grads, state.optimizer["conv"], dense.conv_params
         )
         params = nnx.merge_state(dense_params, conv_params)
         optimizer = dict(conv=conv_optimizer, dense=dense_optimizer)
     else:
         mean = jax.tree.map(lambda grad: grad / dense.count, total)
-        params, optimizer = dense.update(
+        params, optimizer = functions.update(
             functions.optimizer,
             nnx.merge_state(mean, conv_grads),
             state.optimizer,
@@ -97,7 +95,7 @@ def train_step(
 
 
 def _refuse_unmarked(
-    functions: Any, weights: nnx.State, model_state: nnx.State, x_BF: jax.Array
+    functions: Any, params: nnx.State, model_state: nnx.State, x_BF: jax.Array
 ) -> None:
     """Raise UserError where classify uses parameters that are not marked as dense.
 
@@ -105,13 +103,13 @@ def _refuse_unmarked(
     others from features.
     """
 
-    def classify(weights):
-        return functions.model(weights, model_state).classify(x_BF, UNPLACED)
+    def classify(params):
+        return functions.model(params, model_state).classify(x_BF, UNPLACED)
 
-    jaxpr = jax.make_jaxpr(classify)(weights).jaxpr
+    jaxpr = jax.make_jaxpr(classify)(params).jaxpr
     used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
     leaves = jax.tree_util.tree_leaves_with_path(
-        weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
     )
     for (path, variable), argument in zip(leaves, jaxpr.invars, strict=True):
         if id(argument) in used and not is_dense(variable):
@@ -144,7 +142,7 @@ class DenseLayers:
         if each:
             carry = self.dense_params, self.state.optimizer["dense"], None
         else:
-            zeros = jax.tree.map(jnp.zeros_like, packing.f32_weights(self.dense_params))
+            zeros = jax.tree.map(jnp.zeros_like, self.dense_params)
             carry = self.dense_params, None, zeros
         carry, (metrics, gradients) = jax.lax.scan(
             self._micro_batch, carry, inputs, unroll=min(self.count, UNROLLED)
@@ -156,22 +154,14 @@ class DenseLayers:
         """Do one micro-batch: the body of the scan."""
         dense, optimizer_state, total = carry
         gradients_of = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
-        weights = packing.layer_weights(dense)
-        (_, metrics), (grads, x_gradient) = gradients_of(weights, *inputs)
+        (_, metrics), (grads, x_gradient) = gradients_of(dense, *inputs)
         if total is None:
             optimizer = self.functions.microbatch.optimizer
-            dense, optimizer_state = self.update(optimizer, grads, optimizer_state, dense)
+            dense, optimizer_state = self.functions.update(optimizer, grads, optimizer_state, dense)
         else:
             total = jax.tree.map(jnp.add, total, grads)
         return (dense, optimizer_state, total), (metrics, x_gradient)
 
     def _loss(self, dense: nnx.State, *inputs: jax.Array) -> tuple[jax.Array, dict]:
-        weights = nnx.merge_state(dense, packing.layer_weights(self.conv_params))
-        return self.functions.loss(weights, self.state.model_state, *inputs)
-
-    def update(self, optimizer, grads, optimizer_state, params) -> tuple[nnx.State, Any]:
-        """Do an optimizer's step on parameters that are packed where functions.packed."""
-        params, optimizer_state = self.functions.update(
-            optimizer, grads, optimizer_state, packing.f32_weights(params)
-        )
-        return packing.pack_weights(params) if self.functions.packed else params, optimizer_state
+        params = nnx.merge_state(dense, self.conv_params)
+        return self.functions.loss(params, self.state.model_state, *inputs)

@@ -33,7 +33,7 @@ from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.feed import DeviceData, labels_of
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import microbatch, packing
+from cnn_spmd.training import microbatch
 from cnn_spmd.training.metrics import METRICS, check_metric
 
 
@@ -58,7 +58,7 @@ class StepFunctions:
     seed: int
     label_smoothing: float
     microbatch: microbatch.Settings | None  # None: the dense layers see the whole batch at once
-    packed: bool  # weights are carried between the steps of a chunk in packed form (packing.py)
+    cast_once: bool  # bfloat16 weights are carried from step to step beside the float32 ones
 
     # ---- State.
 
@@ -153,8 +153,7 @@ class StepFunctions:
     ) -> tuple[nnx.State, dict, nnx.State]:
         """Return the gradient of the loss, loss and accuracy [], and the new model state.
 
-        weights: what the layers compute with, where that is another form of state.params
-        (packing.py: bfloat16).
+        weights: what the layers compute with, where that is not state.params (`cast`).
         """
         images_BHWC, labels_B, dropout_key = self.batch(state, data, indices_B)
 
@@ -209,29 +208,34 @@ class StepFunctions:
         The host launches one program for S steps: that hides the time that a launch takes. Where
         indices_SB is None, `data` holds the examples of the chunk, [S, B, ...].
         """
-        step = self.train_step
-        if self.microbatch:
-            step = functools.partial(microbatch.train_step, self)  # unpacks weights by itself
-        elif self.packed:
-            step = packing.packed_step(step)
 
-        def body(state, data_or_indices):
-            if indices_SB is None:
-                return step(state, data_or_indices, None)
-            return step(state, data, data_or_indices)
+        def body(carry, data_or_indices):
+            state, weights = carry
+            inputs = (data_or_indices, None) if indices_SB is None else (data, data_or_indices)
+            if self.microbatch:
+                state, values = microbatch.train_step(self, state, *inputs)
+            else:
+                state, values = self.train_step(state, *inputs, weights)
+            return (state, self.cast(state.params)), values
 
         inputs = data if indices_SB is None else indices_SB
         steps = len(jax.tree.leaves(inputs)[0])
-        if self.packed:
-            state = packing.pack(state)
+        carry = state, self.cast(state.params)
         if steps == 1:  # without a scan, as XLA's CPU backend runs the body of a scan slowly
-            state, values = body(state, jax.tree.map(lambda x: x[0], inputs))
-            values = jax.tree.map(lambda x: x[None], values)
-        else:
-            state, values = jax.lax.scan(body, state, inputs)
-        if self.packed:
-            state = packing.unpack(state)
+            (state, _), values = body(carry, jax.tree.map(lambda x: x[0], inputs))
+            return state, jax.tree.map(lambda x: x[None], values)
+        (state, _), values = jax.lax.scan(body, carry, inputs)
         return state, values
+
+    def cast(self, params: nnx.State) -> nnx.State | None:
+        """Return the weights as the layers of the next step read them; None: as they are.
+
+        Kernels in bfloat16: the update then writes both forms while it has them at hand. Biases and
+        the scales of batch norms stay float32.
+        """
+        if not self.cast_once or self.microbatch:
+            return None
+        return jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, params)
 
     # ---- The evaluation step.
 

@@ -1,0 +1,45 @@
+"""Weights that are cast once per step: the float32 ones stay, and the step is the same."""
+
+import jax
+import numpy as np
+from setups import (
+    assert_close,
+    gather,
+    narrow,  # noqa: F401  (a fixture)
+    setup_of,
+)
+
+from cnn_spmd.training.step import StepFunctions
+
+
+def trained_in_bfloat16(levers: tuple[str, ...]) -> tuple:
+    """Return losses and parameters of two steps in one program, on a mesh of 4."""
+    setup = setup_of("alexnet", "hybrid", (2, 2), levers, dtype="bfloat16", steps_per_call=2)
+    state, metrics = setup.train(setup.init(), 2)
+    return metrics["loss"], gather(state.params)
+
+
+def test_weights_that_are_cast_once_change_nothing():
+    plain_loss, plain = trained_in_bfloat16(("own_gradients",))
+    cast_loss, cast = trained_in_bfloat16(("own_gradients", "cast_once"))
+    np.testing.assert_allclose(plain_loss, cast_loss, rtol=1e-5)
+    assert_close(cast, plain, 1e-3)
+    for weight in jax.tree.leaves(cast):  # float32, not what a bfloat16 can hold
+        assert (np.asarray(weight).view(np.int32) & 0xFFFF).any()
+
+
+def test_layers_read_bfloat16_kernels_and_float32_biases(monkeypatch):
+    seen = []
+    features = StepFunctions.features
+
+    def spy(self, params, *args):
+        seen.append(params)
+        return features(self, params, *args)
+
+    monkeypatch.setattr(StepFunctions, "features", spy)
+    setup = setup_of("alexnet", "data", (1, 1), dtype="bfloat16")
+    setup.functions.jit_train().lower(
+        setup.functions.abstract_state, *setup.feeds[0].shapes(2, setup.config.batch_size)
+    )
+    dtypes = {(leaf.ndim > 1, str(leaf.dtype)) for leaf in jax.tree.leaves(seen)}
+    assert dtypes == {(True, "bfloat16"), (False, "float32")}
