@@ -9,6 +9,7 @@ from setups import (
     setup_of,
 )
 
+from cnn_spmd.training import step
 from cnn_spmd.training.step import StepFunctions
 
 
@@ -19,7 +20,8 @@ def trained_in_bfloat16(levers: tuple[str, ...]) -> tuple:
     return metrics["loss"], gather(state.params)
 
 
-def test_weights_that_are_cast_once_change_nothing():
+def test_weights_that_are_cast_once_change_nothing(monkeypatch):
+    monkeypatch.setattr(step, "LARGE", 100)  # the networks of tests are narrow
     plain_loss, plain = trained_in_bfloat16(("own_gradients",))
     cast_loss, cast = trained_in_bfloat16(("own_gradients", "cast_once"))
     np.testing.assert_allclose(plain_loss, cast_loss, rtol=1e-5)
@@ -28,7 +30,8 @@ def test_weights_that_are_cast_once_change_nothing():
         assert (np.asarray(weight).view(np.int32) & 0xFFFF).any()
 
 
-def test_layers_read_bfloat16_kernels_and_float32_biases(monkeypatch):
+def test_layers_read_large_kernels_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(step, "LARGE", 100)
     seen = []
     features = StepFunctions.features
 
@@ -41,5 +44,5 @@ def test_layers_read_bfloat16_kernels_and_float32_biases(monkeypatch):
     setup.functions.jit_train().lower(
         setup.functions.abstract_state, *setup.feeds[0].shapes(2, setup.config.batch_size)
     )
-    dtypes = {(leaf.ndim > 1, str(leaf.dtype)) for leaf in jax.tree.leaves(seen)}
+    dtypes = {(leaf.size >= 100, str(leaf.dtype)) for leaf in jax.tree.leaves(seen)}
     assert dtypes == {(True, "bfloat16"), (False, "float32")}

@@ -36,6 +36,9 @@ from cnn_spmd.sharding.placement import Placement
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.metrics import METRICS, check_metric
 
+# From this size on, weights are cast once per step.
+LARGE = 2**16
+
 
 class TrainState(NamedTuple):
     """All that a run carries from step to step, and all that a checkpoint holds."""
@@ -230,12 +233,12 @@ class StepFunctions:
     def cast(self, params: nnx.State) -> nnx.State | None:
         """Return the weights as the layers of the next step read them; None: as they are.
 
-        Kernels in bfloat16: the update then writes both forms while it has them at hand. Biases and
-        the scales of batch norms stay float32.
+        Large kernels in bfloat16: the update then writes both forms while it has them at hand. A
+        small kernel would gain nothing.
         """
         if not self.cast_once or self.microbatch:
             return None
-        return jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, params)
+        return jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.size >= LARGE else w, params)
 
     # ---- The evaluation step.
 
