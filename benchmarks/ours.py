@@ -1,7 +1,7 @@
 """Time our training step as a run does it.
 
   python benchmarks/ours.py --batch 512 --mesh 1x1
-  python benchmarks/ours.py --batch 512 --levers pool_index,cast_once    with these fast forms only
+  python benchmarks/ours.py --batch 512 --levers pool_index,carry_bf16    with these fast forms only
 
 AlexNet with the recipe of experiments/alexnet_cifar.py, on synthetic images of 224x224 and 1000
 classes that lie on the device. Each step trains on other examples, with random crops, mirroring,

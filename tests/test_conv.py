@@ -16,7 +16,7 @@ from cnn_spmd.models import alexnet, alexnet_2012
 from cnn_spmd.sharding.placement import UNPLACED
 from experiments import alexnet_cifar
 
-# "cast_once" is no form of a layer: see tests/test_cast_once.py.
+# "carry_bf16" is no form of a layer: see tests/test_carry_bf16.py.
 FORMS = ("space_to_depth", "pool_first", "pool_index", "column_groups", "own_gradients")
 
 

@@ -165,7 +165,7 @@ def test_recipe_of_the_residual_networks(variant, few):
     rates = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     assert [float(schedule(step)) for step in steps] == pytest.approx(rates)
     for step in (0, 399):
-        assert float(schedule(step)) == pytest.approx(0.01 if variant == "110" else 0.1)
+        assert float(schedule(step)) == pytest.approx(0.01)
     if variant in ("20", "plain_32"):
         build.prepare(config, data=few)
 

@@ -26,7 +26,7 @@ LEVERS = (
     # Keep where each maximum of a pool was, in one byte: layers/fast_pool.py.
     "pool_index",
     # Let the update write the next step's bfloat16 weights: training/step.py.
-    "cast_once",
+    "carry_bf16",
     # Convolve several columns of the map at once: layers/fast_conv.py.
     "column_groups",
     # Use gradients that keep less memory than autodiff's: layers/activation.py, layers/norm.py.

@@ -19,8 +19,21 @@ COMMAND = "python -m cnn_spmd.papers --write"
 HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
 HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
     config, commit, versions, hardware and seed."""
+# Such runs lost the low 16 bits of each weight of a small layer at every step.
+ROUNDED = """Runs in bfloat16 whose file lists the fast form `cast_once` were made with a fault
+    (since mended): between steps they kept the weights of small layers in bfloat16, not in
+    float32. They are to be made again."""
 LARGE_BATCHES = "large_batches.svg"
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
+
+
+def hardware() -> str:
+    """Return what all pages say of the files in results/data."""
+    names = ('"cast_once"', '"bfloat16"')
+    texts = (path.read_text() for path in DATA.rglob("*.json"))
+    return (
+        f"{HARDWARE} {ROUNDED if any(all(map(text.__contains__, names)) for text in texts) else ''}"
+    )
 
 
 def joined(*parts: str) -> str:
@@ -78,7 +91,7 @@ def cifar10_page() -> str:
         f"""{SEEDS} Accuracy is on all 10,000 test images and their mirrors, in bfloat16. The
         training time leaves out compilation, evaluation and checkpoints. The compile time is
         that of the slowest seed: the other seeds found the program in the compilation cache. On
-        H200s other runs used the same host. {HARDWARE}""",
+        H200s other runs used the same host. {hardware()}""",
         "[startup.md](startup.md) says how long a user waits, from the command to the result.",
         commands(
             "Commands",
@@ -159,7 +172,7 @@ def papers_page() -> str:
         "# Beside the papers",
         HEAD,
         f"""Every published figure that an experiment of this repository is set up to measure.
-        Difference is measured minus published. {SEEDS} {HARDWARE}""",
+        Difference is measured minus published. {SEEDS} {hardware()}""",
     ]
     for title, rows in measured.measured_tables().items():
         parts += [f"## {title}", PAPER_NOTES[title], *figures_beside(rows)]
@@ -216,7 +229,7 @@ def depth_page() -> str:
         hidden dense layers of 4096. [rates.md](rates.md) has the learning rates that were
         tried.""",
         tables.depth_table(measured.load_summaries(DATA / "claims")),
-        f"{SEEDS} {HARDWARE}",
+        f"{SEEDS} {hardware()}",
         "![Test accuracy by depth](depth.svg)",
         f"""Why convolutions: a neuron that sees a whole image has {weights_of_a_neuron(32):,}
         weights at 32x32x3 and {weights_of_a_neuron(200):,} at 200x200x3. A 3x3 filter has 27,
@@ -273,7 +286,7 @@ def batches_page() -> str:
         (128). CIFAR-10 is `experiments/owt_cifar.py`. Imagenette, ten of ImageNet's classes, is
         the paper's network at 224x224 (`experiments/owt_imagenet.py:imagenette`, 90 epochs).""",
         tables.batch_table(measured.load_summaries(DATA / "claims")),
-        f"Measured on one H200. {SEEDS} {HARDWARE}",
+        f"Measured on one H200. {SEEDS} {hardware()}",
         """The learning rate should grow with k, as the paper says. On CIFAR-10, updating the dense
         layers after each 128 images makes up for all that a batch of 1024 costs; on
         photographs, for more than half of what 512 costs; in the paper, for less than half of
@@ -333,7 +346,7 @@ def rates_page() -> str:
     return joined(
         "# Learning rates that were tried",
         HEAD,
-        HARDWARE,
+        hardware(),
         "## ReLU and tanh",
         """Epochs to 25% training error on CIFAR-10, one seed on one H100; -: not within 20 epochs.
         relu was then run at 0.02, and tanh at 0.03, between the two rates that tie.""",
@@ -425,7 +438,8 @@ def pytorch_page() -> str:
         f"""Ratio is ours divided by PyTorch's. % is the share of the card's own bfloat16 rate in an
         8192^3 matrix product, at {one_gpu["flop_per_image"] / 1e9:.2f} GFLOP per image. The
         last two columns are our throughput relative to our one-GPU step and to our step with
-        scheme `data`. PyTorch {versions["torch"]}, jax {one_gpu["versions"]["jax"]}. {HARDWARE}""",
+        scheme `data`. PyTorch {versions["torch"]}, jax {one_gpu["versions"]["jax"]}.
+        {hardware()}""",
         """PyTorch's rate is that of its fastest mode measured. On the H100 and on several GPUs
         (DDP) only plain torch.compile was measured; its host is the limit at 32 images per GPU
         and, with DDP, at 128. On one H200 CUDA graphs (`graphs`, its mode reduce-overhead) were
@@ -502,7 +516,7 @@ def startup_page() -> str:
         filled. All commands ran one after another on one machine.""",
         waiting.waiting_table(),
         f"""A run of the sweep took {waiting.run_overhead(measured):.1f} s beyond its
-        steps (median). The 12 runs are 4 learning rates x 3 seeds. {HARDWARE}""",
+        steps (median). The 12 runs are 4 learning rates x 3 seeds. {hardware()}""",
         "## Where the time goes",
         """Seconds after the command. Stages overlap: threads read the data, start the device, take
         its memory, compile and copy, while Python imports and traces.

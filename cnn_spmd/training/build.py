@@ -346,7 +346,7 @@ def make_functions(
         seed=config.seed,
         label_smoothing=config.label_smoothing,
         microbatch=make_microbatch(config, place),
-        cast_once=config.dtype == "bfloat16" and "cast_once" in levers,
+        carry_bf16=config.dtype == "bfloat16" and "carry_bf16" in levers,
     )
     refuse_mismatch(config, place, functions.abstract_model)
     return functions

@@ -61,7 +61,7 @@ class StepFunctions:
     seed: int
     label_smoothing: float
     microbatch: microbatch.Settings | None  # None: the dense layers see the whole batch at once
-    cast_once: bool  # bfloat16 weights are carried from step to step beside the float32 ones
+    carry_bf16: bool  # bfloat16 weights are carried from step to step beside the float32 ones
 
     # ---- State.
 
@@ -236,7 +236,7 @@ class StepFunctions:
         Large kernels in bfloat16: the update then writes both forms while it has them at hand. A
         small kernel would gain nothing.
         """
-        if not self.cast_once or self.microbatch:
+        if not self.carry_bf16 or self.microbatch:
             return None
         return jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.size >= LARGE else w, params)
 

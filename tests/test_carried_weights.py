@@ -20,10 +20,10 @@ def trained_in_bfloat16(levers: tuple[str, ...]) -> tuple:
     return metrics["loss"], gather(state.params)
 
 
-def test_weights_that_are_cast_once_change_nothing(monkeypatch):
+def test_weights_that_are_carry_bf16_change_nothing(monkeypatch):
     monkeypatch.setattr(step, "LARGE", 100)  # the networks of tests are narrow
     plain_loss, plain = trained_in_bfloat16(("own_gradients",))
-    cast_loss, cast = trained_in_bfloat16(("own_gradients", "cast_once"))
+    cast_loss, cast = trained_in_bfloat16(("own_gradients", "carry_bf16"))
     np.testing.assert_allclose(plain_loss, cast_loss, rtol=1e-5)
     assert_close(cast, plain, 1e-3)
     for weight in jax.tree.leaves(cast):  # float32, not what a bfloat16 can hold
