@@ -1,0 +1,194 @@
+"""Predict the time of a train step on a mesh, from a card's calibration.
+
+  step  =  computing + update + exposed communication
+
+  computing      the step of one device at the same batch per device, without its update. Every
+                 scheme divides the work evenly over all devices.
+  update         UPDATE_BYTES per weight that the device keeps, at the card's copy rate.
+  communication  each collective of the closed form (communication.py), by a table of measured
+                 times for its operation, its bytes and its span, and the card's `gap`. XLA's
+                 schedule hides `hidden_share` of the sums of weights' gradients.
+
+A card is a file in cards/. It comes from measurements of one GPU and of collectives between GPUs,
+or from data sheets; its `sources` say which. docs/planning.md explains the model and its errors.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cnn_spmd.errors import UserError
+
+CARDS = pathlib.Path(__file__).parent / "cards"
+
+# XLA for GPUs joins collectives of one operation up to this size: the default of its flag
+# xla_gpu_all_reduce_combine_threshold_bytes and of those of gathers and reduce-scatters.
+COMBINED_BYTES = 30 * 2**20
+
+# What the update of a weight reads (weight and momentum in float32, gradient) and writes (weight,
+# momentum, and the compute dtype's copy), by the bytes of the compute dtype.
+UPDATE_BYTES = {2: 20, 4: 24}
+
+# Operations without times of their own take those of the first one that a card has.
+LIKE = {
+    "collective-permute": ("collective-permute", "all-to-all", "all-gather"),
+    "all-to-all": ("all-to-all", "all-gather"),
+    "all-gather": ("all-gather",),
+    "reduce-scatter": ("reduce-scatter", "all-gather"),
+    "all-reduce": ("all-reduce",),
+}
+
+
+class Terms(NamedTuple):
+    """The parts of a predicted step, in seconds."""
+
+    computing: float
+    update: float
+    communication: float  # all collectives, each by itself
+    exposed: float  # what the device waits for
+
+    @property
+    def step(self) -> float:
+        """Return the predicted time of the step."""
+        return self.computing + self.update + self.exposed
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """What collectives cost between GPUs of one span: inside a host, or across hosts.
+
+    collectives: operation -> points (ring bytes, seconds), ascending. Between points the time is
+    linear; beyond the last it goes on with the last slope.
+    """
+
+    collectives: dict[str, list[tuple[float, float]]]
+
+    def seconds(self, operation: str, ring_bytes: float, lanes: int = 1) -> float:
+        """Return the time of a collective that sends `ring_bytes` per device in a ring.
+
+        lanes: how many devices of the group send at once through links of their own.
+        """
+        points = next(
+            self.collectives[name] for name in LIKE[operation] if name in self.collectives
+        )
+        sizes, times = zip(*points, strict=True)
+        size = ring_bytes / lanes
+        if size <= sizes[-1]:
+            return float(np.interp(size, sizes, times))
+        slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
+        return times[-1] + (size - sizes[-1]) * slope
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """The calibration of a card.
+
+    device_kind: what JAX calls the card. memory: bytes. copy_rate: bytes/s, read plus written, of a
+    large copy. gap: seconds by which a collective delays the step beside its own time.
+    hidden_share: of the time of weights' gradients' sums, with one collective in flight. spans:
+    "host" and "cluster" -> Links. sources: where the numbers come from.
+    """
+
+    name: str
+    device_kind: str
+    memory: float
+    copy_rate: float
+    gap: float
+    hidden_share: float
+    spans: dict[str, Links]
+    sources: dict[str, str]
+
+
+def load(name: str) -> Card:
+    """Return the card `name`; raises UserError for one that has no calibration."""
+    known = sorted(path.stem for path in CARDS.glob("*.json"))
+    if name not in known:
+        raise UserError(f"card {name}: no calibration, expected one of {', '.join(known)}")
+    fields = json.loads((CARDS / f"{name}.json").read_text())
+    fields["spans"] = {span: Links(links) for span, links in fields["spans"].items()}
+    return Card(name, **fields)
+
+
+def of_device(device_kind: str) -> Card | None:
+    """Return the card of a JAX device, None where there is no calibration."""
+    names = (path.stem for path in sorted(CARDS.glob("*.json")))
+    return next((card for card in map(load, names) if card.device_kind == device_kind), None)
+
+
+def predict(
+    card: Card,
+    one_device_seconds: float,
+    parameters: tuple[float, float],
+    moves: Sequence[Mapping],
+    mesh: Mapping[str, int],
+    gpus_per_host: int,
+    itemsize: int,
+) -> Terms:
+    """Predict a step of a program on a mesh.
+
+    one_device_seconds: the step of one device that holds all weights, at the same batch per device.
+    parameters: weights of the network, and weights that a device updates. moves: rows of
+    communication.closed_form. mesh: devices by mesh axis; they fill one host after another.
+    itemsize: bytes of the compute dtype.
+    """
+    whole, own = (card_update(card, count, itemsize) for count in parameters)
+    total = exposed = 0.0
+    for move in combined(moves):
+        devices = group(mesh, move["axes"])
+        hosts = len(set(devices // gpus_per_host))
+        span = "host" if hosts == 1 else "cluster"
+        lanes = 1 if hosts == 1 else max(1, len(devices) // hosts)
+        seconds = card.spans[span].seconds(move["operation"], move["ring_bytes"], lanes)
+        share = card.hidden_share if is_sum_of_gradients(move) else 0.0
+        total += seconds
+        exposed += (seconds + card.gap) * (1 - share)
+    return Terms(one_device_seconds - whole, own, total, exposed)
+
+
+def card_update(card: Card, parameters: float, itemsize: int) -> float:
+    """Return the seconds of an update of so many weights, with momentum."""
+    return parameters * UPDATE_BYTES[itemsize] / card.copy_rate
+
+
+def combined(moves: Sequence[Mapping]) -> Iterator[dict]:
+    """Join the collectives of weights as XLA does: each up to COMBINED_BYTES."""
+    waiting: dict[tuple, list[Mapping]] = defaultdict(list)
+    for move in moves:
+        if not is_of_weight(move):
+            yield dict(move)
+            continue
+        key = move["operation"], tuple(move["axes"]), move["phase"]
+        if sum(row["bytes"] for row in waiting[key]) + move["bytes"] > COMBINED_BYTES:
+            yield from _joined(waiting.pop(key, []))
+        waiting[key].append(move)
+    for rows in waiting.values():
+        yield from _joined(rows)
+
+
+def _joined(rows: Sequence[Mapping]) -> Iterator[dict]:
+    if rows:
+        sums = {name: sum(row[name] for row in rows) for name in ("bytes", "ring_bytes")}
+        yield dict(rows[0]) | sums
+
+
+def is_of_weight(move: Mapping) -> bool:
+    """Return whether a collective of theory moves a weight or its gradient."""
+    return move["what"].endswith((".kernel", ".bias"))
+
+
+def is_sum_of_gradients(move: Mapping) -> bool:
+    """Return whether a collective of theory sums the gradient of a weight."""
+    return is_of_weight(move) and move["operation"] in ("all-reduce", "reduce-scatter")
+
+
+def group(mesh: Mapping[str, int], axes: Sequence[str]) -> np.ndarray:
+    """Return the devices of the first group of a collective over these mesh axes."""
+    ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    whole = tuple(slice(None) if axis in axes else 0 for axis in mesh)
+    return ids[whole].ravel()
