@@ -92,7 +92,8 @@ class Card:
     device_kind: what JAX calls the card. memory: bytes. copy_rate: bytes/s, read plus written, of a
     large copy. gap: seconds by which a collective delays the step beside its own time.
     hidden_share: of the time of weights' gradients' sums, with one collective in flight. spans:
-    "host" and "cluster" -> Links. sources: where the numbers come from.
+    "host" and "cluster" -> Links. sources: where the numbers come from. steps: measured steps
+    of one device, as python -m cnn_spmd.calibrate writes them.
     """
 
     name: str
@@ -103,13 +104,18 @@ class Card:
     hidden_share: float
     spans: dict[str, Links]
     sources: dict[str, str]
+    steps: Sequence[dict] = ()
+
+
+def names() -> list[str]:
+    """Return the names of the cards in cards/."""
+    return sorted(path.stem for path in CARDS.glob("*.json"))
 
 
 def load(name: str) -> Card:
     """Return the card `name`; raises UserError for one that has no calibration."""
-    known = sorted(path.stem for path in CARDS.glob("*.json"))
-    if name not in known:
-        raise UserError(f"card {name}: no calibration, expected one of {', '.join(known)}")
+    if name not in names():
+        raise UserError(f"--card={name}: no calibration, expected one of {', '.join(names())}")
     fields = json.loads((CARDS / f"{name}.json").read_text())
     fields["spans"] = {span: Links(links) for span, links in fields["spans"].items()}
     return Card(name, **fields)
@@ -117,8 +123,7 @@ def load(name: str) -> Card:
 
 def of_device(device_kind: str) -> Card | None:
     """Return the card of a JAX device, None where there is no calibration."""
-    names = (path.stem for path in sorted(CARDS.glob("*.json")))
-    return next((card for card in map(load, names) if card.device_kind == device_kind), None)
+    return next((card for card in map(load, names()) if card.device_kind == device_kind), None)
 
 
 def predict(

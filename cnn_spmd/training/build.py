@@ -25,7 +25,7 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import cluster, microbatch, optim, program_report, startup
+from cnn_spmd.training import cluster, microbatch, optim, prediction, program_report, startup
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
@@ -75,13 +75,18 @@ class Setup:
     def report(self) -> dict:
         """Return what the compiled train step holds and moves, JSON-ready.
 
-        That is the placement, bytes per device, and collectives beside the closed form;
-        analysis.program.as_text turns it into lines to print.
+        That is the placement, bytes per device, collectives beside the closed form, and the
+        predicted time of a step; analysis.program.as_text turns it into lines to print.
         """
         n, since = self.config.steps_per_call, time.perf_counter()
         compiled = self.train_program(n)
         seconds = round(time.perf_counter() - since, 2)
-        return program_report.report_of(self, compiled, n) | dict(compile_seconds=seconds)
+        return self.report_on(compiled, n) | dict(compile_seconds=seconds)
+
+    def report_on(self, compiled: jax.stages.Compiled, n: int) -> dict:
+        """Return what `report` does, for a program of n steps that is compiled already."""
+        predicted = dict(prediction=prediction.of_devices(self))
+        return program_report.report_of(self, compiled, n) | predicted
 
     @functools.cached_property
     def activations(self) -> list[tuple[str, tuple, tuple]]:

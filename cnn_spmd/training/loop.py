@@ -261,6 +261,7 @@ class Run:
             eval=self.evaluation,
             bytes_per_device=report["bytes_per_device"],
             collectives=report["collectives"],
+            predicted_milliseconds=(report.get("prediction") or {}).get("predicted_milliseconds"),
             **provenance(),
             started=self.started,
             status=status,
