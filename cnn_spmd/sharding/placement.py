@@ -223,21 +223,23 @@ class Placement:
             self.record(name, axes, x)
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
-    def move(self, x: jax.Array, batch: str, *axes: str | None, name: str = "") -> jax.Array:
-        """Place `x`, whose batch alone is split, as `batch`, where the row puts `axes`.
+    def exchange(self, x_BF: jax.Array, rows: str | None) -> jax.Array:
+        """Split what leaves the convolutions as the rows of the first dense kernel are.
 
-        Mesh axes that go from the batch to the features are exchanged first (an all-to-all), while
-        a device holds no more than its own examples. The rest of the batch is gathered afterwards.
-        XLA by itself would gather all of x on every device, and slice it.
+        Mesh axes that go from the batch to the features are exchanged (an all-to-all), while a
+        device holds no more than its own examples. The layer gathers the rest of the batch
+        afterwards. XLA by itself would gather all of x on every device, and slice it.
+
+        rows: the logical axis of the rows, such as "fc1_in". Where they do not divide, x stays as
+        it is, and the layer raises the error.
         """
-        split, features = self.mesh_axes(batch), self.mesh_axes(axes[-1])
-        if not set(split).isdisjoint(features):
-            self.spec(axes, x.shape, name or "array")  # raises where a size does not divide
-            x = self(x, batch, *[None] * (x.ndim - 1))
-            rest = tuple(mesh_axis for mesh_axis in split if mesh_axis not in features)
-            exchanged = NamedSharding(self.mesh, P(rest, *[None] * (x.ndim - 2), features))
-            x = jax.lax.with_sharding_constraint(x, exchanged)
-        return self(x, *axes, name=name)
+        batch, features = self.mesh_axes(self.features_batch), self.mesh_axes(rows)
+        if set(batch).isdisjoint(features) or x_BF.shape[1] % self.shards(rows):
+            return x_BF
+        x_BF = self(x_BF, self.features_batch, None)
+        rest = tuple(mesh_axis for mesh_axis in batch if mesh_axis not in features)
+        exchanged = NamedSharding(self.mesh, P(rest, features))
+        return jax.lax.with_sharding_constraint(x_BF, exchanged)
 
     def product(self, f: Callable, x: jax.Array, kernel: nnx.Param, dtype: Any) -> jax.Array:
         """Return f(x, kernel), with the kernel in `dtype` and where it is used: at_rest.py."""
@@ -331,10 +333,6 @@ class Unplaced:
     def __call__(self, x: jax.Array, *axes: str | None, name: str = "") -> jax.Array:
         """Return x as it is."""
         return x
-
-    def move(self, x: jax.Array, batch: str, *axes: str | None, name: str = "") -> jax.Array:
-        """Return x as __call__ does."""
-        return self(x, *axes, name=name)
 
     def product(self, f, x, kernel, dtype):
         """Return f(x, kernel), with the kernel in `dtype`."""

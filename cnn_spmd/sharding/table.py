@@ -123,8 +123,8 @@ TABLE: dict[str, dict[str, Any]] = {
     # from layer to layer: an output lies as the next layer takes it (PaSE, IPDPS 2021, table II).
     # The dense batch is not split, so no gradient of a dense weight is summed. Each layer sums its
     # outputs along the mesh axis of its rows. Before fc1, devices along `data` exchange examples
-    # for features, and XLA then gathers the batch along `model` (Placement.move). `data` is last in
-    # conv_batch, so that the examples that a device receives follow each other in the batch.
+    # for features (Placement.exchange), and XLA then gathers the batch along `model`. `data` is
+    # last in conv_batch, so that the examples that a device receives follow each other in it.
     "dense_2d": dict(
         conv_batch=("model", "data"),
         fc1_in="data",
