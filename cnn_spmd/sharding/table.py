@@ -10,8 +10,9 @@ a row of TABLE: it maps logical axes to the mesh axes that split them.
 
 A logical axis that a row does not name is not split. sharding/placement.py turns a row into JAX
 shardings. To move an array, change its entry here, or give the config a row of your own
-(`config.placement`). Three things follow without an entry: a momentum lives with its weight; model
-state and metrics are on every device; the data set is too, unless it is streamed.
+(`config.placement`; own_rows.py reads it). Three things follow without an entry: a momentum lives
+with its weight; model state and metrics are on every device; the data set is too, unless it is
+streamed.
 
 A row says where arrays are used. Its key `at_rest`, a row of the same form, splits weights further
 between steps: layers/ gather them for use (sharding/at_rest.py).
