@@ -230,6 +230,14 @@ def _theory(report: dict) -> Iterator[str]:
     ]
     title = "Payload per device and step, MB: compiled, and in theory (Gholami et al. 2018)"
     yield from aligned(title, ("kind", "over mesh axes", "compiled", "in theory"), cells, numbers=2)
+    sent = (report["totals"]["ring_bytes"], report["closed_form_ring_bytes"])
+    yield "  All of it, sent in rings: {} compiled, {} in theory".format(*map(_megabytes, sent))
+    scattered = any(row["operation"] == "reduce-scatter" for row in report["closed_form"])
+    if scattered and report["compiler"]["platform"] == "cpu":
+        yield from _wrapped(
+            "  XLA for CPUs has no reduce-scatter. It makes an all-reduce of the same payload, "
+            "which sends twice as much."
+        )
 
 
 def _prediction(prediction: dict | None) -> Iterator[str]:

@@ -478,6 +478,10 @@ def programs_page() -> str:
     ]
     programs = tables.load_programs()
     parts += [
+        "## The schemes side by side",
+        """224x224 images on eight H100s, and columns of the tables below. What each scheme does is
+        in [parallelism](../docs/parallelism.md), what timings there are in [meshes](meshes.md).""",
+        tables.schemes_table(programs),
         "## What papers claim",
         """PaSE (IPDPS 2021) says that a dense split over two axes halves what one weird trick
         moves in the dense layers. That depends on the global batch: dense_2d sums activations,

@@ -24,7 +24,7 @@ from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
-from cnn_spmd.sharding.placement import Placement
+from cnn_spmd.sharding.placement import Placement, axes_of, is_weight, mesh_axes_of
 from cnn_spmd.training import cluster, microbatch, optim, prediction, program_report, startup
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
@@ -249,6 +249,7 @@ def prepare(
     data = data.with_validation(config.data.validation)
     with startup.stage("network"):
         setup = assemble(data)
+    say_without_effect(setup)
     cluster.agree(setup.saved_config)  # each process decides on the fallback by itself
     return setup
 
@@ -273,13 +274,32 @@ def _assemble(
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, levers), memory)
     _ = setup.activations, setup.functions.abstract_state  # for their errors
+    check(setup)
+    return setup
+
+
+def say_without_effect(setup: Setup) -> None:
+    """Say which entries of the config change nothing on these devices, a line each."""
+    config, place = setup.config, setup.place
     if config.collectives_in_flight > 1 and not setup.compiler_options:
         say(
             f"collectives_in_flight={config.collectives_in_flight} has no effect: it is an option "
             "of XLA for several GPUs."
         )
-    check(setup)
-    return setup
+    split = set()  # the logical axes that are split further at rest than in use
+    for weight in jax.tree.leaves(setup.functions.abstract_state.params, is_leaf=is_weight):
+        axes = axes_of(weight)
+        specs = place.spec(axes, weight.shape), place.spec_at_rest(axes, weight.shape)
+        for axis, used, rest in zip(axes, *map(mesh_axes_of, specs), strict=True):
+            if used != rest:
+                split.add(axis)
+    own_row = config.placement.to_dict().get(config.parallelism, {})
+    for axis, mesh_axes in own_row.get("at_rest", {}).items():
+        if axis not in split and place.devices_on(place.row["at_rest"][axis]) > 1:
+            say(
+                f"placement.{config.parallelism}.at_rest.{axis}={mesh_axes} has no effect: on mesh "
+                f"{place.mesh_name} it splits no weight of {config.model.name} beyond its use."
+            )
 
 
 def reserve_memory(place: Placement) -> None:

@@ -78,7 +78,7 @@ def train(
             started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             checkpoints, state = resume.restore(setup, workdir, old_summary)
             start = 0 if state is None else int(state.step)
-            resume.write_config(setup, workdir, checkpoints.run_name, start)
+            resume.write_config(setup, workdir, old_summary, checkpoints.run_name, start)
 
             timetable = make_timetable(setup.config, len(setup.data.train_images), start)
             programs = compile_programs(setup, timetable.chunks)
