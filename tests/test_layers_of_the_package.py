@@ -18,6 +18,7 @@ ORDER = (
     "training",
     "experiment",
     "worker",
+    "plan",
     "sweep",
     "papers.published",  # data only
     "report",

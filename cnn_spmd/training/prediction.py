@@ -136,7 +136,7 @@ def of_devices(setup: Any) -> dict | None:
     There is none for a card without calibration, or a network without a step measured on it.
     """
     mesh = setup.place.mesh
-    card = cost.of_device(program.compiler_of(mesh)["device_kind"])
+    card = cost.of_device(mesh.devices.flat[0].device_kind)
     if card is None:
         return None
     hosts = len({device.process_index for device in mesh.devices.flat})
