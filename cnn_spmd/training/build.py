@@ -401,14 +401,15 @@ def refuse_mismatch(config: ml_collections.ConfigDict, place: Placement, model: 
 
 def make_preprocessing(config: ml_collections.ConfigDict, data: Dataset) -> Preprocessing:
     """Return what is done to images, with statistics of the training set."""
-    sample = statistics.sample(data.train_images)
     if config.data.normalise == "channel":
-        mean, std = statistics.channel_statistics(sample)
+        mean, std = data.channel_statistics
     else:
+        sample = statistics.sample(data.train_images)
         mean, std = statistics.mean_image(sample, config.data.crop), 1.0
     colour_CC = None
     if config.data.colour_noise:
-        colour_CC = config.data.colour_noise * statistics.colour_axes(sample)
+        axes_CC = statistics.colour_axes(statistics.sample(data.train_images))
+        colour_CC = config.data.colour_noise * axes_CC
     if config.data.flip and not data.mirror:
         say(
             f"data.flip=True has no effect: a mirrored image of {data.name} is another class, or "
