@@ -153,6 +153,7 @@ IMAGENET_TRAIN = 1_281_167  # images of ILSVRC-2012
 # What others' models of a step predict. PALEO (Qi et al. 2017, table 4): GPUs -> hours of the rows
 # of ONE_WEIRD_TRICK whose two batches are equal. OptCNN: GPUs -> error on its own AlexNet in %.
 PALEO_HOURS = {1: 96.31, 2: 49.57, 4: 25.42, 8: 14.37}
+PALEO_IMAGES = 1_200_000  # per epoch: its own code gives these hours with no other number
 OPTCNN_ERRORS = {1: 1, 2: 4, 4: -5, 8: 2, 16: -1}
 
 
