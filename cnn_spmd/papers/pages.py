@@ -558,17 +558,19 @@ def history_sections() -> list[str]:
         """Table 1 of Krizhevsky 2014, on up to eight K20 by PCIe 2.0, predicted from its step on
         one GPU. Batches are (convolutions, dense layers). All other numbers come from data sheets
         and the paper (`cnn_spmd/analysis/cards/k20.json`): 208 GB/s of memory, 6 GB/s by PCIe.
-        None was fitted to this table, but the table was known when the model was written.""",
+        None was fitted to this table. But the table was known when the two schedules were chosen,
+        among several that were worked out, so these rows are no held-out test.""",
         history.one_weird_trick_table(),
         """By turns is the scheme that the paper measured (its scheme b): one GPU after the other
         sends the dense layers' inputs of its 128 images to all others. At once is our `hybrid`:
         all GPUs send these inputs at the same time. At once is also what by turns costs if all
         turns except one hide behind the dense layers, which the paper says is possible. In rows
         with a dense batch of 128, a GPU updates its dense weights once per 128 images.""",
-        """The measured steps are longer than both. By turns rests on an assumption: a GPU sends a
-        copy to each of the others through its own link, and nothing hides. The authors' later code
+        """The measured steps are longer than both. By turns rests on assumptions: a GPU sends a
+        copy to each of the others through its own link, nothing hides, and the way between the two
+        groups of four is as fast as within a group (it is slower). The authors' later code
         (cuda-convnet2) sends one copy through the host's memory, at a cost that nobody published.
-        So the small error on eight GPUs is partly luck.""",
+        So the small error on eight GPUs may be luck.""",
         f"""PALEO (Qi et al. 2017) predicts from FLOPs, from 46% of the K20's peak and from 75% of
         8 GB/s; it leaves out the update. Its hours need {published.PALEO_IMAGES:,} images per
         epoch. With ILSVRC-2012's {published.IMAGENET_TRAIN:,} the errors are
