@@ -365,12 +365,12 @@ def test_runs_without_a_speed_have_a_report(tmp_path, capsys):
 def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_path, capsys):
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", RUNS))
     assert row_of(page, "8x1", "data", "batch 128 per device")[3:5] == ["2", "5,500 ± 707"]
-    assert row_of(page, "8x1", "data", "batch 128 per device")[6:8] == ["5.50 ± 0.71", "68.8"]
+    assert row_of(page, "8x1", "data", "batch 128 per device")[7:9] == ["5.50 ± 0.71", "68.8"]
     # hybrid has no one-device run of its own: it is relative to data's.
-    assert row_of(page, "4x2", "hybrid", "batch 128 per device")[6:8] == ["7.12", "89.0"]
-    assert row_of(page, "8x1", "data", "batch 32 per device")[6:8] == ["6.00", "75.0"]
-    assert row_of(page, "1x1", "data", "batch 32 per device")[6:8] == ["1.00", "100.0"]
-    assert row_of(page, "8x1", "data", "batch 64 per device")[6:8] == ["", ""]
+    assert row_of(page, "4x2", "hybrid", "batch 128 per device")[7:9] == ["7.12", "89.0"]
+    assert row_of(page, "8x1", "data", "batch 32 per device")[7:9] == ["6.00", "75.0"]
+    assert row_of(page, "1x1", "data", "batch 32 per device")[7:9] == ["1.00", "100.0"]
+    assert row_of(page, "8x1", "data", "batch 64 per device")[7:9] == ["", ""]
     assert "No one-device run, so no speedup: batch 64 per device." in markdown
     assert [float(row["speedup"] or 0) for row in rows] == pytest.approx(
         [1, 5, 6, 7.1234, 1, 6.002, 0]

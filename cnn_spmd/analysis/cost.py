@@ -92,8 +92,9 @@ class Card:
     device_kind: what JAX calls the card. memory: bytes. copy_rate: bytes/s, read plus written, of a
     large copy. gap: seconds by which a collective delays the step beside its own time.
     hidden_share: of the time of weights' gradients' sums, with one collective in flight. spans:
-    "host" and "cluster" -> Links. sources: where the numbers come from. steps: measured steps
-    of one device, as python -m cnn_spmd.calibrate writes them.
+    "host" and "cluster" -> Links. sources: where the numbers come from. matrix_rate: FLOP/s of a
+    large product, in bfloat16 where the card has it. steps: measured steps of one device, as
+    python -m cnn_spmd.calibrate writes them.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Card:
     hidden_share: float
     spans: dict[str, Links]
     sources: dict[str, str]
+    matrix_rate: float | None = None
     steps: Sequence[dict] = ()
 
 
