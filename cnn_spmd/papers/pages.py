@@ -550,8 +550,31 @@ def predictions_page() -> str:
         HEAD,
         """Milliseconds per train step by the model of `cnn_spmd/analysis/cost.py`
         ([planning](../docs/planning.md)). An error is predicted divided by measured, minus 1.""",
+        *sweep_predictions(),
         *history_sections(),
     )
+
+
+def sweep_predictions() -> list[str]:
+    """Return the sections on our own sweeps."""
+    parts = ["## Our sweeps of several H200s"]
+    parts.append(
+        """AlexNet at 224 pixels in bfloat16, at 32, 128 and 512 images per device. The step of one
+        GPU is the sweep's own. The times of collectives were measured between two H200s, in a loop
+        of their own. Two numbers, `gap` and `hidden_share`, were chosen on the rows of two GPUs.
+        They were committed before the rows of four GPUs were looked at: those are the test. Three
+        facts of these rows had been seen before: what `data` costs on 4x1 at each batch."""
+    )
+    for name in ("alexnet-224-2xh200", "alexnet-224-4xh200"):
+        predictions = runfiles.read_json(DATA / "predictions" / f"{name}.json")["predictions"]
+        gpus = predictions[0]["devices"]
+        held_out = "chosen on these rows" if gpus == 2 else "held out"
+        parts += [
+            f"### {gpus} GPUs, {held_out}",
+            tables.predictions_table(predictions),
+            tables.prediction_errors(predictions),
+        ]
+    return parts
 
 
 def history_sections() -> list[str]:

@@ -8,6 +8,7 @@ experiment's learning rates were chosen. MB are 1e6 bytes.
 
 import collections
 import pathlib
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 from cnn_spmd.papers import published
@@ -461,3 +462,39 @@ def rates_table(runs: Sequence[dict], prefix: str, value_of: Callable[[dict], st
         for name in dict.fromkeys(name for name, _ in cells)
     ]
     return markdown_table(["variant", *(f"rate {rate:g}" for rate in rates)], rows)
+
+
+# ---- Predictions
+
+
+def predictions_table(predictions: Sequence[dict]) -> str:
+    """Return measured and predicted milliseconds, a row per mesh and scheme, a column per batch."""
+    batches = sorted({row["batch_per_device"] for row in predictions})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in predictions:
+        measured, predicted = row["measured_milliseconds"], row["predicted_milliseconds"]
+        text = f"{measured:.3f}, {predicted:.3f} ({100 * (predicted / measured - 1):+.1f} %)"
+        cells.setdefault((row["mesh"], row["parallelism"]), {})[row["batch_per_device"]] = text
+    rows = [[*key, *(own.get(batch, "") for batch in batches)] for key, own in cells.items()]
+    return markdown_table(["mesh", "scheme", *(f"{batch} per GPU" for batch in batches)], rows)
+
+
+def prediction_errors(predictions: Sequence[dict]) -> str:
+    """Return a sentence on the errors, and on whether the fastest was named right."""
+    errors = [
+        abs(row["predicted_milliseconds"] / row["measured_milliseconds"] - 1) for row in predictions
+    ]
+    named = []
+    for batch in sorted({row["batch_per_device"] for row in predictions}):
+        rows = [row for row in predictions if row["batch_per_device"] == batch]
+        chosen = min(rows, key=lambda row: row["predicted_milliseconds"])
+        fastest = min(rows, key=lambda row: row["measured_milliseconds"])
+        loss = chosen["measured_milliseconds"] / fastest["measured_milliseconds"] - 1
+        named.append(
+            f"at {batch} per GPU {chosen['mesh']} {chosen['parallelism']}, "
+            + (f"which is {100 * loss:.1f} % slower than the fastest" if loss else "the fastest")
+        )
+    return (
+        f"Median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %, "
+        f"n = {len(errors)}. The plan takes {'; '.join(named)}."
+    )
