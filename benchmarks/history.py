@@ -25,19 +25,16 @@ from collections.abc import Iterator, Sequence
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
-from flax import nnx
 
-from cnn_spmd.analysis import cost, program
+from cnn_spmd.analysis import cost
 from cnn_spmd.analysis.cost import Card, Links
 from cnn_spmd.papers import published
-from cnn_spmd.sharding.placement import is_dense
-from cnn_spmd.training import build, program_report
+from cnn_spmd.training import build, prediction, program_report
 from cnn_spmd.training.provenance import provenance
 from experiments.owt_imagenet import get_config
 
 FOLDER = pathlib.Path(__file__).parent.parent / "results" / "data" / "predictions"
 MOST_DEVICES = 16
-FLOAT = 4  # bytes
 
 # OptCNN's and FlexFlow's cluster: one 100 Gb/s InfiniBand per node of four GPUs, in bytes/s.
 NODE_BANDWIDTH = 12.5e9
@@ -86,21 +83,8 @@ def predict(
     moves, _ = program_report.theory_of(setup)
     if schedule == "by turns":
         moves = list(by_turns(moves, setup.place.mesh.size))
-    params = setup.functions.abstract_state.params
-    # With a variable batch, a device updates its dense weights once per micro-batch.
-    updates = config.batch_size // (config.dense_microbatch or config.batch_size)
-    dense, conv = nnx.split_state(params, lambda _, variable: is_dense(variable), ...)
-    own = program.bytes_per_device(conv) + updates * program.bytes_per_device(dense)
-    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-    terms = cost.predict(
-        card,
-        one_device_milliseconds / 1e3,
-        (whole, own / FLOAT),
-        moves,
-        mesh,
-        gpus_per_host,
-        FLOAT,
-    )
+    seconds = one_device_milliseconds / 1e3
+    terms = prediction.terms_of(setup, card, moves, seconds, gpus_per_host)
     return dict(
         devices=setup.place.mesh.size,
         mesh=dict(mesh),

@@ -562,8 +562,9 @@ def sweep_predictions() -> list[str]:
         """AlexNet at 224 pixels in bfloat16, at 32, 128 and 512 images per device. The step of one
         GPU is the sweep's own. The times of collectives were measured between two H200s, in a loop
         of their own. Two numbers, `gap` and `hidden_share`, were chosen on the rows of two GPUs.
-        They were committed before the rows of four GPUs were looked at: those are the test. Three
-        facts of these rows had been seen before: what `data` costs on 4x1 at each batch."""
+        They were committed before the rows of four GPUs were predicted: those are the test. Two
+        things were known before: what `data` costs on 4x1, and the errors of a simpler model over
+        both sweeps."""
     )
     for name in ("alexnet-224-2xh200", "alexnet-224-4xh200"):
         predictions = runfiles.read_json(DATA / "predictions" / f"{name}.json")["predictions"]

@@ -1,6 +1,7 @@
 """Predict a step of a run's program before it is compiled, with the calibration of a card."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 from cnn_spmd.analysis import communication, cost, program
 from cnn_spmd.analysis.cost import Card, Terms
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import program_report
+from cnn_spmd.sharding.placement import is_dense
+from cnn_spmd.training import microbatch, program_report
 
 # What a measured step on one device depends on, by its name in a card and by config field.
 STEP_FIELDS = {
@@ -56,18 +58,12 @@ def predict(setup: Any, card: Card, gpus_per_host: int) -> Prediction:
     Raises UserError where the closed form does not cover the network under the scheme, and where
     the card has no step of this network.
     """
-    config, place, functions = setup.config, setup.place, setup.functions
+    config, place = setup.config, setup.place
     moves, reason = program_report.theory_of(setup)
     if moves is None:
         raise UserError(f"parallelism={config.parallelism}: has no prediction: {reason}")
     one_device_seconds = measured_step(card, setup, config.batch_size / place.mesh.size)
-    params = functions.abstract_state.params
-    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-    own = program.bytes_per_device(params) / 4  # float32
-    itemsize = jnp.dtype(config.dtype).itemsize
-    terms = cost.predict(
-        card, one_device_seconds, (whole, own), moves, place.mesh.shape, gpus_per_host, itemsize
-    )
+    terms = terms_of(setup, card, moves, one_device_seconds, gpus_per_host)
     memory = memory_of(setup)
     return Prediction(
         place.mesh_name,
@@ -78,6 +74,38 @@ def predict(setup: Any, card: Card, gpus_per_host: int) -> Prediction:
         memory,
         memory <= card.memory,
     )
+
+
+def terms_of(
+    setup: Any, card: Card, moves: Sequence[dict], one_device_seconds: float, gpus_per_host: int
+) -> Terms:
+    """Return the parts of a predicted step.
+
+    moves: rows of communication.closed_form. one_device_seconds: the step of one device at the same
+    batch per device.
+    """
+    weights = sum(leaf.size for leaf in jax.tree.leaves(setup.functions.abstract_state.params))
+    return cost.predict(
+        card,
+        one_device_seconds,
+        (weights, updated_weights(setup)),
+        moves,
+        setup.place.mesh.shape,
+        gpus_per_host,
+        jnp.dtype(setup.config.dtype).itemsize,
+    )
+
+
+def updated_weights(setup: Any) -> float:
+    """Return how many weights a device updates per step; a weight counts once per update."""
+    config, functions = setup.config, setup.functions
+    each = microbatch.updates_each(functions.microbatch)
+    dense_updates = config.batch_size // config.dense_microbatch if each else 1
+    total = 0.0
+    for _, weight in program_report.named_variables(functions.abstract_state.params):
+        updates = dense_updates if is_dense(weight) else 1
+        total += updates * program.bytes_per_device(weight) / 4  # float32
+    return total
 
 
 def measured_step(card: Card, setup: Any, batch: float) -> float:
