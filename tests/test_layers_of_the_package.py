@@ -16,7 +16,9 @@ ORDER = (
     "data",
     "analysis",
     "training",
+    "plan",
     "experiment",
+    "calibrate",
     "worker",
     "sweep",
     "papers.published",  # data only
