@@ -12,6 +12,7 @@ Below, E stands for experiments/alexnet_cifar.py.
   python launch.py --config E --workdir runs/a                  the same workdir again resumes
   python launch.py --config E --dry_run                         compile, print the report, stop
   python launch.py --config E --dry_run --target h100:64x8      the same for 64 hosts of 8 GPUs each
+  python launch.py --config E --plan --target h100:8x8          which mesh and scheme, and why
 
 Several hosts: give the same command on each, with JAX_COORDINATOR_ADDRESS=host:port,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID set, or under Slurm's srun or Open MPI's mpirun.
@@ -27,11 +28,13 @@ Exit codes:
 import datetime
 import errno
 import gc
+import math
 import os
 import pathlib
 import shlex
 import signal
 import sys
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -48,7 +51,8 @@ MESH = flags.DEFINE_string(
     "mesh",
     None,
     "Mesh shape DATAxMODEL, such as 4x2; sets config.mesh. Several, joined by commas, are "
-    "a sweep; 'all' is 1x1 and every shape of all the devices.",
+    "a sweep; 'all' is 1x1 and every shape of all the devices, 'auto' the one that the plan finds "
+    "the fastest (as --config.parallelism=auto for the scheme).",
 )
 SWEEP = flags.DEFINE_multi_string(
     "sweep",
@@ -93,8 +97,17 @@ DRY_RUN = flags.DEFINE_bool(
     "Compile, print placement, memory and collectives, and stop; with "
     "--workdir, also write them there as program.json.",
 )
+PLAN = flags.DEFINE_bool(
+    "plan",
+    False,
+    "Predict a step under each scheme on each mesh over all devices, print which is the fastest "
+    "and why, and stop; compiles nothing.",
+)
+CARD = flags.DEFINE_string(
+    "card", None, "Calibration for --plan, such as h200; default: that of the target or the GPUs."
+)
 TARGET = flags.DEFINE_string(
-    "target", None, "With --dry_run: compile for GPUs that are not here, such as h100:64x8."
+    "target", None, "With --dry_run or --plan: for GPUs that are not here, such as h100:64x8."
 )
 
 # Imports and tracing make many objects that stay. With Python's default, 700, the search for
@@ -165,6 +178,9 @@ def launch(argv: list[str]) -> int:
     if cluster_env.variable(os.environ):
         compare_processes(config)
     found = data.result()
+    if PLAN.value:
+        return print_plan(config, found)
+    take_plan(config, found)
     return report_program(config, found) if DRY_RUN.value else train(config, found)
 
 
@@ -174,12 +190,18 @@ def refuse_flags(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
     if WORKDIR.value == "":
         raise UserError("--workdir=: is empty, expected a folder")
-    if TARGET.value and not DRY_RUN.value:
+    if TARGET.value and not (DRY_RUN.value or PLAN.value):
         raise UserError(
-            f"--target={TARGET.value}: those GPUs are not here, expected --dry_run with it"
+            f"--target={TARGET.value}: those GPUs are not here, expected --dry_run or --plan with "
+            "it"
         )
-    if is_sweep() and DRY_RUN.value:
-        raise UserError("--dry_run: expected a single mesh with it, and no --sweep")
+    if CARD.value and not PLAN.value:
+        raise UserError(f"--card={CARD.value}: expected --plan with it")
+    if PLAN.value and (DRY_RUN.value or MESH.value or WORKDIR.value):
+        raise UserError("--plan: expected no --dry_run, --mesh or --workdir with it")
+    if is_sweep() and (DRY_RUN.value or PLAN.value):
+        name = "plan" if PLAN.value else "dry_run"
+        raise UserError(f"--{name}: expected a single mesh with it, and no --sweep")
 
 
 def set_up_jax() -> None:
@@ -190,8 +212,25 @@ def set_up_jax() -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs thirty lines for each save
     environment.prepare()
-    if CPU_DEVICES.value:
+    if PLAN.value and TARGET.value:
+        environment.simulate(math.prod(planned_gpus()[1:]))
+    elif CPU_DEVICES.value:
         environment.simulate(CPU_DEVICES.value)
+
+
+def planned_gpus() -> tuple[str, int, int]:
+    """Return the card, the hosts and the GPUs per host of --target.
+
+    Raises UserError for more GPUs than this machine can simulate.
+    """
+    from cnn_spmd.analysis import cost, target
+
+    card, hosts, gpus_per_host = target.parse(TARGET.value, cost.names())
+    if hosts * gpus_per_host > configs.MOST_CPU_DEVICES:
+        raise UserError(
+            f"--target={TARGET.value}: expected at most {configs.MOST_CPU_DEVICES} GPUs with --plan"
+        )
+    return card, hosts, gpus_per_host
 
 
 def import_training() -> None:
@@ -223,7 +262,8 @@ def config_of_run() -> ml_collections.ConfigDict:
     if MESH.value is not None:
         if any(field.startswith("mesh.") for field in experiment.given_fields(flags.FLAGS)):
             raise UserError(f"--mesh={MESH.value}: config.mesh is given too, expected one of them")
-        config.mesh.update(mesh.parse(MESH.value))
+        if MESH.value != "auto":
+            config.mesh.update(mesh.parse(MESH.value))
     config.profile = PROFILE.value or config.profile
     config.noise_scale = NOISE_SCALE.value or config.noise_scale
     return config
@@ -257,6 +297,53 @@ def report_program(
         print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
         return CRASHED
     return 0
+
+
+def planned(
+    config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread, mesh: str
+) -> Any:
+    """Return the plan for --target, or for the devices that are here."""
+    import jax
+
+    from cnn_spmd import plan
+    from cnn_spmd.analysis import cost
+
+    if TARGET.value:
+        name, _, gpus_per_host = planned_gpus()
+        card = cost.load(CARD.value or name)
+        if config.dtype == "auto":
+            config.dtype = "bfloat16"  # as on a GPU; the devices that stand for them are a CPU's
+    else:
+        gpus_per_host = jax.local_device_count()
+        card = cost.load(CARD.value) if CARD.value else cost.of_device(jax.devices()[0].device_kind)
+    return plan.plan(config, data, card, gpus_per_host, mesh)
+
+
+def print_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> int:
+    """Print what a step costs under each scheme on each mesh, and return the exit code."""
+    from cnn_spmd import plan
+
+    config.parallelism = plan.AUTO
+    for line in plan.as_text(planned(config, data, plan.AUTO), config.batch_size):
+        print(line)
+    return 0
+
+
+def take_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> None:
+    """Set the mesh and the scheme that the planner finds the fastest, where they are "auto"."""
+    from cnn_spmd import plan
+    from cnn_spmd.sharding import mesh
+    from cnn_spmd.training.terminal import say
+
+    if plan.AUTO not in (MESH.value, config.parallelism):
+        return
+    sizes = mesh.shape(config.mesh, environment.device_count()).values()
+    shape = "x".join(str(size) for size in sizes)
+    found = planned(config, data, plan.AUTO if MESH.value == plan.AUTO else shape)
+    best = found.predictions[0]
+    config.mesh.update(mesh.parse(best.mesh))
+    config.parallelism = best.parallelism
+    say(plan.why(found.predictions))
 
 
 def train(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> int:

@@ -1,35 +1,142 @@
-"""Predict what a step costs on each mesh and under each scheme, and choose."""
+"""Predict what a step costs on each mesh and under each scheme, and choose.
 
-from typing import Any
+Nothing is compiled: bytes come from the closed form (analysis/communication.py), times from the
+card's calibration (analysis/cost.py). The devices only stand for places in a mesh, so that a laptop
+plans for any number of GPUs.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import ml_collections
 
 from cnn_spmd.analysis import cost, program
-from cnn_spmd.analysis.cost import Card, Terms
+from cnn_spmd.analysis.cost import Card
+from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import program_report
+from cnn_spmd.sharding import mesh as meshes
+from cnn_spmd.sharding.table import TABLE
+from cnn_spmd.training import build
+from cnn_spmd.training.prediction import Prediction, predict
+
+AUTO = "auto"  # of --mesh and of config.parallelism: what the plan finds
 
 
-def predict(setup: Any, card: Card, one_device_seconds: float, gpus_per_host: int) -> Terms:
-    """Predict a step of a Setup, which is not compiled.
+class Plan(NamedTuple):
+    """What the planner found.
 
-    one_device_seconds: the step of one device at the same batch per device.
-    Raises UserError where the closed form does not cover the network under the scheme.
+    predictions: the fastest first, and those that do not fit in memory last. refused: "MESH SCHEME"
+    -> why it has no prediction.
     """
-    moves, reason = program_report.theory_of(setup)
-    if moves is None:
-        raise UserError(f"parallelism={setup.config.parallelism}: has no prediction: {reason}")
-    params = setup.functions.abstract_state.params
-    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-    own = program.bytes_per_device(params) / 4  # float32
-    itemsize = jnp.dtype(setup.config.dtype).itemsize
-    return cost.predict(
-        card,
-        one_device_seconds,
-        (whole, own),
-        moves,
-        setup.place.mesh.shape,
-        gpus_per_host,
-        itemsize,
+
+    predictions: list[Prediction]
+    refused: dict[str, str]
+
+
+def plan(
+    config: ml_collections.ConfigDict,
+    data: Dataset | Unread,
+    card: Card | None,
+    gpus_per_host: int,
+    mesh: str = AUTO,
+) -> Plan:
+    """Predict a step on each mesh over all of JAX's devices, under each scheme.
+
+    config: its batch_size is the global batch. Its parallelism is the only scheme to look at, or
+    "auto" for all. card: of the devices, None where they have no calibration. mesh: the only mesh,
+    or "auto" for all.
+    Raises UserError where nothing has a prediction, or nothing fits in memory.
+    """
+    devices = jax.devices()
+    if card is None:
+        raise UserError(
+            f"--plan: {devices[0].device_kind} has no calibration: make one with "
+            "python -m cnn_spmd.calibrate, and give its file as --card, or one of "
+            f"{', '.join(cost.names())}"
+        )
+    data = data.preview if isinstance(data, Unread) else data
+    names = meshes.shapes_over(len(devices)) if mesh == AUTO else [mesh]
+    schemes = [config.parallelism]
+    if config.parallelism == AUTO:
+        schemes = list(dict.fromkeys([*TABLE, *config.placement]))
+    found, refused = [], {}
+    for name, scheme in itertools.product(names, schemes):
+        asked = config.copy_and_resolve_references()
+        asked.parallelism = scheme
+        asked.mesh.update(meshes.parse(name))
+        try:
+            # Without fast forms: what moves is the same, and JAX traces the plain ones faster.
+            setup = build.prepare(asked, devices, data, levers=())
+            found.append(predict(setup, card, gpus_per_host))
+        except UserError as error:
+            refused[f"{name} {scheme}"] = str(error)
+    if not found:
+        reasons = "; ".join(dict.fromkeys(refused.values()))
+        raise UserError(f"--plan: nothing works on {len(devices)} devices: {reasons}")
+    found.sort(key=lambda each: (not each.fits, each.terms.step))
+    if not found[0].fits:
+        least = min(found, key=lambda each: each.memory)
+        raise UserError(
+            f"--plan: nothing fits in the {card.memory / 1e9:.0f} GB of {card.device_kind}: the "
+            f"least is {least.memory / 1e9:.1f} GB per device ({least.mesh} {least.parallelism}), "
+            "expected more devices, or a smaller batch_size or model.width"
+        )
+    return Plan(found, refused)
+
+
+# ---- Text
+
+
+def as_text(plan: Plan, batch: int) -> Iterator[str]:
+    """Yield a table, the winner and why, and what was left out.
+
+    batch: examples per step. A scheme that costs the same on several meshes has one row.
+    """
+    rows: dict[tuple, list[str]] = {}
+    for found in plan.predictions:
+        cells = (
+            found.parallelism,
+            f"{1e3 * found.terms.step:.3f}",
+            f"{batch / found.terms.step:,.0f}",
+            f"{found.one_device / found.terms.step:.1f}",
+            f"{1e3 * found.terms.exposed:.3f}",
+            f"{found.ring_bytes / 1e6:.1f}",
+            f"{found.memory / 1e9:.2f}" if found.fits else f"{found.memory / 1e9:.2f}: too much",
+        )
+        rows.setdefault(cells, []).append(found.mesh)
+    yield from program.aligned(
+        f"Predicted steps of {batch} images, the fastest first; sent and held are per device",
+        ("mesh", "scheme", "ms", "images/s", "speedup", "exposed, ms", "sent, MB", "held, GB"),
+        [(_several(names), *cells) for cells, names in rows.items()],
+        numbers=6,
+    )
+    yield why(plan.predictions)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.refused.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        yield f"Left out: {_several(names)}: {reason}"
+
+
+def _several(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+
+
+def why(predictions: Sequence[Prediction]) -> str:
+    """Return one sentence that says what makes the first prediction the fastest."""
+    best = predictions[0]
+    fastest = f"Fastest: {best.mesh} {best.parallelism}, {1e3 * best.terms.step:.3f} ms"
+    data = next((found for found in predictions if found.parallelism == "data"), best)
+    if data is best:
+        return f"{fastest}."
+    saved = {
+        "communication": data.terms.exposed - best.terms.exposed,
+        "the update": data.terms.update - best.terms.update,
+    }
+    parts = [f"{1e3 * time:.3f} ms of {name}" for name, time in saved.items() if time > 0]
+    return (
+        f"{fastest}, {data.terms.step / best.terms.step:.2f} times as fast as {data.mesh} data: "
+        f"it saves {' and '.join(parts)}."
     )

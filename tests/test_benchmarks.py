@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from cnn_spmd.data import registry
-from cnn_spmd.papers import tables
+from cnn_spmd.papers import published, tables
 from cnn_spmd.sharding.table import ALL, TABLE
 
 
@@ -86,6 +86,35 @@ def test_resident_and_streamed_images_in_turn(monkeypatch):
     for side in ("resident", "streamed"):
         low, high = sorted(row[f"{side}_repeats"])
         assert 0 < low <= row[f"{side}_images_per_second"] <= high
+
+
+def test_stored_predictions_of_one_weird_trick_are_what_the_model_says(monkeypatch):
+    """A row of each batch. As the paper sends, by turns, each is within 5% of what it measured."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    history = importlib.import_module("history")
+    stored = json.loads((history.FOLDER / "owt.json").read_text())
+    by_turns = [row for row in stored["predictions"] if row["schedule"] == "by turns"]
+    assert [row["devices"] for row in by_turns] == [2, 2, 4, 4, 8, 8]
+    for row in by_turns:
+        measured = row["measured_milliseconds"]
+        assert row["predicted_milliseconds"] == pytest.approx(measured, rel=0.05)
+    table = published.ONE_WEIRD_TRICK
+    monkeypatch.setattr(published, "ONE_WEIRD_TRICK", [table[0], table[2], table[5]])
+    made = json.loads(json.dumps(history.one_weird_trick()))
+    predictions = made.pop("predictions")
+    assert [row["devices"] for row in predictions] == [2, 2, 8, 8]
+    assert all(row in stored["predictions"] for row in predictions), "run benchmarks/history.py"
+    assert made == {name: stored[name] for name in made}
+
+
+@pytest.mark.parametrize("name", ["optcnn", "flexflow", "tensorflow"])
+def test_more_gpus_cost_these_systems_over_twice_what_their_links_need(name):
+    """The claim of results/predictions.md and docs/planning.md."""
+    stored = json.loads((ROOT / f"results/data/predictions/{name}.json").read_text())
+    alone = stored["one_device_milliseconds"]
+    for row in stored["predictions"]:
+        added = row["measured_milliseconds"] - alone
+        assert added > 2 * (row["predicted_milliseconds"] - alone)
 
 
 def test_the_table_of_speeds(tmp_path):

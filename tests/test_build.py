@@ -187,6 +187,23 @@ def on(platform, devices, in_flight):
     )
 
 
+def test_entries_at_rest_without_effect_are_said(capsys):
+    """fc1 is no layer of this network; fc3's columns are split in use already."""
+    at_rest = dict(conv_out="ALL", fc1_in="data", fc3_in="data", fc3_out="model")
+    row = dict(base="hybrid", fc3_in=None, fc3_out="model", at_rest=at_rest)
+    config = small_config("simple_cnn", dtype="float32", parallelism="mine")
+    config.update(dict(mesh=dict(data=4, model=2), placement=dict(mine=row)))
+    build.prepare(config)
+    assert [line for line in capsys.readouterr().out.splitlines() if "no effect" in line] == [
+        f"placement.mine.at_rest.{entry} has no effect: on mesh 4x2 it splits no weight of "
+        "simple_cnn beyond its use."
+        for entry in ("fc1_in=data", "fc3_out=model")
+    ]
+    config.mesh.update(dict(data=8, model=1))
+    build.prepare(config)
+    assert "at_rest.fc3_out" not in capsys.readouterr().out
+
+
 def test_collectives_in_flight_is_an_option_of_the_compiler_for_several_gpus(monkeypatch, capsys):
     options = build.Setup.compiler_options.fget
     limit = {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}

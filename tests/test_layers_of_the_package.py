@@ -16,10 +16,10 @@ ORDER = (
     "data",
     "analysis",
     "training",
-    "plan",
     "experiment",
     "calibrate",
     "worker",
+    "plan",
     "sweep",
     "papers.published",  # data only
     "report",

@@ -14,6 +14,7 @@ from cnn_spmd.config import flat
 from cnn_spmd.papers import __main__ as command
 from cnn_spmd.papers import headline, measured, pages, pictures, published, tables
 from cnn_spmd.report import compare
+from cnn_spmd.sharding.table import TABLE
 from experiments import owt_imagenet, resnet_cifar
 
 FIGURES = [figure for figures in published.FIGURES.values() for figure in figures]
@@ -366,6 +367,24 @@ def test_a_program_of_an_older_version_has_no_hidden_share():
         ((_, table),) = tables.program_tables(programs).items()
         (row,) = ([cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:])
         assert row[-3:-1] == ["-" if closed_form is None else f"{closed_form:.1f}", hidden]
+
+
+def test_the_schemes_side_by_side(tmp_path):
+    """Each has a row, on a mesh of two axes where there is one; sweeps on GPUs timed them."""
+    runs = [("hybrid", "1x2", "H100"), ("data", "1x1", "H100"), ("model", "1x2", "cpu")]
+    sweep = [
+        dict(mesh=mesh, figures=dict(parallelism=scheme, device_kind=kind))
+        for scheme, mesh, kind in runs
+    ]
+    failed = dict(mesh="1x2", figures={})
+    (tmp_path / "sweep.json").write_text(json.dumps(dict(runs=[*sweep, failed])))
+    table = tables.schemes_table(tables.load_programs(), tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == list(TABLE)
+    on_one_axis = [row[0] for row in rows if row[2] == "8x1"]
+    assert on_one_axis == ["data", "sharded_update", "fsdp"]
+    assert {row[2] for row in rows} == {"8x1", "4x2"}
+    assert [row[0] for row in rows if row[-1] == "yes"] == ["hybrid"]
 
 
 def test_the_headline_table_fits_readme():

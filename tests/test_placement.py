@@ -18,6 +18,7 @@ from cnn_spmd.analysis import program
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
+from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training.program_report import layouts_of_activations
 
 
@@ -77,6 +78,11 @@ def test_the_report_says_what_is_replicated():
         (dict(mine=dict(conv_batch=3)), r"placement\.mine\.conv_batch=3: expected 'data', 'model'"),
         (dict(mine=3), r"placement\.mine=3: expected a row such as"),
         (dict(data=dict(fc1_out="model")), r"placement\.data: is a built-in row"),
+        (
+            dict(mine=dict(base="fdsp")),
+            r"placement\.mine\.base=fdsp: unknown, expected one of data,",
+        ),
+        (dict(mine=dict(base=["fsdp"])), r"placement\.mine\.base=\['fsdp'\]: unknown, expected"),
         (dict(other={}), "parallelism=mine: unknown, expected one of data, .*, other"),
     ],
 )
@@ -92,6 +98,18 @@ def test_two_dimensions_on_one_mesh_axis():
         place.spec(("fc1_in", "fc1_out"), (8, 8), "fc1.kernel")
     with pytest.raises(UserError, match="no such logical axis 'fc4_in'"):
         place.spec(("fc4_in",), (8,), "fc4.kernel")
+
+
+def test_a_row_starts_from_its_base():
+    """Its entries replace those of the base; "ALL" stands for all mesh axes."""
+    place = own_placement((4, 2), base="fsdp", dense_batch="data", output_batch=None)
+    expected = TABLE["fsdp"] | dict(dense_batch="data", output_batch=None)
+    assert place.row == expected
+    at_rest = dict(fc1_in="ALL", fc1_out=None)
+    place = own_placement((4, 2), base="fsdp", at_rest=at_rest, conv_in="ALL", gather_again=False)
+    at_rest = dict(fc1_in=("data", "model"), fc1_out=None)
+    changed = dict(at_rest=at_rest, conv_in=("data", "model"), gather_again=False)
+    assert place.row == TABLE["fsdp"] | changed
 
 
 def test_a_row_from_json_and_its_report():

@@ -1,5 +1,6 @@
 """ruff is clean; results/data says where it comes from; and other promises."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -75,14 +76,12 @@ def test_results_say_where_they_come_from():
         assert run["config"]["seed"] == run["seed"], path
 
 
-def test_measured_sweeps_and_speeds_say_where_they_come_from():
-    sweeps, speeds = (sorted((DATA / name).glob("*.json")) for name in ("sweeps", "speed"))
-    assert sweeps
-    assert speeds
-    sweeps, speeds = (
-        [json.loads(path.read_text()) for path in paths] for paths in (sweeps, speeds)
-    )
-    for run in [sweep["hardware"] for sweep in sweeps] + speeds:
+def test_sweeps_speeds_and_predictions_say_where_they_come_from():
+    folders = ("sweeps", "speed", "predictions")
+    files = [sorted((DATA / name).glob("*.json")) for name in folders]
+    assert all(files)
+    sweeps, *others = ([json.loads(path.read_text()) for path in paths] for paths in files)
+    for run in [*(sweep["hardware"] for sweep in sweeps), *itertools.chain(*others)]:
         assert re.fullmatch("[0-9a-f]{40}", run["commit"])
         assert run["versions"].keys() >= {"jax", "flax", "python"}
 

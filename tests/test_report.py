@@ -134,6 +134,7 @@ def figures_of_seed(seed):
         eval=dict(accuracy=accuracy, loss=loss),
         peak_bytes=400_000_000,
         hidden_share=0.875,
+        predicted_milliseconds=None,
         dense_microbatch=0,
         device_kind="NVIDIA H200",
         processes=1,
@@ -364,12 +365,12 @@ def test_runs_without_a_speed_have_a_report(tmp_path, capsys):
 def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_path, capsys):
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", RUNS))
     assert row_of(page, "8x1", "data", "batch 128 per device")[3:5] == ["2", "5,500 ± 707"]
-    assert row_of(page, "8x1", "data", "batch 128 per device")[6:8] == ["5.50 ± 0.71", "68.8"]
+    assert row_of(page, "8x1", "data", "batch 128 per device")[7:9] == ["5.50 ± 0.71", "68.8"]
     # hybrid has no one-device run of its own: it is relative to data's.
-    assert row_of(page, "4x2", "hybrid", "batch 128 per device")[6:8] == ["7.12", "89.0"]
-    assert row_of(page, "8x1", "data", "batch 32 per device")[6:8] == ["6.00", "75.0"]
-    assert row_of(page, "1x1", "data", "batch 32 per device")[6:8] == ["1.00", "100.0"]
-    assert row_of(page, "8x1", "data", "batch 64 per device")[6:8] == ["", ""]
+    assert row_of(page, "4x2", "hybrid", "batch 128 per device")[7:9] == ["7.12", "89.0"]
+    assert row_of(page, "8x1", "data", "batch 32 per device")[7:9] == ["6.00", "75.0"]
+    assert row_of(page, "1x1", "data", "batch 32 per device")[7:9] == ["1.00", "100.0"]
+    assert row_of(page, "8x1", "data", "batch 64 per device")[7:9] == ["", ""]
     assert "No one-device run, so no speedup: batch 64 per device." in markdown
     assert [float(row["speedup"] or 0) for row in rows] == pytest.approx(
         [1, 5, 6, 7.1234, 1, 6.002, 0]
@@ -384,6 +385,23 @@ def test_the_hidden_share_has_a_column_which_is_empty_for_older_sweeps():
     del older["figures"]["hidden_share"]
     groups = compare.groups_of([a_run("2x1"), older])
     assert [document.comparison_row(group)[column] for group in groups] == ["88", ""]
+
+
+def test_predicted_steps_have_a_column_and_a_chart():
+    """The chart needs a run with both; its caption has the errors of 10 and of 20 %."""
+    runs = [a_run("2x1"), a_run("1x2"), a_run("1x1")]
+    for run, factor in zip(runs, (1.1, 0.8, None), strict=True):
+        measured = run["figures"]["step_milliseconds"]["median"]
+        run["figures"]["predicted_milliseconds"] = factor and factor * measured
+    groups = compare.groups_of(runs)
+    column = document.COMPARISON_HEADER.index("predicted, ms")
+    assert [bool(document.comparison_row(group)[column]) for group in groups] == [
+        charts.predicted_and_measured(group) is not None for group in groups
+    ]
+    sweep = dict(runs=runs, hardware={}, devices=2)
+    chart = charts.prediction_chart(sweep, groups)
+    assert "Median error 15.0%, worst 20.0%." in chart.caption
+    assert len(chart.pictures) == 1
 
 
 def test_a_fixed_batch_compares_with_the_same_batch_and_scheme(tmp_path):
@@ -653,7 +671,7 @@ def test_a_lone_run_and_several(tmp_path, capsys):
         "2",
         "1,600 ± 141",
     ]
-    assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.1")[6] == "1.60 ± 0.14"
+    assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.1")[7] == "1.60 ± 0.14"
     assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.2")[3:7:3] == ["1", ""]
 
 

@@ -149,8 +149,11 @@ def test_resumed_equals_uninterrupted(config, tmp_path, begun_on, resumed_on):
             assert got == expected if same_mesh else got == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path):
-    """A run goes from whole weights to split ones and back, a step each, and loses nothing."""
+def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path, capsys):
+    """A run goes from whole weights to split ones and back, a step each, and loses nothing.
+
+    It says where it goes on, and from which scheme to which.
+    """
     config.optimizer.update(dict(decay="constant", warmup=0.0))
     config.update(dict(steps=4, epochs=0))
     loop.train(config, tmp_path / "whole")
@@ -160,6 +163,12 @@ def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path):
         config.update(dict(steps=steps, parallelism=parallelism, mesh=mesh))
         summary = loop.train(config, tmp_path / "parts")
         assert (summary["status"], summary["steps"]) == ("completed", steps)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resumed")]
+    assert [line.partition(" at ")[2] for line in said] == [
+        "step 1 on mesh 4x2, parallelism data -> sharded_update.",
+        "step 2 on mesh 2x4, parallelism sharded_update -> fsdp.",
+        "step 3 on mesh 1x1, parallelism fsdp -> data.",
+    ]
     whole, parts = saved_state(tmp_path / "whole", 4), saved_state(tmp_path / "parts", 4)
     for name, value in whole.items():
         tolerance = 1e-5 * np.abs(value).max()

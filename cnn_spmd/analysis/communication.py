@@ -129,7 +129,7 @@ def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> It
     yield Move(
         after.name, "all-gather", sliced, "backward", after.bytes * count_devices(mesh, sliced)
     )
-    # Placement.move exchanges before it gathers.
+    # Placement.exchange comes before the gather.
     exchanged = exchanged_axes(before, after)
     yield Move(after.name, "all-to-all", exchanged, "forward", held)
     yield Move(after.name, "all-to-all", exchanged, "backward", held)

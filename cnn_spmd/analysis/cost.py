@@ -160,6 +160,7 @@ def predict(
     parameters: weights of the network, and weights that a device updates. moves: rows of
     communication.closed_form. mesh: devices by mesh axis; they fill one host after another.
     itemsize: bytes of the compute dtype.
+    Raises UserError where the card has no times of a span of the mesh.
     """
     whole, own = (card_update(card, count, itemsize) for count in parameters)
     total = exposed = 0.0
@@ -168,6 +169,11 @@ def predict(
         hosts = len(set(devices // gpus_per_host))
         span = "host" if hosts == 1 else "cluster"
         lanes = 1 if hosts == 1 else max(1, len(devices) // hosts)
+        if span not in card.spans:
+            raise UserError(
+                f"card {card.name}: has no times of collectives of spans.{span}, expected a card "
+                "measured on several devices, or one of " + ", ".join(names())
+            )
         seconds = card.spans[span].seconds(move["operation"], move["ring_bytes"], lanes)
         share = card.hidden_share if is_sum_of_gradients(move) else 0.0
         total += seconds

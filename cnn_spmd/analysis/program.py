@@ -104,6 +104,7 @@ def as_text(report: dict) -> str:
         *_collectives(report["collectives"]),
         *(_overlap(report["overlap"]) if report["collectives"] else ()),
         *_theory(report),
+        *_prediction(report.get("prediction")),
     ]
     if "error" in report:
         lines.append(f"WARNING: there is no whole report on this program: {report['error']}")
@@ -144,7 +145,7 @@ def _placement(title: str, arrays: list[dict]) -> Iterator[str]:
         for array in arrays
     ]
     header = ("name", "shape", "logical axes", "mesh axes", "MB per device")
-    yield from _table(title, header, cells)
+    yield from aligned(title, header, cells)
     for array in arrays:
         if array["note"]:
             yield from _wrapped(f"  NOTE: {array['name']}: {array['note']}")
@@ -196,7 +197,7 @@ def _collectives(rows: list[dict] | None) -> Iterator[str]:
         for row in rows
     ]
     header = ("operation", "over mesh axes", "phase", "count", "payload", "sent in a ring")
-    yield from _table(title, header, cells, numbers=3)
+    yield from aligned(title, header, cells, numbers=3)
 
 
 def _overlap(overlap: dict) -> Iterator[str]:
@@ -228,14 +229,31 @@ def _theory(report: dict) -> Iterator[str]:
         for row in report["communication"]
     ]
     title = "Payload per device and step, MB: compiled, and in theory (Gholami et al. 2018)"
-    yield from _table(title, ("kind", "over mesh axes", "compiled", "in theory"), cells, numbers=2)
+    yield from aligned(title, ("kind", "over mesh axes", "compiled", "in theory"), cells, numbers=2)
+    sent = (report["totals"]["ring_bytes"], report["closed_form_ring_bytes"])
+    yield "  All of it, sent in rings: {} compiled, {} in theory".format(*map(_megabytes, sent))
+    scattered = any(row["operation"] == "reduce-scatter" for row in report["closed_form"])
+    if scattered and report["compiler"]["platform"] == "cpu":
+        yield from _wrapped(
+            "  XLA for CPUs has no reduce-scatter. It makes an all-reduce of the same payload, "
+            "which sends twice as much."
+        )
+
+
+def _prediction(prediction: dict | None) -> Iterator[str]:
+    if prediction:
+        terms = ", ".join(f"{name} {time:.3f}" for name, time in prediction["terms"].items())
+        yield (
+            f"Predicted step: {prediction['predicted_milliseconds']:.3f} ms by the calibration of "
+            f"{prediction['card']} ({terms})"
+        )
 
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.3f}"
 
 
-def _table(
+def aligned(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 1
 ) -> Iterator[str]:
     """Yield a title and aligned rows; the last `numbers` columns are right-aligned."""

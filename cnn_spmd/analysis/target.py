@@ -4,7 +4,7 @@ XLA's compiler needs a description of the card, not the card. It comes with jax[
 (requirements.txt). Training does not use this module.
 """
 
-import math
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
@@ -44,20 +44,28 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 }
 
 
-def devices(text: str) -> list[jax.Device]:
-    """Return the devices of CARD:HOSTSxGPUS, such as h100:64x8.
+def parse(text: str, cards: Sequence[str] = tuple(CARDS)) -> tuple[str, int, int]:
+    """Return the card, the hosts and the GPUs per host of CARD:HOSTSxGPUS, such as h100:64x8.
 
-    Programs can be compiled for them, and cannot run on them.
-    Raises UserError for another spelling, for an unknown card, and where jax[cuda12] is missing.
+    Raises UserError for another spelling, and for a card that is not one of `cards`.
     """
     card, _, topology = text.partition(":")
     sizes = mesh.sizes_in(topology, 2)
-    if card not in CARDS or not sizes:
+    if card not in cards or not sizes:
         raise UserError(
-            f"--target={text}: expected CARD:HOSTSxGPUS with a card of {', '.join(CARDS)}, such as "
+            f"--target={text}: expected CARD:HOSTSxGPUS with a card of {', '.join(cards)}, such as "
             f"h100:64x8, and at most {mesh.MOST_DEVICES} GPUs"
         )
-    hosts, gpus_per_host = sizes
+    return card, *sizes
+
+
+def devices(text: str) -> list[jax.Device]:
+    """Return the devices of CARD:HOSTSxGPUS.
+
+    Programs can be compiled for them, and cannot run on them.
+    Raises UserError as `parse` does, and where jax[cuda12] is missing.
+    """
+    card, hosts, gpus_per_host = parse(text)
     try:
         description = topologies.get_topology_desc(
             platform="cuda",
@@ -67,7 +75,7 @@ def devices(text: str) -> list[jax.Device]:
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:150]
-        count = math.prod(sizes)
+        count = hosts * gpus_per_host
         simulate = ""
         if count <= MOST_CPU_DEVICES:
             simulate = f", or compile for the CPU with --cpu_devices={count}"

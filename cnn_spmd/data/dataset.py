@@ -4,10 +4,12 @@ Shapes: N images, H rows and as many columns W, C = 3 channels (red, green, blue
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
+from cnn_spmd.data import statistics
 from cnn_spmd.errors import UserError
 
 
@@ -49,6 +51,11 @@ class Dataset(Provenance):
         """Return the four arrays by the names of their fields."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return {name: getattr(self, name) for name in names}
+
+    @functools.cached_property
+    def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and deviation of the training images (statistics.channel_statistics)."""
+        return statistics.channel_statistics(statistics.sample(self.train_images))
 
     def with_validation(self, examples: int) -> "Dataset":
         """Return the data set with some training images in place of the test split.

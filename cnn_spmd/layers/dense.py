@@ -63,24 +63,18 @@ def hidden(
 ) -> jax.Array:
     """Apply the hidden dense `layer`, called `name`, its ReLU and its dropout.
 
-    fc1 takes what the network's `features` returns. rate, key: as for dropout. last: the output
-    layer follows.
+    rate, key: as for dropout. last: the output layer follows.
     """
     batch = place.hidden_output_batch(name) if last else "dense_batch"
-    comes_from = "conv_batch" if name == "fc1" else "dense_batch"
-    x_BF = place.move(x_BF, comes_from, "dense_batch", f"{name}_in", name=f"{name} input")
+    x_BF = place(x_BF, "dense_batch", f"{name}_in", name=f"{name} input")
     x_BF = place(nnx.relu(_linear(layer, x_BF, place)), batch, f"{name}_out", name=f"{name} output")
     # Placed once more after dropout: otherwise XLA may gather the mask for the next layer too.
     return place(dropout(x_BF, rate, key), batch, f"{name}_out")
 
 
-def logits(layer: nnx.Linear, x_BF: jax.Array, place, first: bool = False) -> jax.Array:
-    """Apply the output `layer`, called fc3; returns [B, classes].
-
-    first: there is no hidden layer; x_BF is what the network's `features` returns.
-    """
-    comes_from = "conv_batch" if first else "output_batch"
-    x_BF = place.move(x_BF, comes_from, "output_batch", "fc3_in", name="fc3 input")
+def logits(layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
+    """Apply the output `layer`, called fc3; returns [B, classes]."""
+    x_BF = place(x_BF, "output_batch", "fc3_in", name="fc3 input")
     return place(_linear(layer, x_BF, place), "output_batch", "fc3_out", name="fc3 output")
 
 

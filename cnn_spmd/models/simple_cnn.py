@@ -56,4 +56,4 @@ class SimpleCNN(nnx.Module):
         self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Return the logits [B, classes] of the features."""
-        return logits(self.fc3, x_BF, place, first=True)
+        return logits(self.fc3, x_BF, place)

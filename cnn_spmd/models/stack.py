@@ -358,4 +358,4 @@ class Stack(nnx.Module):
         for (label, rate), key in zip(self.hidden, keys, strict=True):
             layer, last = getattr(self, label), label == self.hidden[-1][0]
             x_BF = dense.hidden(label, layer, x_BF, place, rate, key, last)
-        return dense.logits(self.fc3, x_BF, place, first=not self.hidden)
+        return dense.logits(self.fc3, x_BF, place)

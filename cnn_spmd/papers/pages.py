@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.papers import headline, measured, tables, waiting
+from cnn_spmd.papers import headline, history, measured, published, tables, waiting
 from cnn_spmd.papers.measured import DATA, MeasuredRow
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import markdown_table
@@ -478,6 +478,10 @@ def programs_page() -> str:
     ]
     programs = tables.load_programs()
     parts += [
+        "## The schemes side by side",
+        """224x224 images on eight H100s, and columns of the tables below. What each scheme does is
+        in [parallelism](../docs/parallelism.md), what timings there are in [meshes](meshes.md).""",
+        tables.schemes_table(programs),
         "## What papers claim",
         """PaSE (IPDPS 2021) says that a dense split over two axes halves what one weird trick
         moves in the dense layers. That depends on the global batch: dense_2d sums activations,
@@ -539,6 +543,87 @@ def startup_page() -> str:
     )
 
 
+def predictions_page() -> str:
+    """Return the page of predicted steps beside measured ones."""
+    return joined(
+        "# Predicted beside measured",
+        HEAD,
+        """Milliseconds per train step by the model of `cnn_spmd/analysis/cost.py`
+        ([planning](../docs/planning.md)). An error is predicted divided by measured, minus 1.""",
+        *sweep_predictions(),
+        *history_sections(),
+    )
+
+
+def sweep_predictions() -> list[str]:
+    """Return the sections on our own sweeps."""
+    parts = ["## Our sweeps of several H200s"]
+    parts.append(
+        """AlexNet at 224 pixels in bfloat16, at 32, 128 and 512 images per device. The step of one
+        GPU is the sweep's own. The times of collectives were measured between two H200s, in a loop
+        of their own. Two numbers, `gap` and `hidden_share`, were chosen on the rows of two GPUs.
+        They were committed before the rows of four GPUs were predicted: those are the test. Two
+        things were known before: what `data` costs on 4x1, and the errors of a simpler model over
+        both sweeps."""
+    )
+    for name in ("alexnet-224-2xh200", "alexnet-224-4xh200"):
+        predictions = runfiles.read_json(DATA / "predictions" / f"{name}.json")["predictions"]
+        gpus = predictions[0]["devices"]
+        held_out = "chosen on these rows" if gpus == 2 else "held out"
+        parts += [
+            f"### {gpus} GPUs, {held_out}",
+            tables.predictions_table(predictions),
+            tables.prediction_errors(predictions),
+        ]
+    return parts
+
+
+def history_sections() -> list[str]:
+    """Return the sections on what papers measured on several GPUs."""
+    optcnn = ", ".join(f"{error:+}" for error in published.OPTCNN_ERRORS.values())
+    return [
+        "## One weird trick on K20s",
+        """Table 1 of Krizhevsky 2014, on up to eight K20 by PCIe 2.0, predicted from its step on
+        one GPU. Batches are (convolutions, dense layers). All other numbers come from data sheets
+        and the paper (`cnn_spmd/analysis/cards/k20.json`): 208 GB/s of memory, 6 GB/s by PCIe.
+        None was fitted to this table. But the table was known when the two schedules were chosen,
+        among several that were worked out, so these rows are no held-out test.""",
+        history.one_weird_trick_table(),
+        """By turns is the scheme that the paper measured (its scheme b): one GPU after the other
+        sends the dense layers' inputs of its 128 images to all others. At once is our `hybrid`:
+        all GPUs send these inputs at the same time. At once is also what by turns costs if all
+        turns except one hide behind the dense layers, which the paper says is possible. In rows
+        with a dense batch of 128, a GPU updates its dense weights once per 128 images.""",
+        """The measured steps are longer than both. By turns rests on assumptions: a GPU sends a
+        copy to each of the others through its own link, nothing hides, and the way between the two
+        groups of four is as fast as within a group (it is slower). The authors' later code
+        (cuda-convnet2) sends one copy through the host's memory, at a cost that nobody published.
+        So the small error on eight GPUs may be luck.""",
+        f"""PALEO (Qi et al. 2017) predicts from FLOPs, from 46% of the K20's peak and from 75% of
+        8 GB/s; it leaves out the update. Its hours need {published.PALEO_IMAGES:,} images per
+        epoch. With ILSVRC-2012's {published.IMAGENET_TRAIN:,} the errors are
+        {", ".join(history.paleo_errors())} %.""",
+        "## AlexNet on P100s",
+        """Each cell: measured, predicted (error). The links are those of
+        `cnn_spmd/analysis/cards/p100.json`; OptCNN's and FlexFlow's nodes have four GPUs and one
+        InfiniBand of 100 Gb/s. Batches are per GPU; the values of OptCNN and FlexFlow are read
+        off figures.""",
+        history.curves_table(),
+        f"""These systems scale worse than their links allow: what they add to one GPU's step is
+        more than twice what the model adds. A data sheet does not describe their software, so such
+        a prediction says how fast a step could be. Of their own models, OptCNN reports errors of
+        {optcnn} % on 1, 2, 4, 8 and 16 GPUs, and FlexFlow of less than 30 %. Both measure each
+        layer on the system that they predict.""",
+        commands(
+            "Command",
+            (
+                "Needs no GPU. The files have the terms of each prediction and the calibration.",
+                ["python benchmarks/history.py"],
+            ),
+        ),
+    ]
+
+
 # File in results/ -> the function that makes it.
 PAGES: dict[str, Callable[[], str]] = {
     "cifar10.md": cifar10_page,
@@ -550,6 +635,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "pytorch.md": pytorch_page,
     "programs.md": programs_page,
     "startup.md": startup_page,
+    "predictions.md": predictions_page,
 }
 
 

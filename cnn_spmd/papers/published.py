@@ -46,11 +46,27 @@ SCHEMES = {"data": "data", "one weird trick": "hybrid"}
 LINKS = {"NVIDIA H100 80GB HBM3": 450e9, "NVIDIA H200": 450e9}
 
 
+def curve_throughputs(curve: dict) -> dict[int, float]:
+    """Return number of GPUs -> images/s of all of them; of OWT, throughput relative to one GPU."""
+    per_gpu = curve["unit"].endswith("per GPU")
+    return {gpus: value * (gpus if per_gpu else 1) for gpus, value in curve["values"].items()}
+
+
 def curve_speedups(curve: dict) -> dict[int, float]:
     """Return number of GPUs -> throughput relative to one GPU."""
-    values = curve["values"]
-    per_gpu = curve["unit"].endswith("per GPU")
-    return {gpus: value * (gpus if per_gpu else 1) / values[1] for gpus, value in values.items()}
+    throughputs = curve_throughputs(curve)
+    return {gpus: value / throughputs[1] for gpus, value in throughputs.items()}
+
+
+def curve_milliseconds(curve: dict) -> dict[int, float]:
+    """Return number of GPUs -> milliseconds per step, of a curve in images/s."""
+    batch = 1e3 * batch_per_gpu(curve)
+    return {gpus: gpus * batch / value for gpus, value in curve_throughputs(curve).items()}
+
+
+def batch_per_gpu(source: dict) -> int:
+    """Return the images per GPU and step of a source or a curve."""
+    return int(source["batch"].split(" ")[0])
 
 
 # ---- Single figures
@@ -132,6 +148,20 @@ ONE_WEIRD_TRICK = [
 ]
 
 
+IMAGENET_TRAIN = 1_281_167  # images of ILSVRC-2012
+
+# What others' models of a step predict. PALEO (Qi et al. 2017, table 4): GPUs -> hours of the rows
+# of ONE_WEIRD_TRICK whose two batches are equal. OptCNN: GPUs -> error on its own AlexNet in %.
+PALEO_HOURS = {1: 96.31, 2: 49.57, 4: 25.42, 8: 14.37}
+PALEO_IMAGES = 1_200_000  # per epoch: its own code gives these hours with no other number
+OPTCNN_ERRORS = {1: 1, 2: 4, 4: -5, 8: 2, 16: -1}
+
+
+def one_weird_trick_milliseconds(gpus: int, hours: float) -> float:
+    """Return milliseconds per step, where 90 epochs in batches of 128 per GPU take so long."""
+    return 3.6e6 * hours / (90 * IMAGENET_TRAIN / (128 * gpus))
+
+
 def one_weird_trick(
     gpus: int, dense_batch: int, error: float, hours: float, speedup: float
 ) -> list[PublishedFigure]:
@@ -192,7 +222,6 @@ def scaling(
 
 def curve_figures(curve: dict) -> list[PublishedFigure]:
     """Return a curve's speedups on 2, 4 and 8 GPUs."""
-    batch_per_gpu = int(curve["batch"].split(" ")[0])
     speedups = curve_speedups(curve)
     return [
         scaling(
@@ -200,7 +229,7 @@ def curve_figures(curve: dict) -> list[PublishedFigure]:
             round(speedups[gpus], 2),
             SCHEMES[curve["scheme"]],
             gpus,
-            batch_per_gpu,
+            batch_per_gpu(curve),
             f"{curve['paper']}; {curve['hardware']}",
         )
         for gpus in (2, 4, 8)

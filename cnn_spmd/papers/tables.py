@@ -8,12 +8,14 @@ experiment's learning rates were chosen. MB are 1e6 bytes.
 
 import collections
 import pathlib
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 
 from cnn_spmd.papers import published
 from cnn_spmd.papers.measured import DATA, is_beside_a_paper, load_summaries
 from cnn_spmd.report import compare, document, text
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
+from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import runfiles
 
 # ---- Runs
@@ -165,6 +167,10 @@ def fastest(rows: Sequence[dict], gpus: int) -> dict | None:
 
 # ---- Compiled programs
 
+PROGRAM_HEADER = ["mesh", "scheme", "MB per device", "peak MB", "collectives per step"]
+PROGRAM_HEADER += ["ring MB per step", "closed form", "hidden, %"]
+SIDE_BY_SIDE = dict(image_size=224, devices=8)  # the programs that show all schemes side by side
+
 
 def load_programs(folder: pathlib.Path = DATA / "programs") -> list[dict]:
     """Return the reports of compiled programs in the order of the page."""
@@ -179,41 +185,73 @@ def load_programs(folder: pathlib.Path = DATA / "programs") -> list[dict]:
 
 
 def program_tables(programs: Sequence[dict]) -> dict[str, str]:
-    """Return one table per network and target: what a device holds and sends.
-
-    In parentheses is the hidden share with more collectives in flight.
-    """
+    """Return one table per network and target: what a device holds and sends."""
     tables: dict[str, list[list[str]]] = {}
-    in_flight = {program_key(run): run for run in programs if run.get("in_flight", 1) > 1}
-    for run in programs:
-        if run.get("in_flight", 1) > 1:  # files of older versions lack it
-            continue
-        *_, kind, mesh = program_key(run)
+    for run, cells in program_rows(programs):
+        kind = run["compiler"]["device_kind"]
         target = "CPU devices" if kind == "cpu" else compare.short_kind(kind)
         title = (
             f"{run['model']}, {run['image_size']}x{run['image_size']} images, "
             f"{run['devices']} x {target}, batch {run['batch_size']}"
         )
+        tables.setdefault(title, []).append(cells)
+    return {title: markdown_table(PROGRAM_HEADER, rows) for title, rows in tables.items()}
+
+
+def program_rows(programs: Sequence[dict]) -> Iterator[tuple[dict, list[str]]]:
+    """Yield each program and its cells under PROGRAM_HEADER.
+
+    In parentheses is the hidden share with more collectives in flight.
+    """
+    in_flight = {program_key(run): run for run in programs if run.get("in_flight", 1) > 1}
+    for run in programs:
+        if run.get("in_flight", 1) > 1:  # files of older versions lack it
+            continue
         counts: collections.Counter[str] = collections.Counter()
         for row in run["collectives"]:
             counts[row["operation"].removeprefix("collective-")] += row["count"]
         hidden = text.optional(runfiles.hidden_share(run), 0, 100) or "-"
         if other := in_flight.get(program_key(run)):
             hidden += f" ({text.optional(runfiles.hidden_share(other), 0, 100)})"
-        cells = [
-            mesh,
-            run["parallelism"],
-            f"{run['bytes_per_device']['parameters'] / 1e6:.1f}",
-            text.optional(run["memory"]["peak_bytes"], 0, 1e-6) or "-",
-            ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items())),
-            f"{run['totals']['ring_bytes'] / 1e6:.1f}",
-            text.optional(run["closed_form_ring_bytes"], 1, 1e-6) or "-",
-            hidden,
-        ]
-        tables.setdefault(title, []).append(cells)
-    header = ["mesh", "scheme", "MB per device", "peak MB", "collectives per step"]
-    header += ["ring MB per step", "closed form", "hidden, %"]
-    return {title: markdown_table(header, rows) for title, rows in tables.items()}
+        yield (
+            run,
+            [
+                compare.mesh_name(run["mesh"].values()),
+                run["parallelism"],
+                f"{run['bytes_per_device']['parameters'] / 1e6:.1f}",
+                text.optional(run["memory"]["peak_bytes"], 0, 1e-6) or "-",
+                ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items())),
+                f"{run['totals']['ring_bytes'] / 1e6:.1f}",
+                text.optional(run["closed_form_ring_bytes"], 1, 1e-6) or "-",
+                hidden,
+            ],
+        )
+
+
+def schemes_table(programs: Sequence[dict], sweeps: pathlib.Path = DATA / "sweeps") -> str:
+    """Return a row for each scheme, of its program for SIDE_BY_SIDE on GPUs.
+
+    The mesh is one that splits both axes, where there is one. timed: whether a sweep has run the
+    scheme on several GPUs.
+    """
+    timed = set()
+    for path in sweeps.glob("*.json"):
+        for run in runfiles.read_json(path)["runs"]:
+            figures = run["figures"] or dict(device_kind="cpu")  # {} where it failed
+            if run["mesh"] != "1x1" and figures["device_kind"] != "cpu":
+                timed.add(figures["parallelism"])
+    columns = ["mesh", "MB per device", "peak MB", "ring MB per step", "hidden, %"]
+    found: dict[str, list[str]] = {}
+    for run, cells in program_rows(programs):
+        shown = all(run[field] == value for field, value in SIDE_BY_SIDE.items())
+        scheme, splits_both = run["parallelism"], min(run["mesh"].values()) > 1
+        on_gpus = run["compiler"]["platform"] != "cpu"
+        if shown and on_gpus and (splits_both or scheme not in found):
+            row = dict(zip(PROGRAM_HEADER, cells, strict=True))
+            chosen = [row[column] for column in columns]
+            found[scheme] = [scheme, run["model"], *chosen, "yes" if scheme in timed else "no"]
+    rows = [found[scheme] for scheme in TABLE if scheme in found]
+    return markdown_table(["scheme", "network", *columns, "timed on GPUs"], rows)
 
 
 def program_key(run: dict) -> tuple:
@@ -424,3 +462,39 @@ def rates_table(runs: Sequence[dict], prefix: str, value_of: Callable[[dict], st
         for name in dict.fromkeys(name for name, _ in cells)
     ]
     return markdown_table(["variant", *(f"rate {rate:g}" for rate in rates)], rows)
+
+
+# ---- Predictions
+
+
+def predictions_table(predictions: Sequence[dict]) -> str:
+    """Return measured and predicted milliseconds, a row per mesh and scheme, a column per batch."""
+    batches = sorted({row["batch_per_device"] for row in predictions})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in predictions:
+        measured, predicted = row["measured_milliseconds"], row["predicted_milliseconds"]
+        text = f"{measured:.3f}, {predicted:.3f} ({100 * (predicted / measured - 1):+.1f} %)"
+        cells.setdefault((row["mesh"], row["parallelism"]), {})[row["batch_per_device"]] = text
+    rows = [[*key, *(own.get(batch, "") for batch in batches)] for key, own in cells.items()]
+    return markdown_table(["mesh", "scheme", *(f"{batch} per GPU" for batch in batches)], rows)
+
+
+def prediction_errors(predictions: Sequence[dict]) -> str:
+    """Return a sentence on the errors, and on whether the fastest was named right."""
+    errors = [
+        abs(row["predicted_milliseconds"] / row["measured_milliseconds"] - 1) for row in predictions
+    ]
+    named = []
+    for batch in sorted({row["batch_per_device"] for row in predictions}):
+        rows = [row for row in predictions if row["batch_per_device"] == batch]
+        chosen = min(rows, key=lambda row: row["predicted_milliseconds"])
+        fastest = min(rows, key=lambda row: row["measured_milliseconds"])
+        loss = chosen["measured_milliseconds"] / fastest["measured_milliseconds"] - 1
+        named.append(
+            f"at {batch} per GPU {chosen['mesh']} {chosen['parallelism']}, "
+            + (f"which is {100 * loss:.1f} % slower than the fastest" if loss else "the fastest")
+        )
+    return (
+        f"Median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %, "
+        f"n = {len(errors)}. The plan takes {'; '.join(named)}."
+    )

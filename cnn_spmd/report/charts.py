@@ -1,5 +1,6 @@
 """Make the report's charts: which there are, what they show, their captions."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ def all_charts(
             if any(map(compare.group_speedups, groups)):
                 drawn.append(speedup_chart(sweep, groups))
             drawn += [bar_chart(kind, sweep, groups) for kind in BAR_CHARTS]
+            if any(map(predicted_and_measured, groups)):
+                drawn.append(prediction_chart(sweep, groups))
         if any(run["metrics"] for run in sweep["runs"]):
             drawn.append(metrics_chart(sweep))
         if scaling and scaling.steps:
@@ -80,6 +83,25 @@ def speedup_chart(sweep: dict, groups: list[dict]) -> Chart:
         f"{without_base(groups)} {curves_caption(curves)} {timed_caption(sweep, groups)}"
     )
     return Chart("Speedup", [plots.speedup(panel, curves) for panel in scaled], caption)
+
+
+def prediction_chart(sweep: dict, groups: list[dict]) -> Chart:
+    """Return the chart of predicted steps beside measured ones."""
+    pairs = [predicted_and_measured(group) for group in groups]
+    errors = [abs(predicted / measured - 1) for predicted, measured in filter(None, pairs)]
+    caption = (
+        "Each point is a mesh and a scheme. On the line, the predicted step (docs/planning.md) is "
+        f"the measured median. Median error {statistics.median(errors):.1%}, worst "
+        f"{max(errors):.1%}. {timed_caption(sweep, groups)}"
+    )
+    return Chart("Predicted and measured steps", [plots.predictions(groups, pairs)], caption)
+
+
+def predicted_and_measured(group: dict) -> tuple[float, float] | None:
+    """Return a group's predicted and measured milliseconds per step, None without both."""
+    predicted = compare.average(group, "predicted_milliseconds")
+    measured = compare.average(group, "step_milliseconds", "median")
+    return (predicted, measured) if predicted and measured else None
 
 
 def metrics_chart(sweep: dict) -> Chart:

@@ -340,6 +340,31 @@ def steps_to_target(steps: dict[int, int], knee: Knee | None, noise: float | Non
     return svg_with_legend(fig, axes, "Steps to the target")
 
 
+# ---- Predictions
+
+
+def predictions(groups: Sequence[dict], pairs: Sequence[tuple[float, float] | None]) -> str:
+    """Return predicted over measured milliseconds per step, with the line of equal ones.
+
+    pairs: predicted and measured, for each group; None where there are not both.
+    """
+    fig = Figure(figsize=(WIDTH, 3.6))
+    axes = fig.add_subplot(xlabel="measured step, ms", ylabel="predicted step, ms")
+    for scheme in schemes_of(groups):
+        own = [
+            pair
+            for group, pair in zip(groups, pairs, strict=True)
+            if pair and group["parallelism"] == scheme
+        ]
+        if own:
+            predicted, measured = zip(*own, strict=True)
+            axes.plot(measured, predicted, "o", markersize=5, alpha=0.7, label=scheme)
+    ends = [time for pair in pairs if pair for time in pair]
+    ends = [0.9 * min(ends), 1.1 * max(ends)]
+    axes.plot(ends, ends, "--", color="#444444", linewidth=1, label="equal")
+    return svg_with_legend(fig, axes, "Predicted and measured steps")
+
+
 # ---- Depth
 
 

@@ -1,8 +1,9 @@
 """Place arrays on a mesh as a row of the placement table says."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cnn_spmd.config import MESH_AXES
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding import at_rest, local
+from cnn_spmd.sharding import at_rest, local, own_rows
 from cnn_spmd.sharding.halo import Windows
 from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_BE_UNEVEN, MAY_REPLICATE, TABLE
 
@@ -24,8 +24,8 @@ class Placement:
     """A scheme, which is a row of the placement table, on a mesh.
 
     Inside a jitted function, `place(x, "dense_batch", "fc1_out")` puts an activation where the row
-    puts its logical axes. `own_rows` are further schemes, from a config. `record`, if given, is
-    called with (name, axes, array) for each named activation while JAX traces it.
+    puts its logical axes. `own_rows` are further schemes, from a config (own_rows.py). `record`, if
+    given, is called with (name, axes, array) for each named activation while JAX traces it.
 
     Raises UserError for an unknown scheme, and for an own row that names an unknown axis.
     """
@@ -36,19 +36,19 @@ class Placement:
     record: Callable[[str, Axes, jax.Array], None] | None = None
 
     def __post_init__(self):
-        schemes = {**TABLE, **self.own_rows}
-        if self.parallelism not in schemes:
-            expected = ", ".join(map(str, schemes))
-            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {expected}")
-        for scheme, row in self.own_rows.items():
-            _check_own_row(scheme, row)
+        _ = self.row  # for its errors
 
     # ---- Where an array lies.
 
-    @property
+    @functools.cached_property
     def row(self) -> Mapping[str, Any]:
         """Return the scheme's row: logical axis -> mesh axis or mesh axes."""
-        return {**TABLE, **self.own_rows}[self.parallelism]
+        own = {scheme: own_rows.read(scheme, row) for scheme, row in self.own_rows.items()}
+        schemes = {**TABLE, **own}
+        if self.parallelism not in schemes:
+            expected = ", ".join(map(str, schemes))
+            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {expected}")
+        return schemes[self.parallelism]
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """Return the mesh axes that a logical axis is split over."""
@@ -223,21 +223,23 @@ class Placement:
             self.record(name, axes, x)
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
-    def move(self, x: jax.Array, batch: str, *axes: str | None, name: str = "") -> jax.Array:
-        """Place `x`, whose batch alone is split, as `batch`, where the row puts `axes`.
+    def exchange(self, x_BF: jax.Array, rows: str | None) -> jax.Array:
+        """Split what leaves the convolutions as the rows of the first dense kernel are.
 
-        Mesh axes that go from the batch to the features are exchanged first (an all-to-all), while
-        a device holds no more than its own examples. The rest of the batch is gathered afterwards.
-        XLA by itself would gather all of x on every device, and slice it.
+        Mesh axes that go from the batch to the features are exchanged (an all-to-all), while a
+        device holds no more than its own examples. The layer gathers the rest of the batch
+        afterwards. XLA by itself would gather all of x on every device, and slice it.
+
+        rows: the logical axis of the rows, such as "fc1_in". Where they do not divide, x stays as
+        it is, and the layer raises the error.
         """
-        split, features = self.mesh_axes(batch), self.mesh_axes(axes[-1])
-        if not set(split).isdisjoint(features):
-            self.spec(axes, x.shape, name or "array")  # raises where a size does not divide
-            x = self(x, batch, *[None] * (x.ndim - 1))
-            rest = tuple(mesh_axis for mesh_axis in split if mesh_axis not in features)
-            exchanged = NamedSharding(self.mesh, P(rest, *[None] * (x.ndim - 2), features))
-            x = jax.lax.with_sharding_constraint(x, exchanged)
-        return self(x, *axes, name=name)
+        batch, features = self.mesh_axes(self.features_batch), self.mesh_axes(rows)
+        if set(batch).isdisjoint(features) or x_BF.shape[1] % self.shards(rows):
+            return x_BF
+        x_BF = self(x_BF, self.features_batch, None)
+        rest = tuple(mesh_axis for mesh_axis in batch if mesh_axis not in features)
+        exchanged = NamedSharding(self.mesh, P(rest, features))
+        return jax.lax.with_sharding_constraint(x_BF, exchanged)
 
     def product(self, f: Callable, x: jax.Array, kernel: nnx.Param, dtype: Any) -> jax.Array:
         """Return f(x, kernel), with the kernel in `dtype` and where it is used: at_rest.py."""
@@ -332,10 +334,6 @@ class Unplaced:
         """Return x as it is."""
         return x
 
-    def move(self, x: jax.Array, batch: str, *axes: str | None, name: str = "") -> jax.Array:
-        """Return x as __call__ does."""
-        return self(x, *axes, name=name)
-
     def product(self, f, x, kernel, dtype):
         """Return f(x, kernel), with the kernel in `dtype`."""
         return f(x, kernel[...].astype(dtype))
@@ -372,41 +370,6 @@ class Unplaced:
 
 
 UNPLACED = Unplaced()
-
-
-def _check_own_row(scheme: str, row: Any) -> None:
-    """Raise UserError unless a config's own row maps logical axes to mesh axes."""
-    if not isinstance(row, Mapping):
-        raise UserError(f"placement.{scheme}={row}: expected a row such as {{'fc1_out': 'model'}}")
-    if scheme in TABLE:
-        raise UserError(f"placement.{scheme}: is a built-in row, choose another name")
-    at_rest = row.get("at_rest", {})
-    if not isinstance(at_rest, Mapping):
-        expected = "expected a row of weights such as {'fc1_in': 'data'}"
-        raise UserError(f"placement.{scheme}.at_rest={at_rest}: {expected}")
-    again = row.get("gather_again")
-    if "gather_again" in row and not ("at_rest" in row and isinstance(again, bool)):
-        field = f"placement.{scheme}.gather_again={again}"
-        raise UserError(f"{field}: expected True or False, in a row with at_rest")
-    used = {axis: row[axis] for axis in row if axis not in ("at_rest", "gather_again")}
-    _check_mesh_axes(f"placement.{scheme}", used, (*LOGICAL_AXES, "at_rest", "gather_again"))
-    of_weights = [axis for axis in LOGICAL_AXES if axis.endswith(("_in", "_out"))]
-    _check_mesh_axes(f"placement.{scheme}.at_rest", at_rest, of_weights)
-
-
-def _check_mesh_axes(where: str, row: Mapping, known_axes: Sequence[str]) -> None:
-    """Raise UserError unless `row` maps some of `known_axes` to mesh axes."""
-    for axis, mesh_axes in row.items():
-        field = f"{where}.{axis}={mesh_axes}"
-        if axis not in known_axes:
-            expected = ", ".join(known_axes)
-            raise UserError(f"{field}: no such logical axis, expected one of {expected}")
-        several = isinstance(mesh_axes, tuple | list)
-        names = list(mesh_axes) if several else [mesh_axes]
-        known = all(name in MESH_AXES for name in names) and len(names) == len(set(names))
-        if not (mesh_axes is None or (names and known)):
-            expected = ", ".join(map(repr, MESH_AXES))
-            raise UserError(f"{field}: expected {expected}, {MESH_AXES} or None")
 
 
 def _as_tuple(mesh_axes: Any) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ a row of TABLE: it maps logical axes to the mesh axes that split them.
 
 A logical axis that a row does not name is not split. sharding/placement.py turns a row into JAX
 shardings. To move an array, change its entry here, or give the config a row of your own
-(`config.placement`). Three things follow without an entry: a momentum lives with its weight; model
-state and metrics are on every device; the data set is too, unless it is streamed.
+(`config.placement`; own_rows.py reads it). Three things follow without an entry: a momentum lives
+with its weight; model state and metrics are on every device; the data set is too, unless it is
+streamed.
 
 A row says where arrays are used. Its key `at_rest`, a row of the same form, splits weights further
 between steps: layers/ gather them for use (sharding/at_rest.py).
@@ -123,8 +124,8 @@ TABLE: dict[str, dict[str, Any]] = {
     # from layer to layer: an output lies as the next layer takes it (PaSE, IPDPS 2021, table II).
     # The dense batch is not split, so no gradient of a dense weight is summed. Each layer sums its
     # outputs along the mesh axis of its rows. Before fc1, devices along `data` exchange examples
-    # for features, and XLA then gathers the batch along `model` (Placement.move). `data` is last in
-    # conv_batch, so that the examples that a device receives follow each other in the batch.
+    # for features (Placement.exchange), and XLA then gathers the batch along `model`. `data` is
+    # last in conv_batch, so that the examples that a device receives follow each other in it.
     "dense_2d": dict(
         conv_batch=("model", "data"),
         fc1_in="data",

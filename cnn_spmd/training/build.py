@@ -24,8 +24,8 @@ from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
-from cnn_spmd.sharding.placement import Placement
-from cnn_spmd.training import cluster, microbatch, optim, program_report, startup
+from cnn_spmd.sharding.placement import Placement, axes_of, is_weight, mesh_axes_of
+from cnn_spmd.training import cluster, microbatch, optim, prediction, program_report, startup
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
@@ -75,13 +75,18 @@ class Setup:
     def report(self) -> dict:
         """Return what the compiled train step holds and moves, JSON-ready.
 
-        That is the placement, bytes per device, and collectives beside the closed form;
-        analysis.program.as_text turns it into lines to print.
+        That is the placement, bytes per device, collectives beside the closed form, and the
+        predicted time of a step; analysis.program.as_text turns it into lines to print.
         """
         n, since = self.config.steps_per_call, time.perf_counter()
         compiled = self.train_program(n)
         seconds = round(time.perf_counter() - since, 2)
-        return program_report.report_of(self, compiled, n) | dict(compile_seconds=seconds)
+        return self.report_on(compiled, n) | dict(compile_seconds=seconds)
+
+    def report_on(self, compiled: jax.stages.Compiled, n: int) -> dict:
+        """Return what `report` does, for a program of n steps that is compiled already."""
+        predicted = dict(prediction=prediction.of_devices(self))
+        return program_report.report_of(self, compiled, n) | predicted
 
     @functools.cached_property
     def activations(self) -> list[tuple[str, tuple, tuple]]:
@@ -244,6 +249,7 @@ def prepare(
     data = data.with_validation(config.data.validation)
     with startup.stage("network"):
         setup = assemble(data)
+    say_without_effect(setup)
     cluster.agree(setup.saved_config)  # each process decides on the fallback by itself
     return setup
 
@@ -268,13 +274,32 @@ def _assemble(
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, levers), memory)
     _ = setup.activations, setup.functions.abstract_state  # for their errors
+    check(setup)
+    return setup
+
+
+def say_without_effect(setup: Setup) -> None:
+    """Say which entries of the config change nothing on these devices, a line each."""
+    config, place = setup.config, setup.place
     if config.collectives_in_flight > 1 and not setup.compiler_options:
         say(
             f"collectives_in_flight={config.collectives_in_flight} has no effect: it is an option "
             "of XLA for several GPUs."
         )
-    check(setup)
-    return setup
+    split = set()  # the logical axes that are split further at rest than in use
+    for weight in jax.tree.leaves(setup.functions.abstract_state.params, is_leaf=is_weight):
+        axes = axes_of(weight)
+        specs = place.spec(axes, weight.shape), place.spec_at_rest(axes, weight.shape)
+        for axis, used, rest in zip(axes, *map(mesh_axes_of, specs), strict=True):
+            if used != rest:
+                split.add(axis)
+    own_row = config.placement.to_dict().get(config.parallelism, {})
+    for axis, mesh_axes in own_row.get("at_rest", {}).items():
+        if axis not in split and place.devices_on(place.row["at_rest"][axis]) > 1:
+            say(
+                f"placement.{config.parallelism}.at_rest.{axis}={mesh_axes} has no effect: on mesh "
+                f"{place.mesh_name} it splits no weight of {config.model.name} beyond its use."
+            )
 
 
 def reserve_memory(place: Placement) -> None:
@@ -376,14 +401,15 @@ def refuse_mismatch(config: ml_collections.ConfigDict, place: Placement, model: 
 
 def make_preprocessing(config: ml_collections.ConfigDict, data: Dataset) -> Preprocessing:
     """Return what is done to images, with statistics of the training set."""
-    sample = statistics.sample(data.train_images)
     if config.data.normalise == "channel":
-        mean, std = statistics.channel_statistics(sample)
+        mean, std = data.channel_statistics
     else:
+        sample = statistics.sample(data.train_images)
         mean, std = statistics.mean_image(sample, config.data.crop), 1.0
     colour_CC = None
     if config.data.colour_noise:
-        colour_CC = config.data.colour_noise * statistics.colour_axes(sample)
+        axes_CC = statistics.colour_axes(statistics.sample(data.train_images))
+        colour_CC = config.data.colour_noise * axes_CC
     if config.data.flip and not data.mirror:
         say(
             f"data.flip=True has no effect: a mirrored image of {data.name} is another class, or "

@@ -78,7 +78,7 @@ def train(
             started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             checkpoints, state = resume.restore(setup, workdir, old_summary)
             start = 0 if state is None else int(state.step)
-            resume.write_config(setup, workdir, checkpoints.run_name, start)
+            resume.write_config(setup, workdir, old_summary, checkpoints.run_name, start)
 
             timetable = make_timetable(setup.config, len(setup.data.train_images), start)
             programs = compile_programs(setup, timetable.chunks)
@@ -261,6 +261,7 @@ class Run:
             eval=self.evaluation,
             bytes_per_device=report["bytes_per_device"],
             collectives=report["collectives"],
+            predicted_milliseconds=(report.get("prediction") or {}).get("predicted_milliseconds"),
             **provenance(),
             started=self.started,
             status=status,

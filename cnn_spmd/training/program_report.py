@@ -59,8 +59,8 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     """Yield the fields of the report, so that an error leaves those before it."""
     config, place, functions = setup.config, setup.place, setup.functions
     abstract = functions.abstract_state
-    model_state = _named_variables(abstract.model_state)
-    variables = _named_variables(abstract.params) + model_state
+    model_state = named_variables(abstract.model_state)
+    variables = named_variables(abstract.params) + model_state
     activations = setup.activations
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
@@ -98,7 +98,7 @@ def theory_of(setup: Any, compiled: Sequence[dict] = ()) -> tuple[list[dict] | N
     """
     config, place, functions = setup.config, setup.place, setup.functions
     abstract, activations = functions.abstract_state, setup.activations
-    variables = _named_variables(abstract.params) + _named_variables(abstract.model_state)
+    variables = named_variables(abstract.params) + named_variables(abstract.model_state)
     side, network = setup.image_size, functions.abstract_model
     images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
     reason = coverage.covers(place, network, images, activations, variables, compiled)
@@ -119,13 +119,13 @@ def theory_of(setup: Any, compiled: Sequence[dict] = ()) -> tuple[list[dict] | N
 
 def _split_by_muon(params: nnx.State) -> str | None:
     """Say which split kernel Muon's update multiplies with itself; None: no kernel is split."""
-    for name, leaf in _named_variables(params):
+    for name, leaf in named_variables(params):
         if leaf.ndim > 1 and not leaf.get_value().sharding.is_fully_replicated:
             return f"optimizer.name=muon multiplies {name}, which is split, in its update"
     return None
 
 
-def _named_variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
+def named_variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
     """Return the variables of a state with their names, such as "fc1.kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(
         state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)

@@ -9,7 +9,7 @@ import jax
 
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.data.sharded import Indices
-from cnn_spmd.training import checkpoint, program_report, startup
+from cnn_spmd.training import checkpoint, startup
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.evaluate import Evaluator
 from cnn_spmd.training.timetable import Chunk
@@ -74,7 +74,7 @@ def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
             from cnn_spmd.training import board  # noqa: F401
         program = train.result()[n]
         with startup.stage("report"):
-            report = program_report.report_of(setup, program, n)
+            report = setup.report_on(program, n)
         init, evaluation, all_finite = (future.result() for future in others)
         report["compile_seconds"] = round(time.perf_counter() - since, 2)
         for move in moves:

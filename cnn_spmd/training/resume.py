@@ -58,7 +58,9 @@ def restore(
     return checkpoints, state
 
 
-def write_config(setup: Setup, workdir: pathlib.Path, run_name: str, start: int) -> None:
+def write_config(
+    setup: Setup, workdir: pathlib.Path, old_summary: dict, run_name: str, start: int
+) -> None:
     """Write config.json and say where the run starts, before anything that takes long.
 
     A run that is stopped from now on can be started again.
@@ -68,7 +70,10 @@ def write_config(setup: Setup, workdir: pathlib.Path, run_name: str, start: int)
         (workdir / "profile.json").unlink(missing_ok=True)
     metrics = workdir / "metrics.jsonl"
     if start:
-        say(f"Resumed {workdir} at step {start} on mesh {setup.place.mesh_name}.")
+        scheme = setup.config.parallelism
+        before = old_summary.get("parallelism", scheme)
+        changed = "" if before == scheme else f", parallelism {before} -> {scheme}"
+        say(f"Resumed {workdir} at step {start} on mesh {setup.place.mesh_name}{changed}.")
     elif metrics.exists():
         say(
             f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics "

@@ -241,6 +241,7 @@ def figures_of(folder: pathlib.Path) -> dict:
             ring_bytes=program["totals"]["ring_bytes"],
             closed_form_ring_bytes=program["closed_form_ring_bytes"],
             hidden_share=hidden_share(program),
+            predicted_milliseconds=summary.get("predicted_milliseconds"),
             dense_microbatch=summary["config"].get("dense_microbatch", 0),
             profile=profile,
         )

@@ -32,7 +32,7 @@ from cnn_spmd.data import sharded
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.feed import DeviceData, labels_of
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.placement import Placement
+from cnn_spmd.sharding.placement import Placement, axes_of, is_dense
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.metrics import METRICS, check_metric
 
@@ -125,6 +125,23 @@ class StepFunctions:
         _, _, new_model_state = nnx.split(model, nnx.Param, ...)
         return x_BF, new_model_state
 
+    @functools.cached_property
+    def first_dense_rows(self) -> str | None:
+        """Return the logical axis of what the first dense layer takes, such as fc1_in.
+
+        None: the network has no layers of layers/dense.py.
+        """
+        params = nnx.to_flat_state(nnx.state(self.abstract_model, nnx.Param))
+        kernels = [param for _, param in params if is_dense(param) and len(param.shape) > 1]
+        return min((axes_of(kernel)[0] for kernel in kernels), default=None)
+
+    def classify(
+        self, model: nnx.Module, x_BF: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the logits [B, C] of what the convolutions return, [B, F]."""
+        x_BF = self.place.exchange(x_BF, self.first_dense_rows)
+        return model.classify(x_BF, self.place, dropout_key)
+
     def loss(
         self,
         params: nnx.State,
@@ -139,7 +156,7 @@ class StepFunctions:
         are those of the network under dropout.
         """
         model = self.model(params, model_state)
-        logits_BC = _at_least_f32(model.classify(x_BF, self.place, dropout_key))
+        logits_BC = _at_least_f32(self.classify(model, x_BF, dropout_key))
         _refuse_changes(model, model_state)
         one_hot_BC = jax.nn.one_hot(labels_B, logits_BC.shape[-1])
         targets_BC = optax.smooth_labels(one_hot_BC, self.label_smoothing)
@@ -254,7 +271,7 @@ class StepFunctions:
         images = views_BVHWC.reshape(-1, *views_BVHWC.shape[2:])
         images = self.place(images, *self.place.map_axes(images.shape[1], None))
         model = self.model(state.params, state.model_state)
-        logits = model.classify(model.features(images, self.place), self.place)
+        logits = self.classify(model, model.features(images, self.place))
         logits_BVC = logits.astype(jnp.float32).reshape(batch, views, -1)
         logits_BVC = self.place(logits_BVC, "output_batch", None, "fc3_out")
         # The logarithm of the mean probability over the views.

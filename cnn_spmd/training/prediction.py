@@ -1,0 +1,175 @@
+"""Predict a step of a run's program before it is compiled, with the calibration of a card."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from cnn_spmd.analysis import communication, cost, program
+from cnn_spmd.analysis.cost import Card, Terms
+from cnn_spmd.errors import UserError
+from cnn_spmd.sharding.placement import is_dense
+from cnn_spmd.training import microbatch, program_report
+
+# What a measured step on one device depends on, by its name in a card and by config field.
+STEP_FIELDS = {
+    "model": "model.name",
+    "width": "model.width",
+    "dtype": "dtype",
+    "fast": "model.fast",
+    "optimizer": "optimizer.name",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a step costs on a mesh under a scheme; bytes are per device."""
+
+    mesh: str
+    parallelism: str
+    terms: Terms
+    one_device: float  # seconds of the whole batch on one device
+    ring_bytes: int
+    memory: int
+    fits: bool
+
+    def as_json(self) -> dict:
+        """Return the prediction as it stands in files."""
+        milliseconds = {name: round(1e3 * time, 4) for name, time in self.terms._asdict().items()}
+        return dict(
+            mesh=self.mesh,
+            parallelism=self.parallelism,
+            predicted_milliseconds=round(1e3 * self.terms.step, 4),
+            speedup=round(self.one_device / self.terms.step, 3),
+            terms=milliseconds,
+            ring_bytes=self.ring_bytes,
+            memory_bytes=self.memory,
+            fits=self.fits,
+        )
+
+
+def predict(setup: Any, card: Card, gpus_per_host: int) -> Prediction:
+    """Predict a step of a build.Setup, which is not compiled.
+
+    Raises UserError where the closed form does not cover the network under the scheme, and where
+    the card has no step of this network.
+    """
+    config, place = setup.config, setup.place
+    moves, reason = program_report.theory_of(setup)
+    if moves is None:
+        raise UserError(f"parallelism={config.parallelism}: has no prediction: {reason}")
+    one_device_seconds = measured_step(card, setup, config.batch_size / place.mesh.size)
+    terms = terms_of(setup, card, moves, one_device_seconds, gpus_per_host)
+    memory = memory_of(setup)
+    return Prediction(
+        place.mesh_name,
+        config.parallelism,
+        terms,
+        measured_step(card, setup, config.batch_size),
+        sum(move["ring_bytes"] for move in moves),
+        memory,
+        memory <= card.memory,
+    )
+
+
+def terms_of(
+    setup: Any, card: Card, moves: Sequence[dict], one_device_seconds: float, gpus_per_host: int
+) -> Terms:
+    """Return the parts of a predicted step.
+
+    moves: rows of communication.closed_form. one_device_seconds: the step of one device at the same
+    batch per device.
+    """
+    weights = sum(leaf.size for leaf in jax.tree.leaves(setup.functions.abstract_state.params))
+    return cost.predict(
+        card,
+        one_device_seconds,
+        (weights, updated_weights(setup)),
+        moves,
+        setup.place.mesh.shape,
+        gpus_per_host,
+        jnp.dtype(setup.config.dtype).itemsize,
+    )
+
+
+def updated_weights(setup: Any) -> float:
+    """Return how many weights a device updates per step; a weight counts once per update."""
+    config, functions = setup.config, setup.functions
+    each = microbatch.updates_each(functions.microbatch)
+    dense_updates = config.batch_size // config.dense_microbatch if each else 1
+    total = 0.0
+    for _, weight in program_report.named_variables(functions.abstract_state.params):
+        updates = dense_updates if is_dense(weight) else 1
+        total += updates * program.bytes_per_device(weight) / 4  # float32
+    return total
+
+
+def measured_step(card: Card, setup: Any, batch: float) -> float:
+    """Return the seconds of a step of one device on `batch` examples, by the card's calibration.
+
+    Between the batches that were measured the time is linear; beyond them it goes on so.
+    Raises UserError where the card has no step of this network.
+    """
+    wanted = {name: _field(setup.config, field) for name, field in STEP_FIELDS.items()}
+    wanted |= dict(image_size=setup.image_size, classes=len(setup.data.class_names))
+    for step in card.steps:
+        if all(step[name] == value for name, value in wanted.items()):
+            batches, seconds = np.transpose(step["points"])
+            if len(batches) == 1:
+                return float(seconds[0] * batch / batches[0])
+            inner = np.clip(np.searchsorted(batches, batch), 1, len(batches) - 1)
+            slope = (seconds[inner] - seconds[inner - 1]) / (batches[inner] - batches[inner - 1])
+            return float(seconds[inner] + (batch - batches[inner]) * slope)
+    fields = ", ".join(f"{name}={value}" for name, value in wanted.items())
+    raise UserError(
+        f"card {card.name}: has no measured step of {fields}: measure one with "
+        "python -m cnn_spmd.calibrate, and give its file as --card"
+    )
+
+
+def _field(config: ml_collections.ConfigDict, field: str) -> Any:
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def memory_of(setup: Any) -> int:
+    """Estimate the bytes that a device holds at most during a step.
+
+    These are weights and optimizer state as they lie between steps, the activations that the
+    backward pass needs, the weights in use or their gradients, in the compute dtype, and the images
+    that stay on the device. With gather_again only the largest layer's weights are there at once.
+    """
+    abstract, place = setup.functions.abstract_state, setup.place
+    itemsize = jnp.dtype(setup.config.dtype).itemsize
+    variables = program_report.named_variables(abstract.params)
+    variables += program_report.named_variables(abstract.model_state)
+    layers = communication.layers_of(place, setup.activations, variables, itemsize)
+    in_use = [sum(weight.bytes for weight in layer.weights.values()) for layer in layers]
+    activations = sum(
+        place.report(*activation, itemsize)["bytes_per_device"] for activation in setup.activations
+    )
+    at_rest = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
+    weights = max(in_use) if place.row.get("gather_again") else sum(in_use)
+    return at_rest + activations + weights + setup.image_bytes_per_device
+
+
+def of_devices(setup: Any) -> dict | None:
+    """Return the prediction for a Setup's devices, JSON-ready; None where there is none.
+
+    There is none for a card without calibration, or a network without a step measured on it.
+    """
+    mesh = setup.place.mesh
+    card = cost.of_device(mesh.devices.flat[0].device_kind)
+    if card is None:
+        return None
+    hosts = len({device.process_index for device in mesh.devices.flat})
+    try:
+        found = predict(setup, card, max(mesh.size // hosts, 1))
+    except UserError:
+        return None
+    return dict(card=card.name) | found.as_json()

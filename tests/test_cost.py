@@ -1,0 +1,154 @@
+"""The terms of a predicted step, with answers by hand."""
+
+import dataclasses
+
+import pytest
+
+from cnn_spmd.analysis import cost
+from cnn_spmd.analysis.cost import Card, Links
+from cnn_spmd.errors import UserError
+
+MB = 1e6
+US = 1e-6
+# Inside a host 10 us and 100 GB/s, across hosts 50 us and 10 GB/s. An all-gather has its own time.
+INSIDE = {"all-reduce": [(0, 10 * US), (1 * MB, 20 * US)], "all-gather": [(0, 1 * US), (MB, US)]}
+ACROSS = {"all-reduce": [(0, 50 * US), (1 * MB, 150 * US)]}
+CARD = Card(
+    name="by hand",
+    device_kind="",
+    memory=0,
+    copy_rate=1e12,
+    gap=0,
+    hidden_share=0,
+    spans=dict(host=Links(INSIDE), cluster=Links(ACROSS)),
+    sources={},
+)
+
+
+def move(what, ring_bytes, axes=("model",), operation="all-reduce", phase="backward"):
+    """A row of the closed form; here a device's payload is as large as what it sends."""
+    row = dict(what=what, operation=operation, axes=list(axes), phase=phase)
+    return row | dict(bytes=ring_bytes, ring_bytes=ring_bytes)
+
+
+def predict(*moves, card=CARD, mesh=(1, 4), parameters=(0, 0), gpus_per_host=8, itemsize=2):
+    """The terms of a step of 1 s on one device."""
+    sizes = dict(zip(("data", "model"), mesh, strict=True))
+    return cost.predict(card, 1.0, parameters, moves, sizes, gpus_per_host, itemsize)
+
+
+def microseconds(seconds):
+    return pytest.approx(seconds * US, rel=1e-9)
+
+
+def test_update_and_computing():
+    """20 bytes per weight in bfloat16, 24 in float32, at 1e12 bytes/s."""
+    terms = predict(parameters=(50e6, 5e6))
+    assert terms == pytest.approx((1 - 1000 * US, 100 * US, 0, 0))
+    assert terms.step == pytest.approx(1 - 900 * US)
+    terms = predict(parameters=(50e6, 5e6), itemsize=4)
+    assert terms == pytest.approx((1 - 1200 * US, 120 * US, 0, 0))
+
+
+def test_a_collective_inside_a_host():
+    """Between the points, and beyond the last of them on the same line."""
+    for ring_bytes, expected in ((0, 10), (MB / 2, 15), (MB, 20), (10 * MB, 110)):
+        terms = predict(move("fc1 input", ring_bytes))
+        assert terms.communication == terms.exposed == microseconds(expected)
+        assert terms.step == pytest.approx(1 + expected * US)
+
+
+def test_each_operation_has_its_time():
+    """Without one of its own, it takes that of the operation that is most like it."""
+    for operation in ("all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
+        terms = predict(move("fc1 input", MB, operation=operation))
+        assert terms.communication == microseconds(1)
+
+
+@pytest.mark.parametrize(
+    ("axes", "mesh", "expected"),
+    [
+        (["model"], (2, 4), 20),  # the four of one host
+        (["data"], (2, 4), 150),  # one of each host: all bytes through its link
+        (["data", "model"], (2, 4), 75),  # four links at once: 50 us, and a quarter of the bytes
+        (["model"], (1, 8), 75),
+        (["data"], (4, 2), 100),  # two of each host: 50 us, and half of the bytes
+        (["model"], (4, 2), 20),
+    ],
+)
+def test_a_collective_across_hosts(axes, mesh, expected):
+    """Two hosts of four devices. Devices of one host send through links of their own."""
+    terms = predict(move("fc1 input", MB, axes), mesh=mesh, gpus_per_host=4)
+    assert terms.communication == microseconds(expected)
+
+
+def test_small_collectives_of_weights_are_joined():
+    """Up to 30 MiB, of one operation, phase and mesh axes; activations never."""
+    half = cost.COMBINED_BYTES / 2
+    of_half = half / MB * 10
+    for moves, expected in (
+        ([move("fc1.kernel", half), move("fc1.bias", half)], 10 + 2 * of_half),
+        ([move("fc1.kernel", half), move("fc1.bias", half + 1)], 20 + 2 * of_half + 1e-5),
+        ([move("fc1.kernel", half), move("fc2.kernel", half, ["data"])], 20 + 2 * of_half),
+        ([move("fc1.kernel", half), move("fc1.kernel", half, phase="forward")], 20 + 2 * of_half),
+        ([move("fc1 input", half), move("fc2 input", half)], 20 + 2 * of_half),
+        ([move("fc1.kernel", 4 * half)], 10 + 4 * of_half),
+    ):
+        assert predict(*moves, mesh=(2, 2)).communication == microseconds(expected)
+
+
+def test_a_share_of_the_sums_of_gradients_is_hidden():
+    """A quarter of a sum's time; nothing of activations and of gathers of weights."""
+    card = dataclasses.replace(CARD, hidden_share=0.25)
+    for what, operation, exposed in (
+        ("fc1.kernel", "all-reduce", 15),
+        ("fc1.kernel", "all-gather", 1),
+        ("fc1 input", "all-reduce", 20),
+    ):
+        terms = predict(move(what, MB, operation=operation), card=card)
+        assert terms.communication == microseconds(20 if operation == "all-reduce" else 1)
+        assert terms.exposed == microseconds(exposed)
+
+
+def test_the_gap_delays_the_step_once_per_collective():
+    """What is hidden of a collective is hidden of its gap too."""
+    card = dataclasses.replace(CARD, gap=8 * US, hidden_share=0.25)
+    terms = predict(move("fc1 input", MB), move("fc2 input", MB), card=card)
+    assert terms.communication == microseconds(40)
+    assert terms.exposed == microseconds(56)
+    assert predict(move("fc1.kernel", MB), card=card).exposed == microseconds(21)
+
+
+def test_a_card_of_one_device_has_no_times_between_devices():
+    card = dataclasses.replace(CARD, spans={})
+    assert predict(card=card).step == 1
+    with pytest.raises(UserError, match=r"card by hand: has no times of .* spans\.host, expected"):
+        predict(move("fc1 input", MB), card=card)
+
+
+# ---- The cards that ship
+
+
+@pytest.mark.parametrize("path", sorted(cost.CARDS.glob("*.json")), ids=lambda path: path.stem)
+def test_each_number_of_a_card_has_a_source(path):
+    card = cost.load(path.stem)
+    numbers = ("memory", "copy_rate", "matrix_rate", "gap", "hidden_share")
+    assert {*card.sources} >= {name for name in numbers if getattr(card, name)} | {*card.spans}
+    assert {*card.spans} == {"host", "cluster"}
+    assert cost.of_device(card.device_kind) == card
+    for links in card.spans.values():
+        for operation in cost.LIKE:
+            assert 0 < links.seconds(operation, 0) < links.seconds(operation, 1e9) < 2
+    assert card.spans["host"].seconds("all-reduce", 1e8) < card.spans["cluster"].seconds(
+        "all-reduce", 1e8
+    )
+
+
+def test_an_unknown_card_is_refused():
+    with pytest.raises(UserError) as error:
+        cost.load("h10")
+    assert str(error.value) == (
+        "--card=h10: no calibration, expected one of a100, h100, h200, k20, p100, v100 or a file "
+        "of python -m cnn_spmd.calibrate"
+    )
+    assert cost.of_device("cpu") is None

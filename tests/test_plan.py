@@ -1,0 +1,121 @@
+"""Plans: what is predicted, chosen and refused, with a card of round numbers."""
+
+import dataclasses
+
+import jax
+import pytest
+from setups import narrow  # noqa: F401  (a fixture)
+
+import cnn_spmd
+from cnn_spmd import plan
+from cnn_spmd.analysis.cost import Card, Links
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import prediction
+
+STEP = dict(
+    model="alexnet",
+    width=16,
+    image_size=32,
+    classes=10,
+    dtype="float32",
+    fast=True,
+    optimizer="sgd",
+    points=[(2, 2.0), (4, 3.0), (8, 7.0)],
+)
+# A collective takes a second per MB and no time besides.
+LINKS = Links({name: [(0, 0.0), (1e6, 1.0)] for name in ("all-reduce", "all-gather")})
+CARD = Card(
+    name="test",
+    device_kind="card",
+    memory=1e9,
+    copy_rate=1e12,
+    gap=0.0,
+    hidden_share=0.0,
+    spans=dict(host=LINKS, cluster=LINKS),
+    steps=[STEP],
+    sources={},
+)
+
+
+def config_of(**changes) -> cnn_spmd.load_config:
+    """Return a small config; the networks are narrow."""
+    return cnn_spmd.load_config(
+        "experiments/alexnet_cifar.py",
+        {
+            "data.name": "synthetic",
+            "data.fallback": "",
+            "data.synthetic.train_examples": 64,
+            "model.width": 16,
+            "batch_size": 16,
+            "dtype": "float32",
+            "parallelism": "auto",
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Return the data set once."""
+    from cnn_spmd.data import registry
+
+    return registry.find(config_of().data)
+
+
+@pytest.fixture(autouse=True)
+def four_devices(monkeypatch):
+    """Plan for 4 of the simulated devices."""
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seconds"), [(2, 2), (3, 2.5), (6, 5), (8, 7), (12, 11), (1, 1.5)]
+)
+def test_a_step_between_and_beyond_the_measured_batches(batch, seconds):
+    setup = cnn_spmd.prepare(config_of(parallelism="data", **{"mesh.model": 1}), jax.devices()[:1])
+    assert prediction.measured_step(CARD, setup, batch) == pytest.approx(seconds)
+
+
+def test_a_plan_puts_the_fastest_first(data):
+    found = plan.plan(config_of(), data, CARD, 4)
+    steps = [each.terms.step for each in found.predictions]
+    assert steps == sorted(steps)
+    assert {each.mesh for each in found.predictions} == {"4x1", "2x2", "1x4"}
+    assert any("two_tower" in name for name in found.refused)
+    by_name = {(each.mesh, each.parallelism): each for each in found.predictions}
+    data_parallel = by_name["4x1", "data"]
+    # 4 examples per device; all gradients are summed over all devices.
+    assert data_parallel.terms.computing == pytest.approx(3.0, rel=1e-3)
+    assert data_parallel.terms.exposed == pytest.approx(data_parallel.ring_bytes / 1e6)
+    assert data_parallel.one_device == pytest.approx(15.0)  # 16 examples, beyond the last point
+    text = "\n".join(plan.as_text(found, 16))
+    best = found.predictions[0]
+    assert f"Fastest: {best.mesh} {best.parallelism}" in text
+    assert "Left out: 4x1 two_tower and 2 more: parallelism=two_tower" in text
+
+
+def test_one_mesh_and_one_scheme(data):
+    found = plan.plan(config_of(parallelism="hybrid"), data, CARD, 4, "2x2")
+    assert [(each.mesh, each.parallelism) for each in found.predictions] == [("2x2", "hybrid")]
+    assert plan.why(found.predictions).startswith("Fastest: 2x2 hybrid, ")
+
+
+def test_what_cannot_be_planned_is_refused(data):
+    with pytest.raises(UserError, match="has no calibration"):
+        plan.plan(config_of(), data, None, 4)
+    small = dataclasses.replace(CARD, memory=1e3)
+    with pytest.raises(UserError, match="nothing fits in the 0 GB of card: the least is"):
+        plan.plan(config_of(parallelism="data"), data, small, 4, "4x1")
+    with pytest.raises(UserError, match="has no measured step of model=alexnet, width=32"):
+        plan.plan(config_of(parallelism="data", **{"model.width": 32}), data, CARD, 4, "4x1")
+    with pytest.raises(UserError, match=r"nothing works on 4 devices: batch_size .18"):
+        plan.plan(config_of(parallelism="data", batch_size=18), data, CARD, 4, "4x1")
+
+
+def test_a_report_has_a_prediction_where_the_card_is_known(monkeypatch):
+    setup = cnn_spmd.prepare(config_of(parallelism="data", **{"mesh.model": 1}), jax.devices()[:1])
+    assert prediction.of_devices(setup) is None  # nobody calibrated this CPU
+    monkeypatch.setattr(prediction.cost, "of_device", lambda kind: CARD)
+    found = prediction.of_devices(setup)
+    assert (found["card"], found["mesh"], found["speedup"]) == ("test", "1x1", 1.0)
