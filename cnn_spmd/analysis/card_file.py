@@ -59,7 +59,7 @@ CARD = {
     "measured?": OBJECT,
 }
 SPANS = {"host?": OBJECT, "cluster?": OBJECT}
-# The other operations take the times of an all-gather where they have none of their own (cost.LIKE).
+# Other operations take the times of an all-gather where they have none of their own (cost.LIKE).
 ALWAYS = ("all-reduce", "all-gather")
 LINKS = {name if name in ALWAYS else f"{name}?": LINE for name in hlo.RING_PARTS}
 STEP = {
