@@ -173,7 +173,7 @@ def launch(argv: list[str]) -> int:
 
     unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
-    device_count()
+    environment.device_count()
     config = config_of_run()
     if cluster_env.variable(os.environ):
         compare_processes(config)
@@ -213,9 +213,9 @@ def set_up_jax() -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax logs thirty lines for each save
     environment.prepare()
     if PLAN.value and TARGET.value:
-        simulate(math.prod(planned_gpus()[1:]))
+        environment.simulate(math.prod(planned_gpus()[1:]))
     elif CPU_DEVICES.value:
-        simulate(CPU_DEVICES.value)
+        environment.simulate(CPU_DEVICES.value)
 
 
 def planned_gpus() -> tuple[str, int, int]:
@@ -239,38 +239,16 @@ def import_training() -> None:
     In a cluster, the processes must first find each other.
     """
     if not cluster_env.variable(os.environ):
-        startup.background("devices", device_count)
+        startup.background("devices", environment.device_count)
     with startup.stage("imports", since=0):
         from cnn_spmd.training import loop, unused  # noqa: F401
-
-
-def simulate(devices: int) -> None:
-    """Let jax take this many simulated devices on the CPU."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def take_devices(simulated: int) -> int:
     """Create the devices of a sweep's worker, and count them; 0: none is simulated."""
     if simulated:
-        simulate(simulated)
-    return device_count()
-
-
-def device_count() -> int:
-    """Count the devices.
-
-    Raises UserError where JAX_PLATFORMS names one that is not here.
-    """
-    import jax
-
-    try:
-        return jax.device_count()
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split()) or "there is no such device"
-        raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}") from None
+        environment.simulate(simulated)
+    return environment.device_count()
 
 
 # ---- A run
@@ -359,7 +337,8 @@ def take_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset
 
     if plan.AUTO not in (MESH.value, config.parallelism):
         return
-    shape = "x".join(str(size) for size in mesh.shape(config.mesh, device_count()).values())
+    sizes = mesh.shape(config.mesh, environment.device_count()).values()
+    shape = "x".join(str(size) for size in sizes)
     found = planned(config, data, plan.AUTO if MESH.value == plan.AUTO else shape)
     best = found.predictions[0]
     config.mesh.update(mesh.parse(best.mesh))
@@ -452,7 +431,7 @@ def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
 
     from cnn_spmd import sweep
 
-    simulate(runner.cpu_devices or runner.device_count())
+    environment.simulate(runner.cpu_devices or runner.device_count())
     devices = jax.devices()
     combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, len(devices))
     arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])

@@ -23,8 +23,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -45,13 +43,11 @@ class Case(NamedTuple):
 
 
 def card() -> dict:
-    """Return what JAX runs on; for a GPU also its rates.
-
-    The rates are of bfloat16 products of 8192x8192 matrices, and of bytes read plus written.
-    """
+    """Return what JAX runs on; for a GPU also its rates (analysis/rates.py)."""
     import jax
-    import jax.numpy as jnp
     from jax.extend import backend
+
+    from cnn_spmd.analysis import rates
 
     found = dict(
         platform=jax.default_backend(),
@@ -62,22 +58,9 @@ def card() -> dict:
     if found["platform"] != "gpu":
         return found
 
-    def seconds(function: Callable, *arrays: jax.Array) -> float:
-        function, times = jax.jit(function), []
-        # The first of the six warms up.
-        for _ in range(6):
-            since = time.perf_counter()
-            for _ in range(30):
-                result = function(*arrays)
-            result.block_until_ready()
-            times.append((time.perf_counter() - since) / 30)
-        return statistics.median(times[1:])
-
-    a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
-    x = jnp.zeros(2**27, jnp.float32)
     return found | dict(
-        matrix_flop_per_second=round(2 * 8192**3 / seconds(jnp.matmul, a, b)),
-        copy_bytes_per_second=round(2 * x.nbytes / seconds(lambda x: x + 1, x)),
+        matrix_flop_per_second=round(rates.matrix_rate(rates.GPU)),
+        copy_bytes_per_second=round(rates.copy_rate(rates.GPU)),
     )
 
 

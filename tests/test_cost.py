@@ -119,6 +119,13 @@ def test_the_gap_delays_the_step_once_per_collective():
     assert predict(move("fc1.kernel", MB), card=card).exposed == microseconds(21)
 
 
+def test_a_card_of_one_device_has_no_times_between_devices():
+    card = dataclasses.replace(CARD, spans={})
+    assert predict(card=card).step == 1
+    with pytest.raises(UserError, match=r"card by hand: has no times of .* spans\.host, expected"):
+        predict(move("fc1 input", MB), card=card)
+
+
 # ---- The cards that ship
 
 
@@ -141,6 +148,7 @@ def test_an_unknown_card_is_refused():
     with pytest.raises(UserError) as error:
         cost.load("h10")
     assert str(error.value) == (
-        "--card=h10: no calibration, expected one of a100, h100, h200, k20, p100, v100"
+        "--card=h10: no calibration, expected one of a100, h100, h200, k20, p100, v100 or a file "
+        "of python -m cnn_spmd.calibrate"
     )
     assert cost.of_device("cpu") is None

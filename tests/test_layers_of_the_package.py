@@ -17,6 +17,7 @@ ORDER = (
     "analysis",
     "training",
     "experiment",
+    "calibrate",
     "worker",
     "plan",
     "sweep",

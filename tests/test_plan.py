@@ -24,7 +24,17 @@ STEP = dict(
 )
 # A collective takes a second per MB and no time besides.
 LINKS = Links({name: [(0, 0.0), (1e6, 1.0)] for name in ("all-reduce", "all-gather")})
-CARD = Card("test", "card", 1e9, 1e12, 0.0, 0.0, dict(host=LINKS, cluster=LINKS), {}, steps=[STEP])
+CARD = Card(
+    name="test",
+    device_kind="card",
+    memory=1e9,
+    copy_rate=1e12,
+    gap=0.0,
+    hidden_share=0.0,
+    spans=dict(host=LINKS, cluster=LINKS),
+    steps=[STEP],
+    sources={},
+)
 
 
 def config_of(**changes) -> cnn_spmd.load_config:

@@ -14,7 +14,6 @@ or from data sheets; its `sources` say which. docs/planning.md explains the mode
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections import defaultdict
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cnn_spmd.analysis import card_file
 from cnn_spmd.errors import UserError
 
 CARDS = pathlib.Path(__file__).parent / "cards"
@@ -85,27 +85,37 @@ class Links:
         return times[-1] + (size - sizes[-1]) * slope
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """The calibration of a card.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a calibration comes from.
 
-    device_kind: what JAX calls the card. memory: bytes. copy_rate: bytes/s, read plus written, of a
-    large copy. gap: seconds by which a collective delays the step beside its own time.
-    hidden_share: of the time of weights' gradients' sums, with one collective in flight. spans:
-    "host" and "cluster" -> Links. sources: where the numbers come from. matrix_rate: FLOP/s of a
-    large product, in bfloat16 where the card has it. steps: measured steps of one device, as
-    python -m cnn_spmd.calibrate writes them.
+    device_kind: what JAX calls the card. sources: where the numbers come from, by field and span.
+    measured: what python -m cnn_spmd.calibrate ran on, and with which versions.
     """
 
     name: str
     device_kind: str
+    sources: dict[str, str]
+    measured: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card(Origin):
+    """The calibration of a card.
+
+    memory: bytes. copy_rate: bytes/s, read plus written, of a large copy. matrix_rate: FLOP/s of a
+    large product, in bfloat16 on GPUs. gap: seconds by which a collective delays the step beside
+    its own time. hidden_share: of the time of weights' gradients' sums, with one collective in
+    flight. spans: "host" and "cluster" -> Links; a span that nobody measured is missing. steps:
+    measured steps of one device, each with the network's fields and points (batch, seconds).
+    """
+
     memory: float
     copy_rate: float
+    matrix_rate: float | None = None
     gap: float
     hidden_share: float
     spans: dict[str, Links]
-    sources: dict[str, str]
-    matrix_rate: float | None = None
     steps: Sequence[dict] = ()
 
 
@@ -115,12 +125,19 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Card:
-    """Return the card `name`; raises UserError for one that has no calibration."""
-    if name not in names():
-        raise UserError(f"--card={name}: no calibration, expected one of {', '.join(names())}")
-    fields = json.loads((CARDS / f"{name}.json").read_text())
+    """Return a card by its name in cards/, or by the path of its JSON file.
+
+    Raises UserError for a name that has no calibration, and for a file that is no card.
+    """
+    path = CARDS / f"{name}.json" if name in names() else pathlib.Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"--card={name}: no calibration, expected one of {', '.join(names())} or a file of "
+            "python -m cnn_spmd.calibrate"
+        )
+    fields = card_file.read(path)
     fields["spans"] = {span: Links(links) for span, links in fields["spans"].items()}
-    return Card(name, **fields)
+    return Card(name=path.stem, **fields)
 
 
 def of_device(device_kind: str) -> Card | None:
@@ -143,6 +160,7 @@ def predict(
     parameters: weights of the network, and weights that a device updates. moves: rows of
     communication.closed_form. mesh: devices by mesh axis; they fill one host after another.
     itemsize: bytes of the compute dtype.
+    Raises UserError where the card has no times of a span of the mesh.
     """
     whole, own = (card_update(card, count, itemsize) for count in parameters)
     total = exposed = 0.0
@@ -151,6 +169,11 @@ def predict(
         hosts = len(set(devices // gpus_per_host))
         span = "host" if hosts == 1 else "cluster"
         lanes = 1 if hosts == 1 else max(1, len(devices) // hosts)
+        if span not in card.spans:
+            raise UserError(
+                f"card {card.name}: has no times of collectives of spans.{span}, expected a card "
+                "measured on several devices, or one of " + ", ".join(names())
+            )
         seconds = card.spans[span].seconds(move["operation"], move["ring_bytes"], lanes)
         share = card.hidden_share if is_sum_of_gradients(move) else 0.0
         total += seconds

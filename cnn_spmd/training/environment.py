@@ -199,3 +199,28 @@ def cache_programs() -> None:
             cache,
             error.strerror,
         )
+
+
+# ---- Devices
+
+
+def simulate(devices: int) -> None:
+    """Let jax take this many simulated devices on the CPU."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
+def device_count() -> int:
+    """Count the devices.
+
+    Raises UserError where JAX_PLATFORMS names one that is not here.
+    """
+    import jax
+
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "there is no such device"
+        raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}") from None

@@ -1,0 +1,231 @@
+"""Measure a machine and write its calibration for the planner: a card, one JSON file.
+
+  python -m cnn_spmd.calibrate mine.json
+  python -m cnn_spmd.calibrate mine.json --config experiments/alexnet_2012_imagenet.py
+  python -m cnn_spmd.calibrate mine.json --config.model.width=2048 --batches 64,256
+
+It measures a large copy, a large product, each kind of collective over all local devices where
+there are several, and the training step of a config on one device, on random images. What it cannot
+measure comes from the card that ships for such devices. `sources` in the file says where each field
+comes from.
+
+Exit codes: 0 done; 2 bad input; 130 interrupted.
+"""
+
+import argparse
+import datetime
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jax
+import ml_collections
+from absl import flags
+
+from cnn_spmd import config as configs
+from cnn_spmd import experiment
+from cnn_spmd.analysis import card_file, cost, rates
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import environment, one_device, runfiles, unused
+from cnn_spmd.training.build import Setup
+from cnn_spmd.training.provenance import provenance
+from cnn_spmd.training.terminal import say
+
+# The network that is timed without --config. CIFAR-10 need not be at hand.
+DEFAULT = (
+    "--config",
+    str(experiment.EXPERIMENTS / "alexnet_cifar.py"),
+    "--config.data.name=synthetic",
+)
+# Batches of the step, by platform: with these it all takes less than two minutes.
+BATCHES = "32,128,512"
+CPU_BATCHES = "8,32,128"
+
+# ---- Measure
+
+
+def measure(
+    devices: Sequence[jax.Device], sizes: rates.Sizes, setups: Sequence[Setup]
+) -> dict[str, object]:
+    """Measure the devices, which are of one kind, and return their card's fields.
+
+    setups: of one network on one device, by batch size.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    fields, sources = not_measured(devices)
+    here = f"measured on {len(devices)} x {devices[0].device_kind}"
+    fields["copy_rate"] = round(rates.copy_rate(sizes))
+    say(f"copy_rate: {fields['copy_rate'] / 1e9:,.1f} GB/s")
+    fields["matrix_rate"] = round(rates.matrix_rate(sizes))
+    say(f"matrix_rate: {fields['matrix_rate'] / 1e12:,.3f} TFLOP/s")
+    sources |= dict(copy_rate=here, matrix_rate=here)
+    if len(devices) > 1:
+        fields["spans"]["host"] = host_links(devices, sizes)
+        sources["host"] = here
+    step = one_device.measure(setups)
+    others = [other for other in fields["steps"] if not is_same_network(other, step)]
+    fields["steps"] = [step, *others]
+    sources["steps"] = here + (f"; other networks: {sources['steps']}" if others else "")
+    return fields | dict(
+        sources=sources,
+        measured=provenance() | dict(devices=len(devices), started=started),
+    )
+
+
+def not_measured(devices: Sequence[jax.Device]) -> tuple[dict, dict[str, str]]:
+    """Return what is known of such devices before anything is measured, and its sources.
+
+    It comes from the card that ships for them. Otherwise memory is what JAX says, collectives do
+    not delay a step and are not hidden, and there is no time of a collective.
+    """
+    kind = devices[0].device_kind
+    if shipped := cost.of_device(kind):
+        fields = dict(
+            device_kind=kind,
+            memory=shipped.memory,
+            gap=shipped.gap,
+            hidden_share=shipped.hidden_share,
+            spans={span: links.collectives for span, links in shipped.spans.items()},
+            steps=list(shipped.steps),
+        )
+        texts = shipped.sources.items()
+        return fields, {name: f"card {shipped.name}: {text}" for name, text in texts}
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    fields = dict(
+        device_kind=kind,
+        memory=limit or configs.machine_memory() // len(devices),
+        gap=0,
+        hidden_share=0,
+        spans={},
+        steps=[],
+    )
+    sources = dict(
+        memory="what JAX may use of it" if limit else "a device's share of the host's memory",
+        gap="not measured, taken as 0",
+        hidden_share="not measured, taken as 0",
+        host="not measured: there is one device",
+        cluster="not measured",
+    )
+    return fields, sources
+
+
+def host_links(devices: Sequence[jax.Device], sizes: rates.Sizes) -> dict[str, list]:
+    """Return the points (ring bytes, seconds) of each kind of collective over all devices."""
+    links = {}
+    for operation, points in rates.collectives(devices, sizes):
+        links[operation] = [[size, float(f"{seconds:.4g}")] for size, seconds in points]
+        (low, short), (high, long) = points[0], points[-1]
+        say(
+            f"{operation}: {1e3 * short:.3f} ms for {low / 1e6:.2f} MB in a ring, "
+            f"{1e3 * long:.3f} ms for {high / 1e6:.2f} MB"
+        )
+    return links
+
+
+def is_same_network(one: dict, other: dict) -> bool:
+    """Return whether two measured steps are of the same network, whatever their batches."""
+    return one | dict(points=()) == other | dict(points=())
+
+
+# ---- The program
+
+
+def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    """Return the config that --config and --config.FIELD=VALUE give.
+
+    Raises UserError for other arguments, and as launch.py does.
+    """
+    values, argv = flags.FlagValues(), ["", *arguments]
+    experiment.define_flag(values, argv)
+    for argument in experiment.parse_flags(values, argv)[1:]:
+        raise UserError(f"unexpected argument {argument!r}: flags start with --, see --help")
+    configs.validate(values.config)
+    unused.refuse(values.config, experiment.given_fields(values))
+    return values.config
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(message)
+
+
+def parser() -> Parser:
+    """Return the parser of the command line, which leaves --config.FIELD=VALUE alone."""
+    made = Parser(
+        prog="python -m cnn_spmd.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("out", metavar="OUT.json", type=pathlib.Path, help="may be an older card")
+    made.add_argument(
+        "--config",
+        metavar="E",
+        help="the experiment whose step is timed; its fields are set with --config.FIELD=VALUE "
+        "(default: experiments/alexnet_cifar.py, without its data set)",
+    )
+    made.add_argument(
+        "--batches", help=f"images per step (default: {BATCHES}, on a CPU {CPU_BATCHES})"
+    )
+    made.add_argument("--cpu_devices", type=int, help="simulate this many devices on the CPU")
+    return made
+
+
+def refuse(arguments: argparse.Namespace) -> None:
+    """Raise UserError for arguments that cannot work, before jax starts."""
+    out, devices = arguments.out, arguments.cpu_devices
+    if out.suffix != ".json":
+        raise UserError(f"{out}: expected the name of a file that ends in .json")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out}: expected a folder that is there and can be written")
+    if out.exists():
+        try:
+            card_file.read(out)
+        except UserError as error:
+            raise UserError(f"{error}; give another name, as it is not overwritten") from error
+    batches = arguments.batches
+    if batches is not None and not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", batches):
+        raise UserError(f"--batches={batches}: expected positive numbers joined by commas")
+    if devices is not None and not 1 <= devices <= configs.MOST_CPU_DEVICES:
+        most = configs.MOST_CPU_DEVICES
+        raise UserError(f"--cpu_devices={devices}: expected from 1 to {most}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; every known error is one line."""
+    try:
+        arguments, rest = parser().parse_known_args(argv)
+        refuse(arguments)
+        chosen = ("--config", arguments.config) if arguments.config else DEFAULT
+        config = parse_config([*chosen, *rest])
+        environment.prepare()
+        if arguments.cpu_devices:
+            environment.simulate(arguments.cpu_devices)
+        environment.device_count()
+        devices = jax.local_devices()
+        platform = devices[0].platform
+        say(f"Measuring {len(devices)} x {devices[0].device_kind}")
+        texts = arguments.batches or (CPU_BATCHES if platform == "cpu" else BATCHES)
+        batches = sorted({int(text) for text in texts.split(",")})
+        setups = one_device.setups(config, batches, devices[0])
+        sizes = rates.sizes_for(platform)
+        runfiles.write_json(arguments.out, measure(devices, sizes, setups))
+        print(arguments.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return environment.exit_code_of_output()
+
+
+if __name__ == "__main__":
+    environment.protect_streams()
+    sys.exit(main())
