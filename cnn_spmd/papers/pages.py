@@ -24,6 +24,7 @@ ROUNDED = """Runs in bfloat16 whose file lists the fast form `cast_once` were ma
     (since mended): between steps they kept the weights of small layers in bfloat16, not in
     float32. They are to be made again."""
 LARGE_BATCHES = "large_batches.svg"
+DEVICES = "devices.svg"
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 
@@ -551,6 +552,7 @@ def predictions_page() -> str:
         """Milliseconds per train step by the model of `cnn_spmd/analysis/cost.py`
         ([planning](../docs/planning.md)). An error is predicted divided by measured, minus 1.""",
         *sweep_predictions(),
+        *devices_section(),
         *history_sections(),
     )
 
@@ -576,6 +578,25 @@ def sweep_predictions() -> list[str]:
             tables.prediction_errors(predictions),
         ]
     return parts
+
+
+def devices_section() -> list[str]:
+    """Return the section on more GPUs than anybody here has."""
+    return [
+        "## One to 512 H100s",
+        """AlexNet at 224 pixels in bfloat16 on hosts of 8 H100s, each scheme at its best mesh, as
+        `--plan` predicts it. Nobody has measured this: times across hosts come from data sheets
+        and defaults, and up to 8 GPUs from collectives between two.""",
+        tables.devices_table(devices_predictions()),
+        """The last two columns of each part say how many times as fast as `data` one weird trick
+        (`hybrid`) and the fastest scheme are. Above 1 it pays.""",
+        f"![Predicted speedup per GPU]({DEVICES})",
+    ]
+
+
+def devices_predictions() -> list[dict]:
+    """Return what benchmarks/whatif.py predicted."""
+    return runfiles.read_json(DATA / "predictions" / "devices.json")["predictions"]
 
 
 def history_sections() -> list[str]:
@@ -657,6 +678,7 @@ def write_pages() -> list[pathlib.Path]:
     texts = {RESULTS / name: make() for name, make in PAGES.items()}
     runs = measured.load_single_runs()
     texts[RESULTS / "depth.svg"] = pictures.depth(runs)
+    texts[RESULTS / DEVICES] = pictures.devices(devices_predictions())
     if tables.large_batch_errors(runs):
         texts[RESULTS / LARGE_BATCHES] = pictures.large_batches(runs)
     texts[readme] = headline.with_headline(readme.read_text())

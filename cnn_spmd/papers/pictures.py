@@ -35,6 +35,32 @@ def large_batches(runs: Sequence[dict]) -> str:
         return plots.svg_with_legend(fig, column[0], "Test error by batch size")
 
 
+def devices(predictions: Sequence[dict]) -> str:
+    """Return the speedup per device by number of devices, a line per scheme, a part per batch."""
+    batches = list(dict.fromkeys(row["batches"] for row in predictions))
+    with plots.style():
+        fig = Figure(figsize=(plots.WIDTH, 0.6 + 2.6 * len(batches)))
+        column = fig.subplots(len(batches), squeeze=False)[:, 0]
+        for name, axes in zip(batches, column, strict=True):
+            own = [row for row in predictions if row["batches"] == name]
+            for scheme in plots.schemes_of(own):
+                points = [
+                    (row["devices"], row["speedup"] / row["devices"])
+                    for row in own
+                    if row["parallelism"] == scheme
+                ]
+                colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)
+                look = dict(color=colour, marker=marker, linestyle=line, markersize=4)
+                axes.plot(*zip(*points, strict=True), label=scheme, **look)
+            axes.set_title(name)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+            axes.set_xlabel("GPUs")
+            axes.set_ylabel("speedup per GPU")
+            axes.set_ylim(0)
+        return plots.svg_with_legend(fig, column[0], "Predicted speedup per GPU")
+
+
 def draw_errors(axes: Axes, data: str, errors: dict[tuple[str, str, int], list[float]]) -> None:
     """Draw the errors on a data set: a line through each setting's means, a dot per run.
 

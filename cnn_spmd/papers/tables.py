@@ -498,3 +498,29 @@ def prediction_errors(predictions: Sequence[dict]) -> str:
         f"Median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %, "
         f"n = {len(errors)}. The plan takes {'; '.join(named)}."
     )
+
+
+def devices_table(predictions: Sequence[dict]) -> str:
+    """Return the fastest mesh and scheme by number of devices, and what `hybrid` gains."""
+    rows = []
+    for devices in sorted({row["devices"] for row in predictions}):
+        cells = [f"{devices:,}"]
+        for batches in dict.fromkeys(row["batches"] for row in predictions):
+            found = {
+                row["parallelism"]: row
+                for row in predictions
+                if (row["devices"], row["batches"]) == (devices, batches)
+            }
+            times = {name: row["predicted_milliseconds"] for name, row in found.items()}
+            best = found[min(times, key=times.get)]
+            cells += [
+                f"{best['mesh']} {best['parallelism']}",
+                f"{best['predicted_milliseconds']:.3f}",
+                f"{times['data'] / times['hybrid']:.2f}",
+                f"{times['data'] / best['predicted_milliseconds']:.2f}",
+            ]
+        rows.append(cells)
+    header = ["GPUs"]
+    for batches in dict.fromkeys(row["batches"] for row in predictions):
+        header += [f"{batches}: fastest", "ms", "hybrid over data", "fastest over data"]
+    return markdown_table(header, rows)
