@@ -590,7 +590,7 @@ def devices_section() -> list[str]:
         tables.devices_table(devices_predictions()),
         """The last two columns of each part say how many times as fast as `data` one weird trick
         (`hybrid`) and the fastest scheme are. Above 1 it pays.""",
-        f"![Predicted speedup per GPU]({DEVICES})",
+        f"![Predicted images/s per GPU, relative to one GPU]({DEVICES})",
     ]
 
 

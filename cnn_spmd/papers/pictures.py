@@ -36,16 +36,17 @@ def large_batches(runs: Sequence[dict]) -> str:
 
 
 def devices(predictions: Sequence[dict]) -> str:
-    """Return the speedup per device by number of devices, a line per scheme, a part per batch."""
+    """Return images/s per GPU, relative to one GPU: a line per scheme, a part per batch."""
     batches = list(dict.fromkeys(row["batches"] for row in predictions))
     with plots.style():
         fig = Figure(figsize=(plots.WIDTH, 0.6 + 2.6 * len(batches)))
         column = fig.subplots(len(batches), squeeze=False)[:, 0]
         for name, axes in zip(batches, column, strict=True):
             own = [row for row in predictions if row["batches"] == name]
+            alone = max(per_device(row) for row in own if row["devices"] == 1)
             for scheme in plots.schemes_of(own):
                 points = [
-                    (row["devices"], row["speedup"] / row["devices"])
+                    (row["devices"], per_device(row) / alone)
                     for row in own
                     if row["parallelism"] == scheme
                 ]
@@ -56,9 +57,14 @@ def devices(predictions: Sequence[dict]) -> str:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
             axes.set_xlabel("GPUs")
-            axes.set_ylabel("speedup per GPU")
+            axes.set_ylabel("images/s per GPU, relative")
             axes.set_ylim(0)
-        return plots.svg_with_legend(fig, column[0], "Predicted speedup per GPU")
+        return plots.svg_with_legend(fig, column[0], "Predicted images/s per GPU")
+
+
+def per_device(row: dict) -> float:
+    """Return the images per millisecond and device of a prediction."""
+    return row["batch_size"] / row["predicted_milliseconds"] / row["devices"]
 
 
 def draw_errors(axes: Axes, data: str, errors: dict[tuple[str, str, int], list[float]]) -> None:

@@ -49,6 +49,8 @@ SCHEMES = {
     "two_tower": ("#E69F00", "v", (0, (5, 1, 1, 1, 1, 1))),
     "dense_2d": ("#56B4E9", "X", (0, (3, 1))),
     "spatial": ("#F0E442", "*", (0, (3, 1, 1, 1))),
+    "sharded_update": ("#8C564B", "h", (0, (4, 2))),
+    "fsdp": ("#7F7F7F", "d", (0, (1, 1))),
 }
 OTHER = ("#222222", "P", (0, (1, 3)))
 LABEL = dict(textcoords="offset points", fontsize=8)
