@@ -423,6 +423,7 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     assert written == [
         *(str(results / name) for name in made),
         str(results / "depth.svg"),
+        str(results / pages.DEVICES),
         str(tmp_path / "README.md"),
     ]
     assert headline.headline_table() in (tmp_path / "README.md").read_text()

@@ -588,8 +588,8 @@ def devices_section() -> list[str]:
         `--plan` predicts it. Nobody has measured this: times across hosts come from data sheets
         and defaults, and up to 8 GPUs from collectives between two.""",
         tables.devices_table(devices_predictions()),
-        """The last two columns of each part say how many times as fast as `data` one weird trick
-        (`hybrid`) and the fastest scheme are. Above 1 it pays.""",
+        """For each batch: the fastest mesh and scheme, its milliseconds, and how many times as fast
+        as `data` one weird trick (`hybrid`) and the fastest are. Above 1 it pays.""",
         f"![Predicted images/s per GPU, relative to one GPU]({DEVICES})",
     ]
 
