@@ -104,7 +104,10 @@ PLAN = flags.DEFINE_bool(
     "and why, and stop; compiles nothing.",
 )
 CARD = flags.DEFINE_string(
-    "card", None, "Calibration for --plan, such as h200; default: that of the target or the GPUs."
+    "card",
+    None,
+    "Calibration for --plan and --mesh=auto, such as h200, or a file of python -m "
+    "cnn_spmd.calibrate; default: that of the target or the GPUs.",
 )
 TARGET = flags.DEFINE_string(
     "target", None, "With --dry_run or --plan: for GPUs that are not here, such as h100:64x8."
@@ -195,8 +198,13 @@ def refuse_flags(argv: list[str]) -> None:
             f"--target={TARGET.value}: those GPUs are not here, expected --dry_run or --plan with "
             "it"
         )
-    if CARD.value and not PLAN.value:
-        raise UserError(f"--card={CARD.value}: expected --plan with it")
+    if CARD.value and not (PLAN.value or "auto" in (MESH.value, CONFIG.value.parallelism)):
+        raise UserError(f"--card={CARD.value}: expected --plan or --mesh=auto with it")
+    if PLAN.value and BATCH_PER_DEVICE.value:
+        raise UserError(
+            f"--batch_per_device={BATCH_PER_DEVICE.value}: expected --config.batch_size, the "
+            "global batch, with --plan"
+        )
     if PLAN.value and (DRY_RUN.value or MESH.value or WORKDIR.value):
         raise UserError("--plan: expected no --dry_run, --mesh or --workdir with it")
     if is_sweep() and (DRY_RUN.value or PLAN.value):
@@ -323,8 +331,9 @@ def print_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | datase
     """Print what a step costs under each scheme on each mesh, and return the exit code."""
     from cnn_spmd import plan
 
-    config.parallelism = plan.AUTO
-    for line in plan.as_text(planned(config, data, plan.AUTO), config.batch_size):
+    if "parallelism" not in experiment.given_fields(flags.FLAGS):
+        config.parallelism = plan.AUTO
+    for line in plan.as_text(planned(config, data, plan.AUTO)):
         print(line)
     return 0
 

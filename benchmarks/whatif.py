@@ -52,7 +52,7 @@ def main() -> None:
             for found in plan.plan(config, data, card, GPUS_PER_HOST).predictions:
                 best.setdefault(found.parallelism, found)
             for found in best.values():
-                row = dict(devices=devices, batches=batches, batch_size=config.batch_size)
+                row = dict(devices=devices, batches=batches, batch_size=found.batch_size)
                 rows.append(row | found.as_json())
             print(devices, batches, next(iter(best)), flush=True)
     results = dict(card=dataclasses.asdict(card), predictions=rows, **provenance())

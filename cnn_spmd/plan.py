@@ -27,10 +27,11 @@ AUTO = "auto"  # of --mesh and of config.parallelism: what the plan finds
 class Plan(NamedTuple):
     """What the planner found.
 
-    predictions: the fastest first, and those that do not fit in memory last. refused: "MESH SCHEME"
-    -> why it has no prediction.
+    title: for whom. predictions: the fastest first, and those that do not fit in memory last.
+    refused: "MESH SCHEME" -> why it has no prediction.
     """
 
+    title: str
     predictions: list[Prediction]
     refused: dict[str, str]
 
@@ -52,8 +53,8 @@ def plan(
     devices = jax.devices()
     if card is None:
         raise UserError(
-            f"--plan: {devices[0].device_kind} has no calibration: make one with "
-            "python -m cnn_spmd.calibrate, and give its file as --card, or one of "
+            f"--card: {devices[0].device_kind} has no calibration: make one with "
+            "python -m cnn_spmd.calibrate, and give its file as --card, or give one of "
             f"{', '.join(cost.names())}"
         )
     data = data.preview if isinstance(data, Unread) else data
@@ -73,8 +74,9 @@ def plan(
         except UserError as error:
             refused[f"{name} {scheme}"] = str(error)
     if not found:
-        reasons = "; ".join(dict.fromkeys(refused.values()))
-        raise UserError(f"--plan: nothing works on {len(devices)} devices: {reasons}")
+        reason, *others = dict.fromkeys(refused.values())
+        more = f" ({len(others)} schemes or meshes have other reasons)" if others else ""
+        raise UserError(f"--plan: nothing works on {len(devices)} devices: {reason}{more}")
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
         least = min(found, key=lambda each: each.memory)
@@ -83,31 +85,45 @@ def plan(
             f"least is {least.memory / 1e9:.1f} GB per device ({least.mesh} {least.parallelism}), "
             "expected more devices, or a smaller batch_size or model.width"
         )
-    return Plan(found, refused)
+    title = _title(card, len(devices), gpus_per_host, config.batch_size, setup.config.dtype)
+    return Plan(title, found, refused)
+
+
+def _title(card: Card, devices: int, gpus_per_host: int, batch_size: int, dtype: str) -> str:
+    """Return the title of a plan's table: for what it was made, and what its columns mean."""
+    hosts = -(-devices // gpus_per_host)
+    title = (
+        f"Predicted steps of {batch_size} images on {hosts} x {devices // hosts} "
+        f"{card.device_kind}, {dtype}, the fastest first; sent and held are per device, held is "
+        "without the data set's images"
+    )
+    if hosts > 1:
+        title += f"\nTimes across hosts: {card.sources.get('cluster', 'no source')}"
+    return title
 
 
 # ---- Text
 
 
-def as_text(plan: Plan, batch: int) -> Iterator[str]:
+def as_text(plan: Plan) -> Iterator[str]:
     """Yield a table, the winner and why, and what was left out.
 
-    batch: examples per step. A scheme that costs the same on several meshes has one row.
+    A scheme that costs the same on several meshes has one row.
     """
     rows: dict[tuple, list[str]] = {}
     for found in plan.predictions:
         cells = (
             found.parallelism,
             f"{1e3 * found.terms.step:.3f}",
-            f"{batch / found.terms.step:,.0f}",
-            f"{found.one_device / found.terms.step:.1f}",
+            f"{found.batch_size / found.terms.step:,.0f}",
+            f"{found.speedup:.2f}",
             f"{1e3 * found.terms.exposed:.3f}",
             f"{found.ring_bytes / 1e6:.1f}",
             f"{found.memory / 1e9:.2f}" if found.fits else f"{found.memory / 1e9:.2f}: too much",
         )
         rows.setdefault(cells, []).append(found.mesh)
     yield from program.aligned(
-        f"Predicted steps of {batch} images, the fastest first; sent and held are per device",
+        plan.title,
         ("mesh", "scheme", "ms", "images/s", "speedup", "exposed, ms", "sent, MB", "held, GB"),
         [(_several(names), *cells) for cells, names in rows.items()],
         numbers=6,
@@ -125,18 +141,22 @@ def _several(names: Sequence[str]) -> str:
 
 
 def why(predictions: Sequence[Prediction]) -> str:
-    """Return one sentence that says what makes the first prediction the fastest."""
+    """Say what makes the first prediction faster than `data`, and which scheme comes next."""
     best = predictions[0]
-    fastest = f"Fastest: {best.mesh} {best.parallelism}, {1e3 * best.terms.step:.3f} ms"
+    text = f"Fastest: {best.mesh} {best.parallelism}, {1e3 * best.terms.step:.3f} ms"
     data = next((found for found in predictions if found.parallelism == "data"), best)
-    if data is best:
-        return f"{fastest}."
-    saved = {
-        "communication": data.terms.exposed - best.terms.exposed,
-        "the update": data.terms.update - best.terms.update,
-    }
-    parts = [f"{1e3 * time:.3f} ms of {name}" for name, time in saved.items() if time > 0]
-    return (
-        f"{fastest}, {data.terms.step / best.terms.step:.2f} times as fast as {data.mesh} data: "
-        f"it saves {' and '.join(parts)}."
-    )
+    if data is not best:
+        saved = {
+            "communication": data.terms.exposed - best.terms.exposed,
+            "the update": data.terms.update - best.terms.update,
+        }
+        parts = [f"{1e3 * time:.3f} ms of {name}" for name, time in saved.items() if time > 0]
+        text += (
+            f", {data.terms.step / best.terms.step:.2f} times as fast as {data.mesh} data: it "
+            f"saves {' and '.join(parts)}"
+        )
+    following = [found for found in predictions if found.parallelism != best.parallelism]
+    if following:
+        slower = following[0].terms.step / best.terms.step - 1
+        text += f". Next: {following[0].mesh} {following[0].parallelism}, {slower:.1%} slower"
+    return f"{text}. Errors of a prediction: results/predictions.md."

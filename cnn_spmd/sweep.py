@@ -28,6 +28,7 @@ from cnn_spmd import experiment, worker
 from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
+from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import build, runfiles, unused, workdir
 
 COLUMNS = (
@@ -145,7 +146,7 @@ def _number(text: str) -> int | float | str:
 
 
 def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devices: int) -> None:
-    """Raise UserError for a swept field that is unknown, or that no combination uses.
+    """Raise UserError for a swept field or scheme that is unknown, or that no combination uses.
 
     Where some combinations use it, `plan` refuses the others one by one.
     """
@@ -161,6 +162,12 @@ def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devic
             config, _ = experiment.parse_arguments(arguments_of(settings, shared, devices))
         except UserError:
             continue  # refused by `plan`, with its reason
+        schemes = [*TABLE, *config.placement]
+        if "parallelism" in swept and config.parallelism not in schemes:
+            raise UserError(
+                f"--sweep=parallelism={config.parallelism}: unknown, expected some of "
+                f"{', '.join(schemes)}"
+            )
         for field in swept:
             reasons[field].append(unused.reason(config, field))
     for field, found in reasons.items():

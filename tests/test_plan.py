@@ -88,8 +88,9 @@ def test_a_plan_puts_the_fastest_first(data):
     # 4 examples per device; all gradients are summed over all devices.
     assert data_parallel.terms.computing == pytest.approx(3.0, rel=1e-3)
     assert data_parallel.terms.exposed == pytest.approx(data_parallel.ring_bytes / 1e6)
-    assert data_parallel.one_device == pytest.approx(15.0)  # 16 examples, beyond the last point
-    text = "\n".join(plan.as_text(found, 16))
+    assert data_parallel.speedup == pytest.approx(4 * 3.0 / data_parallel.terms.step)
+    text = "\n".join(plan.as_text(found))
+    assert text.startswith("Predicted steps of 16 images on 1 x 4 card, float32, the fastest first")
     best = found.predictions[0]
     assert f"Fastest: {best.mesh} {best.parallelism}" in text
     assert "Left out: 4x1 two_tower and 2 more: parallelism=two_tower" in text

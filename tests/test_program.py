@@ -655,7 +655,7 @@ def test_the_printed_report():
         "a copy on every device",
         "model alexnet, 1,234,567 parameters, float32",
         "compiled for cpu (jaxlib 0.10.2) in 1.2 s, 2 programs from the cache",
-        "Where each parameter lives",
+        "Where each parameter lives between steps",
         "name shape logical axes mesh axes MB per device",
         "fc3.kernel 4096x10 fc3_in, fc3_out data+model, - 0.020",
         "NOTE: fc3.kernel: fc3_out=10 does not divide by model=4: replicated",

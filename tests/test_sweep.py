@@ -122,6 +122,7 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
     [
         ("model.dropout=0.0,0.5", "--sweep=model.dropout: model.name=simple_cnn does not use it;"),
         ("model.droput=0.0,0.5", '--sweep=model.droput: no such field, .* mean "model.dropout"'),
+        ("parallelism=data,hybird", "--sweep=parallelism=hybird: unknown, expected some of data,"),
         ("model.levers=(),1", "--sweep=model.levers: no such field, set model.fast to True"),
         ("dense_updates=each,sum", "--sweep=dense_updates: has no effect with dense_microbatch=0"),
     ],

@@ -165,9 +165,9 @@ def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path, capsys):
         assert (summary["status"], summary["steps"]) == ("completed", steps)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resumed")]
     assert [line.partition(" at ")[2] for line in said] == [
-        "step 1 on mesh 4x2, parallelism data -> sharded_update.",
-        "step 2 on mesh 2x4, parallelism sharded_update -> fsdp.",
-        "step 3 on mesh 1x1, parallelism fsdp -> data.",
+        "step 1 on mesh 8x1 -> 4x2, parallelism data -> sharded_update.",
+        "step 2 on mesh 4x2 -> 2x4, parallelism sharded_update -> fsdp.",
+        "step 3 on mesh 2x4 -> 1x1, parallelism fsdp -> data.",
     ]
     whole, parts = saved_state(tmp_path / "whole", 4), saved_state(tmp_path / "parts", 4)
     for name, value in whole.items():

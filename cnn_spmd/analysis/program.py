@@ -98,7 +98,7 @@ def as_text(report: dict) -> str:
     """
     lines = [
         *_summary(report),
-        *_placement("Where each parameter lives", report["placement"]),
+        *_placement("Where each parameter lives between steps", report["placement"]),
         *_placement("Where each activation lives", report["activations"]),
         *_memory(report),
         *_collectives(report["collectives"]),

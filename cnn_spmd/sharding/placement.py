@@ -47,7 +47,10 @@ class Placement:
         schemes = {**TABLE, **own}
         if self.parallelism not in schemes:
             expected = ", ".join(map(str, schemes))
-            raise UserError(f"parallelism={self.parallelism}: unknown, expected one of {expected}")
+            raise UserError(
+                f"parallelism={self.parallelism}: unknown, expected one of {expected}, or a row of "
+                "your own in the field placement"
+            )
         return schemes[self.parallelism]
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:

@@ -31,8 +31,9 @@ class Prediction:
 
     mesh: str
     parallelism: str
+    batch_size: int
     terms: Terms
-    one_device: float  # seconds of the whole batch on one device
+    speedup: float  # images/s over those of one device with the same batch per device
     ring_bytes: int
     memory: int
     fits: bool
@@ -44,7 +45,7 @@ class Prediction:
             mesh=self.mesh,
             parallelism=self.parallelism,
             predicted_milliseconds=round(1e3 * self.terms.step, 4),
-            speedup=round(self.one_device / self.terms.step, 3),
+            speedup=round(self.speedup, 3),
             terms=milliseconds,
             ring_bytes=self.ring_bytes,
             memory_bytes=self.memory,
@@ -68,8 +69,9 @@ def predict(setup: Any, card: Card, gpus_per_host: int) -> Prediction:
     return Prediction(
         place.mesh_name,
         config.parallelism,
+        config.batch_size,
         terms,
-        measured_step(card, setup, config.batch_size),
+        place.mesh.size * one_device_seconds / terms.step,
         sum(move["ring_bytes"] for move in moves),
         memory,
         memory <= card.memory,
@@ -141,8 +143,9 @@ def memory_of(setup: Any) -> int:
     """Estimate the bytes that a device holds at most during a step.
 
     These are weights and optimizer state as they lie between steps, the activations that the
-    backward pass needs, the weights in use or their gradients, in the compute dtype, and the images
-    that stay on the device. With gather_again only the largest layer's weights are there at once.
+    backward pass needs, and the weights in use or their gradients, in the compute dtype. With
+    gather_again only the largest layer's weights are there at once. Left out are the images of a
+    data set that stays on the device: where they do not fit, data.resident=auto streams them.
     """
     abstract, place = setup.functions.abstract_state, setup.place
     itemsize = jnp.dtype(setup.config.dtype).itemsize
@@ -155,7 +158,7 @@ def memory_of(setup: Any) -> int:
     )
     at_rest = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
     weights = max(in_use) if place.row.get("gather_again") else sum(in_use)
-    return at_rest + activations + weights + setup.image_bytes_per_device
+    return at_rest + activations + weights
 
 
 def of_devices(setup: Any) -> dict | None:

@@ -5,6 +5,7 @@ import secrets
 
 import jax
 
+from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import runfiles
 from cnn_spmd.training.build import Setup
@@ -65,17 +66,30 @@ def write_config(
 
     A run that is stopped from now on can be started again.
     """
+    began = (workdir / "config.json").exists()
     write_run_file(workdir / "config.json", setup.saved_config | dict(run=run_name))
     if jax.process_index() == 0:  # the profile of an earlier command may be that of another mesh
         (workdir / "profile.json").unlink(missing_ok=True)
     metrics = workdir / "metrics.jsonl"
     if start:
-        scheme = setup.config.parallelism
-        before = old_summary.get("parallelism", scheme)
-        changed = "" if before == scheme else f", parallelism {before} -> {scheme}"
-        say(f"Resumed {workdir} at step {start} on mesh {setup.place.mesh_name}{changed}.")
+        say(f"Resumed {workdir} at step {start} on {_placement_text(setup, old_summary)}.")
     elif metrics.exists():
         say(
             f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics "
             f"are kept as {runfiles.free_old_name(metrics).name}."
         )
+    elif began:
+        say(f"{workdir} was begun before and has no checkpoint: starting at step 0.")
+
+
+def _placement_text(setup: Setup, old_summary: dict) -> str:
+    """Return the mesh of a resumed run, and the scheme; old -> new where they changed."""
+    mesh, scheme = setup.place.mesh_name, setup.config.parallelism
+    sizes = (old_summary.get("mesh") or setup.place.mesh.shape).values()
+    old_mesh, old_scheme = "x".join(map(str, sizes)), old_summary.get("parallelism", scheme)
+    text = f"mesh {mesh}" if old_mesh == mesh else f"mesh {old_mesh} -> {mesh}"
+    if old_scheme != scheme:
+        return f"{text}, parallelism {old_scheme} -> {scheme}"
+    row = (old_summary.get("config") or {}).get("placement", {}).get(scheme)
+    changed = row is not None and row != configs.as_json(setup.config)["placement"].get(scheme)
+    return f"{text}, parallelism {scheme} with another row" if changed else text
