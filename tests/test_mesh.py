@@ -15,7 +15,7 @@ from setups import (
 
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding import mesh, placement
+from cnn_spmd.sharding import mesh, own_rows
 
 
 def test_parse():
@@ -69,8 +69,8 @@ DEEP = dict(
 def third_axis():
     """Add the mesh axis "depth" to the config's, and a row that uses it."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (configs, placement):
-            patch.setattr(module, "MESH_AXES", ("data", "model", "depth"))
+        for module, name in ((configs, "MESH_AXES"), (own_rows, "ALL")):
+            patch.setattr(module, name, ("data", "model", "depth"))
         patch.setitem(configs.SCHEMA, "mesh.depth", configs.SCHEMA["mesh.model"])
         importlib.reload(mesh)
         patch.setitem(OWN_ROWS, "deep", DEEP)
