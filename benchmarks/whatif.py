@@ -1,10 +1,13 @@
-"""Predict AlexNet's step on 1 to 512 H100s under each scheme, at its best mesh.
+"""Predict AlexNet's step on GPUs that are not here.
 
   python benchmarks/whatif.py
 
-Needs no GPU. Writes results/data/predictions/devices.json, of which `python -m cnn_spmd.papers
---write` makes a section of results/predictions.md. Hosts have 8 GPUs. The batch per GPU is 128, or
-the global batch is 1,024.
+Needs no GPU. Writes two files to results/data/predictions/, of which `python -m cnn_spmd.papers
+--write` makes sections of results/predictions.md:
+
+  devices.json    1 to 512 H100s, each scheme at its best mesh. Hosts have 8 GPUs. The batch per GPU
+                  is 128, or the global batch is 1,024.
+  unmeasured.json every scheme on every mesh of 2 and of 4 H200s, before they are measured
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ from cnn_spmd.data.dataset import Dataset, blank_arrays
 from cnn_spmd.training.provenance import provenance
 from experiments.alexnet_cifar import get_config
 
-PATH = pathlib.Path(__file__).parent.parent / "results" / "data" / "predictions" / "devices.json"
+FOLDER = pathlib.Path(__file__).parent.parent / "results" / "data" / "predictions"
 DEVICES = [2**power for power in range(10)]
 GPUS_PER_HOST = 8
 # Batches by name: the global batch for a number of devices.
@@ -31,32 +34,46 @@ CLASSES, SIDE = 1000, 224
 
 
 def main() -> None:
-    """Write the best mesh of each scheme, for each number of devices."""
+    """Write both files."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES[-1])
     everyone = jax.devices()
-    card = cost.load("h100")
     arrays = blank_arrays(dict(train=128 * DEVICES[-1], test=64), SIDE)
     data = Dataset(name="synthetic", class_names=tuple(map(str, range(CLASSES))), **arrays)
+
+    def predictions(card, devices, batch_size):
+        """Return the predictions of every scheme on every mesh, the fastest first."""
+        jax.devices = lambda: everyone[:devices]
+        config = get_config()
+        config.batch_size, config.dtype, config.parallelism = batch_size, "bfloat16", "auto"
+        return plan.plan(config, data, card, GPUS_PER_HOST).predictions
+
+    card = cost.load("h100")
     rows = []
     for devices in DEVICES:
-        jax.devices = lambda count=devices: everyone[:count]
         for batches, batch_of in BATCHES.items():
-            config = get_config()
-            config.batch_size, config.dtype, config.parallelism = (
-                batch_of(devices),
-                "bfloat16",
-                "auto",
-            )
             best = {}
-            for found in plan.plan(config, data, card, GPUS_PER_HOST).predictions:
+            for found in predictions(card, devices, batch_of(devices)):
                 best.setdefault(found.parallelism, found)
-            for found in best.values():
-                row = dict(devices=devices, batches=batches, batch_size=found.batch_size)
-                rows.append(row | found.as_json())
+            rows += [
+                dict(devices=devices, batches=batches) | found.as_json() for found in best.values()
+            ]
             print(devices, batches, next(iter(best)), flush=True)
+    write("devices", card, rows)
+    card = cost.load("h200")
+    rows = [
+        dict(devices=devices, batch_per_device=batch) | found.as_json()
+        for devices in (2, 4)
+        for batch in (32, 128, 512)
+        for found in predictions(card, devices, batch * devices)
+    ]
+    write("unmeasured", card, rows)
+
+
+def write(name: str, card: cost.Card, rows: list[dict]) -> None:
+    """Write a file of predictions, with what made them."""
     results = dict(card=dataclasses.asdict(card), predictions=rows, **provenance())
-    PATH.write_text(json.dumps(results, indent=1) + "\n")
+    (FOLDER / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -468,12 +468,17 @@ def rates_table(runs: Sequence[dict], prefix: str, value_of: Callable[[dict], st
 
 
 def predictions_table(predictions: Sequence[dict]) -> str:
-    """Return measured and predicted milliseconds, a row per mesh and scheme, a column per batch."""
+    """Return measured and predicted milliseconds, a row per mesh and scheme, a column per batch.
+
+    What is not measured has its prediction alone.
+    """
     batches = sorted({row["batch_per_device"] for row in predictions})
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for row in predictions:
-        measured, predicted = row["measured_milliseconds"], row["predicted_milliseconds"]
-        text = f"{measured:.3f}, {predicted:.3f} ({100 * (predicted / measured - 1):+.1f} %)"
+        predicted = row["predicted_milliseconds"]
+        text = f"{predicted:.3f}"
+        if measured := row.get("measured_milliseconds"):
+            text = f"{measured:.3f}, {text} ({100 * (predicted / measured - 1):+.1f} %)"
         cells.setdefault((row["mesh"], row["parallelism"]), {})[row["batch_per_device"]] = text
     rows = [[*key, *(own.get(batch, "") for batch in batches)] for key, own in cells.items()]
     return markdown_table(["mesh", "scheme", *(f"{batch} per GPU" for batch in batches)], rows)

@@ -44,6 +44,7 @@ class Prediction:
         return dict(
             mesh=self.mesh,
             parallelism=self.parallelism,
+            batch_size=self.batch_size,
             predicted_milliseconds=round(1e3 * self.terms.step, 4),
             speedup=round(self.speedup, 3),
             terms=milliseconds,
