@@ -103,6 +103,11 @@ PLAN = flags.DEFINE_bool(
     "Predict a step under each scheme on each mesh over all devices, print which is the fastest "
     "and why, and stop; compiles nothing.",
 )
+PLAN_ROWS = flags.DEFINE_bool(
+    "plan_rows",
+    False,
+    "With --plan: also try rows that split each dense layer in every way.",
+)
 CARD = flags.DEFINE_string(
     "card",
     None,
@@ -200,6 +205,8 @@ def refuse_flags(argv: list[str]) -> None:
         )
     if CARD.value and not (PLAN.value or "auto" in (MESH.value, CONFIG.value.parallelism)):
         raise UserError(f"--card={CARD.value}: expected --plan or --mesh=auto with it")
+    if PLAN_ROWS.value and not PLAN.value:
+        raise UserError("--plan_rows: expected --plan with it")
     if PLAN.value and BATCH_PER_DEVICE.value:
         raise UserError(
             f"--batch_per_device={BATCH_PER_DEVICE.value}: expected --config.batch_size, the "
@@ -331,6 +338,9 @@ def print_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | datase
     """Print what a step costs under each scheme on each mesh, and return the exit code."""
     from cnn_spmd import plan
 
+    if PLAN_ROWS.value:
+        with config.unlocked():
+            config.placement.update(plan.rows_of_dense_layers())
     if "parallelism" not in experiment.given_fields(flags.FLAGS):
         config.parallelism = plan.AUTO
     for line in plan.as_text(planned(config, data, plan.AUTO)):

@@ -17,11 +17,12 @@ from cnn_spmd.analysis.cost import Card
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh as meshes
-from cnn_spmd.sharding.table import TABLE
+from cnn_spmd.sharding.table import ALL, TABLE
 from cnn_spmd.training import build
 from cnn_spmd.training.prediction import Prediction, predict
 
 AUTO = "auto"  # of --mesh and of config.parallelism: what the plan finds
+MOST_ROWS = 30  # of a plan's printed table
 
 
 class Plan(NamedTuple):
@@ -89,6 +90,39 @@ def plan(
     return Plan(title, found, refused)
 
 
+# How a row of the planner's own splits the kernel of a dense layer: rows and columns, by letter.
+SPLITS = {
+    "w": {},  # whole
+    "c": {"out": "model"},
+    "r": {"in": "model"},
+    "d": {"in": "data", "out": "model"},
+    "m": {"in": "model", "out": "data"},
+}
+DENSE_LAYERS = ("fc1", "fc2", "fc3")
+
+
+def rows_of_dense_layers() -> dict[str, dict]:
+    """Return rows with every choice of SPLITS per dense layer, for config.placement.
+
+    The convolutions are data parallel. The batch of the dense layers is split over the mesh axes
+    that split no dense layer. PaSE (Elango, IPDPS 2021) searches such rows; those of the dense
+    layers of dense_2d and hybrid are among them. A row's name has a letter per layer.
+    """
+    rows = {}
+    for letters in itertools.product(SPLITS, repeat=len(DENSE_LAYERS)):
+        splits = {
+            f"{layer}_{side}": axis
+            for layer, letter in zip(DENSE_LAYERS, letters, strict=True)
+            for side, axis in SPLITS[letter].items()
+        }
+        left = [axis for axis in ALL if axis not in splits.values()] or None
+        # dense_2d's order where fc1's rows lie on `data`: the exchange of its input then works.
+        conv_batch = ["model", "data"] if splits.get("fc1_in") == "data" else "ALL"
+        batches = dict(conv_batch=conv_batch, dense_batch=left, output_batch=left)
+        rows[f"dense_{''.join(letters)}"] = batches | splits
+    return rows
+
+
 def _title(card: Card, devices: int, gpus_per_host: int, batch_size: int, dtype: str) -> str:
     """Return the title of a plan's table: for what it was made, and what its columns mean."""
     hosts = -(-devices // gpus_per_host)
@@ -125,13 +159,21 @@ def as_text(plan: Plan) -> Iterator[str]:
     yield from program.aligned(
         plan.title,
         ("mesh", "scheme", "ms", "images/s", "speedup", "exposed, ms", "sent, MB", "held, GB"),
-        [(_several(names), *cells) for cells, names in rows.items()],
+        [(_several(names), *cells) for cells, names in list(rows.items())[:MOST_ROWS]],
         numbers=6,
     )
+    if len(rows) > MOST_ROWS:
+        yield f"  and {len(rows) - MOST_ROWS} slower rows"
+    best = plan.predictions[0]
     yield why(plan.predictions)
+    if row := rows_of_dense_layers().get(best.parallelism):
+        yield "To take it, give:"
+        yield f"  --mesh={best.mesh} --config.parallelism={best.parallelism} \\"
+        yield f"  --config.placement='{ {best.parallelism: row} }'"
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.refused.items():
-        reasons.setdefault(reason, []).append(name)
+        scheme = name.partition(" ")[2]
+        reasons.setdefault(reason.removeprefix(f"parallelism={scheme}: "), []).append(name)
     for reason, names in reasons.items():
         yield f"Left out: {_several(names)}: {reason}"
 
@@ -155,7 +197,11 @@ def why(predictions: Sequence[Prediction]) -> str:
             f", {data.terms.step / best.terms.step:.2f} times as fast as {data.mesh} data: it "
             f"saves {' and '.join(parts)}"
         )
-    following = [found for found in predictions if found.parallelism != best.parallelism]
+    following = [
+        found
+        for found in predictions
+        if found.parallelism != best.parallelism and found.terms.step > 1.0005 * best.terms.step
+    ]
     if following:
         slower = following[0].terms.step / best.terms.step - 1
         text += f". Next: {following[0].mesh} {following[0].parallelism}, {slower:.1%} slower"

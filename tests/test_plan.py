@@ -93,7 +93,29 @@ def test_a_plan_puts_the_fastest_first(data):
     assert text.startswith("Predicted steps of 16 images on 1 x 4 card, float32, the fastest first")
     best = found.predictions[0]
     assert f"Fastest: {best.mesh} {best.parallelism}" in text
-    assert "Left out: 4x1 two_tower and 2 more: parallelism=two_tower" in text
+    assert "Left out: 4x1 two_tower and 2 more: splits towers" in text
+
+
+def test_rows_of_the_planners_own(data):
+    """The letters of a name are fc1, fc2, fc3; `hybrid` and `dense_2d` have twins among them."""
+    rows = plan.rows_of_dense_layers()
+    assert len(rows) == 125
+    assert rows["dense_ccr"] == dict(
+        conv_batch="ALL",
+        dense_batch=["data"],
+        output_batch=["data"],
+        fc1_out="model",
+        fc2_out="model",
+        fc3_in="model",
+    )
+    for twin, scheme in (("dense_ccr", "hybrid"), ("dense_dmd", "dense_2d")):
+        config = config_of(parallelism=twin, placement={twin: rows[twin]})
+        (own,) = plan.plan(config, data, CARD, 4, "2x2").predictions
+        (ours,) = plan.plan(config_of(parallelism=scheme), data, CARD, 4, "2x2").predictions
+        assert own.terms == ours.terms
+        text = "\n".join(plan.as_text(plan.Plan("title", [own], {})))
+        assert f"--mesh=2x2 --config.parallelism={twin}" in text
+        assert f"--config.placement='{{'{twin}'" in text
 
 
 def test_one_mesh_and_one_scheme(data):
