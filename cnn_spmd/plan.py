@@ -169,7 +169,7 @@ def as_text(plan: Plan) -> Iterator[str]:
     if row := rows_of_dense_layers().get(best.parallelism):
         yield "To take it, give:"
         yield f"  --mesh={best.mesh} --config.parallelism={best.parallelism} \\"
-        yield f"  --config.placement='{ {best.parallelism: row} }'"
+        yield f'  --config.placement="{ {best.parallelism: row} }"'
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.refused.items():
         scheme = name.partition(" ")[2]

@@ -115,7 +115,7 @@ def test_rows_of_the_planners_own(data):
         assert own.terms == ours.terms
         text = "\n".join(plan.as_text(plan.Plan("title", [own], {})))
         assert f"--mesh=2x2 --config.parallelism={twin}" in text
-        assert f"--config.placement='{{'{twin}'" in text
+        assert f"""--config.placement="{{'{twin}'""" in text
 
 
 def test_one_mesh_and_one_scheme(data):
