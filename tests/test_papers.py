@@ -298,8 +298,12 @@ def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
     write(tmp_path, "resnet_20", **size)  # another experiment
     table = pages.residual_section(measured.load_single_runs(tmp_path))[2]
     first = (
-        "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 2 ± 0 | 10,000 ± 0 |"
+        "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 819 ± 0 | 10,000 ± 0 |"
     )
+    assert table.splitlines()[2:] == [first]
+    write(tmp_path, "resnet_cifar_20_alone", **size | dict(images_per_second=2e4, steps=3000))
+    table = pages.residual_section(measured.load_single_runs(tmp_path))[2]
+    first = "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 410 | 20,000 |"
     assert table.splitlines()[2:] == [first]
     for layers in (110, 32, 44, 56):
         write(tmp_path, f"resnet_cifar_{layers}", **size)

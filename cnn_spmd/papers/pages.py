@@ -255,7 +255,9 @@ def residual_section(runs: Sequence[dict]) -> list[str]:
         "## Residual and plain networks",
         """CIFAR-10 under the recipe of He et al. 2015 (`experiments/resnet_cifar.py`). Published
         are table 6's test errors and parameters; for 110 layers, the mean of five runs. For the
-        plain networks the paper has a plot only, in which the error grows with depth.""",
+        plain networks the paper has a plot only, in which the error grows with depth. The training
+        time is that of all steps at these images/s. Runs that shared a GPU have the images/s of a
+        short run alone.""",
         table,
         commands(
             "Command",

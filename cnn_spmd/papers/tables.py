@@ -340,8 +340,16 @@ def depth_table(runs: Sequence[dict]) -> str:
 SERIES = {"resnet_cifar": "ResNet", "resnet_cifar_plain": "plain"}
 
 
+ALONE = "_alone"
+
+
 def residual_table(runs: Sequence[dict]) -> str:
-    """Return error and speed of the residual and the plain networks; "" without runs."""
+    """Return error and speed of the residual and the plain networks; "" without runs.
+
+    Runs that shared a GPU say nothing of its speed: then a short run alone does, of an experiment
+    whose name ends in ALONE.
+    """
+    alone = {run["experiment"]: run for run in runs if run["experiment"].endswith(ALONE)}
     groups = collections.defaultdict(list)
     for run in runs:
         series, _, layers = run["experiment"].rpartition("_")
@@ -351,6 +359,9 @@ def residual_table(runs: Sequence[dict]) -> str:
     rows = []
     for (series, layers, machine, _), same in sorted(groups.items()):
         error, millions = "", ""
+        timed = [alone[name]] if (name := same[0]["experiment"] + ALONE) in alone else same
+        rates = [run["images_per_second"] for run in timed]
+        images = same[0]["steps"] * same[0]["batch_size"]
         if series == "resnet_cifar":
             error, millions = map(str, published.RESIDUAL_NETWORKS[layers])
         rows.append(
@@ -362,8 +373,8 @@ def residual_table(runs: Sequence[dict]) -> str:
                 str(len(same)),
                 error,
                 mean_and_deviation([100 * (1 - run["eval"]["accuracy"]) for run in same], 2),
-                mean_and_deviation([run["train_seconds"] for run in same], 0),
-                mean_and_deviation([run["images_per_second"] for run in same], 0),
+                mean_and_deviation([images / rate for rate in rates], 0),
+                mean_and_deviation(rates, 0),
             ]
         )
     header = ["network", "parameters", "published, M", "hardware", "n", "published error, %"]
