@@ -5,9 +5,9 @@
   python -m cnn_spmd.calibrate mine.json --config.model.width=2048 --batches 64,256
 
 It measures a large copy, a large product, each kind of collective over all local devices where
-there are several, and the training step of a config on one device, on random images. What it cannot
-measure comes from the card that ships for such devices. `sources` in the file says where each field
-comes from.
+there are several, and the training step of each config on one device, on random images. What it
+cannot measure comes from the card that ships for such devices. `sources` in the file says where
+each field comes from.
 
 Exit codes: 0 done; 2 bad input; 130 interrupted.
 """
@@ -48,11 +48,11 @@ CPU_BATCHES = "8,32,128"
 
 
 def measure(
-    devices: Sequence[jax.Device], sizes: rates.Sizes, setups: Sequence[Setup]
+    devices: Sequence[jax.Device], sizes: rates.Sizes, networks: Sequence[Sequence[Setup]]
 ) -> dict[str, object]:
     """Measure the devices, which are of one kind, and return their card's fields.
 
-    setups: of one network on one device, by batch size.
+    networks: the Setups of each network on one device, by batch size.
     """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     fields, sources = not_measured(devices)
@@ -65,9 +65,13 @@ def measure(
     if len(devices) > 1:
         fields["spans"]["host"] = host_links(devices, sizes)
         sources["host"] = here
-    step = one_device.measure(setups)
-    others = [other for other in fields["steps"] if not is_same_network(other, step)]
-    fields["steps"] = [step, *others]
+    steps = list(map(one_device.measure, networks))
+    others = [
+        other
+        for other in fields["steps"]
+        if not any(is_same_network(other, step) for step in steps)
+    ]
+    fields["steps"] = [*steps, *others]
     sources["steps"] = here + (f"; other networks: {sources['steps']}" if others else "")
     return fields | dict(
         sources=sources,
@@ -167,8 +171,9 @@ def parser() -> Parser:
     made.add_argument(
         "--config",
         metavar="E",
-        help="the experiment whose step is timed; its fields are set with --config.FIELD=VALUE "
-        "(default: experiments/alexnet_cifar.py, without its data set)",
+        action="append",
+        help="the experiment whose step is timed; may be given several times; --config.FIELD=VALUE "
+        "sets a field of all of them (default: experiments/alexnet_cifar.py, without its data set)",
     )
     made.add_argument(
         "--batches", help=f"images per step (default: {BATCHES}, on a CPU {CPU_BATCHES})"
@@ -202,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, rest = parser().parse_known_args(argv)
         refuse(arguments)
-        chosen = ("--config", arguments.config) if arguments.config else DEFAULT
-        config = parse_config([*chosen, *rest])
+        chosen = [("--config", name) for name in arguments.config or ()] or [DEFAULT]
+        experiments = [parse_config([*each, *rest]) for each in chosen]
         environment.prepare()
         if arguments.cpu_devices:
             environment.simulate(arguments.cpu_devices)
@@ -213,9 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"Measuring {len(devices)} x {devices[0].device_kind}")
         texts = arguments.batches or (CPU_BATCHES if platform == "cpu" else BATCHES)
         batches = sorted({int(text) for text in texts.split(",")})
-        setups = one_device.setups(config, batches, devices[0])
+        networks = [one_device.setups(each, batches, devices[0]) for each in experiments]
         sizes = rates.sizes_for(platform)
-        runfiles.write_json(arguments.out, measure(devices, sizes, setups))
+        runfiles.write_json(arguments.out, measure(devices, sizes, networks))
         print(arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

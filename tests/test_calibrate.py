@@ -5,6 +5,7 @@ import json
 
 import jax
 import pytest
+from conftest import ROOT
 
 from cnn_spmd import calibrate
 from cnn_spmd.analysis import cost, hlo, rates
@@ -27,7 +28,9 @@ def test_two_devices_are_measured(two_devices, tmp_path, capsys):
     """The command's file is a card, and replaces an older one."""
     out = tmp_path / "mine.json"
     out.write_text((cost.CARDS / "h200.json").read_text())
-    command = f"{out} --batches 8,4 --config.model.name=simple_cnn --config.data.crop=24"
+    deeper = f"--config {ROOT}/experiments/deeper_cifar.py:"
+    fields = "--config.data.crop=24 --config.data.name=synthetic --config.model.width=64"
+    command = f"{out} --batches 8,4 {deeper}one_convolution {deeper}fully_connected {fields}"
     assert calibrate.main(command.split()) == 0, capsys.readouterr().err
     card = cost.load(str(out))
     assert (card.name, card.device_kind, card.gap) == ("mine", "cpu", 0)
@@ -39,13 +42,14 @@ def test_two_devices_are_measured(two_devices, tmp_path, capsys):
         (_, short), (_, long) = points
         assert 0 <= short < long, operation
         assert links.seconds(operation, points[1][0]) == long
-    (step,) = card.steps
+    step, other = card.steps
+    assert other["model"] == "fully_connected"
     points = step.pop("points")
     assert [batch for batch, _ in points] == [4, 8]
     assert min(seconds for _, seconds in points) > 0
     assert step == dict(
-        model="simple_cnn",
-        width=4096,
+        model="one_convolution",
+        width=64,
         image_size=24,
         classes=10,
         dtype="float32",
@@ -70,7 +74,7 @@ def test_one_device_of_a_known_kind_takes_what_its_card_has(monkeypatch):
     )
     monkeypatch.setattr(cost, "of_device", lambda kind: known)
     monkeypatch.setattr(calibrate.one_device, "measure", lambda setups: step)
-    card = calibrate.measure(jax.devices()[:1], TINY, [])
+    card = calibrate.measure(jax.devices()[:1], TINY, [[]])
     assert card["spans"] == {name: links.collectives for name, links in shipped.spans.items()}
     assert (card["gap"], card["steps"]) == (shipped.gap, [step, other])
     assert card["sources"]["gap"] == "card h200: a"
