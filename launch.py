@@ -188,7 +188,8 @@ def launch(argv: list[str]) -> int:
     found = data.result()
     if PLAN.value:
         return print_plan(config, found)
-    take_plan(config, found)
+    if is_planned(config):
+        take_plan(config, found)
     return report_program(config, found) if DRY_RUN.value else train(config, found)
 
 
@@ -203,8 +204,13 @@ def refuse_flags(argv: list[str]) -> None:
             f"--target={TARGET.value}: those GPUs are not here, expected --dry_run or --plan with "
             "it"
         )
-    if CARD.value and not (PLAN.value or "auto" in (MESH.value, CONFIG.value.parallelism)):
+    if CARD.value and not (PLAN.value or is_planned(CONFIG.value)):
         raise UserError(f"--card={CARD.value}: expected --plan or --mesh=auto with it")
+    if TARGET.value and DRY_RUN.value and is_planned(CONFIG.value):
+        raise UserError(
+            f"--target={TARGET.value}: expected a mesh and a scheme with --dry_run, which --plan "
+            "finds first"
+        )
     if PLAN_ROWS.value and not PLAN.value:
         raise UserError("--plan_rows: expected --plan with it")
     if PLAN.value and BATCH_PER_DEVICE.value:
@@ -277,7 +283,7 @@ def config_of_run() -> ml_collections.ConfigDict:
     if MESH.value is not None:
         if any(field.startswith("mesh.") for field in experiment.given_fields(flags.FLAGS)):
             raise UserError(f"--mesh={MESH.value}: config.mesh is given too, expected one of them")
-        if MESH.value != "auto":
+        if MESH.value != configs.AUTO:
             config.mesh.update(mesh.parse(MESH.value))
     config.profile = PROFILE.value or config.profile
     config.noise_scale = NOISE_SCALE.value or config.noise_scale
@@ -342,23 +348,26 @@ def print_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | datase
         with config.unlocked():
             config.placement.update(plan.rows_of_dense_layers())
     if "parallelism" not in experiment.given_fields(flags.FLAGS):
-        config.parallelism = plan.AUTO
-    for line in plan.as_text(planned(config, data, plan.AUTO)):
+        config.parallelism = configs.AUTO
+    for line in plan.as_text(planned(config, data, configs.AUTO)):
         print(line)
     return 0
 
 
+def is_planned(config: ml_collections.ConfigDict) -> bool:
+    """Return whether the planner is to choose the mesh or the scheme."""
+    return configs.AUTO in (MESH.value, config.parallelism)
+
+
 def take_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> None:
-    """Set the mesh and the scheme that the planner finds the fastest, where they are "auto"."""
+    """Set a mesh and a scheme that are "auto" to what the planner finds the fastest."""
     from cnn_spmd import plan
     from cnn_spmd.sharding import mesh
     from cnn_spmd.training.terminal import say
 
-    if plan.AUTO not in (MESH.value, config.parallelism):
-        return
     sizes = mesh.shape(config.mesh, environment.device_count()).values()
     shape = "x".join(str(size) for size in sizes)
-    found = planned(config, data, plan.AUTO if MESH.value == plan.AUTO else shape)
+    found = planned(config, data, MESH.value if MESH.value == configs.AUTO else shape)
     best = found.predictions[0]
     config.mesh.update(mesh.parse(best.mesh))
     config.parallelism = best.parallelism

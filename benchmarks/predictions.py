@@ -11,7 +11,10 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import sys
 from collections import defaultdict
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 

@@ -233,6 +233,7 @@ TYPES = {
     dict: (dict, "a dict"),
 }
 LARGEST = {float: 3e38, int: 2**31 - 1}  # of open ranges: a float32 or an int32 holds it
+AUTO = "auto"  # of --mesh and parallelism: what the planner finds the fastest (plan.py)
 MOST_CPU_DEVICES = 2048  # of one process: XLA numbers those of another process from here on
 
 # data.resident="auto" keeps a data set on every device where it takes at most RESIDENT_SHARE of the

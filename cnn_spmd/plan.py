@@ -14,6 +14,7 @@ import ml_collections
 
 from cnn_spmd.analysis import cost, program
 from cnn_spmd.analysis.cost import Card
+from cnn_spmd.config import AUTO
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh as meshes
@@ -21,7 +22,6 @@ from cnn_spmd.sharding.table import ALL, TABLE
 from cnn_spmd.training import build
 from cnn_spmd.training.prediction import Prediction, predict
 
-AUTO = "auto"  # of --mesh and of config.parallelism: what the plan finds
 MOST_ROWS = 30  # of a plan's printed table
 
 
@@ -123,6 +123,9 @@ def rows_of_dense_layers() -> dict[str, dict]:
     return rows
 
 
+# ---- Text
+
+
 def _title(card: Card, devices: int, gpus_per_host: int, batch_size: int, dtype: str) -> str:
     """Return the title of a plan's table: for what it was made, and what its columns mean."""
     hosts = -(-devices // gpus_per_host)
@@ -134,9 +137,6 @@ def _title(card: Card, devices: int, gpus_per_host: int, batch_size: int, dtype:
     if hosts > 1:
         title += f"\nTimes across hosts: {card.sources.get('cluster', 'no source')}"
     return title
-
-
-# ---- Text
 
 
 def as_text(plan: Plan) -> Iterator[str]:

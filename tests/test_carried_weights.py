@@ -20,7 +20,7 @@ def trained_in_bfloat16(levers: tuple[str, ...]) -> tuple:
     return metrics["loss"], gather(state.params)
 
 
-def test_weights_that_are_carry_bf16_change_nothing(monkeypatch):
+def test_carried_weights_change_nothing(monkeypatch):
     monkeypatch.setattr(step, "LARGE", 100)  # the networks of tests are narrow
     plain_loss, plain = trained_in_bfloat16(("own_gradients",))
     cast_loss, cast = trained_in_bfloat16(("own_gradients", "carry_bf16"))

@@ -182,7 +182,7 @@ def predict(
 
 
 def card_update(card: Card, parameters: float, itemsize: int) -> float:
-    """Return the seconds of an update of so many weights, with momentum."""
+    """Return the seconds that an update of this number of weights takes, with momentum."""
     return parameters * UPDATE_BYTES[itemsize] / card.copy_rate
 
 

@@ -21,7 +21,7 @@ IMAGE_CHANNELS = 3
 COLUMNS_STRIDED = 2
 COLUMNS_OF_IMAGES = 8
 
-# The same for maps of at most so many channels (ResNets for CIFAR-10: 16).
+# The same for maps of few channels, at most FEW, such as the first ones of ResNets for CIFAR-10.
 COLUMNS_OF_MAPS = 4
 FEW = 16
 

@@ -30,11 +30,9 @@ SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 def hardware() -> str:
     """Return what all pages say of the files in results/data."""
-    names = ('"cast_once"', '"bfloat16"')
     texts = (path.read_text() for path in DATA.rglob("*.json"))
-    return (
-        f"{HARDWARE} {ROUNDED if any(all(map(text.__contains__, names)) for text in texts) else ''}"
-    )
+    is_rounded = any('"cast_once"' in text and '"bfloat16"' in text for text in texts)
+    return f"{HARDWARE} {ROUNDED}" if is_rounded else HARDWARE
 
 
 def joined(*parts: str) -> str:
