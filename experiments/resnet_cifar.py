@@ -24,7 +24,7 @@ What differs from the paper:
 - Pads are reflected pixels, not zeros.
 - All variants train their first 400 steps at a rate of .01. The paper does so for :110 alone, until
   the training error is below 80%, which took about as long. Without these steps the loss first
-  rises, and the deeper networks end with a larger error.
+  rises.
 
 What was measured: results/depth.md.
 """

@@ -255,6 +255,11 @@ def test_pages_are_what_the_results_say(name, make):
     assert f"`{pages.COMMAND}`" in page.split("\n\n")[1]
 
 
+def test_a_short_run_for_the_speed_has_no_row_of_its_own():
+    assert list(measured.DATA.glob(f"*{tables.ALONE}-*.json"))
+    assert tables.ALONE not in tables.results_table("cifar10")
+
+
 def test_no_page_is_left_over():
     assert {path.name for path in (ROOT / "results").glob("*.md")} == {*pages.PAGES}
 

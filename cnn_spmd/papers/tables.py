@@ -21,14 +21,20 @@ from cnn_spmd.training import runfiles
 # ---- Runs
 
 
+# Ends the name of a short run's experiment, which was alone on its GPU and measures only the speed.
+ALONE = "_alone"
+
+
 def results_table(dataset: str, folder: pathlib.Path = DATA) -> str:
     """Return the runs on a data set; runs that differ only in their seed share a row.
 
-    Runs that stand beside a paper's figure are left out: the papers' tables have them.
+    Runs that stand beside a paper's figure are left out: the papers' tables have them. So are short
+    runs that measure only a speed.
     """
     groups = collections.defaultdict(list)
     for run in load_summaries(folder):
-        if run["dataset"] == dataset and not is_beside_a_paper(run):
+        for_speed = run["experiment"].endswith(ALONE)
+        if run["dataset"] == dataset and not for_speed and not is_beside_a_paper(run):
             groups[results_key(run)].append(run)
     header = ["experiment", "hardware", "mesh, scheme", "epochs", "n"]
     header += ["test accuracy, %", "train, s", "compile, s", "images/s"]
@@ -338,9 +344,6 @@ def depth_table(runs: Sequence[dict]) -> str:
 
 # Experiment of experiments/resnet_cifar.py without its depth -> the name of the series.
 SERIES = {"resnet_cifar": "ResNet", "resnet_cifar_plain": "plain"}
-
-
-ALONE = "_alone"
 
 
 def residual_table(runs: Sequence[dict]) -> str:
