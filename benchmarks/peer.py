@@ -2,15 +2,18 @@
 
   python benchmarks/peer.py --batch 512
 
-Needs torch (pip install torch) and an NVIDIA GPU. With several GPUs it trains data parallel (DDP):
+Needs torch (pip install torch) and an NVIDIA GPU. With several GPUs it trains data parallel, with
+DDP or FSDP2:
   torchrun --nproc-per-node 4 benchmarks/peer.py --batch 128 --mode max --bf16_grads
+  torchrun --nproc-per-node 4 benchmarks/peer.py --batch 128 --fsdp
 
 It uses channels_last, bfloat16 autocast, fused SGD, cuDNN's autotuner, and TF32 for what stays
 float32. The loss is compiled with the network. The images lie on the GPU, ready to use, and are the
 same in each step.
 
-CUDA events measure 400 steps, 3 times, after 8 steps of warm-up, which compile. Prints one line of
-JSON.
+CUDA events measure 400 steps, 3 times, after 8 steps of warm-up, which compile. The mode `capture`
+captures the compiled step, with update and all-reduces, in one CUDA graph and replays it. Prints
+one line of JSON.
 """
 
 import argparse
@@ -22,8 +25,10 @@ from collections.abc import Callable
 import torch
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 WARMUP = 8
+CAPTURE_WARMUP = 11  # DDP builds its buckets anew in its first steps; its manual asks for 11
 REPEATS = 3
 STEPS = 400
 CLASSES = 1000
@@ -33,6 +38,7 @@ COMPILERS = {
     "compile": torch.compile,
     "graphs": lambda net: torch.compile(net, mode="reduce-overhead"),
     "max": lambda net: torch.compile(net, mode="max-autotune"),
+    "capture": torch.compile,
 }
 
 
@@ -76,12 +82,51 @@ def parse_arguments() -> argparse.Namespace:
         "--mode",
         choices=COMPILERS,
         default="compile",
-        help="graphs: torch.compile with CUDA graphs (reduce-overhead); max: with max-autotune",
+        help="graphs: torch.compile with CUDA graphs (reduce-overhead); max: with max-autotune; "
+        "capture: the whole compiled step in one CUDA graph",
     )
-    parser.add_argument(
-        "--bf16_grads", action="store_true", help="use DDP's hook that sends gradients as bfloat16"
-    )
+    parser.add_argument("--bf16_grads", action="store_true", help="send gradients as bfloat16")
+    parser.add_argument("--fsdp", action="store_true", help="FSDP2 instead of DDP")
     return parser.parse_args()
+
+
+def distribute(net: AlexNet, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Return the network under DDP, or under FSDP2, which shards each dense layer by itself."""
+    distributed.init_process_group("nccl")
+    if args.fsdp:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16,
+            reduce_dtype=torch.bfloat16 if args.bf16_grads else torch.float32,
+        )
+        for layer in [*filter(lambda layer: isinstance(layer, nn.Linear), net), net]:
+            fully_shard(layer, mp_policy=policy)
+        return net
+    with torch.cuda.stream(torch.cuda.Stream()):  # a capture needs DDP to be made on a side stream
+        net = nn.parallel.DistributedDataParallel(
+            net, device_ids=[device.index], gradient_as_bucket_view=True
+        )
+    if args.bf16_grads:
+        net.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    return net
+
+
+def capture(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Return a function that replays the step, captured in one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(CAPTURE_WARMUP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return loss
+
+    return replay
 
 
 def make_training(
@@ -90,30 +135,33 @@ def make_training(
     """Return a function that trains for some steps and returns the last loss."""
     torch.manual_seed(0)
     net = AlexNet().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
-    )
     if gpus > 1:
-        distributed.init_process_group("nccl")
-        net = nn.parallel.DistributedDataParallel(
-            net, device_ids=[device.index], gradient_as_bucket_view=True
-        )
-        if args.bf16_grads:
-            net.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        net = distribute(net, args, device)
+    # PyTorch has no fused SGD for FSDP2's sharded parameters.
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=not args.fsdp
+    )
     net = COMPILERS[args.mode](net)
     images = torch.randn(args.batch, 3, SIDE, SIDE, device=device).contiguous(
         memory_format=torch.channels_last
     )
     labels = torch.randint(CLASSES, (args.batch,), device=device)
 
+    def step() -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = net(images, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    if args.mode == "capture":
+        step = capture(step)
+
     def train(steps: int) -> torch.Tensor:
         for _ in range(steps):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = net(images, labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+            loss = step()
+        return loss
 
     return train
 
@@ -151,6 +199,7 @@ def main() -> None:
         result = dict(
             mode=args.mode,
             bf16_grads=args.bf16_grads,
+            fsdp=args.fsdp,
             gpus=gpus,
             batch_per_gpu=args.batch,
             steps=STEPS,

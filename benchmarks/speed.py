@@ -164,8 +164,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peer_modes",
         help="eager, compile, graphs (torch.compile with CUDA graphs) or max (its max-autotune, "
-        "which takes minutes); with -bf16, gradients travel as bfloat16 (default: "
-        "compile,graphs,max; on several GPUs compile and max, each also with -bf16)",
+        "which takes minutes), or capture (the whole step in one CUDA graph); on several GPUs "
+        "-fsdp after it means FSDP2 instead of DDP, and -bf16 gradients sent as bfloat16 (default: "
+        "compile,graphs,max,capture; on several GPUs compile-bf16,max-bf16,graphs-bf16,"
+        "capture-bf16,compile-fsdp-bf16)",
     )
     parser.add_argument("--skip_peer", action="store_true", help="do not run PyTorch")
     parser.add_argument(
@@ -221,7 +223,9 @@ def our_cases(args: argparse.Namespace) -> list[Case]:
 def peer_cases(args: argparse.Namespace) -> list[Case]:
     """Return what --peer_modes asks for; refuse what it cannot mean."""
     n, found = args.gpus, []
-    default = "compile,graphs,max" if n == 1 else "compile,max,compile-bf16,max-bf16"
+    default = "compile,graphs,max,capture"
+    if n > 1:
+        default = "compile-bf16,max-bf16,graphs-bf16,capture-bf16,compile-fsdp-bf16"
     start = [str(HERE / "peer.py")]
     if n > 1:
         start = [
@@ -230,14 +234,14 @@ def peer_cases(args: argparse.Namespace) -> list[Case]:
             *start,
         ]
     for name in (args.peer_modes or default).split(","):
-        match = re.fullmatch("(eager|compile|graphs|max)(-bf16)?", name)
-        if not match or (match[2] and n == 1):
+        match = re.fullmatch("(eager|compile|graphs|max|capture)(-fsdp)?(-bf16)?", name)
+        if not match or (n == 1 and (match[2] or match[3])):
             refuse(
-                f"--peer_modes: {name}: expected eager, compile, graphs or max, or, on several "
-                "GPUs, one of them with -bf16"
+                f"--peer_modes: {name}: expected eager, compile, graphs, max or capture, and on "
+                "several GPUs perhaps -fsdp and -bf16 after it"
             )
-        bf16 = ["--bf16_grads"] if match[2] else []
-        found.append(Case("peer", name, [*start, f"--mode={match[1]}", *bf16]))
+        flags = ["--fsdp"] * bool(match[2]) + ["--bf16_grads"] * bool(match[3])
+        found.append(Case("peer", name, [*start, f"--mode={match[1]}", *flags]))
     return found
 
 
