@@ -25,6 +25,7 @@ import jax
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.training import build
+from cnn_spmd.training.timetable import split_into_chunks
 from experiments.alexnet_cifar import get_config
 
 WARMUP = 8
@@ -104,8 +105,7 @@ class Trainer:
         since = time.perf_counter()
         self.program = setup.train_program(self.steps_per_call)
         self.compile_seconds = time.perf_counter() - since
-        self.feed, _ = setup.feeds
-        self.feed.load()
+        setup.feeds[0].load()
         self.state = setup.init()
         self.step = 0
         self.loss = math.nan
@@ -115,23 +115,20 @@ class Trainer:
         first, values = self.step, None
         jax.block_until_ready(self.state)
         since = time.perf_counter()
-        for inputs in self.feed.calls(self._indices(at_least)):
+        n = self.steps_per_call
+        stops = [first + -(-at_least // n) * n]
+        for _, inputs in self.setup.inputs(split_into_chunks(first, stops, n)):
             before = values
             self.state, values = self.program(self.state, *inputs)
             # The host is at most one chunk ahead of the devices, as in training/loop.py.
             jax.block_until_ready(before)
-            self.step += self.steps_per_call
+            self.step += n
         jax.block_until_ready((self.state, values))
         seconds = time.perf_counter() - since
         self.loss = float(values["loss"][-1])
         if not math.isfinite(self.loss):
             raise ArithmeticError(f"loss is {self.loss}")
         return round(1e3 * seconds / (self.step - first), 4)
-
-    def _indices(self, at_least: int):
-        """Return the examples of each chunk from the present step on."""
-        n = self.steps_per_call
-        return (self.setup.indices(at, n) for at in range(self.step, self.step + at_least, n))
 
 
 def main() -> None:

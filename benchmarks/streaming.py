@@ -32,6 +32,7 @@ from cnn_spmd.data import registry
 from cnn_spmd.data.dataset import Dataset
 from cnn_spmd.training import build
 from cnn_spmd.training.provenance import provenance
+from cnn_spmd.training.timetable import Chunk
 from experiments.alexnet_cifar import get_config
 
 CLASSES = 1000
@@ -88,7 +89,8 @@ class Side:
         self.feed.load()
         self.state = self.setup.init()
         n = self.steps_per_call
-        self.inputs = self.feed.calls(self.setup.indices(at, n) for at in itertools.count(0, n))
+        chunks = (Chunk(at, at + n) for at in itertools.count(0, n))
+        self.inputs = self.setup.inputs(chunks)
         self.rates: list[int] = []
 
     def measure(self, seconds: float) -> None:
@@ -97,7 +99,8 @@ class Side:
         values = None
         while len(ends) <= WARMUP or ends[-1] - ends[WARMUP] < seconds:
             before = values
-            self.state, values = self.program(self.state, *next(self.inputs))
+            _, inputs = next(self.inputs)
+            self.state, values = self.program(self.state, *inputs)
             if before is not None:
                 # The host is at most one chunk ahead of the devices, as in training/loop.py.
                 jax.block_until_ready(before)

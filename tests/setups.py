@@ -178,8 +178,9 @@ def computed(name: str, parallelism: str, shape: tuple[int, int]) -> dict:
 
         def step(state, data, indices_B):
             gradients, metrics, model_state = functions.gradients(state, data, indices_B)
+            optimizer = functions.make_optimizer(setup.schedule)
             params, optimizer = functions.update(
-                functions.optimizer, gradients, state.optimizer, state.params
+                optimizer, gradients, state.optimizer, state.params
             )
             state = state._replace(params=params, model_state=model_state, optimizer=optimizer)
             return state, metrics, gradients

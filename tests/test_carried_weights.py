@@ -41,8 +41,6 @@ def test_layers_read_large_kernels_in_bfloat16(monkeypatch):
 
     monkeypatch.setattr(StepFunctions, "features", spy)
     setup = setup_of("alexnet", "data", (1, 1), dtype="bfloat16")
-    setup.functions.jit_train().lower(
-        setup.functions.abstract_state, *setup.feeds[0].shapes(2, setup.config.batch_size)
-    )
+    setup.lower_train(2)
     dtypes = {(leaf.size >= 100, str(leaf.dtype)) for leaf in jax.tree.leaves(seen)}
     assert dtypes == {(True, "bfloat16"), (False, "float32")}

@@ -225,10 +225,7 @@ def test_a_saved_config_is_completed_and_cut_to_the_schema():
 def test_plain_forms_are_those_without_levers(config):
 
     def text(**levers):
-        setup = build.prepare(config, **levers)
-        inputs = setup.feeds[0].shapes(1, config.batch_size)
-        functions = setup.functions
-        return functions.jit_train().lower(functions.abstract_state, *inputs).as_text()
+        return build.prepare(config, **levers).lower_train(1).as_text()
 
     fast = text()
     config.model.fast = False

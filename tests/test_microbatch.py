@@ -162,7 +162,7 @@ def test_each_micro_batch_has_its_own_dropout(monkeypatch):
 
     @jax.jit
     def step(state):
-        return microbatch.train_step(setup.functions, state, data, jnp.arange(BATCH))
+        return microbatch.train_step(setup.functions, state, data, jnp.arange(BATCH), 0.02)
 
     step(setup.init())
     jax.effects_barrier()
@@ -174,14 +174,13 @@ def test_the_accuracy_is_that_of_all_micro_batches():
         "alexnet",
         dense_microbatch=4,
         model=dict(width=64, dropout=0.0),
-        optimizer=dict(learning_rate=0.0),
     )
     functions, indices = setup.functions, jnp.arange(BATCH)
 
     @jax.jit
     def metrics(state):
         _, whole, _ = functions.gradients(state, data, indices)
-        _, micro = microbatch.train_step(functions, state, data, indices)
+        _, micro = microbatch.train_step(functions, state, data, indices, 0.0)
         return whole["accuracy"], micro["accuracy"]
 
     whole, micro = metrics(setup.init())

@@ -38,6 +38,12 @@ def filled(tree, value: float):
     return jax.tree.map(functools.partial(jnp.full_like, fill_value=value), tree)
 
 
+def optimizer_of(config, steps, batch_size=128):
+    """Return the config's optimizer, with the config's learning rate by step."""
+    schedule = optim.make_schedule(config.optimizer, steps, batch_size)
+    return optim.make_optimizer(config.optimizer, schedule)
+
+
 def params_after(optimizer, params, gradients):
     """Return the parameters after a step along each of `gradients`."""
     state = optimizer.init(params)
@@ -222,7 +228,7 @@ def test_sgd_against_numpy(config, nesterov, decay_all):
         dict(PLAIN, learning_rate=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
     )
     config.optimizer.decay_all = decay_all
-    optimizer = optim.make_optimizer(config.optimizer, 100)
+    optimizer = optimizer_of(config, 100)
     params = dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full(2, 3.0), scale=jnp.full(2, 3.0))
     gradients = (1.0, -0.5, 0.25)
     params = params_after(optimizer, params, [filled(params, each) for each in gradients])
@@ -252,7 +258,7 @@ def test_rates_and_decays_of_layers_and_biases(config):
             layer_rates=dict(fc3=0.25),
         )
     )
-    optimizer = optim.make_optimizer(config.optimizer, 100)
+    optimizer = optimizer_of(config, 100)
     layer = dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full((2, 2), 3.0))
     params = dict(local1=layer, fc3=layer)
     params = params_after(optimizer, params, [filled(params, 1.0)] * 2)
@@ -275,7 +281,7 @@ def test_a_gradient_is_no_longer_than_clip_norm(config):
     grads = {"fc1": {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([12.0])}}
     for clip_norm, times in ((0.0, 1), (1.3, 0.1), (20.0, 1)):
         config.optimizer.update(dict(PLAIN, clip_norm=clip_norm))
-        optimizer = optim.make_optimizer(config.optimizer, 10)
+        optimizer = optimizer_of(config, 10)
         layer = params_after(optimizer, params, [grads])["fc1"]
         np.testing.assert_allclose(layer["kernel"], [[-3 * times, -4 * times]], rtol=1e-6)
         np.testing.assert_allclose(layer["bias"], [-12 * times], rtol=1e-6)
@@ -284,7 +290,7 @@ def test_a_gradient_is_no_longer_than_clip_norm(config):
 def one_update(config, gradient, weight=0.0, batch_size=128, **settings):
     """Return what one step of plain SGD adds to a weight."""
     config.optimizer.update(PLAIN | settings)
-    optimizer = optim.make_optimizer(config.optimizer, 10, batch_size)
+    optimizer = optimizer_of(config, 10, batch_size)
     params = {"fc1": {"kernel": jnp.full((1, 1), weight)}}
     after = params_after(optimizer, params, [filled(params, gradient)])
     return float(after["fc1"]["kernel"][0, 0]) - weight
@@ -389,7 +395,7 @@ def test_optimizers_by_hand(config, name):
     }
     gradients = [jax.tree.map(lambda x: random.normal(size=x.shape), params) for _ in range(STEPS)]
     with jax.enable_x64(True):
-        optimizer = optim.make_optimizer(config.optimizer, STEPS)
+        optimizer = optimizer_of(config, STEPS)
         got = params_after(optimizer, jax.tree.map(jnp.asarray, params), gradients)
     for layer, of_layer in params.items():
         for part, weight in of_layer.items():
@@ -409,6 +415,7 @@ def updated(name, parallelism, shape):
     settings = dict(name=name, learning_rate=0.1, trust=0.1, clip_norm=0.0)
     setup = setup_of("alexnet", parallelism, shape, optimizer=settings)
     functions, random = setup.functions, np.random.default_rng(0)
+    optimizer = functions.make_optimizer(setup.schedule)
     abstract = functions.abstract_state.params
 
     def drawn():
@@ -417,8 +424,8 @@ def updated(name, parallelism, shape):
         )
 
     params = drawn()
-    state = jax.jit(functions.optimizer.init)(params)
-    update = jax.jit(functools.partial(functions.update, functions.optimizer))
+    state = jax.jit(optimizer.init)(params)
+    update = jax.jit(functools.partial(functions.update, optimizer))
     compiled = update.lower(drawn(), state, params).compile()
     for _ in range(2):
         params, state = compiled(drawn(), state, params)
@@ -485,7 +492,7 @@ OF_LION = dict(name="lion", options={"b2": 0.7}, weight_decay=0.1)
 def test_an_optimizer_of_ones_own(config, known_lion):
     """Three steps of Lion by hand (Chen et al. 2023), with rates by layer."""
     config.optimizer.update(dict(PLAIN, **OF_LION, bias_rate=2.0, layer_rates=dict(fc3=0.25)))
-    optimizer = optim.make_optimizer(config.optimizer, 10)
+    optimizer = optimizer_of(config, 10)
     layer = dict(kernel=jnp.full((2, 2), 3.0), bias=jnp.full(2, 3.0))
     params = dict(fc1=layer, fc3=layer)
     gradients = (1.0, -0.03, -0.5)
@@ -527,4 +534,4 @@ def test_unknown_optimizers_are_refused(config, known_lion):
     config.optimizer.name = "adam"
     expected = r"optimizer\.name=adam: unknown, expected one of sgd, .*, muon, lion$"
     with pytest.raises(UserError, match=expected):
-        optim.make_optimizer(config.optimizer, 10)
+        optimizer_of(config, 10)

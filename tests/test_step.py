@@ -221,18 +221,20 @@ def test_randomness_is_a_function_of_seed_and_step(name):
     assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3
 
 
-def test_another_seed_is_the_same_program():
-    """It starts from other parameters, but nothing is compiled again."""
-    seeds = [setup_of("simple_cnn", "data", (2, 2), seed=seed, dtype="float32") for seed in (0, 1)]
-    texts = {
-        setup.functions.jit_train()
-        .lower(setup.functions.abstract_state, *setup.feeds[0].shapes(2, BATCH))
-        .as_text()
-        for setup in seeds
-    }
-    assert len(texts) == 1
-    first, second = (setup.init().params["fc3"]["kernel"][...] for setup in seeds)
-    assert not np.array_equal(first, second)
+def test_another_seed_rate_or_length_is_the_same_program():
+    """The training differs, but nothing is compiled again."""
+    setups = [
+        setup_of("simple_cnn", "data", (2, 2), dtype="float32", **changes)
+        for changes in (
+            {},
+            dict(seed=1),
+            dict(optimizer=dict(warmup=0.5, learning_rate=0.04, decay="cosine"), steps=20),
+        )
+    ]
+    assert len({setup.lower_train(2).as_text() for setup in setups}) == 1
+    runs = [setup.train(setup.init(), 4)[1]["loss"] for setup in setups]
+    assert runs[0][0] == runs[2][0] != runs[1][0]  # of the same, and of other parameters
+    assert runs[0][-1] != runs[2][-1]
 
 
 # ---- Types and memory.

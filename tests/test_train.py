@@ -70,7 +70,8 @@ def test_files_of_a_run(config, tmp_path):
     stages = {stage["stage"] for stage in summary["startup"]}
     programs = ("the train step", "init", "the evaluation", "the test for NaN")
     assert stages == {
-        *("memory", "data", "network", "moving the images", "imports for later", "report"),
+        *("memory", "data", "network", "moving the images", "learning rates"),
+        *("imports for later", "report"),
         *(f"{verb} {program}" for verb in ("tracing", "compiling") for program in programs),
         "the first chunk",
     }

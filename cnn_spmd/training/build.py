@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from flax import nnx
 
 from cnn_spmd import config as configs
@@ -19,7 +21,7 @@ from cnn_spmd.analysis import program
 from cnn_spmd.data import order, registry, statistics, streaming
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset, Unread
-from cnn_spmd.data.feed import Feed, Resident
+from cnn_spmd.data.feed import Feed, Resident, put
 from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
@@ -28,8 +30,9 @@ from cnn_spmd.sharding.placement import Placement, axes_of, is_weight, mesh_axes
 from cnn_spmd.training import cluster, microbatch, optim, prediction, program_report, startup
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
-from cnn_spmd.training.timetable import split_into_chunks
+from cnn_spmd.training.timetable import Chunk, split_into_chunks
 
+RATES = 2**16  # the devices compute the learning rates of this many steps at a time
 PLANNED_STEPS = 10  # the host looks through a run's indices, this many steps at a time
 
 
@@ -46,6 +49,8 @@ class Setup:
     functions: StepFunctions
     memory: float | None = None  # bytes that each device can hold; None where nobody knows
     # By the number of steps. A dict, as a cached_property would not be safe in threads.
+    # By their number, blocks of RATES learning rates.
+    _rates: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     _lowered: dict[int, jax.stages.Lowered] = dataclasses.field(default_factory=dict)
     _train_programs: dict[int, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
@@ -61,14 +66,12 @@ class Setup:
         """
         if steps < 1:
             raise UserError(f"steps={steps}: expected at least 1")
-        feed, _ = self.feeds
-        feed.load()
+        self.feeds[0].load()
         start = int(state.step)
         chunks = split_into_chunks(start, [start + steps], self.config.steps_per_call)
-        inputs = feed.calls([self.indices(chunk.start, chunk.steps) for chunk in chunks])
         metrics = []
-        for chunk, batches in zip(chunks, inputs, strict=True):
-            state, values = self.train_program(chunk.steps)(state, *batches)
+        for chunk, inputs in self.inputs(chunks):
+            state, values = self.train_program(chunk.steps)(state, *inputs)
             metrics.append(jax.tree.map(np.asarray, values))
         return state, jax.tree.map(lambda *values: np.concatenate(values), *metrics)
 
@@ -125,6 +128,35 @@ class Setup:
             config.data.held_out_steps,
         )
 
+    def rates(self, start: int, steps: int) -> np.ndarray:
+        """Return the learning rates of the steps from `start` on, [steps]."""
+        first, last = start // RATES, (start + steps - 1) // RATES
+        for block in range(first, last + 1):
+            if block not in self._rates:
+                # One program: otherwise XLA would compile each operation of a schedule by itself.
+                rates = jax.jit(jax.vmap(self.schedule))(np.arange(RATES) + block * RATES)
+                self._rates[block] = np.asarray(rates, jnp.result_type(float))
+        blocks = [self._rates[block] for block in range(first, last + 1)]
+        return np.concatenate(blocks)[start - first * RATES :][:steps]
+
+    @functools.cached_property
+    def schedule(self) -> optax.Schedule:
+        """Return the learning rate by step."""
+        config = self.config
+        return optim.make_schedule(config.optimizer, config.steps, config.batch_size)
+
+    def inputs(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, tuple]]:
+        """Yield each chunk, and what its program takes beside the state.
+
+        That is data, indices and learning rates. A thread prepares the data of a chunk while the
+        chunk before it runs.
+        """
+        chunks, of_calls = itertools.tee(chunks)
+        calls = self.feeds[0].calls(self.indices(chunk.start, chunk.steps) for chunk in of_calls)
+        for chunk, call in zip(chunks, calls, strict=True):
+            rates = put(self.rates(chunk.start, chunk.steps), self.place.replicated)
+            yield chunk, (*call, rates)
+
     def _run_indices(self) -> Iterator[np.ndarray]:
         """Yield which training images the steps of the run see, at least one chunk, as [S, B]."""
         steps = max(self.config.steps, self.config.steps_per_call)
@@ -142,8 +174,11 @@ class Setup:
         """Return the program of n train steps, ready to be compiled; it is traced once."""
         if n not in self._lowered:
             inputs = self.feeds[0].shapes(n, self.config.batch_size)
+            rates = jax.ShapeDtypeStruct(
+                (n,), jnp.result_type(float), sharding=self.place.replicated
+            )
             jitted = self.functions.jit_train()
-            self._lowered[n] = jitted.lower(self.functions.abstract_state, *inputs)
+            self._lowered[n] = jitted.lower(self.functions.abstract_state, *inputs, rates)
         return self._lowered[n]
 
     @property
@@ -273,7 +308,7 @@ def _assemble(
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, levers), memory)
-    _ = setup.activations, setup.functions.abstract_state  # for their errors
+    _ = setup.activations, setup.functions.abstract_state, setup.schedule  # for their errors
     check(setup)
     return setup
 
@@ -366,7 +401,7 @@ def make_functions(
     functions = StepFunctions(
         make_model=lambda rngs: make_model(rngs=rngs),
         preprocessing=make_preprocessing(config, data),
-        optimizer=optim.make_optimizer(config.optimizer, config.steps, config.batch_size),
+        make_optimizer=functools.partial(optim.make_optimizer, config.optimizer),
         place=place,
         seed=config.seed,
         label_smoothing=config.label_smoothing,
@@ -437,11 +472,7 @@ def make_microbatch(
     size = config.dense_microbatch
     if not size:
         return None
-    count, rest = divmod(config.batch_size, size)
-    if rest:
+    if config.batch_size % size:
         raise UserError(f"dense_microbatch={size}: does not divide batch_size={config.batch_size}")
     place.spec((place.features_batch,), (size,), "dense_microbatch")
-    if config.dense_updates == "sum":
-        return microbatch.Settings(size, None)
-    optimizer = optim.make_optimizer(config.optimizer, config.steps, config.batch_size, count)
-    return microbatch.Settings(size, optimizer)
+    return microbatch.Settings(size, config.dense_updates)

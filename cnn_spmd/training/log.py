@@ -1,7 +1,6 @@
 """Log a run: metrics.jsonl, TensorBoard, and the lines of its progress."""
 
 import bisect
-import functools
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import pathlib
 import jax
 import numpy as np
 
-from cnn_spmd.training import optim, runfiles
+from cnn_spmd.training import runfiles
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.clock import Clock
 from cnn_spmd.training.terminal import Progress, say
@@ -66,19 +65,10 @@ class Log:
     def __init__(self, setup: Setup, workdir: pathlib.Path, timetable: Timetable):
         config = setup.config
         self.batch_size, self.timetable = config.batch_size, timetable
-        self.clock = Clock()
-        self.schedule = optim.make_schedule(config.optimizer, config.steps, config.batch_size)
+        self.clock, self.rates = Clock(), setup.rates
         self._file = MetricsFile(workdir, timetable.start, setup.data_fields)
         self._progress = Progress(config.steps)
         self._evaluation_seconds = 0.0
-
-    @functools.cached_property
-    def _rates(self) -> dict[int, float]:
-        """Return the learning rate of the last step of each chunk, by the chunk's end."""
-        ends = [chunk.end for chunk in self.timetable.chunks]
-        # One program: otherwise XLA would compile each operation of a schedule by itself.
-        rates = jax.jit(jax.vmap(self.schedule))(np.array(ends) - 1)
-        return dict(zip(ends, np.asarray(rates).tolist(), strict=True))
 
     def chunk(self, chunk: Chunk, metrics: dict[str, np.ndarray], seconds: float) -> None:
         """Record a chunk. metrics: one value per step; what is logged is their mean."""
@@ -89,7 +79,7 @@ class Log:
             "train",
             **means,
             images_per_second=images_per_second,
-            learning_rate=self._rates[chunk.end],
+            learning_rate=float(self.rates(chunk.end - 1, 1)[0]),
             steps=chunk.steps,
             train_seconds=self.train_seconds,
         )

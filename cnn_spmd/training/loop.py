@@ -35,7 +35,7 @@ from cnn_spmd.training.interrupt import Interrupt
 from cnn_spmd.training.log import Log
 from cnn_spmd.training.noise_scale import NoiseScale
 from cnn_spmd.training.profiling import profile_chunks
-from cnn_spmd.training.programs import Programs, chunk_inputs, compile_programs
+from cnn_spmd.training.programs import Programs, compile_programs
 from cnn_spmd.training.provenance import provenance
 from cnn_spmd.training.runfiles import SCHEMA
 from cnn_spmd.training.step import TrainState
@@ -114,9 +114,7 @@ class Run:
         self.started = started
         self.log = Log(setup, workdir, timetable)
         self.noise_scale = NoiseScale(setup) if setup.config.noise_scale else None
-        # Which images each chunk sees, by data/order.py.
-        inputs = chunk_inputs(setup, timetable.chunks)
-        self.chunks = zip(timetable.chunks, inputs, strict=True)
+        self.chunks = setup.inputs(timetable.chunks)
 
     def train(self) -> dict:
         """Go through the timetable; return the summary, which says how the run ended.
@@ -193,7 +191,7 @@ class Run:
             self.step = chunk.end  # the steps of a chunk that runs already do not count
             first = int(np.argmin(finite))  # the first False
             steps_before = chunk.start + first
-            rate = self.log.schedule(steps_before)
+            (rate,) = self.setup.rates(steps_before, 1)
             raise NonFinite(
                 f"loss is {metrics['loss'][first]} at step {steps_before + 1} "
                 f"(learning rate {rate:.4g})"

@@ -34,12 +34,12 @@ class Settings(NamedTuple):
     """How the dense layers see the batch."""
 
     size: int  # examples per micro-batch
-    optimizer: optax.GradientTransformation | None  # dense_updates="each"; None: "sum"
+    updates: str  # of the dense layers: "each" micro-batch, or the "sum"
 
 
 def updates_each(settings: Settings | None) -> bool:
     """Return whether the dense layers are updated after each micro-batch."""
-    return settings is not None and settings.optimizer is not None
+    return settings is not None and settings.updates == "each"
 
 
 def _dense_and_conv(params: nnx.State) -> tuple[nnx.State, nnx.State]:
@@ -50,17 +50,16 @@ def _dense_and_conv(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 def init_optimizer(functions: Any, params: nnx.State) -> dict:
     """Return the state of two optimizers: of the convolutions and of the dense layers."""
     dense, conv = _dense_and_conv(params)
-    return dict(
-        conv=functions.optimizer.init(conv), dense=functions.microbatch.optimizer.init(dense)
-    )
+    optimizer = functions.make_optimizer(optax.constant_schedule(0.0))
+    return dict(conv=optimizer.init(conv), dense=optimizer.init(dense))
 
 
 def train_step(
-    functions: Any, state: Any, data: DeviceData, indices_B: Indices
+    functions: Any, state: Any, data: DeviceData, indices_B: Indices, rate: jax.Array
 ) -> tuple[Any, dict]:
     """Do one step on the examples `indices_B`; return the new state and metrics [].
 
-    functions: StepFunctions.
+    functions: StepFunctions. rate: the learning rate of this step, [].
     """
     images, labels_B, dropout_key = functions.batch(state, data, indices_B)
     x_BF, backward, model_state = jax.vjp(
@@ -69,27 +68,25 @@ def train_step(
         has_aux=True,
     )
     _refuse_unmarked(functions, state.params, state.model_state, x_BF)
-    dense = DenseLayers(functions, state, len(labels_B) // functions.microbatch.size)
+    dense = DenseLayers(functions, state, len(labels_B) // functions.microbatch.size, rate)
     dense_params, dense_optimizer, total, metrics, x_gradient = dense.train(
         x_BF, labels_B, dropout_key
     )
     _, conv_grads = _dense_and_conv(backward(x_gradient)[0])
+    optimizer = functions.make_optimizer(lambda _: rate)
     if total is None:
         conv_params, conv_optimizer = functions.update(
-            functions.optimizer, conv_grads, state.optimizer["conv"], dense.conv_params
+            optimizer, conv_grads, state.optimizer["conv"], dense.conv_params
         )
         params = nnx.merge_state(dense_params, conv_params)
-        optimizer = dict(conv=conv_optimizer, dense=dense_optimizer)
+        optimizer_state = dict(conv=conv_optimizer, dense=dense_optimizer)
     else:
         mean = jax.tree.map(lambda grad: grad / dense.count, total)
-        params, optimizer = functions.update(
-            functions.optimizer,
-            nnx.merge_state(mean, conv_grads),
-            state.optimizer,
-            state.params,
+        params, optimizer_state = functions.update(
+            optimizer, nnx.merge_state(mean, conv_grads), state.optimizer, state.params
         )
     state = state._replace(
-        step=state.step + 1, params=params, model_state=model_state, optimizer=optimizer
+        step=state.step + 1, params=params, model_state=model_state, optimizer=optimizer_state
     )
     return state, jax.tree.map(jnp.mean, metrics)
 
@@ -122,8 +119,9 @@ def _refuse_unmarked(
 class DenseLayers:
     """The dense layers in one step: forward, backward, update of each micro-batch."""
 
-    def __init__(self, functions: Any, state: Any, count: int):
+    def __init__(self, functions: Any, state: Any, count: int, rate: jax.Array):
         self.functions, self.state, self.count = functions, state, count
+        self.optimizer = functions.make_optimizer(lambda _: rate / count)
         self.dense_params, self.conv_params = _dense_and_conv(state.params)
 
     def train(self, x_BF: jax.Array, labels_B: jax.Array, dropout_key: jax.Array) -> tuple:
@@ -156,8 +154,9 @@ class DenseLayers:
         gradients_of = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
         (_, metrics), (grads, x_gradient) = gradients_of(dense, *inputs)
         if total is None:
-            optimizer = self.functions.microbatch.optimizer
-            dense, optimizer_state = self.functions.update(optimizer, grads, optimizer_state, dense)
+            dense, optimizer_state = self.functions.update(
+                self.optimizer, grads, optimizer_state, dense
+            )
         else:
             total = jax.tree.map(jnp.add, total, grads)
         return (dense, optimizer_state, total), (metrics, x_gradient)

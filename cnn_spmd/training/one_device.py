@@ -13,6 +13,7 @@ from cnn_spmd.training import build
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.clock import Clock
 from cnn_spmd.training.terminal import say
+from cnn_spmd.training.timetable import split_into_chunks
 
 EXAMPLES = 4096  # random images, unless a batch is larger; the device holds them
 CHUNKS = 4  # that count, after a first one that also fills caches
@@ -79,12 +80,12 @@ def measure(setups: Sequence[Setup]) -> dict[str, object]:
 def step_seconds(setup: Setup) -> float:
     """Return the median seconds of a step, over chunks, by the clock of a run."""
     steps = setup.config.steps_per_call
-    train, state, feed = setup.train_program(steps), setup.init(), setup.feeds[0]
-    feed.load()
+    train, state = setup.train_program(steps), setup.init()
+    setup.feeds[0].load()
     jax.block_until_ready(state)
     clock, running = Clock(), None
-    indices = (setup.indices(steps * chunk, steps) for chunk in range(CHUNKS + 1))
-    for inputs in feed.calls(indices):
+    chunks = split_into_chunks(0, [steps * (CHUNKS + 1)], steps)
+    for _, inputs in setup.inputs(chunks):
         state, metrics = train(state, *inputs)
         end = clock.watch(metrics)
         if running:  # the host launches a chunk before the one before it has ended

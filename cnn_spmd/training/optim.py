@@ -241,23 +241,17 @@ def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Sch
     return optax.join_schedules([ramp, decay], [warmup])
 
 
-def make_optimizer(
-    settings: Any, steps: int, batch_size: int = 128, updates: int = 1
-) -> optax.GradientTransformation:
+def make_optimizer(settings: Any, rate: optax.Schedule) -> optax.GradientTransformation:
     """Return the optimizer `settings.name`, with clipping and rates by layer.
 
     A gradient longer than `clip_norm`, over all parameters of the update, is scaled down to it.
     `layer_rates` multiplies the updates of some layers, and `bias_rate` those of all biases.
-    updates: per step, each at 1/updates of the learning rate.
-    Raises UserError for an unknown optimizer, or as make_schedule does.
+    rate: the learning rate by the number of updates that were done.
+    Raises UserError for an unknown optimizer.
     """
     if settings.name not in OPTIMIZERS:
         expected = ", ".join(OPTIMIZERS)
         raise UserError(f"optimizer.name={settings.name}: unknown, expected one of {expected}")
-    schedule = make_schedule(settings, steps, batch_size)
-
-    def rate(count):
-        return schedule(count // updates) / updates
 
     def scale(path, update):
         by_layer = settings.layer_rates.get(path[0].key, 1.0)

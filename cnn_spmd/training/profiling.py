@@ -8,7 +8,7 @@ import jax
 
 from cnn_spmd.analysis import profile
 from cnn_spmd.training.build import Setup
-from cnn_spmd.training.programs import Programs, chunk_inputs
+from cnn_spmd.training.programs import Programs
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import Chunk
@@ -25,11 +25,12 @@ def profile_chunks(
     is complete.
     """
     n = setup.config.steps_per_call
-    inputs = chunk_inputs(setup, _endless_chunks(setup.config.steps, n))
+    inputs = setup.inputs(_endless_chunks(setup.config.steps, n))
 
     def run_chunk() -> dict:
         nonlocal state
-        state, metrics = programs.train[n](state, *next(inputs))
+        _, of_chunk = next(inputs)
+        state, metrics = programs.train[n](state, *of_chunk)
         return metrics
 
     folder = workdir / "profile" / str(jax.process_index())

@@ -2,13 +2,11 @@
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 
-from cnn_spmd.data.feed import DeviceData
-from cnn_spmd.data.sharded import Indices
 from cnn_spmd.training import checkpoint, startup
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.evaluate import Evaluator
@@ -36,7 +34,7 @@ class Programs(NamedTuple):
     report: dict  # what program.json holds
 
 
-def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
+def compile_programs(setup: Setup, chunks: Sequence[Chunk]) -> Programs:
     """Compile the programs of a run side by side, while the data set moves to the devices.
 
     This thread traces them; the train step comes first, as it takes longest to compile. Meanwhile
@@ -61,6 +59,8 @@ def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
             lambda: {steps: setup.train_program(steps) for steps in lengths},
         )
         moves = [start("moving the images", feed.load) for feed in setup.feeds]
+        first = chunks[0].start if chunks else 0
+        rates = start("learning rates", setup.rates, first, 1)
         others = [
             start(f"compiling {name}", trace(name, lower).compile)
             for name, lower in (
@@ -77,17 +77,8 @@ def compile_programs(setup: Setup, chunks: Iterable[Chunk]) -> Programs:
             report = setup.report_on(program, n)
         init, evaluation, all_finite = (future.result() for future in others)
         report["compile_seconds"] = round(time.perf_counter() - since, 2)
-        for move in moves:
-            move.result()
+        for done in [*moves, rates]:
+            done.result()
     report["programs_from_cache"] = len(_cache_hits) - hits
     evaluate = Evaluator(setup, evaluation)
     return Programs(train.result(), evaluate, init, all_finite, report)
-
-
-def chunk_inputs(setup: Setup, chunks: Iterable[Chunk]) -> Iterator[tuple[DeviceData, Indices]]:
-    """Yield what the program of each chunk takes beside the state.
-
-    A thread prepares the inputs of a chunk while the chunk before it runs.
-    """
-    feed, _ = setup.feeds
-    return feed.calls(setup.indices(chunk.start, chunk.steps) for chunk in chunks)

@@ -12,6 +12,9 @@ device holds a part of it, and a Plan takes the indices' place (data/sharded.py)
 With `dense_microbatch`, microbatch.train_step takes the place of train_step: the dense layers then
 see one part of the batch after another.
 
+Learning rates are an input of the program. So another rate, schedule or number of steps needs no
+compilation.
+
 A name ends in its dimensions: B global batch, S steps per chunk (the steps of one compiled call), H
 height, W width, C channels or classes, V views of a test image, F features that reach the dense
 layers. [] is a scalar.
@@ -56,7 +59,7 @@ class StepFunctions:
 
     make_model: Callable[[nnx.Rngs], nnx.Module]
     preprocessing: Preprocessing
-    optimizer: optax.GradientTransformation
+    make_optimizer: Callable[[optax.Schedule], optax.GradientTransformation]  # of a learning rate
     place: Placement
     seed: int
     label_smoothing: float
@@ -72,7 +75,7 @@ class StepFunctions:
         if microbatch.updates_each(self.microbatch):
             optimizer_state = microbatch.init_optimizer(self, params)
         else:
-            optimizer_state = self.optimizer.init(params)
+            optimizer_state = self.make_optimizer(optax.constant_schedule(0.0)).init(params)
         return TrainState(jnp.zeros((), jnp.int32), seed, params, model_state, optimizer_state)
 
     @functools.cached_property
@@ -199,8 +202,7 @@ class StepFunctions:
         """Return parameters and optimizer state after one step of the optimizer.
 
         optimizer: clips the gradient, adds the weight decay, applies momentum and learning rate
-        (training/optim.py); microbatch.py passes another than self.optimizer. grads: float32, or
-        bfloat16 where `weights` were.
+        (training/optim.py). grads: float32, or bfloat16 where `weights` were.
         """
         with jax.named_scope("update"):
             grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
@@ -212,34 +214,41 @@ class StepFunctions:
         state: TrainState,
         data: DeviceData,
         indices_B: sharded.Indices,
+        rate: jax.Array,
         weights: nnx.State | None = None,
     ) -> tuple[TrainState, dict]:
-        """Do one step on the examples `indices_B`; return the new state, loss and accuracy []."""
+        """Do one step on the examples `indices_B`; return the new state, loss and accuracy [].
+
+        rate: the learning rate of this step, [].
+        """
         grads, values, model_state = self.gradients(state, data, indices_B, weights)
-        params, optimizer_state = self.update(self.optimizer, grads, state.optimizer, state.params)
+        optimizer = self.make_optimizer(lambda _: rate)
+        params, optimizer_state = self.update(optimizer, grads, state.optimizer, state.params)
         state = TrainState(state.step + 1, state.seed, params, model_state, optimizer_state)
         return state, values
 
     def train_chunk(
-        self, state: TrainState, data: DeviceData, indices_SB: sharded.Indices
+        self, state: TrainState, data: DeviceData, indices_SB: sharded.Indices, rates_S: jax.Array
     ) -> tuple[TrainState, dict]:
         """Do the S steps of a chunk in one program; return the new state, and metrics [S].
 
         The host launches one program for S steps: that hides the time that a launch takes. Where
-        indices_SB is None, `data` holds the examples of the chunk, [S, B, ...].
+        indices_SB is None, `data` holds the examples of the chunk, [S, B, ...]. rates_S: learning
+        rates.
         """
 
-        def body(carry, data_or_indices):
+        def body(carry, inputs):
             state, weights = carry
-            inputs = (data_or_indices, None) if indices_SB is None else (data, data_or_indices)
+            data_or_indices, rate = inputs
+            batch = (data_or_indices, None) if indices_SB is None else (data, data_or_indices)
             if self.microbatch:
-                state, values = microbatch.train_step(self, state, *inputs)
+                state, values = microbatch.train_step(self, state, *batch, rate)
             else:
-                state, values = self.train_step(state, *inputs, weights)
+                state, values = self.train_step(state, *batch, rate, weights)
             return (state, self.cast(state.params)), values
 
-        inputs = data if indices_SB is None else indices_SB
-        steps = len(jax.tree.leaves(inputs)[0])
+        inputs = (data if indices_SB is None else indices_SB), rates_S
+        steps = len(rates_S)
         carry = state, self.cast(state.params)
         if steps == 1:  # without a scan, as XLA's CPU backend runs the body of a scan slowly
             (state, _), values = body(carry, jax.tree.map(lambda x: x[0], inputs))
