@@ -48,9 +48,9 @@ class Setup:
     place: Placement
     functions: StepFunctions
     memory: float | None = None  # bytes that each device can hold; None where nobody knows
-    # By the number of steps. A dict, as a cached_property would not be safe in threads.
     # By their number, blocks of RATES learning rates.
     _rates: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    # By the number of steps. Dicts, as a cached_property would not be safe in threads.
     _lowered: dict[int, jax.stages.Lowered] = dataclasses.field(default_factory=dict)
     _train_programs: dict[int, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
