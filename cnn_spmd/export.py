@@ -130,8 +130,8 @@ def card_text(name: str, about: dict) -> str:
         [
             f"# {name}",
             "",
-            "Written by `python -m cnn_spmd.export`, from what the file itself says. In the commands,",
-            "FILE stands for its path.",
+            "Written by `python -m cnn_spmd.export`, from what the file itself says. FILE stands",
+            "for its path.",
             "",
             "| what | value |",
             "|---|---|",

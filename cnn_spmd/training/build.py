@@ -64,7 +64,9 @@ class Setup:
 
     def init(self) -> TrainState:
         """Return the state at step 0, already sharded; its weights may be those of init_from."""
-        start = self.start_weights()  # before anything is compiled
+        start = self.start_weights()  # which may raise, before anything is compiled
+        if start.text:
+            say(start.text)
         return start.put_into(self.functions.jit_init()(np.uint32(self.config.seed)))
 
     def start_weights(self) -> initial.Start:

@@ -18,7 +18,6 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import name_of
 from cnn_spmd.training import weights
 from cnn_spmd.training.step import TrainState
-from cnn_spmd.training.terminal import say
 
 OUTPUT = "fc3"  # the output layer, in every network
 
@@ -28,18 +27,15 @@ class Start(NamedTuple):
 
     arrays: Mapping[str, np.ndarray]  # by name; the others are initialized from the seed
     record: dict | None  # for summary.json: the file, its digest, the layers that it does not set
-    text: str = ""
+    text: str = ""  # the line that says so
 
     def put_into(self, state: TrainState) -> TrainState:
-        """Return a state at step 0 with these arrays in it, placed as before; say so."""
-        if not self.arrays:
-            return state
+        """Return a state at step 0 with these arrays in it, placed as before."""
 
         def replaced(path: tuple, old: jax.Array) -> jax.Array:
             new = self.arrays.get(name_in_state(path))
             return old if new is None else put(new.astype(old.dtype), old.sharding)
 
-        say(self.text)
         kept = state.params, state.model_state
         params, model_state = jax.tree_util.tree_map_with_path(replaced, kept)
         return state._replace(params=params, model_state=model_state)

@@ -91,6 +91,8 @@ def train(
             interrupt.raise_if_requested()
 
             if state is None:
+                if origin.text:
+                    say(origin.text)
                 state = origin.put_into(programs.init(np.uint32(setup.config.seed)))
             origins = dict(started=started, init_from=origin.record)
             run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, origins)

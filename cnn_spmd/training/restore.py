@@ -17,7 +17,7 @@ import numpy as np
 from cnn_spmd import config as configs
 from cnn_spmd.data.dataset import Dataset, Unread, blank_arrays
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import build, runfiles, weights, workdir
+from cnn_spmd.training import build, weights, workdir
 from cnn_spmd.training.checkpoint import Checkpoint, Checkpoints
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.workdir import has_checkpoint
@@ -42,8 +42,7 @@ def locked(source: pathlib.Path, flag: str = "") -> Iterator[None]:
     if weights.is_file(source):
         yield
         return
-    if not (source / "config.json").is_file():
-        raise UserError(f"{flag}{source}: holds no run (no config.json)")
+    weights.read_saved(source)  # for its errors
     with workdir.locked(source, flag):
         yield
 
@@ -106,7 +105,9 @@ def newest(source: pathlib.Path, setup: build.Setup, saved: dict) -> Restored:
     """Return the newest usable state, with its setup."""
     if weights.is_file(source):
         about = weights.read_about(source)
-        return Restored(setup, setup.init(), about["step"], about["accuracy"])
+        initial_state = setup.functions.jit_init()(np.uint32(setup.config.seed))
+        state = setup.start_weights().put_into(initial_state)
+        return Restored(setup, state, about["step"], about["accuracy"])
     state = None
     if has_checkpoint(source):
         directory, run = source.resolve() / "checkpoints", saved.get("run", "")
