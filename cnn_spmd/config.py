@@ -93,7 +93,7 @@ SCHEMA = {
     "model.fast": Field(True, "fast forms of layers and gradients; False: the plain forms"),
     "init_from": Field(
         "",
-        "weights to start from: a file of cnn_spmd.export, or torchvision's AlexNet as safetensors",
+        "weights to start from: a file of cnn_spmd.export, or torchvision's AlexNet; empty: none",
     ),
     "dense_microbatch": Field(
         0, "examples that the dense layers see at a time (variable batch); 0: the batch", low=0
@@ -117,8 +117,7 @@ SCHEMA = {
     "data.skip_bad": Field(0, "photographs that may be left out as they cannot be read", low=0),
     "data.normalise": Field(
         "channel",
-        "channel: zero mean and unit deviation per channel; pixel_mean: less the mean image; "
-        "torchvision: as its pre-trained networks expect",
+        "channel: mean 0, deviation 1; pixel_mean: less the mean image; torchvision: its constants",
         choices=("channel", "pixel_mean", "torchvision"),
     ),
     "data.crop": Field(0, "side of the random crop that the network sees; 0: the image's", low=0),

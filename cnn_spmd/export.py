@@ -1,7 +1,7 @@
 """Write a trained network as a weights file: `python -m cnn_spmd.export RUN --to safetensors`.
 
 RUN is a --workdir of launch.py, whose newest checkpoint is taken, or a weights file. Beside the
-file, NAME.safetensors, stands its card, NAME.md: the network, its data, accuracy and commands.
+file, NAME.safetensors, stands NAME.md, which describes it: network, data, accuracy and commands.
 
 --to safetensors: the parameters and the variables of the model state, under our names.
 --to torchvision: those of `alexnet` for images of 224x224, such that torchvision.models.alexnet
@@ -28,7 +28,7 @@ FORMS = ("safetensors", "torchvision")
 def export(
     source: pathlib.Path, form: str, out: pathlib.Path | None = None, data_dir: str | None = None
 ) -> list[pathlib.Path]:
-    """Write the newest state of what was trained, and a card; return both paths.
+    """Write the newest state of what was trained, and a page on it; return both paths.
 
     source: the folder of a run, or a weights file. form: one of FORMS. out: the file to write; None
     stands for FORM.safetensors in the folder of the run, or of the source file. data_dir: where the
@@ -48,15 +48,15 @@ def export(
         refuse_unlike_torchvision(restored.setup)
         arrays = weights.to_torchvision(arrays)
     about["form"] = form
-    card = out.with_suffix(".md")
+    page = out.with_suffix(".md")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         weights.write(out, arrays, about)
-        with runfiles.atomic_write(card) as temporary:
-            temporary.write_text(card_text(out.name, about))
+        with runfiles.atomic_write(page) as temporary:
+            temporary.write_text(page_text(out.name, about))
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from error
-    return [out, card]
+    return [out, page]
 
 
 def about_run(folder: pathlib.Path, restored: restore.Restored) -> dict:
@@ -104,8 +104,8 @@ def refuse_unlike_torchvision(setup: Setup) -> None:
             )
 
 
-def card_text(name: str, about: dict) -> str:
-    """Return the card of a weights file as Markdown; name: of the file."""
+def page_text(name: str, about: dict) -> str:
+    """Return the page on a weights file as Markdown; name: of the file."""
     config, hardware = about["config"], about["trained_on"]
     accuracy = about["accuracy"]
     rows = {

@@ -44,8 +44,8 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(run):
     """Export the run; return the weights file."""
-    path, card = export.export(run, "safetensors", run.parent / "w" / "digits.safetensors")
-    assert card.read_text() == export.card_text(path.name, weights.read_about(path))
+    path, page = export.export(run, "safetensors", run.parent / "w" / "digits.safetensors")
+    assert page.read_text() == export.page_text(path.name, weights.read_about(path))
     return path
 
 
@@ -197,12 +197,12 @@ def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, c
         assert error.startswith(f"error: {message}")
 
 
-def test_shipped_networks_have_their_cards_and_load():
+def test_shipped_networks_have_their_pages_and_load():
     """Each is evaluated where that needs no download; `pytest -m cifar10` evaluates the others."""
     assert SHIPPED
     for path in SHIPPED:
         about = weights.read_about(path)
-        assert path.with_suffix(".md").read_text() == export.card_text(path.name, about)
+        assert path.with_suffix(".md").read_text() == export.page_text(path.name, about)
         assert path.stat().st_size < 4e6, path
         assert about["accuracy"], path
         assert re.fullmatch("[0-9a-f]{40}", about["trained_on"]["commit"]), path

@@ -22,7 +22,7 @@ from cnn_spmd.data.streaming import Streamed
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import drawings, plots
 from cnn_spmd.report.canvas import Figure
-from cnn_spmd.training import build, restore, runfiles, terminal
+from cnn_spmd.training import build, restore, runfiles, terminal, weights
 from cnn_spmd.training.step import StepFunctions, TrainState
 
 # As many as in the paper's figure 4.
@@ -40,8 +40,7 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
     it has moved. Raises UserError for a folder that is no run or has no checkpoint, and where the
     data set is missing.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no run (no config.json)")
+    weights.refuse_no_run(folder)
     with restore.locked(folder):
         setup, state, *_ = restore.on_one_device(folder, data_dir)
         shown_T, compared_T = choose_images(setup.config.seed, len(setup.data.test_images))

@@ -42,7 +42,7 @@ def locked(source: pathlib.Path, flag: str = "") -> Iterator[None]:
     if weights.is_file(source):
         yield
         return
-    weights.read_saved(source)  # for its errors
+    weights.refuse_no_run(source)
     with workdir.locked(source, flag):
         yield
 

@@ -62,9 +62,7 @@ def read_saved(source: pathlib.Path) -> dict:
     Raises UserError where there is none.
     """
     if not is_file(source):
-        refuse_pickle(source)
-        if not (source / "config.json").is_file():
-            raise UserError(f"{source}: holds no run (no config.json)")
+        refuse_no_run(source)
         return runfiles.read_json(source / "config.json")
     about = read_about(source)
     if not about:
@@ -73,6 +71,13 @@ def read_saved(source: pathlib.Path) -> dict:
             f"weights are evaluated by --config=EXPERIMENT --config.init_from={source} --evaluate"
         )
     return about["config"]
+
+
+def refuse_no_run(folder: pathlib.Path) -> None:
+    """Raise UserError unless a folder holds a run."""
+    refuse_pickle(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds no run (no config.json)")
 
 
 def read_about(path: pathlib.Path) -> dict:
