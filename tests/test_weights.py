@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_docs import commands, small
 from test_launch import finished, start  # noqa: F401  (start is a fixture)
 
 from cnn_spmd import experiment, export, predict
@@ -60,25 +62,38 @@ def accuracy_of(run):
     return json.loads((run / "summary.json").read_text())["eval"]["accuracy"]
 
 
-def test_a_run_is_evaluated_from_the_command_line(run, start):  # noqa: F811
-    """On another mesh, with the run's own config, and without a change of its other files."""
-    folder = shutil.copytree(run, run.parent / "evaluated")
+def test_commands_after_training_run(run, start, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """As printed in the guide; evaluation on another mesh leaves the run's other files alone."""
+    folder = shutil.copytree(run, tmp_path / "runs" / "a")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (test,) = [line for line in commands("python launch.py --workdir") if "runs/a" in line]
     out, _ = finished(
-        start("--config", "experiments/resnet_cifar.py", "--evaluate", f"--workdir={folder}",
+        start(*shlex.split(test)[2:], "--config", "experiments/resnet_cifar.py",
               "--cpu_devices=4", "--mesh", "2x2", "--config.batch_size=16")
     )  # fmt: skip
     accuracy = accuracy_of(folder)
     assert accuracy > 0.7
-    assert "--config is not read: with --evaluate, the config is that of" in out
+    assert "--config is not read: with --evaluate, the config is that of runs/a/config.json" in out
     assert f"mesh 2x2, float32: accuracy {accuracy:.2%} (recorded: {accuracy:.2%})" in out
     (line,) = map(json.loads, (folder / evaluate.FILE).read_text().splitlines())
     assert line["accuracy"] == pytest.approx(accuracy)
     assert (line["step"], line["examples"], line["batch_size"]) == (40, 360, 16)
     assert line["mesh"] == dict(data=2, model=2)
     assert before == {path: path.read_bytes() for path in before}
-    with pytest.raises(UserError, match=r"^--config.seed: belongs to what was trained, expected"):
-        evaluate.refuse_changes(["mesh.data", "seed"])
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.jpg", "dog.png"):
+        Image.new("RGB", (50, 40)).save(name)
+    for module, name in ((predict, "predict"), (export, "export")):
+        (command,) = commands(f"python -m cnn_spmd.{name} runs/a")
+        assert module.main(shlex.split(command)[3:]) == 0
+        assert re.search(r"^cat.jpg|^a.safetensors", capsys.readouterr().out)
+    (begin,) = [line for line in commands("python launch.py") if "init_from" in line]
+    config, _ = experiment.parse_arguments(small(begin, tmp_path))
+    build.prepare(config).init()
+    assert "Started from a.safetensors: 4 of the network's 4 arrays are its own.\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_weights_file_stands_for_its_run(run, exported):
@@ -178,6 +193,8 @@ def test_other_weights_are_refused_before_anything_is_compiled(
 
 
 def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"^--config.seed: belongs to what was trained, expected"):
+        evaluate.refuse_changes(["mesh.data", "seed"])
     bad = tmp_path / "bad.png"
     bad.write_text("no image")
     commands = (
