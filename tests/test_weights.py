@@ -228,7 +228,8 @@ def test_shipped_networks_have_their_pages_and_load():
     of_digits = [path for path in SHIPPED if weights.read_saved(path)["dataset"] == "digits"]
     assert of_digits
     for path in of_digits:
-        assert evaluated(path)["accuracy"] == weights.read_about(path)["accuracy"]
+        expected = weights.read_about(path)["accuracy"]
+        assert evaluated(path)["accuracy"] == pytest.approx(expected, abs=1 / 360 + 1e-6), path
 
 
 @pytest.mark.cifar10
