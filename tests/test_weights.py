@@ -1,6 +1,7 @@
 """What was trained is evaluated, asked and exported; runs start from what was exported."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -39,6 +40,7 @@ def run(tmp_path_factory):
             "mesh.model": 2,
         },
     )
+    config.data.dir = "elsewhere"  # which the digits do not read
     loop.train(config, folder)
     return folder
 
@@ -220,7 +222,7 @@ def test_shipped_networks_have_their_pages_and_load():
     for path in SHIPPED:
         about = weights.read_about(path)
         assert path.with_suffix(".md").read_text() == export.page_text(path.name, about)
-        assert path.stat().st_size < 4e6, path
+        assert path.stat().st_size < 1e7, path
         assert about["accuracy"], path
         assert re.fullmatch("[0-9a-f]{40}", about["trained_on"]["commit"]), path
         setup = restore.on_one_device(path).setup
@@ -234,9 +236,13 @@ def test_shipped_networks_have_their_pages_and_load():
 
 @pytest.mark.cifar10
 def test_shipped_networks_have_their_accuracy_on_cifar10():
-    """Weights of bfloat16 runs may round differently here, by which an image or two may change."""
+    """CIFAR10_DIR may say where CIFAR-10 is (data.dir).
+
+    Weights of bfloat16 runs may round differently here, by which a few images change class.
+    """
+    place = {"data.dir": os.environ.get("CIFAR10_DIR", "")}
     of_cifar10 = [path for path in SHIPPED if weights.read_saved(path)["dataset"] == "cifar10"]
     assert of_cifar10, "results/weights/ holds no network of CIFAR-10"
     for path in of_cifar10:
-        got = evaluated(path)["accuracy"]
+        got = evaluated(path, **place)["accuracy"]
         assert got == pytest.approx(weights.read_about(path)["accuracy"], abs=5e-4), path
