@@ -248,11 +248,7 @@ def refuse_with_evaluate() -> None:
             raise UserError(f"--evaluate: expected no --{flag.name} with it")
     if is_planned(CONFIG.value):
         raise UserError("--evaluate: expected a mesh such as 4x2 with it, not auto")
-    if WORKDIR.value:
-        from cnn_spmd.training import evaluate
-
-        evaluate.refuse_changes(experiment.given_fields(flags.FLAGS))
-    elif not CONFIG.value.init_from:
+    if not WORKDIR.value and not CONFIG.value.init_from:
         raise UserError("--evaluate: expected --workdir or --config.init_from with it")
 
 
@@ -356,7 +352,10 @@ def evaluate(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.
     """Evaluate what was trained, print the result, and return the exit code."""
     from cnn_spmd.training import evaluate, workdir
 
-    evaluate.evaluate_saved(workdir.parse(WORKDIR.value) if WORKDIR.value else None, config, data)
+    source = workdir.parse(WORKDIR.value) if WORKDIR.value else None
+    if source:
+        evaluate.refuse_changes(experiment.given_fields(flags.FLAGS))
+    evaluate.evaluate_saved(source, config, data)
     return 0
 
 
@@ -545,12 +544,14 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def take_saved_config(argv: list[str]) -> None:
-    """Let --evaluate read the config of what --workdir holds; changes argv, which is sys.argv.
+    """Let --evaluate read the config of what --workdir holds.
 
-    A --config that is given, too, is not read, and a line says so.
+    argv: sys.argv, which changes. An experiment that --config names is run all the same, as it may
+    add a network or a data set; a line says that its config does not count.
     """
     early = flags.FlagValues()  # --config.FIELD can be parsed only once there is a --config
     early.set_gnu_getopt()
+    flags.DEFINE_string("config", None, "the experiment", flag_values=early)
     for name in ("evaluate", "workdir"):
         early[name] = copy.deepcopy(flags.FLAGS[name])
     with contextlib.suppress(flags.Error):  # parse_flags says what is wrong
@@ -560,10 +561,10 @@ def take_saved_config(argv: list[str]) -> None:
     source = pathlib.Path(early.workdir).expanduser()
     weights.read_saved(source)  # for its errors
     saved = source if weights.is_file(source) else source / "config.json"
-    rest = without(argv[1:], {"config"})
-    if len(rest) < len(argv) - 1:
-        print(f"--config is not read: with --evaluate, the config is that of {saved}.")
-    argv[1:] = [f"--config={saved}", *rest]
+    if early.config is not None:
+        experiment.load_file(early.config)
+        print(f"--evaluate takes the config of {saved}, not that of {early.config}.")
+    argv[1:] = [f"--config={saved}", *without(argv[1:], {"config"})]
 
 
 def run_command() -> None:

@@ -330,7 +330,7 @@ def complete(saved: dict) -> dict:
 
 
 def from_saved(saved: dict) -> ml_collections.ConfigDict:
-    """Return the config that a run saved, with the fields of today and the types of SCHEMA.
+    """Return the config that a run saved, with the fields and types of today.
 
     saved: as for `complete`.
     """

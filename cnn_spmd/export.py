@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cnn_spmd import experiment
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import environment, initial, restore, runfiles, weights
 from cnn_spmd.training.build import Setup
@@ -160,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out", metavar="FILE", type=pathlib.Path, help="default: FORM.safetensors in the run"
     )
-    made.add_argument("--data_dir", metavar="PATH", help="where the run's data.dir is now")
+    restore.add_arguments(made)
     return made
 
 
@@ -170,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         environment.prepare()
         environment.device_count()
+        if arguments.config:
+            experiment.load_file(arguments.config)
         paths = export(arguments.run, arguments.to, arguments.out, arguments.data_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from cnn_spmd import experiment
 from cnn_spmd.data import square
 from cnn_spmd.errors import UserError, one_line
 from cnn_spmd.training import environment, restore
@@ -65,7 +66,7 @@ def decode(image: pathlib.Path, side: int) -> np.ndarray:
 
 
 def as_text(predictions: list[dict]) -> str:
-    """Return predictions as lines to print: an image, then a line for each of its classes."""
+    """Return predictions as lines: an image, then a line for each of its classes."""
     lines = []
     for prediction in predictions:
         lines.append(prediction["image"])
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run or a weights file")
     made.add_argument("images", metavar="IMAGE", nargs="+", type=pathlib.Path)
     made.add_argument("--json", action="store_true", help="print a list of JSON objects")
-    made.add_argument("--data_dir", metavar="PATH", help="where the run's data.dir is now")
+    restore.add_arguments(made)
     return made
 
 
@@ -94,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         environment.prepare()
         environment.device_count()
+        if arguments.config:
+            experiment.load_file(arguments.config)
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the predictions alone
             found = predict(arguments.run, arguments.images, arguments.data_dir)
     except UserError as error:

@@ -14,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 
 
 
 def alexnet_of(**changes):
-    """Return the Setup of AlexNet for two images of 224x224, normalised as torchvision does."""
+    """Return the Setup of AlexNet for two images of 224x224, normalised as torchvision's."""
     fields = {
         "model.width": 16,
         "data.name": "synthetic",

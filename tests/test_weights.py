@@ -65,7 +65,7 @@ def accuracy_of(run):
 
 
 def test_commands_after_training_run(run, start, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """As printed in the guide; evaluation on another mesh leaves the run's other files alone."""
+    """As in the guide; evaluation on another mesh leaves the run's other files alone."""
     folder = shutil.copytree(run, tmp_path / "runs" / "a")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     (test,) = [line for line in commands("python launch.py --workdir") if "runs/a" in line]
@@ -75,7 +75,7 @@ def test_commands_after_training_run(run, start, tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     accuracy = accuracy_of(folder)
     assert accuracy > 0.7
-    assert "--config is not read: with --evaluate, the config is that of runs/a/config.json" in out
+    assert "--evaluate takes the config of runs/a/config.json, not that of experiments/resn" in out
     assert f"mesh 2x2, float32: accuracy {accuracy:.2%} (recorded: {accuracy:.2%})" in out
     (line,) = map(json.loads, (folder / evaluate.FILE).read_text().splitlines())
     assert line["accuracy"] == pytest.approx(accuracy)
@@ -113,7 +113,7 @@ def test_a_weights_file_stands_for_its_run(run, exported):
 
 
 def test_predictions_are_those_of_the_evaluation(run, exported, tmp_path, capsys, monkeypatch):
-    """Of test images as files, by the run and by its weights file, which needs no data set."""
+    """Of test images as files, by the run and by its file, which needs no data set."""
     data = digits.load_digits(None)
     paths = [tmp_path / f"{i}.png" for i in range(20)]
     for path, image in zip(paths, data.test_images, strict=False):
@@ -208,6 +208,7 @@ def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, c
         (export, [run, "--to", "safetensors", "--out", "a.bin"], "--out=a.bin: expected a name"),
         (export, [tmp_path, "--to", "safetensors"], f"{tmp_path}: holds no run"),
         (predict, [exported, bad], f"{bad}: cannot be read (ValueError: is no JPEG, PNG or WebP"),
+        (predict, [exported, bad, "--config", "a.py"], "--config=a.py: no such experiment"),
         (predict, ["w.pt", bad], "w.pt: is a pickle, which could run any code"),
     )
     for module, arguments, message in commands:
@@ -217,7 +218,7 @@ def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, c
 
 
 def test_shipped_networks_have_their_pages_and_load():
-    """Each is evaluated where that needs no download; `pytest -m cifar10` evaluates the others."""
+    """Those of the digits are evaluated; `pytest -m cifar10` evaluates the others."""
     assert SHIPPED
     for path in SHIPPED:
         about = weights.read_about(path)

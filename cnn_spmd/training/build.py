@@ -63,7 +63,7 @@ class Setup:
     _train_programs: dict[int, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     def init(self) -> TrainState:
-        """Return the state at step 0, already sharded; its weights may be those of init_from."""
+        """Return the state at step 0, already sharded; init_from may give its weights."""
         start = self.start_weights()  # which may raise, before anything is compiled
         if start.text:
             say(start.text)

@@ -102,7 +102,7 @@ def evaluate_saved(
 
 
 def evaluate_restored(name: str, restored: restore.Restored) -> dict:
-    """Evaluate a restored state and say the result; return it as a line of FILE holds it.
+    """Evaluate a restored state; say the result and return it as a line of FILE.
 
     name: of what is evaluated.
     """

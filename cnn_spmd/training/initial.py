@@ -76,7 +76,7 @@ def read(init_from: str, abstract_state: TrainState) -> Start:
 def refuse_others(
     path: pathlib.Path, found: Mapping[str, np.ndarray], wanted: Mapping[str, Any]
 ) -> None:
-    """Raise UserError where a file lacks an array, has another, or one of another shape."""
+    """Raise UserError unless a file holds the wanted arrays, in their shapes."""
     for problem, names in (
         ("lacks", wanted.keys() - found.keys()),
         ("holds what the network lacks:", found.keys() - wanted.keys()),

@@ -5,6 +5,7 @@ run: it holds the config, the names of the classes and what normalises the image
 data set, except to be evaluated.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import pathlib
@@ -152,11 +153,19 @@ def refuse_other_data(setup: build.Setup, saved: dict) -> None:
         )
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that take the folder of a run or a weights file."""
+    parser.add_argument("--data_dir", metavar="PATH", help="where the run's data.dir is now")
+    parser.add_argument(
+        "--config", metavar="E", help="the experiment, where it adds a network or data set"
+    )
+
+
 # ---- A weights file without its data set
 
 
 def stand_in(about: dict) -> Dataset:
-    """Return a data set of one black image in the place of the one that a file speaks of."""
+    """Return one black image, as a data set in the place of the file's own."""
     saved = about["config"]
     return Dataset(
         name=saved["dataset"],
@@ -176,7 +185,7 @@ def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 
 
 def normalised(setup: build.Setup, about: dict) -> build.Setup:
-    """Return a setup that normalises images as the file says, not by those of `stand_in`."""
+    """Return a setup that normalises as the file says, not as `stand_in` would."""
     mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))
     preprocessing = dataclasses.replace(setup.functions.preprocessing, mean=mean, std=std)
     functions = dataclasses.replace(setup.functions, preprocessing=preprocessing)

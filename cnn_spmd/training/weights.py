@@ -39,10 +39,10 @@ SIDE = 6  # of fc1's input map, in pixels, for images of 224x224
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Return the arrays of a file, by our names, and `about`; {} for a file of another origin.
+    """Return the arrays of a file, by our names, and `about`.
 
-    Arrays of torchvision's AlexNet get our names and layouts. Raises UserError for a file that is
-    missing, damaged or no safetensors.
+    `about` is {} for a file of another origin. Arrays of torchvision's AlexNet get our names and
+    layouts. Raises UserError for a file that is missing, damaged or no safetensors.
     """
     with _opened(path) as file:
         about = _about(file)
@@ -81,13 +81,16 @@ def refuse_no_run(folder: pathlib.Path) -> None:
 
 
 def read_about(path: pathlib.Path) -> dict:
-    """Return `about` alone; {} for a file of another origin. Raises UserError as `read`."""
+    """Return `about` alone, without reading arrays. Raises UserError as `read`."""
     with _opened(path) as file:
         return _about(file)
 
 
 def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], about: dict) -> None:
-    """Write a file; a kill at any moment leaves the old one. Raises OSError where that fails."""
+    """Write a file; a kill at any moment leaves the old one.
+
+    Raises OSError where that fails.
+    """
     # PyTorch's libraries ask for a "format"; arrays are the same in every format.
     metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -96,7 +99,7 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], about: dict) -> 
 
 
 def to_torchvision(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the arrays of AlexNet for 224x224 images as torchvision names and stores them.
+    """Return the arrays of AlexNet for 224x224 images, as torchvision stores them.
 
     A convolution's kernel HWIO becomes OIHW, a dense kernel [in, out] becomes [out, in]. torch
     flattens the last maps as CHW, we do as HWC.
@@ -114,7 +117,10 @@ def to_torchvision(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_torchvision(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return torchvision's AlexNet by our names and layouts: the inverse of to_torchvision."""
+    """Return torchvision's AlexNet by our names and layouts.
+
+    This is the inverse of to_torchvision.
+    """
     found = {}
     for ours, theirs in TORCHVISION.items():
         kernel = arrays[f"{theirs}.weight"]
