@@ -23,7 +23,8 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.training import environment, initial, restore, runfiles, weights
 from cnn_spmd.training.build import Setup
 
-FORMS = ("safetensors", "torchvision")
+# What --to chooses, and how the file is called where --out does not say it.
+FORMS = {"safetensors": "weights.safetensors", "torchvision": "torchvision.safetensors"}
 
 
 def export(
@@ -32,13 +33,13 @@ def export(
     """Write the newest state of what was trained, and a page on it; return both paths.
 
     source: the folder of a run, or a weights file. form: one of FORMS. out: the file to write; None
-    stands for FORM.safetensors in the folder of the run, or of the source file. data_dir: where the
+    stands for that of FORMS in the folder of the run, or of the source file. data_dir: where the
     run's data set is now, if it has moved.
     Raises UserError for a network that `form` cannot hold, and as restore.on_one_device.
     """
     is_file = weights.is_file(source)
     folder = source.parent if is_file else source
-    out = out or folder / f"{form}{weights.SUFFIX}"
+    out = out or folder / FORMS[form]
     if out.suffix != weights.SUFFIX:
         raise UserError(f"--out={out}: expected a name that ends in {weights.SUFFIX}")
     with restore.locked(source):
@@ -159,7 +160,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run or a weights file")
     made.add_argument("--to", required=True, choices=FORMS, help="names and layouts of the arrays")
     made.add_argument(
-        "--out", metavar="FILE", type=pathlib.Path, help="default: FORM.safetensors in the run"
+        "--out",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="default: in RUN, " + " or ".join(FORMS.values()),
     )
     restore.add_arguments(made)
     return made

@@ -116,8 +116,9 @@ def evaluate_restored(name: str, restored: restore.Restored) -> dict:
         raise UserError(f"{name}: loss is {metrics['loss']}, expected weights that are finite")
     others = [f"{name} {value:.4f}" for name, value in values.items() if name != "accuracy"]
     earlier = "" if restored.accuracy is None else f" (recorded: {restored.accuracy:.2%})"
+    steps = f" after {restored.step} steps" if restored.step else ""
     say(
-        f"Evaluated {name} after {restored.step} steps on {metrics['examples']} test images of "
+        f"Evaluated {name}{steps} on {metrics['examples']} test images of "
         f"{setup.data.name}, mesh {place.mesh_name}, {config.dtype}: "
         f"accuracy {metrics['accuracy']:.2%}{earlier}, {', '.join(others)}"
     )
