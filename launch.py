@@ -10,6 +10,7 @@ Below, E stands for experiments/alexnet_cifar.py.
   python launch.py --config E --config.optimizer.learning_rate=0.02        any field: docs/config.md
   python launch.py --config E --cpu_devices 8                   simulate 8 devices on the CPU
   python launch.py --config E --workdir runs/a                  the same workdir again resumes
+  python launch.py --workdir runs/a --evaluate                  test the run's newest checkpoint
   python launch.py --config E --dry_run                         compile, print the report, stop
   python launch.py --config E --dry_run --target h100:64x8      the same for 64 hosts of 8 GPUs each
   python launch.py --config E --plan --target h100:8x8          which mesh and scheme, and why
@@ -25,6 +26,8 @@ Exit codes:
   75  interrupted; the command that resumes is printed, if anything was saved
 """
 
+import contextlib
+import copy
 import datetime
 import errno
 import gc
@@ -44,7 +47,7 @@ from cnn_spmd import experiment, worker
 from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import write
-from cnn_spmd.training import cluster, cluster_env, environment, interrupt, startup
+from cnn_spmd.training import cluster, cluster_env, environment, interrupt, startup, weights
 
 CONFIG = experiment.define_flag(flags.FLAGS)
 MESH = flags.DEFINE_string(
@@ -90,6 +93,13 @@ WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "Folder of the run; an existing run resumes. Default: runs/<experiment>-<UTC time>.",
+)
+EVALUATE = flags.DEFINE_bool(
+    "evaluate",
+    False,
+    "Test the newest checkpoint of the run in --workdir, with the run's own config, print the "
+    "result and append it to evaluations.jsonl there. --workdir may also be a weights file. "
+    "Without --workdir: test the weights of --config.init_from.",
 )
 DRY_RUN = flags.DEFINE_bool(
     "dry_run",
@@ -173,6 +183,8 @@ def launch(argv: list[str]) -> int:
         set_up_jax()
         return launch_sweep()
     configs.validate(CONFIG.value)
+    if EVALUATE.value:
+        CONFIG.value.data.fallback = ""  # another data set would be no test of this network
     # A thread finds the data set, and reads what is read at once, while Python imports jax.
     data = startup.background("data", registry.find, CONFIG.value.data)
     set_up_jax()
@@ -186,6 +198,8 @@ def launch(argv: list[str]) -> int:
     if cluster_env.variable(os.environ):
         compare_processes(config)
     found = data.result()
+    if EVALUATE.value:
+        return evaluate(config, found)
     if PLAN.value:
         return print_plan(config, found)
     if is_planned(config):
@@ -220,9 +234,22 @@ def refuse_flags(argv: list[str]) -> None:
         )
     if PLAN.value and (DRY_RUN.value or MESH.value or WORKDIR.value):
         raise UserError("--plan: expected no --dry_run, --mesh or --workdir with it")
-    if is_sweep() and (DRY_RUN.value or PLAN.value):
-        name = "plan" if PLAN.value else "dry_run"
+    if is_sweep() and (DRY_RUN.value or PLAN.value or EVALUATE.value):
+        name = "plan" if PLAN.value else "dry_run" if DRY_RUN.value else "evaluate"
         raise UserError(f"--{name}: expected a single mesh with it, and no --sweep")
+    if EVALUATE.value:
+        refuse_with_evaluate()
+
+
+def refuse_with_evaluate() -> None:
+    """Raise UserError for flags that have no effect with --evaluate."""
+    for flag in (DRY_RUN, PLAN, PROFILE, NOISE_SCALE):
+        if flag.value:
+            raise UserError(f"--evaluate: expected no --{flag.name} with it")
+    if is_planned(CONFIG.value):
+        raise UserError("--evaluate: expected a mesh such as 4x2 with it, not auto")
+    if not WORKDIR.value and not CONFIG.value.init_from:
+        raise UserError("--evaluate: expected --workdir or --config.init_from with it")
 
 
 def set_up_jax() -> None:
@@ -298,7 +325,8 @@ def compare_processes(config: ml_collections.ConfigDict) -> None:
     from cnn_spmd.training.provenance import provenance
     from cnn_spmd.training.terminal import say
 
-    given = {f"--{flag.name} given": bool(flag.value) for flag in (WORKDIR, DRY_RUN, TARGET)}
+    flags_of_all = (WORKDIR, DRY_RUN, TARGET, EVALUATE)
+    given = {f"--{flag.name} given": bool(flag.value) for flag in flags_of_all}
     code = {name: value for name, value in provenance().items() if name != "host_cores"}
     cluster.agree(given | code | dict(config=configs.as_json(config)))
     say(cluster.size())
@@ -317,6 +345,17 @@ def report_program(
     if "error" in report:
         print(f"error: there is no whole report: {report['error']}", file=sys.stderr)
         return CRASHED
+    return 0
+
+
+def evaluate(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> int:
+    """Evaluate what was trained, print the result, and return the exit code."""
+    from cnn_spmd.training import evaluate, workdir
+
+    source = workdir.parse(WORKDIR.value) if WORKDIR.value else None
+    if source:
+        evaluate.refuse_changes(experiment.given_fields(flags.FLAGS))
+    evaluate.evaluate_saved(source, config, data)
     return 0
 
 
@@ -498,9 +537,34 @@ def refuse(reason: object) -> int:
 def parse(argv: list[str]) -> list[str]:
     """Return the arguments that are no flags; bad flags end the program with one line."""
     try:
+        take_saved_config(argv)
         return experiment.parse_flags(flags.FLAGS, argv)
     except UserError as error:
         sys.exit(refuse(error))
+
+
+def take_saved_config(argv: list[str]) -> None:
+    """Let --evaluate read the config of what --workdir holds.
+
+    argv: sys.argv, which changes. An experiment that --config names is run all the same, as it may
+    add a network or a data set; a line says that its config does not count.
+    """
+    early = flags.FlagValues()  # --config.FIELD can be parsed only once there is a --config
+    early.set_gnu_getopt()
+    flags.DEFINE_string("config", None, "the experiment", flag_values=early)
+    for name in ("evaluate", "workdir"):
+        early[name] = copy.deepcopy(flags.FLAGS[name])
+    with contextlib.suppress(flags.Error):  # parse_flags says what is wrong
+        early(argv, known_only=True)
+    if not (early.is_parsed() and early.evaluate and early.workdir):
+        return
+    source = pathlib.Path(early.workdir).expanduser()
+    weights.read_saved(source)  # for its errors
+    saved = source if weights.is_file(source) else source / "config.json"
+    if early.config is not None:
+        experiment.load_file(early.config)
+        print(f"--evaluate takes the config of {saved}, not that of {early.config}.")
+    argv[1:] = [f"--config={saved}", *without(argv[1:], {"config"})]
 
 
 def run_command() -> None:

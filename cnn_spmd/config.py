@@ -91,6 +91,10 @@ SCHEMA = {
         choices=("global", "per_device"),
     ),
     "model.fast": Field(True, "fast forms of layers and gradients; False: the plain forms"),
+    "init_from": Field(
+        "",
+        "weights to start from: a file of cnn_spmd.export, or torchvision's AlexNet; empty: none",
+    ),
     "dense_microbatch": Field(
         0, "examples that the dense layers see at a time (variable batch); 0: the batch", low=0
     ),
@@ -113,8 +117,8 @@ SCHEMA = {
     "data.skip_bad": Field(0, "photographs that may be left out as they cannot be read", low=0),
     "data.normalise": Field(
         "channel",
-        "channel: zero mean and unit deviation per channel; pixel_mean: less the mean image",
-        choices=("channel", "pixel_mean"),
+        "channel: mean 0, deviation 1; pixel_mean: less the mean image; torchvision: its constants",
+        choices=("channel", "pixel_mean", "torchvision"),
     ),
     "data.crop": Field(0, "side of the random crop that the network sees; 0: the image's", low=0),
     "data.crop_pad": Field(0, "reflected pixels around an image before it is cropped", low=0),
@@ -323,6 +327,21 @@ def complete(saved: dict) -> dict:
     for name in SCHEMA:
         _put(found, name.split("."), get(nested, name))
     return json.loads(json.dumps(found))
+
+
+def from_saved(saved: dict) -> ml_collections.ConfigDict:
+    """Return the config that a run saved, with the fields and types of today.
+
+    saved: as for `complete`.
+    """
+    config = ml_collections.ConfigDict(complete(saved))
+    for name, field in SCHEMA.items():
+        if isinstance(field.default, tuple):
+            section, _, last = name.rpartition(".")
+            at = get(config, section) if section else config
+            with at.ignore_type():  # JSON reads tuples as lists
+                at[last] = tuple(at[last])
+    return config
 
 
 def _put(tree: dict, path: list[str], value: Any) -> None:

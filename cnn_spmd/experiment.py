@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
+from cnn_spmd.training import weights
 
 flags.disclaim_key_flags()  # --help shows --config as a flag of launch.py
 
@@ -72,6 +73,7 @@ def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None
 def load_file(text: str) -> ml_collections.ConfigDict:
     """Run get_config() of an experiment, FILE or FILE:VARIANT.
 
+    FILE may also be the config.json of a run, or a weights file: then the config is that run's.
     Fields that its config lacks get their defaults.
     Raises UserError where there is no such file, and for whatever fails in it, with its line there.
     """
@@ -83,6 +85,11 @@ def load_file(text: str) -> ml_collections.ConfigDict:
         folder = "experiments" if seen_from_here else EXPERIMENTS
         known = ", ".join(sorted(f"{folder}/{path.name}" for path in EXPERIMENTS.glob("*.py")))
         raise UserError(f"--config={path}: no such experiment, expected one of {known}")
+    file = pathlib.Path(path)
+    if file.name == "config.json" or weights.is_file(file):
+        return configs.from_saved(
+            weights.read_saved(file if weights.is_file(file) else file.parent)
+        )
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config and variant and not inspect.signature(get_config).parameters:
@@ -140,7 +147,8 @@ def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> 
         return config_flags.DEFINE_config_file(
             "config",
             None,
-            "Experiment: experiments/NAME.py, or NAME.py:VARIANT. Its fields are set with "
+            "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run. Its "
+            "fields are set with "
             "--config.FIELD=VALUE; docs/config.md has them all.",
             flag_values=values,
             sys_argv=argv,

@@ -16,8 +16,7 @@ from PIL import Image
 from cnn_spmd import experiment, sweep
 from cnn_spmd.data import prepared
 from cnn_spmd.errors import UserError
-from cnn_spmd.report import pictures
-from cnn_spmd.training import build, loop
+from cnn_spmd.training import build, loop, restore
 
 
 def test_classes_and_images_in_their_order(pets):
@@ -255,11 +254,11 @@ def test_pictures_of_other_photographs_are_refused_early(pets_config, pets, tmp_
     monkeypatch.setattr(prepared, "prepare", None)
     message = rf"^{tmp_path}/r: was trained on {setup.data.name}, but .*/other holds folder-"
     with pytest.raises(UserError, match=message):
-        pictures.restore_run(tmp_path / "r", str(tmp_path / "other"))
+        restore.on_one_device(tmp_path / "r", str(tmp_path / "other"))
     shutil.rmtree(pets)
     message = r"/r: data.dir=.* is no folder.*; where it has moved: --data_dir=PATH$"
     with pytest.raises(UserError, match=message):
-        pictures.restore_run(tmp_path / "r", None)
+        restore.on_one_device(tmp_path / "r")
 
 
 def test_the_check_sees_the_data_set_as_it_will_be(pets):

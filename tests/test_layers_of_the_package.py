@@ -17,6 +17,8 @@ ORDER = (
     "analysis",
     "training",
     "experiment",
+    "predict",
+    "export",
     "calibrate",
     "worker",
     "plan",

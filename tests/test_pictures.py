@@ -17,7 +17,7 @@ from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import drawings, pictures
-from cnn_spmd.training import build, loop, workdir
+from cnn_spmd.training import build, loop, restore, workdir
 
 NAMES = ("filters.png", "top5.png", "neighbours.png")
 
@@ -54,7 +54,7 @@ def test_pictures_of_a_run(trained, monkeypatch, capsys):
     said = json.loads((trained / "pictures.json").read_text())
     assert (said["step"], said["filters"]) == (3, 64)
     assert [row["file"] for row in said["pictures"]] == list(NAMES)
-    run, state = pictures.restore_run(trained, None)
+    run, state, *_ = restore.on_one_device(trained)
     check_predictions(run, state, said["predictions"])
     check_neighbours(run, state, said["neighbours"])
 

@@ -15,17 +15,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import nnx
 
-from cnn_spmd.config import complete
 from cnn_spmd.data.streaming import Streamed
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import drawings, plots
 from cnn_spmd.report.canvas import Figure
-from cnn_spmd.training import build, runfiles, terminal, workdir
-from cnn_spmd.training.checkpoint import Checkpoints
+from cnn_spmd.training import build, restore, runfiles, terminal, weights
 from cnn_spmd.training.step import StepFunctions, TrainState
 
 # As many as in the paper's figure 4.
@@ -43,11 +40,9 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
     it has moved. Raises UserError for a folder that is no run or has no checkpoint, and where the
     data set is missing.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no run (no config.json)")
-    # Without the lock, a run that continues there could lose the checkpoint that it is saving.
-    with workdir.locked(folder, ""):
-        setup, state = restore_run(folder, data_dir)
+    weights.refuse_no_run(folder)
+    with restore.locked(folder):
+        setup, state, *_ = restore.on_one_device(folder, data_dir)
         shown_T, compared_T = choose_images(setup.config.seed, len(setup.data.test_images))
         terminal.say(
             f"Comparing {len(setup.data.train_images):,} training images of {setup.data.name} with "
@@ -120,74 +115,6 @@ def neighbours_caption(near: list[dict]) -> tuple[str, str]:
         " before the output layer are nearest (Euclidean distance), with their labels. Labels of"
         " another class than the test image's are in italics."
     )
-
-
-# ---- Restoring
-
-
-def restore_run(folder: pathlib.Path, data_dir: str | None) -> tuple[build.Setup, TrainState]:
-    """Return the run's setup on the first device, and its newest usable state.
-
-    Raises UserError for a damaged config.json, for other data than the run's, and for a run
-    without a usable checkpoint.
-    """
-    saved = runfiles.read_json(folder / "config.json")
-    try:
-        config = config_on_one_device(saved, data_dir)
-        setup = build.prepare(config, check=lambda made: refuse_other_data(made, saved))
-    except (AttributeError, KeyError, TypeError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(
-            f"{folder}: config.json is damaged or of another version ({said})"
-        ) from error
-    except UserError as error:
-        message = str(error).replace("--config.data.dir=", "--data_dir=")
-        if data_dir is None and message.startswith("data.dir="):
-            message += "; where it has moved: --data_dir=PATH"
-        raise UserError(f"{folder}: {message}") from error
-    state = None
-    if any((folder / "checkpoints").glob("[0-9]*")):
-        run = saved.get("run", "")
-        checkpoints = Checkpoints(
-            folder.resolve() / "checkpoints", setup.config.checkpoint.keep, run
-        )
-        state = checkpoints.restore(setup.functions.abstract_state)
-        checkpoints.close()
-    if state is None:
-        raise UserError(
-            f"{folder}: holds no checkpoint that can be used: train it to its end first"
-        )
-    return setup, state
-
-
-def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.ConfigDict:
-    """Return a run's config for one device, without a fallback for its data set."""
-    if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
-        raise UserError(
-            f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
-        )
-    config = ml_collections.ConfigDict(complete(saved))
-    config.mesh.update(dict(data=1, model=1))
-    config.parallelism = "data"
-    config.data.fallback = ""
-    if data_dir is not None:
-        config.data.dir = data_dir
-    return config
-
-
-def refuse_other_data(setup: build.Setup, saved: dict) -> None:
-    """Raise UserError where the data are not those that the run was trained on."""
-    data = setup.data
-    asked = saved["dataset"]
-    other_files = data.files != saved.get("data_files", data.files)
-    # There is no digest yet where the images are still to be decoded.
-    other_pixels = data.digest and saved.get("data_digest", data.digest) != data.digest
-    if data.name != asked or other_files or other_pixels:
-        found = data.name if data.name != asked else "other files or pixels of it"
-        raise UserError(
-            f"was trained on {asked}, but its data.dir={setup.config.data.dir} holds {found}: "
-            "give the former's place by --data_dir=PATH"
-        )
 
 
 # ---- Numbers

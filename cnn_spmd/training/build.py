@@ -27,13 +27,26 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement, axes_of, is_weight, mesh_axes_of
-from cnn_spmd.training import cluster, microbatch, optim, prediction, program_report, startup
+from cnn_spmd.training import (
+    cluster,
+    initial,
+    microbatch,
+    optim,
+    prediction,
+    program_report,
+    startup,
+)
 from cnn_spmd.training.step import StepFunctions, TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import Chunk, split_into_chunks
 
 RATES = 2**16  # the devices compute the learning rates of this many steps at a time
 PLANNED_STEPS = 10  # the host looks through a run's indices, this many steps at a time
+
+# Mean and deviation per channel, in pixel values, of the images that torchvision's pre-trained
+# networks were trained on (torchvision.transforms._presets.ImageClassification).
+TORCHVISION_MEAN = tuple(255 * mean for mean in (0.485, 0.456, 0.406))
+TORCHVISION_STD = tuple(255 * std for std in (0.229, 0.224, 0.225))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,8 +68,15 @@ class Setup:
     _train_programs: dict[int, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     def init(self) -> TrainState:
-        """Return the state at step 0, already sharded."""
-        return self.functions.jit_init()(np.uint32(self.config.seed))
+        """Return the state at step 0, already sharded; init_from may give its weights."""
+        start = self.start_weights()  # which may raise, before anything is compiled
+        if start.text:
+            say(start.text)
+        return start.put_into(self.functions.jit_init()(np.uint32(self.config.seed)))
+
+    def start_weights(self) -> initial.Start:
+        """Return what a run starts from. Raises UserError where init_from does not fit."""
+        return initial.read(self.config.init_from, self.functions.abstract_state)
 
     def train(self, state: TrainState, steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         """Train for `steps` steps; return the new state, and loss and accuracy [steps].
@@ -438,6 +458,8 @@ def make_preprocessing(config: ml_collections.ConfigDict, data: Dataset) -> Prep
     """Return what is done to images, with statistics of the training set."""
     if config.data.normalise == "channel":
         mean, std = data.channel_statistics
+    elif config.data.normalise == "torchvision":
+        mean, std = map(np.float32, (TORCHVISION_MEAN, TORCHVISION_STD))
     else:
         sample = statistics.sample(data.train_images)
         mean, std = statistics.mean_image(sample, config.data.crop), 1.0

@@ -1,13 +1,39 @@
-"""Evaluate a state on the whole test split."""
+"""Evaluate a state on the whole test split: of a run in progress, or one that was trained."""
 
+import datetime
+import json
+import math
+import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
+import ml_collections
 
 from cnn_spmd.data import order
+from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.feed import put
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import build, restore, runfiles, weights
 from cnn_spmd.training.build import Setup
+from cnn_spmd.training.provenance import provenance
 from cnn_spmd.training.step import TrainState
+from cnn_spmd.training.terminal import say
+
+# What an evaluation may change of a run's config.
+MAY_DIFFER = (
+    "mesh",
+    "parallelism",
+    "placement",
+    "model.fast",
+    "batch_size",
+    "dtype",
+    "eval.views",
+    "data.dir",
+    "data.resident",
+    "data.skip_bad",
+)
+FILE = "evaluations.jsonl"
 
 
 class Evaluator:
@@ -46,3 +72,86 @@ def means_of(sums: list[dict], examples: int) -> dict[str, Any]:
         raise AssertionError(f"evaluated {counted} examples of {examples}")
     means = {name: total / examples for name, total in totals.items()}
     return means | dict(examples=examples)
+
+
+# ---- What was trained
+
+
+def evaluate_saved(
+    source: pathlib.Path | None,
+    config: ml_collections.ConfigDict,
+    data: Dataset | Unread | None = None,
+) -> dict:
+    """Evaluate what was trained, say the result and return it.
+
+    source: the folder of a run, which gets the result as a line of FILE, or a weights file. None
+    stands for the weights of config.init_from, or of the seed. config, data: as for
+    restore.restore.
+    Raises UserError as restore.restore, and for a loss that is not finite.
+    """
+    if source is None:
+        setup = build.prepare(config, data=data)
+        restored = restore.Restored(setup, setup.init(), 0, None)
+        return evaluate_restored(config.init_from or "the initial weights", restored)
+    with restore.locked(source, "--workdir="):
+        restored = restore.restore(source, config, weights.read_saved(source), data)
+        result = evaluate_restored(str(source), restored)
+        if not weights.is_file(source) and jax.process_index() == 0:
+            append(source / FILE, result)
+    return result
+
+
+def evaluate_restored(name: str, restored: restore.Restored) -> dict:
+    """Evaluate a restored state; say the result and return it as a line of FILE.
+
+    name: of what is evaluated.
+    """
+    setup = restored.setup
+    program = setup.lower_evaluation().compile()
+    setup.feeds[1].load()
+    metrics = Evaluator(setup, program)(restored.state)
+    config, place = setup.config, setup.place
+    values = {name: value for name, value in metrics.items() if name != "examples"}
+    if not all(map(math.isfinite, values.values())):
+        raise UserError(f"{name}: loss is {metrics['loss']}, expected weights that are finite")
+    others = [f"{name} {value:.4f}" for name, value in values.items() if name != "accuracy"]
+    earlier = "" if restored.accuracy is None else f" (recorded: {restored.accuracy:.2%})"
+    steps = f" after {restored.step} steps" if restored.step else ""
+    say(
+        f"Evaluated {name}{steps} on {metrics['examples']} test images of "
+        f"{setup.data.name}, mesh {place.mesh_name}, {config.dtype}: "
+        f"accuracy {metrics['accuracy']:.2%}{earlier}, {', '.join(others)}"
+    )
+    return dict(
+        schema=runfiles.SCHEMA,
+        step=restored.step,
+        **setup.data_fields,
+        **metrics,
+        mesh=dict(place.mesh.shape),
+        parallelism=config.parallelism,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        views=config.eval.views,
+        device_kind=place.mesh.devices.flat[0].device_kind,
+        **provenance(),
+        evaluated=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def refuse_changes(given: Collection[str]) -> None:
+    """Raise UserError for a field set by hand that belongs to what was trained."""
+    for field in given:
+        if not f"{field}.".startswith(tuple(f"{free}." for free in MAY_DIFFER)):
+            raise UserError(
+                f"--config.{field}: belongs to what was trained, expected one of "
+                f"{', '.join(MAY_DIFFER)} with --evaluate and --workdir"
+            )
+
+
+def append(path: pathlib.Path, line: dict) -> None:
+    """Append a line of JSON to a file. Raises UserError where that fails."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error

@@ -11,6 +11,7 @@ host launches one call for many steps, and logs a chunk while the devices work o
   saves, and the same command resumes.
 - A loss that is not finite ends it. So does a parameter or a model state that is not finite; they
   are tested before each save, and never saved.
+- A run starts from its seed, or from the weights of the file `init_from`.
 - A run that is started again restores the TrainState of its newest checkpoint: step, seed,
   parameters, model state and optimizer state. The mesh, the scheme and a few other fields may
   differ (config.py, MAY_DIFFER); another change of the config is refused.
@@ -28,7 +29,7 @@ import numpy as np
 from cnn_spmd import config as configs
 from cnn_spmd.analysis import program
 from cnn_spmd.data.dataset import Dataset, Unread
-from cnn_spmd.training import build, cluster, resume
+from cnn_spmd.training import build, cluster, initial, resume
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.checkpoint import Checkpoints, SaveError
 from cnn_spmd.training.interrupt import Interrupt
@@ -41,7 +42,7 @@ from cnn_spmd.training.runfiles import SCHEMA
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import Chunk, Timetable, make_timetable
-from cnn_spmd.training.workdir import LOCK, locked_run, write_run_file
+from cnn_spmd.training.workdir import LOCK, has_checkpoint, locked_run, write_run_file
 
 
 class NonFinite(RuntimeError):
@@ -62,10 +63,11 @@ def train(
     workdir = pathlib.Path(workdir)
 
     def refuse_early(setup: Setup) -> None:
-        """Refuse a state that is too large and a folder that is in use, before images are read."""
+        """Refuse a bad state, folder or init_from before images are read."""
         build.refuse_beyond_memory(setup)
         with locked_run(workdir, setup.saved_config):
-            pass
+            if not has_checkpoint(workdir):
+                setup.start_weights()
 
     setup = build.prepare(config, data=data, check=refuse_early)
     with Interrupt() as interrupt:  # from here on, a signal is noted and does not kill
@@ -78,6 +80,9 @@ def train(
             started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             checkpoints, state = resume.restore(setup, workdir, old_summary)
             start = 0 if state is None else int(state.step)
+            origin = initial.Start({}, old_summary.get("init_from"))
+            if state is None:
+                origin = setup.start_weights()
             resume.write_config(setup, workdir, old_summary, checkpoints.run_name, start)
 
             timetable = make_timetable(setup.config, len(setup.data.train_images), start)
@@ -86,8 +91,11 @@ def train(
             interrupt.raise_if_requested()
 
             if state is None:
-                state = programs.init(np.uint32(setup.config.seed))
-            run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, started)
+                if origin.text:
+                    say(origin.text)
+                state = origin.put_into(programs.init(np.uint32(setup.config.seed)))
+            origins = dict(started=started, init_from=origin.record)
+            run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, origins)
             write_run_file(workdir / "program.json", setup.data_fields | programs.report)
             return run.train()
 
@@ -104,14 +112,14 @@ class Run:
         checkpoints: Checkpoints,
         state: TrainState,
         interrupt: Interrupt,
-        started: str,
+        origins: dict,  # for the summary: when this command began, and from which weights the run
     ):
         self.setup, self.workdir, self.timetable = setup, workdir, timetable
         self.programs, self.checkpoints, self.interrupt = programs, checkpoints, interrupt
         self.state, self.step = state, timetable.start
         self.interrupted = False
         self.evaluation: dict | None = None  # of the state, if it was evaluated at the last stop
-        self.started = started
+        self.origins = origins
         self.log = Log(setup, workdir, timetable)
         self.noise_scale = NoiseScale(setup) if setup.config.noise_scale else None
         self.chunks = setup.inputs(timetable.chunks)
@@ -261,7 +269,7 @@ class Run:
             collectives=report["collectives"],
             predicted_milliseconds=(report.get("prediction") or {}).get("predicted_milliseconds"),
             **provenance(),
-            started=self.started,
+            **self.origins,
             status=status,
             data_digest=self.setup.data.digest,
             config=configs.as_json(config),

@@ -139,6 +139,11 @@ def _refuse_other_kinds(workdir: pathlib.Path, names: set[str]) -> None:
         raise UserError(f"{workdir / 'checkpoints'}: is no folder, expected a folder: move it away")
 
 
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Return whether the folder of a run holds a checkpoint, usable or not."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
 def write_run_file(path: pathlib.Path, value: dict) -> None:
     """Write a JSON file of a run with its schema number, on process 0 of a cluster."""
     if jax.process_index() == 0:

@@ -1,0 +1,114 @@
+"""Say what images show: `python -m cnn_spmd.predict RUN IMAGE...`.
+
+RUN is a --workdir of launch.py, whose newest checkpoint is taken, or a weights file of
+`python -m cnn_spmd.export`. An image becomes what the run's evaluation sees: the central square,
+rescaled to the size of the run's images, cropped and normalised as the config says. Its five most
+probable classes are printed, or as many as there are. A run's folder needs the run's data set, as
+the training images normalise; a weights file does not.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from cnn_spmd import experiment
+from cnn_spmd.data import square
+from cnn_spmd.errors import UserError, one_line
+from cnn_spmd.training import environment, restore
+
+CLASSES = 5  # shown of each image
+
+
+def predict(
+    source: pathlib.Path, images: Sequence[pathlib.Path], data_dir: str | None = None
+) -> list[dict]:
+    """Return the most probable classes of each image, the most probable first.
+
+    source: the folder of a run, or a weights file. data_dir: where the run's data set is now, if it
+    has moved. Each entry has the image's path, and in `classes` dicts with `class` (its name),
+    `index` and `probability`.
+    Raises UserError for an image that cannot be read, and as restore.on_one_device.
+    """
+    with restore.locked(source):
+        setup, state, *_ = restore.on_one_device(source, data_dir)
+    side, names = setup.data.train_images.shape[1], setup.data.class_names
+    pixels = [decode(image, side) for image in images]
+    scores = jax.jit(setup.functions.scores)
+    found = []
+    for image, pixels_HWC in zip(images, pixels, strict=True):
+        probabilities_C = np.exp(scores(state, pixels_HWC[None])[0])
+        best = np.argsort(-probabilities_C, kind="stable")[:CLASSES]
+        classes = [
+            {"class": names[i], "index": int(i), "probability": float(probabilities_C[i])}
+            for i in best
+        ]
+        found.append(dict(image=str(image), classes=classes))
+    return found
+
+
+def decode(image: pathlib.Path, side: int) -> np.ndarray:
+    """Return an image as the run's data set holds its images, uint8 [side, side, 3].
+
+    Raises UserError for an image that cannot be read.
+    """
+    try:
+        return square.decode(image, side)
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise UserError(
+            f"{image}: cannot be read ({one_line(error)}), expected a JPEG, PNG or WebP image"
+        ) from error
+
+
+def as_text(predictions: list[dict]) -> str:
+    """Return predictions as lines: an image, then a line for each of its classes."""
+    lines = []
+    for prediction in predictions:
+        lines.append(prediction["image"])
+        for row in prediction["classes"]:
+            lines.append(f"  {row['probability']:7.2%}  {row['class']}")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m cnn_spmd.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run or a weights file")
+    made.add_argument("images", metavar="IMAGE", nargs="+", type=pathlib.Path)
+    made.add_argument("--json", action="store_true", help="print a list of JSON objects")
+    restore.add_arguments(made)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    try:
+        environment.prepare()
+        environment.device_count()
+        if arguments.config:
+            experiment.load_file(arguments.config)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the predictions alone
+            found = predict(arguments.run, arguments.images, arguments.data_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(found, indent=1) if arguments.json else as_text(found))
+    return environment.exit_code_of_output()
+
+
+if __name__ == "__main__":
+    environment.protect_streams()
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Restore what was trained, from the folder of a run or from a weights file.
+
+Evaluation, predictions, exports and pictures start here. A weights file of export.py stands for a
+run: it holds the config, the names of the classes and what normalises the images. So it needs no
+data set, except to be evaluated.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from cnn_spmd import config as configs
+from cnn_spmd.data.dataset import Dataset, Unread, blank_arrays
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import build, weights, workdir
+from cnn_spmd.training.checkpoint import Checkpoint, Checkpoints
+from cnn_spmd.training.step import TrainState
+from cnn_spmd.training.workdir import has_checkpoint
+
+
+class Restored(NamedTuple):
+    """What was trained: its setup, its newest state, and where that comes from."""
+
+    setup: build.Setup
+    state: TrainState
+    step: int
+    accuracy: float | None  # of the test split, as the run measured it at this step
+
+
+@contextlib.contextmanager
+def locked(source: pathlib.Path, flag: str = "") -> Iterator[None]:
+    """Lock the folder of a run; a weights file needs no lock.
+
+    Without the lock, a run that continues there could lose the checkpoint that it is saving.
+    flag: the command-line flag that gave the source, for messages.
+    """
+    if weights.is_file(source):
+        yield
+        return
+    weights.refuse_no_run(source)
+    with workdir.locked(source, flag):
+        yield
+
+
+def restore(
+    source: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    saved: dict,
+    data: Dataset | Unread | None = None,
+) -> Restored:
+    """Return what was trained, on the mesh of `config`.
+
+    source: the folder of a run, or a weights file. config: what the run saved, with what is to
+    differ. saved: of weights.read_saved. data: the config's data set, where it is found already.
+    Raises UserError for other data than the run's, and without a usable checkpoint.
+    """
+    return newest(source, prepare(source, config, saved, data), saved)
+
+
+def on_one_device(source: pathlib.Path, data_dir: str | None = None) -> Restored:
+    """Return what was trained, on the first device, whatever the run's mesh was.
+
+    data_dir: where the run's data set is now, if it has moved; a weights file needs none. Raises
+    UserError for a damaged config.json, and as `restore`.
+    """
+    saved = weights.read_saved(source)
+    try:
+        config = config_on_one_device(saved, data_dir)
+        if weights.is_file(source):
+            about = weights.read_about(source)
+            setup = prepare(source, without_data(config), saved, stand_in(about))
+            setup = normalised(setup, about)
+        else:
+            setup = prepare(source, config, saved)
+    except (AttributeError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{source}: is damaged or of another version ({said})") from error
+    except UserError as error:
+        message = str(error).replace("--config.data.dir=", "--data_dir=")
+        if data_dir is None and message.startswith("data.dir="):
+            message += "; where it has moved: --data_dir=PATH"
+        raise UserError(f"{source}: {message}") from error
+    return newest(source, setup, saved)
+
+
+def prepare(
+    source: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    saved: dict,
+    data: Dataset | Unread | None = None,
+) -> build.Setup:
+    """Return the Setup of what was trained; arguments are those of `restore`."""
+    if weights.is_file(source):
+        config.init_from = str(source)
+    config.data.flip = False  # of training images; otherwise a line may say that it has no effect
+    return build.prepare(config, data=data, check=lambda made: refuse_other_data(made, saved))
+
+
+def newest(source: pathlib.Path, setup: build.Setup, saved: dict) -> Restored:
+    """Return the newest usable state, with its setup."""
+    if weights.is_file(source):
+        about = weights.read_about(source)
+        initial_state = setup.functions.jit_init()(np.uint32(setup.config.seed))
+        state = setup.start_weights().put_into(initial_state)
+        return Restored(setup, state, about["step"], about["accuracy"])
+    state = None
+    if has_checkpoint(source):
+        directory, run = source.resolve() / "checkpoints", saved.get("run", "")
+        checkpoints = Checkpoints(directory, setup.config.checkpoint.keep, run)
+        state = checkpoints.restore(setup.functions.abstract_state)
+        checkpoints.close()
+    if state is None:
+        raise UserError(
+            f"{source}: holds no checkpoint that can be used: train it to its end first"
+        )
+    step = int(state.step)
+    return Restored(setup, state, step, Checkpoint(directory / str(step)).accuracy())
+
+
+def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.ConfigDict:
+    """Return a run's config for one device, without a fallback for its data set."""
+    if data_dir is not None and saved["dataset"] in ("digits", "synthetic"):
+        raise UserError(
+            f"--data_dir={data_dir}: has no effect on {saved['dataset']}, expected none"
+        )
+    config = configs.from_saved(saved)
+    config.mesh.update(dict(data=1, model=1))
+    config.parallelism = "data"
+    config.data.fallback = ""
+    if data_dir is not None:
+        config.data.dir = data_dir
+    return config
+
+
+def refuse_other_data(setup: build.Setup, saved: dict) -> None:
+    """Raise UserError where the data are not those that the run was trained on."""
+    data = setup.data
+    asked = saved["dataset"]
+    other_files = data.files != saved.get("data_files", data.files)
+    # There is no digest yet where the images are still to be decoded.
+    other_pixels = data.digest and saved.get("data_digest", data.digest) != data.digest
+    if data.name != asked or other_files or other_pixels:
+        found = data.name if data.name != asked else "other files or pixels of it"
+        raise UserError(
+            f"was trained on {asked}, but its data.dir={setup.config.data.dir} holds {found}: "
+            "give the former's place by --config.data.dir=PATH"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that take the folder of a run or a weights file."""
+    parser.add_argument("--data_dir", metavar="PATH", help="where the run's data.dir is now")
+    parser.add_argument(
+        "--config", metavar="E", help="the experiment, where it adds a network or data set"
+    )
+
+
+# ---- A weights file without its data set
+
+
+def stand_in(about: dict) -> Dataset:
+    """Return one black image, as a data set in the place of the file's own."""
+    saved = about["config"]
+    return Dataset(
+        name=saved["dataset"],
+        **blank_arrays(dict(train=1, test=1), about["image_size"]),
+        class_names=tuple(about["class_names"]),
+        mirror=about["mirror"],
+        files=saved.get("data_files", ""),
+        digest=saved.get("data_digest", ""),
+    )
+
+
+def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Return a config in which nothing asks for more than one image."""
+    config.update(dict(batch_size=1, dense_microbatch=0, noise_scale=0))
+    config.data.update(dict(validation=0, held_out=0, held_out_steps=0))
+    return config
+
+
+def normalised(setup: build.Setup, about: dict) -> build.Setup:
+    """Return a setup that normalises as the file says, not as `stand_in` would."""
+    mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))
+    preprocessing = dataclasses.replace(setup.functions.preprocessing, mean=mean, std=std)
+    functions = dataclasses.replace(setup.functions, preprocessing=preprocessing)
+    return dataclasses.replace(setup, functions=functions)

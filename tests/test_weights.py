@@ -1,0 +1,249 @@
+"""What was trained is evaluated, asked and exported; runs start from what was exported."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_docs import commands, small
+from test_launch import finished, start  # noqa: F401  (start is a fixture)
+
+from cnn_spmd import experiment, export, predict
+from cnn_spmd import models as networks
+from cnn_spmd.data import digits, registry
+from cnn_spmd.errors import UserError
+from cnn_spmd.training import build, evaluate, initial, loop, restore, weights
+
+SHIPPED = sorted((ROOT / "results" / "weights").glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Train the digits on 1x2; return the run's folder."""
+    folder = tmp_path_factory.mktemp("weights") / "run"
+    config = experiment.load_config(
+        ROOT / "experiments" / "alexnet_cifar.py",
+        {
+            "model.name": "simple_cnn",
+            "data.name": "digits",
+            "batch_size": 64,
+            "steps": 40,
+            "optimizer.learning_rate": 0.02,
+            "parallelism": "hybrid",
+            "mesh.data": 1,
+            "mesh.model": 2,
+        },
+    )
+    config.data.dir = "elsewhere"  # which the digits do not read
+    loop.train(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    """Export the run; return the weights file."""
+    path, page = export.export(run, "safetensors", run.parent / "w" / "digits.safetensors")
+    assert page.read_text() == export.page_text(path.name, weights.read_about(path))
+    return path
+
+
+def evaluated(source, **changes):
+    """Evaluate a run or a weights file with its own config and some changes."""
+    place = source if weights.is_file(source) else source / "config.json"
+    config = experiment.load_config(place, changes)
+    return evaluate.evaluate_saved(source, config)
+
+
+def accuracy_of(run):
+    return json.loads((run / "summary.json").read_text())["eval"]["accuracy"]
+
+
+def test_commands_after_training_run(run, start, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """As in the guide; evaluation on another mesh leaves the run's other files alone."""
+    folder = shutil.copytree(run, tmp_path / "runs" / "a")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (test,) = [line for line in commands("python launch.py --workdir") if "runs/a" in line]
+    out, _ = finished(
+        start(*shlex.split(test)[2:], "--config", "experiments/resnet_cifar.py",
+              "--cpu_devices=4", "--mesh", "2x2", "--config.batch_size=16")
+    )  # fmt: skip
+    accuracy = accuracy_of(folder)
+    assert accuracy > 0.7
+    assert "--evaluate takes the config of runs/a/config.json, not that of experiments/resn" in out
+    assert f"mesh 2x2, float32: accuracy {accuracy:.2%} (recorded: {accuracy:.2%})" in out
+    (line,) = map(json.loads, (folder / evaluate.FILE).read_text().splitlines())
+    assert line["accuracy"] == pytest.approx(accuracy)
+    assert (line["step"], line["examples"], line["batch_size"]) == (40, 360, 16)
+    assert line["mesh"] == dict(data=2, model=2)
+    assert before == {path: path.read_bytes() for path in before}
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.jpg", "dog.png"):
+        Image.new("RGB", (50, 40)).save(name)
+    for module, name in ((predict, "predict"), (export, "export")):
+        (command,) = commands(f"python -m cnn_spmd.{name} runs/a")
+        assert module.main(shlex.split(command)[3:]) == 0
+        assert re.search(r"^cat.jpg|^a.safetensors", capsys.readouterr().out)
+    (begin,) = [line for line in commands("python launch.py") if "init_from" in line]
+    config, _ = experiment.parse_arguments(small(begin, tmp_path))
+    build.prepare(config).init()
+    assert "Started from a.safetensors: 4 of the network's 4 arrays are its own.\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_weights_file_stands_for_its_run(run, exported):
+    result = evaluated(exported, **{"mesh.data": 2, "mesh.model": 1})
+    assert result["accuracy"] == weights.read_about(exported)["accuracy"] == accuracy_of(run)
+    assert not (exported.parent / evaluate.FILE).exists()
+    assert weights.read_about(exported)["config"]["data"]["dir"] == ""
+    arrays, _ = weights.read(exported)
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "conv1.kernel": (3, 3, 3, 32),
+        "conv1.bias": (32,),
+        "fc3.kernel": (8192, 10),
+        "fc3.bias": (10,),
+    }
+
+
+def test_predictions_are_those_of_the_evaluation(run, exported, tmp_path, capsys, monkeypatch):
+    """Of test images as files, by the run and by its file, which needs no data set."""
+    data = digits.load_digits(None)
+    paths = [tmp_path / f"{i}.png" for i in range(20)]
+    for path, image in zip(paths, data.test_images, strict=False):
+        Image.fromarray(image).save(path)
+    by_run = predict.predict(run, paths)
+    monkeypatch.setattr(registry, "find", lambda _: pytest.fail("looks for the data set"))
+    assert predict.main([str(exported), *map(str, paths), "--json"]) == 0
+    by_file = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in by_file] == [str(path) for path in paths]
+    best = [row["classes"][0] for row in by_file]
+    right = sum(
+        int(row["class"]) == label for row, label in zip(best, data.test_labels, strict=False)
+    )
+    assert right >= 14
+    capsys.readouterr()
+    setup, state, *_ = restore.on_one_device(exported)
+    scores = np.exp(setup.functions.scores(state, data.test_images[:20]))
+    for row, same, expected in zip(by_file, by_run, scores, strict=True):
+        assert [each["index"] for each in row["classes"]] == np.argsort(-expected)[:5].tolist()
+        for got in (row, same):
+            got = [each["probability"] for each in got["classes"]]
+            np.testing.assert_allclose(got, np.sort(expected)[:-6:-1], rtol=1e-4)
+    assert predict.main([str(exported), str(paths[0])]) == 0
+    assert re.match(rf"{paths[0]}\n +\d+\.\d\d%  \d\n", capsys.readouterr().out)
+
+
+def test_a_run_starts_from_weights_for_other_classes(exported, config, tmp_path, capsys):
+    """And goes on without the file."""
+    file = shutil.copy(exported, tmp_path / "start.safetensors")
+    config.update(dict(init_from=str(file), steps=1, epochs=0))
+    config.optimizer.learning_rate = 1e-30
+    config.data.synthetic.classes = 7
+    record = loop.train(config, tmp_path / "run")["init_from"]
+    assert record["fresh_layers"] == ["fc3"]
+    assert "fc3 is left at its fresh initialization: the file has 10 classes, the" in (
+        capsys.readouterr().out
+    )
+    file.unlink()
+    config.steps = 2
+    assert loop.train(config, tmp_path / "run")["init_from"] == record
+    config.init_from = ""
+    fresh = build.prepare(config).init()
+    state = restore.on_one_device(tmp_path / "run").state
+    found, seeded = map(initial.arrays_of, (state, fresh))
+    arrays, _ = weights.read(exported)
+    np.testing.assert_array_equal(found["conv1.kernel"], arrays["conv1.kernel"])
+    np.testing.assert_array_equal(found["fc3.kernel"], seeded["fc3.kernel"])
+    assert found["fc3.kernel"].shape == (8192, 7)
+
+
+BAD_START = {
+    "w.pth": "w.pth: is a pickle, which could run any code when it is loaded; where you trust it",
+    "none.safetensors": "none.safetensors: expected a file that is there and ends in .safeten",
+    "damaged.safetensors": "damaged.safetensors: cannot be read as safetensors (Safetensor",
+    "lacks.safetensors": "lacks.safetensors: lacks conv1.bias and 1 more, expected the arrays",
+    "more.safetensors": "more.safetensors: holds what the network lacks: norm1.mean, expected",
+    "shape.safetensors": "shape.safetensors: conv1.bias is of shape (31,), expected (32,)",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), BAD_START.items(), ids=list(BAD_START))
+def test_other_weights_are_refused_before_anything_is_compiled(
+    exported, config, tmp_path, monkeypatch, name, message
+):
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
+    arrays, about = weights.read(exported)
+    changes = {
+        "lacks": {name: array for name, array in arrays.items() if "conv1" not in name},
+        "more": arrays | {"norm1.mean": np.zeros(1)},
+        "shape": arrays | {"conv1.bias": np.zeros(31)},
+    }
+    for kind, changed in changes.items():
+        weights.write(tmp_path / f"{kind}.safetensors", changed, about)
+    (tmp_path / "damaged.safetensors").write_bytes(exported.read_bytes()[:1000])
+    config.init_from = str(tmp_path / name)
+    with pytest.raises(UserError) as refused:
+        loop.train(config, tmp_path / "run")
+    assert str(refused.value).startswith(f"init_from={tmp_path}/{message}")
+
+
+def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"^--config.seed: belongs to what was trained, expected"):
+        evaluate.refuse_changes(["mesh.data", "seed"])
+    bad = tmp_path / "bad.png"
+    bad.write_text("no image")
+    commands = (
+        (
+            export,
+            [run, "--to", "torchvision"],
+            "--to=torchvision: the run has model.name=simple_cnn",
+        ),
+        (export, [run, "--to", "safetensors", "--out", "a.bin"], "--out=a.bin: expected a name"),
+        (export, [tmp_path, "--to", "safetensors"], f"{tmp_path}: holds no run"),
+        (predict, [exported, bad], f"{bad}: cannot be read (ValueError: is no JPEG, PNG or WebP"),
+        (predict, [exported, bad, "--config", "a.py"], "--config=a.py: no such experiment"),
+        (predict, ["w.pt", bad], "w.pt: is a pickle, which could run any code"),
+    )
+    for module, arguments, message in commands:
+        assert module.main([*map(str, arguments)]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {message}")
+
+
+def test_shipped_networks_have_their_pages_and_load():
+    """Those of the digits are evaluated; `pytest -m cifar10` evaluates the others."""
+    assert SHIPPED
+    for path in SHIPPED:
+        about = weights.read_about(path)
+        assert path.with_suffix(".md").read_text() == export.page_text(path.name, about)
+        assert path.stat().st_size < 1e7, path
+        assert about["accuracy"], path
+        assert re.fullmatch("[0-9a-f]{40}", about["trained_on"]["commit"]), path
+        setup = restore.on_one_device(path).setup
+        assert setup.config.model.name in networks.NETWORKS
+    of_digits = [path for path in SHIPPED if weights.read_saved(path)["dataset"] == "digits"]
+    assert of_digits
+    for path in of_digits:
+        expected = weights.read_about(path)["accuracy"]
+        assert evaluated(path)["accuracy"] == pytest.approx(expected, abs=1 / 360 + 1e-6), path
+
+
+@pytest.mark.cifar10
+def test_shipped_networks_have_their_accuracy_on_cifar10():
+    """CIFAR10_DIR may say where CIFAR-10 is (data.dir).
+
+    Weights of bfloat16 runs may round differently here, by which a few images change class.
+    """
+    place = {"data.dir": os.environ.get("CIFAR10_DIR", "")}
+    of_cifar10 = [path for path in SHIPPED if weights.read_saved(path)["dataset"] == "cifar10"]
+    assert of_cifar10, "results/weights/ holds no network of CIFAR-10"
+    for path in of_cifar10:
+        got = evaluated(path, **place)["accuracy"]
+        assert got == pytest.approx(weights.read_about(path)["accuracy"], abs=5e-4), path
