@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ import cnn_spmd
 from cnn_spmd.report.__main__ import main as report_main
 from cnn_spmd.report.write import write_report
 from cnn_spmd.sharding.table import TABLE
+from cnn_spmd.training import log
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -182,6 +184,7 @@ def registries():
         optim.OPTIMIZERS,
         optim.SCHEDULES,
         metrics.METRICS,
+        log.TRACKERS,
     )
     before = [dict(entries) for entries in dicts]
     yield
@@ -216,10 +219,28 @@ def train_example(name, folder):
     return cnn_spmd.train(config, folder / "run")
 
 
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stand in for Weights & Biases; return the calls that it receives."""
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda scalars, step: calls.append((step, scalars)),
+        finish=lambda: calls.append("finish"),
+    )
+
+    def init(**settings):
+        calls.append(settings)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    return calls
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_of_extending_run(name, tmp_path, registries):
+def test_examples_of_extending_run(name, tmp_path, registries, wandb):
     """Each runs as it is, all of its config takes effect, and the report shows it."""
     summary = train_example(name, tmp_path)
+    assert bool(wandb) == (name == "my_tracker")
     assert summary["status"] == "completed"
     assert summary["experiment"] == name
     own = runpy.run_path(str(tmp_path / f"{name}.py"))["get_config"]().to_dict()
@@ -247,6 +268,7 @@ def test_examples_of_extending_are_short():
         "my_optimizer",
         "my_schedule",
         "my_metric",
+        "my_tracker",
         "my_scheme",
     }
     for name, code in EXAMPLES.items():
@@ -260,10 +282,23 @@ def test_an_added_metric_shows_up_everywhere(tmp_path, registries):
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["split"], last["brier"]) == ("final", summary["eval"]["brier"])
     (events,) = run.glob("events.out.tfevents.*")
-    assert b"final/brier" in events.read_bytes()
+    assert b"test/brier" in events.read_bytes()
     write_report([run])
     for name in ("report.md", "report.csv", "report.html"):
         assert "brier" in (run / name).read_text(), name
+
+
+def test_an_added_tracker_gets_the_curves(tmp_path, registries, wandb):
+    exec(EXAMPLES["my_tracker"], {})
+    (tmp_path / "config.json").write_text('{"experiment": "e", "run": "12ab"}')
+    file = log.MetricsFile(tmp_path, 0, {})
+    file.write(3, "train", loss=1.5, steps=3)
+    file.write(3, "final", accuracy=0.5)
+    file.close()
+    settings, *curves = wandb
+    assert (settings["id"], settings["name"]) == ("12ab", tmp_path.name)
+    assert curves == [(3, {"train/loss": 1.5}), (3, {"test/accuracy": 0.5}), "finish"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 # ---- Commands
