@@ -4,6 +4,7 @@ from pathlib import Path
 
 import ml_collections
 
+from cnn_spmd.config import IMAGE_SIZE
 from cnn_spmd.data import folder, prepared, tfds
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.source import Source
@@ -16,13 +17,17 @@ CLASSES = dict(imagenet2012=1000, imagenette=10)
 def load(data: ml_collections.ConfigDict) -> Dataset | Unread:
     """Return the photographs of config.data, decoded if an earlier run did so.
 
-    data.name: "folder", one of CLASSES, or another name of TFDS; data.dir: the class folders, or
-    TFDS's data directory ("": the usual one). The decoded images go to TFDS's data directory.
+    data.name: "folder", one of CLASSES, another name of TFDS, or "tfds:" and any name of TFDS;
+    data.dir: the class folders, or TFDS's data directory ("": the usual one). The decoded images go
+    to TFDS's data directory.
 
     Raises UserError, in one line, for what is missing, damaged or of another form.
     """
-    name, size, skip_bad = data.name, data.image_size, data.get("skip_bad", 0)
+    name, skip_bad = data.name, data.get("skip_bad", 0)
     source = find_source(name, data.dir)
+    # Under a bare name, runs have always had images of IMAGE_SIZE, and resume with these.
+    own_side = source.side if name.startswith(tfds.PREFIX) else 0
+    size = data.image_size or own_side or IMAGE_SIZE
     root = tfds.data_directory() / "cnn_spmd_photographs"
     found = prepared.find(source, size, root, skip_bad)
     if found is not None:
@@ -66,4 +71,5 @@ def make_dataset(name: str, source: Source, found: prepared.Prepared) -> Dataset
         files="" if is_folder else source.content,
         digest=found.digest,
         skipped=len(found.skipped),
+        test_from_train=len(found.arrays["test_labels"]) if source.is_held_out else 0,
     )
