@@ -72,7 +72,8 @@ def read(path: Path, where: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Labels are [N]. where: names the file. Raises UserError as `load`. No pickle is loaded.
     """
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{where}: is no .npz file, expected one that numpy.savez has written")
+        problem = "no .npz file" if path.exists() else "no such file"
+        raise UserError(f"{where}: {problem}, expected one that numpy.savez has written")
     try:
         with np.load(path, allow_pickle=False) as file:
             names = find_names(set(file.files), where)
