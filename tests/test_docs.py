@@ -12,20 +12,24 @@ import types
 
 import jax
 import numpy as np
+import photos
 import pytest
 from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
+from test_tfds import Imagenette
 
 import cnn_spmd
+from cnn_spmd import experiment
 from cnn_spmd.report.__main__ import main as report_main
 from cnn_spmd.report.write import write_report
 from cnn_spmd.sharding.table import TABLE
-from cnn_spmd.training import log
+from cnn_spmd.training import build, log, unused
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 EXPERIMENTS = "experiments/alexnet_cifar.py"
+GREY = np.full((28, 28, 3), 128, np.uint8)
 
 
 def fences(path, language):
@@ -345,9 +349,42 @@ def different(lines):
     return list(kept.values())
 
 
-@pytest.mark.parametrize("command", different(commands("python launch.py")))
+def on_own_data(command):
+    """Return whether a command needs files that are the user's, or a download."""
+    return "data.dir=" in command or "tfds:" in command
+
+
+@pytest.mark.parametrize(
+    "command", different(line for line in commands("python launch.py") if not on_own_data(line))
+)
 def test_launch_commands_run(start, tmp_path, command):  # noqa: F811
     finished(start(*small(command, tmp_path)))
+
+
+class Flowers(Imagenette, skip_registration=True):
+    """Stand in for what docs/data.md has TFDS prepare."""
+
+    name = "oxford_flowers102"
+    splits = (("train", 32), ("test", 11))
+
+
+def test_commands_on_own_data_fit_the_network_as_printed(tmp_path, monkeypatch, tfds_directory):
+    """Up to the first step: their fields are used, and images, crop and batch fit."""
+    for i in range(40):
+        photos.write_image(tmp_path / f"photos/{'cat' if i % 2 else 'dog'}/{i}.jpg", GREY)
+    images, labels = np.stack([GREY[..., 0]] * 512), np.arange(512) % 10
+    arrays = dict(x_train=images, y_train=labels, x_test=images, y_test=labels)
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    Flowers(data_dir=tfds_directory, file_format="array_record").download_and_prepare()
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    for command in filter(on_own_data, commands("python launch.py")):
+        config, given = experiment.parse_arguments(shlex.split(command)[2:])
+        unused.refuse(config, given)
+        setup = build.prepare(config, jax.devices()[:1])
+        seen[config.data.name] = setup.data.train_images.shape[1], setup.image_size
+    assert seen == {"folder": (256, 224), "tfds:oxford_flowers102": (256, 224), "npz": (32, 32)}
 
 
 def test_report_commands_run(start, tmp_path, monkeypatch):  # noqa: F811

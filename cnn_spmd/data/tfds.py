@@ -140,8 +140,9 @@ def prepare(name: str, root: Path, remedy: str) -> Path:
         tensorflow_datasets.disable_progress_bar()
     bare = name.removeprefix(PREFIX)
     try:
-        for url in list(builder.url_infos or ())[:1]:
-            if url.startswith("http"):
+        if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:  # otherwise its files are here, or nowhere
+            urls = [url for url in builder.url_infos or () if url.startswith("http")]
+            for url in urls[:1]:
                 probe(url)
         root.mkdir(parents=True, exist_ok=True)
         with prepared.exclusive(root / re.sub(r"\W", "-", f"cnn_spmd_{bare}"), name):

@@ -257,10 +257,6 @@ def prepare(
     with startup.stage("network"):
         setup = assemble(data)
     say_without_effect(setup)
-    if (crop := setup.config.data.crop) != config.data.crop:
-        sides = " or ".join(map(str, models.SIDES[config.model.name]))
-        side = data.train_images.shape[1]
-        say(f"data.crop={crop}: model.name={config.model.name} takes {sides} pixels, not {side}.")
     cluster.agree(setup.saved_config)  # each process decides on the fallback by itself
     return setup
 
@@ -302,6 +298,17 @@ def crop_to_fit(network: str, side: int) -> int:
     if side in sides:
         return 0
     return max((each for each in sides if LEAST_CROP * side <= each < side), default=0)
+
+
+def say_crop(asked: ml_collections.ConfigDict, setup: Setup) -> None:
+    """Say which crop was chosen, if the config that was asked for has none."""
+    crop, network = setup.config.data.crop, asked.model.name
+    if crop != asked.data.crop:
+        sides = " or ".join(map(str, models.SIDES[network]))
+        side = setup.data.train_images.shape[1]
+        say(
+            f"data.crop={crop}: model.name={network} takes images of {sides} pixels, not of {side}."
+        )
 
 
 def say_without_effect(setup: Setup) -> None:
