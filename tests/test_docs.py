@@ -382,6 +382,7 @@ def test_commands_on_own_data_fit_the_network_as_printed(tmp_path, monkeypatch, 
     for command in filter(on_own_data, commands("python launch.py")):
         config, given = experiment.parse_arguments(shlex.split(command)[2:])
         unused.refuse(config, given)
+        assert unused.reason(config, "data.synthetic.classes")  # as the name is known
         setup = build.prepare(config, jax.devices()[:1])
         seen[config.data.name] = setup.data.train_images.shape[1], setup.image_size
     assert seen == {"folder": (256, 224), "tfds:oxford_flowers102": (256, 224), "npz": (32, 32)}

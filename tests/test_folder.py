@@ -238,7 +238,7 @@ def test_the_refusal_of_a_first_command_names_the_flag_that_makes_it_work(
     setup = prepare()
     build.say_crop(experiment.parse_arguments(arguments)[0], setup)
     assert (setup.data.train_images.shape, setup.image_size) == ((5, 256, 256, 3), 224)
-    assert setup.config.data.crop == 224
+    assert (setup.config.data.image_size, setup.config.data.crop) == (256, 224)
     said = "data.crop=224: model.name=alexnet takes images of 32 or 224 pixels, not of 256."
     assert capsys.readouterr().out.count(said) == 1
 

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from photos import SIZE, colours, cut, load, to_parquet, to_tfrecord, write_image
 
 from cnn_spmd import config as configs
-from cnn_spmd.data import network, photographs, prepared
+from cnn_spmd.data import cifar10_archive, network, photographs, prepared, registry
 from cnn_spmd.data import tfds as tfds_source
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build
@@ -288,3 +288,17 @@ def test_tfds_that_is_not_installed_is_named(monkeypatch):
     message = "^data.name=tfds:mnist: cannot import tensorflow_datasets .*pip install"
     with pytest.raises(UserError, match=message):
         load("", "tfds:mnist")
+
+
+def test_tfds_is_not_imported_beside_other_imports(pets, tmp_path):
+    """Only what is read without TFDS may be found in a thread while jax is imported."""
+
+    def may(name: str, directory: str = "") -> bool:
+        return registry.may_use_tfds(ml_collections.ConfigDict(dict(name=name, dir=directory)))
+
+    assert not any(may(name) for name in ("digits", "synthetic", "npz", "folder"))
+    assert [may("imagenette", each) for each in ("", str(pets))] == [True, False]
+    assert may("tfds:mnist") and may("mnist") and may("cifar10") and may("cifar10", str(pets))
+    archive = tmp_path / cifar10_archive.ARCHIVE
+    archive.touch()
+    assert not may("cifar10", str(archive))

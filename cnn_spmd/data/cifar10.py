@@ -47,6 +47,17 @@ def find(data_dir: str) -> Path:
     return kept if kept.is_dir() else find_elsewhere()
 
 
+def is_here(data_dir: str) -> bool:
+    """Return whether CIFAR-10 is on disk in a form that is read without TFDS; see `find`."""
+    if not data_dir:
+        return kept_folder("official").is_dir()
+    try:
+        cifar10_archive.find(data_dir)
+    except UserError:
+        return False
+    return True
+
+
 def find_elsewhere() -> Path:
     """Return what TFDS has prepared in its data directory, or the archive, downloaded."""
     return tfds.prepared_folder("cifar10", tfds.data_directory()) or download()

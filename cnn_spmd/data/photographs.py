@@ -42,10 +42,10 @@ def find_source(name: str, data_dir: str) -> Source:
     """Return the data set as it is found. Raises UserError as `load`."""
     if name == "folder" and not data_dir:
         raise UserError(f"data.dir=: is empty, {folder.LAYOUT}")
-    root = Path(data_dir).expanduser() if data_dir else tfds.data_directory()
+    root = root_of(data_dir)
     if data_dir and not root.is_dir():
         raise UserError(f"data.dir={data_dir}: is no folder, {folder.LAYOUT}")
-    if name == "folder" or (name in CLASSES and (root / "train").is_dir()):
+    if is_in_folders(name, data_dir):
         source = folder.find_source(root)
     else:
         source = tfds.find_source(name, root)
@@ -56,6 +56,16 @@ def find_source(name: str, data_dir: str) -> Source:
             "give another folder, or data.name=folder"
         )
     return source
+
+
+def root_of(data_dir: str) -> Path:
+    """Return the folder that data.dir stands for."""
+    return Path(data_dir).expanduser() if data_dir else tfds.data_directory()
+
+
+def is_in_folders(name: str, data_dir: str) -> bool:
+    """Return whether photographs are in class folders; otherwise they are TFDS's."""
+    return name == "folder" or (name in CLASSES and (root_of(data_dir) / "train").is_dir())
 
 
 def make_dataset(name: str, source: Source, found: prepared.Prepared) -> Dataset:

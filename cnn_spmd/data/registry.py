@@ -7,7 +7,6 @@ an entry for it too: then fields that it does not use are refused when they are 
 import dataclasses
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import ml_collections
 from absl import logging
@@ -85,7 +84,7 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
         return DATASETS[data.name]
     if data.name.startswith(tfds.PREFIX):
         return photographs.load
-    root = Path(data.dir).expanduser() if data.dir else tfds.data_directory()
+    root = photographs.root_of(data.dir)
     if tfds.prepared_folder(data.name, root):
         return photographs.load
     raise UserError(
@@ -93,6 +92,19 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
         f"{tfds.PREFIX}NAME for what TFDS can download, or a data set that TFDS has prepared in "
         f"{root} ({tfds.how_to_build('NAME', root)})"
     )
+
+
+def may_use_tfds(data: ml_collections.ConfigDict) -> bool:
+    """Return whether `find` may import TFDS, which must not happen in a thread beside imports.
+
+    While TFDS is imported, it replaces Python's import statement for all threads (etils.epy,
+    lazy_imports): modules that another thread imports then break.
+    """
+    if data.name == "cifar10":
+        return not cifar10.is_here(data.dir)
+    if data.name in DATASETS and DATASETS[data.name] is not photographs.load:
+        return False
+    return not photographs.is_in_folders(data.name, data.dir)
 
 
 def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
