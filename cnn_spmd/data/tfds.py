@@ -120,7 +120,7 @@ def find_source(name: str, root: Path) -> Source:
         for split, found, split_name in zip(("train", "test"), examples, names, strict=False)
     }
     is_held_out = "test" not in splits
-    if is_held_out:  # whatever their labels: reading those of a large data set takes minutes
+    if is_held_out:  # whatever their classes: reading those of a large data set takes minutes
         splits = hold_out_photographs(splits["train"], np.zeros(len(examples[0])), where)
     return Source(
         str(folder), splits, class_names, content, fingerprint, is_held_out, features.side
@@ -146,9 +146,10 @@ def prepare(name: str, root: Path, remedy: str) -> Path:
                 probe(url)
         root.mkdir(parents=True, exist_ok=True)
         with prepared.exclusive(root / re.sub(r"\W", "-", f"cnn_spmd_{bare}"), name):
-            lacks_tensorflow = importlib.util.find_spec("tensorflow") is None
-            hint = "; many data sets need TensorFlow for that, which is not installed"
-            print_note(f"downloading and preparing {name} in {root}, once{hint * lacks_tensorflow}")
+            note = f"downloading and preparing {name} in {root}, once"
+            if importlib.util.find_spec("tensorflow") is None:
+                note += "; TensorFlow, which many data sets need for that, is not installed"
+            print_note(note)
             builder.download_and_prepare()  # does nothing if another run has done it
     except Exception as error:  # TFDS, requests, and the code of each data set raise many types
         text = str(error) if isinstance(error, UserError) else one_line(error)
