@@ -186,7 +186,9 @@ def launch(argv: list[str]) -> int:
     if EVALUATE.value:
         CONFIG.value.data.fallback = ""  # another data set would be no test of this network
     # A thread finds the data set, and reads what is read at once, while Python imports jax.
-    data = startup.background("data", registry.find, CONFIG.value.data)
+    early = None
+    if not registry.may_use_tfds(CONFIG.value.data):
+        early = startup.background("data", registry.find, CONFIG.value.data)
     set_up_jax()
     import_training()
     from cnn_spmd.training import unused
@@ -197,7 +199,7 @@ def launch(argv: list[str]) -> int:
     config = config_of_run()
     if cluster_env.variable(os.environ):
         compare_processes(config)
-    found = data.result()
+    found = early.result() if early else find_data(config)
     if EVALUATE.value:
         return evaluate(config, found)
     if PLAN.value:
@@ -205,6 +207,12 @@ def launch(argv: list[str]) -> int:
     if is_planned(config):
         take_plan(config, found)
     return report_program(config, found) if DRY_RUN.value else train(config, found)
+
+
+def find_data(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.Unread:
+    """Find the config's data set, as a stage."""
+    with startup.stage("data"):
+        return registry.find(config.data)
 
 
 def refuse_flags(argv: list[str]) -> None:

@@ -104,7 +104,7 @@ SCHEMA = {
         choices=("each", "sum"),
     ),
     # The images.
-    "data.name": Field("cifar10", "data set: a name in cnn_spmd/data/registry.py"),
+    "data.name": Field("cifar10", "data set: a name in cnn_spmd/data/registry.py, or tfds:NAME"),
     "data.dir": Field("", "where its files are; empty: where TFDS keeps them"),
     "data.resident": Field(
         "auto",
@@ -112,7 +112,10 @@ SCHEMA = {
         choices=("auto", "yes", "sharded", "no"),
     ),
     "data.image_size": Field(
-        256, "side of photographs in pixels: their central square, rescaled", low=1, high=4096
+        0,
+        "side of photographs, of their central square; 0: what tfds:NAME or npz has, or 256",
+        low=0,
+        high=4096,
     ),
     "data.skip_bad": Field(0, "photographs that may be left out as they cannot be read", low=0),
     "data.normalise": Field(
@@ -120,7 +123,11 @@ SCHEMA = {
         "channel: mean 0, deviation 1; pixel_mean: less the mean image; torchvision: its constants",
         choices=("channel", "pixel_mean", "torchvision"),
     ),
-    "data.crop": Field(0, "side of the random crop that the network sees; 0: the image's", low=0),
+    "data.crop": Field(
+        0,
+        "side of the random crop that the network sees; 0: the image's, or what fits the network",
+        low=0,
+    ),
     "data.crop_pad": Field(0, "reflected pixels around an image before it is cropped", low=0),
     "data.flip": Field(True, "mirror training images at random, where the data set allows it"),
     "data.colour_noise": Field(
@@ -238,6 +245,7 @@ TYPES = {
 }
 LARGEST = {float: 3e38, int: 2**31 - 1}  # of open ranges: a float32 or an int32 holds it
 AUTO = "auto"  # of --mesh and parallelism: what the planner finds the fastest (plan.py)
+IMAGE_SIZE = 256  # data.image_size where nothing else says it: Krizhevsky et al. 2012, section 2
 MOST_CPU_DEVICES = 2048  # of one process: XLA numbers those of another process from here on
 
 # data.resident="auto" keeps a data set on every device where it takes at most RESIDENT_SHARE of the
@@ -555,6 +563,9 @@ def resolve(
     config = ml_collections.ConfigDict(config.to_dict())
     if data.fallback:
         _take_fallback(config, data.name)
+    if not config.data.image_size:
+        has_own_side = config.data.name.partition(":")[0] in ("npz", "tfds")
+        config.data.image_size = data.train_images.shape[1] if has_own_side else IMAGE_SIZE
     _refuse_misfits(config, data)
     if config.dtype == "auto":
         config.dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -641,15 +652,9 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
     examples, side = data.train_images.shape[:2]
     crop = config.data.crop
     if config.batch_size > examples:
-        remedy = f"set --config.batch_size={examples} or less"
-        if side == config.data.image_size:  # photographs
-            remedy += (
-                f"; they become squares of data.image_size={side} pixels: set "
-                f"--config.data.image_size too where model.name={config.model.name} takes others"
-            )
         raise UserError(
             f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected "
-            f"at most that: {remedy}"
+            f"at most that: set --config.batch_size={examples} or less"
         )
     if config.data.crop_pad >= side:
         raise UserError(
@@ -743,6 +748,9 @@ def refuse_changes(where: str, old: dict, new: dict) -> None:
 def _compared(saved: dict) -> dict[str, Any]:
     """Return what a resumed run must share with this one, by dotted names."""
     fields = flat(complete(saved))
+    fields["data.image_size"] = (
+        fields["data.image_size"] or IMAGE_SIZE
+    )  # of a run without the field
     for name in list(fields):
         if f"{name}.".startswith(tuple(f"{free}." for free in MAY_DIFFER)):
             del fields[name]

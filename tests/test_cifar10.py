@@ -26,7 +26,7 @@ from photos import to_tfrecord
 from PIL import Image
 
 from cnn_spmd import config as configs
-from cnn_spmd.data import cifar10, cifar10_archive, prepared, registry
+from cnn_spmd.data import cifar10, cifar10_archive, network, prepared, registry
 from cnn_spmd.data import tfds as tfds_source
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build
@@ -564,7 +564,7 @@ def test_a_failed_download_is_unreachable(official, serve, tmp_path, how):
     "host", ["refuses", "is silent", "has no address", "stalls the name server"]
 )
 def test_an_unreachable_host_is_noticed_in_time(monkeypatch, host):
-    monkeypatch.setattr(cifar10, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(network, "PROBE_SECONDS", 0.2)
     answered = threading.Event()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

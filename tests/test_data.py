@@ -263,3 +263,109 @@ def test_a_data_set_larger_than_memory_is_refused():
     message = r"data.name=synthetic: does not fit in this machine's memory \(Unable to allocate"
     with pytest.raises(UserError, match=message):
         registry.load(huge)
+
+
+# ---- Arrays in an .npz file
+
+
+def save(path, **named) -> ml_collections.ConfigDict:
+    """Write arrays to an .npz file; return config.data that names it."""
+    np.savez(path, **named)
+    return config_data(name="npz", dir=str(path), image_size=0)
+
+
+def keras() -> dict[str, np.ndarray]:
+    """Return `arrays` as Keras's data sets have them, grey and with 64-bit labels."""
+    found = arrays()
+    return dict(
+        x_train=found["train_images"][..., 0],
+        y_train=found["train_labels"].astype(np.int64),
+        x_test=found["test_images"][..., 0],
+        y_test=found["test_labels"].astype(np.int64),
+    )
+
+
+def test_arrays_of_an_npz_file(tmp_path, caplog):
+    """They may have several names and forms; a validation split comes before the test split."""
+    data = registry.load(save(tmp_path / "a.npz", **keras()))
+    for field, array in arrays().items():
+        np.testing.assert_array_equal(data.arrays[field], array)
+    assert (data.name, data.class_names) == (f"npz-{data.digest[:8]}", ("0", "1", "2"))
+    assert data.test_from_train == 0
+    named = arrays() | dict(
+        val_images=arrays()["train_images"], val_labels=np.arange(6)[:, None] % 3
+    )
+    other = registry.load(save(tmp_path / "b.npz", **named))
+    np.testing.assert_array_equal(other.test_images, data.train_images)
+    np.testing.assert_array_equal(other.test_labels, data.train_labels)
+    assert "tests on val_images; test_images is not used" in caplog.text
+    larger = save(tmp_path / "a.npz", **keras())
+    larger.image_size = 16
+    np.testing.assert_array_equal(
+        registry.load(larger).train_images, data.train_images.repeat(2, 1).repeat(2, 2)
+    )
+
+
+def test_an_npz_file_without_test_images_has_a_part_held_out(tmp_path, caplog, config):
+    images, labels = arrays()["train_images"], np.array([*"cabcab"])
+    data = registry.load(save(tmp_path / "a.npz", images=images, labels=labels))
+    assert data.class_names == ("a", "b", "c")
+    assert sorted(data.test_labels) == [0, 1, 2]
+    assert "of its 6 images, 3 are held out" in caplog.text
+    config.batch_size = 3
+    config.data.update(dict(name="npz", dir=str(tmp_path / "a.npz")))
+    setup = build.prepare(config)
+    assert setup.data_fields["test_images_from_train"] == 3
+    assert setup.config.data.image_size == 8
+
+
+BAD_ARRAYS = {
+    "no labels": (
+        dict(x_train=IMAGES),
+        "holds x_train, expected x_train, y_train, x_test, y_test, or train_images",
+    ),
+    "floats": (
+        dict(x=IMAGES / np.float32(255), y=range(6)),
+        "x: found float32, expected uint8 from 0 to 255: of floats from 0 to 1, save",
+    ),
+    "channels first": (
+        dict(x=np.moveaxis(IMAGES, 3, 1), y=range(6)),
+        r"x: found the shape \(6, 3, 8, 8\), expected \[N, H, W\]",
+    ),
+    "oblong": (
+        dict(x=IMAGES[:, 1:], y=[0] * 6),
+        "holds images of 7x8 pixels, expected squares: set --config.data.image_size",
+    ),
+    "one-hot": (
+        dict(x=IMAGES, y=np.eye(6)),
+        r"y: found float64 \(6, 6\), expected 6 integers or strings, one per image: of one-hot",
+    ),
+    "a pickle": (dict(x=IMAGES, y=np.array([None] * 6)), "cannot be read .*ValueError: Object arr"),
+    "a class to test on only": (
+        dict(x_train=IMAGES, y_train=[0] * 6, x_test=IMAGES, y_test=[0, 7, 0, 0, 0, 0]),
+        "label 7 is only among those to test on",
+    ),
+    "a single image": (
+        dict(x=IMAGES, y=[0, 0, 0, 0, 0, 4]),
+        "has nothing to test on, and 1 image of class 4, expected at least 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_bad_arrays_of_an_npz_file_are_refused_in_one_line(tmp_path, what):
+    named, message = BAD_ARRAYS[what]
+    data = save(tmp_path / "a.npz", **named)
+    with pytest.raises(UserError, match=rf"^data.dir={tmp_path}/a.npz: {message}") as refusal:
+        registry.load(data)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "path, problem", [("gone.npz", "no such file"), ("a.npy", "no .npz file"), ("", "no .npz file")]
+)
+def test_a_file_that_is_no_npz_is_refused(tmp_path, path, problem):
+    np.save(tmp_path / "a.npy", IMAGES)
+    where = str(tmp_path / path)
+    with pytest.raises(UserError, match=f"^data.dir={where}: {problem}, expected one that numpy"):
+        registry.load(config_data(name="npz", dir=where, image_size=0))

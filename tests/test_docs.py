@@ -8,22 +8,28 @@ import runpy
 import shlex
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
+import photos
 import pytest
 from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
+from test_tfds import Imagenette
 
 import cnn_spmd
+from cnn_spmd import experiment
 from cnn_spmd.report.__main__ import main as report_main
 from cnn_spmd.report.write import write_report
 from cnn_spmd.sharding.table import TABLE
+from cnn_spmd.training import build, log, unused
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 EXPERIMENTS = "experiments/alexnet_cifar.py"
+GREY = np.full((28, 28, 3), 128, np.uint8)
 
 
 def fences(path, language):
@@ -182,6 +188,7 @@ def registries():
         optim.OPTIMIZERS,
         optim.SCHEDULES,
         metrics.METRICS,
+        log.TRACKERS,
     )
     before = [dict(entries) for entries in dicts]
     yield
@@ -216,10 +223,28 @@ def train_example(name, folder):
     return cnn_spmd.train(config, folder / "run")
 
 
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stand in for Weights & Biases; return the calls that it receives."""
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda scalars, step: calls.append((step, scalars)),
+        finish=lambda: calls.append("finish"),
+    )
+
+    def init(**settings):
+        calls.append(settings)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    return calls
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_of_extending_run(name, tmp_path, registries):
+def test_examples_of_extending_run(name, tmp_path, registries, wandb):
     """Each runs as it is, all of its config takes effect, and the report shows it."""
     summary = train_example(name, tmp_path)
+    assert bool(wandb) == (name == "my_tracker")
     assert summary["status"] == "completed"
     assert summary["experiment"] == name
     own = runpy.run_path(str(tmp_path / f"{name}.py"))["get_config"]().to_dict()
@@ -247,6 +272,7 @@ def test_examples_of_extending_are_short():
         "my_optimizer",
         "my_schedule",
         "my_metric",
+        "my_tracker",
         "my_scheme",
     }
     for name, code in EXAMPLES.items():
@@ -260,10 +286,23 @@ def test_an_added_metric_shows_up_everywhere(tmp_path, registries):
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["split"], last["brier"]) == ("final", summary["eval"]["brier"])
     (events,) = run.glob("events.out.tfevents.*")
-    assert b"final/brier" in events.read_bytes()
+    assert b"test/brier" in events.read_bytes()
     write_report([run])
     for name in ("report.md", "report.csv", "report.html"):
         assert "brier" in (run / name).read_text(), name
+
+
+def test_an_added_tracker_gets_the_curves(tmp_path, registries, wandb):
+    exec(EXAMPLES["my_tracker"], {})
+    (tmp_path / "config.json").write_text('{"experiment": "e", "run": "12ab"}')
+    file = log.MetricsFile(tmp_path, 0, {})
+    file.write(3, "train", loss=1.5, steps=3)
+    file.write(3, "final", accuracy=0.5)
+    file.close()
+    settings, *curves = wandb
+    assert (settings["id"], settings["name"]) == ("12ab", tmp_path.name)
+    assert curves == [(3, {"train/loss": 1.5}), (3, {"test/accuracy": 0.5}), "finish"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 # ---- Commands
@@ -314,9 +353,43 @@ def different(lines):
     return list(kept.values())
 
 
-@pytest.mark.parametrize("command", different(commands("python launch.py")))
+def on_own_data(command):
+    """Return whether a command needs files that are the user's, or a download."""
+    return "data.dir=" in command or "tfds:" in command
+
+
+@pytest.mark.parametrize(
+    "command", different(line for line in commands("python launch.py") if not on_own_data(line))
+)
 def test_launch_commands_run(start, tmp_path, command):  # noqa: F811
     finished(start(*small(command, tmp_path)))
+
+
+class Flowers(Imagenette, skip_registration=True):
+    """Stand in for what docs/data.md has TFDS prepare."""
+
+    name = "oxford_flowers102"
+    splits = (("train", 32), ("test", 11))
+
+
+def test_commands_on_own_data_fit_the_network_as_printed(tmp_path, monkeypatch, tfds_directory):
+    """Up to the first step: their fields are used, and images, crop and batch fit."""
+    for i in range(40):
+        photos.write_image(tmp_path / f"photos/{'cat' if i % 2 else 'dog'}/{i}.jpg", GREY)
+    images, labels = np.stack([GREY[..., 0]] * 512), np.arange(512) % 10
+    arrays = dict(x_train=images, y_train=labels, x_test=images, y_test=labels)
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    Flowers(data_dir=tfds_directory, file_format="array_record").download_and_prepare()
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    for command in filter(on_own_data, commands("python launch.py")):
+        config, given = experiment.parse_arguments(shlex.split(command)[2:])
+        unused.refuse(config, given)
+        assert unused.reason(config, "data.synthetic.classes")  # as the name is known
+        setup = build.prepare(config, jax.devices()[:1])
+        seen[config.data.name] = setup.data.train_images.shape[1], setup.image_size
+    assert seen == {"folder": (256, 224), "tfds:oxford_flowers102": (256, 224), "npz": (32, 32)}
 
 
 def test_report_commands_run(start, tmp_path, monkeypatch):  # noqa: F811

@@ -37,4 +37,4 @@ def test_a_metric_of_ones_own_is_in_every_file_of_a_run(config, tmp_path, monkey
     config.epochs = 1
     assert loop.train(config, tmp_path)["eval"]["brier"] == 2.0
     assert [line["brier"] for line in lines(tmp_path, "final")] == [2.0]
-    assert scalars(tmp_path, "final/brier") == {4: 2.0}
+    assert scalars(tmp_path, "test/brier") == {4: 2.0}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from photos import SIZE, colours, load, prepared_folders, write_image
+from photos import SIZE, assert_same, colours, load, prepared_folders, write_image
 from PIL import Image
 
 from cnn_spmd import experiment, sweep
@@ -80,6 +79,31 @@ def test_a_class_whose_name_is_no_text_can_be_drawn(pets):
     assert load(pets).class_names == ("cat", "d\ufffdg")
 
 
+def test_a_part_is_held_out_where_there_is_nothing_to_test_on(pets, pets_config, caplog):
+    """A fifth of each class, the same every time; at least one image."""
+    shutil.rmtree(pets / "val")
+    for i in range(7):
+        write_image(pets / f"train/dog/{i}.png", colours(30, 30, i))
+    setup = build.prepare(pets_config)
+    data = setup.data
+    assert np.bincount(data.train_labels).tolist() == [2, 7]
+    assert np.bincount(data.test_labels).tolist() == [1, 2]
+    assert setup.data_fields["test_images_from_train"] == data.test_from_train == 3
+    assert (
+        f"data.dir={pets}: has nothing to test on: of its 12 images, 3 are held out for that"
+        in caplog.text
+    )
+    for path in [*(pets / "train").iterdir()]:  # class folders alone are the same data set
+        path.rename(pets / path.name)
+    (pets / "train").rmdir()
+    assert_same(load(pets), data)
+    assert load(pets).name == data.name
+    (pets / "bird").mkdir()
+    write_image(pets / "bird/only.jpg", colours(30, 30))
+    with pytest.raises(UserError, match="nothing to test on, and 1 image of class bird, expected"):
+        load(pets)
+
+
 # ---- Refusals
 
 
@@ -110,11 +134,10 @@ LACKING = {
         lambda root: shutil.rmtree(root / "train/cat"),
         "class 'cat' is in val/ but not in train/",
     ),
-    "no val": (lambda root: shutil.rmtree(root / "val"), "holds no val/ or test/"),
     "no train": (lambda root: shutil.rmtree(root / "train"), "holds no train/"),
     "no class": (
         lambda root: [shutil.rmtree(path) for path in root.glob("*/*")],
-        "train/ and val/ hold no class folders",
+        "found no class folders in train/ and val/",
     ),
     "nothing": (shutil.rmtree, "is no folder"),
     "a flat val": (
@@ -187,10 +210,10 @@ def test_what_does_not_fit_is_refused_early(pets_config, monkeypatch, change, me
         build.prepare(pets_config)
 
 
-def test_the_refusals_of_a_first_command_name_the_flags_that_make_it_work(pets, monkeypatch):
-    """The shipped experiment on a small folder needs another batch and other images."""
-    for i in range(3):
-        write_image(pets / f"train/dog/more{i}.png", colours(30, 30, i))
+def test_the_refusal_of_a_first_command_names_the_flag_that_makes_it_work(
+    pets, monkeypatch, capsys
+):
+    """The shipped experiment on a small folder needs another batch; the crop fits by itself."""
     arguments = [
         "--config",
         str(ROOT / "experiments/alexnet_cifar.py"),
@@ -198,24 +221,25 @@ def test_the_refusals_of_a_first_command_name_the_flags_that_make_it_work(pets, 
         f"--config.data.dir={pets}",
     ]
 
-    def refused() -> str:
-        with pytest.raises(UserError) as refusal:
-            build.prepare(experiment.parse_arguments(arguments)[0], jax.devices()[:1])
-        return str(refusal.value)
+    def prepare() -> build.Setup:
+        return build.prepare(experiment.parse_arguments(arguments)[0], jax.devices()[:1])
 
     with monkeypatch.context() as patch:
         patch.setattr(prepared, "prepare", None)
-        first = refused()
-        batch_size = re.search(r"set (--config\.batch_size=\d+)", first).group(1)
-        assert batch_size == "--config.batch_size=8"
-        assert "--config.data.image_size" in first  # which the next refusal is about
-        arguments.append(batch_size)
-        second = refused()
-    assert "set --config.data.image_size" in second
-    side = re.search(r"expected a side of (\d+)", second).group(1)
-    arguments.append(f"--config.data.image_size={side}")
-    setup = build.prepare(experiment.parse_arguments(arguments)[0], jax.devices()[:1])
-    assert setup.data.train_images.shape == (8, int(side), int(side), 3)
+        with pytest.raises(UserError, match=r"^batch_size=512: .*: set --config.batch_size=5 or"):
+            prepare()
+        arguments.append("--config.batch_size=5")
+        arguments.append("--config.data.image_size=64")
+        message = "images of 64x64, expected a side of 32 or 224: set --config.data.image_size for"
+        with pytest.raises(UserError, match=message):
+            prepare()
+    arguments.pop()
+    setup = prepare()
+    build.say_crop(experiment.parse_arguments(arguments)[0], setup)
+    assert (setup.data.train_images.shape, setup.image_size) == ((5, 256, 256, 3), 224)
+    assert (setup.config.data.image_size, setup.config.data.crop) == (256, 224)
+    said = "data.crop=224: model.name=alexnet takes images of 32 or 224 pixels, not of 256."
+    assert capsys.readouterr().out.count(said) == 1
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections

@@ -4,21 +4,26 @@ import shutil
 
 from run_helpers import scalars, stop_after
 
-from cnn_spmd.training import board, log, loop
+from cnn_spmd.training import log, loop
 
 
-def test_tensorboard_gets_what_the_file_gets(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(board.Board, "scalar", lambda _, *scalar: written.append(scalar))
-    file = log.MetricsFile(tmp_path, 0, {})
-    file.write(3, "train", loss=1.5)
-    file.close()
-    assert written == [("train/loss", 1.5, 3)]
+def test_tags_name_what_a_curve_shows():
+    """The last evaluation is on the curve of the others; what counts has no curve."""
+    train = dict(loss=1.5, learning_rate=0.1, images_per_second=9.0, steps=2, train_seconds=3.0)
+    assert log.tagged("train", train) == {
+        "train/loss": 1.5,
+        "train/learning_rate": 0.1,
+        "speed/images_per_second": 9.0,
+    }
+    for split in ("eval", "final"):
+        assert log.tagged(split, dict(accuracy=0.5, examples=40)) == {"test/accuracy": 0.5}
+    assert log.tagged("noise", dict(trace=1.0, batches=4)) == {"noise/trace": 1.0}
 
 
 def test_tensorboard_forgets_the_curve_of_a_run_that_starts_again(config, tmp_path):
     loop.train(config, tmp_path)
     assert list(scalars(tmp_path, "train/loss")) == list(range(1, 9))
+    assert list(scalars(tmp_path, "test/accuracy")) == [4, 8]
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "summary.json").unlink()
     stop_after(4, config, tmp_path)

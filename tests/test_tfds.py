@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import socket
+import sys
 from pathlib import Path
 
 import ml_collections
@@ -11,7 +13,7 @@ import tensorflow_datasets as tfds
 from photos import SIZE, colours, cut, load, to_parquet, to_tfrecord, write_image
 
 from cnn_spmd import config as configs
-from cnn_spmd.data import photographs, prepared
+from cnn_spmd.data import cifar10_archive, network, photographs, prepared, registry
 from cnn_spmd.data import tfds as tfds_source
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build
@@ -108,10 +110,7 @@ def test_of_validation_and_test_the_former_is_used(tmp_path, caplog):
 
 def test_a_data_set_without_images_is_refused(tmp_path):
     prepare(tmp_path, Sentences)
-    message = (
-        r"^data.name=sentences: .*sentences/1.0.0 cannot be read \(ValueError: has the features "
-        r"label, text, expected image \(an Image\) and label"
-    )
+    message = r"^data.name=sentences: has no Image among its features \(label, text\), expected a"
     with pytest.raises(UserError, match=message) as refusal:
         load("", "sentences")
     assert "\n" not in str(refusal.value)
@@ -196,18 +195,110 @@ def test_a_format_that_needs_tensorflow_is_refused(tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_data_set_without_a_split_to_test_on_is_refused(tmp_path):
-    class Trained(Imagenette, skip_registration=True):
-        name, splits = "imagenette", (("train", 1),)
-
-    prepare(tmp_path, Trained)
-    message = r"imagenette/1.0.0 cannot be read \(.*validation.*tfds build"
-    with pytest.raises(UserError, match=message) as refusal:
-        load("", "imagenette")
-    assert "\n" not in str(refusal.value)
-
-
 def test_the_classes_of_a_known_data_set_are_counted(pets):
     message = r"holds 2 classes, but data.name=imagenette has 10"
     with pytest.raises(UserError, match=message):
         load(pets, "imagenette", SIZE)
+
+
+# ---- tfds:NAME
+
+
+class Blossoms(Imagenette):
+    """A data set that TFDS knows: grey squares of 20 pixels with two labels, to train on only."""
+
+    name = "blossoms"
+    splits = (("train", 12),)
+
+    def features(self) -> dict:
+        image = tfds.features.Image(shape=(20, 20, 1), encoding_format="png")
+        labels = dict(kind=tfds.features.ClassLabel(num_classes=3), colour=self.colour)
+        return dict(picture=image, **labels)
+
+    colour = tfds.features.ClassLabel(num_classes=2)
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(self.features())
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, supervised_keys=("picture", "kind")
+        )
+
+    def _generate_examples(self, split, n):
+        for i in range(n):
+            path = Path(self.data_dir).parent / f"{i}.png"  # arrays would need TensorFlow
+            write_image(path, np.full((20, 20), 10 * i, np.uint8))
+            yield i, dict(picture=path.read_bytes(), kind=i % 3, colour=0)
+
+
+def test_a_data_set_is_downloaded_prepared_and_found_again(tmp_path, monkeypatch, capsys, caplog):
+    """Image and label are found by supervised_keys, and a fifth is held out to test on."""
+    data = load("", "tfds:blossoms", size=0)
+    assert "downloading and preparing tfds:blossoms in " in capsys.readouterr().err
+    assert (data.name, data.class_names, data.test_from_train) == (
+        "tfds:blossoms",
+        ("0", "1", "2"),
+        2,
+    )
+    assert data.train_images.shape == (10, 20, 20, 3)  # with image_size=0, their own side
+    greys = np.concatenate([data.train_images[:, 0, 0, 0], data.test_images[:, 0, 0, 0]])
+    labels = np.concatenate([data.train_labels, data.test_labels])
+    assert sorted(greys) == [*range(0, 120, 10)]
+    np.testing.assert_array_equal(labels, greys // 10 % 3)
+    assert "blossoms/1.0.0: its labels are kind; not used: colour." in caplog.text
+    monkeypatch.setattr(Blossoms, "download_and_prepare", None)
+    monkeypatch.setattr(prepared, "prepare", None)
+    assert load("", "tfds:blossoms", size=0).digest == data.digest
+
+
+def test_several_labels_are_refused_before_a_download(monkeypatch):
+    monkeypatch.setattr(Blossoms, "download_and_prepare", None)
+    monkeypatch.setattr(
+        Blossoms,
+        "_info",
+        lambda self: tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(self.features())
+        ),
+    )
+    message = (
+        r"^data.name=tfds:blossoms: has several features of the kind ClassLabel \(colour, kind\)"
+    )
+    with pytest.raises(UserError, match=message):
+        load("", "tfds:blossoms")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("oxford_flower102", "TFDS knows no such data set.*; did you mean tfds:oxford_flowers102"),
+        ("../x", "expected tfds: and a name of https://www.tensorflow.org/datasets/catalog, such"),
+        ("mnist:9.9.9", "Dataset mnist cannot be loaded at version 9.9.9, only: "),
+        ("mnist", r"cannot be downloaded and prepared \(cannot reach http.*: prepare it, where"),
+    ],
+)
+def test_what_tfds_cannot_give_is_refused_in_one_line(monkeypatch, name, message):
+    monkeypatch.setattr(network, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+    with pytest.raises(UserError, match=rf"^data.name=tfds:{name}: {message}") as refusal:
+        load("", f"tfds:{name}")
+    assert "\n" not in str(refusal.value)
+
+
+def test_tfds_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    message = "^data.name=tfds:mnist: cannot import tensorflow_datasets .*pip install"
+    with pytest.raises(UserError, match=message):
+        load("", "tfds:mnist")
+
+
+def test_tfds_is_not_imported_beside_other_imports(pets, tmp_path):
+    """Only what is read without TFDS may be found in a thread while jax is imported."""
+
+    def may(name: str, directory: str = "") -> bool:
+        return registry.may_use_tfds(ml_collections.ConfigDict(dict(name=name, dir=directory)))
+
+    assert not any(may(name) for name in ("digits", "synthetic", "npz", "folder"))
+    assert [may("imagenette", each) for each in ("", str(pets))] == [True, False]
+    assert may("tfds:mnist") and may("mnist") and may("cifar10") and may("cifar10", str(pets))
+    archive = tmp_path / cifar10_archive.ARCHIVE
+    archive.touch()
+    assert not may("cifar10", str(archive))

@@ -7,27 +7,20 @@ https://www.cs.toronto.edu/~kriz/cifar.html
 
 import functools
 import io
-import queue
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from cnn_spmd.data import cifar10_archive, digest, prepared, tfds
+from cnn_spmd.data.network import Unreachable, probe
 from cnn_spmd.errors import UserError, one_line
 
-# An unreachable host is noticed within this time. TFDS alone retries for minutes.
-PROBE_SECONDS = 10.0
 REMEDY = (
     f"give {cifar10_archive.ARCHIVE} or the folder {cifar10_archive.FOLDER} by "
     "--config.data.dir=PATH"
 )
-
-
-class Unreachable(UserError):
-    """Raised where CIFAR-10 is not on disk and cannot be downloaded."""
 
 
 def find(data_dir: str) -> Path:
@@ -52,6 +45,17 @@ def find(data_dir: str) -> Path:
             raise
     kept = kept_folder("official")
     return kept if kept.is_dir() else find_elsewhere()
+
+
+def is_here(data_dir: str) -> bool:
+    """Return whether CIFAR-10 is on disk in a form that is read without TFDS; see `find`."""
+    if not data_dir:
+        return kept_folder("official").is_dir()
+    try:
+        cifar10_archive.find(data_dir)
+    except UserError:
+        return False
+    return True
 
 
 def find_elsewhere() -> Path:
@@ -146,7 +150,7 @@ def download() -> Path:
     Raises Unreachable where that fails, also by another content, and UserError where the directory
     cannot be written.
     """
-    probe()
+    probe(cifar10_archive.URL)
     import requests  # importing these takes a second
     import tensorflow_datasets
 
@@ -181,33 +185,3 @@ def download() -> Path:
             f"TFDS_DATA_DIR={root}: cannot download CIFAR-10 to it ({one_line(error)}); choose "
             "a directory that can be written and has 400 MB of room"
         ) from error
-
-
-def probe() -> None:
-    """Raise Unreachable unless the archive's host answers within PROBE_SECONDS.
-
-    It asks through a proxy where the environment names one.
-    """
-    answer: queue.Queue[str] = queue.Queue()
-
-    def ask() -> None:
-        import requests  # which a run that has the data does not need
-
-        try:
-            with requests.get(cifar10_archive.URL, stream=True, timeout=PROBE_SECONDS) as response:
-                answer.put("" if response.ok else f"HTTP status {response.status_code}")
-        except Exception as error:  # whatever it is, the answer is no
-            # The first cause says most: requests and urllib3 wrap it several times.
-            while error.__context__ is not None:
-                error = error.__context__
-            answer.put(one_line(error))
-
-    # The timeout of requests covers neither a stalled name server nor retries. So we ask in a
-    # thread, and do not wait for it longer than that.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        problem = answer.get(timeout=PROBE_SECONDS)
-    except queue.Empty:
-        problem = f"no answer in {PROBE_SECONDS:g} s"
-    if problem:
-        raise Unreachable(f"cannot reach {cifar10_archive.URL} ({problem})")

@@ -29,6 +29,8 @@ class Provenance:
     digest: str = ""
     # The number of photographs that cannot be read and are left out.
     skipped: int = 0
+    # The number of test images that were training images, where there are no others (split.py).
+    test_from_train: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

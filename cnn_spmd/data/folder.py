@@ -1,6 +1,7 @@
 """Find photographs in class folders.
 
-DIR/train/CLASS/* are to train on, DIR/val/CLASS/* or DIR/test/CLASS/* to test on.
+DIR/train/CLASS/* are to train on, DIR/val/CLASS/* or DIR/test/CLASS/* to test on. Without the
+latter, or with DIR/CLASS/* alone, a part of the photographs is held out to test on.
 """
 
 import hashlib
@@ -15,13 +16,15 @@ import numpy as np
 from absl import logging
 
 from cnn_spmd.data.source import Photograph, Source, Split, key_of
+from cnn_spmd.data.split import hold_out_photographs
 from cnn_spmd.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LAYOUT = (
     "expected a folder that holds train/CLASS/*.jpg (or .jpeg, .png, .webp) and val/CLASS/* "
-    "(or test/CLASS/*)"
+    "(or test/CLASS/*), or CLASS/*.jpg alone"
 )
+TEST_FOLDERS = ("val", "valid", "validation", "test")  # what to test on is in the first of these
 # The version of the prepared files' format. Another one makes every data set be prepared anew.
 FORM = "2"
 
@@ -77,15 +80,19 @@ def find_source(root: Path) -> Source:
     where = f"data.dir={root}"
     digests = Digests()
     try:
-        train, test = (list_folder(path) for path in split_folders(root, where))
-        refuse_classes(where, train, test)
-        classes = sorted(train.classes)
-        left_out = train.others + test.others
-        splits = {}
-        for split, folder in (("train", train), ("test", test)):
+        folders = {split: list_folder(path) for split, path in split_folders(root, where).items()}
+        refuse_classes(where, list(folders.values()))
+        classes = sorted(folders["train"].classes)
+        # A name in another encoding than UTF-8 becomes one that a plot can show.
+        names = tuple(os.fsencode(name).decode(errors="replace") for name in classes)
+        left_out, splits = [], {}
+        for split, folder in folders.items():
             images, others = list_images(folder.path, classes, split, digests, where)
             splits[split] = images.to_split()
-            left_out += others
+            left_out += folder.others + others
+        is_held_out = "test" not in splits
+        if is_held_out:
+            splits = hold_out_photographs(splits["train"], np.take(names, images.labels), where)
     except OSError as error:
         raise UserError(
             f"{where}: {error.filename}: {error.strerror}, expected readable folders and files"
@@ -96,24 +103,28 @@ def find_source(root: Path) -> Source:
         logging.warning(
             "%s: left out, as no %s in a class folder: %s%s.", where, suffixes, left_out[0], more
         )
-    # A name in another encoding than UTF-8 becomes one that a plot can show.
-    names = tuple(os.fsencode(name).decode(errors="replace") for name in classes)
-    content = digests.content.hexdigest()[:8]
-    return Source(str(root), splits, names, content, digests.fingerprint.hexdigest()[:16])
+    content, fingerprint = (each.hexdigest() for each in (digests.content, digests.fingerprint))
+    return Source(str(root), splits, names, content[:8], fingerprint[:16], is_held_out)
 
 
-def split_folders(root: Path, where: str) -> tuple[Path, Path]:
-    """Return the folders to train and to test on. Raises UserError without them."""
-    train, val, test = (root / name for name in ("train", "val", "test"))
+def split_folders(root: Path, where: str) -> dict[str, Path]:
+    """Return the folder of "train", and that of "test" where there is one.
+
+    Class folders in `root` itself are to train on. Raises UserError where nothing is.
+    """
+    tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+    train = root / "train"
     if not train.is_dir():
-        raise UserError(f"{where}: holds no train/, {LAYOUT}")
-    if val.is_dir():
-        if test.is_dir():
-            logging.warning("%s: holds val/ and test/: val/ is used, test/ is not.", where)
-        return train, val
-    if not test.is_dir():
-        raise UserError(f"{where}: holds no val/ or test/, {LAYOUT}")
-    return train, test
+        if tests or not any(path.suffix.lower() in SUFFIXES for path in root.glob("*/*")):
+            raise UserError(f"{where}: holds no train/, {LAYOUT}")
+        train = root
+    if len(tests) > 1:
+        first, *others = (f"{path.name}/" for path in tests)
+        found = " and ".join((first, *others))
+        logging.warning(
+            "%s: holds %s: %s is used, %s is not.", where, found, first, " and ".join(others)
+        )
+    return dict(train=train, test=tests[0]) if tests else dict(train=train)
 
 
 def list_folder(path: Path) -> Folder:
@@ -156,9 +167,9 @@ def list_images(
     return images, others
 
 
-def refuse_classes(where: str, train: Folder, test: Folder) -> None:
-    """Raise UserError where the splits hold different classes, or none."""
-    for folder in (train, test):
+def refuse_classes(where: str, folders: Sequence[Folder]) -> None:
+    """Raise UserError where the folders of the splits hold different classes, or none."""
+    for folder in folders:
         holds_images = any(path.lower().endswith(SUFFIXES) for path in folder.others)
         if holds_images and not folder.classes:
             name = folder.path.name
@@ -166,6 +177,7 @@ def refuse_classes(where: str, train: Folder, test: Folder) -> None:
                 f"{where}: {name}/ holds images but no class folders, expected each image in the "
                 f"folder of its class, {name}/CLASS/*"
             )
+    train, test = folders[0], folders[-1]
     for name in sorted(train.classes ^ test.classes):
         has, lacks = (train, test) if name in train.classes else (test, train)
         raise UserError(
@@ -173,9 +185,8 @@ def refuse_classes(where: str, train: Folder, test: Folder) -> None:
             f"{similar_name(name, lacks.classes)}, expected the same in both"
         )
     if not train.classes:
-        raise UserError(
-            f"{where}: {train.path.name}/ and {test.path.name}/ hold no class folders, {LAYOUT}"
-        )
+        found = " and ".join(f"{folder.path.name}/" for folder in folders)
+        raise UserError(f"{where}: found no class folders in {found}, {LAYOUT}")
 
 
 def similar_name(name: str, others: set[str]) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import ml_collections
 
+from cnn_spmd.config import IMAGE_SIZE
 from cnn_spmd.data import folder, prepared, tfds
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.source import Source
@@ -16,13 +17,17 @@ CLASSES = dict(imagenet2012=1000, imagenette=10)
 def load(data: ml_collections.ConfigDict) -> Dataset | Unread:
     """Return the photographs of config.data, decoded if an earlier run did so.
 
-    data.name: "folder", one of CLASSES, or another name of TFDS; data.dir: the class folders, or
-    TFDS's data directory ("": the usual one). The decoded images go to TFDS's data directory.
+    data.name: "folder", one of CLASSES, another name of TFDS, or "tfds:" and any name of TFDS;
+    data.dir: the class folders, or TFDS's data directory ("": the usual one). The decoded images go
+    to TFDS's data directory.
 
     Raises UserError, in one line, for what is missing, damaged or of another form.
     """
-    name, size, skip_bad = data.name, data.image_size, data.get("skip_bad", 0)
+    name, skip_bad = data.name, data.get("skip_bad", 0)
     source = find_source(name, data.dir)
+    # Under a bare name, runs have always had images of IMAGE_SIZE, and resume with these.
+    own_side = source.side if name.startswith(tfds.PREFIX) else 0
+    size = data.image_size or own_side or IMAGE_SIZE
     root = tfds.data_directory() / "cnn_spmd_photographs"
     found = prepared.find(source, size, root, skip_bad)
     if found is not None:
@@ -37,10 +42,10 @@ def find_source(name: str, data_dir: str) -> Source:
     """Return the data set as it is found. Raises UserError as `load`."""
     if name == "folder" and not data_dir:
         raise UserError(f"data.dir=: is empty, {folder.LAYOUT}")
-    root = Path(data_dir).expanduser() if data_dir else tfds.data_directory()
+    root = root_of(data_dir)
     if data_dir and not root.is_dir():
         raise UserError(f"data.dir={data_dir}: is no folder, {folder.LAYOUT}")
-    if name == "folder" or (name in CLASSES and (root / "train").is_dir()):
+    if is_in_folders(name, data_dir):
         source = folder.find_source(root)
     else:
         source = tfds.find_source(name, root)
@@ -51,6 +56,16 @@ def find_source(name: str, data_dir: str) -> Source:
             "give another folder, or data.name=folder"
         )
     return source
+
+
+def root_of(data_dir: str) -> Path:
+    """Return the folder that data.dir stands for."""
+    return Path(data_dir).expanduser() if data_dir else tfds.data_directory()
+
+
+def is_in_folders(name: str, data_dir: str) -> bool:
+    """Return whether photographs are in class folders; otherwise they are TFDS's."""
+    return name == "folder" or (name in CLASSES and (root_of(data_dir) / "train").is_dir())
 
 
 def make_dataset(name: str, source: Source, found: prepared.Prepared) -> Dataset:
@@ -66,4 +81,5 @@ def make_dataset(name: str, source: Source, found: prepared.Prepared) -> Dataset
         files="" if is_folder else source.content,
         digest=found.digest,
         skipped=len(found.skipped),
+        test_from_train=len(found.arrays["test_labels"]) if source.is_held_out else 0,
     )

@@ -7,12 +7,11 @@ an entry for it too: then fields that it does not use are refused when they are 
 import dataclasses
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import ml_collections
 from absl import logging
 
-from cnn_spmd.data import cifar10, cifar10_archive, digest, photographs, tfds
+from cnn_spmd.data import cifar10, cifar10_archive, digest, npz, photographs, tfds
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
@@ -83,13 +82,29 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
     """Return the loader of data.name. Raises UserError for an unknown name."""
     if data.name in DATASETS:
         return DATASETS[data.name]
-    root = Path(data.dir).expanduser() if data.dir else tfds.data_directory()
+    if data.name.startswith(tfds.PREFIX):
+        return photographs.load
+    root = photographs.root_of(data.dir)
     if tfds.prepared_folder(data.name, root):
         return photographs.load
     raise UserError(
-        f"data.name={data.name}: not a data set; choose from {', '.join(DATASETS)}, or a data set "
-        f"that TFDS has prepared in {root} ({tfds.how_to_build('NAME', root)})"
+        f"data.name={data.name}: not a data set; choose from {', '.join(DATASETS)}, "
+        f"{tfds.PREFIX}NAME for what TFDS can download, or a data set that TFDS has prepared in "
+        f"{root} ({tfds.how_to_build('NAME', root)})"
     )
+
+
+def may_use_tfds(data: ml_collections.ConfigDict) -> bool:
+    """Return whether `find` may import TFDS, which must not happen in a thread beside imports.
+
+    While TFDS is imported, it replaces Python's import statement for all threads (etils.epy,
+    lazy_imports): modules that another thread imports then break.
+    """
+    if data.name == "cifar10":
+        return not cifar10.is_here(data.dir)
+    if data.name in DATASETS and DATASETS[data.name] is not photographs.load:
+        return False
+    return not photographs.is_in_folders(data.name, data.dir)
 
 
 def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
@@ -143,9 +158,11 @@ DATASETS: dict[str, Loader] = {
     "folder": photographs.load,
     "imagenet2012": photographs.load,
     "imagenette": photographs.load,
+    "npz": npz.load,
 }
 
 # The config's fields that only some data sets use, by data set; one that is not here uses all.
+# What stands before a colon in data.name is looked up.
 PHOTOGRAPHS = ("data.dir", "data.flip", "data.image_size", "data.skip_bad")
 FALLBACK = ("fallback", "fallback_epochs", "fallback_batch_size", "fallback_learning_rate")
 SIZES = ("image_size", "classes", "train_examples", "test_examples")
@@ -153,5 +170,6 @@ USES = {
     "cifar10": ("data.dir", "data.flip", *(f"data.{name}" for name in FALLBACK)),
     "digits": (),
     "synthetic": ("data.flip", *(f"data.synthetic.{name}" for name in SIZES)),
-    **dict.fromkeys(("folder", "imagenet2012", "imagenette"), PHOTOGRAPHS),
+    **dict.fromkeys(("folder", "imagenet2012", "imagenette", "tfds"), PHOTOGRAPHS),
+    "npz": ("data.dir", "data.flip", "data.image_size"),
 }

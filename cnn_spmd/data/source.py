@@ -33,6 +33,8 @@ class Source(NamedTuple):
     class_names: tuple[str, ...]
     content: str  # a digest of names and sizes: a copy of the files has the same
     fingerprint: str  # a digest that changes whenever a file changes, and differs for a copy
+    is_held_out: bool = False  # whether "test" is a part of what there is to train on
+    side: int = 0  # of each image, in pixels, where all are squares of one size; otherwise 0
 
     @property
     def total(self) -> int:

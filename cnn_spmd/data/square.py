@@ -38,5 +38,9 @@ def decode(file: Path | io.BytesIO, size: int) -> np.ndarray:
             image = image.convert("RGBA")  # a palette may hold transparency
         if image.mode != "RGB":  # which would be copied
             image = image.convert("RGB")
-        square = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-        return np.asarray(square)
+        return fit(image, size)
+
+
+def fit(image: Image.Image, size: int) -> np.ndarray:
+    """Return the central square of an RGB image, rescaled to uint8 [size, size, 3]."""
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))

@@ -18,7 +18,7 @@ from flax import nnx
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.models import alexnet_2012_small, alexnet_bn, cuda_convnet, resnet, stack, vgg
-from cnn_spmd.models.alexnet import AlexNet
+from cnn_spmd.models.alexnet import SIZES, AlexNet
 from cnn_spmd.models.alexnet_2012 import AlexNet2012
 from cnn_spmd.models.simple_cnn import SimpleCNN
 
@@ -47,6 +47,9 @@ USES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(resnet.NETS, ("model.batch_norm",)),
     **{name: stack.uses(net) for name, net in STACKS.items()},
 }
+
+# Name -> the sides of the images that a network takes, in pixels, if it takes only these.
+SIDES = {"alexnet": tuple(sorted(SIZES))}
 
 
 def make(name: str, batch_norm: str = "global", **settings) -> nnx.Module:

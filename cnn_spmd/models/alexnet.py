@@ -80,7 +80,7 @@ class AlexNet(nnx.Module):
             raise UserError(
                 f"model.name=alexnet: images of {image_size}x{image_size}, expected a side of "
                 f"{' or '.join(str(side) for side in sorted(SIZES))}: set --config.data.image_size "
-                "for photographs, or --config.data.crop"
+                "for photographs, tfds:NAME and npz, or --config.data.crop"
             )
         self.sizes = SIZES[image_size]
         self.dropout = dropout

@@ -12,24 +12,27 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 class Board:
     """Write scalars to an event file of TensorBoard in a folder.
 
-    purge_step: TensorBoard forgets what earlier files in the folder hold from this step on.
+    start: the step at which the run starts. TensorBoard forgets what earlier files in the folder
+    hold after it.
 
     tensorboard's own classes for this import TensorFlow, and tensorboardX imports PyTorch, where
     they are installed: that takes seconds.
     """
 
-    def __init__(self, folder: pathlib.Path, purge_step: int):
+    def __init__(self, folder: pathlib.Path, start: int):
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._records = RecordWriter((folder / name).open("wb", buffering=0))
         self._write(file_version="brain.Event:2")
         restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step=purge_step, session_log=restart)
+        self._write(step=start + 1, session_log=restart)
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Write one scalar."""
-        entry = summary_pb2.Summary.Value(tag=tag, simple_value=value)
-        self._write(step=step, summary=summary_pb2.Summary(value=[entry]))
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Write the scalars of a step, by tag."""
+        entries = [
+            summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()
+        ]
+        self._write(step=step, summary=summary_pb2.Summary(value=entries))
 
     def close(self) -> None:
         """Close the file."""

@@ -31,6 +31,7 @@ def dry_run(
     configs.validate(config)
     data = data or registry.find(config.data)
     setup = build.prepare(config, devices, data.preview if isinstance(data, Unread) else data)
+    build.say_crop(config, setup)
     with contextlib.ExitStack() as stack:
         if workdir:
             stack.enter_context(locked_run(workdir, setup.saved_config))

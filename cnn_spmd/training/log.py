@@ -1,10 +1,12 @@
-"""Log a run: metrics.jsonl, TensorBoard, and the lines of its progress."""
+"""Log a run: metrics.jsonl, TensorBoard, other trackers, and the lines of its progress."""
 
 import bisect
 import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -15,9 +17,40 @@ from cnn_spmd.training.clock import Clock
 from cnn_spmd.training.terminal import Progress, say
 from cnn_spmd.training.timetable import Chunk, Timetable
 
+# What a line of metrics.jsonl says about itself; a curve of it would show nothing.
+COUNTERS = ("steps", "examples", "batches", "train_seconds")
+# The group of a scalar's tag, by the split of its line. The last evaluation ends the curve of those
+# before it.
+GROUPS = dict(eval="test", final="test")
+
+
+class Tracker(Protocol):
+    """What receives a run's curves, such as TensorBoard or a service."""
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Receive the scalars of a step, by tag; two calls may be about the same step."""
+
+    def close(self) -> None:
+        """End; the run may have failed."""
+
+
+# Name -> a function of the run's folder and the step at which the run starts. It is called once per
+# run, when config.json is there already. An experiment may add trackers beside TensorBoard.
+TRACKERS: dict[str, Callable[[pathlib.Path, int], Tracker]] = {}
+
+
+def tagged(split: str, values: dict[str, float]) -> dict[str, float]:
+    """Return a line's values by their tags, such as test/accuracy, without COUNTERS."""
+    scalars = {}
+    for name, value in values.items():
+        if name not in COUNTERS:
+            group = "speed" if name == "images_per_second" else GROUPS.get(split, split)
+            scalars[f"{group}/{name}"] = value
+    return scalars
+
 
 class MetricsFile:
-    """Write metrics.jsonl and the same to TensorBoard, on process 0 of a cluster.
+    """Write metrics.jsonl, and its curves to the trackers, on process 0 of a cluster.
 
     step: where the run starts. What an earlier command wrote after it is dropped.
     fields: those that every line has, such as the data set.
@@ -41,22 +74,24 @@ class MetricsFile:
         # Importing it takes a while; programs.py does so while XLA compiles.
         from cnn_spmd.training import board
 
-        self._board = board.Board(workdir, purge_step=step + 1)
+        makers = (board.Board, *TRACKERS.values())
+        self._trackers = [make(workdir, step) for make in makers]
 
     def write(self, step: int, split: str, **values: float) -> None:
-        """Append the line {"step", "split", ...}, and write the scalars `split`/name."""
+        """Append the line {"step", "split", ...}, and pass its scalars on to the trackers."""
         if not self._enabled:
             return
         row = dict(step=step, split=split, **values, **self._fields)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        for name, value in values.items():
-            self._board.scalar(f"{split}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.write(step, tagged(split, values))
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file and the trackers."""
         if self._enabled:
             self._file.close()
-            self._board.close()
+            for tracker in self._trackers:
+                tracker.close()
 
 
 class Log:

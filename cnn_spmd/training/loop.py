@@ -70,6 +70,7 @@ def train(
                 setup.start_weights()
 
     setup = build.prepare(config, data=data, check=refuse_early)
+    build.say_crop(config, setup)
     with Interrupt() as interrupt:  # from here on, a signal is noted and does not kill
         interrupt.raise_if_requested()
         with locked_run(workdir, setup.saved_config) as old_summary:

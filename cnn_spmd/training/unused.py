@@ -58,7 +58,7 @@ def refuse(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
 def reason(config: ml_collections.ConfigDict, field: str) -> str:
     """Say why a field has no effect and what would use it; empty where it has one."""
     for by, uses in USES.items():
-        chosen = configs.get(config, by)
+        chosen = configs.get(config, by).partition(":")[0]  # "tfds" for tfds:NAME
         users = [name for name, fields in uses.items() if field in fields]
         if users and chosen in uses and chosen not in users:
             return f"{by}={chosen} does not use it; those that do: {', '.join(users)}"
