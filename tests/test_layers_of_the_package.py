@@ -9,6 +9,7 @@ from conftest import ROOT
 # Each package or module may import itself and those before it.
 ORDER = (
     "errors",
+    "plain_table",
     "config",
     "sharding",
     "layers",
