@@ -10,6 +10,7 @@ from rich import console, table
 
 WIDTH = 100
 GAP = 2  # blanks before the first column and between two
+FOLDED = 20  # characters that are left to a text column before others give way
 
 
 def aligned(
@@ -22,8 +23,8 @@ def aligned(
 ) -> Iterator[str]:
     """Yield a title and aligned rows of at most `width` characters.
 
-    The last `numbers` columns are right-aligned. total: a last row. Where a table is too wide, cells
-    between the first column and the numbers are folded.
+    The last `numbers` columns are right-aligned. total: a last row. Where a table is too wide, the
+    cells between the first column and the numbers are folded.
     """
     made = table.Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="")
     for column, name in enumerate(header):
@@ -46,15 +47,15 @@ def aligned(
         yield (" " * GAP + line).rstrip()
 
 
-def natural_width(columns: Iterable[Sequence[str]]) -> int:
-    """Return how wide a table of these columns (header and cells) is if no cell is folded."""
-    return sum(GAP + max(map(len, column)) for column in columns)
-
-
 def fitting(columns: Sequence[Sequence[str]], keep: int, width: int) -> int:
-    """Return how many of the columns fit into `width`; the first `keep` always stay."""
+    """Return how many columns (header and cells) fit into `width`.
+
+    The first `keep` always stay. As their cells can be folded, each counts as FOLDED at most.
+    """
+    widths = [GAP + max(map(len, column)) for column in columns]
+    widths[:keep] = [min(each, GAP + FOLDED) for each in widths[:keep]]
     count = len(columns)
-    while count > keep and natural_width(columns[:count]) > width:
+    while count > keep and sum(widths[:count]) > width:
         count -= 1
     return count
 

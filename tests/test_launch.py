@@ -417,7 +417,7 @@ def test_dry_run_reports_and_writes_nothing(start, tmp_path):
         "mesh data=4 x model=2",
         "fc3.kernel",
         "conv1 output",
-        "MB of optimizer state",
+        "optimizer state",
         "all-reduce",
         "in theory",
         "compiled for cpu",

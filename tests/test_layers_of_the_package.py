@@ -21,6 +21,7 @@ ORDER = (
     "calibrate",
     "worker",
     "plan",
+    "sweep_screen",
     "sweep",
     "papers.published",  # data only
     "report",
