@@ -24,7 +24,7 @@ def aligned(
     """Yield a title and aligned rows of at most `width` characters.
 
     The last `numbers` columns are right-aligned. total: a last row. Where a table is too wide, the
-    cells between the first column and the numbers are folded.
+    widest cells before the numbers are folded.
     """
     made = table.Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="")
     for column, name in enumerate(header):
@@ -33,7 +33,7 @@ def aligned(
             name,
             justify="right" if is_number else "left",
             overflow="fold",
-            no_wrap=is_number or not column,
+            no_wrap=is_number,
         )
     for row in (*rows, total) if total else rows:
         made.add_row(*row)
@@ -47,17 +47,22 @@ def aligned(
         yield (" " * GAP + line).rstrip()
 
 
-def fitting(columns: Sequence[Sequence[str]], keep: int, width: int) -> int:
-    """Return how many columns (header and cells) fit into `width`.
+def fitting(
+    columns: Sequence[Sequence[str]], kept: Sequence[Sequence[str]], width: int
+) -> list[Sequence[str]]:
+    """Return the columns (header and cells) for which `width` has room beside the kept ones.
 
-    The first `keep` always stay. As their cells can be folded, each counts as FOLDED at most.
+    Those that come first are taken first. As the cells of kept columns can be folded, each counts
+    as FOLDED characters at most.
     """
-    widths = [GAP + max(map(len, column)) for column in columns]
-    widths[:keep] = [min(each, GAP + FOLDED) for each in widths[:keep]]
-    count = len(columns)
-    while count > keep and sum(widths[:count]) > width:
-        count -= 1
-    return count
+    room = width - sum(GAP + min(max(map(len, column)), FOLDED) for column in kept)
+    taken = []
+    for column in columns:
+        needed = GAP + max(map(len, column))
+        if needed <= room:
+            room -= needed
+            taken.append(column)
+    return taken
 
 
 def short_names(fields: Iterable[str]) -> dict[str, str]:

@@ -71,15 +71,14 @@ def table_of(
 
     fields: as of `differing`. figures: the cells of each column, the most important column first.
     """
-    columns = [["run", *(str(row["number"]) for row in rows)]]
+    kept = [["run", *(str(row["number"]) for row in rows)]]
     for field, name in fields.items():
-        columns.append([name, *(str(swept(row).get(field, "")) for row in rows)])
-    columns.append(["status", *(row["status"] for row in rows)])
-    others = len(columns)
-    columns += [[name, *cells] for name, cells in figures.items() if any(cells)]
-    columns = columns[: plain_table.fitting(columns, others, width)]
-    header, *lines = zip(*columns, strict=True)
-    yield from plain_table.aligned(title, header, lines, len(columns) - others, width=width)
+        kept.append([name, *(str(swept(row).get(field, "")) for row in rows)])
+    kept.append(["status", *(row["status"] for row in rows)])
+    known = [[name, *cells] for name, cells in figures.items() if any(cells)]
+    shown = plain_table.fitting(known, kept, width)
+    header, *lines = zip(*kept, *shown, strict=True)
+    yield from plain_table.aligned(title, header, lines, len(shown), width=width)
 
 
 def figures_of(rows: Sequence[dict]) -> dict[str, list[str]]:

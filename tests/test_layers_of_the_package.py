@@ -25,6 +25,7 @@ ORDER = (
     "sweep",
     "papers.published",  # data only
     "report",
+    "runs",
     "papers",
     "report.__main__",  # prints the papers' tables too
 )

@@ -479,10 +479,13 @@ def test_a_table_of_a_sweep_fits_80_columns():
     assert names == {"optimizer.stages": "stages", "seed": "seed", "a.seed": "a.seed"}
     figures = sweep_screen.figures_of(rows)
     assert "ring MB" not in figures  # a single one, with which nothing can be compared
-    for width, last in ((80, "images/s"), (120, "top5")):
+    for width, shown in (
+        (80, "accuracy images/s top5"),
+        (120, "accuracy images/s seconds step ms top5"),
+    ):
         table = [*sweep_screen.table_of(rows, names, "title", figures, width)]
         assert max(map(len, table)) <= width
-        assert table[1].split()[-1] == last
+        assert " ".join(table[1].split()) == f"run stages seed a.seed status {shown}"
         assert "[red]" in table[2]
         assert " ".join(table).count("0.75)") == 9  # nothing is cut
 
