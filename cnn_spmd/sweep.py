@@ -37,8 +37,8 @@ from cnn_spmd.training import dry_run as dry_runs
 # A run's status by launch.py's exit code; any other code means failed.
 OUTCOMES = {0: "completed", 2: "refused", 75: "interrupted"}
 LONGEST_NAME = 100  # characters of a run's folder; file systems allow 255 bytes
-LONGEST_REASON = 300  # characters
 LONGEST_VALUE = 24  # characters of a value in it
+LONGEST_REASON = 300  # characters
 NOT_FIELDS = ("mesh", "batch_per_device")  # swept by flags of their own
 
 # ---- What is swept
@@ -414,16 +414,18 @@ def _take_earlier(rows: list[dict], old: list[dict], folder: pathlib.Path) -> li
     for number, row in enumerate(old, 1):
         row.setdefault("number", number)
     earlier = {_combination(row): row for row in old}
+    taken = []
     free = itertools.count(max((row["number"] for row in old), default=0) + 1)
     fields = sweep_screen.differing(rows)
     for i, row in enumerate(rows):
-        before = earlier.pop(_combination(row), None)
+        before = earlier.get(_combination(row))
         if before is None:
             own = sweep_screen.swept(row)
             row["number"] = next(free)
             shown = {name: own[field] for field, name in fields.items() if field in own}
             row["name"] = folder_name(row["number"], shown)
             continue
+        taken.append(before)
         row.update(number=before["number"], name=before["name"])
         if not (folder / row["name"]).is_dir():
             continue
@@ -432,7 +434,7 @@ def _take_earlier(rows: list[dict], old: list[dict], folder: pathlib.Path) -> li
         else:
             with workdir.locked(folder / row["name"]):
                 pass
-    return [row for row in earlier.values() if row["status"] != "refused"]
+    return [row for row in old if row["status"] != "refused" and row not in taken]
 
 
 def _combination(row: dict) -> str:

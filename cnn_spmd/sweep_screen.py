@@ -261,8 +261,8 @@ def show_dry_run(rows: Iterable[dict], count: int) -> list[dict]:
                 status.update(f"compiling {len(done) + 1} of {count}")
             done.append(next(rows))
     title = (
-        f"A dry run of {count} runs; MB per device: state between steps, held while it trains,\n"
-        "sent per step in rings, and in theory"
+        f"A dry run of {count} runs. MB per device: state between steps, held while it trains,\n"
+        "sent per step in rings, in theory. ms: the step as predicted, for a known card"
     )
     fields = differing(done)
     lines = table_of(done, fields, title, report_figures(done), page.width)

@@ -181,13 +181,12 @@ def _summary(report: dict) -> Iterator[str]:
         total = f"{sum(held.values()) / 1e6:.1f} MB"
         yield from _wrapped(f"memory per device: {total} ({parts}){_fit_text(report)}")
     if report["collectives"]:
-        totals, theory = report["totals"], report["closed_form_ring_bytes"]
-        in_theory = (
-            "theory does not cover it" if theory is None else f"{theory / 1e6:.1f} in theory"
-        )
+        count, sent = (report["totals"][name] for name in ("count", "ring_bytes"))
+        theory = report["closed_form_ring_bytes"]
+        beside = "theory does not cover it" if theory is None else f"{theory / 1e6:.1f} in theory"
         yield (
-            f"sent per device and step: {totals['ring_bytes'] / 1e6:.1f} MB by "
-            f"{totals['count']} collectives ({in_theory})"
+            f"sent per device and step: {sent / 1e6:.1f} MB by {count} "
+            f"collective{'s' * (count > 1)} ({beside})"
         )
 
 
