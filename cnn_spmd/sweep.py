@@ -459,7 +459,7 @@ class _Sweep:
         self.sweep = sweep
         self.rows = rows
         self.runner = runner
-        self.all_rows = [*earlier, *rows]
+        self.all_rows = sorted([*earlier, *rows], key=lambda row: row["number"])
         self.folder = folder
 
     def run(self) -> dict:

@@ -4,7 +4,6 @@ A row is an entry of sweep.json: number, mesh, settings (the swept fields), stat
 and figures (runfiles.figures_of).
 """
 
-import contextlib
 import json
 import pathlib
 import statistics
@@ -81,7 +80,7 @@ def table_of(
     yield from plain_table.aligned(title, header, lines, len(shown), width=width)
 
 
-def figures_of(rows: Sequence[dict]) -> dict[str, list[str]]:
+def figure_columns(rows: Sequence[dict]) -> dict[str, list[str]]:
     """Return the cells of each column of figures, the most important column first."""
     columns = {
         "accuracy": [_cell(row["figures"].get("accuracy"), "{:.2%}") for row in rows],
@@ -90,7 +89,7 @@ def figures_of(rows: Sequence[dict]) -> dict[str, list[str]]:
     }
     # None where there is no report on the program.
     ring = [row["figures"].get("ring_bytes") for row in rows]
-    if len({size for size in ring if size is not None}) > 1:  # it is no figure of what is shared
+    if len({size for size in ring if size is not None}) > 1:  # not what all runs share
         columns["ring MB"] = [_cell(size, "{:.1f}", 1e-6) for size in ring]
     # None where a resumed run had no step left.
     times = [(row["figures"].get("step_milliseconds") or {}).get("median") for row in rows]
@@ -175,12 +174,12 @@ class Screen:
         """Show how the run ended."""
         if self._live:
             return  # the next run, or the end, shows it
-        cells = {name: column for name, (column,) in figures_of([self._row]).items() if column}
+        cells = {name: column for name, (column,) in figure_columns([self._row]).items() if column}
         figures = ", ".join(f"{name} {cell}" for name, cell in cells.items())
         print(f"  {self._row['status']}{': ' * bool(figures)}{figures}", flush=True)
 
     def _table(self, rows: Sequence[dict], title: str) -> Iterator[str]:
-        return table_of(rows, self._fields, title, figures_of(rows), self._console.width)
+        return table_of(rows, self._fields, title, figure_columns(rows), self._console.width)
 
     def _state(self, steps: tuple[int, int] | None) -> str:
         """Say where the sweep is: "3 of 8: run 5, step 10 of 90, ETA of the sweep 1:02:03"."""
@@ -252,25 +251,21 @@ def show_dry_run(rows: Iterable[dict], count: int) -> list[dict]:
     """Print the table of a dry run of `count` rows, which are compiled meanwhile; return them."""
     page = console.Console(markup=False, emoji=False, highlight=False)
     done: list[dict] = []
-    with contextlib.ExitStack() as stack:
-        if page.is_terminal:
-            status = stack.enter_context(page.status(""))
-        rows = iter(rows)
-        while len(done) < count:
-            if page.is_terminal:
-                status.update(f"compiling {len(done) + 1} of {count}")
-            done.append(next(rows))
+    with page.status(f"compiling {count} runs") as status:  # shows nothing without a terminal
+        for row in rows:
+            done.append(row)
+            status.update(f"compiled {len(done)} of {count} runs")
     title = (
         f"A dry run of {count} runs. MB per device: state between steps, held while it trains,\n"
         "sent per step in rings, in theory. ms: the step as predicted, for a known card"
     )
     fields = differing(done)
-    lines = table_of(done, fields, title, report_figures(done), page.width)
+    lines = table_of(done, fields, title, report_columns(done), page.width)
     print(*lines, *reasons(done), sep="\n")
     return done
 
 
-def report_figures(rows: Sequence[dict]) -> dict[str, list[str]]:
+def report_columns(rows: Sequence[dict]) -> dict[str, list[str]]:
     """Return the cells of a dry run's columns, in MB per device; `report` may be None."""
     columns: dict[str, list[str]] = {}
     for row in rows:

@@ -581,7 +581,7 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
     assert (figures["ring_bytes"] is summary["collectives"] is None) == unread
     assert (program["placement"] == []) == (broken == "sharding.placement.Placement.report")
     rows = [dict(figures=each, seconds=1.0) for each in (figures, figures | dict(ring_bytes=1e6))]
-    assert sweep_screen.figures_of(rows).get("ring MB", [""])[0] == ("" if unread else "0.0")
+    assert sweep_screen.figure_columns(rows).get("ring MB", [""])[0] == ("" if unread else "0.0")
     whole = write_run(tmp_path / "whole", "2x1", 4321.0)
     for folders in ([tmp_path / "run"], [tmp_path / "run", whole]):
         _, page, _, errors = written(capsys, *folders)
@@ -1009,7 +1009,7 @@ def test_a_registered_metric_of_a_finished_sweep_is_in_its_report(tmp_path, caps
 
 def test_a_registered_metric_is_in_the_terminals_table_of_a_sweep():
     runs = [a_run(eval=dict(accuracy=0.5, loss=1.0, mean_rank=2.53)), a_run("2x1", status="failed")]
-    assert sweep_screen.figures_of(runs)["mean_rank"] == ["2.53", ""]
+    assert sweep_screen.figure_columns(runs)["mean_rank"] == ["2.53", ""]
 
 
 def test_a_metric_that_is_no_number_is_damage(tmp_path, capsys):

@@ -477,7 +477,7 @@ def test_a_table_of_a_sweep_fits_80_columns():
     rows = invented_rows(shared, shared | more)
     names = sweep_screen.differing(rows)
     assert names == {"optimizer.stages": "stages", "seed": "seed", "a.seed": "a.seed"}
-    figures = sweep_screen.figures_of(rows)
+    figures = sweep_screen.figure_columns(rows)
     assert "ring MB" not in figures  # a single one, with which nothing can be compared
     for width, shown in (
         (80, "accuracy images/s top5"),
@@ -506,9 +506,9 @@ def test_an_older_sweep_is_found_by_its_settings(fake, tmp_path):
     (tmp_path / "s/repaired").touch()
     result = fake(3, 1, 0)
     assert [(run["number"], run["name"]) for run in result["runs"]] == [
-        (3, "03-seed=3"),
-        (2, "seed=1"),
         (1, "seed=0"),
+        (2, "seed=1"),
+        (3, "03-seed=3"),
     ]
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "3", "1"]
 
