@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -385,6 +386,15 @@ def test_a_process_that_ends_or_hangs_does_not_hang_the_sweep(fake, monkeypatch,
     assert time.monotonic() - since < 4  # what the first run started still holds its pipe
     assert [row["status"] for row in rows] == ["failed", "failed", "completed"]
     assert [row["reason"] for row in rows] == ["said nothing", "does not leave", ""]
+
+
+def test_a_sweep_looks_at_its_run_while_it_waits(monkeypatch):
+    monkeypatch.setattr(worker, "ALIVE_SECONDS", 0.01)
+    runner = worker.Worker(None)
+    runner._process = types.SimpleNamespace(poll=lambda: None)
+    runner._pipe, theirs = multiprocessing.Pipe()
+    with theirs, runner._pipe:
+        assert runner._answer(lambda: theirs.send("seen")) == "seen"
 
 
 def test_a_profiled_run_has_its_process_for_itself(fake, monkeypatch, tmp_path):
