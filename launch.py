@@ -13,6 +13,8 @@ Below, E stands for experiments/alexnet_cifar.py.
   python launch.py --workdir runs/a --evaluate                  test the run's newest checkpoint
   python launch.py --config E --dry_run                         compile, print the report, stop
   python launch.py --config E --dry_run --target h100:64x8      the same for 64 hosts of 8 GPUs each
+  python launch.py --config E --dry_run --mesh all --sweep parallelism=data,hybrid
+                                                                memory and bytes of each, one table
   python launch.py --config E --plan --target h100:8x8          which mesh and scheme, and why
 
 Several hosts: give the same command on each, with JAX_COORDINATOR_ADDRESS=host:port,
@@ -105,7 +107,7 @@ DRY_RUN = flags.DEFINE_bool(
     "dry_run",
     False,
     "Compile, print placement, memory and collectives, and stop; with "
-    "--workdir, also write them there as program.json.",
+    "--workdir, also write them there as program.json. Of a sweep: a table of all its runs.",
 )
 PLAN = flags.DEFINE_bool(
     "plan",
@@ -181,7 +183,7 @@ def launch(argv: list[str]) -> int:
     refuse_flags(argv)
     if is_sweep():
         set_up_jax()
-        return launch_sweep()
+        return dry_run_sweep() if DRY_RUN.value else launch_sweep()
     configs.validate(CONFIG.value)
     if EVALUATE.value:
         CONFIG.value.data.fallback = ""  # another data set would be no test of this network
@@ -242,9 +244,14 @@ def refuse_flags(argv: list[str]) -> None:
         )
     if PLAN.value and (DRY_RUN.value or MESH.value or WORKDIR.value):
         raise UserError("--plan: expected no --dry_run, --mesh or --workdir with it")
-    if is_sweep() and (DRY_RUN.value or PLAN.value or EVALUATE.value):
-        name = "plan" if PLAN.value else "dry_run" if DRY_RUN.value else "evaluate"
+    if is_sweep() and (PLAN.value or EVALUATE.value):
+        name = "plan" if PLAN.value else "evaluate"
         raise UserError(f"--{name}: expected a single mesh with it, and no --sweep")
+    if is_sweep() and DRY_RUN.value and WORKDIR.value:
+        raise UserError(
+            f"--workdir={WORKDIR.value}: a dry run of a sweep writes no file, expected no "
+            "--workdir with it"
+        )
     if EVALUATE.value:
         refuse_with_evaluate()
 
@@ -488,6 +495,8 @@ def launch_sweep() -> int:
         folder = workdir.parse(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
         try:
             result = sweep_in(folder, runner)
+            if not folder.exists():  # every combination is refused
+                return BAD_INPUT
             for path in write.write_report([folder]):
                 print(path)
         except KeyboardInterrupt:
@@ -508,11 +517,38 @@ def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
 
     environment.simulate(runner.cpu_devices or runner.device_count())
     devices = jax.devices()
-    combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, len(devices))
+    combos, shared = swept(len(devices))
+    return sweep.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
+
+
+def swept(device_count: int) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the combinations that the flags name, and launch.py's arguments that all share.
+
+    Raises UserError for a field or scheme that is unknown, or that no combination uses.
+    """
+    from cnn_spmd import sweep
+
+    combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, device_count)
     arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])
     shared = without(arguments, {"mesh", "sweep", "batch_per_device", "workdir"})
-    sweep.refuse_fields(combos, shared, len(devices))
-    return sweep.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
+    sweep.refuse_fields(combos, shared, device_count)
+    return combos, shared
+
+
+def dry_run_sweep() -> int:
+    """Compile every combination that the flags name, print one table; return the exit code."""
+    import jax
+
+    from cnn_spmd import sweep, sweep_screen
+    from cnn_spmd.analysis import target
+
+    devices = target.devices(TARGET.value) if TARGET.value else jax.devices()
+    combos, shared = swept(len(devices))
+    rows = sweep_screen.show_dry_run(sweep.dry_run(combos, shared, devices), len(combos))
+    wrong = [row for row in rows if row["reason"]]
+    if not wrong:
+        return 0
+    return BAD_INPUT if all(row["status"] == "refused" for row in rows) else CRASHED
 
 
 def without(arguments: list[str], names: set[str]) -> list[str]:

@@ -12,38 +12,33 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import math
 import pathlib
 import re
 import shlex
 import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from rich import console, live, table
+import jax
+import ml_collections
 
 from cnn_spmd import config as configs
-from cnn_spmd import experiment, worker
+from cnn_spmd import experiment, sweep_screen, worker
+from cnn_spmd.analysis import program
 from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import build, runfiles, unused, workdir
+from cnn_spmd.training import dry_run as dry_runs
 
-COLUMNS = (
-    "run",
-    "status",
-    "images/s",
-    "step, ms",
-    "ring MB per step",
-    "test accuracy",
-    "s",
-    "reason",
-)
 # A run's status by launch.py's exit code; any other code means failed.
 OUTCOMES = {0: "completed", 2: "refused", 75: "interrupted"}
-LONGEST_NAME = 150  # characters of a run's folder; file systems allow 255 bytes
+LONGEST_NAME = 100  # characters of a run's folder; file systems allow 255 bytes
+LONGEST_VALUE = 24  # characters of a value in it
+LONGEST_REASON = 300  # characters
 NOT_FIELDS = ("mesh", "batch_per_device")  # swept by flags of their own
 
 # ---- What is swept
@@ -203,7 +198,7 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
 
 
 def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> Iterator[dict]:
-    """Yield a row of sweep.json per combination.
+    """Yield a row of sweep.json per combination; `run` gives it a number and a name.
 
     It is pending, or refused with the reason why it cannot work on `devices`.
     """
@@ -211,7 +206,8 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
     fine: set[str] = set()
     for settings in combos:
         row = dict(
-            name=folder_name(settings),
+            number=None,
+            name=None,
             mesh=settings.get("mesh"),
             settings={
                 field: _number(value) for field, value in settings.items() if field != "mesh"
@@ -231,16 +227,39 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
         yield row
 
 
-def folder_name(settings: dict[str, str]) -> str:
-    """Return the name of a combination's folder, which no other combination has."""
-    name = ",".join(
-        value if field == "mesh" else f"{field}={value}" for field, value in settings.items()
-    )
-    unsafe = f"[/{re.escape(workdir.UNREADABLE)}]"
-    if not re.search(unsafe, name) and len(name) <= LONGEST_NAME:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{re.sub(unsafe, '_', name)[:LONGEST_NAME]}-{digest}"
+def folder_name(number: int, settings: dict) -> str:
+    """Return the name of a run's folder, such as 03-4x2,learning_rate=0.1.
+
+    number: its own in the sweep, so that no other run has the folder. settings: those in which the
+    runs differ, by short names.
+    """
+    parts = [
+        _safe(value) if name == "mesh" else f"{name}={_safe(value)}"
+        for name, value in settings.items()
+    ]
+    return "-".join([f"{number:02d}", ",".join(parts)])[:LONGEST_NAME].rstrip("-")
+
+
+def _safe(value: object) -> str:
+    """Return a value with what a shell or Orbax cannot read as "_"; a digest if it is long."""
+    text = re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)).strip("_")
+    if 0 < len(text) <= LONGEST_VALUE:
+        return text
+    return hashlib.sha256(str(value).encode()).hexdigest()[:8]
+
+
+def _config_of(arguments: Sequence[str], shape: str | None) -> ml_collections.ConfigDict:
+    """Return the config of a combination, with seed 0, as the seed decides on no shape.
+
+    shape: the value of --mesh. Raises UserError for fields that are wrong or that nothing uses.
+    """
+    config, given = experiment.parse_arguments(arguments)
+    if shape:
+        config.mesh.update(mesh.parse(shape))
+    configs.validate(config)
+    unused.refuse(config, given)
+    config.seed = 0
+    return config
 
 
 def _check(
@@ -253,14 +272,9 @@ def _check(
     """Raise UserError where a run with these arguments cannot work on `devices`.
 
     shape: the value of --mesh. datasets: those that are loaded already, by their config. fine: the
-    configs that can work, except for their seed, which decides on no shape.
+    configs that can work, with seed 0.
     """
-    config, given = experiment.parse_arguments(arguments)
-    if shape:
-        config.mesh.update(mesh.parse(shape))
-    configs.validate(config)
-    unused.refuse(config, given)
-    config.seed = 0
+    config = _config_of(arguments, shape)
     if (content := repr(config)) in fine:
         return
     with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it
@@ -269,6 +283,38 @@ def _check(
             datasets[key] = registry.load(config.data, check)
         check(datasets[key])
     fine.add(content)
+
+
+def dry_run(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> Iterator[dict]:
+    """Yield a row per combination, with the `report` on its compiled train step.
+
+    Combinations that differ only in their seed are compiled once. status: fits, "does not fit",
+    compiled (the memory of the devices is not known), or refused with the reason.
+    """
+    datasets: dict[str, dataset.Dataset | dataset.Unread] = {}
+    reports: dict[str, dict] = {}
+    for number, settings in enumerate(combos, 1):
+        row = dict(
+            number=number,
+            mesh=settings.get("mesh"),
+            settings={field: value for field, value in settings.items() if field != "mesh"},
+            report=None,
+            reason="",
+        )
+        try:
+            config = _config_of(arguments_of(settings, shared, len(devices)), row["mesh"])
+            if (content := repr(config)) not in reports:
+                if (key := repr(config.data)) not in datasets:
+                    datasets[key] = registry.find(config.data)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    reports[content] = dry_runs.prepare(config, devices, datasets[key]).report()
+            row["report"] = report = reports[content]
+            row["reason"] = report.get("error", "")
+            status = {True: "fits", False: "does not fit", None: "compiled"}
+            row["status"] = status[program.fits(report)]
+        except (UserError, jax.errors.JaxRuntimeError) as error:
+            row.update(status="refused", reason=" ".join(str(error).split())[:LONGEST_REASON])
+        yield row
 
 
 # ---- Run
@@ -286,8 +332,14 @@ def run(
 
     The folder gets sweep.json, and a folder and a log per run. name: of the experiment; shared:
     launch.py's arguments that all runs have; devices: as many as the runner has, to check the
-    combinations on. Raises UserError for a folder that cannot be used, or holds another sweep.
+    combinations on. Where every combination is refused, nothing is written, unless the folder has a
+    sweep. Raises UserError for a folder that cannot be used, or holds another sweep.
     """
+    rows = list(plan(combos, shared, devices))
+    if all(row["status"] == "refused" for row in rows) and not (folder / "sweep.json").exists():
+        _take_earlier(rows, [], folder)
+        with sweep_screen.Screen(rows, []):
+            return dict(runs=rows)
     with workdir.locked(folder) as content:
         old = _read_sweep(folder)
         if old is None and content - {workdir.LOCK}:
@@ -305,8 +357,7 @@ def run(
         )
         if old:
             _refuse_another_sweep(folder, old, same)
-        rows = list(plan(combos, shared, devices))
-        earlier = _take_completed(rows, old["runs"] if old else [], folder)
+        earlier = _take_earlier(rows, old["runs"] if old else [], folder)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         sweep = dict(
             experiment=name,
@@ -353,22 +404,42 @@ def _refuse_another_sweep(folder: pathlib.Path, old: dict, same: dict) -> None:
         )
 
 
-def _take_completed(rows: list[dict], old: list[dict], folder: pathlib.Path) -> list[dict]:
+def _take_earlier(rows: list[dict], old: list[dict], folder: pathlib.Path) -> list[dict]:
     """Replace the rows that an earlier command completed; return its other rows.
 
-    Its refused rows are left out. Raises UserError where a run of a killed sweep still lives.
+    Each row gets its number and its name: those of the same combination in `old`, or new ones. The
+    rows of older sweeps have no number, and names of another form. The refused rows of the earlier
+    command are left out. Raises UserError where a run of a killed sweep still lives.
     """
-    earlier = {row["name"]: row for row in old}
+    for number, row in enumerate(old, 1):
+        row.setdefault("number", number)
+    earlier = {_combination(row): row for row in old}
+    taken = []
+    free = itertools.count(max((row["number"] for row in old), default=0) + 1)
+    fields = sweep_screen.differing(rows)
     for i, row in enumerate(rows):
-        before = earlier.pop(row["name"], None)
+        before = earlier.get(_combination(row))
+        if before is None:
+            own = sweep_screen.swept(row)
+            row["number"] = next(free)
+            shown = {name: own[field] for field, name in fields.items() if field in own}
+            row["name"] = folder_name(row["number"], shown)
+            continue
+        taken.append(before)
+        row.update(number=before["number"], name=before["name"])
         if not (folder / row["name"]).is_dir():
             continue
-        if before and before["status"] == "completed":
+        if before["status"] == "completed":
             rows[i] = before
         else:
             with workdir.locked(folder / row["name"]):
                 pass
-    return [row for row in earlier.values() if row["status"] != "refused"]
+    return [row for row in old if row["status"] != "refused" and row not in taken]
+
+
+def _combination(row: dict) -> str:
+    """Return what no two runs of a sweep share: the mesh and the settings."""
+    return json.dumps([row.get("mesh"), row.get("settings")], sort_keys=True)
 
 
 class _Sweep:
@@ -388,44 +459,33 @@ class _Sweep:
         self.sweep = sweep
         self.rows = rows
         self.runner = runner
-        self.all_rows = [*earlier, *rows]
+        self.all_rows = sorted([*earlier, *rows], key=lambda row: row["number"])
         self.folder = folder
 
     def run(self) -> dict:
         """Run all that is pending; return what sweep.json holds."""
         pending = [row for row in self.rows if row["status"] == "pending"]
-        seconds: list[float] = []
-        with self._screen() as screen:
-            for left, row in zip(range(len(pending), 0, -1), pending, strict=True):
+        with sweep_screen.Screen(self.all_rows, pending) as screen:
+            for row in pending:
                 row["status"] = "running"
                 self._write()
-                caption = f"{left} to go"
-                if seconds:
-                    caption += f", about {sum(seconds) / len(seconds) * left / 60:.0f} min"
-                screen.update(table_of(self.all_rows, caption), refresh=True)
-                try:
-                    self._run_row(row)
-                finally:  # an interrupted run, too, is shown as such
-                    screen.update(table_of(self.all_rows), refresh=True)
-                seconds.append(row["seconds"])
+                screen.begin(row, self.folder / row["name"])
+                self._run_row(row, screen.tick)
+                screen.end()
         return self._write()
 
-    def _screen(self):
-        """Return rich's live table on a terminal, otherwise plain lines."""
-        if not sys.stdout.isatty():
-            return _Lines(self.all_rows)
-        plain = console.Console(markup=False, emoji=False)  # values may hold brackets and colons
-        return live.Live(table_of(self.all_rows), console=plain, auto_refresh=False)
+    def _run_row(self, row: dict, tick: Callable[[], None]) -> None:
+        """Run one row and fill in its seconds, status, figures and reason.
 
-    def _run_row(self, row: dict) -> None:
-        """Run one row and fill in its seconds, status, figures and reason."""
+        tick: called every second or so.
+        """
         folder = self.folder / row["name"]
         log = self.folder / f"{row['name']}.log"
         arguments = [*shlex.split(row["command"])[2:], f"--workdir={folder}"]
         since = time.monotonic()
         log_begins = log.stat().st_size if log.exists() else 0
         try:
-            code = self.runner.run(arguments, log)
+            code = self.runner.run(arguments, log, tick)
         finally:
             row["seconds"] = round(time.monotonic() - since, 1)
             row["status"] = "interrupted"
@@ -457,69 +517,8 @@ def reason_of(code: int, log: pathlib.Path, begin: int = 0) -> str:
     text = log.read_bytes()[begin:].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "rror:" in line or "RESOURCE_EXHAUSTED" in line]
-    last = (errors or lines or ["said nothing"])[-1].removeprefix("error: ")[:300]
+    last = (errors or lines or ["said nothing"])[-1].removeprefix("error: ")[:LONGEST_REASON]
     if code >= 0:
         return last
     quoted = f"last output: {last}" if lines else last
     return f"killed by {signal.Signals(-code).name}; {quoted}"
-
-
-# ---- Print
-
-
-def table_of(rows: Sequence[dict], caption: str = "") -> table.Table:
-    """Return the sweep as a table for a terminal."""
-    metrics = runfiles.registered_metrics(row["figures"] for row in rows)
-    made = table.Table(*COLUMNS, *metrics, caption=caption or None, caption_justify="left")
-    for row in rows:
-        made.add_row(*_cells(row), *_metric_cells(row, metrics))
-    return made
-
-
-def _metric_cells(row: dict, metrics: Sequence[str]) -> list[str]:
-    """Return the values of registered metrics; empty where a run has none."""
-    values = row["figures"].get("eval") or {}
-    return [f"{values[name]:.4g}" if name in values else "" for name in metrics]
-
-
-def _cells(row: dict) -> list[str]:
-    """Return a row's text under COLUMNS; empty where a figure is not known."""
-    figures = row["figures"]
-    times = figures.get("step_milliseconds") or {}  # none where a resumed run had no step left
-    ring = figures.get("ring_bytes")  # none where there is no report on the program
-    cells = [row["name"], row["status"]]
-    for value, form in (
-        (figures.get("images_per_second"), "{:,.0f}"),
-        (times.get("median"), "{:.2f}"),
-        (None if ring is None else ring / 1e6, "{:.1f}"),
-        (figures.get("accuracy"), "{:.2%}"),
-        (row["seconds"], "{:.0f}"),
-    ):
-        cells.append("" if value is None else form.format(value))
-    return [*cells, row["reason"]]
-
-
-class _Lines:
-    """Stand in for rich's live table without a terminal, with plain lines."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
-        self.printed: dict[str, str] = {}  # the last printed status of each run
-
-    def __enter__(self):
-        print("  ".join(COLUMNS))
-        self.update()
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def update(self, *_, **__) -> None:
-        """Print a line for each row whose status changed."""
-        for row in self.rows:
-            if self.printed.get(row["name"], "pending") != row["status"]:
-                self.printed[row["name"]] = row["status"]
-                metrics = runfiles.registered_metrics([row["figures"]])
-                named = zip(metrics, _metric_cells(row, metrics), strict=True)
-                cells = [*_cells(row), *(f"{name} {value}" for name, value in named)]
-                print("  ".join(cell for cell in cells if cell), flush=True)

@@ -89,11 +89,17 @@ class Worker:
             raise RuntimeError(f"the process that takes the devices ended with {self._end()}")
         return self._devices
 
-    def run(self, arguments: Sequence[str], log: pathlib.Path) -> int:
+    def run(
+        self,
+        arguments: Sequence[str],
+        log: pathlib.Path,
+        tick: Callable[[], object] = lambda: None,
+    ) -> int:
         """Run launch.py with these arguments; return its exit code.
 
         The code is negative where a signal killed the process. log: the file for all its output.
-        After a signal to the sweep, it waits until the run has saved, and raises KeyboardInterrupt.
+        tick: called every ALIVE_SECONDS. After a signal to the sweep, it waits until the run has
+        saved, and raises KeyboardInterrupt.
         """
         try:
             with log.open("a") as file:
@@ -103,7 +109,7 @@ class Worker:
             self._has_run = True
             with contextlib.suppress(ConnectionError):  # `_answer` finds out that it ended
                 self._pipe.send((list(arguments), str(log.absolute())))
-            answer = self._answer()
+            answer = self._answer(tick)
         except KeyboardInterrupt:
             self._interrupt(log.stem)
             raise
@@ -136,13 +142,17 @@ class Worker:
         if self._devices is None:
             self._devices = self._answer()
 
-    def _answer(self) -> Any:
-        """Return the next thing that the process sends; None where it ends without."""
+    def _answer(self, tick: Callable[[], object] = lambda: None) -> Any:
+        """Return the next thing that the process sends; None where it ends without.
+
+        tick: called every ALIVE_SECONDS.
+        """
         try:
             while not self._pipe.poll(ALIVE_SECONDS):
                 # A process that the run started, and that outlives it, may hold the pipe open.
                 if self._process.poll() is not None:
                     return None
+                tick()
             return self._pipe.recv()
         except (EOFError, ConnectionError):
             return None

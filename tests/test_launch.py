@@ -408,6 +408,8 @@ def test_default_workdir_is_named_after_experiment_and_time(start, tmp_path):
     (workdir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"alexnet_cifar-\d{8}-\d{6}-\d{6}", workdir.name)
     assert f"Files: runs/{workdir.name}" in out
+    assert "memory per device: " in out
+    assert "Where each parameter lives" not in out  # the tables are for --dry_run
     assert json.loads((workdir / "summary.json").read_text())["status"] == "completed"
 
 
@@ -417,7 +419,7 @@ def test_dry_run_reports_and_writes_nothing(start, tmp_path):
         "mesh data=4 x model=2",
         "fc3.kernel",
         "conv1 output",
-        "MB of optimizer state",
+        "optimizer state",
         "all-reduce",
         "in theory",
         "compiled for cpu",

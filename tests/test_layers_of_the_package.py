@@ -9,6 +9,7 @@ from conftest import ROOT
 # Each package or module may import itself and those before it.
 ORDER = (
     "errors",
+    "plain_table",
     "config",
     "sharding",
     "layers",
@@ -22,9 +23,11 @@ ORDER = (
     "calibrate",
     "worker",
     "plan",
+    "sweep_screen",
     "sweep",
     "papers.published",  # data only
     "report",
+    "runs",
     "papers",
     "report.__main__",  # prints the papers' tables too
 )

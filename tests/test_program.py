@@ -634,13 +634,19 @@ def a_report(**changes) -> dict:
         placement=[kernel],
         activations=[kernel | dict(name="fc3 input", note="")],
         bytes_per_device=dict(parameters=3_000_000, optimizer=4_000_000),
-        memory=dict(argument_bytes=5_000_000, peak_bytes=None),
+        memory=dict(
+            argument_bytes=9_000_000,
+            output_bytes=7_000_000,
+            alias_bytes=7_000_000,
+            temporary_bytes=600_000,
+            peak_bytes=None,
+        ),
         collectives=[collective],
         overlap=program.UNKNOWN["overlap"],
         communication=[moved],
         closed_form=[dict(operation="reduce-scatter")],
         closed_form_ring_bytes=750_000,
-        totals=dict(ring_bytes=1_500_000),
+        totals=dict(count=2, bytes=2_000_000, ring_bytes=1_500_000),
         closed_form_not_covered=None,
     )
     return report | changes
@@ -649,40 +655,95 @@ def a_report(**changes) -> dict:
 def test_the_printed_report():
     text = program.as_text(a_report(programs_from_cache=2))
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines == [
+    summary = [
         "mesh data=2 x model=4, 8 x cpu",
         "parallelism model, global batch 64, data digits (fallback for cifar10), "
         "a copy on every device",
         "model alexnet, 1,234,567 parameters, float32",
         "compiled for cpu (jaxlib 0.10.2) in 1.2 s, 2 programs from the cache",
-        "Where each parameter lives between steps",
-        "name shape logical axes mesh axes MB per device",
+        "memory per device: 9.6 MB (parameters 3.0, optimizer state 4.0, images 2.0, "
+        "temporary 0.6)",
+        "sent per device and step: 1.5 MB by 2 collectives (0.8 in theory)",
+    ]
+    note = "NOTE: fc3.kernel: fc3_out=10 does not divide by model=4: replicated"
+    assert lines == [
+        *summary,
+        "",
+        "Where each parameter lives between steps, MB per device",
+        "name shape logical axes mesh axes MB",
         "fc3.kernel 4096x10 fc3_in, fc3_out data+model, - 0.020",
-        "NOTE: fc3.kernel: fc3_out=10 does not divide by model=4: replicated",
-        "Where each activation lives",
-        "name shape logical axes mesh axes MB per device",
+        "total 0.020",
+        note,
+        "",
+        "Where each activation lives, MB per device",
+        "name shape logical axes mesh axes MB",
         "fc3 input 4096x10 fc3_in, fc3_out data+model, - 0.020",
+        "total 0.020",
+        "",
         "Memory per device",
-        "3.0 MB of parameters, 4.0 MB of optimizer state, 2.0 MB of images",
-        "XLA's account of the program, MB: argument 5.0",
-        "Collectives per step (payload and sent: MB per device, summed over the count)",
+        "what MB",
+        "parameters 3.000",
+        "optimizer state 4.000",
+        "images 2.000",
+        "temporary 0.600",
+        "total 9.600",
+        "XLA's account of the program, MB: argument 9.0, output 7.0, alias 7.0, temporary 0.6",
+        "",
+        "Collectives per step, MB per device, summed over the count",
         "operation over mesh axes phase count payload sent in a ring",
         "all-gather model forward 2 2.000 1.500",
+        "total 2 2.000 1.500",
+        "",
         "What the schedule can hide is not known: there is no report on the program",
+        "",
         "Payload per device and step, MB: compiled, and in theory (Gholami et al. 2018)",
         "kind over mesh axes compiled in theory",
         "gather model 2.000 1.000",
-        "All of it, sent in rings: 1.500 compiled, 0.750 in theory",
+        "all, sent in rings 1.500 0.750",
         "XLA for CPUs has no reduce-scatter. It makes an all-reduce of the same payload, which "
         "sends twice",
         "as much.",
     ]
+    started = program.as_summary(a_report(programs_from_cache=2))
+    assert [" ".join(line.split()) for line in started.splitlines()] == [*summary, note]
     assert max(map(len, text.splitlines())) <= 100
     for changes in (
         dict(compiler=dict(platform="cuda", device_kind="H100", jaxlib="0.10.2")),
         dict(closed_form=[dict(operation="all-gather")]),
     ):
         assert "twice" not in program.as_text(a_report(**changes))
+
+
+def test_the_printed_report_says_whether_a_step_fits():
+    for memory, expected in (
+        (None, "temporary 0.6)"),
+        (9.6e6, "temporary 0.6), fits in its 0.0 GB"),
+        (9e9, "temporary 0.6), fits in its 9.0 GB"),
+        (9.5e6, "temporary 0.6), does NOT fit in its 0.0 GB"),
+    ):
+        text = program.as_summary(a_report(device_memory_bytes=memory))
+        assert f"{expected}\nsent per device" in text.replace("\n    ", " ")
+    # Of streamed images, a device holds a chunk and the next one.
+    streamed = a_report(streamed_bytes_per_device=100_000, image_bytes_per_device=0)
+    assert program.held_by_device(streamed)["images"] == 2 * 2_000_000
+
+
+def test_a_wide_report_is_folded():
+    rows = [
+        dict(
+            name="conv12 output",
+            shape=[4096, 224, 224, 256],
+            logical_axes=["conv_batch", "image_height", None, "conv_out"],
+            mesh_axes=[["data", "model"], None, None, None],
+            bytes_per_device=8 * 10**9,
+            note="",
+        )
+    ]
+    lines = program.as_text(a_report(activations=rows)).splitlines()
+    assert max(map(len, lines)) <= 100
+    at = lines.index("Where each activation lives, MB per device")
+    assert lines[at + 2].endswith("8000.000")
+    assert lines[at + 3].split()[0] == "conv_out"  # under the logical axes
 
 
 def test_the_printed_report_says_what_is_missing():
@@ -713,5 +774,5 @@ def test_the_printed_report_says_what_is_missing():
         error="ValueError: not known",
     )
     lines = program.as_text(a_report(**unknown)).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[-1] == ("WARNING: there is no whole report on this program: ValueError: not known")

@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from run_helpers import lines, rows, saved_state
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
 from cnn_spmd import config as configs
-from cnn_spmd import experiment, sweep, worker
+from cnn_spmd import experiment, sweep, sweep_screen, worker
 from cnn_spmd.data import registry
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
@@ -177,7 +179,6 @@ def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
     runfiles.write_json(tmp_path / "rows.json", dict(rows=rows))
     assert rows[7]["command"].startswith("python launch.py --config experiments/alexnet_cifar.py")
     assert rows[7]["command"].endswith("--config.data.fallback= --mesh=4x2 --config.batch_size=64")
-    assert rows[7]["name"] == "4x2,batch_per_device=8"
 
 
 def test_runs_that_differ_in_their_seed_are_checked_once(monkeypatch):
@@ -196,16 +197,38 @@ def test_runs_that_differ_in_their_seed_are_checked_once(monkeypatch):
     assert checked == [16, 32, 48, 48]
 
 
-def test_no_two_combinations_have_one_folder(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    values = "/a/b", "_a_b", "x" * 300, "x" * 299 + "y"
+def test_names_of_folders_are_short_and_safe():
     names = [
-        row["name"]
-        for row in sweep.plan([{"data.dir": value} for value in values], SMALL, jax.devices())
+        sweep.folder_name(3, settings)
+        for settings in (
+            dict(mesh="4x2", learning_rate=1e-05),
+            dict(stages="(0.5, 0.75)"),
+            dict(dir="/a/b *?[\\", more="ü"),
+            dict(placement="x" * 300),
+            {f"field_{number}": "y" * 20 for number in range(30)},
+            {},
+        )
     ]
-    assert len(set(names)) == 4
-    assert all("/" not in name and len(name) < 200 for name in names)
-    assert names[1] == "data.dir=_a_b"
+    assert names[:2] == ["03-4x2,learning_rate=1e-05", "03-stages=0.5_0.75"]
+    assert re.fullmatch(r"03-dir=a_b,more=[0-9a-f]{8}", names[2])
+    assert re.fullmatch(r"03-placement=[0-9a-f]{8}", names[3])
+    assert len(names[4]) == sweep.LONGEST_NAME
+    assert names[5] == "03"
+
+
+def test_runs_are_numbered_and_named_by_what_differs(tmp_path):
+    fields = ["optimizer.learning_rate=0.1,0.01", "seed=3", "model.dropout=0.0,0.5"]
+    rows = [
+        dict(mesh="4x2", settings={**combo}, name=None)
+        for combo in sweep.combinations(None, None, fields, 8)
+    ]
+    sweep._take_earlier(rows, [], tmp_path)
+    assert [row["name"] for row in rows] == [
+        "01-learning_rate=0.1,dropout=0.0",
+        "02-learning_rate=0.1,dropout=0.5",
+        "03-learning_rate=0.01,dropout=0.0",
+        "04-learning_rate=0.01,dropout=0.5",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +303,8 @@ def fake(monkeypatch, tmp_path):
         "plan",
         lambda combos, shared, devices: [
             dict(
-                name=f"seed={combo['seed']}",
+                number=None,
+                name=None,
                 mesh=None,
                 settings=combo,
                 status="pending",
@@ -313,26 +337,31 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
     assert result == json.loads((tmp_path / "s/sweep.json").read_text())
     got = {run["name"]: (run["status"], run["reason"]) for run in result["runs"]}
     assert got == {
-        "seed=0": ("completed", ""),
-        "seed=1": ("failed", "seed=1: is refused by the run itself"),
-        "seed=2": ("failed", "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory"),
-        "seed=3": ("failed", "killed by SIGKILL; said nothing"),
+        "01-seed=0": ("completed", ""),
+        "02-seed=1": ("failed", "seed=1: is refused by the run itself"),
+        "03-seed=2": ("failed", "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory"),
+        "04-seed=3": ("failed", "killed by SIGKILL; said nothing"),
     }
     assert result["hardware"]["device_kind"] == "card"
-    assert "seed=2  failed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("A sweep of 4 runs: 4 pending\n1 of 4: run 1  seed=0\n  completed: ")
+    assert "2 of 4: run 2, ETA of the sweep 0:0" in out
+    assert max(map(len, out.partition("The sweep of")[2].partition("Run")[0].splitlines())) <= 80
+    for row in result["runs"][1:]:
+        assert out.count(row["reason"]) == 1
 
     (tmp_path / "s/repaired").touch()
     result = fake(2, 3)  # the others stay as they are
     assert [(run["name"], run["status"]) for run in result["runs"]] == [
-        ("seed=0", "completed"),
-        ("seed=1", "failed"),
-        ("seed=2", "completed"),
-        ("seed=3", "completed"),
+        ("01-seed=0", "completed"),
+        ("02-seed=1", "failed"),
+        ("03-seed=2", "completed"),
+        ("04-seed=3", "completed"),
     ]
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3"]
     assert processes_of(tmp_path / "s")[4:] == [3, 3]
     capsys.readouterr()
-    (tmp_path / "s/seed=0/summary.json").unlink()  # sweep.json has its figures
+    (tmp_path / "s/01-seed=0/summary.json").unlink()  # sweep.json has its figures
     result = fake(0, 2)
     assert (tmp_path / "s/started").read_text().split() == [
         "0",
@@ -343,8 +372,9 @@ def test_a_failed_run_is_told_and_tried_again(fake, tmp_path, capsys):
         "3",
     ]  # what is done is not run again
     assert all(run["figures"] for run in result["runs"] if run["status"] == "completed")
-    assert "seed=1  failed" in capsys.readouterr().out  # why the exit code is not 0
-    shutil.rmtree(tmp_path / "s/seed=0")
+    out = capsys.readouterr().out
+    assert "Run 2 failed: seed=1: is refused by the run itself" in out  # why the exit code is not 0
+    shutil.rmtree(tmp_path / "s/01-seed=0")
     fake(0, 2)
     assert (tmp_path / "s/started").read_text().split() == ["0", "1", "2", "3", "2", "3", "0"]
 
@@ -356,6 +386,15 @@ def test_a_process_that_ends_or_hangs_does_not_hang_the_sweep(fake, monkeypatch,
     assert time.monotonic() - since < 4  # what the first run started still holds its pipe
     assert [row["status"] for row in rows] == ["failed", "failed", "completed"]
     assert [row["reason"] for row in rows] == ["said nothing", "does not leave", ""]
+
+
+def test_a_sweep_looks_at_its_run_while_it_waits(monkeypatch):
+    monkeypatch.setattr(worker, "ALIVE_SECONDS", 0.01)
+    runner = worker.Worker(None)
+    runner._process = types.SimpleNamespace(poll=lambda: None)
+    runner._pipe, theirs = multiprocessing.Pipe()
+    with theirs, runner._pipe:
+        assert runner._answer(lambda: theirs.send("seen")) == "seen"
 
 
 def test_a_profiled_run_has_its_process_for_itself(fake, monkeypatch, tmp_path):
@@ -382,20 +421,106 @@ def test_what_keeps_a_process_from_another_run(monkeypatch, tmp_path):
     assert worker._leftover(time.time() + 3e4) == "this one leaves 1,048,577 bytes on the devices"
 
 
-def test_a_terminal_shows_brackets_as_they_are(monkeypatch, tmp_path):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "stdout", Terminal())
+def invented_rows(*settings):
+    """Rows of sweep.json without a mesh, the first of which is completed."""
     rows = [
-        dict(name=name, status="refused", reason="levers=[]", seconds=None, figures={})
-        for name in ("[red]:x:", "[/a]")
+        dict(
+            number=number,
+            mesh=None,
+            settings=each,
+            status="pending",
+            reason="",
+            seconds=None,
+            figures={},
+        )
+        for number, each in enumerate(settings, 1)
     ]
-    sweep._Sweep({}, rows, [], worker.Worker(None), tmp_path).run()
-    for text in ("[red]:x:", "[/a]", "levers=[]"):
-        assert f" {text} " in sys.stdout.getvalue()
+    figures = dict(
+        accuracy=0.5,
+        images_per_second=1e5,
+        ring_bytes=3e6,
+        step_milliseconds=dict(median=1.5),
+        eval=dict(top5=0.9),
+    )
+    rows[0].update(status="completed", seconds=100.0, figures=figures)
+    return rows
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_step_and_eta(monkeypatch, tmp_path):
+    """In 80 columns, with brackets as they are, and the rows around the one that runs."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "12")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    settings = [{"optimizer.learning_rate": 1 / n, "b": "[red]:x: [/a]"} for n in range(1, 31)]
+    rows = invented_rows(*settings)
+    clock = [0.0]
+    monkeypatch.setattr(sweep_screen.time, "monotonic", lambda: clock[0])
+    with sweep_screen.Screen(rows, rows[1:]) as screen:
+        rows[24]["status"] = "running"
+        screen.begin(rows[24], tmp_path)
+        (tmp_path / "config.json").write_text('{"steps": 40}')
+        (tmp_path / "metrics.jsonl").write_text('cut}\n{"step": 10, "split": "train"}\n{"st')
+        clock[0] = 30.0
+        seen = terminal.tell()
+        screen.tick()
+        frame = terminal.getvalue()[seen:]
+        rows[24].update(status="failed", reason="levers=[]", seconds=31.0)
+        screen.end()
+    # 90 s of this run, and 5 runs as long as the one that is completed.
+    assert "24 of 29: run 25, step 10 of 40, ETA of the sweep 9:50" in frame
+    assert "running" in frame
+    assert len(frame.splitlines()) <= 12
+    out = terminal.getvalue()
+    assert out.endswith("\nRun 25 failed: levers=[]\n")
+    assert "[red]" not in out  # all runs share it
+
+
+def test_a_table_of_a_sweep_fits_80_columns():
+    shared = {"model.dropout": 0.5, "optimizer.stages": "[red]", "seed": 4}
+    more = {"optimizer.stages": "(0.5, 0.75) " * 9, "seed": 5, "a.seed": 6}
+    rows = invented_rows(shared, shared | more)
+    names = sweep_screen.differing(rows)
+    assert names == {"optimizer.stages": "stages", "seed": "seed", "a.seed": "a.seed"}
+    figures = sweep_screen.figure_columns(rows)
+    assert "ring MB" not in figures  # a single one, with which nothing can be compared
+    for width, shown in (
+        (80, "accuracy images/s top5"),
+        (120, "accuracy images/s seconds step ms top5"),
+    ):
+        table = [*sweep_screen.table_of(rows, names, "title", figures, width)]
+        assert max(map(len, table)) <= width
+        assert " ".join(table[1].split()) == f"run stages seed a.seed status {shown}"
+        assert "[red]" in table[2]
+        assert " ".join(table).count("0.75)") == 9  # nothing is cut
+
+
+def test_an_older_sweep_is_found_by_its_settings(fake, tmp_path):
+    """Its folders have other names, and its rows no number."""
+    fake(0, 1)
+    path = tmp_path / "s/sweep.json"
+    old = json.loads(path.read_text())
+    for row in old["runs"]:
+        name = f"seed={row['settings']['seed']}"
+        (tmp_path / f"s/{row['name']}.log").rename(tmp_path / f"s/{name}.log")
+        if row["status"] == "completed":
+            (tmp_path / "s" / row["name"]).rename(tmp_path / "s" / name)
+        row["name"] = name
+        del row["number"]
+    path.write_text(json.dumps(old))
+    (tmp_path / "s/repaired").touch()
+    result = fake(3, 1, 0)
+    assert [(run["number"], run["name"]) for run in result["runs"]] == [
+        (1, "seed=0"),
+        (2, "seed=1"),
+        (3, "03-seed=3"),
+    ]
+    assert (tmp_path / "s/started").read_text().split() == ["0", "1", "3", "1"]
 
 
 def test_a_sweep_says_every_commit_that_it_ran_at(fake, tmp_path):
@@ -412,7 +537,7 @@ def test_a_sweep_says_every_commit_that_it_ran_at(fake, tmp_path):
 def test_what_was_refused_is_forgotten_by_another_list(fake, monkeypatch):
     def refused(*arguments, planned=sweep.plan):
         return [
-            row | (dict(status="refused") if row["name"] == "seed=9" else {})
+            row | (dict(status="refused") if row["settings"]["seed"] == 9 else {})
             for row in planned(*arguments)
         ]
 
@@ -425,7 +550,7 @@ def test_a_run_that_still_lives_is_waited_for(fake, tmp_path):
     """As one of a sweep that was killed."""
     fake(1)
     with (
-        workdirs.locked(tmp_path / "s/seed=1"),
+        workdirs.locked(tmp_path / "s/01-seed=1"),
         pytest.raises(UserError, match=r"seed=1: another run is using it"),
     ):
         fake(0, 1)
@@ -460,7 +585,11 @@ def test_ctrl_c_lets_the_run_save_and_the_sweep_goes_on_later(fake, tmp_path):
         run["name"]: run["status"]
         for run in json.loads((tmp_path / "s/sweep.json").read_text())["runs"]
     }
-    assert statuses == {"seed=0": "completed", "seed=4": "interrupted", "seed=1": "pending"}
+    assert statuses == {
+        "01-seed=0": "completed",
+        "02-seed=4": "interrupted",
+        "03-seed=1": "pending",
+    }
     (tmp_path / "s/repaired").touch()
     assert {run["status"] for run in fake(0, 4, 1)["runs"]} == {"completed"}
 
@@ -553,7 +682,7 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
     ]
     out, _ = finished(start(*arguments), code=1)  # not every combination worked
     assert "2 of 3 runs are completed" in out
-    assert "3x1  refused  mesh.data=3, mesh.model=1: needs 3 devices, but there are 2" in out
+    assert out.count("mesh.data=3, mesh.model=1: needs 3 devices, but there are 2") == 1
     runs = json.loads((tmp_path / "s/sweep.json").read_text())["runs"]
     page = (tmp_path / "s/report.html").read_text()
     for run in runs[:2]:
@@ -564,12 +693,13 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
         )
         (noise,) = lines(tmp_path / "s" / run["name"], "noise")
         assert noise["batches"] == 3
-    assert {"report.md", "report.csv", "1x1", "1x1.log"} <= {
+    assert {"report.md", "report.csv", "01-1x1", "01-1x1.log"} <= {
         path.name for path in (tmp_path / "s").iterdir()
     }
     out, _ = finished(
         start(*SMALL, "--cpu_devices", "2", "--mesh", "3x1,5x1", "--workdir", "t"), code=2
     )  # none can
+    assert not (tmp_path / "t").exists()
 
 
 def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path):  # noqa: F811
@@ -585,9 +715,12 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
     out, _ = finished(start(*SMALL, "--flagfile", "flags.txt", **surroundings, **cache))
     assert "2 of 2 runs are completed" in out
     assert out.count("7 of us") == 2  # that of the sweep and one for both runs
-    summaries = [runfiles.read_json(tmp_path / f"s/seed={seed}/summary.json") for seed in range(2)]
+    summaries = [
+        runfiles.read_json(tmp_path / f"s/{seed + 1:02d}-seed={seed}/summary.json")
+        for seed in range(2)
+    ]
     for seed, summary in enumerate(summaries):
-        said = (tmp_path / f"s/seed={seed}.log").read_text()
+        said = (tmp_path / f"s/{seed + 1:02d}-seed={seed}.log").read_text()
         assert said.count("JAX_ENABLE_X64=1 has no effect") == 1
         assert said.count("Done: synthetic") == 1
         assert summary["config"]["seed"] == seed
@@ -597,7 +730,7 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
 
     arguments = ["--config.seed=1", "--config.data.fallback=", "--workdir=alone"]
     finished(start(*SMALL, *arguments, **cache))
-    worked, alone = tmp_path / "s/seed=1", tmp_path / "alone"
+    worked, alone = tmp_path / "s/02-seed=1", tmp_path / "alone"
     programs = runfiles.read_json(alone / "summary.json")["programs_from_cache"]
     assert programs >= summaries[1]["programs_from_cache"] > 0  # the process still has one or two
     for split in ("train", "final"):
@@ -609,13 +742,34 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
 
 def test_sweeps_that_are_refused_at_once(start, tmp_path):  # noqa: F811
     for more, message in (
-        (["--dry_run"], "--dry_run: expected a single mesh"),
+        (["--dry_run", "--workdir", "s"], "--workdir=s: a dry run of a sweep writes no file"),
         (["--sweep", "model.dropout=0.0,0.5"], "--sweep=model.dropout: model.name=simple_cnn"),
     ):
         _, err = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1", *more), code=2)
         assert err.startswith("error: ")
         assert message in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_sweep_is_one_table(monkeypatch, capsys):
+    """Of two seeds, the program is compiled once; a run that cannot work has its reason below."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "80")
+    combos = sweep.combinations("4x2,2x1,3x1", None, ["seed=0,1"], 8)
+    fields = ["--config.parallelism=data"]
+    found = sweep_screen.show_dry_run(sweep.dry_run(combos, [*SMALL, *fields], jax.devices()), 6)
+    out = capsys.readouterr().out.splitlines()
+    assert max(map(len, out[:9])) <= 80
+    header = "run mesh seed status state MB held MB sent MB theory MB collectives"
+    assert " ".join(out[2].split()) == header
+    state, held, sent, theory, collectives = out[3].split()[4:]
+    assert out[4].split()[:4] == ["2", "4x2", "1", "compiled"]
+    assert out[4].split()[4:] == [state, held, sent, theory, collectives]
+    assert float(held) > float(state) > 0
+    assert float(sent) == float(theory) > 0
+    assert found[0]["report"] is found[1]["report"]
+    assert out[9].startswith("Runs 5, 6 refused: batch_size")
+    assert len(out) == 10
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from cnn_spmd.analysis import hlo, schedule
+from cnn_spmd.plain_table import WIDTH, aligned
 
 # Our names of what XLA's CompiledMemoryStats calls <name>_in_bytes.
 _XLA_MEMORY = dict(
@@ -29,7 +30,6 @@ UNKNOWN = dict(
 _WHERE_IMAGES_LIVE = dict(  # by data.resident
     yes="a copy on every device", sharded="split over all devices", no="streamed from the host"
 )
-_WIDTH = 100
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -96,19 +96,67 @@ def as_text(report: dict) -> str:
     It is at most 100 columns wide where names allow. A report with a part missing ends with a line
     that starts with WARNING and gives the reason.
     """
+    parts = [
+        _summary(report),
+        _placement("Where each parameter lives between steps, MB per device", report["placement"]),
+        _placement("Where each activation lives, MB per device", report["activations"]),
+        _memory(report),
+        _collectives(report["collectives"], report["totals"]),
+        _overlap(report["overlap"]) if report["collectives"] else (),
+        _theory(report),
+        _prediction(report.get("prediction")),
+        _warning(report),
+    ]
+    return "\n\n".join("\n".join(lines) for part in parts if (lines := [*part]))
+
+
+def as_summary(report: dict) -> str:
+    """Return the lines of `as_text` that a run prints as it starts.
+
+    They say what was compiled, whether it fits, what it sends, and what does not lie as asked.
+    """
+    arrays = report["placement"] + report["activations"]
     lines = [
         *_summary(report),
-        *_placement("Where each parameter lives between steps", report["placement"]),
-        *_placement("Where each activation lives", report["activations"]),
-        *_memory(report),
-        *_collectives(report["collectives"]),
-        *(_overlap(report["overlap"]) if report["collectives"] else ()),
-        *_theory(report),
+        *_notes(arrays),
         *_prediction(report.get("prediction")),
+        *_warning(report),
     ]
-    if "error" in report:
-        lines.append(f"WARNING: there is no whole report on this program: {report['error']}")
     return "\n".join(lines)
+
+
+def held_by_device(report: dict) -> dict[str, int] | None:
+    """Return the bytes that a device holds while it trains, by what they are.
+
+    None where the backend does not give XLA's account of the program, or there is no report.
+    """
+    account, held = report["memory"], report["bytes_per_device"]
+    needed = [account.get(f"{name}_bytes") for name in ("argument", "output", "alias", "temporary")]
+    if None in (*needed, *held.values()):
+        return None
+    argument, output, alias, temporary = needed
+    state = dict(parameters=held["parameters"]) | {"optimizer state": held["optimizer"]}
+    if model_state := report.get("model_state_bytes_per_device"):
+        state["model state"] = model_state
+    images = report["image_bytes_per_device"]
+    if report["streamed_bytes_per_device"]:  # a chunk's images, and those of the next chunk
+        images = 2 * max(argument - sum(state.values()), 0)
+    return state | dict(images=images, temporary=temporary + max(output - alias, 0))
+
+
+def fits(report: dict) -> bool | None:
+    """Return whether what a device holds fits in its memory; None where that is not known."""
+    held, memory = held_by_device(report), report.get("device_memory_bytes")
+    return None if held is None or memory is None else sum(held.values()) <= memory
+
+
+def _fit_text(report: dict) -> str:
+    """Return ", fits in its 80.0 GB", or that it does not; empty if nobody knows."""
+    fit = fits(report)
+    if fit is None:
+        return ""
+    verb = "fits" if fit else "does NOT fit"
+    return f", {verb} in its {report['device_memory_bytes'] / 1e9:.1f} GB"
 
 
 def _summary(report: dict) -> Iterator[str]:
@@ -128,6 +176,18 @@ def _summary(report: dict) -> Iterator[str]:
         f"{report['compile_seconds']:.1f} s"
         + (f", {cached} programs from the cache" if cached else "")
     )
+    if held := held_by_device(report):
+        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in held.items())
+        total = f"{sum(held.values()) / 1e6:.1f} MB"
+        yield from _wrapped(f"memory per device: {total} ({parts}){_fit_text(report)}")
+    if report["collectives"]:
+        count, sent = (report["totals"][name] for name in ("count", "ring_bytes"))
+        theory = report["closed_form_ring_bytes"]
+        beside = "theory does not cover it" if theory is None else f"{theory / 1e6:.1f} in theory"
+        yield (
+            f"sent per device and step: {sent / 1e6:.1f} MB by {count} "
+            f"collective{'s' * (count > 1)} ({beside})"
+        )
 
 
 def _placement(title: str, arrays: list[dict]) -> Iterator[str]:
@@ -144,8 +204,14 @@ def _placement(title: str, arrays: list[dict]) -> Iterator[str]:
         )
         for array in arrays
     ]
-    header = ("name", "shape", "logical axes", "mesh axes", "MB per device")
-    yield from aligned(title, header, cells)
+    header = ("name", "shape", "logical axes", "mesh axes", "MB")
+    total = ("total", "", "", "", _megabytes(sum(array["bytes_per_device"] for array in arrays)))
+    yield from aligned(title, header, cells, total=total)
+    yield from _notes(arrays)
+
+
+def _notes(arrays: list[dict]) -> Iterator[str]:
+    """Yield a line for each array that does not lie as the scheme asks."""
     for array in arrays:
         if array["note"]:
             yield from _wrapped(f"  NOTE: {array['name']}: {array['note']}")
@@ -157,16 +223,11 @@ def _axes_text(axes: Sequence[str | list[str] | None]) -> str:
 
 
 def _memory(report: dict) -> Iterator[str]:
-    """Yield what a device holds."""
-    held = report["bytes_per_device"]
-    if None in held.values():
-        return
-    yield "Memory per device"
-    yield (
-        f"  {held['parameters'] / 1e6:.1f} MB of parameters, "
-        f"{held['optimizer'] / 1e6:.1f} MB of optimizer state, "
-        f"{report['image_bytes_per_device'] / 1e6:.1f} MB of images"
-    )
+    """Yield what a device holds while it trains, and XLA's account of the train step."""
+    if held := held_by_device(report):
+        cells = [(name, _megabytes(size)) for name, size in held.items()]
+        total = (f"total{_fit_text(report)}", _megabytes(sum(held.values())))
+        yield from aligned("Memory per device", ("what", "MB"), cells, total=total)
     if streamed := report["streamed_bytes_per_device"]:
         yield f"  {streamed / 1e6:.1f} MB of images per step from the host"
     sizes = ", ".join(
@@ -174,14 +235,15 @@ def _memory(report: dict) -> Iterator[str]:
         for name, size in report["memory"].items()
         if size
     )
-    yield from _wrapped(f"  XLA's account of the program, MB: {sizes or 'not known'}")
+    if sizes:
+        yield from _wrapped(f"  XLA's account of the program, MB: {sizes}")
 
 
-def _collectives(rows: list[dict] | None) -> Iterator[str]:
+def _collectives(rows: list[dict] | None, totals: dict) -> Iterator[str]:
     """Yield a table of the collectives that XLA inserted."""
     if rows is None:
         return
-    title = "Collectives per step (payload and sent: MB per device, summed over the count)"
+    title = "Collectives per step, MB per device, summed over the count"
     if not rows:
         yield f"{title}: no collectives"
         return
@@ -197,7 +259,8 @@ def _collectives(rows: list[dict] | None) -> Iterator[str]:
         for row in rows
     ]
     header = ("operation", "over mesh axes", "phase", "count", "payload", "sent in a ring")
-    yield from aligned(title, header, cells, numbers=3)
+    sums = (str(totals["count"]), _megabytes(totals["bytes"]), _megabytes(totals["ring_bytes"]))
+    yield from aligned(title, header, cells, numbers=3, total=("total", "", "", *sums))
 
 
 def _overlap(overlap: dict) -> Iterator[str]:
@@ -229,9 +292,10 @@ def _theory(report: dict) -> Iterator[str]:
         for row in report["communication"]
     ]
     title = "Payload per device and step, MB: compiled, and in theory (Gholami et al. 2018)"
-    yield from aligned(title, ("kind", "over mesh axes", "compiled", "in theory"), cells, numbers=2)
+    header = ("kind", "over mesh axes", "compiled", "in theory")
     sent = (report["totals"]["ring_bytes"], report["closed_form_ring_bytes"])
-    yield "  All of it, sent in rings: {} compiled, {} in theory".format(*map(_megabytes, sent))
+    total = ("all, sent in rings", "", *map(_megabytes, sent))
+    yield from aligned(title, header, cells, numbers=2, total=total)
     scattered = any(row["operation"] == "reduce-scatter" for row in report["closed_form"])
     if scattered and report["compiler"]["platform"] == "cpu":
         yield from _wrapped(
@@ -253,18 +317,10 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.3f}"
 
 
-def aligned(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 1
-) -> Iterator[str]:
-    """Yield a title and aligned rows; the last `numbers` columns are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    yield title
-    for row in (header, *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        for column in range(len(row) - numbers, len(row)):
-            cells[column] = row[column].rjust(widths[column])
-        yield "  " + "  ".join(cells).rstrip()
+def _warning(report: dict) -> Iterator[str]:
+    if "error" in report:
+        yield f"WARNING: there is no whole report on this program: {report['error']}"
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, subsequent_indent="    ", break_long_words=False)
+    return textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_long_words=False)

@@ -28,6 +28,8 @@ def load_runs(folder: str | os.PathLike) -> list[dict]:
         eval.examples, and every further metric of training.metrics.METRICS.
       peak_bytes, ring_bytes, closed_form_ring_bytes: from program.json; bytes per device, the
         latter two per step.
+      best.accuracy, best.step: the best evaluation in metrics.jsonl, and its step.
+      bytes_on_disk: of all files in the run's folder.
       hidden_share: from program.json; of the communication, the part that the schedule can hide.
       Each other number and text of summary.json, under its own name: experiment, seed, steps,
         mesh.data, images_per_second, step_milliseconds.median, train_seconds, versions.jax, ...
@@ -53,7 +55,8 @@ def load_run(folder: pathlib.Path) -> dict:
     try:
         summary = runfiles.read_json(folder / "summary.json")
         fields = flat(summary | dict(config=complete(summary["config"])))
-        fields.pop("collectives", None)
+        for name in ("collectives", "startup"):  # lists of objects
+            fields.pop(name, None)
     except UserError as error:
         fields = dict(status="unfinished", reason=str(error))
         with contextlib.suppress(UserError):
@@ -68,7 +71,26 @@ def load_run(folder: pathlib.Path) -> dict:
             closed_form_ring_bytes=program.get("closed_form_ring_bytes"),
             hidden_share=runfiles.hidden_share(program),
         )
-    return fields
+    return fields | best_evaluation(folder) | dict(bytes_on_disk=bytes_on_disk(folder))
+
+
+def best_evaluation(folder: pathlib.Path) -> dict:
+    """Return the best test accuracy of a run with its step; {} if it was never evaluated."""
+    rows = []
+    with contextlib.suppress(UserError):
+        rows = runfiles.read_metrics_rows(folder / "metrics.jsonl")
+    evaluated = [row for row in rows if row["split"] in ("eval", "final") and "accuracy" in row]
+    best = max(evaluated, key=lambda row: row["accuracy"], default=None)
+    return {f"best.{name}": best[name] for name in ("accuracy", "step")} if best else {}
+
+
+def bytes_on_disk(folder: pathlib.Path) -> int:
+    """Return the bytes of all files in a folder and below."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # of a run that deletes old checkpoints meanwhile
+            total += path.lstat().st_size
+    return total
 
 
 # ---- For the report

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -18,7 +19,7 @@ from cnn_spmd.training.workdir import locked_run, write_run_file
 def dry_run(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path | None,
-    devices: list | None = None,
+    devices: Sequence | None = None,
     data: Dataset | Unread | None = None,
 ) -> dict:
     """Compile the train step, print the report and return it.
@@ -29,8 +30,7 @@ def dry_run(
     Raises UserError for bad input, and for a workdir that holds a run.
     """
     configs.validate(config)
-    data = data or registry.find(config.data)
-    setup = build.prepare(config, devices, data.preview if isinstance(data, Unread) else data)
+    setup = prepare(config, devices, data)
     build.say_crop(config, setup)
     with contextlib.ExitStack() as stack:
         if workdir:
@@ -45,3 +45,13 @@ def dry_run(
         if workdir:
             write_run_file(workdir / "program.json", setup.data_fields | report)
     return report
+
+
+def prepare(
+    config: ml_collections.ConfigDict,
+    devices: Sequence | None = None,
+    data: Dataset | Unread | None = None,
+) -> build.Setup:
+    """Return the Setup of a config as build.prepare does; photographs are counted, not decoded."""
+    data = data or registry.find(config.data)
+    return build.prepare(config, devices, data.preview if isinstance(data, Unread) else data)

@@ -88,7 +88,7 @@ def train(
 
             timetable = make_timetable(setup.config, len(setup.data.train_images), start)
             programs = compile_programs(setup, timetable.chunks)
-            say(program.as_text(programs.report))
+            say(program.as_summary(programs.report))
             interrupt.raise_if_requested()
 
             if state is None:

@@ -1,0 +1,166 @@
+"""List the runs below a folder: `python -m cnn_spmd.runs FOLDER`.
+
+The table says of each run how it ended, in what it differs from the others, its best test accuracy
+and its size on disk. `--csv FILE` writes every field of every run, as load_runs returns it.
+"""
+
+import argparse
+import csv
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+
+from cnn_spmd import plain_table
+from cnn_spmd.config import MESH_AXES
+from cnn_spmd.errors import UserError
+from cnn_spmd.report import compare, load
+from cnn_spmd.training import environment
+
+# The first columns of the CSV; every other field of a run follows.
+FIRST = (
+    "folder",
+    "status",
+    "reason",
+    "experiment",
+    "model",
+    "dataset",
+    "parallelism",
+    "mesh.data",
+    "mesh.model",
+    "batch_size",
+    "config.optimizer.learning_rate",
+    "epochs",
+    "steps",
+    "seed",
+    "best.accuracy",
+    "best.step",
+    "eval.accuracy",
+    "images_per_second",
+    "train_seconds",
+    "bytes_on_disk",
+    "commit",
+    "started",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m cnn_spmd.runs",
+        description="List the runs below a folder: status, what differs, the best test accuracy "
+        "over all evaluations, and megabytes on disk.",
+    )
+    made.add_argument(
+        "folder",
+        nargs="?",
+        type=pathlib.Path,
+        default=pathlib.Path("runs"),
+        metavar="FOLDER",
+        help="of a run, a sweep, or of many; default: runs",
+    )
+    made.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="write every field of every run to this file instead, - is stdout: learning rate, "
+        "epochs, accuracy, commit, start and the rest",
+    )
+    return made
+
+
+def as_csv(runs: Sequence[dict]) -> Iterator[list]:
+    """Yield the names of all fields, and the values of each run."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    names = [*(name for name in FIRST if name in names), *(n for n in names if n not in FIRST)]
+    yield names
+    for run in runs:
+        yield [run.get(name, "") for name in names]
+
+
+def as_table(folder: pathlib.Path, runs: Sequence[dict], width: int) -> Iterator[str]:
+    """Yield the table of runs (load_runs), at most `width` characters wide."""
+    compared = [compared_fields(run) for run in runs]
+    differ = differing(compared)
+    folders = [folder.resolve().name if run["folder"] == "." else run["folder"] for run in runs]
+    first = ["run", *folders]
+    last = [
+        ["status", *(run["status"] for run in runs)],
+        ["accuracy", *(share_text(run.get("best.accuracy")) for run in runs)],
+        ["MB", *(f"{run['bytes_on_disk'] / 1e6:.1f}" for run in runs)],
+    ]
+    names = plain_table.short_names(differ)
+    columns = {
+        field: [names[field], *(str(own.get(field, "")) for own in compared)] for field in differ
+    }
+    shown = plain_table.fitting([*columns.values()], [first, *last], width)
+    header, *rows = zip(first, *shown, *last, strict=True)
+    title = f"{len(runs)} runs in {folder}; accuracy: the best on the test split"
+    yield from plain_table.aligned(title, header, rows, numbers=2, width=width)
+    if hidden := [field for field, column in columns.items() if column not in shown]:
+        yield f"They also differ in {', '.join(hidden)}: see --csv."
+    for run, name in zip(runs, folders, strict=True):
+        if "reason" in run:
+            yield f"{name} is {run['status']}: {run['reason']}"
+
+
+def differing(compared: Sequence[dict]) -> list[str]:
+    """Return the fields in which runs differ; those with the most values come first.
+
+    Fields that change at most the speed come last. A run that lacks a field does not differ in it.
+    """
+    values: dict[str, set[str]] = {}
+    for own in compared:
+        for field, value in own.items():
+            values.setdefault(field, set()).add(str(value))
+
+    def place(field: str) -> tuple:
+        last = field != "seed" and field.startswith((*compare.NOT_THE_RECIPE, "data_digest"))
+        return last, -len(values[field])
+
+    return sorted((field for field in values if len(values[field]) > 1), key=place)
+
+
+def compared_fields(run: dict) -> dict:
+    """Return the fields of a run that may make a difference: mesh, config, device and data."""
+    prefix = "config."
+    config = {
+        name.removeprefix(prefix): value for name, value in run.items() if name.startswith(prefix)
+    }
+    mesh = load.mesh_of_run({axis: run.get(f"mesh.{axis}") for axis in MESH_AXES}, config)
+    own = load.compared_fields(config, run if "dataset" in run else None)
+    return own if mesh is None else dict(mesh=mesh) | own
+
+
+def share_text(share: float | None) -> str:
+    """Return "91.76%"; empty where there is none."""
+    return "" if share is None else f"{share:.2%}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; 2: bad input."""
+    arguments = parser().parse_args(argv)
+    try:
+        runs = load.load_runs(arguments.folder)
+        if arguments.csv == "-":
+            csv.writer(sys.stdout, lineterminator="\n").writerows(as_csv(runs))
+        elif arguments.csv:
+            try:
+                with pathlib.Path(arguments.csv).open("w", newline="", encoding="utf-8") as file:
+                    csv.writer(file, lineterminator="\n").writerows(as_csv(runs))
+            except OSError as error:
+                raise UserError(
+                    f"--csv={arguments.csv}: cannot be written: {error.strerror}: give another file"
+                ) from None
+            print(f"{len(runs)} runs: {arguments.csv}")
+        else:
+            width = shutil.get_terminal_size().columns
+            print(*as_table(arguments.folder, runs, width), sep="\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return environment.exit_code_of_output()
+
+
+if __name__ == "__main__":
+    environment.protect_streams()
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The list of runs below a folder, as a table and as CSV."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from cnn_spmd import config as configs
+from cnn_spmd import runs
+
+
+def write_run(folder, accuracies, status="completed", **fields):
+    """Write the files of a run, evaluated every 10 steps."""
+    folder.mkdir(parents=True)
+    config = configs.default().to_dict() | dict(epochs=2)
+    config["optimizer"] |= dict(learning_rate=fields.pop("learning_rate", 0.1))
+    config["data"] |= dict(name="digits")
+    summary = dict(
+        status=status,
+        experiment="e",
+        dataset="digits",
+        device_kind="cpu",
+        mesh=dict(data=4, model=2),
+        epochs=2.0,
+        commit="abc",
+        started="2026-01-01T00:00:00+00:00",
+        startup=[dict(stage="imports", begin=0, end=1)],
+        eval=dict(accuracy=accuracies[-1]) if accuracies else None,
+        config=config | fields,
+    )
+    (folder / "summary.json").write_text(json.dumps(summary))
+    rows = [
+        dict(step=10 * n, split="eval", accuracy=accuracy)
+        for n, accuracy in enumerate(accuracies, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Two runs of a sweep, a stopped one, and one of which only config.json is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "runs"
+    write_run(path / "s/01-learning_rate=0.1", [0.5, 0.9, 0.8])
+    write_run(path / "s/02-learning_rate=0.01", [0.7], learning_rate=0.01, steps_per_call=7)
+    write_run(path / "stopped", [], "interrupted", seed=3, parallelism="a_scheme_with_a_long_name")
+    cut = json.loads((path / "s/01-learning_rate=0.1/summary.json").read_text())["config"]
+    (path / "cut").mkdir()
+    (path / "cut/config.json").write_text(json.dumps(cut))
+    return path
+
+
+def test_the_table_of_runs(folder, capsys):
+    assert runs.main([]) == 0  # of "runs"
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "4 runs in runs; accuracy: the best on the test split"
+    assert max(map(len, lines[:5])) <= 80
+    assert [line.split() for line in lines[:5]] == [
+        ["run", "seed", "learning_rate", "status", "accuracy", "MB"],
+        ["cut", "0", "0.1", "unfinished", "0.0"],
+        ["s/01-learning_rate=0.1", "0", "0.1", "completed", "90.00%", "0.0"],
+        ["s/02-learning_rate=0.01", "0", "0.01", "completed", "70.00%", "0.0"],
+        ["stopped", "3", "0.1", "interrupted", "0.0"],
+    ]
+    assert lines[5:] == [
+        "They also differ in parallelism, steps_per_call: see --csv.",
+        "cut is unfinished: runs/cut/summary.json: No such file or directory",
+    ]
+
+
+def test_a_csv_of_runs(folder, capsys):
+    assert runs.main(["runs", "--csv", "-"]) == 0
+    out = capsys.readouterr().out
+    rows = [*csv.DictReader(io.StringIO(out))]
+    assert [row["folder"] for row in rows] == [
+        "cut",
+        "s/01-learning_rate=0.1",
+        "s/02-learning_rate=0.01",
+        "stopped",
+    ]
+    best = rows[1]
+    expected = {
+        "config.optimizer.learning_rate": "0.1",
+        "epochs": "2.0",
+        "commit": "abc",
+        "started": "2026-01-01T00:00:00+00:00",
+        "best.accuracy": "0.9",
+        "best.step": "20",
+        "eval.accuracy": "0.8",
+    }
+    assert {name: best[name] for name in expected} == expected
+    assert int(best["bytes_on_disk"]) == sum(
+        path.stat().st_size for path in (folder / "s/01-learning_rate=0.1").iterdir()
+    )
+    assert "startup" not in best
+    assert runs.main(["runs", "--csv", "runs.csv"]) == 0
+    assert (folder.parent / "runs.csv").read_text() == out
+    capsys.readouterr()
+    assert runs.main(["runs", "--csv", "runs"]) == 2
+    assert capsys.readouterr().err.startswith("error: --csv=runs: cannot be written: ")
+    assert runs.main(["nowhere"]) == 2
+    assert capsys.readouterr().err == "error: nowhere: does not exist\n"
