@@ -100,7 +100,7 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
 
 
 def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
-    """Return sweep.json, with the figures of runs that it does not know yet."""
+    """Return sweep.json, with the figures of runs that it does not know yet, and their configs."""
     path = folder / "sweep.json"
     sweep = runfiles.read_json(path)
     if {"experiment", "devices", "hardware", "runs"} - sweep.keys():
@@ -112,6 +112,7 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
         run = empty | {name: value for name, value in entry.items() if value is not None}
         if run["status"] in ("running", "completed") and not run["figures"]:
             run |= load_outcome(folder / run["name"], notes)
+        run["config"] = (sweep.get("config") or {}) | load_config(folder / run["name"])
         runs.append(run | load_curves_and_pictures(folder / run["name"], notes))
     return sweep | dict(title=folder.resolve().name, runs=runs)
 
@@ -121,9 +122,11 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
     names = [folder.resolve().name for folder in folders]
     runs, fields, summaries = [], [], []
     for folder, name in zip(folders, names, strict=True):
-        run = dict(name=name if names.count(name) == 1 else str(folder), command="", seconds=None)
+        run = dict(name=name if names.count(name) == 1 else str(folder), seconds=None)
         run |= load_outcome(folder, notes)
         summary = runfiles.read_json(folder / "summary.json") if run["figures"] else None
+        run["command"] = (summary or {}).get("command") or command_in_sweep(folder)
+        run["config"] = load_config(folder)
         if summary:
             summaries.append(summary)
         config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
@@ -150,6 +153,29 @@ def load_config_fields(folder: pathlib.Path, notes: list[str]) -> dict:
     except UserError as error:
         notes.append(str(error))
         return {}
+
+
+def load_config(folder: pathlib.Path) -> dict:
+    """Return a run's flat config, with the epochs that it did; {} where it is not known.
+
+    load_outcome and load_config_fields say what is damaged.
+    """
+    for name in ("summary.json", "config.json"):
+        with contextlib.suppress(UserError, KeyError):
+            saved = runfiles.read_json(folder / name)
+            if name == "config.json":
+                return flat(complete(saved))
+            return flat(complete(saved["config"])) | dict(epochs=saved.get("epochs"))
+    return {}
+
+
+def command_in_sweep(folder: pathlib.Path) -> str:
+    """Return the command that the sweep around a run's folder has for it; "" for none."""
+    with contextlib.suppress(UserError):
+        path = folder.resolve().parent / "sweep.json"
+        sweep = runfiles.check_fields(path, runfiles.read_json(path))
+        return next((r.get("command", "") for r in sweep["runs"] if r["name"] == folder.name), "")
+    return ""
 
 
 def mesh_of_run(mesh: dict | None, config: dict) -> str | None:

@@ -36,7 +36,7 @@ from cnn_spmd.training.log import Log
 from cnn_spmd.training.noise_scale import NoiseScale
 from cnn_spmd.training.profiling import profile_chunks
 from cnn_spmd.training.programs import Programs, chunk_inputs, compile_programs
-from cnn_spmd.training.provenance import provenance
+from cnn_spmd.training.provenance import command, provenance
 from cnn_spmd.training.runfiles import SCHEMA
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
@@ -263,6 +263,7 @@ class Run:
             collectives=report["collectives"],
             predicted_milliseconds=(report.get("prediction") or {}).get("predicted_milliseconds"),
             **provenance(),
+            command=command(),
             started=self.started,
             status=status,
             data_digest=self.setup.data.digest,

@@ -32,7 +32,7 @@ KINDS = {
 FIELDS = {
     "summary.json": {
         "text": "experiment started status model parallelism dataset dtype device_kind fallback? "
-        "commit? data_digest? collectives.*.operation",
+        "commit? command? data_digest? collectives.*.operation",
         "a whole number": "schema? devices batch_size seed steps param_count processes mesh.* "
         " host_cores? steady_calls?",
         "a number": "images_per_second? train_seconds? compile_seconds? step_milliseconds.*? "
