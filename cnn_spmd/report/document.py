@@ -99,7 +99,7 @@ def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
 
 def setting_text(setting: settings.Setting) -> str:
     """Return a setting's name, and the settings that change with it."""
-    return setting.name + (f" (with it: {', '.join(setting.along)})" if setting.along else "")
+    return setting.name + (f" (with it: {values_text(setting.along)})" if setting.along else "")
 
 
 def values_text(values: Sequence) -> str:

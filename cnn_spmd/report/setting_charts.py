@@ -75,7 +75,7 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
     counts = {len(numbers) for each in combos if (numbers := each.numbers(metric))} or {0}
     if max(counts) > 1:
         caption.append(
-            f"n = {charts.range_text(counts)} runs (seeds) per point: lines show the mean, bands "
+            f"n = {charts.range_text(counts)} runs (seeds) per point: the mean, and bars that "
             "reach from the lowest to the highest run."
         )
     if summarised:
@@ -156,39 +156,49 @@ class Looks:
         several = len(self.order) > MAX_LINES
         self.coloured = self.order[: MAX_LINES - 1] if several else self.order
         seeds = [str(seed) for each in found if each.name == "seed" for seed in each.values]
-        # More styles of a line than these cannot be distinguished.
-        fit = len(seeds) <= len(setting_plots.SEED_LINES)
-        self.styles = dict(zip(seeds, setting_plots.SEED_LINES, strict=False)) if fit else {}
-        self.legend: dict[str, dict] = {}
+        # Of one combination, seeds have colours; more line styles than these look alike.
+        self.seeds: dict[str, dict] = {seed: {} for seed in seeds}
+        if len(self.order) == 1:
+            for seed, (colour, marker) in zip(seeds, setting_plots.LOOKS, strict=False):
+                self.seeds[seed] = dict(color=colour, marker=marker)
+        elif len(seeds) <= len(setting_plots.SEED_LINES):
+            for seed, style in zip(seeds, setting_plots.SEED_LINES, strict=False):
+                self.seeds[seed] = dict(linestyle=style)
+        self.legend = self.legend_of(found)
+
+    def legend_of(self, found: Sequence[Setting]) -> dict[str, dict]:
+        """Return label -> look, for the coloured combinations, the others, and the seeds."""
+        legend: dict[str, dict] = {}
         if len(self.order) > 1:
             if names := settings.names_of_label(self.order[0].values, found):
-                self.legend[f"{names}:"] = dict(linestyle="none")
-            for combination, (colour, marker) in zip(
-                self.coloured, setting_plots.LOOKS, strict=False
-            ):
-                label = settings.label_of(combination.values, found)
-                self.legend[label] = dict(color=colour, marker=marker, markersize=4)
-        if several:
-            label = f"{len(self.order) - len(self.coloured)} others"
-            self.legend[label] = dict(color=setting_plots.GREY)
-        for seed, style in self.styles.items():
-            self.legend[f"seed {seed}"] = dict(color="#777777", linestyle=style)
+                legend[f"{names}:"] = dict(linestyle="none")
+            for combination in self.coloured:
+                legend[settings.label_of(combination.values, found)] = self.look(combination)
+        if others := len(self.order) - len(self.coloured):
+            legend[f"{others} others"] = dict(color=setting_plots.GREY)
+        for seed, look in self.seeds.items():
+            if look:
+                legend[f"seed {seed}"] = dict(color="#777777") | look
+        return legend
+
+    def look(self, combination: Combination, run: dict | None = None) -> dict:
+        """Return the look of a combination, or of one of its runs."""
+        seed = str(settings.value_of(run, "seed")) if run else None
+        for known, (colour, marker) in zip(self.coloured, setting_plots.LOOKS, strict=False):
+            if known is combination:
+                return dict(color=colour, marker=marker) | self.seeds.get(seed, {})
+        return dict(color=setting_plots.GREY) | self.seeds.get(seed, {})
 
     def curves(self, parts: Sequence[Callable[[dict], Points]]) -> list[Curve]:
         """Return the curves of all runs, those of the best last, which is on top.
 
         parts: for each part of the picture, the points of a run.
         """
-        made = []
-        for combination in reversed(self.order):
-            colour, marker = setting_plots.GREY, ""
-            if combination in self.coloured:
-                colour, marker = setting_plots.LOOKS[self.coloured.index(combination)]
-            for run in combination.runs:
-                style = self.styles.get(str(settings.value_of(run, "seed")), "-")
-                drawn = [points_of(run) for points_of in parts]
-                made.append(Curve(drawn, colour, marker, style))
-        return made
+        return [
+            Curve([points_of(run) for points_of in parts], self.look(combination, run))
+            for combination in reversed(self.order)
+            for run in combination.runs
+        ]
 
 
 def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
@@ -238,9 +248,8 @@ def curve_title(runs: Sequence[dict], name: str, split: str) -> str:
     """Return what a part of the curves shows; of a loss, whether labels are smoothed."""
     if name != "loss":
         return f"{split.capitalize()} {compare.metric_label(name).removeprefix('test ')}"
-    smoothing = [run["config"].get("label_smoothing") for run in runs]
-    shares = sorted({share for share in smoothing if share})
-    if not shares:
+    shares = sorted({run["config"].get("label_smoothing") or 0 for run in runs})
+    if shares == [0]:
         return f"{split.capitalize()} loss, nats"
     if split == "test":
         return "Test loss, nats, without label smoothing"

@@ -27,10 +27,12 @@ LOOKS = (
 )
 GREY = "#aaaaaa"
 SEED_LINES = ("-", "--", ":", "-.")
-TICKS = 8  # at most, to name each value at its place
-# A value's place is named where the next is at least this share of the axis away.
+# The values are named at their places where these are at least this share of the axis apart.
 TICK_GAP = 0.09
 LONGEST = 24  # characters of a value at an axis
+ACROSS = 50  # characters that an axis has room for
+MOST_MARKED = 30  # points of a curve
+CURVE = dict(linewidth=1, markersize=3.5)
 Points = Sequence[tuple[float, float]]
 
 
@@ -42,75 +44,57 @@ class Line(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A run's curve: points of each part of the picture, colour, marker, and line style."""
+    """A run's curve: the points of each part of the picture, and its look."""
 
     parts: list[Points]
-    colour: str
-    marker: str
-    style: str
+    look: dict
 
 
 # ---- A metric against a setting
 
 
-def against(setting: settings.Setting, lines: Sequence[Line], metric: str, summary: str) -> str:
+def against(setting: settings.Setting, lines: Sequence[Line], metric: str, summary: bool) -> str:
     """Return a metric against the values of a setting, one line per combination.
 
-    summary: what the last line shows where there are too many for a colour each; all others are
-    grey then. "": each line has a colour.
+    summary: the last line stands for all others, which are grey; otherwise each has a colour.
     """
-    numeric = all(map(settings.is_number, setting.values))
-    height = 3.0 if numeric else 1.2 + 0.42 * len(setting.values)
-    fig = Figure(figsize=(plots.WIDTH, height))
+    fig = Figure(figsize=(plots.WIDTH, 3.0))
     axes = fig.add_subplot()
+    numeric = all(map(settings.is_number, setting.values))
     for number, line in enumerate(lines):
         colour, marker = LOOKS[number % len(LOOKS)]
         if summary:
-            colour, marker = LOOKS[0] if line is lines[-1] else (GREY, "")
-        look = dict(color=colour, marker=marker, markersize=5)
-        label = None if summary and line is not lines[0] and line is not lines[-1] else line.label
-        if numeric:
-            draw_line(axes, setting, line, look | dict(label=label))
-        else:
-            offset = 0 if summary else (number - (len(lines) - 1) / 2) * 0.6 / len(lines)
-            draw_row(axes, setting, line, offset, look | dict(label=label))
-    name = textwrap.shorten(" and ".join([setting.name, *setting.along]), 60, placeholder=" …")
+            colour, marker = LOOKS[0] if line is lines[-1] else (GREY, "" if numeric else ".")
+        label = line.label if not summary or line in (lines[0], lines[-1]) else None
+        # Names have no order that a line could join, but room for markers side by side.
+        offset = 0 if numeric or summary else (number - (len(lines) - 1) / 2) * 0.6 / len(lines)
+        places = setting.values if numeric else [n + offset for n in range(len(setting.values))]
+        look = dict(color=colour, marker=marker, markersize=5, linestyle="-" if numeric else "")
+        draw_line(axes, dict(zip(map(str, setting.values), places, strict=True)), line, look, label)
+    name = textwrap.shorten(" and ".join([setting.name, *setting.along]), 50, placeholder=" …")
+    axes.set(xlabel=name, ylabel=metric)
     if numeric:
-        axes.set(xlabel=name, ylabel=metric)
         set_scale(axes, setting.values)
-        axes.margins(y=0.08)
     else:
-        axes.set(xlabel=metric, title=name)
-        axes.set_yticks(range(len(setting.values)), list(map(value_text, setting.values)))
-        axes.set_ylim(len(setting.values) - 0.5, -0.5)
+        name_places(axes, range(len(setting.values)), setting.values)
+        axes.set_xlim(-0.5, len(setting.values) - 0.5)
     return plots.svg_with_legend(fig, axes, f"{metric} against {setting.name}")
 
 
-def draw_line(axes: Axes, setting: settings.Setting, line: Line, look: dict) -> None:
-    """Draw the means as a line, the runs as dots, and their range as a band."""
-    shown = [value for value in setting.values if line.values.get(str(value))]
-    numbers = [line.values[str(value)] for value in shown]
-    axes.plot(shown, list(map(statistics.mean, numbers)), **look)
-    if look["color"] == GREY or max(map(len, numbers)) < 2:
-        return
-    colour = dict(color=look["color"], linewidth=0)
-    axes.fill_between(shown, list(map(min, numbers)), list(map(max, numbers)), alpha=0.15, **colour)
-    for value, own in zip(shown, numbers, strict=True):
-        axes.plot([value] * len(own), own, ".", markersize=5, alpha=0.5, **colour)
+def draw_line(
+    axes: Axes, places: Mapping[str, float], line: Line, look: dict, label: str | None
+) -> None:
+    """Draw the means of a line, and bars from the lowest to the highest run.
 
-
-def draw_row(axes: Axes, setting: settings.Setting, line: Line, offset: float, look: dict) -> None:
-    """Draw the mean of each value in its row, and a line from the lowest to the highest run."""
-    rows = [
-        (number + offset, line.values[str(value)])
-        for number, value in enumerate(setting.values)
-        if line.values.get(str(value))
-    ]
-    means = [statistics.mean(own) for _, own in rows]
-    look |= dict(marker=look["marker"] or "|", linestyle="")
-    axes.plot(means, [row for row, _ in rows], **look)
-    for row, own in rows:
-        axes.hlines(row, min(own), max(own), look["color"], linewidth=1)
+    places: text of a value -> where it stands.
+    """
+    shown = [(places[value], line.values[value]) for value in places if value in line.values]
+    x, numbers = zip(*shown, strict=True)
+    means = list(map(statistics.mean, numbers))
+    below = [mean - min(own) for mean, own in zip(means, numbers, strict=True)]
+    above = [max(own) - mean for mean, own in zip(means, numbers, strict=True)]
+    spread = None if look["color"] == GREY else [below, above]
+    axes.errorbar(x, means, yerr=spread, elinewidth=1, capsize=2, label=label, **look)
 
 
 def set_scale(axes: Axes, values: Sequence[float]) -> None:
@@ -121,11 +105,18 @@ def set_scale(axes: Axes, values: Sequence[float]) -> None:
         places = np.log(places)
     gaps = np.diff(places) / (places[-1] - places[0])
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    if len(values) <= TICKS and gaps.min() >= TICK_GAP:
-        axes.set_xticks(list(values), list(map(value_text, values)))
+    if gaps.min() >= TICK_GAP:
+        name_places(axes, values, values)
         axes.xaxis.set_minor_locator(ticker.NullLocator())
     elif axes.get_xscale() == "log":
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def name_places(axes: Axes, places: Sequence[float], values: Sequence) -> None:
+    """Name the values of a setting at their places, turned where they are too long."""
+    names = list(map(value_text, values))
+    turned = len(names) * max(map(len, names)) > ACROSS
+    axes.set_xticks(list(places), names, rotation=90 if turned else 0)
 
 
 def is_log_spaced(values: Sequence[float]) -> bool:
@@ -141,7 +132,7 @@ def is_log_spaced(values: Sequence[float]) -> bool:
 
 def value_text(value: Any) -> str:
     """Return a setting's value as it stands at an axis."""
-    shown = f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+    shown = str(value)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
 
 
@@ -166,6 +157,7 @@ def heat_map(
     drawn = axes.pcolormesh(np.ma.masked_invalid(cells), cmap="cividis", edgecolors="none")
     axes.grid(visible=False)
     axes.set_ylim(len(down.values), 0)
+    digits = 2 if len(across.values) <= 8 else 1
     for (row, column), number in np.ndenumerate(cells):
         if np.isfinite(number):
             red, green, blue, _ = drawn.cmap(drawn.norm(number))
@@ -173,25 +165,16 @@ def heat_map(
             axes.text(
                 column + 0.5,
                 row + 0.5,
-                number_text(number, len(across.values)),
+                f"{number:,.0f}" if number >= 1000 else f"{number:.{digits}f}",
                 color="#fefefe" if dark else "#111111",
-                fontsize=8 if len(across.values) <= TICKS else 6,
+                fontsize=8 if digits == 2 else 6,
                 ha="center",
                 va="center",
             )
-    names = list(map(value_text, across.values))
-    long = max(map(len, names)) * len(names) > 50  # characters in the width of the picture
-    axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90 if long else 0)
+    name_places(axes, np.arange(len(across.values)) + 0.5, across.values)
     axes.set_yticks(np.arange(len(down.values)) + 0.5, list(map(value_text, down.values)))
     axes.tick_params(length=0)
     return plots.svg(fig, f"{metric} by {across.name} and {down.name}")
-
-
-def number_text(number: float, columns: int) -> str:
-    """Return a cell's number: as many digits as its column has room for."""
-    if abs(number) >= 1000:
-        return f"{number:,.0f}"
-    return f"{number:.2f}" if columns <= TICKS else f"{number:.1f}"
 
 
 # ---- Curves
@@ -215,19 +198,13 @@ def curves(
         for curve in drawn:
             points = curve.parts[number]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=curve.colour,
-                    linestyle=curve.style,
-                    linewidth=1,
-                    # Many marked points would hide the line.
-                    marker=curve.marker if len(points) <= 30 else "",
-                    markersize=3.5,
-                )
+                # Many marked points would hide the line.
+                marked = {} if len(points) <= MOST_MARKED else dict(marker="")
+                axes.plot(*zip(*points, strict=True), **CURVE | curve.look | marked)
     if target is not None:
         column[-1].axhline(target, color="#444444", linestyle="--", linewidth=1)
     column[-1].set_xlabel(xlabel)
     column[-1].xaxis.set_major_locator(ticker.MaxNLocator(6, integer=xlabel == "step"))
     for label, look in legend.items():
-        column[0].plot([], [], label=label, linewidth=1, **look)
+        column[0].plot([], [], label=label, **CURVE | look)
     return plots.svg_with_legend(fig, column[0], ", ".join(titles))
