@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import picture_checks
 import pytest
 import rich.console
 
@@ -54,8 +55,9 @@ PROFILE = dict(
 
 
 @pytest.fixture
-def drawn():
-    """Draw the pictures in this test; other tests go without, which is much faster."""
+def drawn(monkeypatch):
+    """Draw and check the pictures in this test; other tests go without, which is much faster."""
+    picture_checks.check_all(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,10 @@ def set_scale(axes: Axes, values: Sequence[float]) -> None:
 def name_places(axes: Axes, places: Sequence[float], values: Sequence) -> None:
     """Name the values of a setting at their places, turned where they are too long."""
     names = list(map(value_text, values))
-    turned = len(names) * max(map(len, names)) > ACROSS
+    longest = max(map(len, names))
+    turned = len(names) * longest > ACROSS
+    if turned:
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.075 * longest)
     axes.set_xticks(list(places), names, rotation=90 if turned else 0)
 
 
@@ -133,7 +136,7 @@ def is_log_spaced(values: Sequence[float]) -> bool:
 def value_text(value: Any) -> str:
     """Return a setting's value as it stands at an axis."""
     shown = str(value)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 9]}…{shown[-8:]}"
 
 
 # ---- Two settings
