@@ -11,7 +11,7 @@ from test_report import a_run, change, row_of, write_run, write_sweep, written
 from cnn_spmd.report import setting_plots, settings
 from cnn_spmd.training import provenance
 
-RATES, DROPOUTS, SEEDS = (0.01, 0.03, 0.1), (0.0, 0.5), (0, 1)
+RATES, DROPOUTS, SEEDS = (0.003, 0.03, 0.3), (0.0, 0.5), (0, 1)
 CONFIG = {
     "optimizer.learning_rate": 0.1,
     "label_smoothing": 0.1,
@@ -97,7 +97,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     assert "13 runs: 12 completed, 1 failed. What varies:" in page
     assert row_of(page, "optimizer.learning_rate") == [
         "optimizer.learning_rate",
-        "0.01, 0.03, 0.1, 1",
+        "0.003, 0.03, 0.3, 1",
     ]
     best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
     # Seconds to 80 %, which half of the combinations reach.
@@ -157,7 +157,10 @@ def test_a_scale_is_logarithmic_where_the_values_are():
 def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeypatch):
     """A run of an older version has its name only; one from a sweep has the sweep's command."""
     run = write_run(tmp_path / "run")
+    change(run / "summary.json", dataset="digits")
     page = written(capsys, run)[1]
+    assert "Training loss" in page
+    assert "Test loss" not in page  # of one evaluation
     assert re.findall("<h3>(.*?)</h3>", page) == [
         "The run",
         "Settings",
@@ -165,12 +168,12 @@ def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeyp
         "Runs compared",
         "All runs",
     ]
-    assert row_of(page, "1", "1,000")[-1] == "run"
+    assert row_of(page, "1", "50.00", "1.2500")[-1] == "run"
     arguments = ["--config", "e.py", "--workdir", "runs/a", "--mesh=1x1"]
     monkeypatch.setattr("sys.argv", ["there/launch.py", *arguments])
     change(run / "summary.json", command=provenance.command())
     assert (
-        row_of(written(capsys, run)[1], "1", "1,000")[-1]
+        row_of(written(capsys, run)[1], "1", "50.00", "1.2500")[-1]
         == "python launch.py --config e.py --mesh=1x1"
     )
     monkeypatch.setattr("sys.argv", ["pytest", *arguments])
