@@ -464,7 +464,7 @@ def test_charts_say_what_they_show_and_what_is_left_out(tmp_path, capsys):
             f"runs refused: {BROKEN[0]['name']}; runs failed: {BROKEN[1]['name']}; runs pending:"
             in figures[title]
         )
-    assert "<td>two towers | need &lt;2&gt; devices</td>" in page
+    assert ">two towers | need &lt;2&gt; devices</td>" in page
     assert "no ideal and no speedup, with: batch 64 per device" in figures["Speedup"]
     assert (
         "Krizhevsky 2014, arXiv 1404.5997v2, 8 K20, PCIe 2.0, batch 128 per GPU"

@@ -146,7 +146,7 @@ def best_blocks(overview: Overview) -> list[Block]:
         title = "The run"
     else:
         title = f"Best runs, by {'images/s' if by_speed else 'test accuracy'}"
-    blocks = [Heading(3, title), Table(*without_empty(header, rows), cards=True)]
+    blocks = [Heading(3, title), Table(*without_empty(header, rows))]
     if any(len(combination.runs) > 1 for combination in best):
         blocks.append(Paragraph("The command is that of the best of the seeds."))
     return blocks

@@ -26,8 +26,8 @@ code { font: .9em/1.4 ui-monospace, monospace; background: var(--code) }
 code span { display: inline-block }
 /* Paper that moves with the table covers a shade that does not: it shows where more is hidden. */
 .scroll { overflow-x: auto; background:
-  linear-gradient(90deg, var(--paper), transparent) left / 2rem 100% no-repeat local,
-  linear-gradient(270deg, var(--paper), transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(90deg, var(--paper) 40%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(270deg, var(--paper) 40%, transparent) right / 2rem 100% no-repeat local,
   linear-gradient(90deg, var(--shade), transparent) left / .6rem 100% no-repeat scroll,
   linear-gradient(270deg, var(--shade), transparent) right / .6rem 100% no-repeat scroll }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums;
@@ -36,7 +36,7 @@ th, td { padding: .25rem .45rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line) }
 th { border-bottom: 2px solid var(--edge); vertical-align: bottom }
 td { white-space: nowrap } td.n { text-align: right }
-td.long { min-width: 20rem; white-space: normal; overflow-wrap: anywhere }
+td.long { min-width: 16rem; white-space: normal; overflow-wrap: anywhere }
 .facts { overflow-wrap: anywhere }
 .facts td + td { white-space: normal; min-width: 0; text-align: left }
 .one { display: flex; flex-wrap: wrap; gap: 1rem 2rem }
@@ -57,13 +57,14 @@ svg [style*="stroke: #222222"], svg [style*="stroke: #444444"], svg [style*="str
 svg [style*="stroke: #aaaaaa"] { stroke: var(--faint) !important }
 svg [style*="stroke: #0072b2"] { stroke: var(--blue) !important }
 svg [style*="fill: #0072b2"] { fill: var(--blue) !important }
+/* On a narrow page, each row is a list of its cells with their columns' names. */
 @media (max-width: 600px) {
-  td.long { min-width: 9rem }
-  .cards thead { display: none } .cards tr { display: block; border-bottom: 2px solid var(--edge) }
-  .cards td { display: flex; gap: 1rem; border: 0; white-space: normal; min-width: 0;
-    text-align: left }
-  .cards td::before { content: attr(data-column); flex: 0 0 8rem; color: var(--soft) }
-  .cards td:empty { display: none }
+  thead { display: none }
+  .rows tr { display: flex; flex-wrap: wrap; gap: 0 .5rem; padding: .3rem 0;
+    border-bottom: 1px solid var(--edge) }
+  .rows td { border: 0; padding: 0 .2rem; white-space: normal; min-width: 0; text-align: left }
+  .rows td::before { content: attr(data-column) " "; color: var(--soft) }
+  .rows td:empty { display: none }
 }
 @media print {
   body { max-width: none; font-size: 10pt; padding: 0 } svg, img, tr { break-inside: avoid }
@@ -109,17 +110,16 @@ def block_as_html(block: Block) -> str:
 def table_as_html(table: Table) -> str:
     """Return a table that scrolls sideways where the page is too narrow for it."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    # Each cell of a card names its column.
-    labels = table.header if table.cards else [""] * len(table.header)
-    body = "\n".join(f"<tr>{''.join(map(cell_as_html, row, labels))}</tr>" for row in table.rows)
-    kind = ' class="cards"' if table.cards else ""
-    start = f"<table{kind}><thead><tr>{head}</tr></thead>"
+    body = "\n".join(
+        f"<tr>{''.join(map(cell_as_html, row, table.header))}</tr>" for row in table.rows
+    )
+    start = f'<table class="rows"><thead><tr>{head}</tr></thead>'
     if not any(table.header):
         start = '<table class="facts">'
     return f'<div class="scroll">{start}\n<tbody>{body}</tbody></table></div>'
 
 
-def cell_as_html(text: str, label: str) -> str:
+def cell_as_html(text: str, column: str) -> str:
     """Return a cell: numbers to the right, long texts with line breaks, commands as such."""
     kind = ""
     shown = html.escape(text)
@@ -133,5 +133,5 @@ def cell_as_html(text: str, label: str) -> str:
         shown = f"<code>{' '.join(words)}</code>"
     elif " " not in text and kind == ' class="long"':
         shown = shown.replace(",", ",<wbr>")  # a run's name
-    data = f' data-column="{html.escape(label)}"' if label else ""
+    data = f' data-column="{html.escape(column)}"' if column else ""
     return f"<td{data}{kind}>{shown}</td>"

@@ -96,7 +96,8 @@ def value_of(run: dict, name: str) -> Any:
     if name == "mesh":
         sizes = run["figures"].get("mesh")
         return compare.mesh_name(sizes.values()) if sizes else run["mesh"]
-    return run["settings"].get(name, run["config"].get(name))
+    places = (run["settings"], run["config"], run["figures"])
+    return next((place[name] for place in places if place.get(name) is not None), None)
 
 
 def ordered(values: Sequence) -> list:

@@ -24,14 +24,10 @@ class Paragraph(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table; a header of empty cells is a list of facts, name and value.
-
-    cards: on a narrow page, each row becomes a list of its cells, so that nothing scrolls.
-    """
+    """A table; a header of empty cells is a list of facts, name and value."""
 
     header: list[str]
     rows: list[list[str]]
-    cards: bool = False
 
 
 class Chart(NamedTuple):
@@ -84,7 +80,7 @@ def as_markdown(blocks: Sequence[Block]) -> str:
                 parts.append(f"{'#' * level} {text}")
             case Paragraph(text):
                 parts.append(text)
-            case Table(header, rows, _):
+            case Table(header, rows):
                 parts.append(markdown_table(header, rows))
     return "\n\n".join([*parts, "The charts are in [report.html](report.html).\n"])
 
