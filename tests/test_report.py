@@ -31,6 +31,7 @@ from cnn_spmd.report import (
     plots,
     write_report,
 )
+from cnn_spmd.report import page as page_of_report
 from cnn_spmd.training import loop, runfiles
 
 TOP = [
@@ -484,6 +485,9 @@ def test_the_page_needs_nothing_else(tmp_path, capsys):
     referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
     assert referred <= set(re.findall(r' id="([^"]+)"', page))
     assert 'id="figure_1"' not in page  # the same in every picture
+    # Each grey has another in dark mode, except the edges and hatches of coloured bars.
+    greys = {grey for grey, _ in re.findall(r"stroke: (#(..)\2\2)", page)}
+    assert {grey for grey in greys if f'="stroke: {grey}"' not in page_of_report.CSS} == {"#333333"}
 
 
 def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):

@@ -155,7 +155,7 @@ def test_a_scale_is_logarithmic_where_the_values_are():
 
 
 def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeypatch):
-    """A run of an older version has its name only; one from a sweep has the sweep's command."""
+    """A run of an older version has its name instead."""
     run = write_run(tmp_path / "run")
     change(run / "summary.json", dataset="digits")
     page = written(capsys, run)[1]
@@ -178,12 +178,6 @@ def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeyp
     )
     monkeypatch.setattr("sys.argv", ["pytest", *arguments])
     assert provenance.command() is None
-    folder = a_learning_sweep(tmp_path / "s", dict(seed=(0,)), lambda _: 0.5)
-    write_run(folder / "of_sweep")
-    change(folder / "sweep.json", runs=[a_learning_run(dict(seed=0), 0.5) | dict(name="of_sweep")])
-    assert "python launch.py seed=0" in re.sub(
-        "<[^>]*>", "", written(capsys, folder / "of_sweep")[1]
-    )
 
 
 @pytest.mark.parametrize(

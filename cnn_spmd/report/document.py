@@ -104,15 +104,10 @@ def setting_text(setting: settings.Setting) -> str:
 
 def values_text(values: Sequence) -> str:
     """Return values joined by commas; of many, the first and the last."""
-    texts = [f"{value:.0f}" if value_is_whole(value) else str(value) for value in values]
+    texts = [f"{value:.10g}" if isinstance(value, float) else str(value) for value in values]
     if len(texts) > MOST_VALUES:
         texts = [*texts[: MOST_VALUES - 1], f"... {texts[-1]} ({len(texts)} values)"]
     return ", ".join(texts)
-
-
-def value_is_whole(value: object) -> bool:
-    """Return whether a value is a whole number, though perhaps a float."""
-    return settings.is_number(value) and value == int(value)
 
 
 def best_blocks(overview: Overview) -> list[Block]:
@@ -120,36 +115,32 @@ def best_blocks(overview: Overview) -> list[Block]:
     best = settings.ranked(overview)[:BEST]
     if not best:
         return []
-    labels = [each.label for each in overview.settings if each.name != "seed"]
-    by_speed = overview.metric == settings.SPEED
-    header = [*labels, "n", "images/s" if by_speed else "test accuracy, %", "test loss"]
-    header += [target_label(overview.target), *([] if by_speed else ["images/s"]), "run", "command"]
-    rows = []
-    for combination in best:
-        done = [run for run in combination.runs if settings.metric_of(run, overview.metric)]
-        first = max(done, key=lambda run: settings.metric_of(run, overview.metric))
-        speed = text.throughput(combination.numbers(settings.SPEED))
-        learned = metric_text("accuracy", combination.numbers("accuracy"))
-        rows.append(
-            [
-                *map(str, combination.values.values()),
-                str(len(combination.numbers(overview.metric))),
-                speed if by_speed else learned,
-                "" if by_speed else metric_text("loss", combination.numbers("loss")),
-                target_text(combination.runs, overview.target),
-                *([] if by_speed else [speed]),
-                "" if first["command"] else first["name"],
-                first["command"],
-            ]
-        )
-    if not overview.settings:
-        title = "The run"
-    else:
-        title = f"Best runs, by {'images/s' if by_speed else 'test accuracy'}"
-    blocks = [Heading(3, title), Table(*without_empty(header, rows))]
+    title = "The run"
+    if overview.settings:
+        by = "images/s" if overview.metric == settings.SPEED else "test accuracy"
+        title = f"Best runs, by {by}"
+    rows = [best_row(combination, overview) for combination in best]
+    header, cells = list(rows[0]), [list(row.values()) for row in rows]
+    blocks = [Heading(3, title), Table(*without_empty(header, cells))]
     if any(len(combination.runs) > 1 for combination in best):
         blocks.append(Paragraph("The command is that of the best of the seeds."))
     return blocks
+
+
+def best_row(combination: settings.Combination, overview: Overview) -> dict[str, str]:
+    """Return a combination's cells by their columns."""
+    metric, runs = overview.metric, combination.having(overview.metric)
+    best = max(runs, key=lambda run: settings.metric_of(run, metric))
+    labels = {each.name: each.label for each in overview.settings}
+    row = {labels[name]: str(value) for name, value in combination.values.items()}
+    row["n"] = str(len(runs))
+    if metric != settings.SPEED:
+        row["test accuracy, %"] = metric_text("accuracy", combination.numbers("accuracy"))
+        row["test loss"] = metric_text("loss", combination.numbers("loss"))
+    row[target_label(overview.target)] = target_text(combination.runs, overview.target)
+    row["images/s"] = text.throughput(combination.numbers(settings.SPEED))
+    # Older runs outside a sweep have no command.
+    return row | dict(run="" if best["command"] else best["name"], command=best["command"])
 
 
 def without_empty(

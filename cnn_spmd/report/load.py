@@ -112,7 +112,10 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
         run = empty | {name: value for name, value in entry.items() if value is not None}
         if run["status"] in ("running", "completed") and not run["figures"]:
             run |= load_outcome(folder / run["name"], notes)
-        run["config"] = (sweep.get("config") or {}) | load_config(folder / run["name"])
+        config = load_config_fields(folder / run["name"], [])  # refused runs have no folder
+        if not config.get("epochs"):
+            config.pop("epochs", None)  # a resolved config has steps only
+        run["config"] = (sweep.get("config") or {}) | config
         runs.append(run | load_curves_and_pictures(folder / run["name"], notes))
     return sweep | dict(title=folder.resolve().name, runs=runs)
 
@@ -125,11 +128,11 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         run = dict(name=name if names.count(name) == 1 else str(folder), seconds=None)
         run |= load_outcome(folder, notes)
         summary = runfiles.read_json(folder / "summary.json") if run["figures"] else None
-        run["command"] = (summary or {}).get("command") or command_in_sweep(folder)
-        run["config"] = load_config(folder)
         if summary:
             summaries.append(summary)
         config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
+        run["command"] = (summary or {}).get("command") or ""  # older runs lack it
+        run["config"] = config | dict(epochs=(summary or {}).get("epochs"))
         run["mesh"] = mesh_of_run(run["figures"].get("mesh"), config)
         runs.append(run | load_curves_and_pictures(folder, notes))
         fields.append(compared_fields(config, summary))
@@ -153,29 +156,6 @@ def load_config_fields(folder: pathlib.Path, notes: list[str]) -> dict:
     except UserError as error:
         notes.append(str(error))
         return {}
-
-
-def load_config(folder: pathlib.Path) -> dict:
-    """Return a run's flat config, with the epochs that it did; {} where it is not known.
-
-    load_outcome and load_config_fields say what is damaged.
-    """
-    for name in ("summary.json", "config.json"):
-        with contextlib.suppress(UserError, KeyError):
-            saved = runfiles.read_json(folder / name)
-            if name == "config.json":
-                return flat(complete(saved))
-            return flat(complete(saved["config"])) | dict(epochs=saved.get("epochs"))
-    return {}
-
-
-def command_in_sweep(folder: pathlib.Path) -> str:
-    """Return the command that the sweep around a run's folder has for it; "" for none."""
-    with contextlib.suppress(UserError):
-        path = folder.resolve().parent / "sweep.json"
-        sweep = runfiles.check_fields(path, runfiles.read_json(path))
-        return next((r.get("command", "") for r in sweep["runs"] if r["name"] == folder.name), "")
-    return ""
 
 
 def mesh_of_run(mesh: dict | None, config: dict) -> str | None:

@@ -46,17 +46,19 @@ figure { margin: 0 }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)) }
 .pictures svg, .pictures img { width: 100%; max-width: 34rem; height: auto }
 figcaption { font-size: .84rem; color: var(--soft); max-width: 75em }
-/* The greys of plots.py and setting_plots.py; matplotlib writes them into each element. */
+/* The greys and the blue of plots.py and setting_plots.py; matplotlib writes them into each
+   element. A selector of what is in an svg element would not find what a marker uses. */
 svg text { fill: var(--ink) }
-svg [style*="fill: #ffffff"] { fill: var(--paper) !important }
-svg [style*="stroke: #e6e6e6"] { stroke: var(--grid) !important }
-svg [style*="stroke: #555555"] { stroke: var(--edge) !important }
-svg [style*="stroke: #000000"] { stroke: var(--ink) !important }
-svg [style*="stroke: #222222"], svg [style*="stroke: #444444"], svg [style*="stroke: #777777"] {
+text[style*="fill: #555555"] { fill: var(--edge) !important }
+[style*="fill: #ffffff"] { fill: var(--paper) !important }
+[style*="stroke: #e6e6e6"] { stroke: var(--grid) !important }
+[style*="stroke: #555555"] { stroke: var(--edge) !important }
+[style*="stroke: #000000"] { stroke: var(--ink) !important }
+[style*="stroke: #222222"], [style*="stroke: #444444"], [style*="stroke: #777777"] {
   stroke: var(--mark) !important }
-svg [style*="stroke: #aaaaaa"] { stroke: var(--faint) !important }
-svg [style*="stroke: #0072b2"] { stroke: var(--blue) !important }
-svg [style*="fill: #0072b2"] { fill: var(--blue) !important }
+[style*="stroke: #aaaaaa"] { stroke: var(--faint) !important }
+[style*="stroke: #0072b2"] { stroke: var(--blue) !important }
+[style*="fill: #0072b2"] { fill: var(--blue) !important }
 /* On a narrow page, each row is a list of its cells with their columns' names. */
 @media (max-width: 600px) {
   thead { display: none }

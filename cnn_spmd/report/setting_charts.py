@@ -44,7 +44,7 @@ def metric_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
     if overview.metric != SPEED:
         registered = runfiles.registered_metrics(run["figures"] for run in runs)
         metrics += [name for name in registered if name not in compare.SHARES]
-        hidden |= set(filter(settings.is_of_speed, names))
+        hidden |= {name for name in names if name.startswith(settings.OF_SPEED)}
     elif {"mesh", "parallelism"} & set(names):
         return []  # meshes and schemes have charts of their own
     shown = [each for each in overview.settings if each.name not in hidden]
@@ -57,17 +57,19 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
     found, combos = overview.settings, overview.combinations
     label = metric_label(metric)
     pictures = []
-    summarised = False
+    summary = "the best mean" if higher_is_better(metric) else "the mean"
+    many = False
     for setting in shown:
         lines = lines_against(setting, found, combos, metric)
-        summary = len(lines) > MAX_LINES
-        summarised |= summary
-        if summary:
-            lines = summarise(lines, metric)
+        if len(lines) > MAX_LINES:
+            many = True
+            means = summaries([setting.name], combos, metric)
+            lines = [line._replace(label="other settings") for line in lines]
+            lines.append(Line(summary, {value: [mean] for (value,), mean in means.items()}))
         if lines:
-            pictures.append(setting_plots.against(setting, lines, label, summary))
+            pictures.append(setting_plots.against(setting, lines, label, len(lines) > MAX_LINES))
     for across, down in itertools.combinations(shown, 2):
-        means = means_of_pairs(across, down, combos, metric)
+        means = summaries([across.name, down.name], combos, metric)
         # A map with more holes than cells compares nothing.
         if 2 * len(means) > len(across.values) * len(down.values):
             pictures.append(setting_plots.heat_map(across, down, means, label))
@@ -78,10 +80,10 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
             f"n = {charts.range_text(counts)} runs (seeds) per point: the mean, and bars that "
             "reach from the lowest to the highest run."
         )
-    if summarised:
+    if many:
         caption.append("Grey: each combination of the other settings.")
     if len(shown) > 2:
-        caption.append(f"A cell of two settings has {summary_of(metric)} over the others.")
+        caption.append(f"A cell of two settings has {summary} over the others.")
     title = f"{label[0].upper()}{label[1:]} by setting"
     return Chart(title, pictures, " ".join(caption))
 
@@ -103,42 +105,25 @@ def lines_against(
     return [line for line in lines.values() if len(line.values) > 1]
 
 
-def summarise(lines: Sequence[Line], metric: str) -> list[Line]:
-    """Return the lines, and one more that stands for all of them at each value."""
-    found: dict[str, list[float]] = {}
-    for line in lines:
-        for value, numbers in line.values.items():
-            found.setdefault(value, []).append(statistics.mean(numbers))
-    summary = {value: [choose(means, metric)] for value, means in found.items()}
-    others = [line._replace(label="other settings") for line in lines]
-    return [*others, Line(summary_of(metric), summary)]
+def summaries(
+    names: Sequence[str], combos: Sequence[Combination], metric: str
+) -> dict[tuple[str, ...], float]:
+    """Return what stands for all combinations that share the values of the named settings.
 
-
-def means_of_pairs(
-    across: Setting, down: Setting, combos: Sequence[Combination], metric: str
-) -> dict[tuple[str, str], float]:
-    """Return a metric for each pair of values, by their texts."""
-    found: dict[tuple[str, str], list[float]] = {}
+    It is the best mean, by the values' texts; the mean of a metric that may be better if lower.
+    """
+    found: dict[tuple[str, ...], list[float]] = {}
     for combination in combos:
         if numbers := combination.numbers(metric):
-            pair = (str(combination.values[across.name]), str(combination.values[down.name]))
-            found.setdefault(pair, []).append(factor_of(metric) * statistics.mean(numbers))
-    return {pair: choose(means, metric) for pair, means in found.items()}
+            key = tuple(str(combination.values[name]) for name in names)
+            found.setdefault(key, []).append(factor_of(metric) * statistics.mean(numbers))
+    choose = max if higher_is_better(metric) else statistics.mean
+    return {key: choose(means) for key, means in found.items()}
 
 
 def higher_is_better(metric: str) -> bool:
     """Return whether a metric is known to be better where it is higher."""
     return metric == SPEED or metric in compare.SHARES
-
-
-def choose(means: Sequence[float], metric: str) -> float:
-    """Return what stands for several combinations: the best, or the mean."""
-    return max(means) if higher_is_better(metric) else statistics.mean(means)
-
-
-def summary_of(metric: str) -> str:
-    """Return what `choose` returns, in words."""
-    return "the best mean" if higher_is_better(metric) else "the mean"
 
 
 # ---- Curves

@@ -37,10 +37,14 @@ class Combination(NamedTuple):
     values: dict[str, Any]
     runs: list[dict]
 
+    def having(self, metric: str) -> list[dict]:
+        """Return the completed runs that have a metric."""
+        completed = [run for run in self.runs if run["status"] == "completed"]
+        return [run for run in completed if metric_of(run, metric) is not None]
+
     def numbers(self, metric: str) -> list[float]:
         """Return a metric of each completed run that has it."""
-        found = [metric_of(run, metric) for run in self.runs if run["status"] == "completed"]
-        return [number for number in found if number is not None]
+        return [metric_of(run, metric) for run in self.having(metric)]
 
 
 class Overview(NamedTuple):
@@ -109,11 +113,6 @@ def ordered(values: Sequence) -> list:
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_of_speed(name: str) -> bool:
-    """Return whether a setting changes the speed, and not what is learned."""
-    return name.startswith(OF_SPEED)
 
 
 def is_of_learning(name: str) -> bool:
@@ -186,7 +185,7 @@ def main_metric(runs: Sequence[dict], settings: Sequence[Setting]) -> str:
     images are random.
     """
     others = [each.name for each in settings if each.name != "seed"]
-    about_speed = others and all(map(is_of_speed, others))
+    about_speed = others and all(name.startswith(OF_SPEED) for name in others)
     evaluated = any(metric_of(run, "accuracy") is not None for run in runs)
     return SPEED if about_speed or not evaluated or are_random(runs) else "accuracy"
 
@@ -228,16 +227,11 @@ def target_accuracy(found: Sequence[Combination], target_error: float | None) ->
     """
     reached = []
     for combination in found:
-        shares = [
-            share
-            for run in combination.runs
-            if not are_random([run])
-            for _, share in timed_evaluations(run)
-        ]
-        if shares:
+        runs = filter(is_evaluated, combination.runs)
+        if shares := [share for run in runs for _, share in timed_evaluations(run)]:
             reached.append(max(shares))
-    if target_error is not None:
-        return round(1 - target_error, 9) if reached else None
+    if target_error is not None and reached:
+        return round(1 - target_error, 9)
     if len(reached) < 2:
         return None
     return batch_scaling.whole_percent(sorted(reached, reverse=True)[(len(reached) - 1) // 2])
