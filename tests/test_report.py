@@ -414,6 +414,19 @@ def test_predicted_steps_have_a_column_and_a_chart():
     assert len(chart.pictures) == 1
 
 
+def test_runs_that_differ_in_what_they_learn_share_a_point():
+    runs = [
+        a_run(mesh, settings={"optimizer.learning_rate": rate})
+        for mesh in ("1x1", "2x1")
+        for rate in (0.1, 0.2)
+    ]
+    for chart in charts.mesh_charts(dict(runs=runs, hardware={}, devices=2)):
+        assert len(chart.pictures) == 1, chart.title
+        assert "n = 1 run (seeds) per point" in chart.caption
+        said = "differ in optimizer.learning_rate only, the first counts." in chart.caption
+        assert said == (chart.title == "Throughput")
+
+
 def test_a_fixed_batch_compares_with_the_same_batch_and_scheme(tmp_path):
     one, other = (dict(parallelism=name, batch_size=512) for name in ("data", "hybrid"))
     runs = [

@@ -155,7 +155,7 @@ def test_a_scale_is_logarithmic_where_the_values_are():
 
 
 def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeypatch):
-    """A run of an older version has its name instead."""
+    """A run of an older version has its name instead; one of two devices, what it moves."""
     run = write_run(tmp_path / "run")
     change(run / "summary.json", dataset="digits")
     page = written(capsys, run)[1]
@@ -169,6 +169,8 @@ def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeyp
         "All runs",
     ]
     assert row_of(page, "1", "50.00", "1.2500")[-1] == "run"
+    titles = re.findall("<h3>(.*?)</h3>", written(capsys, write_run(tmp_path / "two", "2x1"))[1])
+    assert titles[2:5] == ["Step time", "Bytes moved by collectives", "Memory per device"]
     arguments = ["--config", "e.py", "--workdir", "runs/a", "--mesh=1x1"]
     monkeypatch.setattr("sys.argv", ["there/launch.py", *arguments])
     change(run / "summary.json", command=provenance.command())

@@ -39,9 +39,10 @@ SPLIT_CAPTIONS = {
 
 
 def mesh_charts(sweep: dict) -> list[Chart]:
-    """Return the charts of speed, bytes and memory by mesh and scheme; [] where neither varies.
+    """Return the charts of speed, bytes and memory by mesh and scheme.
 
-    Runs that differ in what they learn only share a point: the first of each seed stands for it.
+    Speeds are compared where meshes or schemes vary. Of one device alone there is no chart. Runs
+    that differ in what they learn only share a point: the first of each seed stands for it.
     """
     runs, dropped = [], {}
     for run in sweep["runs"]:
@@ -53,13 +54,16 @@ def mesh_charts(sweep: dict) -> list[Chart]:
                 kept[name] = value
         runs.append(run | dict(settings=kept))
     groups = compare.groups_of(runs)
-    if len({(group["mesh"], group["parallelism"]) for group in groups}) < 2:
+    vary = len({(group["mesh"], group["parallelism"]) for group in groups}) > 1
+    if not vary and all(group["devices"] == 1 for group in groups):
         return []
-    drawn = [throughput_chart(sweep, groups)]
-    if any(map(compare.group_speedups, groups)):
+    drawn = []
+    if vary:
+        drawn.append(throughput_chart(sweep, groups))
+    if vary and any(map(compare.group_speedups, groups)):
         drawn.append(speedup_chart(sweep, groups))
     drawn += [bar_chart(kind, sweep, groups) for kind in BAR_CHARTS]
-    if any(map(predicted_and_measured, groups)):
+    if vary and any(map(predicted_and_measured, groups)):
         drawn.append(prediction_chart(sweep, groups))
     drawn = [chart for chart in drawn if chart.pictures]
     if several := [name for name, values in dropped.items() if len(values) > 1]:

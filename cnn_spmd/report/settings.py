@@ -100,7 +100,7 @@ def value_of(run: dict, name: str) -> Any:
     if name == "mesh":
         sizes = run["figures"].get("mesh")
         return compare.mesh_name(sizes.values()) if sizes else run["mesh"]
-    places = (run["settings"], run["config"], run["figures"])
+    places = (run["settings"], run["figures"], run["config"])
     return next((place[name] for place in places if place.get(name) is not None), None)
 
 
