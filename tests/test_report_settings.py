@@ -117,6 +117,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     ):
         assert f">{text}</text>" in page
     assert "speedup" not in page  # of one device
+    assert "Left out, not completed or not measured: 1 of the runs." in page
     assert "Left out, without metrics: optimizer.learning_rate=1.0," in page
 
 

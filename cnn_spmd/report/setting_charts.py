@@ -73,19 +73,27 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
         # A map with more holes than cells compares nothing.
         if 2 * len(means) > len(across.values) * len(down.values):
             pictures.append(setting_plots.heat_map(across, down, means, label))
-    caption = ["Over the steady chunks." if metric == SPEED else "After the last step."]
-    counts = {len(numbers) for each in combos if (numbers := each.numbers(metric))} or {0}
-    if max(counts) > 1:
-        caption.append(
-            f"n = {charts.range_text(counts)} runs (seeds) per point: the mean, and bars that "
+    caption = metric_caption(metric, combos)
+    if many:
+        caption += " Grey: each combination of the other settings."
+    if len(shown) > 2:
+        caption += f" A cell of two settings has {summary} over the others."
+    title = f"{label[0].upper()}{label[1:]} by setting"
+    return Chart(title, pictures, caption)
+
+
+def metric_caption(metric: str, combos: Sequence[Combination]) -> str:
+    """Return when a metric was measured, how many runs a point has, and what is left out."""
+    caption = "Over the steady chunks." if metric == SPEED else "After the last step."
+    counts = {len(numbers) for each in combos if (numbers := each.numbers(metric))}
+    if counts and max(counts) > 1:
+        caption += (
+            f" n = {charts.range_text(counts)} runs (seeds) per point: the mean, and bars that "
             "reach from the lowest to the highest run."
         )
-    if many:
-        caption.append("Grey: each combination of the other settings.")
-    if len(shown) > 2:
-        caption.append(f"A cell of two settings has {summary} over the others.")
-    title = f"{label[0].upper()}{label[1:]} by setting"
-    return Chart(title, pictures, " ".join(caption))
+    if missing := sum(len(each.runs) - len(each.numbers(metric)) for each in combos):
+        caption += f" Left out, not completed or not measured: {missing} of the runs."
+    return caption
 
 
 def lines_against(
@@ -208,10 +216,9 @@ def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
             pictures.append(setting_plots.curves(list(parts), drawn, looks.legend, "step"))
     if not pictures:
         return []
-    caption = (
-        f"One line per run, finished or not. Training: means over at most {MOST_POINTS} parts of "
-        "the run."
-    )
+    caption = "One line per run, finished or not."
+    if any(len(run["metrics"]) > MOST_POINTS for run in runs):
+        caption += f" Of more than {MOST_POINTS} points, neighbours are averaged."
     if none := [run["name"] for run in runs if not run["metrics"]]:
         caption += f" Left out, without metrics: {charts.names_text(none)}."
     return [Chart("Learning curves", pictures, caption), *time_charts(runs, looks, overview.target)]

@@ -14,7 +14,7 @@ import numpy as np
 from cnn_spmd.report import plots, settings
 from cnn_spmd.report.canvas import Axes, Figure, ticker
 
-# Colours of Okabe and Ito (2008), as plots.SCHEMES.
+# Colour and marker of a combination; the colours are those of plots.SCHEMES.
 LOOKS = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -31,13 +31,16 @@ SEED_LINES = ("-", "--", ":", "-.")
 TICK_GAP = 0.09
 LONGEST = 24  # characters of a value at an axis
 ACROSS = 50  # characters that an axis has room for
-MOST_MARKED = 30  # points of a curve
+MOST_MARKED = 30  # points of a curve that has markers
 CURVE = dict(linewidth=1, markersize=3.5)
 Points = Sequence[tuple[float, float]]
 
 
 class Line(NamedTuple):
-    """A combination's metric against one setting; values: text of the setting -> per run."""
+    """A combination's metric against one setting.
+
+    values: text of the setting's value -> one number per run.
+    """
 
     label: str
     values: Mapping[str, list[float]]
@@ -156,14 +159,15 @@ def heat_map(
         [[means.get((str(x), str(y)), np.nan) for x in across.values] for y in down.values]
     )
     fig = Figure(figsize=(plots.WIDTH, 1.1 + 0.36 * len(down.values)))
-    axes = fig.add_subplot(title=metric, xlabel=across.name, ylabel=down.name)
+    axes = fig.add_subplot(title=metric, xlabel=across.label, ylabel=down.label)
     drawn = axes.pcolormesh(np.ma.masked_invalid(cells), cmap="cividis", edgecolors="none")
     axes.grid(visible=False)
     axes.set_ylim(len(down.values), 0)
-    digits = 2 if len(across.values) <= 8 else 1
+    digits = 2 if len(across.values) <= 8 else 1  # what a cell has room for
     for (row, column), number in np.ndenumerate(cells):
         if np.isfinite(number):
             red, green, blue, _ = drawn.cmap(drawn.norm(number))
+            # Luma (ITU-R BT.601): light letters on a dark cell.
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             axes.text(
                 column + 0.5,
@@ -190,9 +194,10 @@ def curves(
     xlabel: str,
     target: float | None = None,
 ) -> str:
-    """Return one part per title, one above the other; `drawn` is in the order of drawing.
+    """Return one part per title, one above the other.
 
-    legend: label -> look of its line. target: where a dashed line stands in the last part.
+    drawn: the first is at the back. legend: label -> look of its line. target: where a dashed line
+    stands in the last part.
     """
     fig = Figure(figsize=(plots.WIDTH, 0.9 + 1.75 * len(titles)))
     column = fig.subplots(len(titles), sharex=True, squeeze=False)[:, 0]
@@ -201,7 +206,7 @@ def curves(
         for curve in drawn:
             points = curve.parts[number]
             if points:
-                # Many marked points would hide the line.
+                # Many markers would hide the line.
                 marked = {} if len(points) <= MOST_MARKED else dict(marker="")
                 axes.plot(*zip(*points, strict=True), **CURVE | curve.look | marked)
     if target is not None:
