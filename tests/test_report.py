@@ -128,6 +128,7 @@ def figures_of_seed(seed):
         seed=seed,
         dtype="bfloat16",
         steps=100,
+        epochs=None,
         steady_calls=9,
         train_seconds=12.5 + seed,
         compile_seconds=3.25,

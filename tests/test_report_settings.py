@@ -17,7 +17,7 @@ CONFIG = {
     "label_smoothing": 0.1,
     "batch_size": 128,
     "steps": 100,
-    "epochs": 4,
+    "epochs": 25,  # which steps replace
     "data.name": "digits",
 }
 
@@ -31,6 +31,7 @@ def a_learning_run(settings, accuracy, **more):
         eval=dict(accuracy=accuracy, loss=1.0 - accuracy, top5=1.0),
         seed=settings.get("seed", 0),
         batch_size=128,
+        epochs=4.0,
     )
     run = a_run(**figures, **more)
     run["figures"].update(figures if run["figures"] else {})

@@ -113,9 +113,9 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
         if run["status"] in ("running", "completed") and not run["figures"]:
             run |= load_outcome(folder / run["name"], notes)
         config = load_config_fields(folder / run["name"], [])  # refused runs have no folder
-        if not config.get("epochs"):
-            config.pop("epochs", None)  # a resolved config has steps only
         run["config"] = (sweep.get("config") or {}) | config
+        if run["config"].get("steps"):  # they decide; the figures have the epochs that were done
+            run["config"].pop("epochs", None)
         runs.append(run | load_curves_and_pictures(folder / run["name"], notes))
     return sweep | dict(title=folder.resolve().name, runs=runs)
 
@@ -132,7 +132,7 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
             summaries.append(summary)
         config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
         run["command"] = (summary or {}).get("command") or ""  # older runs lack it
-        run["config"] = config | dict(epochs=(summary or {}).get("epochs"))
+        run["config"] = config
         run["mesh"] = mesh_of_run(run["figures"].get("mesh"), config)
         runs.append(run | load_curves_and_pictures(folder, notes))
         fields.append(compared_fields(config, summary))
