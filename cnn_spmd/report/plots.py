@@ -96,10 +96,11 @@ def svg_with_legend(fig: Figure, axes: Axes, label: str) -> str:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         labels = [textwrap.shorten(label, 60, placeholder=" …") for label in labels]
-        longest = max(map(len, labels))
-        columns = 3 if longest <= 16 else 2 if longest <= 26 else 1
-        # The heights of the pictures leave room for two rows.
-        more = max(0, -(-len(labels) // columns) - 2)
+        # A row has room for about 60 letters; the sample of each line takes the place of four.
+        longest = sorted(map(len, labels), reverse=True)
+        columns = next(n for n in (3, 2, 1) if sum(longest[:n]) <= 60 - 4 * n or n == 1)
+        # The heights of the pictures leave room for three rows.
+        more = max(0, -(-len(labels) // columns) - 3)
         fig.set_figheight(fig.get_figheight() + 0.18 * more)
         fig.legend(handles, labels, loc="outside lower center", ncols=columns)
     return svg(fig, label)
