@@ -1,4 +1,4 @@
-"""A report opens with what varied and the best runs; no chart is empty, and no label is cut."""
+"""A report opens with what varied and the best runs; its charts are whole."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def a_learning_run(settings, accuracy, **more):
 
 
 def a_learning_sweep(folder, fields, accuracy_of):
-    """Write a sweep over every combination of `fields`, evaluated after half of the time, too."""
+    """Write a sweep over every combination of `fields`, evaluated twice."""
     combos = [
         dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())
     ]
@@ -157,7 +157,7 @@ def test_a_scale_is_logarithmic_where_the_values_are():
 
 
 def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeypatch):
-    """A run of an older version has its name instead; one of two devices, what it moves."""
+    """An older run has its name instead; one on two devices has what it moves."""
     run = write_run(tmp_path / "run")
     change(run / "summary.json", dataset="digits")
     page = written(capsys, run)[1]

@@ -1,4 +1,4 @@
-"""Make the charts of speed, bytes, memory and steps: which there are, and their captions."""
+"""Make the charts of speed, bytes, memory and steps, with their captions."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -183,7 +183,7 @@ def left_out_text(runs: Sequence[dict]) -> str:
 
 
 def names_text(names: Sequence[str]) -> str:
-    """Return names joined by commas, of many the first; the table of all runs has the others."""
+    """Return names joined by commas; of many, only the first."""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more
 

@@ -1,4 +1,4 @@
-"""Make the blocks of a report: what was asked, the best runs, facts, charts and tables."""
+"""Make the blocks of a report: what varied, best runs, facts, charts, tables."""
 
 import base64
 import collections
@@ -185,7 +185,7 @@ def facts_table(sweep: dict, overview: Overview) -> Table:
 
 
 def recipe_facts(runs: Sequence[dict], overview: Overview) -> dict[str, str]:
-    """Return mesh, scheme, learning rate, batch and length, except what varies by itself."""
+    """Return mesh, scheme, learning rate, batch and length, except what varies."""
     varied = {name for each in overview.settings for name in (each.name, *each.along)}
     fields = {
         "mesh": "mesh",

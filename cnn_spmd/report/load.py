@@ -100,7 +100,7 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
 
 
 def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
-    """Return sweep.json, with the figures of runs that it does not know yet, and their configs."""
+    """Return sweep.json, with the runs' configs and the figures that it lacks."""
     path = folder / "sweep.json"
     sweep = runfiles.read_json(path)
     if {"experiment", "devices", "hardware", "runs"} - sweep.keys():

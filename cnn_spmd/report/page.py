@@ -122,7 +122,7 @@ def table_as_html(table: Table) -> str:
 
 
 def cell_as_html(text: str, column: str) -> str:
-    """Return a cell: numbers to the right, long texts with line breaks, commands as such."""
+    """Return a cell: numbers to the right, long texts and commands with line breaks."""
     kind = ""
     shown = html.escape(text)
     if re.match(r"-?[\d,.]+( [(±]|$)", text):

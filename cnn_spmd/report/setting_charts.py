@@ -83,7 +83,7 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
 
 
 def metric_caption(metric: str, combos: Sequence[Combination]) -> str:
-    """Return when a metric was measured, how many runs a point has, and what is left out."""
+    """Return when a metric was measured, on how many runs, and what is left out."""
     caption = "Over the steady chunks." if metric == SPEED else "After the last step."
     counts = {len(numbers) for each in combos if (numbers := each.numbers(metric))}
     if counts and max(counts) > 1:
@@ -99,7 +99,7 @@ def metric_caption(metric: str, combos: Sequence[Combination]) -> str:
 def lines_against(
     setting: Setting, found: Sequence[Setting], combos: Sequence[Combination], metric: str
 ) -> list[Line]:
-    """Return a line per combination of the other settings; none for those of one point."""
+    """Return a line per combination of the other settings, if it has two points."""
     lines: dict[tuple, Line] = {}
     for combination in combos:
         numbers = [factor_of(metric) * number for number in combination.numbers(metric)]
@@ -116,9 +116,10 @@ def lines_against(
 def summaries(
     names: Sequence[str], combos: Sequence[Combination], metric: str
 ) -> dict[tuple[str, ...], float]:
-    """Return what stands for all combinations that share the values of the named settings.
+    """Return one number for all combinations with the same values of these settings.
 
-    It is the best mean, by the values' texts; the mean of a metric that may be better if lower.
+    Keys are the values' texts. The number is the best mean over the seeds. It is the mean of these
+    means where a lower metric may be the better one.
     """
     found: dict[tuple[str, ...], list[float]] = {}
     for combination in combos:
@@ -138,7 +139,7 @@ def higher_is_better(metric: str) -> bool:
 
 
 class Looks:
-    """Choose the colour, marker and line style of each run's curve, and name them in a legend.
+    """Choose the look of each run's curve, and name the looks in a legend.
 
     Of more than MAX_LINES combinations, the best have colours, and the others are grey.
     """
@@ -149,14 +150,11 @@ class Looks:
         several = len(self.order) > MAX_LINES
         self.coloured = self.order[: MAX_LINES - 1] if several else self.order
         seeds = [str(seed) for each in found if each.name == "seed" for seed in each.values]
-        # Of one combination, seeds have colours; more line styles than these look alike.
-        self.seeds: dict[str, dict] = {seed: {} for seed in seeds}
+        # Of one combination, seeds have colours. More seeds than looks are drawn alike.
+        looks = [dict(linestyle=style) for style in setting_plots.SEED_LINES]
         if len(self.order) == 1:
-            for seed, (colour, marker) in zip(seeds, setting_plots.LOOKS, strict=False):
-                self.seeds[seed] = dict(color=colour, marker=marker)
-        elif len(seeds) <= len(setting_plots.SEED_LINES):
-            for seed, style in zip(seeds, setting_plots.SEED_LINES, strict=False):
-                self.seeds[seed] = dict(linestyle=style)
+            looks = [dict(color=colour, marker=mark) for colour, mark in setting_plots.LOOKS]
+        self.seeds = dict(zip(seeds, looks, strict=False)) if len(seeds) <= len(looks) else {}
         self.legend = self.legend_of(found)
 
     def legend_of(self, found: Sequence[Setting]) -> dict[str, dict]:
@@ -170,8 +168,7 @@ class Looks:
         if others := len(self.order) - len(self.coloured):
             legend[f"{others} others"] = dict(color=setting_plots.GREY)
         for seed, look in self.seeds.items():
-            if look:
-                legend[f"seed {seed}"] = dict(color="#777777") | look
+            legend[f"seed {seed}"] = dict(color="#777777") | look
         return legend
 
     def look(self, combination: Combination, run: dict | None = None) -> dict:
@@ -249,7 +246,7 @@ def curve_title(runs: Sequence[dict], name: str, split: str) -> str:
 
 
 def time_charts(runs: Sequence[dict], looks: Looks, target: float | None) -> list[Chart]:
-    """Return the chart of test accuracy by seconds of training, of several combinations."""
+    """Return the chart of test accuracy by seconds; [] for one combination alone."""
     if settings.are_random(runs) or len(looks.order) < 2:
         return []
     if not any(len(accuracy_by_time(run)) > 1 for run in runs):

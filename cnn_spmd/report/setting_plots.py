@@ -101,7 +101,7 @@ def draw_line(
 
 
 def set_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Make the scale logarithmic where the values are, and name them where they have room."""
+    """Make the scale logarithmic where the values are; name them where there is room."""
     places = np.array(values, float)
     if is_log_spaced(values):
         axes.set_xscale("log")

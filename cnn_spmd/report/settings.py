@@ -149,7 +149,7 @@ def label_of(values: dict[str, Any], settings: Sequence[Setting]) -> str:
 
 
 def names_of_label(values: dict[str, Any], settings: Sequence[Setting]) -> str:
-    """Return the names that label_of leaves out, joined by commas; "" where it has them."""
+    """Return the names that label_of leaves out, joined by commas; "" for none."""
     named = [each.label for each in settings if each.name in values]
     return ", ".join(named) if len(named) > MOST_NAMED else ""
 
@@ -191,7 +191,10 @@ def main_metric(runs: Sequence[dict], settings: Sequence[Setting]) -> str:
 
 
 def ranked(overview: Overview) -> list[Combination]:
-    """Return the combinations that have the metric, the best mean first; of equals, the faster."""
+    """Return the combinations that have the metric, best mean first.
+
+    Of equals, the faster one is first.
+    """
 
     def place(combination: Combination) -> tuple[float, float]:
         speeds = combination.numbers(SPEED) or [0.0]
@@ -221,9 +224,10 @@ def seconds_to(run: dict, target: float) -> float | None:
 
 
 def target_accuracy(found: Sequence[Combination], target_error: float | None) -> float | None:
-    """Return 1 - target_error, or the whole percent that half of the combinations reach.
+    """Return 1 - target_error, or what half of the combinations reach, in percent.
 
-    None where the images are random, or fewer than two combinations say when they reached what.
+    The percent are whole. None where the images are random, and where fewer than two combinations
+    have evaluations with their seconds.
     """
     reached = []
     for combination in found:

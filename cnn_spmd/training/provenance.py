@@ -26,7 +26,10 @@ def provenance() -> dict:
 
 
 def command() -> str | None:
-    """Return the command that repeats this run in a new workdir; None without launch.py."""
+    """Return the command that repeats this run in a new workdir.
+
+    That is launch.py's, without --workdir. None for a run that launch.py did not start.
+    """
     if pathlib.Path(sys.argv[0]).name != "launch.py":
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
