@@ -46,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--target_error",
         type=float,
         metavar="SHARE",
-        help="of a sweep of batch_size: the test error, from 0 to 1, to which the steps are "
-        "counted; without it, the lowest whole percent that every batch size reaches",
+        help="the test error, from 0 to 1, to which seconds of training are counted, and the steps "
+        "of a sweep of batch_size; without it, what half of the settings reach, and what every "
+        "batch size reaches, in whole percent",
     )
     return made
 

@@ -131,13 +131,17 @@ def target_of_all(best: Mapping[int, float]) -> tuple[float, str]:
     best: batch size -> its best accuracy. An accuracy below one percent is not rounded.
     """
     worst = min(best, key=best.get)
-    # In floating point, 100 * 0.29 is a little less than 29.
-    target = math.floor(round(100 * best[worst], 6)) / 100 or best[worst]
-    return target, (
+    return whole_percent(best[worst]), (
         "the lowest that every batch size reaches, in whole percent. It is set by batch "
         f"{worst:,}, whose best error is {100 * (1 - best[worst]):.2f} %; --target_error takes "
         "another"
     )
+
+
+def whole_percent(share: float) -> float:
+    """Return a share, rounded down to whole percent; below one percent, as it is."""
+    # In floating point, 100 * 0.29 is a little less than 29.
+    return math.floor(round(100 * share, 6)) / 100 or share
 
 
 def evaluations(run: dict) -> list[tuple[int, float]]:

@@ -1,14 +1,13 @@
-"""Make the report's charts: which there are, what they show, their captions."""
+"""Make the charts of speed, bytes, memory and steps, with their captions."""
 
 import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cnn_spmd.papers import published
-from cnn_spmd.report import batch_scaling, compare, plots
+from cnn_spmd.report import batch_scaling, compare, plots, settings
 from cnn_spmd.report.plots import Bars
 from cnn_spmd.report.text import Chart
-from cnn_spmd.training import runfiles
 
 # Part of a step -> colour, hatch.
 STEP_PARTS = {
@@ -27,11 +26,8 @@ OPERATIONS = {
     "all-to-all": ("#CC79A7", "...."),
     "collective-permute": ("#56B4E9", "\\\\\\\\"),
 }
+MOST_NAMES = 6  # of runs in a caption
 HELD_PARTS = {"parameters": ("#0072B2", ""), "optimizer": ("#E69F00", "////")}
-NO_PUBLISHED_CURVES = (
-    "Published curves are left out: simulated devices, or another network than AlexNet, do not "
-    "compare with them."
-)
 SPLIT_CAPTIONS = {
     "profile": "Split as measured by a profile of {steps} steps, mean over the devices; the tick is"
     " the median step without the profiler.",
@@ -42,23 +38,37 @@ SPLIT_CAPTIONS = {
 }
 
 
-def all_charts(
-    sweep: dict, groups: list[dict], scaling: batch_scaling.Scaling | None
-) -> list[Chart]:
-    """Return the charts that a sweep has figures for."""
+def mesh_charts(sweep: dict) -> list[Chart]:
+    """Return the charts of speed, bytes and memory by mesh and scheme.
+
+    Speeds are compared where meshes or schemes vary. Of one device alone there is no chart. Runs
+    that differ in what they learn only share a point: the first of each seed stands for it.
+    """
+    runs, dropped = [], {}
+    for run in sweep["runs"]:
+        kept = {}
+        for name, value in run["settings"].items():
+            if settings.is_of_learning(name):
+                dropped.setdefault(name, set()).add(str(value))
+            else:
+                kept[name] = value
+        runs.append(run | dict(settings=kept))
+    groups = compare.groups_of(runs)
+    vary = len({(group["mesh"], group["parallelism"]) for group in groups}) > 1
+    if not vary and all(group["devices"] == 1 for group in groups):
+        return []
     drawn = []
-    with plots.style():
-        if groups:
-            drawn.append(throughput_chart(sweep, groups))
-            if any(map(compare.group_speedups, groups)):
-                drawn.append(speedup_chart(sweep, groups))
-            drawn += [bar_chart(kind, sweep, groups) for kind in BAR_CHARTS]
-            if any(map(predicted_and_measured, groups)):
-                drawn.append(prediction_chart(sweep, groups))
-        if any(run["metrics"] for run in sweep["runs"]):
-            drawn.append(metrics_chart(sweep))
-        if scaling and scaling.steps:
-            drawn.append(steps_chart(sweep, scaling))
+    if vary:
+        drawn.append(throughput_chart(sweep, groups))
+    if vary and any(map(compare.group_speedups, groups)):
+        drawn.append(speedup_chart(sweep, groups))
+    drawn += [bar_chart(kind, sweep, groups) for kind in BAR_CHARTS]
+    if vary and any(map(predicted_and_measured, groups)):
+        drawn.append(prediction_chart(sweep, groups))
+    drawn = [chart for chart in drawn if chart.pictures]
+    if several := [name for name, values in dropped.items() if len(values) > 1]:
+        text = f" Of runs that differ in {', '.join(several)} only, the first counts."
+        drawn[0] = drawn[0]._replace(caption=drawn[0].caption + text)
     return drawn
 
 
@@ -80,7 +90,7 @@ def speedup_chart(sweep: dict, groups: list[dict]) -> Chart:
     caption = (
         "Throughput relative to the one-device run with the same settings, both scales "
         "logarithmic; a line joins each scheme's fastest meshes."
-        f"{without_base(groups)} {curves_caption(curves)} {timed_caption(sweep, groups)}"
+        f"{without_base(groups)}{curves_caption(curves)} {timed_caption(sweep, groups)}"
     )
     return Chart("Speedup", [plots.speedup(panel, curves) for panel in scaled], caption)
 
@@ -104,30 +114,18 @@ def predicted_and_measured(group: dict) -> tuple[float, float] | None:
     return (predicted, measured) if predicted and measured else None
 
 
-def metrics_chart(sweep: dict) -> Chart:
-    """Return the chart of loss, accuracy and registered metrics by step."""
-    metrics = runfiles.registered_metrics(run["figures"] for run in sweep["runs"])
-    none = [run["name"] for run in sweep["runs"] if not run["metrics"]]
-    caption = (
-        "Lines: training, the mean over each chunk; markers: test. From metrics.jsonl, one curve "
-        f"per run (n = 1), finished or not. {compare.hardware_of(sweep)}. "
-        f"Left out, without metrics: {', '.join(none) or 'no run'}."
-    )
-    title = f"{', '.join(['Loss', *metrics])} and accuracy"
-    return Chart(title, plots.curves(sweep["runs"], metrics), caption)
-
-
 def steps_chart(sweep: dict, scaling: batch_scaling.Scaling) -> Chart:
     """Return the chart of steps to the target by batch size."""
     knee = scaling.knee if scaling.knee_is_measured else None
     _, noise = scaling.noise or (0, None)
     counts = {len(batch.runs) for batch in scaling.batches}
     none = [f"{batch.size:,}" for batch in scaling.batches if not batch.reached]
+    left_out = f" Left out, without a run that reached it: {', '.join(none)}." if none else ""
     caption = (
         f"The fewest steps to a test error of {100 * (1 - scaling.target):.4g} %, both scales "
         "logarithmic. Perfect scaling: the smallest batch's steps, divided by how many times the "
         f"batch is larger. {compare.hardware_of(sweep)}; the best of n = {range_text(counts)} runs "
-        f"per point. Left out, without a run that reached it: {', '.join(none) or 'no batch size'}."
+        f"per point.{left_out}"
     )
     title = "Steps to the target by batch size"
     return Chart(title, [plots.steps_to_target(scaling.steps, knee, noise)], caption)
@@ -181,7 +179,13 @@ def left_out_text(runs: Sequence[dict]) -> str:
             names.setdefault(run["status"], []).append(run["name"])
         elif not run["figures"].get("images_per_second"):
             names.setdefault("that had no step left to time", []).append(run["name"])
-    return "".join(f"; runs {status}: {', '.join(some)}" for status, some in names.items())
+    return "".join(f"; runs {status}: {names_text(some)}" for status, some in names.items())
+
+
+def names_text(names: Sequence[str]) -> str:
+    """Return names joined by commas; of many, only the first."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def without_base(groups: Sequence[dict]) -> str:
@@ -206,17 +210,17 @@ def comparable_curves(sweep: dict, groups: Sequence[dict]) -> dict[str, dict]:
 
 
 def curves_caption(curves: dict[str, dict]) -> str:
-    """Return the sources of the published curves."""
+    """Return the sources of the published curves; "" for none."""
     if not curves:
-        return NO_PUBLISHED_CURVES
+        return ""
     sources: dict[tuple, list[str]] = {}
     for letter, curve in curves.items():
         source = (curve["paper"], curve["hardware"], f"batch {curve['batch']}")
         sources.setdefault(source, []).append(f"{letter} {curve['scheme']}")
     texts = [f"{', '.join(letters)} ({', '.join(source)})" for source, letters in sources.items()]
     return (
-        "Grey: published, each relative to one GPU of its own, on 224x224 images, the batch growing"
-        f" with the GPUs: {'; '.join(texts)}."
+        " Grey: published, each relative to one GPU of its own, on 224x224 images, the batch "
+        f"growing with the GPUs: {'; '.join(texts)}."
     )
 
 
@@ -242,7 +246,7 @@ def bar_chart(kind: BarChart, sweep: dict, groups: list[dict]) -> Chart:
     caption = f"{kind.caption} {compiled_caption(sweep, groups)}"
     silent = [run["name"] for group in groups if group not in shown for run in group["runs"]]
     if silent:
-        caption += f" Without a report on the program: {', '.join(silent)}."
+        caption += f" Without a report on the program: {names_text(silent)}."
     return Chart(kind.title, pictures, caption)
 
 

@@ -1,25 +1,33 @@
-"""Make the blocks of a report: facts, charts, tables and pictures of each sweep."""
+"""Make the blocks of a report: what varied, best runs, facts, charts, tables."""
 
 import base64
+import collections
 import html
 import statistics
 from collections.abc import Callable, Sequence
 
-from cnn_spmd.report import batch_scaling, compare, text
+from cnn_spmd.report import batch_scaling, compare, settings, text
+from cnn_spmd.report.settings import Overview
 from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
 from cnn_spmd.training import runfiles
 
 KERNELS = 10  # rows per run in the table of kernels
-LEGEND = (
-    "n is the number of runs that differ in nothing but their seed; mean ± one sample standard"
-    " deviation. Speedup is the throughput relative to the run on mesh 1x1 with the same batch and"
+BEST = 5  # combinations at the top of the page
+MOST_VALUES = 12  # of a setting, or of a fact, that are named
+# Column of a table -> what it means.
+LEGEND = {
+    "n": "n is the number of runs that differ in nothing but their seed; mean ± one sample standard"
+    " deviation.",
+    "speedup": "Speedup is the throughput relative to the run on mesh 1x1 with the same batch and"
     " settings, of the same scheme where there is one. Efficiency is the speedup divided by the"
-    " number of devices. Ring MB is what a device sends per step if each collective runs as a ring;"
-    " theory is its closed form (Gholami et al. 2018). Where theory has a reduce-scatter, XLA for"
-    " CPUs makes an all-reduce, which sends twice as much. Hidden is the share of the"
-    " communication's estimated time that the compiled schedule can hide behind computing, on GPUs."
-    " MB are 1e6 bytes."
-)
+    " number of devices.",
+    "ring MB per step": "Ring MB is what a device sends per step if each collective is a ring.",
+    "theory": "Theory is the closed form of these bytes (Gholami et al. 2018). Where theory has a"
+    " reduce-scatter, XLA for CPUs makes an all-reduce, which sends twice as much.",
+    "hidden, %": "Hidden is the share of the communication's estimated time that the compiled"
+    " schedule can hide behind computing, on GPUs.",
+    "parameters and optimizer, MB per device": "MB are 1e6 bytes.",
+}
 PROFILE_LEGEND = (
     "Mean over the devices. Overlapped communication runs while the device computes, exposed"
     " communication while it does not: a step is computing, exposed communication and idle time. "
@@ -41,35 +49,132 @@ def report_blocks(
 
 
 def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
-    """Return the blocks of one sweep."""
+    """Return the blocks of one sweep: what was asked, the best runs, charts, tables."""
     # The import loads matplotlib, which takes a second and can fail (canvas.py).
-    from cnn_spmd.report import charts
+    from cnn_spmd.report import charts, plots, setting_charts
 
     runs = sweep["runs"]
+    overview = settings.overview(runs, target_error)
     groups = compare.groups_of(runs)
     scaling = batch_scaling.measure(sweep, target_error)
+    with plots.style():
+        learned = setting_charts.metric_charts(runs, overview)
+        placed = charts.mesh_charts(sweep)
+        curves = setting_charts.curve_charts(runs, overview)
+        steps = [charts.steps_chart(sweep, scaling)] if scaling and scaling.steps else []
     shares, kernels = profile_blocks(runs)
     return [
         Heading(2, sweep["title"]),
-        facts_table(sweep),
-        *charts.all_charts(sweep, groups, scaling),
-        *comparison_blocks(groups),
+        *asked_blocks(runs, overview),
+        *best_blocks(overview),
+        Heading(3, "Settings"),
+        facts_table(sweep, overview),
+        *learned,
+        *placed,
+        *curves,
+        *comparison_blocks(groups, overview.target),
+        *steps,
         *(batch_scaling.blocks(scaling) if scaling else []),
         *shares,
         Heading(3, "All runs"),
-        runs_table(runs),
+        runs_table(runs, overview.target),
         *kernels,
         *(block for run in runs for block in picture_blocks(run)),
     ]
 
 
-def facts_table(sweep: dict) -> Table:
-    """Return what a sweep's runs share: network, data, hardware, command, ..."""
+# ---- What was asked, and the answer
+
+
+def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
+    """Return how the runs ended, and the values of each setting that varies."""
+    counts = collections.Counter(run["status"] for run in runs)
+    ended = ", ".join(f"{count} {status}" for status, count in counts.items())
+    said = f"{len(runs)} run{'s' * (len(runs) != 1)}: {ended}."
+    if not overview.settings:
+        return [Paragraph(said)]
+    rows = [[setting_text(each), values_text(each.values)] for each in overview.settings]
+    return [Paragraph(f"{said} What varies:"), Table(["", ""], rows)]
+
+
+def setting_text(setting: settings.Setting) -> str:
+    """Return a setting's name, and the settings that change with it."""
+    return setting.name + (f" (with it: {values_text(setting.along)})" if setting.along else "")
+
+
+def values_text(values: Sequence) -> str:
+    """Return values joined by commas; of many, the first and the last."""
+    texts = [f"{value:.10g}" if isinstance(value, float) else str(value) for value in values]
+    if len(texts) > MOST_VALUES:
+        texts = [*texts[: MOST_VALUES - 1], f"... {texts[-1]} ({len(texts)} values)"]
+    return ", ".join(texts)
+
+
+def best_blocks(overview: Overview) -> list[Block]:
+    """Return the best combinations with their commands; [] where none has a metric."""
+    best = settings.ranked(overview)[:BEST]
+    if not best:
+        return []
+    title = "The run"
+    if overview.settings:
+        by = "images/s" if overview.metric == settings.SPEED else "test accuracy"
+        title = f"Best runs, by {by}"
+    rows = [best_row(combination, overview) for combination in best]
+    header, cells = list(rows[0]), [list(row.values()) for row in rows]
+    blocks = [Heading(3, title), Table(*without_empty(header, cells))]
+    if any(len(combination.runs) > 1 for combination in best):
+        blocks.append(Paragraph("The command is that of the best of the seeds."))
+    return blocks
+
+
+def best_row(combination: settings.Combination, overview: Overview) -> dict[str, str]:
+    """Return a combination's cells by their columns."""
+    metric, runs = overview.metric, combination.having(overview.metric)
+    best = max(runs, key=lambda run: settings.metric_of(run, metric))
+    labels = {each.name: each.label for each in overview.settings}
+    row = {labels[name]: str(value) for name, value in combination.values.items()}
+    row["n"] = str(len(runs))
+    if metric != settings.SPEED:
+        row["test accuracy, %"] = metric_text("accuracy", combination.numbers("accuracy"))
+        row["test loss"] = metric_text("loss", combination.numbers("loss"))
+    row[target_label(overview.target)] = target_text(combination.runs, overview.target)
+    row["images/s"] = text.throughput(combination.numbers(settings.SPEED))
+    # Older runs outside a sweep have no command.
+    return row | dict(run="" if best["command"] else best["name"], command=best["command"])
+
+
+def without_empty(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return a table without the columns in which every cell is empty."""
+    kept = [at for at in range(len(header)) if any(row[at] for row in rows)]
+    return [header[at] for at in kept], [[row[at] for at in kept] for row in rows]
+
+
+def target_label(target: float | None) -> str:
+    """Return the header of the column of target_text."""
+    return "" if target is None else f"training to {100 * target:.4g} %, s"
+
+
+def target_text(runs: Sequence[dict], target: float | None) -> str:
+    """Return the seconds of training to an accuracy, and how many runs reached it."""
+    if target is None:
+        return ""
+    found = [settings.seconds_to(run, target) for run in runs]
+    reached = [seconds for seconds in found if seconds is not None]
+    some = f" ({len(reached)} of {len(found)})" if 0 < len(reached) < len(found) else ""
+    return text.mean_and_deviation(reached, 1) + some
+
+
+def facts_table(sweep: dict, overview: Overview) -> Table:
+    """Return network, data, recipe, hardware, command, ... of a sweep's runs."""
+    runs = sweep["runs"]
     hardware = sweep["hardware"] or {}
     versions = (f"{name} {version}" for name, version in hardware.get("versions", {}).items())
     facts = {
-        "network": distinct_texts(sweep["runs"], network_text),
-        "data": distinct_texts(sweep["runs"], data_text),
+        "network": distinct_texts(runs, network_text),
+        "data": distinct_texts(runs, data_text),
+        **recipe_facts(runs, overview),
         "hardware": compare.hardware_of(sweep),
         "command": sweep.get("command"),
         "started": sweep.get("started"),
@@ -77,6 +182,27 @@ def facts_table(sweep: dict) -> Table:
         "commit": hardware.get("commit"),
     }
     return Table(["", ""], [[name, fact] for name, fact in facts.items() if fact])
+
+
+def recipe_facts(runs: Sequence[dict], overview: Overview) -> dict[str, str]:
+    """Return mesh, scheme, learning rate, batch and length, except what varies."""
+    varied = {name for each in overview.settings for name in (each.name, *each.along)}
+    fields = {
+        "mesh": "mesh",
+        "scheme": "parallelism",
+        "learning rate": "optimizer.learning_rate",
+        "batch size": "batch_size",
+        "steps": "steps",
+        "epochs": "epochs",
+        "label smoothing": "label_smoothing",
+    }
+    facts = {}
+    for label, name in fields.items():
+        values = [settings.value_of(run, name) for run in runs]
+        known = settings.ordered(dict.fromkeys(value for value in values if value))
+        if known and name not in varied:
+            facts[label] = values_text(known)
+    return facts
 
 
 def distinct_texts(runs: Sequence[dict], text_of: Callable[[dict], str]) -> str:
@@ -103,6 +229,7 @@ COMPARISON_HEADER = [
     "parallelism",
     "batch and settings",
     "n",
+    "test accuracy, %",
     "images/s",
     "step, ms (p10 to p90)",
     "predicted, ms",
@@ -112,22 +239,36 @@ COMPARISON_HEADER = [
     "ring MB per step",
     "theory",
     "hidden, %",
-    "test accuracy, %",
 ]
+# The columns that say nothing where each run has one device.
+OF_MESHES = ("speedup", "efficiency, %", "ring MB per step", "theory", "hidden, %")
 
 
-def comparison_blocks(groups: Sequence[dict]) -> list[Block]:
+def comparison_blocks(groups: Sequence[dict], target: float | None) -> list[Block]:
     """Return the table of groups, and the panels that have no one-device run."""
+    if not groups:
+        return []
     runs = [run for group in groups for run in group["runs"]]
     metrics = runfiles.registered_metrics(run["figures"] for run in runs)
-    header = [*COMPARISON_HEADER, *map(compare.metric_label, metrics)]
+    after = COMPARISON_HEADER.index("test accuracy, %") + 1
+    header = list(COMPARISON_HEADER)
+    header[after:after] = [*map(compare.metric_label, metrics), target_label(target)]
     rows = []
     for group in groups:
         further = [metric_text(name, compare.values(group, "eval", name)) for name in metrics]
-        rows.append([*comparison_row(group), *further])
-    blocks = [Heading(3, "Runs compared"), Table(header, rows), Paragraph(LEGEND)]
+        row = comparison_row(group)
+        row[after:after] = [*further, target_text(group["runs"], target)]
+        rows.append(row)
+    if all(group["devices"] == 1 for group in groups):
+        rows = [
+            [cell if name not in OF_MESHES else "" for name, cell in zip(header, row, strict=True)]
+            for row in rows
+        ]
+    header, rows = without_empty(header, rows)
+    legend = " ".join(said for column, said in LEGEND.items() if column in header)
+    blocks = [Heading(3, "Runs compared"), Table(header, rows), Paragraph(legend)]
     alone = dict.fromkeys(group["panel"] for group in groups if group["base"] is None)
-    if alone:
+    if alone and any(group["devices"] > 1 for group in groups):
         blocks.append(Paragraph(f"No one-device run, so no speedup: {'; '.join(alone)}."))
     return blocks
 
@@ -140,6 +281,7 @@ def comparison_row(group: dict) -> list[str]:
         group["parallelism"],
         group["panel"],
         str(len(group["runs"])),
+        metric_text("accuracy", compare.values(group, "accuracy")),
         text.throughput(compare.values(group, "images_per_second")),
         step_text(group),
         text.optional(compare.average(group, "predicted_milliseconds"), 3),
@@ -148,7 +290,6 @@ def comparison_row(group: dict) -> list[str]:
         f"{held_bytes(group) / 1e6:,.1f}",
         *(text.optional(moved, 1, 1e-6) for moved in moved_bytes(group)),
         text.optional(compare.average(group, "hidden_share"), 0, 100),
-        metric_text("accuracy", compare.values(group, "accuracy")),
     ]
 
 
@@ -189,12 +330,12 @@ def metric_text(name: str, values: Sequence[float]) -> str:
 RUNS_HEADER = [
     "run",
     "status",
+    "test accuracy, %",
+    "test loss",
     "images/s",
     "step, ms: p10",
     "median",
     "p90",
-    "test accuracy, %",
-    "loss",
     "train, s",
     "compile, s",
     "seed",
@@ -202,20 +343,24 @@ RUNS_HEADER = [
 ]
 
 
-def runs_table(runs: Sequence[dict]) -> Table:
+def runs_table(runs: Sequence[dict], target: float | None) -> Table:
     """Return the table of all runs; registered metrics have columns after the loss."""
     metrics = runfiles.registered_metrics(run["figures"] for run in runs)
-    after_loss = RUNS_HEADER.index("loss") + 1
+    after_loss = RUNS_HEADER.index("test loss") + 1
     header, rows = list(RUNS_HEADER), []
-    header[after_loss:after_loss] = map(compare.metric_label, metrics)
+    header[after_loss:after_loss] = [*map(compare.metric_label, metrics), target_label(target)]
     for run in runs:
         evaluation = run["figures"].get("eval") or {}
         row = run_row(run)
         row[after_loss:after_loss] = [
-            metric_text(name, [evaluation[name]] if name in evaluation else []) for name in metrics
+            *(
+                metric_text(name, [evaluation[name]] if name in evaluation else [])
+                for name in metrics
+            ),
+            target_text([run], target),
         ]
         rows.append(row)
-    return Table(header, rows)
+    return Table(*without_empty(header, rows))
 
 
 def run_row(run: dict) -> list[str]:
@@ -226,10 +371,10 @@ def run_row(run: dict) -> list[str]:
     return [
         run["name"],
         run["status"],
-        "" if speed is None else text.throughput([speed]),
-        *(text.optional(times.get(name), 3) for name in ("p10", "median", "p90")),
         text.optional(figures.get("accuracy"), 2, 100),
         text.optional(figures.get("loss"), 4),
+        "" if speed is None else text.throughput([speed]),
+        *(text.optional(times.get(name), 3) for name in ("p10", "median", "p90")),
         text.optional(figures.get("train_seconds"), 1),
         text.optional(figures.get("compile_seconds"), 1),
         str(figures.get("seed", "")),

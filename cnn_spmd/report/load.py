@@ -122,7 +122,7 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
 
 
 def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
-    """Return sweep.json, with the figures of runs that it does not know yet."""
+    """Return sweep.json, with the runs' configs and the figures that it lacks."""
     path = folder / "sweep.json"
     sweep = runfiles.read_json(path)
     if {"experiment", "devices", "hardware", "runs"} - sweep.keys():
@@ -134,6 +134,10 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
         run = empty | {name: value for name, value in entry.items() if value is not None}
         if run["status"] in ("running", "completed") and not run["figures"]:
             run |= load_outcome(folder / run["name"], notes)
+        config = load_config_fields(folder / run["name"], [])  # refused runs have no folder
+        run["config"] = (sweep.get("config") or {}) | config
+        if run["config"].get("steps"):  # they decide; the figures have the epochs that were done
+            run["config"].pop("epochs", None)
         runs.append(run | load_curves_and_pictures(folder / run["name"], notes))
     return sweep | dict(title=folder.resolve().name, runs=runs)
 
@@ -143,12 +147,14 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
     names = [folder.resolve().name for folder in folders]
     runs, fields, summaries = [], [], []
     for folder, name in zip(folders, names, strict=True):
-        run = dict(name=name if names.count(name) == 1 else str(folder), command="", seconds=None)
+        run = dict(name=name if names.count(name) == 1 else str(folder), seconds=None)
         run |= load_outcome(folder, notes)
         summary = runfiles.read_json(folder / "summary.json") if run["figures"] else None
         if summary:
             summaries.append(summary)
         config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
+        run["command"] = (summary or {}).get("command") or ""  # older runs lack it
+        run["config"] = config
         run["mesh"] = mesh_of_run(run["figures"].get("mesh"), config)
         runs.append(run | load_curves_and_pictures(folder, notes))
         fields.append(compared_fields(config, summary))

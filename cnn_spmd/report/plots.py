@@ -6,6 +6,7 @@ and Ito (2008). Draw within `style()`.
 """
 
 import contextlib
+import html
 import io
 import math
 import re
@@ -83,8 +84,10 @@ def svg(fig: Figure, label: str) -> str:
     svg_text = re.sub(r"<metadata>.*?</metadata>", "", svg_text, flags=re.DOTALL)
     # Nothing refers to these, and they would be the same in every picture of the page.
     svg_text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg_text)
-    role = rf'\1role="img" aria-label="{label}"'
-    svg_text = re.sub(r'(<svg [^>]*?)width="[^"]*"', role, svg_text, count=1)
+    role = f'role="img" aria-label="{html.escape(label)}"'
+    svg_text = re.sub(
+        r'(<svg [^>]*?)width="[^"]*"', lambda found: found[1] + role, svg_text, count=1
+    )
     return re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", svg_text, count=1)
 
 
@@ -92,7 +95,13 @@ def svg_with_legend(fig: Figure, axes: Axes, label: str) -> str:
     """Return the picture with the legend of `axes` below it."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        columns = 2 if max(map(len, labels)) > 18 else 3
+        labels = [textwrap.shorten(label, 60, placeholder=" …") for label in labels]
+        # A row has room for about 60 letters; the sample of each line takes the place of four.
+        longest = sorted(map(len, labels), reverse=True)
+        columns = next(n for n in (3, 2, 1) if sum(longest[:n]) <= 60 - 4 * n or n == 1)
+        # The heights of the pictures leave room for three rows.
+        more = max(0, -(-len(labels) // columns) - 3)
+        fig.set_figheight(fig.get_figheight() + 0.18 * more)
         fig.legend(handles, labels, loc="outside lower center", ncols=columns)
     return svg(fig, label)
 
@@ -262,55 +271,6 @@ def draw_marks(axes: Axes, shown: Bars) -> None:
     if marked:
         look = dict(color="black", markersize=11, markeredgewidth=1.6, label=shown.mark_name)
         axes.plot(*zip(*marked, strict=True), "|", **look)
-
-
-# ---- Curves
-
-
-def curves(runs: list[dict], metrics: Sequence[str] = ()) -> list[str]:
-    """Return loss, accuracy and `metrics` by step, one picture per panel."""
-    panels: dict[str, list[dict]] = {}
-    for run in runs:
-        if run["metrics"]:
-            panels.setdefault(compare.panel_of(run), []).append(run)
-    return [draw_curves(panel, members, metrics) for panel, members in panels.items()]
-
-
-def draw_curves(panel: str, runs: Sequence[dict], metrics: Sequence[str]) -> str:
-    """Return a panel's curves: training as lines, test as markers."""
-    names = ["loss", "accuracy", *metrics]
-    fig = Figure(figsize=(WIDTH, 2.2 * len(names)))
-    column = fig.subplots(len(names), sharex=True)
-    schemes = {}
-    for run in runs:
-        scheme = run["figures"].get("parallelism") or run["settings"].get("parallelism")
-        look = schemes.setdefault(scheme or run["status"], SCHEMES.get(scheme, OTHER))
-        for axes, name in zip(column, names, strict=True):
-            draw_run(axes, run["metrics"], name, look)
-    for scheme, (colour, marker, line) in schemes.items():
-        column[0].plot([], [], marker=marker, color=colour, linestyle=line, label=scheme)
-    labels = ["loss, nats", "accuracy, %", *map(compare.metric_label, metrics)]
-    for axes, label in zip(column, labels, strict=True):
-        axes.set_ylabel(label)
-    column[0].set_title(panel_title(panel))
-    column[-1].set_xlabel("step")
-    return svg_with_legend(fig, column[0], "Loss and accuracy")
-
-
-def draw_run(axes: Axes, rows: Sequence[dict], name: str, look: tuple) -> None:
-    """Draw one metric of one run's metrics.jsonl."""
-    colour, marker, line = look
-    factor = 100 if name in compare.SHARES else 1
-    train, test = [], []
-    for row in rows:
-        if isinstance(row.get(name), int | float):
-            points = train if row["split"] == "train" else test
-            points.append((row["step"], factor * row[name]))
-    if train:
-        thin = dict(color=colour, linestyle=line, linewidth=1, alpha=0.7)
-        axes.plot(*zip(*train, strict=True), **thin)
-    if test:
-        axes.plot(*zip(*test, strict=True), marker, color=colour, markersize=5, alpha=0.7)
 
 
 # ---- Steps to a target

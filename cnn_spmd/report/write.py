@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.report import batch_scaling, document, load, page, text
+from cnn_spmd.report import document, load, page, settings, text
 from cnn_spmd.training import runfiles
 
 
@@ -14,19 +14,20 @@ def write_report(
 ) -> list[pathlib.Path]:
     """Write report.md, report.csv and report.html on all `folders` into the first.
 
-    target_error: as batch_scaling.measure takes it. Prints on stderr which runs are unfinished and
-    which files are damaged. Returns the paths of the three files. Raises UserError for bad input,
-    for a folder that cannot be written, and for a target without a sweep of batch_size.
+    target_error: the test error to which steps and seconds are counted; None: chosen from the runs
+    (batch_scaling.measure, settings.target_accuracy). Prints on stderr which runs are unfinished
+    and which files are damaged. Returns the paths of the three files. Raises UserError for bad
+    input, for a folder that cannot be written, and for a target where no run was evaluated.
     """
     notes: list[str] = []
     sweeps = load.load_sweeps(folders, notes)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
-    if target_error is not None and not any(map(batch_scaling.measure, sweeps)):
+    runs = [run for sweep in sweeps for run in sweep["runs"]]
+    if target_error is not None and not any(map(settings.is_evaluated, runs)):
         raise UserError(
-            f"--target_error={target_error:g}: expected a sweep of batch_size, of which at least "
-            f"{batch_scaling.LEAST} sizes of one network on one data set (not synthetic) were "
-            "evaluated"
+            f"--target_error={target_error:g}: expected runs that were evaluated, on a data set "
+            "that is not synthetic"
         )
     blocks = document.report_blocks(sweeps, notes, target_error)
     contents = {

@@ -37,7 +37,7 @@ from cnn_spmd.training.log import Log
 from cnn_spmd.training.noise_scale import NoiseScale
 from cnn_spmd.training.profiling import profile_chunks
 from cnn_spmd.training.programs import Programs, compile_programs
-from cnn_spmd.training.provenance import provenance
+from cnn_spmd.training.provenance import command, provenance
 from cnn_spmd.training.runfiles import SCHEMA
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
@@ -270,6 +270,7 @@ class Run:
             collectives=report["collectives"],
             predicted_milliseconds=(report.get("prediction") or {}).get("predicted_milliseconds"),
             **provenance(),
+            command=command(),
             **self.origins,
             status=status,
             data_digest=self.setup.data.digest,

@@ -1,11 +1,14 @@
 """Find out by which code, and on which machine, a result is made."""
 
+import argparse
 import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 
 PACKAGES = dict(jax="jax", jaxlib="jaxlib", flax="flax", optax="optax", orbax="orbax-checkpoint")
 ENVIRONMENT = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")  # these may change the last digits of a run
@@ -20,6 +23,19 @@ def provenance() -> dict:
         commit=commit(),
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     )
+
+
+def command() -> str | None:
+    """Return the command that repeats this run in a new workdir.
+
+    That is launch.py's, without --workdir. None for a run that launch.py did not start.
+    """
+    if pathlib.Path(sys.argv[0]).name != "launch.py":
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--workdir", "-workdir")
+    _, others = parser.parse_known_args(sys.argv[1:])
+    return f"python launch.py {shlex.join(others)}"
 
 
 def commit() -> str | None:

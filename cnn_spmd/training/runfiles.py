@@ -32,12 +32,12 @@ KINDS = {
 FIELDS = {
     "summary.json": {
         "text": "experiment started status model parallelism dataset dtype device_kind fallback? "
-        "commit? data_digest? collectives.*.operation",
+        "commit? command? data_digest? collectives.*.operation",
         "a whole number": "schema? devices batch_size seed steps param_count processes mesh.* "
         " host_cores? steady_calls?",
-        "a number": "images_per_second? train_seconds? compile_seconds? step_milliseconds.*? "
-        "eval.accuracy? eval.loss? eval.*? bytes_per_device.*? collectives.*.ring_bytes "
-        "config.dense_microbatch?",
+        "a number": "epochs? images_per_second? train_seconds? compile_seconds? "
+        "step_milliseconds.*? eval.accuracy? eval.loss? eval.*? bytes_per_device.*? "
+        "collectives.*.ring_bytes config.dense_microbatch?",
         "a list": "collectives?",
         "an object": "mesh config versions bytes_per_device eval? step_milliseconds? collectives.*",
     },
@@ -64,7 +64,7 @@ FIELDS = {
         "text": "experiment command? started? runs.*.name runs.*.status runs.*.reason?",
         "a whole number": "devices",
         "a list": "runs",
-        "an object": "hardware? runs.* runs.*.settings? runs.*.figures?",
+        "an object": "hardware? config? runs.* runs.*.settings? runs.*.figures?",
     },
 }
 # The fields of summary.json that sweep.json repeats.
@@ -233,6 +233,7 @@ def figures_of(folder: pathlib.Path) -> dict:
     try:
         evaluation = summary["eval"] or dict(accuracy=None, loss=None)
         return {name: summary[name] for name in COPIED} | dict(
+            epochs=summary.get("epochs"),
             steady_calls=summary.get("steady_calls"),
             accuracy=evaluation["accuracy"],
             loss=evaluation["loss"],

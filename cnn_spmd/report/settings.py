@@ -1,0 +1,241 @@
+"""Find the settings that vary among runs, and what the runs are ranked by.
+
+A setting is a field of the config, or "mesh". A combination is the runs that share the value of
+every setting but the seed. Runs are those of load.load_sweeps.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cnn_spmd.report import batch_scaling, compare
+
+# Settings that change the speed, and what is learned at most through rounding or the batch: a
+# sweep of batch_per_device is about speed, one of batch_size is not.
+OF_SPEED = (*compare.NOT_THE_RECIPE, "mesh", "parallelism", "batch_per_device", "device_kind")
+MOST_NAMED = 2  # settings that a label has room to name
+SPEED = "images_per_second"
+
+
+class Setting(NamedTuple):
+    """A setting that varies.
+
+    label: its name, without sections where that is clear. values: in order. along: the other
+    settings that change with it, in every run.
+    """
+
+    name: str
+    label: str
+    values: list
+    along: list[str]
+
+
+class Combination(NamedTuple):
+    """The runs that differ in nothing but their seed; values: by the settings' names."""
+
+    values: dict[str, Any]
+    runs: list[dict]
+
+    def having(self, metric: str) -> list[dict]:
+        """Return the completed runs that have a metric."""
+        completed = [run for run in self.runs if run["status"] == "completed"]
+        return [run for run in completed if metric_of(run, metric) is not None]
+
+    def numbers(self, metric: str) -> list[float]:
+        """Return a metric of each completed run that has it."""
+        return [metric_of(run, metric) for run in self.having(metric)]
+
+
+class Overview(NamedTuple):
+    """What varies among runs, and what they are ranked by.
+
+    metric: "accuracy" or SPEED. target: the test accuracy to which seconds are counted; None
+    where there is none.
+    """
+
+    settings: list[Setting]
+    combinations: list[Combination]
+    metric: str
+    target: float | None
+
+
+def overview(runs: Sequence[dict], target_error: float | None) -> Overview:
+    """Return the overview of runs; target_error: as target_accuracy takes it."""
+    found = varied(runs)
+    combos = combinations(runs, found)
+    target = target_accuracy(combos, target_error)
+    return Overview(found, combos, main_metric(runs, found), target)
+
+
+def varied(runs: Sequence[dict]) -> list[Setting]:
+    """Return the settings of more than one value among these runs.
+
+    Settings that change together are one, named after the first.
+    """
+    names = dict.fromkeys(["mesh", *(name for run in runs for name in run["settings"])])
+    found: dict[Any, tuple[str, list, list[str]]] = {}
+    for name in names:
+        values = [value_of(run, name) for run in runs]
+        texts = list(map(str, values))
+        known = {
+            text: value for text, value in zip(texts, values, strict=True) if value is not None
+        }
+        if len(known) < 2:
+            continue
+        pattern = "seed" if name == "seed" else tuple(map(texts.index, texts))
+        if pattern in found:
+            found[pattern][2].append(name)
+        else:
+            found[pattern] = (name, ordered(known.values()), [])
+    short = [name.removesuffix(".name").rsplit(".", 1)[-1] for name, *_ in found.values()]
+    return [
+        Setting(name, label if short.count(label) == 1 else name, values, along)
+        for label, (name, values, along) in zip(short, found.values(), strict=True)
+    ]
+
+
+def value_of(run: dict, name: str) -> Any:
+    """Return a run's value of a setting; None where it is not known."""
+    if name == "mesh":
+        sizes = run["figures"].get("mesh")
+        return compare.mesh_name(sizes.values()) if sizes else run["mesh"]
+    places = (run["settings"], run["figures"], run["config"])
+    return next((place[name] for place in places if place.get(name) is not None), None)
+
+
+def ordered(values: Sequence) -> list:
+    """Return values sorted where all are numbers, otherwise as they come."""
+    values = list(values)
+    return sorted(values) if all(map(is_number, values)) else values
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_of_learning(name: str) -> bool:
+    """Return whether a setting changes neither the speed nor the bytes of a program."""
+    if name.startswith("optimizer."):
+        return name != "optimizer.name"
+    return name in ("model.dropout", "label_smoothing", "epochs", "steps")
+
+
+def combinations(runs: Sequence[dict], settings: Sequence[Setting]) -> list[Combination]:
+    """Return the combinations of the settings' values that runs have, as they come."""
+    found: dict[tuple, Combination] = {}
+    for run in runs:
+        values = {each.name: value_of(run, each.name) for each in settings if each.name != "seed"}
+        found.setdefault(tuple(map(str, values.values())), Combination(values, [])).runs.append(run)
+    return list(found.values())
+
+
+def label_of(values: dict[str, Any], settings: Sequence[Setting]) -> str:
+    """Return "4x2 hybrid, learning_rate 0.1" for a combination's values.
+
+    Of many settings, the label has the values only (names_of_label).
+    """
+    labels = {each.name: each.label for each in settings}
+    places, others = [], []
+    for name, value in values.items():
+        if name in ("mesh", "parallelism"):
+            places.append(str(value))
+        else:
+            others.append(
+                str(value) if names_of_label(values, settings) else f"{labels[name]} {value}"
+            )
+    return ", ".join(filter(None, [" ".join(places), *others]))
+
+
+def names_of_label(values: dict[str, Any], settings: Sequence[Setting]) -> str:
+    """Return the names that label_of leaves out, joined by commas; "" for none."""
+    named = [each.label for each in settings if each.name in values]
+    return ", ".join(named) if len(named) > MOST_NAMED else ""
+
+
+# ---- Metrics
+
+
+def metric_of(run: dict, metric: str) -> float | None:
+    """Return images/s, or a metric of the last evaluation; None where it is not known."""
+    if metric == SPEED:
+        return run["figures"].get(SPEED)
+    return (run["figures"].get("eval") or {}).get(metric)
+
+
+def are_random(runs: Sequence[dict]) -> bool:
+    """Return whether the images of all runs are random, where that is known.
+
+    What is learned of them says nothing.
+    """
+    names = (run["figures"].get("dataset") or run["config"].get("data.name") for run in runs)
+    return set(filter(None, names)) == {"synthetic"}
+
+
+def is_evaluated(run: dict) -> bool:
+    """Return whether a run was evaluated, and not on random images."""
+    return bool(batch_scaling.evaluations(run)) and not are_random([run])
+
+
+def main_metric(runs: Sequence[dict], settings: Sequence[Setting]) -> str:
+    """Return what the runs are ranked by: accuracy, or SPEED.
+
+    It is SPEED where nothing but the speed can differ, where no run has an accuracy, and where the
+    images are random.
+    """
+    others = [each.name for each in settings if each.name != "seed"]
+    about_speed = others and all(name.startswith(OF_SPEED) for name in others)
+    evaluated = any(metric_of(run, "accuracy") is not None for run in runs)
+    return SPEED if about_speed or not evaluated or are_random(runs) else "accuracy"
+
+
+def ranked(overview: Overview) -> list[Combination]:
+    """Return the combinations that have the metric, best mean first.
+
+    Of equals, the faster one is first.
+    """
+
+    def place(combination: Combination) -> tuple[float, float]:
+        speeds = combination.numbers(SPEED) or [0.0]
+        return statistics.mean(combination.numbers(overview.metric)), statistics.mean(speeds)
+
+    found = [each for each in overview.combinations if each.numbers(overview.metric)]
+    return sorted(found, key=place, reverse=True)
+
+
+# ---- Time to an accuracy
+
+
+def timed_evaluations(run: dict) -> list[tuple[float, float]]:
+    """Return seconds of training and test accuracy of each evaluation after step 0."""
+    seconds = {
+        row["step"]: row["train_seconds"]
+        for row in run["metrics"]
+        if row["split"] == "train" and is_number(row.get("train_seconds"))
+    }
+    accuracies = dict(batch_scaling.evaluations(run))
+    return [(seconds[step], share) for step, share in accuracies.items() if step in seconds]
+
+
+def seconds_to(run: dict, target: float) -> float | None:
+    """Return the seconds of training at the first evaluation that has the accuracy."""
+    return next((at for at, share in timed_evaluations(run) if share >= target), None)
+
+
+def target_accuracy(found: Sequence[Combination], target_error: float | None) -> float | None:
+    """Return 1 - target_error, or what half of the combinations reach, in percent.
+
+    The percent are whole. None where the images are random, and where fewer than two combinations
+    have evaluations with their seconds.
+    """
+    reached = []
+    for combination in found:
+        runs = filter(is_evaluated, combination.runs)
+        if shares := [share for run in runs for _, share in timed_evaluations(run)]:
+            reached.append(max(shares))
+    if target_error is not None and reached:
+        return round(1 - target_error, 9)
+    if len(reached) < 2:
+        return None
+    return batch_scaling.whole_percent(sorted(reached, reverse=True)[(len(reached) - 1) // 2])

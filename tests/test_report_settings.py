@@ -1,0 +1,216 @@
+"""A report opens with what varied and the best runs; its charts are whole."""
+
+import itertools
+import json
+import re
+
+import picture_checks
+import pytest
+from test_report import a_run, change, row_of, write_run, write_sweep, written
+
+from cnn_spmd.report import setting_plots, settings
+from cnn_spmd.training import provenance
+
+RATES, DROPOUTS, SEEDS = (0.003, 0.03, 0.3), (0.0, 0.5), (0, 1)
+CONFIG = {
+    "optimizer.learning_rate": 0.1,
+    "label_smoothing": 0.1,
+    "batch_size": 128,
+    "steps": 100,
+    "epochs": 25,  # which steps replace
+    "data.name": "digits",
+}
+
+
+def a_learning_run(settings, accuracy, **more):
+    """Return an entry of sweep.json on the digits."""
+    name = ",".join(f"{key}={value}" for key, value in settings.items())
+    figures = dict(
+        dataset="digits",
+        accuracy=accuracy,
+        eval=dict(accuracy=accuracy, loss=1.0 - accuracy, top5=1.0),
+        seed=settings.get("seed", 0),
+        batch_size=128,
+        epochs=4.0,
+    )
+    run = a_run(**figures, **more)
+    run["figures"].update(figures if run["figures"] else {})
+    return run | dict(name=name, mesh=None, settings=settings, command=f"python launch.py {name}")
+
+
+def a_learning_sweep(folder, fields, accuracy_of):
+    """Write a sweep over every combination of `fields`, evaluated twice."""
+    combos = [
+        dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())
+    ]
+    runs = [a_learning_run(combo, accuracy_of(combo)) for combo in combos]
+    write_sweep(folder, runs, config=CONFIG)
+    for run in runs:
+        rows = []
+        for step, share in ((50, 0.8), (100, 1.0)):
+            accuracy = share * run["figures"]["accuracy"]
+            rows.append(
+                dict(step=step, split="train", loss=1.5, accuracy=accuracy, train_seconds=step / 10)
+            )
+            split = "final" if step == 100 else "eval"
+            rows.append(dict(step=step, split=split, loss=1.0, accuracy=accuracy))
+        path = folder / run["name"] / "metrics.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def accuracy_of(combo):
+    """Return an accuracy that is best at rate 0.03, dropout 0.5 and seed 1."""
+    distance = abs(RATES.index(combo["optimizer.learning_rate"]) - 1)
+    return 0.9 - 0.1 * distance + 0.02 * combo["model.dropout"] + 0.01 * combo["seed"]
+
+
+THREE = {"optimizer.learning_rate": RATES, "model.dropout": DROPOUTS, "seed": SEEDS}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Check each picture; return their labels."""
+    return picture_checks.check_all(monkeypatch)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys):
+    folder = a_learning_sweep(tmp_path / "s", THREE, accuracy_of)
+    failed = a_learning_run(
+        {"optimizer.learning_rate": 1.0, "model.dropout": 0.0, "seed": 0},
+        0.0,
+        status="failed",
+        reason="the loss is not finite",
+    )
+    sweep = json.loads((folder / "sweep.json").read_text())
+    change(folder / "sweep.json", runs=[*sweep["runs"], failed])
+    markdown, page, *_ = written(capsys, folder)
+    assert re.findall("<h3>(.*?)</h3>", page) == [
+        "Best runs, by test accuracy",
+        "Settings",
+        "Test accuracy, % by setting",
+        "Learning curves",
+        "Time to an accuracy",
+        "Runs compared",
+        "All runs",
+    ]
+    assert "13 runs: 12 completed, 1 failed. What varies:" in page
+    assert row_of(page, "optimizer.learning_rate") == [
+        "optimizer.learning_rate",
+        "0.003, 0.03, 0.3, 1",
+    ]
+    best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
+    # Seconds to 80 %, which half of the combinations reach.
+    assert (
+        row_of(page, "0.03", "0.5", "2", "91.50 ± 0.71", "0.0850 ± 0.0071", "10.0 ± 0.0")[-1]
+        == best
+    )
+    header = "| learning_rate | dropout | n | test accuracy, % | test loss | training to 82 %, s |"
+    assert header in markdown
+    for name, value in (("batch size", "128"), ("steps", "100"), ("epochs", "4")):
+        assert row_of(page, name) == [name, value]
+    for text in (
+        "Training loss, nats, with label smoothing 0.1",
+        "Test loss, nats, without label smoothing",
+        "learning_rate 0.03, dropout 0.5",
+        "seed 1",
+    ):
+        assert f">{text}</text>" in page
+    assert "speedup" not in page  # of one device
+    assert "Left out, not completed or not measured: 1 of the runs." in page
+    assert "Left out, without metrics: optimizer.learning_rate=1.0," in page
+
+
+def test_settings_that_vary_and_those_that_change_with_them():
+    runs = [
+        a_learning_run(dict(epochs=epochs, steps=11 * epochs, seed=seed, name=name), 0.5)
+        | dict(config={})
+        for epochs, seed, name in ((10, 0, "b"), (2, 1, "a"), (2, 0, "b"), (10, 1, None))
+    ]
+    found = settings.varied(runs)
+    assert [(each.name, each.values, each.along) for each in found] == [
+        ("epochs", [2, 10], ["steps"]),
+        ("seed", [0, 1], []),
+        ("name", ["b", "a"], []),
+    ]
+    combos = settings.combinations(runs, found)
+    assert [len(combination.runs) for combination in combos] == [1, 1, 1, 1]
+    assert settings.label_of(combos[0].values, found) == "epochs 10, name b"
+    assert settings.main_metric(runs, found) == "accuracy"
+    of_speed = [each for each in found if each.name == "seed"] + [
+        settings.Setting("parallelism", "parallelism", ["data", "fsdp"], [])
+    ]
+    assert settings.main_metric(runs, of_speed) == settings.SPEED
+
+
+def test_a_scale_is_logarithmic_where_the_values_are():
+    for values, expected in (
+        ([0.001, 0.01, 0.1], True),
+        ([32, 64, 128, 256], True),
+        ([0.1, 0.2, 0.3], False),
+        ([0.0, 0.01, 0.1], False),
+        ([0.4, 0.5], False),
+        ([0.01, 0.1], True),
+    ):
+        assert setting_plots.is_log_spaced(values) == expected, values
+
+
+def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeypatch):
+    """An older run has its name instead; one on two devices has what it moves."""
+    run = write_run(tmp_path / "run")
+    change(run / "summary.json", dataset="digits")
+    page = written(capsys, run)[1]
+    assert "Training loss" in page
+    assert "Test loss" not in page  # of one evaluation
+    assert re.findall("<h3>(.*?)</h3>", page) == [
+        "The run",
+        "Settings",
+        "Learning curves",
+        "Runs compared",
+        "All runs",
+    ]
+    assert row_of(page, "1", "50.00", "1.2500")[-1] == "run"
+    titles = re.findall("<h3>(.*?)</h3>", written(capsys, write_run(tmp_path / "two", "2x1"))[1])
+    assert titles[2:5] == ["Step time", "Bytes moved by collectives", "Memory per device"]
+    arguments = ["--config", "e.py", "--workdir", "runs/a", "--mesh=1x1"]
+    monkeypatch.setattr("sys.argv", ["there/launch.py", *arguments])
+    change(run / "summary.json", command=provenance.command())
+    assert (
+        row_of(written(capsys, run)[1], "1", "50.00", "1.2500")[-1]
+        == "python launch.py --config e.py --mesh=1x1"
+    )
+    monkeypatch.setattr("sys.argv", ["pytest", *arguments])
+    assert provenance.command() is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "pictures"),
+    [
+        (
+            {
+                "model.name": ("alexnet", "cuda_convnet_11pct", "resnet_110_with_a_long_name"),
+                "seed": SEEDS,
+            },
+            4,
+        ),
+        (
+            {
+                "optimizer.learning_rate": (0.001, 0.002, 0.0025, 0.003, 0.3),
+                "optimizer.weight_decay": (0.0, 1e-4, 5e-4),
+                "batch_size": tuple(range(100, 1200, 300)),
+            },
+            10,
+        ),
+        ({"seed": tuple(range(6))}, 2),
+    ],
+    ids=["names", "many", "seeds"],
+)
+def test_pictures_are_whole(tmp_path, capsys, drawn, fields, pictures):
+    def accuracy(combo):
+        places = [fields[name].index(value) for name, value in combo.items()]
+        return 0.2 + 0.1 * sum(places)
+
+    page = written(capsys, a_learning_sweep(tmp_path / "s", fields, accuracy))[1]
+    assert page.count("<svg") == len(drawn) == pictures
+    assert "<figcaption></figcaption>" not in page
