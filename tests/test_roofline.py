@@ -63,6 +63,15 @@ def test_what_takes_long_is_stored_for_its_second_use():
     assert sorted(kernel.bytes for kernel in softmax) == [2 * size + 4, 2 * size + 4]
 
 
+def test_what_two_kernels_need_is_stored_where_that_moves_less():
+    """A sum of four arrays, and of one array; the total must come before it is subtracted."""
+    size, kept = 4 * 2**20, lambda x: x - x.sum()
+    four = kernels(lambda a, b, c, d: kept(a + b + c + d), *[(2**20,)] * 4)
+    assert sorted(kernel.bytes for kernel in four) == [2 * size + 4, 5 * size + 4]
+    one = kernels(lambda a: kept(a + 1), (2**20,))
+    assert sorted(kernel.bytes for kernel in one) == [size + 4, 2 * size + 4]
+
+
 def test_an_update_is_one_kernel():
     """It reads weight, momentum and gradient, and writes the first two: 20 bytes per weight."""
     optimizer = optax.sgd(0.1, momentum=0.9)

@@ -22,7 +22,7 @@ from cnn_spmd.sharding import mesh as meshes
 
 ROUNDS = 6  # of each measurement; the first warms up, and the median of the others counts
 CALLS = 30  # of a program in a round, so that the time of a launch hardly counts
-CONVOLUTIONS = 8  # one after another in a program
+CONVOLUTIONS = 4  # one after another in a program
 MAP_SIDE = 32  # pixels, of what they convolve
 AXIS = "data"  # the mesh axis over which the collectives are measured
 # Elements of the smallest part of an array that a collective cuts. Parts are multiples of it, so
