@@ -68,6 +68,8 @@ def plan(
         asked = config.copy_and_resolve_references()
         asked.parallelism = scheme
         asked.mesh.update(meshes.parse(name))
+        if alone:  # statistics of the images take time, and change nothing from here on
+            asked.data.update(normalise="channel", colour_noise=0.0)
         try:
             # An estimated step needs the fast forms of a run. What moves does not depend on them,
             # and JAX traces the plain ones faster.

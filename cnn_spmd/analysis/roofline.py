@@ -1,17 +1,17 @@
 """Estimate the time of a traced program from the kernels that XLA for GPUs makes of it.
 
-JAX traces a train step without a GPU. What it traces names every product and every element-wise
-operation. XLA joins the latter into kernels (fusions), and this module guesses which. A product (a
-convolution or a matrix product) and a kernel of our own (Pallas) are a kernel each. All else is
-joined as long as it need not be stored. These arrays are stored:
+JAX traces a train step without a GPU, and lists its operations. XLA joins element-wise operations
+into kernels (fusions); this module guesses which. A product (a convolution or a matrix product) and
+a kernel of our own (Pallas) are a kernel each. All else is joined as long as it need not be stored.
+These arrays are stored:
 
   - what a product or a kernel of our own takes and returns, and what the program returns;
   - a sum or a maximum over an array;
   - what several kernels use, where storing it moves fewer bytes than computing it again, or where
     it takes an exponential or the like.
 
-Each kernel reads the stored arrays that it needs, and writes its own. A kernel takes `seconds`.
-docs/planning.md has the constants, and how far the estimates are off.
+Each kernel reads the stored arrays that it needs, and writes its own. `seconds` gives the time of
+all. docs/planning.md has the constants, and how far the estimates are off.
 """
 
 import dataclasses
@@ -220,16 +220,19 @@ class _Fusion:
         self.stored: set[int] = set()  # ids of arrays that joined operations make
         # By the id of an array: what it is computed from, array -> the bytes that are read of it.
         self.needs: dict[int, dict[Array, float]] = {}
-        self.levels: dict[int, int] = {}  # how many kernels come one after another before it
+        # By the id of an array: how many kernels come one after another until it is there.
+        self.levels: dict[int, int] = {}
+        # The kernels of joined operations, by the id of an array that each reads and its level:
+        # what it writes, and what it reads.
+        self.joined: dict[tuple[int, int], tuple[list[Array], dict[Array, float]]] = {}
+        self.made_by: dict[int, tuple[int, int]] = {}  # by the id of an array: key of `joined`
+        self.with_epilogue: set[int] = set()  # ids of products' results
 
     def kernels(self) -> list[Kernel]:
         """Return the kernels."""
         self._store()
-        self.needs.clear()
+        self.needs.clear()  # they were found while fewer arrays were stored
         kernels = []
-        groups: dict[tuple, tuple[list[Array], dict[Array, float]]] = {}
-        group_of: dict[int, tuple] = {}
-        with_epilogue: set[int] = set()
         for operation in self.operations:
             if operation.name in PRODUCTS + ALONE:
                 kernels.append(_kernel(operation))
@@ -240,22 +243,22 @@ class _Fusion:
                 continue
             for output in operation.outputs:
                 if id(output) in self.stored:
-                    self._place(output, groups, group_of, with_epilogue)
-        for outputs, needs in groups.values():
+                    self._place(output)
+        for outputs, needs in self.joined.values():
             reads = sum(size for array, size in needs.items() if array not in outputs)
             kernels.append(Kernel(reads + sum(output.bytes for output in outputs)))
         return kernels
 
-    def _place(self, output: Array, groups: dict, group_of: dict, with_epilogue: set) -> None:
+    def _place(self, output: Array) -> None:
         """Give a stored array to the kernel that makes it: that of another one, or a new one."""
         needs = self._needs(output)
         level = self._level(needs)
         reduces = _is_reduced(output)
         largest = max(needs, key=lambda array: array.bytes, default=output)
-        if not reduces and _is_product(largest) and id(largest) not in with_epilogue:
+        if not reduces and _is_product(largest) and id(largest) not in self.with_epilogue:
             others = sum(needs.values()) - needs[largest]
             if others < largest.bytes / 4 and output.bytes <= largest.bytes:
-                with_epilogue.add(id(largest))  # cuDNN and cuBLAS add a bias and apply a ReLU
+                self.with_epilogue.add(id(largest))  # cuDNN and cuBLAS add a bias and apply a ReLU
                 self.levels[id(output)] = level
                 return
         self.levels[id(output)] = level + 1
@@ -268,21 +271,22 @@ class _Fusion:
         ]
         keys = [
             key
-            for key in dict.fromkeys(group_of.get(id(array)) for array in at_hand)
-            if key and all(self._is_before(array, key, group_of) for array in needs)
+            for key in dict.fromkeys(self.made_by.get(id(array)) for array in at_hand)
+            if key and all(self._is_there(array, key) for array in needs)
         ]
         keys += [(id(array), level) for array in needs if array.bytes == largest.bytes]
-        key = next((key for key in keys if key in groups), keys[0] if keys else (id(output), level))
-        outputs, reads = groups.setdefault(key, ([], {}))
+        first = keys[0] if keys else (id(output), level)
+        key = next((key for key in keys if key in self.joined), first)
+        outputs, reads = self.joined.setdefault(key, ([], {}))
         outputs.append(output)
         for array, size in needs.items():
             reads[array] = max(size, reads.get(array, 0.0))
-        group_of[id(output)] = key
+        self.made_by[id(output)] = key
 
-    def _is_before(self, array: Array, key: tuple, group_of: dict) -> bool:
+    def _is_there(self, array: Array, key: tuple[int, int]) -> bool:
         """Return whether the kernel `key` has an array at hand, or earlier kernels make it."""
-        in_it = group_of.get(id(array)) == key and not _is_reduced(array)
-        return in_it or self._level([array]) <= key[1]
+        at_hand = self.made_by.get(id(array)) == key and not _is_reduced(array)
+        return at_hand or self._level([array]) <= key[1]
 
     def _store(self) -> None:
         """Find the arrays that are stored."""
