@@ -220,4 +220,5 @@ def why(predictions: Sequence[Prediction]) -> str:
     if following:
         slower = following[0].terms.step / best.terms.step - 1
         text += f". Next: {following[0].mesh} {following[0].parallelism}, {slower:.1%} slower"
-    return f"{text}. Errors of a prediction: results/predictions.md."
+    estimated = " Computing is estimated." if best.alone.is_estimated else ""
+    return f"{text}.{estimated} Errors of a prediction: results/predictions.md."
