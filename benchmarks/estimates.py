@@ -90,6 +90,17 @@ HELD_OUT = [
     ),
 ]
 
+# Not measured yet: their estimates are committed before they are.
+AHEAD = [
+    Row(experiment, batch, "h200", "", image_size, classes)
+    for experiment, image_size, classes in (
+        ("alexnet_2012_imagenet", 256, 1000),
+        ("deeper_cifar:vgg_16", 32, 10),
+        ("cuda_convnet_cifar:11pct", 32, 10),
+    )
+    for batch in (32, 128, 512)
+]
+
 
 def main() -> None:
     """Write the file, and print the fit and the errors."""
@@ -114,8 +125,14 @@ def main() -> None:
         )
         error = found[-1]["predicted_milliseconds"] / found[-1]["measured_milliseconds"] - 1
         print(f"{row.experiment} {row.batch} {row.card}: {error:+.1%}")
+    ahead = []
+    for row in AHEAD:
+        seconds = roofline.seconds(roofline.kernels_of(program_of(row)), cost.load(row.card))
+        predicted = dict(predicted_milliseconds=round(1e3 * seconds, 4))
+        ahead.append(row._asdict() | predicted)
+        print(f"{row.experiment} {row.batch} {row.card}: {1e3 * seconds:.3f} ms, not measured")
     cards = {name: dataclasses.asdict(cost.load(name)) for name in ("h100", "h200")}
-    results = dict(predictions=found, cards=cards, **code)
+    results = dict(predictions=found, ahead=ahead, cards=cards, **code)
     path = DATA / "predictions" / "estimates.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
 
