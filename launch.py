@@ -123,8 +123,8 @@ PLAN_ROWS = flags.DEFINE_bool(
 CARD = flags.DEFINE_string(
     "card",
     None,
-    "Calibration for --plan and --mesh=auto, such as h200, or a file of python -m "
-    "cnn_spmd.calibrate; default: that of the target or the GPUs.",
+    "Calibration that predicts the step, such as h200, or a file of python -m cnn_spmd.calibrate; "
+    "sets config.card; default: that of the target or the GPUs.",
 )
 TARGET = flags.DEFINE_string(
     "target", None, "With --dry_run or --plan: for GPUs that are not here, such as h100:64x8."
@@ -228,8 +228,6 @@ def refuse_flags(argv: list[str]) -> None:
             f"--target={TARGET.value}: those GPUs are not here, expected --dry_run or --plan with "
             "it"
         )
-    if CARD.value and not (PLAN.value or is_planned(CONFIG.value)):
-        raise UserError(f"--card={CARD.value}: expected --plan or --mesh=auto with it")
     if TARGET.value and DRY_RUN.value and is_planned(CONFIG.value):
         raise UserError(
             f"--target={TARGET.value}: expected a mesh and a scheme with --dry_run, which --plan "
@@ -318,7 +316,11 @@ def take_devices(simulated: int) -> int:
 
 
 def config_of_run() -> ml_collections.ConfigDict:
-    """Return the config with what --mesh, --profile and --noise_scale set in it."""
+    """Return the config with what --mesh, --profile, --noise_scale and --card set in it.
+
+    Raises UserError for a card that is none.
+    """
+    from cnn_spmd.analysis import cost
     from cnn_spmd.sharding import mesh
 
     config = CONFIG.value
@@ -329,6 +331,9 @@ def config_of_run() -> ml_collections.ConfigDict:
             config.mesh.update(mesh.parse(MESH.value))
     config.profile = PROFILE.value or config.profile
     config.noise_scale = NOISE_SCALE.value or config.noise_scale
+    config.card = CARD.value or config.card
+    if config.card:
+        cost.load(config.card)
     return config
 
 
@@ -382,15 +387,16 @@ def planned(
 
     from cnn_spmd import plan
     from cnn_spmd.analysis import cost
+    from cnn_spmd.training import prediction
 
     if TARGET.value:
         name, _, gpus_per_host = planned_gpus()
-        card = cost.load(CARD.value or name)
+        card = cost.load(config.card or name)
         if config.dtype == "auto":
             config.dtype = "bfloat16"  # as on a GPU; the devices that stand for them are a CPU's
     else:
         gpus_per_host = jax.local_device_count()
-        card = cost.load(CARD.value) if CARD.value else cost.of_device(jax.devices()[0].device_kind)
+        card = prediction.card_of(config, jax.devices()[0].device_kind)
     return plan.plan(config, data, card, gpus_per_host, mesh)
 
 
@@ -530,7 +536,8 @@ def swept(device_count: int) -> tuple[list[dict[str, str]], list[str]]:
 
     combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, device_count)
     arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])
-    shared = without(arguments, {"mesh", "sweep", "batch_per_device", "workdir"})
+    shared = without(arguments, {"mesh", "sweep", "batch_per_device", "workdir", "card"})
+    shared += [f"--config.card={CARD.value}"] * bool(CARD.value)
     sweep.refuse_fields(combos, shared, device_count)
     return combos, shared
 

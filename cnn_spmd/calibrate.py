@@ -4,10 +4,10 @@
   python -m cnn_spmd.calibrate mine.json --config experiments/alexnet_2012_imagenet.py
   python -m cnn_spmd.calibrate mine.json --config.model.width=2048 --batches 64,256
 
-It measures a large copy, a large product, each kind of collective over all local devices where
-there are several, and the training step of each config on one device, on random images. What it
-cannot measure comes from the card that ships for such devices. `sources` in the file says where
-each field comes from.
+It measures a large copy, a large product, convolutions of several widths, tiny kernels, each kind
+of collective over all local devices where there are several, and the training step of each config
+on one device, on random images. What it cannot measure comes from the card that ships for such
+devices. `sources` in the file says where each field comes from.
 
 Exit codes: 0 done; 2 bad input; 130 interrupted.
 """
@@ -18,7 +18,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import jax
@@ -57,14 +57,15 @@ def measure(
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     fields, sources = not_measured(devices)
     here = f"measured on {len(devices)} x {devices[0].device_kind}"
-    fields["copy_rate"] = round(rates.copy_rate(sizes))
-    say(f"copy_rate: {fields['copy_rate'] / 1e9:,.1f} GB/s")
-    fields["matrix_rate"] = round(rates.matrix_rate(sizes))
-    say(f"matrix_rate: {fields['matrix_rate'] / 1e12:,.3f} TFLOP/s")
-    sources |= dict(copy_rate=here, matrix_rate=here)
+    found = computing(sizes)
+    fields |= found
+    sources |= dict.fromkeys(found, here)
     if len(devices) > 1:
-        fields["spans"]["host"] = host_links(devices, sizes)
-        sources["host"] = here
+        links, kept = host_links(devices, sizes, fields["spans"].pop("host", {}))
+        sources["host"] = "not measured: an all-reduce or an all-gather had no positive time"
+        if links.keys() >= set(card_file.ALWAYS):
+            fields["spans"]["host"] = links
+            sources["host"] = here + (f"; {', '.join(kept)}: as before" if kept else "")
     steps = list(map(one_device.measure, networks))
     others = [
         other
@@ -116,17 +117,55 @@ def not_measured(devices: Sequence[jax.Device]) -> tuple[dict, dict[str, str]]:
     return fields, sources
 
 
-def host_links(devices: Sequence[jax.Device], sizes: rates.Sizes) -> dict[str, list]:
-    """Return the points (ring bytes, seconds) of each kind of collective over all devices."""
-    links = {}
+def computing(sizes: rates.Sizes) -> dict[str, object]:
+    """Return the rates of one device, by their fields in a card."""
+    copy_rate = round(rates.copy_rate(sizes))
+    say(f"copy_rate: {copy_rate / 1e9:,.1f} GB/s")
+    matrix_rate = round(rates.matrix_rate(sizes))
+    say(f"matrix_rate: {matrix_rate / 1e12:,.3f} TFLOP/s")
+    kernel_seconds = float(f"{rates.kernel_seconds(sizes):.4g}")
+    say(f"kernel_seconds: {1e6 * kernel_seconds:.2f} us")
+    points = []
+    for width, rate in rates.product_rates(sizes, kernel_seconds):
+        points.append([width, round(rate)])
+        say(f"product_rates: {rate / 1e12:,.3f} TFLOP/s at a width of {width}")
+    return dict(
+        copy_rate=copy_rate,
+        matrix_rate=matrix_rate,
+        kernel_seconds=kernel_seconds,
+        product_rates=points,
+    )
+
+
+def host_links(
+    devices: Sequence[jax.Device], sizes: rates.Sizes, older: Mapping[str, list]
+) -> tuple[dict[str, list], list[str]]:
+    """Return the points (ring bytes, seconds) of each kind of collective over all devices.
+
+    older: those of the shipped card. They stay for an operation of which a time is not positive;
+    their names are returned too. Without older ones, the other points are all there are.
+    """
+    links, kept = {}, []
     for operation, points in rates.collectives(devices, sizes):
+        bad = [size for size, seconds in points if seconds <= 0]
+        if bad:
+            sizes_text = ", ".join(f"{size:,}" for size in bad)
+            then = "the older times stay" if operation in older else "left out"
+            say(f"warning: {operation}: no positive time for {sizes_text} ring bytes: {then}")
+            if operation in older:
+                links[operation] = older[operation]
+                kept.append(operation)
+                continue
+            points = [point for point in points if point[1] > 0]
+            if len(points) < 2:
+                continue
         links[operation] = [[size, float(f"{seconds:.4g}")] for size, seconds in points]
         (low, short), (high, long) = points[0], points[-1]
         say(
             f"{operation}: {1e3 * short:.3f} ms for {low / 1e6:.2f} MB in a ring, "
             f"{1e3 * long:.3f} ms for {high / 1e6:.2f} MB"
         )
-    return links
+    return links, kept
 
 
 def is_same_network(one: dict, other: dict) -> bool:

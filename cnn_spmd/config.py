@@ -69,6 +69,10 @@ SCHEMA = {
         low=0,
         high=10**6,
     ),
+    "card": Field(
+        "",
+        "calibration that predicts the step, such as h200, or a file; empty: that of the devices",
+    ),
     # Where arrays live: cnn_spmd/sharding/table.py.
     **{
         f"mesh.{axis}": Field(
@@ -281,6 +285,7 @@ MAY_DIFFER = (
     "steps",
     "profile",
     "noise_scale",
+    "card",
 )
 # What a run's config.json says of its data beside the config; a resumed run has the same.
 DATA_FIELDS = ("dataset", "fallback", "data_files", "data_digest")

@@ -20,7 +20,7 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh as meshes
 from cnn_spmd.sharding.table import ALL, TABLE
 from cnn_spmd.training import build
-from cnn_spmd.training.prediction import Prediction, predict
+from cnn_spmd.training.prediction import Prediction, one_device_step, predict
 
 MOST_ROWS = 30  # of a plan's printed table
 
@@ -63,15 +63,19 @@ def plan(
     schemes = [config.parallelism]
     if config.parallelism == AUTO:
         schemes = list(dict.fromkeys([*TABLE, *config.placement]))
-    found, refused = [], {}
+    found, refused, alone = [], {}, None
     for name, scheme in itertools.product(names, schemes):
         asked = config.copy_and_resolve_references()
         asked.parallelism = scheme
         asked.mesh.update(meshes.parse(name))
+        if alone:  # statistics of the images take time, and change nothing from here on
+            asked.data.update(normalise="channel", colour_noise=0.0)
         try:
-            # Without fast forms: what moves is the same, and JAX traces the plain ones faster.
-            setup = build.prepare(asked, devices, data, levers=())
-            found.append(predict(setup, card, gpus_per_host))
+            # An estimated step needs the fast forms of a run. What moves does not depend on them,
+            # and JAX traces the plain ones faster.
+            setup = build.prepare(asked, devices, data, levers=() if alone else None)
+            alone = alone or one_device_step(card, setup)
+            found.append(predict(setup, card, gpus_per_host, alone))
         except UserError as error:
             refused[f"{name} {scheme}"] = str(error)
     if not found:
@@ -87,6 +91,7 @@ def plan(
             "expected more devices, or a smaller batch_size or model.width"
         )
     title = _title(card, len(devices), gpus_per_host, config.batch_size, setup.config.dtype)
+    title += f"\n{_origin(alone.is_estimated)}"
     return Plan(title, found, refused)
 
 
@@ -137,6 +142,16 @@ def _title(card: Card, devices: int, gpus_per_host: int, batch_size: int, dtype:
     if hosts > 1:
         title += f"\nTimes across hosts: {card.sources.get('cluster', 'no source')}"
     return title
+
+
+def _origin(is_estimated: bool) -> str:
+    """Say where the computing of a plan's steps comes from."""
+    if not is_estimated:
+        return "Computing: from measured steps of this network on one device"
+    return (
+        "Computing: ESTIMATED from the card's rates, as it has no measured step of this network; "
+        f"{cost.ESTIMATES_WITHIN}"
+    )
 
 
 def as_text(plan: Plan) -> Iterator[str]:
@@ -205,4 +220,5 @@ def why(predictions: Sequence[Prediction]) -> str:
     if following:
         slower = following[0].terms.step / best.terms.step - 1
         text += f". Next: {following[0].mesh} {following[0].parallelism}, {slower:.1%} slower"
-    return f"{text}. Errors of a prediction: results/predictions.md."
+    estimated = " Computing is estimated." if best.alone.is_estimated else ""
+    return f"{text}.{estimated} Errors of a prediction: results/predictions.md."

@@ -3,12 +3,14 @@
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
+from cnn_spmd.analysis import cost
 from cnn_spmd.data import registry
 from cnn_spmd.papers import published, tables
 from cnn_spmd.sharding.table import ALL, TABLE
@@ -165,3 +167,26 @@ def test_programs_are_compiled_for_every_row_of_the_table(monkeypatch):
     assert programs.uses_one_axis(dict(conv_batch=ALL, at_rest=dict(fc1_in="model")))
     config = programs.config_of(next(case for case in cases if case.in_flight > 1))
     assert config.collectives_in_flight == programs.IN_FLIGHT
+
+
+def test_stored_estimates_are_what_the_model_says():
+    """And within what a plan's heading says."""
+    from benchmarks import estimates
+
+    path = ROOT / "results/data/predictions/estimates.json"
+    rows = json.loads(path.read_text())["predictions"]
+    fitted = {(row.experiment, row.batch, row.card) for row in estimates.FITTED}
+    for row in rows:
+        key = row["experiment"], row["batch_per_device"], row["card"]
+        assert row["fitted"] == (key in fitted)
+    (within,) = re.findall(r"9 of 10 .* within (\d+) %", cost.ESTIMATES_WITHIN)
+    errors = tables.errors_of([row for row in rows if not row["fitted"]])
+    assert sum(error <= int(within) / 100 for error in errors) >= 0.9 * len(errors)
+    (row,) = [row for row in estimates.FITTED if row.experiment == "claims_2012_cifar:relu"]
+    kernels = estimates.roofline.kernels_of(estimates.program_of(row))
+    seconds = estimates.roofline.seconds(kernels, cost.load(row.card))
+    (stored,) = [each for each in rows if each["experiment"] == row.experiment]
+    assert stored["predicted_milliseconds"] == round(1e3 * seconds, 4), (
+        "run benchmarks/estimates.py"
+    )
+    assert stored["measured_milliseconds"] == estimates.measured(row)

@@ -12,7 +12,15 @@ from cnn_spmd.analysis import cost, hlo, rates
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh as meshes
 
-TINY = rates.Sizes(matrix=64, copied=2**16, ring_bytes=(2**14, 2**20), repeats=50)
+TINY = rates.Sizes(
+    matrix=64,
+    copied=2**16,
+    ring_bytes=(2**14, 2**20),
+    repeats=50,
+    work=2**8,
+    widths=(4,),
+    elements=2**12,
+)
 
 
 @pytest.fixture
@@ -34,7 +42,9 @@ def test_two_devices_are_measured(two_devices, tmp_path, capsys):
     assert calibrate.main(command.split()) == 0, capsys.readouterr().err
     card = cost.load(str(out))
     assert (card.name, card.device_kind, card.gap) == ("mine", "cpu", 0)
-    assert min(card.copy_rate, card.matrix_rate, card.memory) > 0
+    assert min(card.copy_rate, card.matrix_rate, card.memory, card.kernel_seconds) > 0
+    ((width, rate),) = card.product_rates
+    assert (width, rate > 0) == (4, True)
     assert card.spans.keys() == {"host"}
     links = card.spans["host"]
     assert links.collectives.keys() == cost.LIKE.keys()
@@ -65,7 +75,7 @@ def test_two_devices_are_measured(two_devices, tmp_path, capsys):
     assert card.measured["devices"] == 2
     assert {"versions", "host_cores", "commit"} <= card.measured.keys()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[3:8]] == [f"{name}:" for name in rates.OPERATIONS]
+    assert [line.split()[0] for line in lines[5:10]] == [f"{name}:" for name in rates.OPERATIONS]
 
 
 def test_one_device_of_a_known_kind_takes_what_its_card_has(monkeypatch):
@@ -85,12 +95,27 @@ def test_one_device_of_a_known_kind_takes_what_its_card_has(monkeypatch):
     assert card["sources"]["steps"] == "measured on 1 x cpu; other networks: card h200: b"
 
 
+@pytest.mark.parametrize("older", [{}, {"all-reduce": [[0, 7.0], [1, 8.0]]}], ids=["", "older"])
+def test_a_time_that_is_not_positive_never_reaches_a_card(older, monkeypatch, capsys):
+    """The older times stay; without them only the good points count."""
+    good = [(2, 1e-5), (3, 2e-5)]
+    measured = {"all-reduce": [(0, 0.0), (1, -1e-6), *good], "all-gather": good}
+    monkeypatch.setattr(rates, "collectives", lambda devices, sizes: measured.items())
+    links, kept = calibrate.host_links([], TINY, older)
+    as_lists = [[2, 1e-5], [3, 2e-5]]
+    assert links == {"all-gather": as_lists, "all-reduce": older.get("all-reduce", as_lists)}
+    assert kept == list(older)
+    warning = capsys.readouterr().out.splitlines()[0]
+    then = "the older times stay" if older else "left out"
+    assert warning == f"warning: all-reduce: no positive time for 0, 1 ring bytes: {then}"
+
+
 def test_each_loop_repeats_the_collective_that_it_measures():
     """XLA neither merges nor drops repetitions, and the ring bytes are those of the program."""
     mesh = meshes.make(4, 1, devices=jax.devices()[:4])
     for operation in rates.OPERATIONS:
         elements, ring_bytes = rates.elements_for(operation, 10_000, 4)
-        program = rates.compile_loop(mesh, operation, elements, repeats=7)
+        program = rates.compile_loop(mesh, operation, elements, TINY._replace(repeats=7))
         (found,) = hlo.parse_collectives(program.as_text(), dict(mesh.shape))
         assert (found.operation, found.count, found.group_size) == (operation, 7, 4)
         assert found.ring_bytes == ring_bytes

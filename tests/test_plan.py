@@ -96,6 +96,29 @@ def test_a_plan_puts_the_fastest_first(data):
     assert "Left out: 4x1 two_tower and 2 more: splits towers" in text
 
 
+def test_a_network_without_a_measured_step_is_estimated(data):
+    """The estimate takes the place of the measured step, and the plan says so."""
+    card = dataclasses.replace(CARD, kernel_seconds=1e-3, product_rates=[(1, 1e12)])
+    for width, is_estimated in ((16, False), (32, True)):
+        config = config_of(parallelism="data", **{"model.width": width, "optimizer.name": "adamw"})
+        step = STEP | dict(optimizer="adamw")
+        card = dataclasses.replace(card, steps=[step])
+        found = plan.plan(config, data, card, 4, "4x1")
+        (row,) = found.predictions
+        assert row.as_json()["estimated"] is is_estimated
+        assert ("ESTIMATED" in next(plan.as_text(found))) is is_estimated
+        assert row.speedup == pytest.approx(4 * row.alone.seconds / row.terms.step)
+        setup = cnn_spmd.prepare(config, jax.devices())
+        # Of AdamW: weight and two numbers of state, read and written; gradient and copy in float32.
+        assert row.terms.update == pytest.approx(32 * prediction.updated_weights(setup) / 1e12)
+    # A millisecond for each of some 80 kernels, on 4 of the 16 images.
+    assert 0.05 < row.alone.seconds < 0.15
+    program = prediction.trace_step(setup, 4)
+    assert row.alone.seconds == prediction.roofline.seconds(
+        prediction.roofline.kernels_of(program), card
+    )
+
+
 def test_rows_of_the_planners_own(data):
     """The letters of a name are fc1, fc2, fc3; `hybrid` and `dense_2d` have twins among them."""
     rows = plan.rows_of_dense_layers()
@@ -130,7 +153,8 @@ def test_what_cannot_be_planned_is_refused(data):
     small = dataclasses.replace(CARD, memory=1e3)
     with pytest.raises(UserError, match="nothing fits in the 0 GB of card: the least is"):
         plan.plan(config_of(parallelism="data"), data, small, 4, "4x1")
-    with pytest.raises(UserError, match="has no measured step of model=alexnet, width=32"):
+    message = "has no measured step of model=alexnet, width=32, .* and neither kernel_seconds nor"
+    with pytest.raises(UserError, match=message):
         plan.plan(config_of(parallelism="data", **{"model.width": 32}), data, CARD, 4, "4x1")
     with pytest.raises(UserError, match=r"nothing works on 4 devices: batch_size .18"):
         plan.plan(config_of(parallelism="data", batch_size=18), data, CARD, 4, "4x1")
@@ -142,3 +166,14 @@ def test_a_report_has_a_prediction_where_the_card_is_known(monkeypatch):
     monkeypatch.setattr(prediction.cost, "of_device", lambda kind: CARD)
     found = prediction.of_devices(setup)
     assert (found["card"], found["mesh"], found["speedup"]) == ("test", "1x1", 1.0)
+
+
+def test_a_report_takes_the_card_of_the_config():
+    """Also on devices that have none of their own."""
+    changes = {"parallelism": "data", "mesh.model": 1, "card": "h200"}
+    setup = cnn_spmd.prepare(config_of(**changes), jax.devices()[:1])
+    found = prediction.of_devices(setup)
+    assert (found["card"], found["estimated"]) == ("h200", True)
+    setup.config.card = "h3"
+    with pytest.raises(UserError, match="--card=h3: no calibration"):
+        prediction.of_devices(setup)

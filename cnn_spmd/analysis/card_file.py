@@ -44,6 +44,10 @@ LINE = Form(
     "at least two pairs of numbers, ascending by the first, such as [[0, 1e-5], [1e6, 2e-5]]",
     lambda value: _are_points(value) and len(value) > 1,
 )
+RATES = Form(
+    "pairs of a width and a rate above 0, ascending by the width, such as [[64, 2e14]]",
+    lambda value: _are_points(value) and min(rate for _, rate in value) > 0,
+)
 
 # The fields of each object in the file. "?" after a name: it may be missing.
 CARD = {
@@ -51,6 +55,8 @@ CARD = {
     "memory": POSITIVE,
     "copy_rate": POSITIVE,
     "matrix_rate?": POSITIVE,
+    "kernel_seconds?": POSITIVE,
+    "product_rates?": RATES,
     "gap": NUMBER,
     "hidden_share": NUMBER,
     "spans": OBJECT,

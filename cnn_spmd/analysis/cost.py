@@ -2,9 +2,9 @@
 
   step  =  computing + update + exposed communication
 
-  computing      the step of one device at the same batch per device, without its update. Every
-                 scheme divides the work evenly over all devices.
-  update         UPDATE_BYTES per weight that the device keeps, at the card's copy rate.
+  computing      the step of one device at the same batch per device, without its update: measured,
+                 or estimated (roofline.py). Every scheme divides the work evenly over all devices.
+  update         `update_bytes` per weight that the device keeps, at the card's copy rate.
   communication  each collective of the closed form (communication.py), by a table of measured
                  times for its operation, its bytes and its span, and the card's `gap`. XLA's
                  schedule hides `hidden_share` of the sums of weights' gradients.
@@ -31,9 +31,10 @@ CARDS = pathlib.Path(__file__).parent / "cards"
 # xla_gpu_all_reduce_combine_threshold_bytes and of those of gathers and reduce-scatters.
 COMBINED_BYTES = 30 * 2**20
 
-# What the update of a weight reads (weight and momentum in float32, gradient) and writes (weight,
-# momentum, and the compute dtype's copy), by the bytes of the compute dtype.
-UPDATE_BYTES = {2: 20, 4: 24}
+WEIGHT_BYTES = 4  # weights are float32
+
+# Of results/data/predictions/estimates.json, where one GPU's step was estimated and measured.
+ESTIMATES_WITHIN = "on H100s and H200s, 9 of 10 estimates were within 13 % of the measured step"
 
 # Operations without times of their own take those of the first one that a card has.
 LIKE = {
@@ -100,19 +101,32 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Card(Origin):
-    """The calibration of a card.
+class Rates(Origin):
+    """How fast a card computes.
 
     memory: bytes. copy_rate: bytes/s, read plus written, of a large copy. matrix_rate: FLOP/s of a
-    large product, in bfloat16 on GPUs. gap: seconds by which a collective delays the step beside
-    its own time. hidden_share: of the time of weights' gradients' sums, with one collective in
-    flight. spans: "host" and "cluster" -> Links; a span that nobody measured is missing. steps:
-    measured steps of one device, each with the network's fields and points (batch, seconds).
+    large product, in bfloat16 on GPUs. kernel_seconds: what a kernel takes besides its work.
+    product_rates: points (width, FLOP/s) of products of 2-byte numbers, by the rows or columns of
+    which there are fewer. Without the last two, no step can be estimated (roofline.py).
     """
 
     memory: float
     copy_rate: float
     matrix_rate: float | None = None
+    kernel_seconds: float | None = None
+    product_rates: Sequence[tuple[float, float]] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card(Rates):
+    """The calibration of a card.
+
+    gap: seconds by which a collective delays the step beside its own time. hidden_share: of the
+    time of weights' gradients' sums, with one collective in flight. spans: "host" and "cluster" ->
+    Links; a span that nobody measured is missing. steps: measured steps of one device, each with
+    the network's fields and points (batch, seconds).
+    """
+
     gap: float
     hidden_share: float
     spans: dict[str, Links]
@@ -152,38 +166,59 @@ def predict(
     moves: Sequence[Mapping],
     mesh: Mapping[str, int],
     gpus_per_host: int,
-    itemsize: int,
+    bytes_per_update: float,
 ) -> Terms:
     """Predict a step of a program on a mesh.
 
     one_device_seconds: the step of one device that holds all weights, at the same batch per device.
     parameters: weights of the network, and weights that a device updates. moves: rows of
     communication.closed_form. mesh: devices by mesh axis; they fill one host after another.
-    itemsize: bytes of the compute dtype.
+    bytes_per_update: of `update_bytes`.
     Raises UserError where the card has no times of a span of the mesh.
     """
-    whole, own = (card_update(card, count, itemsize) for count in parameters)
+    whole, own = (count * bytes_per_update / card.copy_rate for count in parameters)
     total = exposed = 0.0
     for move in combined(moves):
         devices = group(mesh, move["axes"])
         hosts = len(set(devices // gpus_per_host))
-        span = "host" if hosts == 1 else "cluster"
-        lanes = 1 if hosts == 1 else max(1, len(devices) // hosts)
-        if span not in card.spans:
-            raise UserError(
-                f"card {card.name}: has no times of collectives of spans.{span}, expected a card "
-                "measured on several devices, or one of " + ", ".join(names())
-            )
-        seconds = card.spans[span].seconds(move["operation"], move["ring_bytes"], lanes)
+        seconds = collective_seconds(card, move, len(devices), hosts)
         share = card.hidden_share if is_sum_of_gradients(move) else 0.0
         total += seconds
         exposed += (seconds + card.gap) * (1 - share)
     return Terms(one_device_seconds - whole, own, total, exposed)
 
 
-def card_update(card: Card, parameters: float, itemsize: int) -> float:
-    """Return the seconds that an update of this number of weights takes, with momentum."""
-    return parameters * UPDATE_BYTES[itemsize] / card.copy_rate
+def collective_seconds(card: Card, move: Mapping, devices: int, hosts: int) -> float:
+    """Return the time of a collective of the closed form over `devices` on `hosts`.
+
+    Across hosts, the devices of one host send at once, each through a link of its own. Inside a
+    host the bytes of a ring pass from device to device. The slower of both counts.
+    Raises UserError where the card has no times of a span.
+    """
+    lanes = max(1, devices // hosts)
+    spans = {}  # how many devices of the group send at once
+    if hosts == 1 or lanes > 1:
+        spans["host"] = 1
+    if hosts > 1:
+        spans["cluster"] = lanes
+    for span in spans:
+        if span not in card.spans:
+            raise UserError(
+                f"card {card.name}: has no times of collectives of spans.{span}, expected a card "
+                "measured on several devices, or one of " + ", ".join(names())
+            )
+    operation, size = move["operation"], move["ring_bytes"]
+    return max(card.spans[span].seconds(operation, size, each) for span, each in spans.items())
+
+
+def update_bytes(itemsize: int, state_bytes: float) -> float:
+    """Return what the update of a weight reads and writes, in bytes.
+
+    It reads and writes the weight and its optimizer state (`state_bytes`), reads the gradient, and
+    writes a copy of the weight for the next step. itemsize: bytes of the compute dtype, which
+    gradient and copy have.
+    """
+    return 2 * (WEIGHT_BYTES + state_bytes) + 2 * itemsize
 
 
 def combined(moves: Sequence[Mapping]) -> Iterator[dict]:

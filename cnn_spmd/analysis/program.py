@@ -307,9 +307,10 @@ def _theory(report: dict) -> Iterator[str]:
 def _prediction(prediction: dict | None) -> Iterator[str]:
     if prediction:
         terms = ", ".join(f"{name} {time:.3f}" for name, time in prediction["terms"].items())
+        origin = ", computing estimated" if prediction["estimated"] else ""
         yield (
             f"Predicted step: {prediction['predicted_milliseconds']:.3f} ms by the calibration of "
-            f"{prediction['card']} ({terms})"
+            f"{prediction['card']} ({terms}{origin})"
         )
 
 

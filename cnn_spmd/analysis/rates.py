@@ -3,6 +3,7 @@
 Times are the host's: it waits for the devices before it reads the clock.
 """
 
+import functools
 import math
 import statistics
 import time
@@ -11,14 +12,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cnn_spmd.analysis import hlo
+from cnn_spmd.layers import common
 from cnn_spmd.sharding import mesh as meshes
 
 ROUNDS = 6  # of each measurement; the first warms up, and the median of the others counts
 CALLS = 30  # of a program in a round, so that the time of a launch hardly counts
+CONVOLUTIONS = 4  # one after another in a program
+MAP_SIDE = 32  # pixels, of what they convolve
 AXIS = "data"  # the mesh axis over which the collectives are measured
 # Elements of the smallest part of an array that a collective cuts. Parts are multiples of it, so
 # that they are aligned in memory as those of most layers are.
@@ -42,11 +47,31 @@ class Sizes(NamedTuple):
     matrix: int  # rows and columns of both factors
     copied: int  # bytes
     ring_bytes: tuple[int, ...]  # of the collectives
-    repeats: int  # of a collective in a program
+    repeats: int  # of a collective or a kernel in a program
+    work: int  # bytes that a device adds to between two collectives
+    widths: tuple[int, ...]  # channels of the convolutions, in and out
+    elements: int  # that a convolution takes
 
 
-GPU = Sizes(8192, 2**29, tuple(2**n for n in range(16, 29, 2)), 100)
-CPU = Sizes(1024, 2**24, tuple(2**n for n in range(16, 23, 2)), 30)
+# `work` takes an H100 about 80 us.
+GPU = Sizes(
+    8192,
+    2**29,
+    tuple(2**n for n in range(16, 29, 2)),
+    100,
+    work=2**27,
+    widths=(16, 32, 64, 128, 256, 512),
+    elements=2**24,
+)
+CPU = Sizes(
+    1024,
+    2**24,
+    tuple(2**n for n in range(16, 23, 2)),
+    30,
+    work=2**12,
+    widths=(16, 64),
+    elements=2**16,
+)
 
 
 def sizes_for(platform: str) -> Sizes:
@@ -82,24 +107,65 @@ def copy_rate(sizes: Sizes) -> float:
     return 2 * x.nbytes / median_seconds(lambda: copy(x))
 
 
+def kernel_seconds(sizes: Sizes) -> float:
+    """Return what a kernel takes besides its work: one of a chain of tiny ones."""
+
+    def chain(x: jax.Array) -> jax.Array:
+        for _ in range(sizes.repeats):
+            x = lax.optimization_barrier(x + 1)  # the barrier keeps each addition a kernel
+        return x
+
+    x, program = jnp.zeros(ALIGNED, jnp.float32), jax.jit(chain)
+    return median_seconds(lambda: program(x)) / sizes.repeats
+
+
+def product_rates(sizes: Sizes, kernel_seconds: float) -> Iterator[tuple[int, float]]:
+    """Yield the rate of convolutions by their channels, in FLOP/s for numbers of 2 bytes.
+
+    It is that of a 3x3 convolution with its two gradients. A CPU computes in float32, at half of
+    the rate that is yielded. kernel_seconds: subtracted for each product.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    dtype, factor = (jnp.float32, 2) if on_cpu else (jnp.bfloat16, 1)
+    for width in sizes.widths:
+        keys = jax.random.split(jax.random.key(width), 2)
+        images = sizes.elements // (MAP_SIDE**2 * width)
+        x = jax.random.normal(keys[0], (images, MAP_SIDE, MAP_SIDE, width), dtype)
+        kernel = jax.random.normal(keys[1], (3, 3, width, width), dtype) / (9 * width) ** 0.5
+        call = functools.partial(jax.jit(_convolutions), x, kernel)
+        seconds = median_seconds(call, calls=4) / CONVOLUTIONS
+        flops = 3 * 2 * x.size * kernel.size // width
+        yield width, factor * flops / max(seconds - 3 * kernel_seconds, seconds / 2)
+
+
+def _convolutions(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Convolve, and compute both gradients, CONVOLUTIONS times; each needs the one before."""
+    for _ in range(CONVOLUTIONS):
+        y, gradients = jax.vjp(lambda *of: common.convolve(*of, [(1, 1)] * 2), x, kernel)
+        x, by_kernel = gradients(y)
+        kernel = kernel + 1e-6 * by_kernel
+    return x, kernel
+
+
 def collectives(
     devices: Sequence[jax.Device], sizes: Sizes
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
     """Yield each operation over all `devices`, and its points (ring bytes, seconds).
 
-    A program repeats a collective in a loop. The seconds are those of one repetition, less those of
-    the same loop without a collective.
+    A program repeats a collective and some work in a loop. The seconds are those of one repetition,
+    less those of the same loop without a collective. The work takes a GPU longer than the host
+    needs to launch a repetition. Without it the GPU would wait for the host, and a small collective
+    would cost nothing. Noise may make a small difference zero or negative: no measurement.
     """
     count = len(devices)
     mesh = meshes.make(count, 1, devices=devices)
-    empty = _repetition_seconds(mesh, "", ALIGNED, sizes.repeats)
+    alone = _repetition_seconds(mesh, "", ALIGNED, sizes)
     for operation in OPERATIONS:
         points = []
         for wanted in sizes.ring_bytes:
             elements, ring_bytes = elements_for(operation, wanted, count)
-            seconds = _repetition_seconds(mesh, operation, elements, sizes.repeats)
-            # On a busy host, noise may exceed what a small collective takes.
-            points.append((ring_bytes, max(0.0, seconds - empty)))
+            seconds = _repetition_seconds(mesh, operation, elements, sizes)
+            points.append((ring_bytes, seconds - alone))
         yield operation, points
 
 
@@ -115,40 +181,47 @@ def elements_for(operation: str, ring_bytes: int, devices: int) -> tuple[int, in
 
 
 def _repetition_seconds(
-    mesh: jax.sharding.Mesh, operation: str, elements: int, repeats: int
+    mesh: jax.sharding.Mesh, operation: str, elements: int, sizes: Sizes
 ) -> float:
     """Return the seconds of one repetition; arguments are those of `compile_loop`."""
-    program = compile_loop(mesh, operation, elements, repeats)
-    (argument,) = program.input_shardings[0]
-    shape = (elements * mesh.size,)
-    x = jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=argument)()
-    return median_seconds(lambda: program(x), calls=1) / repeats
+    program = compile_loop(mesh, operation, elements, sizes)
+    shardings = program.input_shardings[0]
+    shapes = [(each * mesh.size,) for each in (elements, sizes.work // 4)]
+    arrays = [
+        jax.device_put(np.zeros(shape, np.float32), sharding)
+        for shape, sharding in zip(shapes, shardings, strict=True)
+    ]
+    return median_seconds(lambda: program(*arrays), calls=1) / sizes.repeats
 
 
 def compile_loop(
-    mesh: jax.sharding.Mesh, operation: str, elements: int, repeats: int
+    mesh: jax.sharding.Mesh, operation: str, elements: int, sizes: Sizes
 ) -> jax.stages.Compiled:
-    """Return the program that repeats a collective over AXIS, which holds all devices.
+    """Return the program that repeats a collective over AXIS, which holds all devices, and work.
 
-    operation: one of OPERATIONS, or "" for a loop without a collective. elements: float32, that
-    each device gives.
+    operation: one of OPERATIONS, or "" for the work alone. elements: float32, that each device
+    gives.
     """
 
-    def body(_: int, x: jax.Array) -> jax.Array:
-        """Write an element of the result into x, so that no repetition can be left out."""
+    def body(_: int, arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Let the work need the collective, and the next collective need the work."""
+        x, work = arrays
         y = OPERATIONS[operation](x, mesh.size) if operation else x
+        work = work + y[1]
         # XLA sums in place: the old x would have to be copied first.
         into = y if operation == "all-reduce" else x
-        return into.at[0].set(y[1])
+        return into.at[0].set(work[0]), work
 
     spec = PartitionSpec(AXIS)
     mapped = jax.shard_map(
-        lambda x: lax.fori_loop(0, repeats, body, x),
+        lambda *arrays: lax.fori_loop(0, sizes.repeats, body, arrays),
         mesh=mesh,
-        in_specs=spec,
-        out_specs=spec,
+        in_specs=(spec, spec),
+        out_specs=(spec, spec),
         check_vma=False,
     )
-    shape = (elements * mesh.size,)
-    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-    return jax.jit(mapped).lower(x).compile()
+    arguments = [
+        jax.ShapeDtypeStruct((each * mesh.size,), jnp.float32, sharding=NamedSharding(mesh, spec))
+        for each in (elements, sizes.work // 4)
+    ]
+    return jax.jit(mapped).lower(*arguments).compile()

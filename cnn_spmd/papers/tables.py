@@ -498,11 +498,39 @@ def predictions_table(predictions: Sequence[dict]) -> str:
     return markdown_table(["mesh", "scheme", *(f"{batch} per GPU" for batch in batches)], rows)
 
 
-def prediction_errors(predictions: Sequence[dict]) -> str:
-    """Return a sentence on the errors, and on whether the fastest was named right."""
-    errors = [
+def estimates_table(predictions: Sequence[dict]) -> str:
+    """Return measured and estimated milliseconds of steps of one GPU, a row per network."""
+    rows = []
+    for row in predictions:
+        measured, predicted = row["measured_milliseconds"], row["predicted_milliseconds"]
+        error = f"{100 * (predicted / measured - 1):+.1f}"
+        name = f"{row['experiment']}, {row['image_size']} px"
+        batch = str(row["batch_per_device"])
+        rows.append([name, row["card"], batch, f"{measured:.3f}", f"{predicted:.3f}", error])
+    header = ["experiment", "card", "batch", "measured, ms", "estimated, ms", "error, %"]
+    return markdown_table(header, rows)
+
+
+def estimate_errors(predictions: Sequence[dict]) -> str:
+    """Return a sentence on the errors of estimates."""
+    errors = errors_of(predictions)
+    within = sum(error <= 0.1 for error in errors)
+    return (
+        f"Median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %; "
+        f"{within} of {len(errors)} are within 10 %."
+    )
+
+
+def errors_of(predictions: Sequence[dict]) -> list[float]:
+    """Return how far predicted steps are from the measured ones, as shares of these."""
+    return [
         abs(row["predicted_milliseconds"] / row["measured_milliseconds"] - 1) for row in predictions
     ]
+
+
+def prediction_errors(predictions: Sequence[dict]) -> str:
+    """Return a sentence on the errors, and on whether the fastest was named right."""
+    errors = errors_of(predictions)
     named = []
     for batch in sorted({row["batch_per_device"] for row in predictions}):
         rows = [row for row in predictions if row["batch_per_device"] == batch]

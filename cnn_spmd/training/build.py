@@ -17,7 +17,7 @@ from flax import nnx
 
 from cnn_spmd import config as configs
 from cnn_spmd import models
-from cnn_spmd.analysis import cost, program
+from cnn_spmd.analysis import program
 from cnn_spmd.data import order, registry, statistics, streaming
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset, Unread
@@ -109,12 +109,16 @@ class Setup:
         seconds = round(time.perf_counter() - since, 2)
         return self.report_on(compiled, n) | dict(compile_seconds=seconds)
 
-    def report_on(self, compiled: jax.stages.Compiled, n: int) -> dict:
-        """Return what `report` does, for a program of n steps that is compiled already."""
-        card = cost.of_device(self.place.mesh.devices.flat[0].device_kind)
+    def report_on(self, compiled: jax.stages.Compiled, n: int, estimate: bool = True) -> dict:
+        """Return what `report` does, for a program of n steps that is compiled already.
+
+        estimate: as for prediction.of_devices.
+        """
+        kind = self.place.mesh.devices.flat[0].device_kind
+        card = prediction.card_of(self.config, kind)
         # The devices of a target are not here; their card has the data sheet's memory.
         memory = self.memory or (card.memory if card else None)
-        more = dict(device_memory_bytes=memory, prediction=prediction.of_devices(self))
+        more = dict(device_memory_bytes=memory, prediction=prediction.of_devices(self, estimate))
         return program_report.report_of(self, compiled, n) | more
 
     @functools.cached_property

@@ -29,7 +29,7 @@ import numpy as np
 from cnn_spmd import config as configs
 from cnn_spmd.analysis import program
 from cnn_spmd.data.dataset import Dataset, Unread
-from cnn_spmd.training import build, cluster, initial, resume
+from cnn_spmd.training import build, cluster, initial, prediction, resume
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.checkpoint import Checkpoints, SaveError
 from cnn_spmd.training.interrupt import Interrupt
@@ -97,7 +97,7 @@ def train(
                 state = origin.put_into(programs.init(np.uint32(setup.config.seed)))
             origins = dict(started=started, init_from=origin.record)
             run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, origins)
-            write_run_file(workdir / "program.json", setup.data_fields | programs.report)
+            run.write_program()
             return run.train()
 
 
@@ -122,6 +122,8 @@ class Run:
         self.evaluation: dict | None = None  # of the state, if it was evaluated at the last stop
         self.origins = origins
         self.log = Log(setup, workdir, timetable)
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.prediction: concurrent.futures.Future | None = None
         self.noise_scale = NoiseScale(setup) if setup.config.noise_scale else None
         self.chunks = setup.inputs(timetable.chunks)
 
@@ -180,6 +182,7 @@ class Run:
             chunk, inputs = next(self.chunks)
             train_chunk = self.programs.train[chunk.steps]  # one program for each length of a chunk
             self.state, metrics = train_chunk(self.state, *inputs)
+            self.predict()
             ended_at = self.log.clock.watch(metrics)
             self.step = chunk.end
             if running:
@@ -187,6 +190,21 @@ class Run:
             running = chunk, metrics, ended_at
             self.interrupted = self.interrupt.requested()
         self.record(*running)
+
+    def predict(self) -> None:
+        """Begin to predict a step in a thread, unless that is done.
+
+        JAX may have to trace a step for that. Meanwhile the devices work, which the result is
+        compared with.
+        """
+        if self.prediction is None and self.programs.report["prediction"] is None:
+            self.prediction = self.thread.submit(prediction.of_devices, self.setup)
+
+    def write_program(self) -> None:
+        """Write program.json, unless the workdir is gone."""
+        if self.workdir.exists():
+            report = self.setup.data_fields | self.programs.report
+            write_run_file(self.workdir / "program.json", report)
 
     def record(self, chunk: Chunk, metrics: dict, ended_at: concurrent.futures.Future) -> None:
         """Wait until a chunk ends, and log it.
@@ -242,6 +260,9 @@ class Run:
     def summary(self, status: str) -> dict:
         """Write summary.json, unless the workdir is gone, and return what it holds."""
         report, config = self.programs.report, self.setup.config
+        if self.prediction:
+            report["prediction"] = self.prediction.result()
+            self.write_program()
         mesh = self.setup.place.mesh
         steps_per_epoch = len(self.setup.data.train_images) // config.batch_size
         summary = dict(

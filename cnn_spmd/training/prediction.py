@@ -1,18 +1,21 @@
 """Predict a step of a run's program before it is compiled, with the calibration of a card."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from cnn_spmd.analysis import communication, cost, program
+from cnn_spmd.analysis import communication, cost, program, roofline
 from cnn_spmd.analysis.cost import Card, Terms
+from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.placement import is_dense
+from cnn_spmd.sharding import mesh as meshes
+from cnn_spmd.sharding.placement import Placement, is_dense
 from cnn_spmd.training import microbatch, program_report
 
 # What a measured step on one device depends on, by its name in a card and by config field.
@@ -25,6 +28,13 @@ STEP_FIELDS = {
 }
 
 
+class OneDeviceStep(NamedTuple):
+    """A step of one device, and whether it was measured or is estimated."""
+
+    seconds: float
+    is_estimated: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """What a step costs on a mesh under a scheme; bytes are per device."""
@@ -33,10 +43,16 @@ class Prediction:
     parallelism: str
     batch_size: int
     terms: Terms
-    speedup: float  # images/s over those of one device with the same batch per device
+    alone: OneDeviceStep  # with the same batch per device
     ring_bytes: int
     memory: int
     fits: bool
+
+    @property
+    def speedup(self) -> float:
+        """Return images/s over those of one device with the same batch per device."""
+        data, model = map(int, self.mesh.split("x"))
+        return data * model * self.alone.seconds / self.terms.step
 
     def as_json(self) -> dict:
         """Return the prediction as it stands in files."""
@@ -48,31 +64,34 @@ class Prediction:
             predicted_milliseconds=round(1e3 * self.terms.step, 4),
             speedup=round(self.speedup, 3),
             terms=milliseconds,
+            estimated=self.alone.is_estimated,
             ring_bytes=self.ring_bytes,
             memory_bytes=self.memory,
             fits=self.fits,
         )
 
 
-def predict(setup: Any, card: Card, gpus_per_host: int) -> Prediction:
+def predict(
+    setup: Any, card: Card, gpus_per_host: int, alone: OneDeviceStep | None = None
+) -> Prediction:
     """Predict a step of a build.Setup, which is not compiled.
 
+    alone: what one_device_step has returned for the same network, card and batch per device.
     Raises UserError where the closed form does not cover the network under the scheme, and where
-    the card has no step of this network.
+    the card has neither a step of this network nor the rates that an estimate needs.
     """
     config, place = setup.config, setup.place
     moves, reason = program_report.theory_of(setup)
     if moves is None:
         raise UserError(f"parallelism={config.parallelism}: has no prediction: {reason}")
-    one_device_seconds = measured_step(card, setup, config.batch_size / place.mesh.size)
-    terms = terms_of(setup, card, moves, one_device_seconds, gpus_per_host)
+    alone = alone or one_device_step(card, setup)
     memory = memory_of(setup)
     return Prediction(
         place.mesh_name,
         config.parallelism,
         config.batch_size,
-        terms,
-        place.mesh.size * one_device_seconds / terms.step,
+        terms_of(setup, card, moves, alone.seconds, gpus_per_host),
+        alone,
         sum(move["ring_bytes"] for move in moves),
         memory,
         memory <= card.memory,
@@ -87,7 +106,12 @@ def terms_of(
     moves: rows of communication.closed_form. one_device_seconds: the step of one device at the same
     batch per device.
     """
-    weights = sum(leaf.size for leaf in jax.tree.leaves(setup.functions.abstract_state.params))
+    state = setup.functions.abstract_state
+    weights, of_optimizer = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim)
+        for tree in (state.params, state.optimizer)
+    )
+    state_bytes = cost.WEIGHT_BYTES * of_optimizer / weights
     return cost.predict(
         card,
         one_device_seconds,
@@ -95,7 +119,7 @@ def terms_of(
         moves,
         setup.place.mesh.shape,
         gpus_per_host,
-        jnp.dtype(setup.config.dtype).itemsize,
+        cost.update_bytes(jnp.dtype(setup.config.dtype).itemsize, state_bytes),
     )
 
 
@@ -111,14 +135,24 @@ def updated_weights(setup: Any) -> float:
     return total
 
 
-def measured_step(card: Card, setup: Any, batch: float) -> float:
+def one_device_step(card: Card, setup: Any) -> OneDeviceStep:
+    """Return the step of one device at a Setup's batch per device, measured or estimated.
+
+    Raises UserError where the card has neither.
+    """
+    batch = setup.config.batch_size / setup.place.mesh.size
+    if (seconds := measured_step(card, setup, batch)) is not None:
+        return OneDeviceStep(seconds, is_estimated=False)
+    return OneDeviceStep(estimated_step(card, setup, math.ceil(batch)), is_estimated=True)
+
+
+def measured_step(card: Card, setup: Any, batch: float) -> float | None:
     """Return the seconds of a step of one device on `batch` examples, by the card's calibration.
 
-    Between the batches that were measured the time is linear; beyond them it goes on so.
-    Raises UserError where the card has no step of this network.
+    Between the batches that were measured the time is linear; beyond them it goes on so. None where
+    the card has no step of this network.
     """
-    wanted = {name: _field(setup.config, field) for name, field in STEP_FIELDS.items()}
-    wanted |= dict(image_size=setup.image_size, classes=len(setup.data.class_names))
+    wanted = network_of(setup)
     for step in card.steps:
         if all(step[name] == value for name, value in wanted.items()):
             batches, seconds = np.transpose(step["points"])
@@ -127,11 +161,45 @@ def measured_step(card: Card, setup: Any, batch: float) -> float:
             inner = np.clip(np.searchsorted(batches, batch), 1, len(batches) - 1)
             slope = (seconds[inner] - seconds[inner - 1]) / (batches[inner] - batches[inner - 1])
             return float(seconds[inner] + (batch - batches[inner]) * slope)
-    fields = ", ".join(f"{name}={value}" for name, value in wanted.items())
-    raise UserError(
-        f"card {card.name}: has no measured step of {fields}: measure one with "
-        "python -m cnn_spmd.calibrate, and give its file as --card"
-    )
+    return None
+
+
+def network_of(setup: Any) -> dict[str, Any]:
+    """Return what a measured step on one device depends on."""
+    fields = {name: _field(setup.config, field) for name, field in STEP_FIELDS.items()}
+    return fields | dict(image_size=setup.image_size, classes=len(setup.data.class_names))
+
+
+def estimated_step(card: Card, setup: Any, batch: int) -> float:
+    """Return the seconds of a step of one device on `batch` examples, by the card's rates.
+
+    The step is traced on one device, and not compiled. A variable batch is left out.
+    Raises UserError where the card has no rates.
+    """
+    if not card.product_rates or card.kernel_seconds is None:
+        fields = ", ".join(f"{name}={value}" for name, value in network_of(setup).items())
+        raise UserError(
+            f"card {card.name}: has no measured step of {fields}, and neither kernel_seconds nor "
+            "product_rates to estimate one: measure them with python -m cnn_spmd.calibrate, and "
+            "give its file as --card"
+        )
+    return roofline.seconds(roofline.kernels_of(trace_step(setup, batch)), card)
+
+
+def trace_step(setup: Any, batch: int) -> Any:
+    """Return the program of a train step of one device on `batch` images, as JAX traces it."""
+    one = meshes.make(1, 1, devices=[setup.place.mesh.devices.flat[0]])
+    functions = dataclasses.replace(setup.functions, place=Placement(one, "data"), microbatch=None)
+    images = jax.ShapeDtypeStruct((batch, *setup.data.train_images.shape[1:]), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def step(state, weights, data):
+        state, values = functions.train_step(state, data, None, weights)
+        return state, values, functions.cast(state.params)
+
+    state = jax.eval_shape(functions.init, np.uint32(0))
+    weights = jax.eval_shape(functions.cast, state.params)
+    return jax.make_jaxpr(step)(state, weights, DeviceData(images, labels))
 
 
 def _field(config: ml_collections.ConfigDict, field: str) -> Any:
@@ -162,14 +230,18 @@ def memory_of(setup: Any) -> int:
     return at_rest + activations + weights
 
 
-def of_devices(setup: Any) -> dict | None:
+def of_devices(setup: Any, estimate: bool = True) -> dict | None:
     """Return the prediction for a Setup's devices, JSON-ready; None where there is none.
 
-    There is none for a card without calibration, or a network without a step measured on it.
+    The card is the config's, or the one that ships for the devices. There is no prediction for
+    devices without a card, and none where the closed form does not cover the network. estimate:
+    False leaves out a prediction for which JAX must trace a step, which may take seconds.
+    Raises UserError for a config's card that is none.
     """
     mesh = setup.place.mesh
-    card = cost.of_device(mesh.devices.flat[0].device_kind)
-    if card is None:
+    card = card_of(setup.config, mesh.devices.flat[0].device_kind)
+    batch = setup.config.batch_size / mesh.size
+    if card is None or not (estimate or measured_step(card, setup, batch)):
         return None
     hosts = len({device.process_index for device in mesh.devices.flat})
     try:
@@ -177,3 +249,11 @@ def of_devices(setup: Any) -> dict | None:
     except UserError:
         return None
     return dict(card=card.name) | found.as_json()
+
+
+def card_of(config: ml_collections.ConfigDict, device_kind: str) -> Card | None:
+    """Return the config's card, or the one of the devices; None where they have none.
+
+    Raises UserError for a config's card that is none.
+    """
+    return cost.load(config.card) if config.card else cost.of_device(device_kind)

@@ -74,7 +74,7 @@ def compile_programs(setup: Setup, chunks: Sequence[Chunk]) -> Programs:
             from cnn_spmd.training import board  # noqa: F401
         program = train.result()[n]
         with startup.stage("report"):
-            report = setup.report_on(program, n)
+            report = setup.report_on(program, n, estimate=False)
         init, evaluation, all_finite = (future.result() for future in others)
         report["compile_seconds"] = round(time.perf_counter() - since, 2)
         for done in [*moves, rates]:

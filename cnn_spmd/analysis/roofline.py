@@ -1,0 +1,382 @@
+"""Estimate the time of a traced program from the kernels that XLA for GPUs makes of it.
+
+JAX traces a train step without a GPU, and lists its operations. XLA joins element-wise operations
+into kernels (fusions); this module guesses which. A product (a convolution or a matrix product) and
+a kernel of our own (Pallas) are a kernel each. All else is joined as long as it need not be stored.
+These arrays are stored:
+
+  - what a product or a kernel of our own takes and returns, and what the program returns;
+  - a sum or a maximum over an array;
+  - what several kernels use, where storing it moves fewer bytes than computing it again, or where
+    it takes an exponential or the like.
+
+Each kernel reads the stored arrays that it needs, and writes its own. `seconds` gives the time of
+all. docs/planning.md has the constants, and how far the estimates are off.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core
+
+from cnn_spmd.analysis.cost import Card
+
+# Operations that call another program: its operations take their place.
+CALLS = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "remat",
+    "remat2",
+    "checkpoint",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "shard_map",
+)
+PRODUCTS = ("dot_general", "conv_general_dilated")
+# These are a kernel by themselves. A loop counts as one run of it.
+ALONE = ("pallas_call", "select_and_scatter_add", "scatter", "scatter-add", "sort", "scan", "while")
+BARRIER = "optimization_barrier"  # XLA stores what goes through it
+REDUCTIONS = (
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+    "reduce_and",
+    "reduce_or",
+    "argmax",
+    "argmin",
+)
+# These move nothing: they change the shape only, or a product reads its operand in another order.
+FREE = (
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "rev",
+    "sharding_constraint",
+    "reshard",
+    "copy",
+    "stop_gradient",
+)
+# These read only the part of their operand that they return.
+SLICES = ("slice", "dynamic_slice", "gather")
+# These take long, so that XLA does not compute them again for each kernel that needs them.
+SLOW = ("exp", "exp2", "log", "tanh", "logistic", "pow", "erf_inv", "random_bits")
+WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+
+# Kernels of a step that this module does not see: those of the loop over steps, and of random keys.
+# XLA's programs for an H100 have at least this many more.
+SCALAR_KERNELS = 8
+
+SMALL = 2**16  # bytes up to which an array may be computed again
+
+
+class Kernel(NamedTuple):
+    """What a kernel does.
+
+    bytes: read and written. flops: of a product, 0 for other kernels. width: rows or columns of a
+    product, whichever are fewer. itemsize: bytes of a number that is multiplied.
+    """
+
+    bytes: float
+    flops: float = 0.0
+    width: int = 0
+    itemsize: int = 2
+
+
+def seconds(kernels: Sequence[Kernel], card: Card) -> float:
+    """Return the time of a step's kernels, one after another, on a card that has rates.
+
+    Each takes the card's kernel_seconds, and the longer one of its bytes at copy_rate and its FLOPs
+    at the product rate of its width. Numbers of n bytes are multiplied at 2/n of that rate. Between
+    the rate's points it is linear, beyond them constant.
+    """
+    widths, rates = zip(*card.product_rates, strict=True)
+    total = (len(kernels) + SCALAR_KERNELS) * card.kernel_seconds
+    for kernel in kernels:
+        rate = np.interp(kernel.width, widths, rates) * 2 / kernel.itemsize
+        total += max(kernel.bytes / card.copy_rate, kernel.flops / rate)
+    return float(total)
+
+
+def kernels_of(program: Any) -> list[Kernel]:
+    """Return the kernels of a program that jax.make_jaxpr has traced."""
+    operations, results = read(program)
+    return _Fusion(operations, results).kernels()
+
+
+# ---- Read a program
+
+
+@dataclasses.dataclass(eq=False)
+class Array:
+    """An array of the program; `source` makes it, None for an argument."""
+
+    shape: tuple[int, ...]
+    bytes: float
+    source: "Operation | None" = None
+    literal: str = ""  # a number in the program's text
+
+
+@dataclasses.dataclass(eq=False)
+class Operation:
+    """An operation of the program."""
+
+    name: str
+    params: Mapping[str, Any]
+    inputs: list[Array]
+    outputs: list[Array] = dataclasses.field(default_factory=list)
+
+
+def read(program: Any) -> tuple[list[Operation], list[Array]]:
+    """Return the operations that a program needs, in order and each once, and its results."""
+    arguments = [_array(variable.aval) for variable in program.jaxpr.invars]
+    operations: list[Operation] = []
+    results = _inline(program, arguments, operations)
+    return _without_repetitions(_needed(operations, results), results)
+
+
+def _array(aval: Any, source: Operation | None = None, literal: str = "") -> Array:
+    shape = getattr(aval, "shape", ())
+    itemsize = getattr(getattr(aval, "dtype", None), "itemsize", 0)
+    return Array(shape, 0 if literal else math.prod(shape) * itemsize, source, literal)
+
+
+def _inline(program: Any, arguments: Sequence[Array], into: list[Operation]) -> list[Array]:
+    """Append a program's operations to `into`, and return its results."""
+    jaxpr = getattr(program, "jaxpr", program)
+    constants = [_array(variable.aval) for variable in jaxpr.constvars]
+    known = dict(zip(jaxpr.constvars, constants, strict=True))
+    known |= dict(zip(jaxpr.invars, arguments, strict=True))
+
+    def arrays(variables: Sequence[Any]) -> list[Array]:
+        return [
+            _array(v.aval, literal=str(v.val)) if isinstance(v, core.Literal) else known[v]
+            for v in variables
+        ]
+
+    for equation in jaxpr.eqns:
+        name, params, inputs = equation.primitive.name, equation.params, arrays(equation.invars)
+        if name in CALLS:
+            called = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+            outputs = _inline(called, inputs, into)
+        elif name == "cond":
+            outputs = _inline(_branch(params), inputs[1:], into)
+        else:
+            operation = Operation(name, params, inputs)
+            operation.outputs = outputs = [_array(v.aval, operation) for v in equation.outvars]
+            into.append(operation)
+        known |= dict(zip(equation.outvars, outputs, strict=True))
+    return arrays(jaxpr.outvars)
+
+
+def _branch(params: Mapping[str, Any]) -> Any:
+    """Return the branch that a GPU takes; the last one where the platform does not decide."""
+    platforms = params.get("branches_platforms") or ()
+    for branch, names in zip(params["branches"], platforms, strict=False):
+        if names and "cuda" in names:
+            return branch
+    return params["branches"][-1]
+
+
+def _needed(operations: Sequence[Operation], results: Sequence[Array]) -> list[Operation]:
+    """Leave out operations whose results nothing needs."""
+    needed, kept = set(map(id, results)), []
+    for operation in reversed(operations):
+        if needed & set(map(id, operation.outputs)):
+            needed |= set(map(id, operation.inputs))
+            kept.append(operation)
+    return kept[::-1]
+
+
+def _without_repetitions(
+    operations: Sequence[Operation], results: Sequence[Array]
+) -> tuple[list[Operation], list[Array]]:
+    """Keep one of several operations that compute the same, as XLA does."""
+    first: dict[tuple, Operation] = {}
+    same: dict[int, Array] = {}
+    for operation in operations:
+        operation.inputs = [same.get(id(array), array) for array in operation.inputs]
+        inputs = tuple(array.literal or id(array) for array in operation.inputs)
+        params = id(operation) if operation.name in ALONE else str(operation.params)
+        before = first.setdefault((operation.name, params, inputs), operation)
+        same |= dict(zip(map(id, operation.outputs), before.outputs, strict=True))
+    return list(first.values()), [same.get(id(array), array) for array in results]
+
+
+# ---- Join operations into kernels
+
+
+class _Fusion:
+    """Decides which arrays are stored, and which kernels make them."""
+
+    def __init__(self, operations: Sequence[Operation], results: Sequence[Array]):
+        self.operations, self.results = operations, results
+        self.stored: set[int] = set()  # ids of arrays that joined operations make
+        # By the id of an array: what it is computed from, array -> the bytes that are read of it.
+        self.needs: dict[int, dict[Array, float]] = {}
+        # By the id of an array: how many kernels come one after another until it is there.
+        self.levels: dict[int, int] = {}
+        # The kernels of joined operations, by the id of an array that each reads and its level:
+        # what it writes, and what it reads.
+        self.joined: dict[tuple[int, int], tuple[list[Array], dict[Array, float]]] = {}
+        self.made_by: dict[int, tuple[int, int]] = {}  # by the id of an array: key of `joined`
+        self.with_epilogue: set[int] = set()  # ids of products' results
+
+    def kernels(self) -> list[Kernel]:
+        """Return the kernels."""
+        self._store()
+        self.needs.clear()  # they were found while fewer arrays were stored
+        kernels = []
+        for operation in self.operations:
+            if operation.name in PRODUCTS + ALONE:
+                kernels.append(_kernel(operation))
+            if _is_alone(operation):
+                before = [array for each in operation.inputs for array in self._sources(each)]
+                for output in operation.outputs:
+                    self.levels[id(output)] = 1 + self._level(before)
+                continue
+            for output in operation.outputs:
+                if id(output) in self.stored:
+                    self._place(output)
+        for outputs, needs in self.joined.values():
+            reads = sum(size for array, size in needs.items() if array not in outputs)
+            kernels.append(Kernel(reads + sum(output.bytes for output in outputs)))
+        return kernels
+
+    def _place(self, output: Array) -> None:
+        """Give a stored array to the kernel that makes it: that of another one, or a new one."""
+        needs = self._needs(output)
+        level = self._level(needs)
+        reduces = _is_reduced(output)
+        largest = max(needs, key=lambda array: array.bytes, default=output)
+        if not reduces and _is_product(largest) and id(largest) not in self.with_epilogue:
+            others = sum(needs.values()) - needs[largest]
+            if others < largest.bytes / 4 and output.bytes <= largest.bytes:
+                self.with_epilogue.add(id(largest))  # cuDNN and cuBLAS add a bias and apply a ReLU
+                self.levels[id(output)] = level
+                return
+        self.levels[id(output)] = level + 1
+        # A kernel may write several arrays: what is computed from an array that it has at hand, and
+        # what reads the same large array at the same time.
+        at_hand = [
+            array
+            for array in needs
+            if not _is_reduced(array) and (reduces or array.shape == output.shape)
+        ]
+        keys = [
+            key
+            for key in dict.fromkeys(self.made_by.get(id(array)) for array in at_hand)
+            if key and all(self._is_there(array, key) for array in needs)
+        ]
+        keys += [(id(array), level) for array in needs if array.bytes == largest.bytes]
+        first = keys[0] if keys else (id(output), level)
+        key = next((key for key in keys if key in self.joined), first)
+        outputs, reads = self.joined.setdefault(key, ([], {}))
+        outputs.append(output)
+        for array, size in needs.items():
+            reads[array] = max(size, reads.get(array, 0.0))
+        self.made_by[id(output)] = key
+
+    def _is_there(self, array: Array, key: tuple[int, int]) -> bool:
+        """Return whether the kernel `key` has an array at hand, or earlier kernels make it."""
+        at_hand = self.made_by.get(id(array)) == key and not _is_reduced(array)
+        return at_hand or self._level([array]) <= key[1]
+
+    def _store(self) -> None:
+        """Find the arrays that are stored."""
+        users: Counter[int] = Counter()
+        for operation in self.operations:
+            if operation.name not in FREE:
+                users.update({id(_behind(array)) for array in operation.inputs})
+            if _is_alone(operation):
+                self._keep(operation.inputs)
+            if operation.name in REDUCTIONS:
+                self._keep(operation.outputs)
+        self._keep(self.results)
+        for operation in self.operations:
+            if _is_alone(operation) or operation.name in FREE:
+                continue
+            for output in operation.outputs:
+                more = users[id(output)] - 1
+                if more < 1 or id(output) in self.stored:
+                    continue
+                again = sum(self._needs(output).values())
+                is_slow = operation.name in SLOW + WINDOWS
+                is_large = output.bytes > SMALL and more * again > (more + 2) * output.bytes
+                if is_slow or is_large:
+                    self.stored.add(id(output))
+
+    def _keep(self, arrays: Iterable[Array]) -> None:
+        for array in map(_behind, arrays):
+            if array.source and not _is_alone(array.source):
+                self.stored.add(id(array))
+
+    def _sources(self, array: Array) -> dict[Array, float]:
+        """Return the stored arrays that an array is read from, and the bytes read of each."""
+        array = _behind(array)
+        if array.source is None or _is_alone(array.source) or id(array) in self.stored:
+            return {array: array.bytes}
+        return self._needs(array)
+
+    def _needs(self, array: Array) -> dict[Array, float]:
+        """Return the stored arrays that the operation that makes an array reads."""
+        if id(array) not in self.needs:
+            found: dict[Array, float] = {}
+            for each in array.source.inputs:
+                for source, size in self._sources(each).items():
+                    if array.source.name in SLICES:
+                        size = min(size, array.bytes)
+                    found[source] = max(size, found.get(source, 0.0))
+            self.needs[id(array)] = found
+        return self.needs[id(array)]
+
+    def _level(self, arrays: Iterable[Array]) -> int:
+        return max((self.levels.get(id(array), 0) for array in arrays), default=0)
+
+
+def _is_alone(operation: Operation) -> bool:
+    return operation.name in PRODUCTS + ALONE or operation.name == BARRIER
+
+
+def _is_reduced(array: Array) -> bool:
+    return array.source is not None and array.source.name in REDUCTIONS
+
+
+def _is_product(array: Array) -> bool:
+    return array.source is not None and array.source.name in PRODUCTS
+
+
+def _behind(array: Array) -> Array:
+    """Return the array that operations of FREE only give another shape."""
+    while array.source and array.source.name in FREE:
+        array = array.source.inputs[0]
+    return array
+
+
+def _kernel(operation: Operation) -> Kernel:
+    """Return the kernel of an operation that is one by itself."""
+    moved = sum(array.bytes for array in itertools.chain(operation.inputs, operation.outputs))
+    if operation.name not in PRODUCTS:
+        return Kernel(moved)
+    left, right = (array.shape for array in operation.inputs)
+    if operation.name == "dot_general":
+        (contracted, _), (batched, _) = operation.params["dimension_numbers"]
+        inner, batch = (math.prod(left[axis] for axis in axes) for axes in (contracted, batched))
+        rows, columns = math.prod(left) // (inner * batch), math.prod(right) // (inner * batch)
+        flops = 2 * batch * rows * columns * inner
+    else:
+        numbers, out = operation.params["dimension_numbers"], operation.outputs[0].shape
+        columns = out[numbers.out_spec[1]]
+        rows = math.prod(out) // columns
+        # Zeros that a stride puts between the elements of the input are not multiplied.
+        skipped = math.prod(operation.params["lhs_dilation"])
+        flops = 2 * math.prod(out) * math.prod(right) / right[numbers.rhs_spec[0]] / skipped
+    item = operation.inputs[0]
+    itemsize = round(item.bytes / max(math.prod(item.shape), 1))
+    return Kernel(moved, flops, min(rows, columns), itemsize)
