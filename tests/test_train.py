@@ -30,6 +30,7 @@ from cnn_spmd.training.dry_run import dry_run
 
 def test_files_of_a_run(config, tmp_path):
     startup.take_stages()  # of other tests
+    config.card = "h200"  # which has rates, and no step of this network
     summary = loop.train(config, tmp_path / "run")
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.json", "program.json", "metrics.jsonl", "summary.json", "checkpoints"} <= files
@@ -86,6 +87,9 @@ def test_files_of_a_run(config, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run", "final")] == [8]
     for line in runfiles.read_metrics_rows(tmp_path / "run/metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("synthetic", None)
+    prediction = json.loads((tmp_path / "run/program.json").read_text())["prediction"]
+    assert (prediction["card"], prediction["estimated"]) == ("h200", True)
+    assert prediction["predicted_milliseconds"] == summary["predicted_milliseconds"] > 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
@@ -889,6 +893,7 @@ def test_what_a_resumed_run_may_change(config):
         "model.fast",
         "collectives_in_flight",
         "data.skip_bad",
+        "card",
     }
     old = configs.as_json(config)
     for field in configs.flat(old):
