@@ -501,9 +501,10 @@ def test_a_closed_terminal_saves(start, tmp_path, swept):
         terminal=of_process,
     )
     os.close(of_process)
-    run, seen = tmp_path / "r" / ("seed=0" if swept else ""), b""
+    run, seen = tmp_path / "r" / ("01-seed=0" if swept else ""), b""
+    deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
-        assert process.poll() is None, seen
+        assert process.poll() is None and time.monotonic() < deadline, seen
         while select.select([terminal], [], [], 0.1)[0]:
             seen += os.read(terminal, 4096)
     os.close(terminal)
