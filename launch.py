@@ -195,6 +195,7 @@ def launch(argv: list[str]) -> int:
     import_training()
     from cnn_spmd.training import unused
 
+    unused.refuse_unknown(CONFIG.value, ("model.name", "optimizer.name", "optimizer.decay"))
     unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
     environment.device_count()
