@@ -85,7 +85,7 @@ SCHEMA = {
     "parallelism": Field("data", "scheme: a row of the placement table, or of placement"),
     "placement": Field({}, "rows of your own, in the form of the placement table", item={}),
     # The network.
-    "model.name": Field("alexnet", "network: a name in cnn_spmd/models"),
+    "model.name": Field("alexnet", "network: one of [these](networks.md), or one of your own"),
     "model.width": Field(4096, "units of each hidden dense layer", low=1, high=10**6),
     "model.dropout": Field(0.5, "share of hidden dense units that are dropped", low=0.0, below=1.0),
     "model.batch_norm": Field(
