@@ -383,7 +383,7 @@ def refuse_unknown(field: str, value: str = "") -> None:
 
 
 def _near_field(name: str) -> str:
-    """Return the end of a message that suggests the field that a name may stand for, or nothing."""
+    """Return the end of a message: the nearest field; empty where none is near."""
     section = name.rpartition(".")[0]
     for field in fields_called(name.rpartition(".")[2]):
         if section in ("", field.rpartition(".")[0]):
@@ -393,9 +393,9 @@ def _near_field(name: str) -> str:
 
 
 def fields_called(name: str) -> list[str]:
-    """Return the fields that a name may stand for, without their section or by their initials.
+    """Return the fields that a name without its section may stand for.
 
-    name: such as "epochs", "learning_rate" or "lr".
+    name: the last part of a field, such as "learning_rate", or its initials, "lr".
     """
     found = []
     for field in SCHEMA:

@@ -140,7 +140,7 @@ def _number(text: str) -> int | float | str:
 
 
 def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devices: int) -> None:
-    """Raise UserError for a swept field or name that is unknown, or a field that nothing uses.
+    """Raise UserError for an unknown swept field or name, or a field that nothing uses.
 
     Where some combinations use it, `plan` refuses the others one by one.
     """

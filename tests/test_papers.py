@@ -500,8 +500,9 @@ def test_runs_that_no_paper_has(tmp_path, capsys):
     short = make_run(tmp_path / "short", experiment="resnet_cifar_20", batch_size=128, steps=10)
     assert command.main([own, control, short]) == 0
     assert " ".join(capsys.readouterr().out.split()) == (
-        f"About no published figure (the experiment, mine, is not one of a paper): {own}. "
-        "About no published figure (a figure compares another run with it, which is not given): "
+        "About no published figure (no figure is of the experiment mine; --beside NAME chooses "
+        f"one): {own}. About no published figure (a figure compares another run with it, which is "
+        "not given): "
         f"{control}. About no published figure (steps=10, published 64000): {short}."
     )
 

@@ -287,7 +287,7 @@ def is_beside_a_paper(run: dict) -> bool:
 
 
 def folders_beside_nothing(runs: Sequence[dict]) -> dict[str, list[pathlib.Path]]:
-    """Return the folders of load_given's runs that measure no figure of tables_about, by reason."""
+    """Return the folders of runs that measure no figure of tables_about, by reason."""
     shown = [figure for figures in FIGURES.values() for figure in about(figures, runs)]
     used = {
         folder
@@ -317,7 +317,7 @@ def why_beside_nothing(run: dict) -> str:
         controls = [figure.where | figure.control for figure in figures if figure.control]
         if any(matches(where, run) for where in controls):
             return "a figure compares another run with it, which is not given"
-        return f"the experiment, {run['experiment']}, is not one of a paper"
+        return f"no figure is of the experiment {run['experiment']}; --beside NAME chooses one"
     differences = [
         [
             f"{name}={run.get(name)}, published {value}"

@@ -35,9 +35,9 @@ NEEDS = {
 
 
 def refuse_unknown(config: ml_collections.ConfigDict, fields: Collection[str]) -> None:
-    """Raise UserError for the first of some fields that names a thing which there is not.
+    """Raise UserError for the first of some fields whose value is an unknown name.
 
-    fields: dotted names; those that name no network, optimizer, decay, scheme or data set are fine.
+    fields: dotted names. Only those of network, optimizer, decay, scheme and data set are checked.
     """
     names = {
         "model.name": models.NETWORKS,
