@@ -33,6 +33,7 @@ import copy
 import datetime
 import errno
 import gc
+import io
 import math
 import os
 import pathlib
@@ -195,6 +196,7 @@ def launch(argv: list[str]) -> int:
     import_training()
     from cnn_spmd.training import unused
 
+    unused.refuse_unknown(CONFIG.value, ("model.name", "optimizer.name", "optimizer.decay"))
     unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
     environment.device_count()
@@ -427,7 +429,8 @@ def take_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset
 
     sizes = mesh.shape(config.mesh, environment.device_count()).values()
     shape = "x".join(str(size) for size in sizes)
-    found = planned(config, data, MESH.value if MESH.value == configs.AUTO else shape)
+    with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it
+        found = planned(config, data, MESH.value if MESH.value == configs.AUTO else shape)
     best = found.predictions[0]
     config.mesh.update(mesh.parse(best.mesh))
     config.parallelism = best.parallelism

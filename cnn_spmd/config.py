@@ -5,7 +5,6 @@ SCHEMA has every field. docs/config.md is generated from it:
 """
 
 import copy
-import difflib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, did_you_mean, unknown
 
 
 class Field(NamedTuple):
@@ -86,7 +85,7 @@ SCHEMA = {
     "parallelism": Field("data", "scheme: a row of the placement table, or of placement"),
     "placement": Field({}, "rows of your own, in the form of the placement table", item={}),
     # The network.
-    "model.name": Field("alexnet", "network: a name in cnn_spmd/models"),
+    "model.name": Field("alexnet", "network: one of [these](networks.md), or one of your own"),
     "model.width": Field(4096, "units of each hidden dense layer", low=1, high=10**6),
     "model.dropout": Field(0.5, "share of hidden dense units that are dropped", low=0.0, below=1.0),
     "model.batch_norm": Field(
@@ -379,11 +378,32 @@ def refuse_unknown(field: str, value: str = "") -> None:
     """
     if field in SCHEMA or field in _sections() or is_entry(field):
         return
-    remedy = GONE.get(field, "expected one of docs/config.md")
-    near = difflib.get_close_matches(field, [*SCHEMA, *sorted(_sections())], 1)
-    if near and field not in GONE:
-        remedy += f'; did you mean "{near[0]}"?'
+    remedy = GONE.get(field, "expected one of docs/config.md" + _near_field(field))
     raise UserError(f"{field}{value and f'={value}'}: no such field, {remedy}")
+
+
+def _near_field(name: str) -> str:
+    """Return the end of a message: the nearest field; empty where none is near."""
+    section = name.rpartition(".")[0]
+    for field in fields_called(name.rpartition(".")[2]):
+        if section in ("", field.rpartition(".")[0]):
+            return f'; did you mean "{field}"?'
+    others = sorted(each for each in _sections() if not name.startswith(f"{each}."))
+    return did_you_mean(name, [*SCHEMA, *others])
+
+
+def fields_called(name: str) -> list[str]:
+    """Return the fields that a name without its section may stand for.
+
+    name: the last part of a field, such as "learning_rate", or its initials, "lr".
+    """
+    found = []
+    for field in SCHEMA:
+        last = field.rpartition(".")[2]
+        words = last.split("_")
+        if name in (field, last) or (words[1:] and name == "".join(word[0] for word in words)):
+            found.append(field)
+    return found
 
 
 def is_entry(field: str) -> bool:
@@ -468,7 +488,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name, field in SCHEMA.items():
         value = get(config, name)
         if field.choices and value not in field.choices:
-            raise UserError(f"{name}={value}: unknown, expected one of {', '.join(field.choices)}")
+            raise unknown(name, value, field.choices)
         if field.low is None:
             continue
         if not isinstance(field.default, dict):
@@ -677,7 +697,8 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
     if config.data.held_out_steps and left < config.batch_size:
         raise UserError(
             f"data.held_out={config.data.held_out}: leaves {left} of {examples} training images, "
-            f"expected at least batch_size={config.batch_size}"
+            f"expected at least batch_size={config.batch_size}: set --config.data.held_out=0 and "
+            "--config.data.held_out_steps=0, or a smaller data.held_out"
         )
 
 

@@ -1,5 +1,8 @@
 """Define the exception for what a user can correct."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: launch.py prints it as one line and exits with 2.
@@ -10,6 +13,22 @@ class UserError(ValueError):
 
     def __init__(self, message: object):
         super().__init__(str(message).replace("\n", r"\n"))
+
+
+def unknown(field: str, value: str, known: Iterable[str], more: str = "") -> UserError:
+    """Return the error for a value that is none of the names in `known`.
+
+    more: what may stand there beside these names, such as ", or a row of your own".
+    """
+    known = list(known)
+    expected = f"unknown, expected one of {', '.join(known)}{more}"
+    return UserError(f"{field}={value}: {expected}{did_you_mean(value, known)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message: the nearest known name; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -220,6 +220,9 @@ def _text_of(error: Exception, argv: Sequence[str]) -> str:
     cause = error.__context__
     if isinstance(cause, UserError):  # an error of `load_file`
         text = str(cause)
+    elif isinstance(error, flags.UnrecognizedFlagError):
+        fields = configs.fields_called(error.flagname)
+        text += f"; did you mean --config.{fields[0]}?" if fields else ""
     elif isinstance(error, UnicodeDecodeError):
         text = "--flagfile: is not UTF-8, expected a text file of flags"
     elif isinstance(cause, OSError):

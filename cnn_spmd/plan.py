@@ -5,7 +5,10 @@ card's calibration (analysis/cost.py). The devices only stand for places in a me
 plans for any number of GPUs.
 """
 
+import contextlib
+import io
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -73,7 +76,10 @@ def plan(
         try:
             # An estimated step needs the fast forms of a run. What moves does not depend on them,
             # and JAX traces the plain ones faster.
-            setup = build.prepare(asked, devices, data, levers=() if alone else None)
+            levers = () if alone else None
+            # What has no effect is the same everywhere, and is said once.
+            with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
+                setup = build.prepare(asked, devices, data, levers=levers)
             alone = alone or one_device_step(card, setup)
             found.append(predict(setup, card, gpus_per_host, alone))
         except UserError as error:

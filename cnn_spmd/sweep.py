@@ -30,7 +30,6 @@ from cnn_spmd.analysis import program
 from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
-from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import build, runfiles, unused, workdir
 from cnn_spmd.training import dry_run as dry_runs
 
@@ -141,7 +140,7 @@ def _number(text: str) -> int | float | str:
 
 
 def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devices: int) -> None:
-    """Raise UserError for a swept field or scheme that is unknown, or that no combination uses.
+    """Raise UserError for an unknown swept field or name, or a field that nothing uses.
 
     Where some combinations use it, `plan` refuses the others one by one.
     """
@@ -157,12 +156,10 @@ def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devic
             config, _ = experiment.parse_arguments(arguments_of(settings, shared, devices))
         except UserError:
             continue  # refused by `plan`, with its reason
-        schemes = [*TABLE, *config.placement]
-        if "parallelism" in swept and config.parallelism not in schemes:
-            raise UserError(
-                f"--sweep=parallelism={config.parallelism}: unknown, expected some of "
-                f"{', '.join(schemes)}"
-            )
+        try:
+            unused.refuse_unknown(config, swept)
+        except UserError as error:
+            raise UserError(f"--sweep={error}") from None
         for field in swept:
             reasons[field].append(unused.reason(config, field))
     for field, found in reasons.items():

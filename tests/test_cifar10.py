@@ -603,6 +603,7 @@ def test_the_fallback_cannot_be_missed(capsys):
         '--config.data.fallback=""',
     ):
         assert part in banner
+    assert max(map(len, banner.splitlines())) <= 80
 
 
 def test_without_fallback_it_is_an_error():

@@ -21,6 +21,7 @@ from test_tfds import Imagenette
 
 import cnn_spmd
 from cnn_spmd import experiment
+from cnn_spmd.models import __main__ as networks
 from cnn_spmd.report.__main__ import main as report_main
 from cnn_spmd.report.write import write_report
 from cnn_spmd.sharding.table import TABLE
@@ -170,6 +171,11 @@ def test_pictures_show_what_jax_places(scheme):
             index, count = drawing["shard"](split, dict(data=data, model=model))
             (shard,) = held[device]
             assert shard.indices(64)[:2] == (64 // count * index, 64 // count * (index + 1))
+
+
+def test_docs_list_every_network():
+    text = (ROOT / "docs/networks.md").read_text()
+    assert text == networks.page(), "python -m cnn_spmd.models > docs/networks.md"
 
 
 # ---- Python

@@ -470,7 +470,8 @@ def test_any_run_beside_the_figures_that_it_is_about(tmp_path, capsys):
     assert out.count("\n| ") == 2 + 3  # two headers
     text = " ".join(out.split())
     assert text.endswith(
-        f"About no published figure: {digits}. Not completed, so left out: {stopped}: interrupted."
+        "About no published figure (the data set is digits, the published errors are of cifar10 "
+        f"and imagenet2012): {digits}. Not completed, so left out: {stopped}: interrupted."
     )
 
 
@@ -489,7 +490,37 @@ def test_any_sweep_beside_the_figures_that_it_is_about(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| 1 | 80sec: test error, % | 26 | 25.00 | 1 | -1.00 | 1 x H100 |" in out
     assert "| 1 | 2 GPUs, batches (256, 256): speedup | 1.95 | 1.80 | 1 | -0.15 | 2 x H100 |" in out
-    assert f"About no published figure: {folders[2]}." in " ".join(out.split())
+    assert f"imagenet2012): {folders[2]}." in " ".join(out.split())
+
+
+def test_runs_that_no_paper_has(tmp_path, capsys):
+    """There is no header without a table; a recipe that differs is named."""
+    own = make_run(tmp_path / "own", experiment="mine")
+    control = make_run(tmp_path / "base", experiment="claims_2012_base")
+    short = make_run(tmp_path / "short", experiment="resnet_cifar_20", batch_size=128, steps=10)
+    assert command.main([own, control, short]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == (
+        "About no published figure (no figure is of the experiment mine; --beside NAME chooses "
+        f"one): {own}. About no published figure (a figure compares another run with it, which is "
+        "not given): "
+        f"{control}. About no published figure (steps=10, published 64000): {short}."
+    )
+
+
+def test_any_network_beside_a_chosen_figure(tmp_path, capsys):
+    own = make_run(tmp_path / "own", experiment="mine", model="mine", eval=dict(accuracy=0.75))
+    digits = make_run(tmp_path / "digits", dataset="digits")
+    for name in ("ResNet-20", "20"):  # the figure, and its experiment's variant
+        assert command.main([own, "--beside", name]) == 0
+        row = "ResNet-20: test error, %; measured of mine, 10 epochs | 8.75 | 25.00 | 1 | +16.25 |"
+        assert row in capsys.readouterr().out
+    assert command.main([own, "--beside", "11pc"]) == 2
+    assert re.search('no such figure, .*13pct; .* mean "11pct"', capsys.readouterr().err)
+    assert command.main([digits, "--beside", "11pct"]) == 2
+    error = (
+        f"error: --beside=11pct: is an error on cifar10, but {digits} is on digits, expected runs"
+    )
+    assert capsys.readouterr().err.startswith(error)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):

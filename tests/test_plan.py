@@ -77,8 +77,9 @@ def test_a_step_between_and_beyond_the_measured_batches(batch, seconds):
     assert prediction.measured_step(CARD, setup, batch) == pytest.approx(seconds)
 
 
-def test_a_plan_puts_the_fastest_first(data):
-    found = plan.plan(config_of(), data, CARD, 4)
+def test_a_plan_puts_the_fastest_first(data, capsys):
+    found = plan.plan(config_of(), dataclasses.replace(data, mirror=False), CARD, 4)
+    assert capsys.readouterr().out.count("data.flip=True has no effect") == 1
     steps = [each.terms.step for each in found.predictions]
     assert steps == sorted(steps)
     assert {each.mesh for each in found.predictions} == {"4x1", "2x2", "1x4"}

@@ -124,7 +124,11 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
     [
         ("model.dropout=0.0,0.5", "--sweep=model.dropout: model.name=simple_cnn does not use it;"),
         ("model.droput=0.0,0.5", '--sweep=model.droput: no such field, .* mean "model.dropout"'),
-        ("parallelism=data,hybird", "--sweep=parallelism=hybird: unknown, expected some of data,"),
+        ("parallelism=data,hybird", "--sweep=parallelism=hybird: unknown, .* mean .hybrid"),
+        ("model.name=simple_cn,alexnet", "--sweep=model.name=simple_cn: .* mean .simple_cnn"),
+        ("data.name=cifar10,digit", '--sweep=data.name=digit: not a data set.* mean "digits"'),
+        ("optimizer.name=sgd,adam", '--sweep=optimizer.name=adam: unknown.* mean "adamw"'),
+        ("optimizer.lr=1,2", '--sweep=optimizer.lr: no such .* mean "optimizer.learning_rate"'),
         ("model.levers=(),1", "--sweep=model.levers: no such field, set model.fast to True"),
         ("dense_updates=each,sum", "--sweep=dense_updates: has no effect with dense_microbatch=0"),
     ],

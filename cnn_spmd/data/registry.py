@@ -6,6 +6,7 @@ an entry for it too: then fields that it does not use are refused when they are 
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Callable
 
 import ml_collections
@@ -15,7 +16,9 @@ from cnn_spmd.data import cifar10, cifar10_archive, digest, npz, photographs, tf
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, did_you_mean
+
+BANNER = 80  # columns of a warning: as many as a usual terminal has
 
 Loader = Callable[[ml_collections.ConfigDict], Dataset | Unread]
 
@@ -90,7 +93,7 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
     raise UserError(
         f"data.name={data.name}: not a data set; choose from {', '.join(DATASETS)}, "
         f"{tfds.PREFIX}NAME for what TFDS can download, or a data set that TFDS has prepared in "
-        f"{root} ({tfds.how_to_build('NAME', root)})"
+        f"{root} ({tfds.how_to_build('NAME', root)}){did_you_mean(data.name, DATASETS)}"
     )
 
 
@@ -140,14 +143,15 @@ def load_cifar10(data: ml_collections.ConfigDict) -> Dataset:
 def warn_of_digits(reason: str) -> None:
     """Print a banner that nobody can miss: the digits stand in for CIFAR-10."""
     lines = [
-        "WARNING: THIS RUN DOES NOT USE CIFAR-10. "
+        "WARNING: THIS RUN DOES NOT USE CIFAR-10.",
         "It uses scikit-learn's 1,797 handwritten digits instead.",
         f"Why: {reason}",
         f"To use CIFAR-10, {cifar10.REMEDY}",
         'To make this an error: --config.data.fallback=""',
     ]
-    rule = "!" * 110
-    text = "\n".join(f"!! {line}" for line in lines)
+    rule = "!" * BANNER
+    marks = dict(initial_indent="!! ", subsequent_indent="!!   ", break_long_words=False)
+    text = "\n".join(textwrap.fill(line, BANNER, break_on_hyphens=False, **marks) for line in lines)
     print(f"\n{rule}\n{text}\n{rule}\n", file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,8 @@
 """Print published figures beside measured ones.
 
 `python -m cnn_spmd.papers` prints the pages of results/, and `--write` writes them.
-`python -m cnn_spmd.papers RUN...` prints the figures that your runs are about.
+`python -m cnn_spmd.papers RUN...` prints the figures that your runs are about; with
+`--beside 11pct`, their test errors beside that figure.
 """
 
 import argparse
@@ -32,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the folder of a run or of a sweep, or a summary.json",
     )
     parser.add_argument(
+        "--beside",
+        default="",
+        metavar="NAME",
+        help="show the test errors of RUN, of any network, beside a published one, such as 11pct",
+    )
+    parser.add_argument(
         "--write",
         action="store_true",
         help="write the pages, depth.svg and README's headline table instead",
@@ -43,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = arguments.depth_plot
     if arguments.runs and (arguments.write or picture):
         parser.error("RUN: expected neither --write nor --depth_plot with it")
+    if arguments.beside and not arguments.runs:
+        parser.error("--beside: expected a RUN with it")
     try:
         if arguments.runs:
-            print(pages.runs_page(arguments.runs), end="")
+            print(pages.runs_page(arguments.runs, arguments.beside), end="")
         elif arguments.write:
             print(*pages.write_pages(), sep="\n")
         else:

@@ -6,13 +6,14 @@ sweep.json of a sweep. Some runs in claims/ shared their GPU with another run, s
 nothing.
 """
 
+import itertools
 import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from cnn_spmd.config import flat
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, did_you_mean
 from cnn_spmd.papers.published import FIGURES, PublishedFigure
 from cnn_spmd.report import compare, load
 from cnn_spmd.report.text import mean_and_deviation
@@ -285,8 +286,8 @@ def is_beside_a_paper(run: dict) -> bool:
     return any(is_about(figure, run) for figures in FIGURES.values() for figure in figures)
 
 
-def folders_beside_nothing(runs: Sequence[dict]) -> list[pathlib.Path]:
-    """Return the folders of load_given's runs that measure no figure of tables_about."""
+def folders_beside_nothing(runs: Sequence[dict]) -> dict[str, list[pathlib.Path]]:
+    """Return the folders of runs that measure no figure of tables_about, by reason."""
     shown = [figure for figures in FIGURES.values() for figure in about(figures, runs)]
     used = {
         folder
@@ -294,8 +295,85 @@ def folders_beside_nothing(runs: Sequence[dict]) -> list[pathlib.Path]:
         if any(is_about(figure, run) for figure in shown)
         for folder in run["folders"]
     }
-    folders = dict.fromkeys(folder for run in runs for folder in run["folders"])
-    return [folder for folder in folders if folder not in used]
+    found: dict[str, list[pathlib.Path]] = {}
+    for run in runs:
+        if run["folders"][0] not in used and "speedup" not in run:
+            found.setdefault(why_beside_nothing(run), []).extend(run["folders"])
+    return found
+
+
+def why_beside_nothing(run: dict) -> str:
+    """Say why a run measures no published figure."""
+    figures = [figure for figures in FIGURES.values() for figure in figures]
+    named = [figure.where for figure in figures if "experiment" in figure.where]
+    data_sets = dict.fromkeys(where["dataset"] for where in named)
+    if run["dataset"] not in data_sets:
+        return (
+            f"the data set is {run['dataset']}, the published errors are of "
+            f"{' and '.join(data_sets)}"
+        )
+    recipes = [where for where in named if where["experiment"] == run["experiment"]]
+    if not recipes:
+        controls = [figure.where | figure.control for figure in figures if figure.control]
+        if any(matches(where, run) for where in controls):
+            return "a figure compares another run with it, which is not given"
+        return f"no figure is of the experiment {run['experiment']}; --beside NAME chooses one"
+    differences = [
+        [
+            f"{name}={run.get(name)}, published {value}"
+            for name, value in where.items()
+            if run.get(name) != value
+        ]
+        for where in recipes
+    ]
+    return "; ".join(min(differences, key=len))
+
+
+def published_errors(name: str) -> list[PublishedFigure]:
+    """Return the published errors of this name, which may also be their experiment's variant.
+
+    Raises UserError for an unknown name.
+    """
+    named: dict[str, list[PublishedFigure]] = {}
+    for figure in itertools.chain(*FIGURES.values()):
+        if "error" in figure.measure and not figure.control:
+            named.setdefault(figure.name.partition(":")[0], []).append(figure)
+    everything = itertools.chain(*named.values())
+    found = named.get(name) or [f for f in everything if f.configs[0].endswith(f":{name}")]
+    if not found:
+        raise UserError(
+            f"--beside={name}: no such figure, expected one of {'; '.join(named)}"
+            f"{did_you_mean(name, named)}"
+        )
+    return found
+
+
+def rows_beside(name: str, runs: Sequence[dict]) -> list[MeasuredRow]:
+    """Return the test errors of load_given's runs beside a published one.
+
+    name: as for published_errors. The runs may be of any network and recipe.
+    Raises UserError as published_errors, and for a run on another data set.
+    """
+    figures = published_errors(name)
+    data_set = figures[0].where["dataset"]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for run in runs:
+        if "speedup" in run:  # it also stands in `runs` without its speedup
+            continue
+        if run["dataset"] != data_set:
+            raise UserError(
+                f"--beside={name}: is an error on {data_set}, but {run['folders'][0]} is on "
+                f"{run['dataset']}, expected runs on {data_set}"
+            )
+        groups.setdefault((run["model"], f"{run['epochs']:.4g} epochs"), []).append(run)
+    return [
+        row
+        for figure in figures
+        for (model, epochs), members in groups.items()
+        for row in measured_rows(
+            figure._replace(name=f"{figure.name}; measured of {model}, {epochs}", where={}), members
+        )
+    ]
 
 
 def is_about(figure: PublishedFigure, run: dict) -> bool:

@@ -178,22 +178,28 @@ def papers_page() -> str:
     return joined(*parts)
 
 
-def runs_page(paths: Sequence[pathlib.Path]) -> str:
+def runs_page(paths: Sequence[pathlib.Path], beside: str = "") -> str:
     """Return the page with the published figures that the runs in `paths` are about.
 
-    Raises UserError for a path without a run.
+    beside: the published figure to show instead, as for measured.rows_beside.
+    Raises UserError for a path without a run, and as measured.rows_beside.
     """
     runs, unfinished = measured.load_given(paths)
-    parts = [
-        "# These runs beside the papers",
-        f"""Difference is measured minus published. {SEEDS} A figure that is not measured needs
-        all the runs of its commands.""",
-    ]
-    for title, rows in measured.tables_about(runs).items():
+    tables, others = measured.tables_about(runs), measured.folders_beside_nothing(runs)
+    if beside:
+        rows = measured.rows_beside(beside, runs)
+        tables, others = {f"Beside {beside}": rows} if rows else {}, {}
+    parts = []
+    if tables:
+        parts += [
+            "# These runs beside the papers",
+            f"""Difference is measured minus published. {SEEDS} A figure that is not measured
+            needs all the runs of its commands.""",
+        ]
+    for title, rows in tables.items():
         parts += [f"## {title}", *figures_beside(rows)]
-    others = measured.folders_beside_nothing(runs)
-    if others:
-        parts.append(f"About no published figure: {'; '.join(map(str, others))}.")
+    for reason, folders in others.items():
+        parts.append(f"About no published figure ({reason}): {'; '.join(map(str, folders))}.")
     if unfinished:
         parts.append(f"Not completed, so left out: {'; '.join(unfinished)}.")
     return joined(*parts)

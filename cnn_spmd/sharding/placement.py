@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, unknown
 from cnn_spmd.sharding import at_rest, local, own_rows
 from cnn_spmd.sharding.halo import Windows
 from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_BE_UNEVEN, MAY_REPLICATE, TABLE
@@ -46,11 +46,8 @@ class Placement:
         own = {scheme: own_rows.read(scheme, row) for scheme, row in self.own_rows.items()}
         schemes = {**TABLE, **own}
         if self.parallelism not in schemes:
-            expected = ", ".join(map(str, schemes))
-            raise UserError(
-                f"parallelism={self.parallelism}: unknown, expected one of {expected}, or a row of "
-                "your own in the field placement"
-            )
+            more = ", or a row of your own in the field placement"
+            raise unknown("parallelism", self.parallelism, schemes, more)
         return schemes[self.parallelism]
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:

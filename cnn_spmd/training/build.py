@@ -374,8 +374,13 @@ def say_crop(asked: ml_collections.ConfigDict, setup: Setup) -> None:
 
 
 def say_without_effect(setup: Setup) -> None:
-    """Say which entries of the config change nothing on these devices, a line each."""
+    """Say which entries of the config change nothing here, a line each."""
     config, place = setup.config, setup.place
+    if config.data.flip and not setup.data.mirror:
+        say(
+            f"data.flip=True has no effect: a mirrored image of {setup.data.name} is another "
+            "class, or none."
+        )
     if config.collectives_in_flight > 1 and not setup.compiler_options:
         say(
             f"collectives_in_flight={config.collectives_in_flight} has no effect: it is an option "
@@ -490,7 +495,8 @@ def refuse_mismatch(config: ml_collections.ConfigDict, place: Placement, model: 
             if layer not in layers:
                 raise UserError(
                     f"optimizer.{field}.{layer}: model.name={config.model.name} has no such layer, "
-                    f"expected some of {', '.join(layers)}"
+                    f"expected some of {', '.join(layers)}, or none by "
+                    f"--config.optimizer.{field}={{}}"
                 )
 
 
@@ -507,11 +513,6 @@ def make_preprocessing(config: ml_collections.ConfigDict, data: Dataset) -> Prep
     if config.data.colour_noise:
         axes_CC = statistics.colour_axes(statistics.sample(data.train_images))
         colour_CC = config.data.colour_noise * axes_CC
-    if config.data.flip and not data.mirror:
-        say(
-            f"data.flip=True has no effect: a mirrored image of {data.name} is another class, or "
-            "none."
-        )
     return Preprocessing(
         mean=mean,
         std=std,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, unknown
 
 # Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.2: the root
 # mean square of an update by AdamW. Updates of that size let one rate serve both.
@@ -221,8 +221,7 @@ def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Sch
     Raises UserError for an unknown decay, and for stages that are not ascending shares.
     """
     if settings.decay not in SCHEDULES:
-        expected = ", ".join(SCHEDULES)
-        raise UserError(f"optimizer.decay={settings.decay}: unknown, expected one of {expected}")
+        raise unknown("optimizer.decay", settings.decay, SCHEDULES)
     shares = {share for share in settings.stages if isinstance(share, float) and 0 < share < 1}
     if list(settings.stages) != sorted(shares):
         raise UserError(
@@ -250,8 +249,7 @@ def make_optimizer(settings: Any, rate: optax.Schedule) -> optax.GradientTransfo
     Raises UserError for an unknown optimizer.
     """
     if settings.name not in OPTIMIZERS:
-        expected = ", ".join(OPTIMIZERS)
-        raise UserError(f"optimizer.name={settings.name}: unknown, expected one of {expected}")
+        raise unknown("optimizer.name", settings.name, OPTIMIZERS)
 
     def scale(path, update):
         by_layer = settings.layer_rates.get(path[0].key, 1.0)

@@ -1,4 +1,4 @@
-"""Refuse fields that were set by hand and that nothing in the config uses.
+"""Refuse unknown names, and fields that were set by hand and that nothing in the config uses.
 
 Otherwise a typing error, or a sweep over such a field, would show a comparison of equal runs.
 """
@@ -10,7 +10,8 @@ import ml_collections
 from cnn_spmd import config as configs
 from cnn_spmd import models
 from cnn_spmd.data import registry
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, unknown
+from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import optim
 
 # Field that chooses: what each of its values uses of the fields in this dict. A value that is not
@@ -33,6 +34,24 @@ NEEDS = {
 }
 
 
+def refuse_unknown(config: ml_collections.ConfigDict, fields: Collection[str]) -> None:
+    """Raise UserError for the first of some fields whose value is an unknown name.
+
+    fields: dotted names. Only those of network, optimizer, decay, scheme and data set are checked.
+    """
+    names = {
+        "model.name": models.NETWORKS,
+        "optimizer.name": optim.OPTIMIZERS,
+        "optimizer.decay": optim.SCHEDULES,
+        "parallelism": [*TABLE, *config.placement],
+    }
+    for field in fields:
+        if field in names and (value := configs.get(config, field)) not in names[field]:
+            raise unknown(field, value, names[field])
+        if field == "data.name":
+            registry.loader_of(config.data)
+
+
 def refuse(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
     """Raise UserError for the first field of `given` that nothing in a config uses.
 
@@ -50,8 +69,8 @@ def refuse(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
             raise UserError(f"{field}={shown}: {why}")
     if "epochs" in given and "steps" not in given and config.epochs and config.steps:
         raise UserError(
-            f"epochs={config.epochs}: steps={config.steps} of the experiment goes first, expected "
-            "steps=0 with it"
+            f"epochs={config.epochs}: has no effect, as the experiment sets steps={config.steps}: "
+            "give --config.steps=0 too"
         )
 
 
