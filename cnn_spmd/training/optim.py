@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import IF_ADDED, UserError
 
 # Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.2: the root
 # mean square of an update by AdamW. Updates of that size let one rate serve both.
@@ -251,7 +251,9 @@ def make_optimizer(settings: Any, rate: optax.Schedule) -> optax.GradientTransfo
     """
     if settings.name not in OPTIMIZERS:
         expected = ", ".join(OPTIMIZERS)
-        raise UserError(f"optimizer.name={settings.name}: unknown, expected one of {expected}")
+        raise UserError(
+            f"optimizer.name={settings.name}: unknown, expected one of {expected}{IF_ADDED}"
+        )
 
     def scale(path, update):
         by_layer = settings.layer_rates.get(path[0].key, 1.0)
