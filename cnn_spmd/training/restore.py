@@ -156,8 +156,8 @@ def refuse_other_data(setup: build.Setup, saved: dict) -> None:
     if validation not in (0, of_run):
         known = f"{of_run}, as in the run, or 0, the test split" if of_run else "0, as in the run"
         raise UserError(
-            f"data.validation={validation}: expected {known}: it was trained on the other training "
-            "images"
+            f"data.validation={validation}: expected {known}: it was trained on the other "
+            "training images"
         )
     other_files = data.files != saved.get("data_files", data.files)
     # There is no digest yet where the images are still to be decoded.
