@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# Ends the message on an unknown name that an experiment's file may add.
+IF_ADDED = "; if an experiment adds it, give that experiment by --config"
+
 
 class UserError(ValueError):
     """Bad input: launch.py prints it as one line and exits with 2.

@@ -19,22 +19,30 @@ from collections.abc import Sequence
 import numpy as np
 
 from cnn_spmd import experiment
+from cnn_spmd.data import augment
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import environment, initial, restore, runfiles, weights
 from cnn_spmd.training.build import Setup
 
 # What --to chooses, and how the file is called where --out does not say it.
 FORMS = {"safetensors": "weights.safetensors", "torchvision": "torchvision.safetensors"}
+# What the images of a data set look like, where other pictures may well look otherwise.
+LOOKS = {"digits": "light strokes on black that fill the frame"}
 
 
 def export(
-    source: pathlib.Path, form: str, out: pathlib.Path | None = None, data_dir: str | None = None
+    source: pathlib.Path,
+    form: str,
+    out: pathlib.Path | None = None,
+    data_dir: str | None = None,
+    adds: str | None = None,
 ) -> list[pathlib.Path]:
     """Write the newest state of what was trained, and a page on it; return both paths.
 
     source: the folder of a run, or a weights file. form: one of FORMS. out: the file to write; None
     stands for that of FORMS in the folder of the run, or of the source file. data_dir: where the
-    run's data set is now, if it has moved.
+    run's data set is now, if it has moved. adds: the experiment that adds the network or the data
+    set.
     Raises UserError for a network that `form` cannot hold, and as restore.on_one_device.
     """
     is_file = weights.is_file(source)
@@ -50,6 +58,8 @@ def export(
         refuse_unlike_torchvision(restored.setup)
         arrays = weights.to_torchvision(arrays)
     about["form"] = form
+    if adds and experiment.EXPERIMENTS.resolve() not in pathlib.Path(adds).resolve().parents:
+        about["adds"] = pathlib.Path(adds).name
     page = out.with_suffix(".md")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +127,10 @@ def page_text(name: str, about: dict) -> str:
         "names and layouts": about["form"],
         "data": config["dataset"],
         "digest of the data": config.get("data_digest"),
+        "images": images_text(about),
         "classes": len(about["class_names"]),
         "test accuracy": accuracy if accuracy is None else f"{accuracy:.2%}",
-        "views of a test image": config["eval"]["views"],
+        "views of a test image": augment.views_taken(config["eval"]["views"], about["mirror"]),
         "computed in": config["dtype"],
         "steps": f"{about['step']:,}",
         "seed": config["seed"],
@@ -139,15 +150,33 @@ def page_text(name: str, about: dict) -> str:
             "|---|---|",
             *table,
             "",
-            "```bash",
-            "# Test it; classify images; train it again, with the same config.",
-            "python launch.py --workdir FILE --evaluate",
-            "python -m cnn_spmd.predict FILE IMAGE...",
-            "python launch.py --config FILE",
-            "```",
+            *commands(about.get("adds")),
             "",
         ]
     )
+
+
+def images_text(about: dict) -> str:
+    """Return what the images of a data set look like; about: of a weights file."""
+    size, brightness = about["image_size"], np.mean(about["mean"])
+    text = f"{size}x{size}, normalised by a mean pixel of {brightness:.0f} (0: black, 255: white)"
+    looks = LOOKS.get(about["config"]["data"]["name"])
+    return f"{text}; {looks}" if looks else text
+
+
+def commands(adds: str | None) -> list[str]:
+    """Return the commands for a weights file; adds: the experiment that each of them needs."""
+    option = f" --config {adds}" if adds else ""
+    again = "train again" if adds else "train it again, with the same config"
+    return [
+        *([f"{adds} adds the network or the data set: give its path.", ""] if adds else []),
+        "```bash",
+        f"# Test it; classify images; {again}.",
+        f"python launch.py --workdir FILE --evaluate{option}",
+        f"python -m cnn_spmd.predict FILE IMAGE...{option}",
+        f"python launch.py --config {adds or 'FILE'}",
+        "```",
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,7 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment.device_count()
         if arguments.config:
             experiment.load_file(arguments.config)
-        paths = export(arguments.run, arguments.to, arguments.out, arguments.data_dir)
+        paths = export(
+            arguments.run, arguments.to, arguments.out, arguments.data_dir, arguments.config
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

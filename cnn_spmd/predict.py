@@ -3,8 +3,9 @@
 RUN is a --workdir of launch.py, whose newest checkpoint is taken, or a weights file of
 `python -m cnn_spmd.export`. An image becomes what the run's evaluation sees: the central square,
 rescaled to the size of the run's images, cropped and normalised as the config says. Its five most
-probable classes are printed, or as many as there are. A run's folder needs the run's data set, as
-the training images normalise; a weights file does not.
+probable classes are printed, or as many as there are. A line warns of an image that is far too
+light or dark, where --invert would mend that. A run's folder needs the run's data set, as the
+training images normalise; a weights file does not.
 """
 
 import argparse
@@ -20,25 +21,36 @@ import numpy as np
 from cnn_spmd import experiment
 from cnn_spmd.data import square
 from cnn_spmd.errors import UserError, one_line
-from cnn_spmd.training import environment, restore
+from cnn_spmd.training import environment, restore, terminal
 
 CLASSES = 5  # shown of each image
+# A quarter of the values of a pixel. An image whose mean pixel is this far from the mean by which
+# the run normalises may be inverted.
+FAR = 64
 
 
 def predict(
-    source: pathlib.Path, images: Sequence[pathlib.Path], data_dir: str | None = None
+    source: pathlib.Path,
+    images: Sequence[pathlib.Path],
+    data_dir: str | None = None,
+    invert: bool = False,
 ) -> list[dict]:
     """Return the most probable classes of each image, the most probable first.
 
     source: the folder of a run, or a weights file. data_dir: where the run's data set is now, if it
-    has moved. Each entry has the image's path, and in `classes` dicts with `class` (its name),
-    `index` and `probability`.
+    has moved. invert: turn dark on light into light on dark. Each entry has the image's path, and
+    in `classes` dicts with `class` (its name), `index` and `probability`.
     Raises UserError for an image that cannot be read, and as restore.on_one_device.
     """
     with restore.locked(source):
         setup, state, *_ = restore.on_one_device(source, data_dir)
     side, names = setup.data.train_images.shape[1], setup.data.class_names
     pixels = [decode(image, side) for image in images]
+    if invert:
+        pixels = [255 - pixels_HWC for pixels_HWC in pixels]
+    usual = np.mean(setup.functions.preprocessing.mean)
+    for image, pixels_HWC in zip(images, pixels, strict=True):
+        warn_if_inverted(image, pixels_HWC.mean(), usual, invert)
     scores = jax.jit(setup.functions.scores)
     found = []
     for image, pixels_HWC in zip(images, pixels, strict=True):
@@ -65,6 +77,21 @@ def decode(image: pathlib.Path, side: int) -> np.ndarray:
         ) from error
 
 
+def warn_if_inverted(image: pathlib.Path, mean: float, usual: float, invert: bool) -> None:
+    """Warn of an image that would be much nearer to the training images if inverted.
+
+    mean: the image's mean pixel. usual: the mean pixel by which the run normalises. invert: whether
+    the image is inverted already.
+    """
+    distance, inverted = abs(mean - usual), abs(255 - mean - usual)
+    if distance > FAR and inverted < distance / 2:
+        remedy = "leave --invert out" if invert else "add --invert"
+        terminal.say(
+            f"warning: {image}: its mean pixel is {mean:.0f}, but the network expects about "
+            f"{usual:.0f} (0: black, 255: white): {remedy}"
+        )
+
+
 def as_text(predictions: list[dict]) -> str:
     """Return predictions as lines: an image, then a line for each of its classes."""
     lines = []
@@ -84,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run or a weights file")
     made.add_argument("images", metavar="IMAGE", nargs="+", type=pathlib.Path)
+    made.add_argument(
+        "--invert", action="store_true", help="invert the images: dark on light <-> light on dark"
+    )
     made.add_argument("--json", action="store_true", help="print a list of JSON objects")
     restore.add_arguments(made)
     return made
@@ -98,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.config:
             experiment.load_file(arguments.config)
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the predictions alone
-            found = predict(arguments.run, arguments.images, arguments.data_dir)
+            found = predict(arguments.run, arguments.images, arguments.data_dir, arguments.invert)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

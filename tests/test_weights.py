@@ -76,10 +76,12 @@ def test_commands_after_training_run(run, start, tmp_path, monkeypatch, capsys):
     accuracy = accuracy_of(folder)
     assert accuracy > 0.7
     assert "--evaluate takes the config of runs/a/config.json, not that of experiments/resn" in out
-    assert f"mesh 2x2, float32: accuracy {accuracy:.2%} (recorded: {accuracy:.2%})" in out
+    assert f"digits:\naccuracy {accuracy:.2%} (recorded: {accuracy:.2%}), loss" in out
+    assert "; mesh 2x2, hybrid, float32\n" in out
     (line,) = map(json.loads, (folder / evaluate.FILE).read_text().splitlines())
     assert line["accuracy"] == pytest.approx(accuracy)
     assert (line["step"], line["examples"], line["batch_size"]) == (40, 360, 16)
+    assert line["views"] == "one"  # mirrored digits are other classes
     assert line["mesh"] == dict(data=2, model=2)
     assert before == {path: path.read_bytes() for path in before}
 
@@ -93,7 +95,7 @@ def test_commands_after_training_run(run, start, tmp_path, monkeypatch, capsys):
     (begin,) = [line for line in commands("python launch.py") if "init_from" in line]
     config, _ = experiment.parse_arguments(small(begin, tmp_path))
     build.prepare(config).init()
-    assert "Started from a.safetensors: 4 of the network's 4 arrays are its own.\n" in (
+    assert "Started from a.safetensors: it sets 4 of the network's 4 arrays.\n" in (
         capsys.readouterr().out
     )
 
@@ -138,6 +140,49 @@ def test_predictions_are_those_of_the_evaluation(run, exported, tmp_path, capsys
             np.testing.assert_allclose(got, np.sort(expected)[:-6:-1], rtol=1e-4)
     assert predict.main([str(exported), str(paths[0])]) == 0
     assert re.match(rf"{paths[0]}\n +\d+\.\d\d%  \d\n", capsys.readouterr().out)
+
+
+def test_a_run_on_validation_images_is_tested_on_the_test_split(config, tmp_path):
+    """Its images are normalised as in the run, and no other images are taken."""
+    config.data.update(dict(name="digits", validation=200, normalise="pixel_mean"))
+    config.update(dict(steps=2, epochs=0))
+    loop.train(config, tmp_path)
+    folder, mean = tmp_path / "config.json", build.prepare(config).functions.preprocessing.mean
+    tested = evaluated(tmp_path, **{"data.validation": 0})
+    assert (tested["dataset"], tested["examples"]) == ("digits", 360)
+    saved = weights.read_saved(tmp_path)
+    asked = experiment.load_config(folder, {"data.validation": 0})
+    restored = restore.restore(tmp_path, asked, saved)
+    np.testing.assert_array_equal(restored.setup.functions.preprocessing.mean, mean)
+    assert restored.accuracy is None
+    with pytest.raises(UserError, match=r"^data.validation=100: expected 200, as in the run, or 0"):
+        evaluated(tmp_path, **{"data.validation": 100})
+
+
+def test_inverted_images_are_named(exported, tmp_path, capsys):
+    image = digits.load_digits(None).test_images[0]
+    paths = [tmp_path / name for name in ("light.png", "dark.png")]
+    for path, pixels in zip(paths, (image, 255 - image), strict=True):
+        Image.fromarray(pixels).save(path)
+    light, dark = map(str, paths)
+    found = {}
+    for invert, wrong, remedy in (([], dark, "add --invert"), (["--invert"], light, "leave --inv")):
+        assert predict.main([str(exported), light, dark, "--json", *invert]) == 0
+        out, error = capsys.readouterr()
+        found[wrong] = json.loads(out)
+        (warning,) = [line for line in error.splitlines() if "warning" in line]
+        assert warning.startswith(f"warning: {wrong}: its mean pixel is 186, but the network")
+        assert f" about 78 (0: black, 255: white): {remedy}" in warning
+    assert found[dark][0]["classes"] == found[light][1]["classes"]
+
+
+def test_the_page_names_the_experiment_that_adds_the_network(exported):
+    about = weights.read_about(exported)
+    page = export.page_text("a.safetensors", about | dict(adds="mine.py"))
+    assert "\npython launch.py --workdir FILE --evaluate --config mine.py\n" in page
+    assert "\npython launch.py --config mine.py\n" in page
+    assert "| views of a test image | one |" in page
+    assert "; light strokes on black that fill the frame |" in page
 
 
 def test_a_run_starts_from_weights_for_other_classes(exported, config, tmp_path, capsys):
@@ -194,6 +239,13 @@ def test_other_weights_are_refused_before_anything_is_compiled(
     assert str(refused.value).startswith(f"init_from={tmp_path}/{message}")
 
 
+def test_weights_of_another_network_are_named(exported, config):
+    config.init_from, config.model.name = str(exported), "fully_connected"
+    message = "the file holds simple_cnn, but the config has model.name=fully_connected: set --con"
+    with pytest.raises(UserError, match=re.escape(f"init_from={exported}: {message}")):
+        build.prepare(config).init()
+
+
 def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, capsys):
     with pytest.raises(UserError, match=r"^--config.seed: belongs to what was trained, expected"):
         evaluate.refuse_changes(["mesh.data", "seed"])
@@ -207,6 +259,11 @@ def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, c
         ),
         (export, [run, "--to", "safetensors", "--out", "a.bin"], "--out=a.bin: expected a name"),
         (export, [tmp_path, "--to", "safetensors"], f"{tmp_path}: holds no run"),
+        (
+            predict,
+            [run.parent, bad],
+            f"{run.parent}: holds no run (no config.json); give one of th",
+        ),
         (predict, [exported, bad], f"{bad}: cannot be read (ValueError: is no JPEG, PNG or WebP"),
         (predict, [exported, bad, "--config", "a.py"], "--config=a.py: no such experiment"),
         (predict, ["w.pt", bad], "w.pt: is a pickle, which could run any code"),

@@ -60,6 +60,11 @@ class Preprocessing:
         return normalise(views, self.mean, self.std)
 
 
+def views_taken(views: str, mirror: bool) -> str:
+    """Name the views that eval_views takes: "five" are the crops of "ten" without their mirrors."""
+    return views if mirror else {"ten": "five"}.get(views, "one")
+
+
 def crop_and_flip(
     images_NHWC: jax.Array,
     indices_B: jax.Array | None,

@@ -12,6 +12,9 @@ import numpy as np
 from cnn_spmd.data import statistics
 from cnn_spmd.errors import UserError
 
+# Ends the name of a data set in which training images take the place of the test split.
+VALIDATION = "_validation"
+
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
@@ -77,7 +80,7 @@ class Dataset(Provenance):
             if examples < total and not self.fallback and self._has_all_classes(held_out, rest):
                 return dataclasses.replace(
                     self,
-                    name=f"{self.name}_validation",
+                    name=f"{self.name}{VALIDATION}",
                     train_images=self.train_images[rest],
                     train_labels=self.train_labels[rest],
                     test_images=self.train_images[held_out],

@@ -92,7 +92,7 @@ def load_given(paths: Sequence[pathlib.Path]) -> tuple[list[dict], list[str]]:
         else:
             raise UserError(
                 f"{given}: expected the folder of a run or of a sweep, or a summary.json; found "
-                "neither summary.json nor sweep.json"
+                f"neither summary.json nor sweep.json{runfiles.instead_of(given)}"
             )
     for folder in distinct(folders):
         path = folder / "summary.json"

@@ -10,6 +10,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from cnn_spmd import experiment
 from cnn_spmd.errors import UserError
 from cnn_spmd.papers import pages
 from cnn_spmd.report.write import write_report
@@ -43,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
         "--data_dir", metavar="PATH", help="with --pictures: where the run's data.dir is now"
     )
     made.add_argument(
+        "--config",
+        metavar="E",
+        help="with --pictures: the experiment, where it adds a network or data set",
+    )
+    made.add_argument(
         "--target_error",
         type=float,
         metavar="SHARE",
@@ -63,14 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = arguments.folders
     if arguments.pictures and not folders:
         command.error("--pictures: expected the folder of a run")
-    if arguments.data_dir is not None and not arguments.pictures:
-        command.error("--data_dir: expected --pictures with it")
+    for option in ("data_dir", "config"):
+        if getattr(arguments, option) is not None and not arguments.pictures:
+            command.error(f"--{option}: expected --pictures with it")
     target = arguments.target_error
     if target is not None and not (folders and 0 < target < 1):
         command.error(
             f"--target_error={target:g}: expected a share between 0 and 1, such as 0.1, and the "
             "folder of a sweep"
         )
+    drawn = []
     try:
         if not folders:
             pages.print_pages()
@@ -78,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.pictures:
             from cnn_spmd.report import pictures  # imports jax, which a report does not need
 
+            if arguments.config:
+                experiment.load_file(arguments.config)
             for folder in folders:
-                pictures.draw_pictures(folder, arguments.data_dir)
+                drawn += pictures.draw_pictures(folder, arguments.data_dir)
         paths = write_report(folders, target)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -87,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    if drawn:
+        print(*drawn, sep="\n")
     if len(folders) > 1:
         print(f"One report on all {len(folders)} folders, in the first:")
     print(*paths, sep="\n")

@@ -116,7 +116,7 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
         else:
             raise UserError(
                 f"{folder}: holds neither a sweep (sweep.json) nor a run "
-                "(config.json, summary.json)"
+                f"(config.json, summary.json){runfiles.instead_of(folder)}"
             )
     return sweeps + ([sweep_of_runs(alone, notes)] if alone else [])
 

@@ -33,8 +33,8 @@ FILTERS = 128  # drawn at most
 BATCH = 256  # training images per call of the program
 
 
-def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
-    """Draw what the run in `folder` learned, from its newest checkpoint.
+def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> list[pathlib.Path]:
+    """Draw what the run in `folder` learned, from its newest checkpoint; return the PNG files.
 
     One device is enough, whatever the run's mesh was. data_dir: where the run's data set is now, if
     it has moved. Raises UserError for a folder that is no run or has no checkpoint, and where the
@@ -76,6 +76,7 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> None:
                 pictures=rows,
             )
             write_pictures(folder, pictures, numbers)
+    return [folder / name for name in pictures]
 
 
 def write_pictures(folder: pathlib.Path, pictures: Mapping[str, Figure], numbers: dict) -> None:
@@ -127,15 +128,27 @@ def choose_images(seed: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_layer(setup: build.Setup, params: nnx.State) -> tuple[str, np.ndarray]:
-    """Return the first kernel's name, and its filters [K, H, W, C], scaled to 0 to 1."""
-    layer = "conv1" if "conv1" in params else "fc1"
-    kernel = np.asarray(params[layer]["kernel"][...], np.float32)
+    """Return the first kernel's name, and its filters [K, H, W, C], scaled to 0 to 1.
+
+    It is the kernel that takes an image's 3 channels. Raises UserError for a network without one.
+    """
     side = setup.image_size
-    kernel_HWCK = kernel if kernel.ndim == 4 else kernel.reshape(side, side, -1, kernel.shape[-1])
+    dense, kernels = 3 * side**2, {}
+    for path, kernel in nnx.to_flat_state(params):
+        if kernel.shape[:-1] == (dense,) or (kernel.ndim == 4 and kernel.shape[2] == 3):
+            kernels[".".join(map(str, path))] = kernel
+    if not kernels:
+        raise UserError(
+            f"model.name={setup.config.model.name}: no layer has a kernel [H, W, 3, K] or "
+            f"[{dense}, K], expected one that --pictures can draw"
+        )
+    name, kernel = next(iter(kernels.items()))
+    window = (side, side) if kernel.ndim == 2 else kernel.shape[:2]
+    kernel_HWCK = np.asarray(kernel[...], np.float32).reshape(*window, 3, kernel.shape[-1])
     filters_KHWC = kernel_HWCK.transpose(3, 0, 1, 2)
     low = filters_KHWC.min((1, 2, 3), keepdims=True)
     high = filters_KHWC.max((1, 2, 3), keepdims=True)
-    return f"{layer}.kernel", (filters_KHWC - low) / np.maximum(high - low, 1e-12)
+    return name, (filters_KHWC - low) / np.maximum(high - low, 1e-12)
 
 
 def predictions(setup: build.Setup, state: TrainState, test_T: np.ndarray) -> list[dict]:

@@ -79,7 +79,8 @@ class Setup:
 
     def start_weights(self) -> initial.Start:
         """Return what a run starts from. Raises UserError where init_from does not fit."""
-        return initial.read(self.config.init_from, self.functions.abstract_state)
+        config = self.config
+        return initial.read(config.init_from, config.model.name, self.functions.abstract_state)
 
     def train(self, state: TrainState, steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         """Train for `steps` steps; return the new state, and loss and accuracy [steps].

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from cnn_spmd.data import order
+from cnn_spmd.data import augment, order
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.feed import put
 from cnn_spmd.errors import UserError
@@ -32,6 +32,7 @@ MAY_DIFFER = (
     "data.dir",
     "data.resident",
     "data.skip_bad",
+    "data.validation",  # to 0: the test split
 )
 FILE = "evaluations.jsonl"
 
@@ -118,9 +119,9 @@ def evaluate_restored(name: str, restored: restore.Restored) -> dict:
     earlier = "" if restored.accuracy is None else f" (recorded: {restored.accuracy:.2%})"
     steps = f" after {restored.step} steps" if restored.step else ""
     say(
-        f"Evaluated {name}{steps} on {metrics['examples']} test images of "
-        f"{setup.data.name}, mesh {place.mesh_name}, {config.dtype}: "
-        f"accuracy {metrics['accuracy']:.2%}{earlier}, {', '.join(others)}"
+        f"Evaluated {name}{steps} on {metrics['examples']} test images of {setup.data.name}:\n"
+        f"accuracy {metrics['accuracy']:.2%}{earlier}, {', '.join(others)}; mesh "
+        f"{place.mesh_name}, {config.parallelism}, {config.dtype}"
     )
     return dict(
         schema=runfiles.SCHEMA,
@@ -131,7 +132,7 @@ def evaluate_restored(name: str, restored: restore.Restored) -> dict:
         parallelism=config.parallelism,
         dtype=config.dtype,
         batch_size=config.batch_size,
-        views=config.eval.views,
+        views=augment.views_taken(config.eval.views, setup.data.mirror),
         device_kind=place.mesh.devices.flat[0].device_kind,
         **provenance(),
         evaluated=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

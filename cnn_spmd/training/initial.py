@@ -41,8 +41,8 @@ class Start(NamedTuple):
         return state._replace(params=params, model_state=model_state)
 
 
-def read(init_from: str, abstract_state: TrainState) -> Start:
-    """Return what a run starts from; init_from: the config's field.
+def read(init_from: str, network: str, abstract_state: TrainState) -> Start:
+    """Return what a run starts from; init_from and network: the config's init_from and model.name.
 
     abstract_state: shapes of the run's state. Raises UserError where the file cannot be read, and
     where its arrays are not those of the network.
@@ -51,7 +51,7 @@ def read(init_from: str, abstract_state: TrainState) -> Start:
         return Start({}, None)
     path = configs.expanded("init_from", init_from)
     try:
-        arrays, _ = weights.read(path)
+        arrays, about = weights.read(path)
     except UserError as error:
         raise UserError(f"init_from={error}") from error
     wanted = arrays_of(abstract_state)
@@ -63,14 +63,29 @@ def read(init_from: str, abstract_state: TrainState) -> Start:
             fresh = tuple(name for name in wanted if name.startswith(f"{OUTPUT}."))
             classes = f"the file has {found[-1]} classes, the data set {expected[-1]}"
     used = {name: array for name, array in arrays.items() if name not in fresh}
-    refuse_others(path, used, {name: wanted[name] for name in wanted if name not in fresh})
-    text = f"Started from {path}: {len(used)} of the network's {len(wanted)} arrays are its own."
+    kept = {name: wanted[name] for name in wanted if name not in fresh}
+    try:
+        refuse_others(path, used, kept)
+    except UserError:
+        refuse_other_network(path, about, network)
+        raise
+    text = f"Started from {path}: it sets {len(used)} of the network's {len(wanted)} arrays."
     if fresh:
         text += f" {OUTPUT} is left at its fresh initialization: {classes}."
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = dict(file=str(path), sha256=digest, fresh_layers=[OUTPUT] if fresh else [])
     return Start(used, record, text)
+
+
+def refuse_other_network(path: pathlib.Path, about: dict, network: str) -> None:
+    """Raise UserError where a file says that it holds another network; about: of weights.read."""
+    held = about["config"]["model"]["name"] if about else network
+    if held != network:
+        raise UserError(
+            f"init_from={path}: the file holds {held}, but the config has model.name={network}: "
+            f"set --config.model.name={held}"
+        )
 
 
 def refuse_others(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from cnn_spmd.errors import UserError, unknown
+from cnn_spmd.errors import IF_ADDED, UserError, unknown
 
 # Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.2: the root
 # mean square of an update by AdamW. Updates of that size let one rate serve both.
@@ -249,7 +249,7 @@ def make_optimizer(settings: Any, rate: optax.Schedule) -> optax.GradientTransfo
     Raises UserError for an unknown optimizer.
     """
     if settings.name not in OPTIMIZERS:
-        raise unknown("optimizer.name", settings.name, OPTIMIZERS)
+        raise unknown("optimizer.name", settings.name, OPTIMIZERS, IF_ADDED)
 
     def scale(path, update):
         by_layer = settings.layer_rates.get(path[0].key, 1.0)

@@ -16,7 +16,8 @@ import ml_collections
 import numpy as np
 
 from cnn_spmd import config as configs
-from cnn_spmd.data.dataset import Dataset, Unread, blank_arrays
+from cnn_spmd.data.augment import Preprocessing
+from cnn_spmd.data.dataset import VALIDATION, Dataset, Unread, blank_arrays
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build, weights, workdir
 from cnn_spmd.training.checkpoint import Checkpoint, Checkpoints
@@ -58,9 +59,18 @@ def restore(
 
     source: the folder of a run, or a weights file. config: what the run saved, with what is to
     differ. saved: of weights.read_saved. data: the config's data set, where it is found already.
-    Raises UserError for other data than the run's, and without a usable checkpoint.
+    Where config.data.validation is 0 and the run's is not, the test split is taken, and the images
+    are normalised as in the run. Raises UserError for other data than the run's, for another
+    data.validation, and without a usable checkpoint.
     """
-    return newest(source, prepare(source, config, saved, data), saved)
+    setup = prepare(source, config, saved, data)
+    of_run = saved["data"].get("validation", 0)
+    if config.data.validation == of_run:
+        return newest(source, setup, saved)
+    trained_on = setup.data.with_validation(of_run)
+    preprocessing = build.make_preprocessing(setup.config, trained_on)
+    restored = newest(source, with_preprocessing(setup, preprocessing), saved)
+    return restored._replace(accuracy=None)  # the run measured it on the validation images
 
 
 def on_one_device(source: pathlib.Path, data_dir: str | None = None) -> Restored:
@@ -141,12 +151,22 @@ def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.Co
 def refuse_other_data(setup: build.Setup, saved: dict) -> None:
     """Raise UserError where the data are not those that the run was trained on."""
     data = setup.data
-    asked = saved["dataset"]
+    asked, validation = saved["dataset"], setup.config.data.validation
+    of_run = saved["data"].get("validation", 0)
+    if validation not in (0, of_run):
+        known = f"{of_run}, as in the run, or 0, the test split" if of_run else "0, as in the run"
+        raise UserError(
+            f"data.validation={validation}: expected {known}: it was trained on the other "
+            "training images"
+        )
     other_files = data.files != saved.get("data_files", data.files)
     # There is no digest yet where the images are still to be decoded.
     other_pixels = data.digest and saved.get("data_digest", data.digest) != data.digest
-    if data.name != asked or other_files or other_pixels:
-        found = data.name if data.name != asked else "other files or pixels of it"
+    # A run on validation images may be tested on the test split; an unread data set has that only.
+    names = (asked, asked.removesuffix(VALIDATION)) if of_run else (asked,)
+    other_name = data.name not in names
+    if other_name or other_files or other_pixels:
+        found = data.name if other_name else "other files or pixels of it"
         raise UserError(
             f"was trained on {asked}, but its data.dir={setup.config.data.dir} holds {found}: "
             "give the former's place by --config.data.dir=PATH"
@@ -187,6 +207,11 @@ def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 def normalised(setup: build.Setup, about: dict) -> build.Setup:
     """Return a setup that normalises as the file says, not as `stand_in` would."""
     mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))
-    preprocessing = dataclasses.replace(setup.functions.preprocessing, mean=mean, std=std)
+    old = setup.functions.preprocessing
+    return with_preprocessing(setup, dataclasses.replace(old, mean=mean, std=std))
+
+
+def with_preprocessing(setup: build.Setup, preprocessing: Preprocessing) -> build.Setup:
+    """Return a setup with another preprocessing, before anything of it is compiled."""
     functions = dataclasses.replace(setup.functions, preprocessing=preprocessing)
     return dataclasses.replace(setup, functions=functions)

@@ -140,6 +140,19 @@ def read_bytes(path: pathlib.Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}{remedy}") from error
 
 
+def instead_of(folder: pathlib.Path) -> str:
+    """Return the end of the error for a folder that is no run: it names the runs in it, if any.
+
+    These are up to three runs, of the folder and of the sweeps in it.
+    """
+    paths = sorted(itertools.chain(folder.glob("*/config.json"), folder.glob("*/*/config.json")))
+    if not paths:
+        return ""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    names = ", ".join(str(path.parent) for path in paths[:3])
+    return f"; give one of the runs in it: {names}{more}"
+
+
 def read_json(path: pathlib.Path, required: bool = True) -> dict:
     """Return the object in a JSON file.
 

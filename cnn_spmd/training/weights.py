@@ -77,7 +77,7 @@ def refuse_no_run(folder: pathlib.Path) -> None:
     """Raise UserError unless a folder holds a run."""
     refuse_pickle(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no run (no config.json)")
+        raise UserError(f"{folder}: holds no run (no config.json){runfiles.instead_of(folder)}")
 
 
 def read_about(path: pathlib.Path) -> dict:
