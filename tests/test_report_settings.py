@@ -101,7 +101,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
         "0.003, 0.03, 0.3, 1",
     ]
     assert "Best test accuracy: learning_rate=0.03, dropout=0.5, 91.50 ± 0.71 % (n = 2)" in page
-    assert "; dropout is the largest value tried</p>" in page
+    assert "; dropout is the largest value tried.</p>" in page
     best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
     assert f"<pre><code>{best}\n" in page
     assert f"```bash\n{best}\n" in markdown

@@ -97,7 +97,7 @@ def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
         return [Paragraph(said)]
     rows = [[setting_text(each), values_text(each.values)] for each in overview.settings]
     blocks = [Paragraph(f"{said} What varies:"), Table(["setting", "values"], rows)]
-    return [*blocks, *map(Paragraph, filter(None, [answer(overview)]))]
+    return [*blocks, *([Paragraph(f"{said}.")] if (said := answer(overview)) else [])]
 
 
 def answer(overview: Overview) -> str:
