@@ -6,8 +6,9 @@ import html
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from cnn_spmd.report import batch_scaling, compare, settings, text
+from cnn_spmd.report import batch_scaling, compare, load, settings, text
 from cnn_spmd.report.settings import Overview
 from cnn_spmd.report.text import Block, Chart, Commands, Heading, Paragraph, Table
 from cnn_spmd.training import runfiles
@@ -42,12 +43,17 @@ def report_blocks(
 
     target_error: as batch_scaling.measure takes it.
     """
-    experiments = dict.fromkeys(sweep["experiment"] for sweep in sweeps)
+    experiments = dict.fromkeys(name for sweep in sweeps for name in names_of_experiments(sweep))
     blocks: list[Block] = [Heading(1, f"cnn_spmd: {', '.join(experiments)}")]
     if notes:
         blocks.append(Table(["warnings"], [[note] for note in notes]))
     blocks += all_given_blocks(sweeps)
     return blocks + [block for sweep in sweeps for block in sweep_blocks(sweep, target_error)]
+
+
+def names_of_experiments(sweep: dict) -> list[str]:
+    """Return the names of a sweep's experiments; lone runs can have several."""
+    return sweep["experiment"].split(", ")
 
 
 def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
@@ -97,7 +103,9 @@ def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
         return [Paragraph(said)]
     rows = [[setting_text(each), values_text(each.values)] for each in overview.settings]
     blocks = [Paragraph(f"{said} What varies:"), Table(["setting", "values"], rows)]
-    return [*blocks, *([Paragraph(f"{said}.")] if (said := answer(overview)) else [])]
+    if best := answer(overview):
+        blocks.append(Paragraph(f"{best}."))
+    return blocks
 
 
 def answer(overview: Overview) -> str:
@@ -177,54 +185,86 @@ def best_row(combination: settings.Combination, overview: Overview) -> dict[str,
     return row | dict(run="" if best["command"] else best["name"])
 
 
-def all_given_blocks(sweeps: Sequence[dict]) -> list[Block]:
-    """Return a table of the best combinations of all sweeps, for each data set that two share.
+class Given(NamedTuple):
+    """A combination, and where it is from: the name of a sweep, or those of lone runs."""
 
-    They are ranked by accuracy, or by images/s where the images are random or no run has an
-    accuracy.
-    """
-    by_data: dict[str, list[tuple[dict, Overview, settings.Combination]]] = {}
-    for sweep in sweeps:
+    origin: str
+    overview: Overview
+    combination: settings.Combination
+
+
+def all_given_blocks(sweeps: Sequence[dict]) -> list[Block]:
+    """Return a table of the best combinations for each data set that several sweeps share."""
+    by_data: dict[str, list[Given]] = {}
+    sections: dict[str, set[int]] = {}
+    for number, sweep in enumerate(sweeps):
         overview = settings.overview(sweep["runs"], None)
         for combination in overview.combinations:
-            if done := [run for run in combination.runs if run["status"] == "completed"]:
-                name = done[0]["figures"]["dataset"]
-                by_data.setdefault(name, []).append((sweep, overview, combination))
+            done = [run for run in combination.runs if run["status"] == "completed"]
+            if done:
+                names = ", ".join(run["name"] for run in combination.runs)
+                origin = names if sweep.get("is_of_lone_runs") else sweep["title"]
+                data = done[0]["figures"]["dataset"]
+                by_data.setdefault(data, []).append(Given(origin, overview, combination))
+                sections.setdefault(data, set()).add(number)
     blocks: list[Block] = []
-    for name, found in by_data.items():
-        if len({sweep["title"] for sweep, *_ in found}) > 1:
-            blocks += [Heading(2, f"All given, on {name}"), all_given_table(found)]
+    for data, given in by_data.items():
+        if len(sections[data]) > 1:
+            blocks += [Heading(2, f"All given, on {data}"), all_given_table(given)]
     return blocks
 
 
-def all_given_table(found: Sequence[tuple[dict, Overview, settings.Combination]]) -> Table:
-    """Return the table of the best combinations of several sweeps, best first."""
-    runs = [run for *_, combination in found for run in combination.runs]
+def all_given_table(given: Sequence[Given]) -> Table:
+    """Return the table of the best combinations of several sweeps, best first.
+
+    They are ranked by accuracy, or by images/s where the images are random or no run has an
+    accuracy. Settings are the fields that were swept or set by flags, where they differ.
+    """
+    runs = [run for each in given for run in each.combination.runs]
     metric = settings.main_metric(runs, [])
     split = compare.split_of(run["config"] for run in runs)
-    ranked = [each for each in found if each[2].numbers(metric)]
-    ranked.sort(key=lambda each: statistics.mean(each[2].numbers(metric)), reverse=True)
-    header = ["from", "experiment", "settings", "n"]
-    header += [compare.metric_label("accuracy", split), "images/s"]
+    ranked = [each for each in given if each.combination.numbers(metric)]
+    ranked.sort(key=lambda each: -statistics.mean(each.combination.numbers(metric)))
+    shown = ranked[: 2 * BEST]
+    names = given_settings(shown)
     rows = []
-    for sweep, overview, combination in ranked[: 2 * BEST]:
-        config = combination.runs[0]["config"]
-        shown = {
-            each.label: combination.values[each.name]
-            for each in overview.settings
-            if each.name not in ("seed", "experiment")
-        }
+    for each in shown:
+        run, combination = each.combination.runs[0], each.combination
+        values = {name: settings.value_of(run, name) for name in names}
+        known = [
+            f"{name}={compare.value_text(value)}"
+            for name, value in values.items()
+            if value is not None
+        ]
         accuracies = [] if metric == settings.SPEED else combination.numbers("accuracy")
         cells = [
-            sweep["title"],
-            str(config.get("experiment") or sweep["experiment"]),
-            ", ".join(f"{label}={compare.value_text(value)}" for label, value in shown.items()),
+            each.origin,
+            run["config"].get("experiment", ""),
+            ", ".join(known),
             str(len(combination.having(metric))),
             metric_text("accuracy", accuracies),
             text.throughput(combination.numbers(settings.SPEED)),
         ]
         rows.append(cells)
+    header = ["from", "experiment", "settings", "n"]
+    header += [compare.metric_label("accuracy", split), "images/s"]
     return Table(*without_empty(header, rows))
+
+
+def given_settings(given: Sequence[Given]) -> list[str]:
+    """Return the fields that were swept or set by flags, where they differ."""
+    names: dict[str, None] = {}
+    for each in given:
+        names |= dict.fromkeys(setting.name for setting in each.overview.settings)
+        names |= dict.fromkeys(load.set_by_hand(each.combination.runs[0]["command"]))
+    hidden = ("seed", "experiment", *compare.NOT_COMPARED)
+    runs = [each.combination.runs[0] for each in given]
+    return [
+        name
+        for name in names
+        if not name.startswith(hidden)
+        and len({str(settings.value_of(run, name)) for run in runs}) > 1
+    ]
 
 
 def without_empty(

@@ -166,6 +166,7 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
     where = [{key: summary.get(key) for key in runfiles.HARDWARE} for summary in summaries]
     return dict(
         title=", ".join(run["name"] for run in runs),
+        is_of_lone_runs=True,
         experiment=distinct(summaries, "experiment") or "unfinished runs",
         runs=runs,
         devices=max((summary["devices"] for summary in summaries), default=0),
@@ -223,14 +224,20 @@ def implied_by_experiment(runs: Sequence[dict], fields: Sequence[dict]) -> set[s
         for name, value in own.items():
             by_experiment = values.setdefault(name, {})
             by_experiment.setdefault(own.get("experiment"), set()).add(str(value))
-    flags = [word.lstrip("-") for run in runs for word in run["command"].split()]
-    by_hand = {flag.removeprefix("config.").partition("=")[0] for flag in flags}
+    by_hand = {name for run in runs for name in set_by_hand(run["command"])}
     kept = {"experiment", "parallelism", "batch_size", "seed", "device_kind", "data_digest"}
     return {
         name
         for name, found in values.items()
         if name not in by_hand | kept and all(len(own) == 1 for own in found.values())
     }
+
+
+def set_by_hand(command: str) -> list[str]:
+    """Return the fields of the config that a command of launch.py sets by flags."""
+    flag = "--config."
+    words = (word.partition("=")[0] for word in command.split())
+    return [word.removeprefix(flag) for word in words if word.startswith(flag)]
 
 
 def distinct(summaries: Sequence[dict], key: str) -> str:

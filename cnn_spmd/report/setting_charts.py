@@ -226,8 +226,8 @@ def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
     caption = "One line per run, finished or not."
     if clipped:
         caption += (
-            " The axis of the loss ends where it is twice as high as a quarter of the runs ever "
-            "are: higher losses are cut off."
+            " The axis of the loss ends at twice the highest loss of the calmest quarter of the "
+            "runs. Higher losses are cut off."
         )
     if any(len(run["metrics"]) > MOST_POINTS for run in runs):
         caption += f" Of more than {MOST_POINTS} points, neighbours are averaged."
@@ -237,9 +237,9 @@ def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
 
 
 def loss_bound(curves: Sequence[Points]) -> float | None:
-    """Return where the axis of a loss ends, so that a diverged run hides no other; None: nowhere.
+    """Return where the axis of a loss ends, so that a diverged run hides no other.
 
-    It is twice the highest loss of a quarter of the runs.
+    It is twice the highest loss of the calmest quarter of the runs. None: no loss is higher.
     """
     highest = sorted(max(value for _, value in points) for points in curves if points)
     bound = 2 * highest[(len(highest) - 1) // 4]

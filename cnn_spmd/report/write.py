@@ -51,5 +51,5 @@ def write_report(
             raise UserError(f"{folders[0] / name}: cannot be written: {error.strerror}") from error
     for sweep in sweeps:
         if said := document.answer(settings.overview(sweep["runs"], target_error)):
-            print(said)
+            print(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
     return [folders[0] / name for name in contents]
