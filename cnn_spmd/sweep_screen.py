@@ -263,8 +263,8 @@ def show_dry_run(rows: Iterable[dict], count: int) -> list[dict]:
     columns = report_columns(done)
     lines = [*table_of(done, differing(done), title, columns, page.width)]
     notes = []
-    # The lines of the title, then the header.
-    if "ms" in lines[title.count("\n") + 1].split():
+    _, header, *_ = lines
+    if "ms" in header.split():
         notes.append("ms: the step as predicted.")
     if any(row["report"] and program.sends_twice(row["report"]) for row in done):
         notes += textwrap.wrap(program.NO_REDUCE_SCATTER, page.width)
