@@ -212,7 +212,7 @@ def curves(
                 axes.plot(*zip(*points, strict=True), **CURVE | curve.look | marked)
     for axes, top in zip(column, tops, strict=False):
         if top is not None:
-            axes.set_ylim(top=top)
+            axes.set_ylim(0, top)
     if target is not None:
         column[-1].axhline(target, color="#444444", linestyle="--", linewidth=1)
     column[-1].set_xlabel(xlabel)
