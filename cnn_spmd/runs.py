@@ -131,7 +131,7 @@ def split_of(run: dict) -> str:
 def differing(compared: Sequence[dict]) -> list[str]:
     """Return the fields in which runs differ, the most important first.
 
-    Experiment, network and data set come first, then the fields with the most values, and last the
+    Network, data set and experiment come first, then the fields with the most values, and last the
     fields that change at most the speed. A run that lacks a field does not differ in it.
     """
     values: dict[str, set[str]] = {}

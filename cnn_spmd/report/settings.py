@@ -209,9 +209,8 @@ def at_edges(combination: Combination, overview: Overview) -> str:
     """Say which numbers of a combination are the smallest or largest tried; "" for none."""
     said = []
     for each in overview.settings:
-        # The images are no matter of more or less.
-        is_of_data = each.name.startswith("data.")
-        if each.name == "seed" or is_of_data or not all(map(is_number, each.values)):
+        is_tuned = each.name not in ("seed", "data.validation")
+        if not is_tuned or not all(map(is_number, each.values)):
             continue
         value = combination.values[each.name]
         for word, edge in (("smallest", each.values[0]), ("largest", each.values[-1])):
