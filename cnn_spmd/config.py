@@ -747,6 +747,11 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def evaluated_split(config: ml_collections.ConfigDict) -> str:
+    """Return on which images a run is evaluated: "test" or "validation"."""
+    return "validation" if config.data.validation else "test"
+
+
 def refuse_changes(where: str, old: dict, new: dict) -> None:
     """Raise UserError naming each field that a resumed run must not change.
 

@@ -1,7 +1,8 @@
 """List the runs below a folder: `python -m cnn_spmd.runs FOLDER`.
 
-The table says of each run how it ended, in what it differs from the others, its best test accuracy
-and its size on disk. `--csv FILE` writes every field of every run, as load_runs returns it.
+The table says of each run how it ended, in what it differs from the others, its best accuracy and
+its size on disk. Runs of one data set stand together, the most accurate first. `--csv FILE` writes
+every field of every run, as load_runs returns it.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import csv
 import pathlib
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from cnn_spmd import plain_table
@@ -43,13 +45,17 @@ FIRST = (
     "started",
 )
 
+# The fields that say what is trained on what.
+SUBJECT = ("model.name", "data.name", "experiment")
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m cnn_spmd.runs",
-        description="List the runs below a folder: status, what differs, the best test accuracy "
-        "over all evaluations, and megabytes on disk.",
+        description="List the runs below a folder: status, what differs, the best accuracy over "
+        "all evaluations, and megabytes on disk. Runs of one data set stand together, the most "
+        "accurate first.",
     )
     made.add_argument(
         "folder",
@@ -78,35 +84,55 @@ def as_csv(runs: Sequence[dict]) -> Iterator[list]:
 
 
 def as_table(folder: pathlib.Path, runs: Sequence[dict], width: int) -> Iterator[str]:
-    """Yield the table of runs (load_runs), at most `width` characters wide."""
+    """Yield the table of runs (load_runs), at most `width` characters wide.
+
+    Runs of one data set stand together, the most accurate first.
+    """
+    runs = sorted(runs, key=place_of)
     compared = [compared_fields(run) for run in runs]
     differ = differing(compared)
     folders = [folder.resolve().name if run["folder"] == "." else run["folder"] for run in runs]
+    splits = [split_of(run) for run in runs]
     first = ["run", *folders]
     last = [
         ["status", *(run["status"] for run in runs)],
+        *([["split", *splits]] if len({*splits}) > 1 else []),
         ["accuracy", *(share_text(run.get("best.accuracy")) for run in runs)],
         ["MB", *(f"{run['bytes_on_disk'] / 1e6:.1f}" for run in runs)],
     ]
-    names = plain_table.short_names(differ)
+    names = plain_table.short_names(differ) | {"model.name": "model", "data.name": "data"}
     columns = {
         field: [names[field], *(str(own.get(field, "")) for own in compared)] for field in differ
     }
     shown = plain_table.fitting([*columns.values()], [first, *last], width)
     header, *rows = zip(first, *shown, *last, strict=True)
-    title = f"{len(runs)} runs in {folder}; accuracy: the best on the test split"
+    both = " or ".join(sorted({*splits}))
+    title = f"{len(runs)} runs in {folder}; accuracy: the best on the {both} split"
     yield from plain_table.aligned(title, header, rows, numbers=2, width=width)
     if hidden := [field for field, column in columns.items() if column not in shown]:
-        yield f"They also differ in {', '.join(hidden)}: see --csv."
+        said = f"They also differ in {', '.join(hidden)}: see --csv."
+        yield from textwrap.wrap(said, width, break_long_words=False, break_on_hyphens=False)
     for run, name in zip(runs, folders, strict=True):
         if "reason" in run:
             yield f"{name} is {run['status']}: {run['reason']}"
 
 
-def differing(compared: Sequence[dict]) -> list[str]:
-    """Return the fields in which runs differ; those with the most values come first.
+def place_of(run: dict) -> tuple[str, float]:
+    """Return the place of a run in the table: by data set, and the best accuracy first."""
+    dataset = run.get("dataset") or run.get("config.data.name") or ""
+    return dataset, -run.get("best.accuracy", -1.0)
 
-    Fields that change at most the speed come last. A run that lacks a field does not differ in it.
+
+def split_of(run: dict) -> str:
+    """Return "test" or "validation": the images on which a run is evaluated."""
+    return compare.split_of([{"data.validation": run.get("config.data.validation")}])
+
+
+def differing(compared: Sequence[dict]) -> list[str]:
+    """Return the fields in which runs differ, the most important first.
+
+    Network, data set and experiment come first, then the fields with the most values, and last the
+    fields that change at most the speed. A run that lacks a field does not differ in it.
     """
     values: dict[str, set[str]] = {}
     for own in compared:
@@ -115,7 +141,8 @@ def differing(compared: Sequence[dict]) -> list[str]:
 
     def place(field: str) -> tuple:
         last = field != "seed" and field.startswith((*compare.NOT_THE_RECIPE, "data_digest"))
-        return last, -len(values[field])
+        subject = SUBJECT.index(field) if field in SUBJECT else len(SUBJECT)
+        return last, subject, -len(values[field])
 
     return sorted((field for field in values if len(values[field]) > 1), key=place)
 

@@ -8,6 +8,7 @@ import json
 import pathlib
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -257,11 +258,17 @@ def show_dry_run(rows: Iterable[dict], count: int) -> list[dict]:
             status.update(f"compiled {len(done)} of {count} runs")
     title = (
         f"A dry run of {count} runs. MB per device: state between steps, held while it trains,\n"
-        "sent per step in rings, in theory. ms: the step as predicted, for a known card"
+        "sent per step in rings, in theory"
     )
-    fields = differing(done)
-    lines = table_of(done, fields, title, report_columns(done), page.width)
-    print(*lines, *reasons(done), sep="\n")
+    columns = report_columns(done)
+    lines = [*table_of(done, differing(done), title, columns, page.width)]
+    notes = []
+    _, header, *_ = lines
+    if "ms" in header.split():
+        notes.append("ms: the step as predicted.")
+    if any(row["report"] and program.sends_twice(row["report"]) for row in done):
+        notes += textwrap.wrap(program.NO_REDUCE_SCATTER, page.width)
+    print(*lines, *notes, *reasons(done), sep="\n")
     return done
 
 

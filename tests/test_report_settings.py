@@ -8,7 +8,7 @@ import picture_checks
 import pytest
 from test_report import a_run, change, row_of, write_run, write_sweep, written
 
-from cnn_spmd.report import setting_plots, settings
+from cnn_spmd.report import setting_plots, settings, write
 from cnn_spmd.training import provenance
 
 RATES, DROPOUTS, SEEDS = (0.003, 0.03, 0.3), (0.0, 0.5), (0, 1)
@@ -100,12 +100,13 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
         "optimizer.learning_rate",
         "0.003, 0.03, 0.3, 1",
     ]
+    assert "Best test accuracy: learning_rate=0.03, dropout=0.5, 91.50 ± 0.71 % (n = 2)" in page
+    assert "; dropout is the largest value tried.</p>" in page
     best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
+    assert f"<pre><code>{best}\n" in page
+    assert f"```bash\n{best}\n" in markdown
     # Seconds to 80 %, which half of the combinations reach.
-    assert (
-        row_of(page, "0.03", "0.5", "2", "91.50 ± 0.71", "0.0850 ± 0.0071", "10.0 ± 0.0")[-1]
-        == best
-    )
+    assert row_of(page, "0.03", "0.5", "2", "91.50 ± 0.71", "0.0850 ± 0.0071", "10.0 ± 0.0")
     header = "| learning_rate | dropout | n | test accuracy, % | test loss | training to 82 %, s |"
     assert header in markdown
     for name, value in (("batch size", "128"), ("steps", "100"), ("epochs", "4")):
@@ -176,10 +177,8 @@ def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeyp
     arguments = ["--config", "e.py", "--workdir", "runs/a", "--mesh=1x1"]
     monkeypatch.setattr("sys.argv", ["there/launch.py", *arguments])
     change(run / "summary.json", command=provenance.command())
-    assert (
-        row_of(written(capsys, run)[1], "1", "50.00", "1.2500")[-1]
-        == "python launch.py --config e.py --mesh=1x1"
-    )
+    command = "python launch.py --config e.py --mesh=1x1"
+    assert f"<pre><code>{command}</code></pre>" in written(capsys, run)[1]
     monkeypatch.setattr("sys.argv", ["pytest", *arguments])
     assert provenance.command() is None
 
@@ -214,3 +213,62 @@ def test_pictures_are_whole(tmp_path, capsys, drawn, fields, pictures):
     page = written(capsys, a_learning_sweep(tmp_path / "s", fields, accuracy))[1]
     assert page.count("<svg") == len(drawn) == pictures
     assert "<figcaption></figcaption>" not in page
+
+
+def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
+    """It has no time to an accuracy; seeds on one mesh have no speedup."""
+    runs = [
+        a_learning_run({"optimizer.learning_rate": rate, "seed": seed}, 0.45 + 0.4 * rate)
+        for rate in (0.1, 0.3, 1.0)
+        for seed in SEEDS
+    ]
+    folder = write_sweep(tmp_path / "s", runs, config=CONFIG | {"data.validation": 200})
+    for run in runs:
+        highest = 45.0 if run["settings"]["optimizer.learning_rate"] == 1.0 else 2.0
+        rows = [
+            dict(step=50, split="train", loss=highest, accuracy=0.1, train_seconds=1.0),
+            dict(step=100, split="train", loss=1.0, accuracy=0.1, train_seconds=2.0),
+            dict(step=100, split="final", loss=1.0, accuracy=0.5),
+        ]
+        path = folder / run["name"] / "metrics.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    markdown, page, rows, _ = written(capsys, folder)
+    assert "| optimizer.learning_rate | 0.1, 0.3, 1 |" in markdown
+    said = "learning_rate=1, 85.00 ± 0.00 % (n = 2); it is the largest value tried"
+    assert f"Best validation accuracy: {said}." in markdown
+    assert "test accuracy" not in page.lower()
+    assert "training to" not in page
+    assert "Higher losses are cut off." in page
+    assert ">4</text>" in page  # twice 2.0
+    assert ">40</text>" not in page
+    assert not any("speedup" in row for row in rows)
+    assert write.write_report([folder], 0.1)
+    printed = capsys.readouterr()
+    assert printed.out == f"Best validation accuracy: {said}\n"
+    assert "no run has two evaluations with their seconds" in printed.err
+
+
+def test_runs_of_several_experiments_and_a_sweep_have_a_joint_table(tmp_path, capsys):
+    """A field that the experiment's name stands for is not listed, one that was set by hand is."""
+    folder = a_learning_sweep(
+        tmp_path / "s",
+        {"optimizer.learning_rate": (0.1, 0.3)},
+        lambda combo: combo["optimizer.learning_rate"],
+    )
+    runs = [write_run(tmp_path / name, rate=rate) for name, rate in (("a", 0.2), ("b", 0.4))]
+    for run, experiment in zip(runs, ("one", "other"), strict=True):
+        config = json.loads((run / "summary.json").read_text())["config"]
+        config |= dict(experiment=experiment, label_smoothing=0.1 * (experiment == "one"))
+        command = f"python launch.py --config.optimizer.learning_rate={experiment}"
+        change(run / "summary.json", dataset="digits", config=config, command=command)
+    markdown = written(capsys, folder, *runs)[0]
+    lines = markdown.splitlines()
+    at = lines.index("## All given, on digits")
+    assert [line.split(" | ")[:3] for line in lines[at + 4 : at + 8]] == [
+        ["| a", "one", "optimizer.learning_rate=0.2"],
+        ["| b", "other", "optimizer.learning_rate=0.4"],
+        ["| s", "", "optimizer.learning_rate=0.3"],
+        ["| s", "", "optimizer.learning_rate=0.1"],
+    ]
+    assert "experiment (with it: optimizer.learning_rate)" in markdown
+    assert "| label_smoothing" not in markdown

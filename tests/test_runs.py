@@ -59,15 +59,41 @@ def test_the_table_of_runs(folder, capsys):
     assert max(map(len, lines[:5])) <= 80
     assert [line.split() for line in lines[:5]] == [
         ["run", "seed", "learning_rate", "status", "accuracy", "MB"],
-        ["cut", "0", "0.1", "unfinished", "0.0"],
         ["s/01-learning_rate=0.1", "0", "0.1", "completed", "90.00%", "0.0"],
         ["s/02-learning_rate=0.01", "0", "0.01", "completed", "70.00%", "0.0"],
+        ["cut", "0", "0.1", "unfinished", "0.0"],
         ["stopped", "3", "0.1", "interrupted", "0.0"],
     ]
     assert lines[5:] == [
         "They also differ in parallelism, steps_per_call: see --csv.",
         "cut is unfinished: runs/cut/summary.json: No such file or directory",
     ]
+
+
+def test_runs_of_several_experiments_name_them_first(folder, capsys, monkeypatch):
+    """The split has a column where both are there; what does not fit is wrapped."""
+    monkeypatch.setenv("COLUMNS", "100")
+    for rate in (1, 2, 3):
+        write_run(
+            folder / f"v{rate}",
+            [0.1 * rate],
+            learning_rate=rate,
+            weight=rate,
+            model=dict(name="simple_cnn"),
+            data=dict(name="digits", validation=200),
+            dropout_of_a_long_name=rate,
+        )
+    assert runs.main([]) == 0
+    title, header, *lines = capsys.readouterr().out.splitlines()
+    assert title == "7 runs in runs; accuracy: the best on the test or validation split"
+    assert header.split()[:2] == ["run", "model"]
+    assert header.split()[-4:] == ["status", "split", "accuracy", "MB"]
+    assert [line.split()[-3:-1] for line in lines[:3]] == [
+        ["test", "90.00%"],
+        ["test", "70.00%"],
+        ["validation", "30.00%"],
+    ]
+    assert max(map(len, lines)) <= 100
 
 
 def test_a_csv_of_runs(folder, capsys):

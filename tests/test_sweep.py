@@ -774,6 +774,14 @@ def test_a_dry_run_of_a_sweep_is_one_table(monkeypatch, capsys):
     assert found[0]["report"] is found[1]["report"]
     assert out[9].startswith("Runs 5, 6 refused: batch_size")
     assert len(out) == 10
+    scattered = found[0]["report"] | dict(closed_form=[dict(operation="reduce-scatter")])
+    predicted = dict(predicted_milliseconds=1.5)
+    for prediction, explained in ((None, []), (predicted, ["ms: the step as predicted."])):
+        report = scattered | dict(prediction=prediction)
+        sweep_screen.show_dry_run([found[0] | dict(report=report)], 1)
+        notes = capsys.readouterr().out.splitlines()[4:]
+        assert notes[: len(explained)] == explained
+        assert notes[len(explained)].startswith("XLA for CPUs has no reduce-scatter.")
 
 
 @pytest.mark.parametrize(

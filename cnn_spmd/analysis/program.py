@@ -27,6 +27,10 @@ UNKNOWN = dict(
     memory=dict.fromkeys(f"{name}_bytes" for name in _XLA_MEMORY),
     overlap=schedule.UNKNOWN | dict(reason="there is no report on the program"),
 )
+NO_REDUCE_SCATTER = (
+    "XLA for CPUs has no reduce-scatter. It makes an all-reduce of the same payload, which sends "
+    "twice as much."
+)
 _WHERE_IMAGES_LIVE = dict(  # by data.resident
     yes="a copy on every device", sharded="split over all devices", no="streamed from the host"
 )
@@ -296,12 +300,15 @@ def _theory(report: dict) -> Iterator[str]:
     sent = (report["totals"]["ring_bytes"], report["closed_form_ring_bytes"])
     total = ("all, sent in rings", "", *map(_megabytes, sent))
     yield from aligned(title, header, cells, numbers=2, total=total)
-    scattered = any(row["operation"] == "reduce-scatter" for row in report["closed_form"])
-    if scattered and report["compiler"]["platform"] == "cpu":
-        yield from _wrapped(
-            "  XLA for CPUs has no reduce-scatter. It makes an all-reduce of the same payload, "
-            "which sends twice as much."
-        )
+    if sends_twice(report):
+        yield from _wrapped(f"  {NO_REDUCE_SCATTER}")
+
+
+def sends_twice(report: dict) -> bool:
+    """Return whether NO_REDUCE_SCATTER is true of a report's program."""
+    moves = report["closed_form"] or ()
+    scattered = any(row["operation"] == "reduce-scatter" for row in moves)
+    return scattered and report["compiler"]["platform"] == "cpu"
 
 
 def _prediction(prediction: dict | None) -> Iterator[str]:

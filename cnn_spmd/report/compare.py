@@ -8,6 +8,7 @@ is the groups that differ in nothing but mesh and scheme: one chart compares the
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cnn_spmd.config import complete, flat
 
@@ -51,7 +52,9 @@ def panel_of(run: dict) -> str:
     else:
         batch = f"batch {figures.get('batch_size', settings.get('batch_size', '?'))}"
     known = ("mesh", "parallelism", "seed", "batch_size", "batch_per_device")
-    others = [f"{name}={value}" for name, value in settings.items() if name not in known]
+    others = [
+        f"{name}={value_text(value)}" for name, value in settings.items() if name not in known
+    ]
     return ", ".join([batch, *others])
 
 
@@ -136,9 +139,23 @@ def group_speedups(group: dict) -> list[float]:
     return [rate / base for rate in values(group, "images_per_second")]
 
 
-def metric_label(name: str) -> str:
-    """Return the header of a metric's column, or the label of its axis."""
-    return f"test {name}, %" if name in SHARES else f"test {name}"
+def metric_label(name: str, split: str = "test") -> str:
+    """Return the header of a metric's column, or the label of its axis; split: as of split_of."""
+    return f"{split} {name}, %" if name in SHARES else f"{split} {name}"
+
+
+def split_of(configs: Iterable[dict]) -> str:
+    """Return on which images runs are evaluated: "test", "validation", or both words.
+
+    configs: the runs' flat configs; a run without data.validation is evaluated on the test split.
+    """
+    splits = {"validation" if config.get("data.validation") else "test" for config in configs}
+    return " or ".join(sorted(splits)) or "test"
+
+
+def value_text(value: Any) -> str:
+    """Return a setting's value as text: "1" for 1.0."""
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def mesh_name(sizes: Iterable[int]) -> str:

@@ -3,12 +3,14 @@
 import base64
 import collections
 import html
+import re
 import statistics
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from cnn_spmd.report import batch_scaling, compare, settings, text
+from cnn_spmd.report import batch_scaling, compare, load, settings, text
 from cnn_spmd.report.settings import Overview
-from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
+from cnn_spmd.report.text import Block, Chart, Commands, Heading, Paragraph, Table
 from cnn_spmd.training import runfiles
 
 KERNELS = 10  # rows per run in the table of kernels
@@ -41,11 +43,17 @@ def report_blocks(
 
     target_error: as batch_scaling.measure takes it.
     """
-    experiments = dict.fromkeys(sweep["experiment"] for sweep in sweeps)
+    experiments = dict.fromkeys(name for sweep in sweeps for name in names_of_experiments(sweep))
     blocks: list[Block] = [Heading(1, f"cnn_spmd: {', '.join(experiments)}")]
     if notes:
         blocks.append(Table(["warnings"], [[note] for note in notes]))
+    blocks += all_given_blocks(sweeps)
     return blocks + [block for sweep in sweeps for block in sweep_blocks(sweep, target_error)]
+
+
+def names_of_experiments(sweep: dict) -> list[str]:
+    """Return the names of a sweep's experiments; lone runs can have several."""
+    return sweep["experiment"].split(", ")
 
 
 def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
@@ -72,12 +80,12 @@ def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
         *learned,
         *placed,
         *curves,
-        *comparison_blocks(groups, overview.target),
+        *comparison_blocks(groups, overview),
         *steps,
         *(batch_scaling.blocks(scaling) if scaling else []),
         *shares,
         Heading(3, "All runs"),
-        runs_table(runs, overview.target),
+        runs_table(runs, overview),
         *kernels,
         *(block for run in runs for block in picture_blocks(run)),
     ]
@@ -94,7 +102,32 @@ def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
     if not overview.settings:
         return [Paragraph(said)]
     rows = [[setting_text(each), values_text(each.values)] for each in overview.settings]
-    return [Paragraph(f"{said} What varies:"), Table(["", ""], rows)]
+    blocks = [Paragraph(f"{said} What varies:"), Table(["setting", "values"], rows)]
+    if best := answer(overview):
+        blocks.append(Paragraph(f"{best}."))
+    return blocks
+
+
+def answer(overview: Overview) -> str:
+    """Return "Best test accuracy: learning_rate=0.1, 96.11 ± 0.39 % (n = 2)"; "" for no answer.
+
+    It also says which numbers are at the edge of what was tried.
+    """
+    best = settings.ranked(overview)[:1]
+    if not best or not best[0].values:
+        return ""
+    labels = {each.name: each.label for each in overview.settings}
+    where = [
+        f"{labels[name]}={compare.value_text(value)}" for name, value in best[0].values.items()
+    ]
+    numbers = best[0].numbers(overview.metric)
+    if overview.metric == settings.SPEED:
+        metric, shown = "images/s", text.throughput(numbers)
+    else:
+        metric, shown = f"{overview.split} accuracy", f"{metric_text('accuracy', numbers)} %"
+    edges = settings.at_edges(best[0], overview)
+    said = f"Best {metric}: {', '.join(where)}, {shown} (n = {len(numbers)})"
+    return said + (f"; {edges}" if edges else "")
 
 
 def setting_text(setting: settings.Setting) -> str:
@@ -104,7 +137,7 @@ def setting_text(setting: settings.Setting) -> str:
 
 def values_text(values: Sequence) -> str:
     """Return values joined by commas; of many, the first and the last."""
-    texts = [f"{value:.10g}" if isinstance(value, float) else str(value) for value in values]
+    texts = list(map(compare.value_text, values))
     if len(texts) > MOST_VALUES:
         texts = [*texts[: MOST_VALUES - 1], f"... {texts[-1]} ({len(texts)} values)"]
     return ", ".join(texts)
@@ -117,30 +150,121 @@ def best_blocks(overview: Overview) -> list[Block]:
         return []
     title = "The run"
     if overview.settings:
-        by = "images/s" if overview.metric == settings.SPEED else "test accuracy"
+        by = "images/s" if overview.metric == settings.SPEED else f"{overview.split} accuracy"
         title = f"Best runs, by {by}"
     rows = [best_row(combination, overview) for combination in best]
     header, cells = list(rows[0]), [list(row.values()) for row in rows]
     blocks = [Heading(3, title), Table(*without_empty(header, cells))]
-    if any(len(combination.runs) > 1 for combination in best):
-        blocks.append(Paragraph("The command is that of the best of the seeds."))
+    commands = [best_run(combination, overview.metric)["command"] for combination in best]
+    if any(commands):
+        said = "The commands of these rows, in the same order"
+        if any(len(combination.runs) > 1 for combination in best):
+            said += ", each that of the best of the seeds"
+        blocks += [Paragraph(f"{said}:"), Commands(list(filter(None, commands)))]
     return blocks
+
+
+def best_run(combination: settings.Combination, metric: str) -> dict:
+    """Return the run of a combination that is best by a metric."""
+    return max(combination.having(metric), key=lambda run: settings.metric_of(run, metric))
 
 
 def best_row(combination: settings.Combination, overview: Overview) -> dict[str, str]:
     """Return a combination's cells by their columns."""
-    metric, runs = overview.metric, combination.having(overview.metric)
-    best = max(runs, key=lambda run: settings.metric_of(run, metric))
+    best = best_run(combination, overview.metric)
     labels = {each.name: each.label for each in overview.settings}
-    row = {labels[name]: str(value) for name, value in combination.values.items()}
-    row["n"] = str(len(runs))
-    if metric != settings.SPEED:
-        row["test accuracy, %"] = metric_text("accuracy", combination.numbers("accuracy"))
-        row["test loss"] = metric_text("loss", combination.numbers("loss"))
+    row = {labels[name]: compare.value_text(value) for name, value in combination.values.items()}
+    row["n"] = str(len(combination.having(overview.metric)))
+    if overview.metric != settings.SPEED:
+        for name in ("accuracy", "loss"):
+            label = compare.metric_label(name, overview.split)
+            row[label] = metric_text(name, combination.numbers(name))
     row[target_label(overview.target)] = target_text(combination.runs, overview.target)
     row["images/s"] = text.throughput(combination.numbers(settings.SPEED))
     # Older runs outside a sweep have no command.
-    return row | dict(run="" if best["command"] else best["name"], command=best["command"])
+    return row | dict(run="" if best["command"] else best["name"])
+
+
+class Given(NamedTuple):
+    """A combination, and where it is from: the name of a sweep, or those of lone runs."""
+
+    origin: str
+    overview: Overview
+    combination: settings.Combination
+
+
+def all_given_blocks(sweeps: Sequence[dict]) -> list[Block]:
+    """Return a table of the best combinations for each data set that several sweeps share."""
+    by_data: dict[str, list[Given]] = {}
+    sections: dict[str, set[int]] = {}
+    for number, sweep in enumerate(sweeps):
+        overview = settings.overview(sweep["runs"], None)
+        for combination in overview.combinations:
+            done = [run for run in combination.runs if run["status"] == "completed"]
+            if done:
+                names = ", ".join(run["name"] for run in combination.runs)
+                origin = names if sweep.get("is_of_lone_runs") else sweep["title"]
+                data = done[0]["figures"]["dataset"]
+                by_data.setdefault(data, []).append(Given(origin, overview, combination))
+                sections.setdefault(data, set()).add(number)
+    blocks: list[Block] = []
+    for data, given in by_data.items():
+        if len(sections[data]) > 1:
+            blocks += [Heading(2, f"All given, on {data}"), all_given_table(given)]
+    return blocks
+
+
+def all_given_table(given: Sequence[Given]) -> Table:
+    """Return the table of the best combinations of several sweeps, best first.
+
+    They are ranked by accuracy, or by images/s where the images are random or no run has an
+    accuracy. Settings are the fields that were swept or set by flags, where they differ.
+    """
+    runs = [run for each in given for run in each.combination.runs]
+    metric = settings.main_metric(runs, [])
+    split = compare.split_of(run["config"] for run in runs)
+    ranked = [each for each in given if each.combination.numbers(metric)]
+    ranked.sort(key=lambda each: -statistics.mean(each.combination.numbers(metric)))
+    shown = ranked[: 2 * BEST]
+    names = given_settings(shown)
+    rows = []
+    for each in shown:
+        run, combination = each.combination.runs[0], each.combination
+        values = {name: settings.value_of(run, name) for name in names}
+        known = [
+            f"{name}={compare.value_text(value)}"
+            for name, value in values.items()
+            if value is not None
+        ]
+        accuracies = [] if metric == settings.SPEED else combination.numbers("accuracy")
+        cells = [
+            each.origin,
+            run["config"].get("experiment", ""),
+            ", ".join(known),
+            str(len(combination.having(metric))),
+            metric_text("accuracy", accuracies),
+            text.throughput(combination.numbers(settings.SPEED)),
+        ]
+        rows.append(cells)
+    header = ["from", "experiment", "settings", "n"]
+    header += [compare.metric_label("accuracy", split), "images/s"]
+    return Table(*without_empty(header, rows))
+
+
+def given_settings(given: Sequence[Given]) -> list[str]:
+    """Return the fields that were swept or set by flags, where they differ."""
+    names: dict[str, None] = {}
+    for each in given:
+        names |= dict.fromkeys(setting.name for setting in each.overview.settings)
+        names |= dict.fromkeys(load.set_by_hand(each.combination.runs[0]["command"]))
+    hidden = ("seed", "experiment", *compare.NOT_COMPARED)
+    runs = [each.combination.runs[0] for each in given]
+    return [
+        name
+        for name in names
+        if not name.startswith(hidden)
+        and len({str(settings.value_of(run, name)) for run in runs}) > 1
+    ]
 
 
 def without_empty(
@@ -189,7 +313,7 @@ def recipe_facts(runs: Sequence[dict], overview: Overview) -> dict[str, str]:
     varied = {name for each in overview.settings for name in (each.name, *each.along)}
     fields = {
         "mesh": "mesh",
-        "scheme": "parallelism",
+        "parallelism": "parallelism",
         "learning rate": "optimizer.learning_rate",
         "batch size": "batch_size",
         "steps": "steps",
@@ -244,20 +368,19 @@ COMPARISON_HEADER = [
 OF_MESHES = ("speedup", "efficiency, %", "ring MB per step", "theory", "hidden, %")
 
 
-def comparison_blocks(groups: Sequence[dict], target: float | None) -> list[Block]:
+def comparison_blocks(groups: Sequence[dict], overview: Overview) -> list[Block]:
     """Return the table of groups, and the panels that have no one-device run."""
     if not groups:
         return []
     runs = [run for group in groups for run in group["runs"]]
     metrics = runfiles.registered_metrics(run["figures"] for run in runs)
     after = COMPARISON_HEADER.index("test accuracy, %") + 1
-    header = list(COMPARISON_HEADER)
-    header[after:after] = [*map(compare.metric_label, metrics), target_label(target)]
+    header = header_of(COMPARISON_HEADER, after, metrics, overview)
     rows = []
     for group in groups:
         further = [metric_text(name, compare.values(group, "eval", name)) for name in metrics]
         row = comparison_row(group)
-        row[after:after] = [*further, target_text(group["runs"], target)]
+        row[after:after] = [*further, target_text(group["runs"], overview.target)]
         rows.append(row)
     if all(group["devices"] == 1 for group in groups):
         rows = [
@@ -271,6 +394,18 @@ def comparison_blocks(groups: Sequence[dict], target: float | None) -> list[Bloc
     if alone and any(group["devices"] > 1 for group in groups):
         blocks.append(Paragraph(f"No one-device run, so no speedup: {'; '.join(alone)}."))
     return blocks
+
+
+def header_of(
+    header: Sequence[str], after: int, metrics: Sequence[str], overview: Overview
+) -> list[str]:
+    """Return a header with the split of the evaluations, registered metrics and the target.
+
+    after: how many columns stand before those of the registered metrics.
+    """
+    named = [re.sub("^test ", f"{overview.split} ", name) for name in header]
+    further = [compare.metric_label(name, overview.split) for name in metrics]
+    return [*named[:after], *further, target_label(overview.target), *named[after:]]
 
 
 def comparison_row(group: dict) -> list[str]:
@@ -343,12 +478,11 @@ RUNS_HEADER = [
 ]
 
 
-def runs_table(runs: Sequence[dict], target: float | None) -> Table:
+def runs_table(runs: Sequence[dict], overview: Overview) -> Table:
     """Return the table of all runs; registered metrics have columns after the loss."""
     metrics = runfiles.registered_metrics(run["figures"] for run in runs)
     after_loss = RUNS_HEADER.index("test loss") + 1
-    header, rows = list(RUNS_HEADER), []
-    header[after_loss:after_loss] = [*map(compare.metric_label, metrics), target_label(target)]
+    header, rows = header_of(RUNS_HEADER, after_loss, metrics, overview), []
     for run in runs:
         evaluation = run["figures"].get("eval") or {}
         row = run_row(run)
@@ -357,7 +491,7 @@ def runs_table(runs: Sequence[dict], target: float | None) -> Table:
                 metric_text(name, [evaluation[name]] if name in evaluation else [])
                 for name in metrics
             ),
-            target_text([run], target),
+            target_text([run], overview.target),
         ]
         rows.append(row)
     return Table(*without_empty(header, rows))

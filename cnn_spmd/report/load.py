@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from cnn_spmd.config import MESH_AXES, complete, flat
 from cnn_spmd.errors import UserError
@@ -158,11 +159,14 @@ def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
         run["mesh"] = mesh_of_run(run["figures"].get("mesh"), config)
         runs.append(run | load_curves_and_pictures(folder, notes))
         fields.append(compared_fields(config, summary))
+    implied = implied_by_experiment(runs, fields)
     for run, own in zip(runs, fields, strict=True):
-        run["settings"] = differing_fields(own, fields)
+        differ = differing_fields(own, fields)
+        run["settings"] = {name: value for name, value in differ.items() if name not in implied}
     where = [{key: summary.get(key) for key in runfiles.HARDWARE} for summary in summaries]
     return dict(
         title=", ".join(run["name"] for run in runs),
+        is_of_lone_runs=True,
         experiment=distinct(summaries, "experiment") or "unfinished runs",
         runs=runs,
         devices=max((summary["devices"] for summary in summaries), default=0),
@@ -205,6 +209,35 @@ def differing_fields(own: dict, others: Sequence[dict]) -> dict:
         if differs or field in ("parallelism", "batch_size"):
             shown[field] = value
     return shown
+
+
+def implied_by_experiment(runs: Sequence[dict], fields: Sequence[dict]) -> set[str]:
+    """Return the fields that the name of the experiment stands for; none if all runs share it.
+
+    These have one value per experiment, and no run's command sets them. fields: of each run
+    (compared_fields).
+    """
+    if len({own.get("experiment") for own in fields}) < 2:
+        return set()
+    values: dict[str, dict[Any, set[str]]] = {}
+    for own in fields:
+        for name, value in own.items():
+            by_experiment = values.setdefault(name, {})
+            by_experiment.setdefault(own.get("experiment"), set()).add(str(value))
+    by_hand = {name for run in runs for name in set_by_hand(run["command"])}
+    kept = {"experiment", "parallelism", "batch_size", "seed", "device_kind", "data_digest"}
+    return {
+        name
+        for name, found in values.items()
+        if name not in by_hand | kept and all(len(own) == 1 for own in found.values())
+    }
+
+
+def set_by_hand(command: str) -> list[str]:
+    """Return the fields of the config that a command of launch.py sets by flags."""
+    flag = "--config."
+    words = (word.partition("=")[0] for word in command.split())
+    return [word.removeprefix(flag) for word in words if word.startswith(flag)]
 
 
 def distinct(summaries: Sequence[dict], key: str) -> str:

@@ -7,7 +7,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
+from cnn_spmd.report.text import Block, Chart, Commands, Heading, Paragraph, Table
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --soft: #444; --line: #ddd;
@@ -24,6 +24,7 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
 p { max-width: 75em }
 code { font: .9em/1.4 ui-monospace, monospace; background: var(--code) }
 code span { display: inline-block }
+pre { padding: .5rem; background: var(--code); white-space: pre-wrap }
 /* Paper that moves with the table covers a shade that does not: it shows where more is hidden. */
 .scroll { overflow-x: auto; background:
   linear-gradient(90deg, var(--paper) 40%, transparent) left / 2rem 100% no-repeat local,
@@ -100,6 +101,8 @@ def block_as_html(block: Block) -> str:
             return f"<p>{html.escape(text)}</p>"
         case Table():
             return table_as_html(block)
+        case Commands(lines):
+            return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
         case Chart(title, pictures, caption):
             one = ' class="one"' if len(pictures) == 1 else ""
             return (

@@ -21,9 +21,9 @@ MOST_POINTS = 200  # of a curve; more cannot be seen
 SPLITS = {"training": ("train",), "test": ("eval", "final")}
 
 
-def metric_label(metric: str) -> str:
-    """Return a metric's name at an axis, with its unit."""
-    return "images/s" if metric == SPEED else compare.metric_label(metric)
+def metric_label(metric: str, split: str) -> str:
+    """Return a metric's name at an axis, with its unit; split: as of compare.split_of."""
+    return "images/s" if metric == SPEED else compare.metric_label(metric, split)
 
 
 def factor_of(metric: str) -> float:
@@ -55,7 +55,7 @@ def metric_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
 def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> Chart:
     """Return the chart of one metric; without pictures where it would say nothing."""
     found, combos = overview.settings, overview.combinations
-    label = metric_label(metric)
+    label = metric_label(metric, overview.split)
     pictures = []
     summary = "the best mean" if higher_is_better(metric) else "the mean"
     many = False
@@ -196,29 +196,54 @@ def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
 
     top5 has no curve, as it follows the accuracy.
     """
-    pictures, looks = [], Looks(overview)
+    pictures, looks, clipped = [], Looks(overview), False
     random = settings.are_random(runs)
     registered = runfiles.registered_metrics(run["figures"] for run in runs)
     # Of random images, nothing is learned that a test could show.
     learned = ["accuracy", *(name for name in registered if name not in compare.SHARES)]
     for name in ["loss", *([] if random else learned)]:
         parts = {
-            curve_title(runs, name, split): functools.partial(points, name=name, split=split)
+            curve_title(runs, name, split, overview.split): functools.partial(
+                points, name=name, split=split
+            )
             for split in (["training"] if random else SPLITS)
         }
         # One point is no curve.
         parts = {title: of for title, of in parts.items() if any(len(of(run)) > 1 for run in runs)}
         if parts:
             drawn = looks.curves(list(parts.values()))
-            pictures.append(setting_plots.curves(list(parts), drawn, looks.legend, "step"))
+            tops = [
+                loss_bound(part) for part in zip(*(curve.parts for curve in drawn), strict=True)
+            ]
+            if name != "loss":
+                tops = []
+            clipped = clipped or any(tops)
+            pictures.append(
+                setting_plots.curves(list(parts), drawn, looks.legend, "step", tops=tops)
+            )
     if not pictures:
         return []
     caption = "One line per run, finished or not."
+    if clipped:
+        caption += (
+            " The axis of the loss ends at twice the highest loss of the calmest quarter of the "
+            "runs. Higher losses are cut off."
+        )
     if any(len(run["metrics"]) > MOST_POINTS for run in runs):
         caption += f" Of more than {MOST_POINTS} points, neighbours are averaged."
     if none := [run["name"] for run in runs if not run["metrics"]]:
         caption += f" Left out, without metrics: {charts.names_text(none)}."
-    return [Chart("Learning curves", pictures, caption), *time_charts(runs, looks, overview.target)]
+    return [Chart("Learning curves", pictures, caption), *time_charts(runs, looks, overview)]
+
+
+def loss_bound(curves: Sequence[Points]) -> float | None:
+    """Return where the axis of a loss ends, so that a diverged run hides no other.
+
+    It is twice the highest loss of the calmest quarter of the runs. None: no loss is higher.
+    """
+    highest = sorted(max(value for _, value in points) for points in curves if points)
+    bound = 2 * highest[(len(highest) - 1) // 4]
+    return bound if highest[-1] > bound else None
 
 
 def points(run: dict, name: str, split: str) -> Points:
@@ -233,27 +258,32 @@ def points(run: dict, name: str, split: str) -> Points:
     return [(part[-1][0], statistics.mean(value for _, value in part)) for part in parts]
 
 
-def curve_title(runs: Sequence[dict], name: str, split: str) -> str:
-    """Return what a part of the curves shows; of a loss, whether labels are smoothed."""
+def curve_title(runs: Sequence[dict], name: str, split: str, evaluated: str) -> str:
+    """Return what a part of the curves shows; of a loss, whether labels are smoothed.
+
+    split: a key of SPLITS. evaluated: on which images "test" was measured (compare.split_of).
+    """
+    shown = evaluated if split == "test" else split
     if name != "loss":
-        return f"{split.capitalize()} {compare.metric_label(name).removeprefix('test ')}"
+        return compare.metric_label(name, shown.capitalize())
     shares = sorted({run["config"].get("label_smoothing") or 0 for run in runs})
     if shares == [0]:
-        return f"{split.capitalize()} loss, nats"
+        return f"{shown.capitalize()} loss, nats"
     if split == "test":
-        return "Test loss, nats, without label smoothing"
+        return f"{shown.capitalize()} loss, nats, without label smoothing"
     return f"Training loss, nats, with label smoothing {' or '.join(map(str, shares))}"
 
 
-def time_charts(runs: Sequence[dict], looks: Looks, target: float | None) -> list[Chart]:
-    """Return the chart of test accuracy by seconds; [] for one combination alone."""
+def time_charts(runs: Sequence[dict], looks: Looks, overview: Overview) -> list[Chart]:
+    """Return the chart of the accuracy by seconds; [] for one combination alone."""
     if settings.are_random(runs) or len(looks.order) < 2:
         return []
     if not any(len(accuracy_by_time(run)) > 1 for run in runs):
         return []
     drawn = looks.curves([accuracy_by_time])
+    target = overview.target
     goal = None if target is None else 100 * target
-    title = "Test accuracy, %"
+    title = compare.metric_label("accuracy", overview.split.capitalize())
     picture = setting_plots.curves([title], drawn, looks.legend, "seconds of training", goal)
     caption = "Without compilation, evaluation and checkpoints."
     if target is not None:
@@ -262,5 +292,5 @@ def time_charts(runs: Sequence[dict], looks: Looks, target: float | None) -> lis
 
 
 def accuracy_by_time(run: dict) -> Points:
-    """Return seconds of training and test accuracy in % of each evaluation."""
+    """Return seconds of training and accuracy in % of each evaluation."""
     return [(seconds, 100 * share) for seconds, share in settings.timed_evaluations(run)]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cnn_spmd.report import plots, settings
+from cnn_spmd.report import compare, plots, settings
 from cnn_spmd.report.canvas import Axes, Figure, ticker
 
 # Colour and marker of a combination; the colours are those of plots.SCHEMES.
@@ -138,7 +138,7 @@ def is_log_spaced(values: Sequence[float]) -> bool:
 
 def value_text(value: Any) -> str:
     """Return a setting's value as it stands at an axis."""
-    shown = str(value)
+    shown = compare.value_text(value)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 9]}…{shown[-8:]}"
 
 
@@ -193,11 +193,12 @@ def curves(
     legend: Mapping[str, dict],
     xlabel: str,
     target: float | None = None,
+    tops: Sequence[float | None] = (),
 ) -> str:
     """Return one part per title, one above the other.
 
     drawn: the first is at the back. legend: label -> look of its line. target: where a dashed line
-    stands in the last part.
+    stands in the last part. tops: where the vertical axis of each part ends; None: above all.
     """
     fig = Figure(figsize=(plots.WIDTH, 0.9 + 1.75 * len(titles)))
     column = fig.subplots(len(titles), sharex=True, squeeze=False)[:, 0]
@@ -209,6 +210,9 @@ def curves(
                 # Many markers would hide the line.
                 marked = {} if len(points) <= MOST_MARKED else dict(marker="")
                 axes.plot(*zip(*points, strict=True), **CURVE | curve.look | marked)
+    for axes, top in zip(column, tops, strict=False):
+        if top is not None:
+            axes.set_ylim(0, top)
     if target is not None:
         column[-1].axhline(target, color="#444444", linestyle="--", linewidth=1)
     column[-1].set_xlabel(xlabel)

@@ -50,14 +50,15 @@ class Combination(NamedTuple):
 class Overview(NamedTuple):
     """What varies among runs, and what they are ranked by.
 
-    metric: "accuracy" or SPEED. target: the test accuracy to which seconds are counted; None
-    where there is none.
+    metric: "accuracy" or SPEED. target: the accuracy to which seconds are counted; None where there
+    is none. split: of the evaluations, as of compare.split_of.
     """
 
     settings: list[Setting]
     combinations: list[Combination]
     metric: str
     target: float | None
+    split: str
 
 
 def overview(runs: Sequence[dict], target_error: float | None) -> Overview:
@@ -65,7 +66,8 @@ def overview(runs: Sequence[dict], target_error: float | None) -> Overview:
     found = varied(runs)
     combos = combinations(runs, found)
     target = target_accuracy(combos, target_error)
-    return Overview(found, combos, main_metric(runs, found), target)
+    split = compare.split_of(run["config"] for run in runs)
+    return Overview(found, combos, main_metric(runs, found), target, split)
 
 
 def varied(runs: Sequence[dict]) -> list[Setting]:
@@ -142,9 +144,8 @@ def label_of(values: dict[str, Any], settings: Sequence[Setting]) -> str:
         if name in ("mesh", "parallelism"):
             places.append(str(value))
         else:
-            others.append(
-                str(value) if names_of_label(values, settings) else f"{labels[name]} {value}"
-            )
+            shown = compare.value_text(value)
+            others.append(shown if names_of_label(values, settings) else f"{labels[name]} {shown}")
     return ", ".join(filter(None, [" ".join(places), *others]))
 
 
@@ -204,18 +205,39 @@ def ranked(overview: Overview) -> list[Combination]:
     return sorted(found, key=place, reverse=True)
 
 
+def at_edges(combination: Combination, overview: Overview) -> str:
+    """Say which numbers of a combination are the smallest or largest tried; "" for none."""
+    said = []
+    for each in overview.settings:
+        is_tuned = each.name not in ("seed", "data.validation")
+        if not is_tuned or not all(map(is_number, each.values)):
+            continue
+        value = combination.values[each.name]
+        for word, edge in (("smallest", each.values[0]), ("largest", each.values[-1])):
+            if value == edge:
+                said.append((each.label, word))
+    if len(said) == len(combination.values) == 1:
+        return f"it is the {said[0][1]} value tried"
+    return ", ".join(f"{label} is the {word} value tried" for label, word in said)
+
+
 # ---- Time to an accuracy
 
 
 def timed_evaluations(run: dict) -> list[tuple[float, float]]:
-    """Return seconds of training and test accuracy of each evaluation after step 0."""
+    """Return seconds of training and accuracy of each evaluation after step 0.
+
+    Returns [] for a single evaluation: its seconds are the run's length, and say nothing of when
+    the accuracy was reached.
+    """
     seconds = {
         row["step"]: row["train_seconds"]
         for row in run["metrics"]
         if row["split"] == "train" and is_number(row.get("train_seconds"))
     }
     accuracies = dict(batch_scaling.evaluations(run))
-    return [(seconds[step], share) for step, share in accuracies.items() if step in seconds]
+    found = [(seconds[step], share) for step, share in accuracies.items() if step in seconds]
+    return found if len(found) > 1 else []
 
 
 def seconds_to(run: dict, target: float) -> float | None:

@@ -30,6 +30,12 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
+class Commands(NamedTuple):
+    """Lines for a shell, one command per line."""
+
+    lines: list[str]
+
+
 class Chart(NamedTuple):
     """Pictures under one title and caption; each picture is an HTML element."""
 
@@ -38,7 +44,7 @@ class Chart(NamedTuple):
     caption: str
 
 
-Block = Heading | Paragraph | Table | Chart
+Block = Heading | Paragraph | Table | Commands | Chart
 
 
 def mean_and_deviation(numbers: Sequence[float], digits: int) -> str:
@@ -82,6 +88,8 @@ def as_markdown(blocks: Sequence[Block]) -> str:
                 parts.append(text)
             case Table(header, rows):
                 parts.append(markdown_table(header, rows))
+            case Commands(lines):
+                parts.append("\n".join(["```bash", *lines, "```"]))
     return "\n\n".join([*parts, "The charts are in [report.html](report.html).\n"])
 
 
@@ -100,13 +108,14 @@ def _csv_rows(sweep: dict) -> list[dict]:
     groups = {
         compare.group_key(group["runs"][0]): group for group in compare.groups_of(sweep["runs"])
     }
+    meshes_vary = len({group["mesh"] for group in groups.values()}) > 1
     rows = []
     for run in sweep["runs"]:
         row = dict(folder=sweep["title"])
         row |= {name: run[name] for name in ("name", "status", "reason", "seconds", "command")}
         row |= flat(dict(settings=run["settings"]) | _plain_figures(run["figures"]))
         rate = run["figures"].get("images_per_second")
-        if run["status"] == "completed" and rate:
+        if run["status"] == "completed" and rate and meshes_vary:
             group = groups[compare.group_key(run)]
             if group["base"] is not None:
                 row["speedup"] = rate / compare.average(group["base"], "images_per_second")

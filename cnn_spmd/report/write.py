@@ -15,20 +15,27 @@ def write_report(
     """Write report.md, report.csv and report.html on all `folders` into the first.
 
     target_error: the test error to which steps and seconds are counted; None: chosen from the runs
-    (batch_scaling.measure, settings.target_accuracy). Prints on stderr which runs are unfinished
-    and which files are damaged. Returns the paths of the three files. Raises UserError for bad
-    input, for a folder that cannot be written, and for a target where no run was evaluated.
+    (batch_scaling.measure, settings.target_accuracy). Prints the best setting of each sweep. Prints
+    on stderr which runs are unfinished and which files are damaged. Returns the paths of the three
+    files. Raises UserError for bad input, for a folder that cannot be written, and for a target
+    where no run was evaluated.
     """
     notes: list[str] = []
     sweeps = load.load_sweeps(folders, notes)
+    runs = [run for sweep in sweeps for run in sweep["runs"]]
+    if target_error is not None:
+        if not any(map(settings.is_evaluated, runs)):
+            raise UserError(
+                f"--target_error={target_error:g}: expected runs that were evaluated, on a data "
+                "set that is not synthetic"
+            )
+        if not any(map(settings.timed_evaluations, runs)):
+            notes.append(
+                f"--target_error={target_error:g}: no run has two evaluations with their seconds "
+                "(eval.every_epochs), so no column has the seconds to it"
+            )
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
-    runs = [run for sweep in sweeps for run in sweep["runs"]]
-    if target_error is not None and not any(map(settings.is_evaluated, runs)):
-        raise UserError(
-            f"--target_error={target_error:g}: expected runs that were evaluated, on a data set "
-            "that is not synthetic"
-        )
     blocks = document.report_blocks(sweeps, notes, target_error)
     contents = {
         "report.md": text.as_markdown(blocks),
@@ -42,4 +49,7 @@ def write_report(
                 temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"{folders[0] / name}: cannot be written: {error.strerror}") from error
+    for sweep in sweeps:
+        if said := document.answer(settings.overview(sweep["runs"], target_error)):
+            print(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
     return [folders[0] / name for name in contents]

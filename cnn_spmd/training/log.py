@@ -11,6 +11,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from cnn_spmd import config as configs
 from cnn_spmd.training import runfiles
 from cnn_spmd.training.build import Setup
 from cnn_spmd.training.clock import Clock
@@ -103,6 +104,7 @@ class Log:
         self.clock, self.rates = Clock(), setup.rates
         self._file = MetricsFile(workdir, timetable.start, setup.data_fields)
         self._progress = Progress(config.steps)
+        self._images = configs.evaluated_split(config)
         self._evaluation_seconds = 0.0
 
     def chunk(self, chunk: Chunk, metrics: dict[str, np.ndarray], seconds: float) -> None:
@@ -131,8 +133,8 @@ class Log:
         self._evaluation_seconds = seconds
         self._file.write(step, split, **result)
         say(
-            f"step {step}/{self.timetable.last}  {split}: test accuracy {result['accuracy']:.2%}, "
-            f"loss {result['loss']:.4f} over {result['examples']} images"
+            f"step {step}/{self.timetable.last}  {split}: {self._images} accuracy "
+            f"{result['accuracy']:.2%}, loss {result['loss']:.4f} over {result['examples']} images"
         )
 
     def noise_scale(self, step: int, result: dict[str, float]) -> None:

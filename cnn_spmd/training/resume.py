@@ -25,8 +25,8 @@ def is_complete(setup: Setup, workdir: pathlib.Path, old_summary: dict) -> bool:
         return False
     profile = ", and nothing traced: a new --workdir can be." if setup.config.profile else "."
     say(
-        f"{workdir} is complete: {steps} steps, test accuracy {accuracy:.2%}. "
-        f"Nothing to do{profile}"
+        f"{workdir} is complete: {steps} steps, {configs.evaluated_split(setup.config)} accuracy "
+        f"{accuracy:.2%}. Nothing to do{profile}"
     )
     return True
 
