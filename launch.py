@@ -632,4 +632,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [worker.ARGUMENT]:
         worker.serve(run_command, take_devices)
     else:
-        run_command()
+        try:
+            run_command()
+        except SystemExit as ended:
+            startup.end_process(ended.code)
+            raise

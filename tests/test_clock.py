@@ -46,3 +46,22 @@ def test_percentiles():
     clock = clocks.Clock()
     clock.chunks = [(1, 9.0), *((1, i / 1000) for i in range(11))]
     assert clock.step_milliseconds() == dict(p10=1.0, median=5.0, p90=9.0)
+
+
+def test_a_process_ends_while_a_thread_is_inside_jax():
+    """Python by itself would abort it."""
+    code = """if True:
+        import itertools, sys, time
+        import jax
+        from cnn_spmd.training import startup
+
+        def compile_forever():
+            for number in itertools.count():
+                jax.jit(lambda x: x + number)(1.0).block_until_ready()
+
+        startup.background("compiling", compile_forever)
+        time.sleep(1)
+        startup.end_process(2)
+        sys.exit(2)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "")

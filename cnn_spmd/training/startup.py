@@ -7,11 +7,13 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 _stages: list[dict] = []
+_threads: list[threading.Thread] = []
 # When a sweep's worker got the command that it runs; None in a process of one command.
 _command_began: float | None = None
 
@@ -84,5 +86,18 @@ def background(name: str, function: Callable, *arguments) -> concurrent.futures.
         else:
             future.set_result(result)
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    _threads.append(thread)
+    thread.start()
     return future
+
+
+def end_process(code: object) -> None:
+    """End the process with an exit code, at once, if a background thread still runs.
+
+    Python aborts the process if it exits while such a thread is inside JAX's C++ code.
+    """
+    if isinstance(code, int) and any(thread.is_alive() for thread in _threads):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
