@@ -558,7 +558,7 @@ def test_an_early_sigterm_is_heeded_where_ctrl_c_is_ignored(start, ignored):
         )
     finally:
         signal.signal(signal.SIGINT, before)
-    while "running" not in process.stdout.readline():
+    while "1 of 2: run 1" not in process.stdout.readline():
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGTERM)
     out, _ = finished(process, code=75)
