@@ -243,31 +243,28 @@ def refuse(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; every known error is one line."""
-    try:
-        arguments, rest = parser().parse_known_args(argv)
-        refuse(arguments)
-        chosen = [("--config", name) for name in arguments.config or ()] or [DEFAULT]
-        experiments = [parse_config([*each, *rest]) for each in chosen]
-        environment.prepare()
-        if arguments.cpu_devices:
-            environment.simulate(arguments.cpu_devices)
-        environment.device_count()
-        devices = jax.local_devices()
-        platform = devices[0].platform
-        say(f"Measuring {len(devices)} x {devices[0].device_kind}")
-        texts = arguments.batches or (CPU_BATCHES if platform == "cpu" else BATCHES)
-        batches = sorted({int(text) for text in texts.split(",")})
-        networks = [one_device.setups(each, batches, devices[0]) for each in experiments]
-        sizes = rates.sizes_for(platform)
-        runfiles.write_json(arguments.out, measure(devices, sizes, networks))
-        print(arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return environment.exit_code_of_output()
+    return environment.exit_code_of(lambda: calibrate(argv))
+
+
+def calibrate(argv: Sequence[str] | None) -> None:
+    """Do what the command line says."""
+    arguments, rest = parser().parse_known_args(argv)
+    refuse(arguments)
+    chosen = [("--config", name) for name in arguments.config or ()] or [DEFAULT]
+    experiments = [parse_config([*each, *rest]) for each in chosen]
+    environment.prepare()
+    if arguments.cpu_devices:
+        environment.simulate(arguments.cpu_devices)
+    environment.device_count()
+    devices = jax.local_devices()
+    platform = devices[0].platform
+    say(f"Measuring {len(devices)} x {devices[0].device_kind}")
+    texts = arguments.batches or (CPU_BATCHES if platform == "cpu" else BATCHES)
+    batches = sorted({int(text) for text in texts.split(",")})
+    networks = [one_device.setups(each, batches, devices[0]) for each in experiments]
+    sizes = rates.sizes_for(platform)
+    runfiles.write_json(arguments.out, measure(devices, sizes, networks))
+    print(arguments.out)
 
 
 if __name__ == "__main__":

@@ -201,22 +201,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
     arguments = parser().parse_args(argv)
-    try:
-        environment.prepare()
-        environment.device_count()
-        if arguments.config:
-            experiment.load_file(arguments.config)
-        paths = export(
-            arguments.run, arguments.to, arguments.out, arguments.data_dir, arguments.config
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return environment.exit_code_of(lambda: export_and_print(arguments))
+
+
+def export_and_print(arguments: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    environment.prepare()
+    environment.device_count()
+    if arguments.config:
+        experiment.load_file(arguments.config)
+    paths = export(arguments.run, arguments.to, arguments.out, arguments.data_dir, arguments.config)
     print(*paths, sep="\n")
-    return environment.exit_code_of_output()
 
 
 if __name__ == "__main__":

@@ -122,21 +122,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
     arguments = parser().parse_args(argv)
-    try:
-        environment.prepare()
-        environment.device_count()
-        if arguments.config:
-            experiment.load_file(arguments.config)
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the predictions alone
-            found = predict(arguments.run, arguments.images, arguments.data_dir, arguments.invert)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return environment.exit_code_of(lambda: print_predictions(arguments))
+
+
+def print_predictions(arguments: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    environment.prepare()
+    environment.device_count()
+    if arguments.config:
+        experiment.load_file(arguments.config)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the predictions alone
+        found = predict(arguments.run, arguments.images, arguments.data_dir, arguments.invert)
     print(json.dumps(found, indent=1) if arguments.json else as_text(found))
-    return environment.exit_code_of_output()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 
 from absl import flags
 from absl import logging as absl_logging
@@ -75,6 +76,22 @@ def protect_streams() -> None:
         encoding = stream.encoding if stream else "utf-8"
         protected = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, protected)
+
+
+def exit_code_of(command: Callable[[], None]) -> int:
+    """Run a command, print a known error as one line, and return the exit code.
+
+    0: done; 1: the output could not be written; 2: bad input; 130: Ctrl-C.
+    """
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return exit_code_of_output()
 
 
 def exit_code_of_output() -> int:
