@@ -108,7 +108,7 @@ DRY_RUN = flags.DEFINE_bool(
     "dry_run",
     False,
     "Compile, print placement, memory and collectives, and stop; with "
-    "--workdir, also write them there as program.json. Of a sweep: a table of all its runs.",
+    "--workdir, also write them there as program.json. A sweep gives one table of all its runs.",
 )
 PLAN = flags.DEFINE_bool(
     "plan",

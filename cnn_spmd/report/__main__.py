@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd import experiment
-from cnn_spmd.errors import UserError
 from cnn_spmd.papers import pages
 from cnn_spmd.report.write import write_report
 from cnn_spmd.training import environment
@@ -78,31 +77,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--target_error={target:g}: expected a share between 0 and 1, such as 0.1, and the "
             "folder of a sweep"
         )
-    drawn = []
-    try:
-        if not folders:
-            pages.print_pages()
-            return environment.exit_code_of_output()
-        if arguments.pictures:
-            from cnn_spmd.report import pictures  # imports jax, which a report does not need
+    return environment.exit_code_of(lambda: print_or_write(arguments))
 
-            if arguments.config:
-                experiment.load_file(arguments.config)
-            for folder in folders:
-                drawn += pictures.draw_pictures(folder, arguments.data_dir)
-        paths = write_report(folders, target)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+def print_or_write(arguments: argparse.Namespace) -> None:
+    """Print the pages of results/, or write a report on the folders given."""
+    folders, drawn = arguments.folders, []
+    if not folders:
+        pages.print_pages()
+        return
+    if arguments.pictures:
+        from cnn_spmd.report import pictures  # imports jax, which a report does not need
+
+        if arguments.config:
+            experiment.load_file(arguments.config)
+        for folder in folders:
+            drawn += pictures.draw_pictures(folder, arguments.data_dir)
+    paths = write_report(folders, arguments.target_error)
     if drawn:
         print(*drawn, sep="\n")
     if len(folders) > 1:
         print(f"One report on all {len(folders)} folders, in the first:")
     print(*paths, sep="\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ SPLIT_CAPTIONS = {
 def mesh_charts(sweep: dict) -> list[Chart]:
     """Return the charts of speed, bytes and memory by mesh and scheme.
 
-    Speeds are compared where meshes or schemes vary. Of one device alone there is no chart. Runs
+    Speeds are compared where meshes or schemes vary. One device alone has no chart. Runs
     that differ in what they learn only share a point: the first of each seed stands for it.
     """
     runs, dropped = [], {}
