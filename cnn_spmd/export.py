@@ -75,9 +75,10 @@ def about_run(folder: pathlib.Path, restored: restore.Restored) -> dict:
     """Return what a weights file says of its run.
 
     config: what config.json holds, without data.dir, which is a place on this machine. step,
-    accuracy (of the test split; None: not measured at this step), class_names, mirror (whether a
-    mirrored image keeps its class), image_size (of the data set's images, in pixels), mean and std
-    (which normalise pixels), parameters (their number), and where the run was trained: hardware,
+    accuracy (of test images, or of validation images where the run held some out; None: not
+    measured at this step), class_names, mirror (whether a mirrored image keeps its class),
+    image_size (of the data set's images, in pixels), mean and std (which normalise pixels),
+    parameters (their number), and where the run was trained: hardware,
     versions and commit, and the weights that it started from.
     """
     setup, saved = restored.setup, weights.read_saved(folder)
@@ -120,6 +121,7 @@ def page_text(name: str, about: dict) -> str:
     """Return the page on a weights file as Markdown; name: of the file."""
     config, hardware = about["config"], about["trained_on"]
     accuracy = about["accuracy"]
+    split = "validation" if config["data"].get("validation") else "test"
     rows = {
         "experiment": config["experiment"],
         "network": config["model"]["name"],
@@ -129,8 +131,8 @@ def page_text(name: str, about: dict) -> str:
         "digest of the data": config.get("data_digest"),
         "images": images_text(about),
         "classes": len(about["class_names"]),
-        "test accuracy": accuracy if accuracy is None else f"{accuracy:.2%}",
-        "views of a test image": augment.views_taken(config["eval"]["views"], about["mirror"]),
+        f"{split} accuracy": accuracy if accuracy is None else f"{accuracy:.2%}",
+        f"views of a {split} image": augment.views_taken(config["eval"]["views"], about["mirror"]),
         "computed in": config["dtype"],
         "steps": f"{about['step']:,}",
         "seed": config["seed"],

@@ -4,8 +4,8 @@ RUN is a --workdir of launch.py, whose newest checkpoint is taken, or a weights 
 `python -m cnn_spmd.export`. An image becomes what the run's evaluation sees: the central square,
 rescaled to the size of the run's images, cropped and normalised as the config says. Its five most
 probable classes are printed, or as many as there are. A line warns of an image that is far too
-light or dark, where --invert would mend that. A run's folder needs the run's data set, as the
-training images normalise; a weights file does not.
+light or dark, where --invert would mend that; --json has it as `warning`. A run's folder needs the
+run's data set, as the training images normalise; a weights file does not.
 """
 
 import argparse
@@ -38,8 +38,9 @@ def predict(
     """Return the most probable classes of each image, the most probable first.
 
     source: the folder of a run, or a weights file. data_dir: where the run's data set is now, if it
-    has moved. invert: turn dark on light into light on dark. Each entry has the image's path, and
-    in `classes` dicts with `class` (its name), `index` and `probability`.
+    has moved. invert: turn dark on light into light on dark. Each entry has the image's path, in
+    `classes` dicts with `class` (its name), `index` and `probability`, and in `warning` what was
+    said of the image, or None.
     Raises UserError for an image that cannot be read, and as restore.on_one_device.
     """
     with restore.locked(source):
@@ -49,18 +50,19 @@ def predict(
     if invert:
         pixels = [255 - pixels_HWC for pixels_HWC in pixels]
     usual = np.mean(setup.functions.preprocessing.mean)
-    for image, pixels_HWC in zip(images, pixels, strict=True):
-        warn_if_inverted(image, pixels_HWC.mean(), usual, invert)
     scores = jax.jit(setup.functions.scores)
     found = []
     for image, pixels_HWC in zip(images, pixels, strict=True):
+        warning = warning_of_inversion(pixels_HWC.mean(), usual, invert)
+        if warning:
+            terminal.say(f"warning: {image}: {warning}")
         probabilities_C = np.exp(scores(state, pixels_HWC[None])[0])
         best = np.argsort(-probabilities_C, kind="stable")[:CLASSES]
         classes = [
             {"class": names[i], "index": int(i), "probability": float(probabilities_C[i])}
             for i in best
         ]
-        found.append(dict(image=str(image), classes=classes))
+        found.append(dict(image=str(image), classes=classes, warning=warning))
     return found
 
 
@@ -77,19 +79,21 @@ def decode(image: pathlib.Path, side: int) -> np.ndarray:
         ) from error
 
 
-def warn_if_inverted(image: pathlib.Path, mean: float, usual: float, invert: bool) -> None:
-    """Warn of an image that would be much nearer to the training images if inverted.
+def warning_of_inversion(mean: float, usual: float, invert: bool) -> str | None:
+    """Return a warning of an image that looks inverted; None for another image.
 
-    mean: the image's mean pixel. usual: the mean pixel by which the run normalises. invert: whether
-    the image is inverted already.
+    Such an image would be much nearer to the training images if inverted. mean: the image's mean
+    pixel. usual: the mean pixel by which the run normalises. invert: whether the image is inverted
+    already.
     """
     distance, inverted = abs(mean - usual), abs(255 - mean - usual)
-    if distance > FAR and inverted < distance / 2:
-        remedy = "leave --invert out" if invert else "add --invert"
-        terminal.say(
-            f"warning: {image}: its mean pixel is {mean:.0f}, but the network expects about "
-            f"{usual:.0f} (0: black, 255: white): {remedy}"
-        )
+    if distance <= FAR or inverted >= distance / 2:
+        return None
+    remedy = "leave --invert out" if invert else "add --invert"
+    return (
+        f"its mean pixel is {mean:.0f}, but the network expects about {usual:.0f} (0: black, "
+        f"255: white): {remedy}"
+    )
 
 
 def as_text(predictions: list[dict]) -> str:

@@ -1170,7 +1170,7 @@ def a_scaling_run(size, step, rate=0.1, seed=0, *, accuracy=0.914, noise=None, *
     ]
     for at, (trace, norm) in {1: (1.0, 1.0), step: noise}.items() if noise else ():
         rows.append(dict(step=at, split="noise", trace=trace, gradient_norm2=norm))
-    return run | dict(metrics=rows)
+    return run | dict(metrics=rows, config={})
 
 
 # S = 100 (1 + 512 / B)
@@ -1249,7 +1249,8 @@ def test_a_target_that_is_not_reached_or_that_all_reach_alike():
     assert "lies below batch 64, the smallest" in text  # a plateau
     _, text = scaling_of([a_scaling_run(size, 500) for size in (64, 128, 256)], 0.97)
     assert "The first evaluation already reached it, at batch 64, 128, 256." in text
-    scaling, text = scaling_of(runs, 0.01)
+    scaling, text = scaling_of([run | dict(config={"data.validation": 9}) for run in runs], 0.01)
+    assert "Target: a validation error of 1 %" in text
     assert not scaling.steps
     assert "it takes 3 batch sizes that reach the target, here 0 do" in text
 

@@ -248,6 +248,26 @@ def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
     assert "no run has two evaluations with their seconds" in printed.err
 
 
+def test_accuracies_of_test_and_validation_images_are_apart(tmp_path, capsys):
+    """Lone runs have sections of their own; a sweep of both gets a warning."""
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    config = json.loads((runs[1] / "summary.json").read_text())["config"]
+    config["data"] = dict(validation=200)
+    change(runs[1] / "summary.json", dataset="digits_validation", config=config)
+    markdown, page, _, errors = written(capsys, *runs)
+    assert not errors
+    assert re.findall("<h2>(.*?)</h2>", page) == ["a, c", "b"]
+    assert "| validation accuracy, % |" in markdown
+    assert " or validation" not in page
+    fields = {"data.validation": (0, 200)}
+    folder = a_learning_sweep(tmp_path / "s", fields, lambda combo: 0.5)
+    for run in json.loads((folder / "sweep.json").read_text())["runs"]:
+        held_out = dict(data=dict(validation=run["settings"]["data.validation"]))
+        (folder / run["name"] / "config.json").write_text(json.dumps(held_out))
+    said = "data.validation varies: accuracies of test and of validation images do not compare"
+    assert said in written(capsys, folder)[3]
+
+
 def test_runs_of_several_experiments_and_a_sweep_have_a_joint_table(tmp_path, capsys):
     """A field that the experiment's name stands for is not listed, one that was set by hand is."""
     folder = a_learning_sweep(

@@ -173,6 +173,9 @@ def test_inverted_images_are_named(exported, tmp_path, capsys):
         (warning,) = [line for line in error.splitlines() if "warning" in line]
         assert warning.startswith(f"warning: {wrong}: its mean pixel is 186, but the network")
         assert f" about 78 (0: black, 255: white): {remedy}" in warning
+        assert [row["warning"] for row in found[wrong] if row["warning"]] == [
+            warning.removeprefix(f"warning: {wrong}: ")
+        ]
     assert found[dark][0]["classes"] == found[light][1]["classes"]
 
 
@@ -183,6 +186,10 @@ def test_the_page_names_the_experiment_that_adds_the_network(exported):
     assert "\npython launch.py --config mine.py\n" in page
     assert "| views of a test image | one |" in page
     assert "; light strokes on black that fill the frame |" in page
+    about["config"]["data"]["validation"] = 200
+    page = export.page_text("a.safetensors", about)
+    assert f"| validation accuracy | {about['accuracy']:.2%} |" in page
+    assert "test accuracy" not in page
 
 
 def test_a_run_starts_from_weights_for_other_classes(exported, config, tmp_path, capsys):

@@ -51,9 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--target_error",
         type=float,
         metavar="SHARE",
-        help="the test error, from 0 to 1, to which seconds of training are counted, and the steps "
-        "of a sweep of batch_size; without it, what half of the settings reach, and what every "
-        "batch size reaches, in whole percent",
+        help="the error of an evaluation, from 0 to 1, to which seconds of training are counted, "
+        "and the steps of a sweep of batch_size; without it, what half of the settings reach, and "
+        "what every batch size reaches, in whole percent",
     )
     return made
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cnn_spmd.report import compare
 from cnn_spmd.report.text import Block, Heading, Paragraph, Table
 
 LEAST = 3  # batch sizes; with two, any curve of two parameters fits
@@ -72,10 +73,16 @@ class Knee(NamedTuple):
 class Scaling(NamedTuple):
     """Steps to a target by batch size; knee: None where too few reached the target."""
 
-    target: float  # test accuracy, from 0 to 1
+    target: float  # accuracy, from 0 to 1
     reason: str  # for this target
+    split: str  # of the images on which the accuracy was measured (compare.split_of)
     batches: list[Batch]
     knee: Knee | None
+
+    @property
+    def goal(self) -> str:
+        """Return the target in words: "test error of 9 %"."""
+        return f"{self.split} error of {100 * (1 - self.target):.4g} %"
 
     @property
     def steps(self) -> dict[int, int]:
@@ -121,7 +128,8 @@ def measure(sweep: dict, target_error: float | None = None) -> Scaling | None:
     else:
         target, reason = round(1 - target_error, 9), "set by --target_error"
     batches = [Batch(size, runs, reached(runs, target)) for size, runs in sorted(by_size.items())]
-    scaling = Scaling(target, reason, batches, None)
+    split = compare.split_of(run["config"] for run in sweep["runs"])
+    scaling = Scaling(target, reason, split, batches, None)
     return scaling._replace(knee=fit_knee(scaling.steps))
 
 
@@ -145,7 +153,7 @@ def whole_percent(share: float) -> float:
 
 
 def evaluations(run: dict) -> list[tuple[int, float]]:
-    """Return step and test accuracy of each evaluation of a run after step 0, in order."""
+    """Return step and accuracy of each evaluation of a run after step 0, in order."""
     rows = [row for row in run["metrics"] if row["split"] in ("eval", "final")]
     found = ((row["step"], row.get("accuracy")) for row in rows if row["step"] > 0)
     return sorted((step, accuracy) for step, accuracy in found if accuracy is not None)
@@ -210,9 +218,8 @@ def is_noise(row: dict) -> bool:
 
 def blocks(scaling: Scaling) -> list[Block]:
     """Return the section of the report: table, target, knee, noise scale, legend."""
-    error = f"{100 * (1 - scaling.target):.4g} %"
-    texts = [f"Target: a test error of {error}, {scaling.reason}.", knee_text(scaling)]
-    texts.append(noise_text(scaling))
+    target = f"Target: a {scaling.goal}, {scaling.reason}."
+    texts = [target, knee_text(scaling), noise_text(scaling)]
     hit = [batch for batch in scaling.batches if batch.reached]
     early = [f"{batch.size:,}" for batch in hit if not batch.reached[0].before]
     if early:

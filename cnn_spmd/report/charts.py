@@ -122,10 +122,10 @@ def steps_chart(sweep: dict, scaling: batch_scaling.Scaling) -> Chart:
     none = [f"{batch.size:,}" for batch in scaling.batches if not batch.reached]
     left_out = f" Left out, without a run that reached it: {', '.join(none)}." if none else ""
     caption = (
-        f"The fewest steps to a test error of {100 * (1 - scaling.target):.4g} %, both scales "
-        "logarithmic. Perfect scaling: the smallest batch's steps, divided by how many times the "
-        f"batch is larger. {compare.hardware_of(sweep)}; the best of n = {range_text(counts)} runs "
-        f"per point.{left_out}"
+        f"The fewest steps to a {scaling.goal}, both scales logarithmic. Perfect scaling: the "
+        "smallest batch's steps, divided by how many times the batch is larger. "
+        f"{compare.hardware_of(sweep)}; the best of n = {range_text(counts)} runs per point."
+        f"{left_out}"
     )
     title = "Steps to the target by batch size"
     return Chart(title, [plots.steps_to_target(scaling.steps, knee, noise)], caption)

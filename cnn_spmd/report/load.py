@@ -98,11 +98,11 @@ def bytes_on_disk(folder: pathlib.Path) -> int:
 
 
 def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
-    """Return the sweeps in `folders`, and one more that holds all lone runs.
+    """Return the sweeps in `folders`, and the lone runs as further ones.
 
     A sweep has the form of sweep.json; each run also gets `metrics` and `pictures`. notes gets a
-    line for each unfinished run and each damaged file. Raises UserError for a folder that is
-    neither a sweep nor a run.
+    line for each unfinished run and each damaged file, and for accuracies that do not compare.
+    Raises UserError for a folder that is neither a sweep nor a run.
     """
     sweeps, alone = [], []
     for folder in dict.fromkeys(folders):
@@ -119,7 +119,7 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
                 f"{folder}: holds neither a sweep (sweep.json) nor a run "
                 f"(config.json, summary.json){runfiles.instead_of(folder)}"
             )
-    return sweeps + ([sweep_of_runs(alone, notes)] if alone else [])
+    return sweeps + sweeps_of_lone_runs(alone, notes)
 
 
 def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
@@ -140,25 +140,44 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
         if run["config"].get("steps"):  # they decide; the figures have the epochs that were done
             run["config"].pop("epochs", None)
         runs.append(run | load_curves_and_pictures(folder / run["name"], notes))
+    if len({compare.split_of([run["config"]]) for run in runs}) > 1:
+        notes.append(
+            f"{path}: data.validation varies: accuracies of test and of validation images do not "
+            "compare"
+        )
     return sweep | dict(title=folder.resolve().name, runs=runs)
 
 
-def sweep_of_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> dict:
-    """Return run folders as one sweep; its settings are the fields that differ."""
+def sweeps_of_lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
+    """Return run folders as sweeps: those tested on test images, those on validation images."""
     names = [folder.resolve().name for folder in folders]
-    runs, fields, summaries = [], [], []
+    by_split: dict[str, list[tuple[dict, dict]]] = {}
     for folder, name in zip(folders, names, strict=True):
-        run = dict(name=name if names.count(name) == 1 else str(folder), seconds=None)
-        run |= load_outcome(folder, notes)
-        summary = runfiles.read_json(folder / "summary.json") if run["figures"] else None
-        if summary:
-            summaries.append(summary)
-        config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
-        run["command"] = (summary or {}).get("command") or ""  # older runs lack it
-        run["config"] = config
-        run["mesh"] = mesh_of_run(run["figures"].get("mesh"), config)
-        runs.append(run | load_curves_and_pictures(folder, notes))
-        fields.append(compared_fields(config, summary))
+        name = name if names.count(name) == 1 else str(folder)
+        run, summary = load_lone_run(folder, name, notes)
+        by_split.setdefault(compare.split_of([run["config"]]), []).append((run, summary))
+    return list(map(sweep_of_lone_runs, by_split.values()))
+
+
+def load_lone_run(folder: pathlib.Path, name: str, notes: list[str]) -> tuple[dict, dict]:
+    """Return a run as an entry of sweep.json without settings, and its summary.
+
+    The summary of an unfinished run is {}.
+    """
+    run = dict(name=name, seconds=None) | load_outcome(folder, notes)
+    summary = runfiles.read_json(folder / "summary.json") if run["figures"] else {}
+    config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
+    run["command"] = summary.get("command") or ""  # older runs lack it
+    run["config"] = config
+    run["mesh"] = mesh_of_run(run["figures"].get("mesh"), config)
+    return run | load_curves_and_pictures(folder, notes), summary
+
+
+def sweep_of_lone_runs(loaded: Sequence[tuple[dict, dict]]) -> dict:
+    """Return runs (load_lone_run) as one sweep; its settings are the fields that differ."""
+    runs = [run for run, _ in loaded]
+    summaries = [summary for _, summary in loaded if summary]
+    fields = [compared_fields(run["config"], summary) for run, summary in loaded]
     implied = implied_by_experiment(runs, fields)
     for run, own in zip(runs, fields, strict=True):
         differ = differing_fields(own, fields)
@@ -190,13 +209,16 @@ def mesh_of_run(mesh: dict | None, config: dict) -> str | None:
     return compare.mesh_name(sizes) if all(sizes) else None
 
 
-def compared_fields(config: dict, summary: dict | None) -> dict:
-    """Return the fields that distinguish a run: config, device and data."""
-    unused = () if summary and summary["dataset"] == "synthetic" else ("data.synthetic.",)
+def compared_fields(config: dict, summary: dict) -> dict:
+    """Return the fields that distinguish a run: config, device and data.
+
+    summary: {} for an unfinished run.
+    """
+    unused = () if summary.get("dataset") == "synthetic" else ("data.synthetic.",)
     hidden = (*compare.NOT_COMPARED, *unused)
     fields = {field: value for field, value in config.items() if not field.startswith(hidden)}
     for key in ("device_kind", "data_digest"):
-        if summary and summary.get(key):
+        if summary.get(key):
             fields[key] = summary[key]
     return fields
 

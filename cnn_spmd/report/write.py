@@ -14,7 +14,7 @@ def write_report(
 ) -> list[pathlib.Path]:
     """Write report.md, report.csv and report.html on all `folders` into the first.
 
-    target_error: the test error to which steps and seconds are counted; None: chosen from the runs
+    target_error: the error to which steps and seconds are counted; None: chosen from the runs
     (batch_scaling.measure, settings.target_accuracy). Prints the best setting of each sweep. Prints
     on stderr which runs are unfinished and which files are damaged. Returns the paths of the three
     files. Raises UserError for bad input, for a folder that cannot be written, and for a target
