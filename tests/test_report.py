@@ -23,10 +23,10 @@ from cnn_spmd.report import (
     canvas,
     charts,
     compare,
-    document,
     load,
     load_runs,
     plots,
+    run_tables,
     write_report,
 )
 from cnn_spmd.report import page as page_of_report
@@ -389,11 +389,11 @@ def test_speedup_is_over_one_device_of_the_same_settings_and_never_invented(tmp_
 
 
 def test_the_hidden_share_has_a_column_which_is_empty_for_older_sweeps():
-    column = document.COMPARISON_HEADER.index("hidden, %")
     older = a_run("1x2", hidden_share=None)
     del older["figures"]["hidden_share"]
     groups = compare.groups_of([a_run("2x1"), older])
-    assert [document.comparison_row(group)[column] for group in groups] == ["88", ""]
+    rows = map(run_tables.comparison_row, groups)
+    assert [row["hidden, %"] for row in rows] == ["88", ""]
 
 
 def test_predicted_steps_have_a_column_and_a_chart():
@@ -403,8 +403,8 @@ def test_predicted_steps_have_a_column_and_a_chart():
         measured = run["figures"]["step_milliseconds"]["median"]
         run["figures"]["predicted_milliseconds"] = factor and factor * measured
     groups = compare.groups_of(runs)
-    column = document.COMPARISON_HEADER.index("predicted, ms")
-    assert [bool(document.comparison_row(group)[column]) for group in groups] == [
+    rows = map(run_tables.comparison_row, groups)
+    assert [bool(row["predicted, ms"]) for row in rows] == [
         charts.predicted_and_measured(group) is not None for group in groups
     ]
     sweep = dict(runs=runs, hardware={}, devices=2)

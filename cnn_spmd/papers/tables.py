@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from cnn_spmd.papers import published
 from cnn_spmd.papers.measured import DATA, is_beside_a_paper, load_summaries
-from cnn_spmd.report import compare, document, text
+from cnn_spmd.report import compare, run_tables, text
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
 from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import runfiles
@@ -93,7 +93,7 @@ def sweep_table(groups: Sequence[dict]) -> str:
     """Return the table of one panel; accuracies where the data are no random images."""
     rows = []
     for group in groups:
-        row = dict(zip(document.COMPARISON_HEADER, document.comparison_row(group), strict=True))
+        row = run_tables.comparison_row(group)
         cells = [row["mesh"], row["parallelism"], row["n"]]
         cells.append(row["parameters and optimizer, MB per device"])
         cells += [row["images/s"], row["step, ms (p10 to p90)"], row["speedup"]]

@@ -15,6 +15,7 @@ from cnn_spmd.report import batch_scaling, compare
 # sweep of batch_per_device is about speed, one of batch_size is not.
 OF_SPEED = (*compare.NOT_THE_RECIPE, "mesh", "parallelism", "batch_per_device", "device_kind")
 MOST_NAMED = 2  # settings that a label has room to name
+MOST_VALUES = 12  # of a setting, or of a fact, that are named
 SPEED = "images_per_second"
 
 
@@ -59,6 +60,17 @@ class Overview(NamedTuple):
     metric: str
     target: float | None
     split: str
+
+    @property
+    def metric_name(self) -> str:
+        """Return what the runs are ranked by in words: "test accuracy" or "images/s"."""
+        return "images/s" if self.metric == SPEED else f"{self.split} accuracy"
+
+    def labelled(self, combination: Combination) -> dict[str, str]:
+        """Return label -> text of the value, for each setting of a combination."""
+        labels = {each.name: each.label for each in self.settings}
+        values = combination.values.items()
+        return {labels[name]: compare.value_text(value) for name, value in values}
 
 
 def overview(runs: Sequence[dict], target_error: float | None) -> Overview:
@@ -147,6 +159,14 @@ def label_of(values: dict[str, Any], settings: Sequence[Setting]) -> str:
             shown = compare.value_text(value)
             others.append(shown if names_of_label(values, settings) else f"{labels[name]} {shown}")
     return ", ".join(filter(None, [" ".join(places), *others]))
+
+
+def values_text(values: Sequence) -> str:
+    """Return values joined by commas; of many, the first and the last."""
+    texts = list(map(compare.value_text, values))
+    if len(texts) > MOST_VALUES:
+        texts = [*texts[: MOST_VALUES - 1], f"... {texts[-1]} ({len(texts)} values)"]
+    return ", ".join(texts)
 
 
 def names_of_label(values: dict[str, Any], settings: Sequence[Setting]) -> str:

@@ -3,7 +3,7 @@
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from cnn_spmd.config import flat
@@ -28,6 +28,12 @@ class Table(NamedTuple):
 
     header: list[str]
     rows: list[list[str]]
+
+
+def table_of(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Return a table of cells by column, without the columns in which every cell is empty."""
+    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    return Table(header, [[row[name] for name in header] for row in rows])
 
 
 class Commands(NamedTuple):

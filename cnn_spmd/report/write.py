@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.report import document, load, page, settings, text
+from cnn_spmd.report import best_runs, document, load, page, settings, text
 from cnn_spmd.training import runfiles
 
 
@@ -50,6 +50,6 @@ def write_report(
         except OSError as error:
             raise UserError(f"{folders[0] / name}: cannot be written: {error.strerror}") from error
     for sweep in sweeps:
-        if said := document.answer(settings.overview(sweep["runs"], target_error)):
+        if said := best_runs.answer(settings.overview(sweep["runs"], target_error)):
             print(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
     return [folders[0] / name for name in contents]

@@ -1,0 +1,164 @@
+"""Make the tables of runs: those that compare by mesh, scheme and settings, and all of them."""
+
+import statistics
+from collections.abc import Sequence
+
+from cnn_spmd.report import compare, settings, text
+from cnn_spmd.report.settings import Overview
+from cnn_spmd.report.text import Block, Heading, Paragraph, Table
+from cnn_spmd.training import runfiles
+
+# Column of comparison_row -> what it means.
+LEGEND = {
+    "n": "n is the number of runs that differ in nothing but their seed; mean ± one sample standard"
+    " deviation.",
+    "speedup": "Speedup is the throughput relative to the run on mesh 1x1 with the same batch and"
+    " settings, of the same scheme where there is one. Efficiency is the speedup divided by the"
+    " number of devices.",
+    "ring MB per step": "Ring MB is what a device sends per step if each collective is a ring.",
+    "theory": "Theory is the closed form of these bytes (Gholami et al. 2018). Where theory has a"
+    " reduce-scatter, XLA for CPUs makes an all-reduce, which sends twice as much.",
+    "hidden, %": "Hidden is the share of the communication's estimated time that the compiled"
+    " schedule can hide behind computing, on GPUs.",
+    "parameters and optimizer, MB per device": "MB are 1e6 bytes.",
+}
+# The columns that say nothing where each run has one device.
+OF_MESHES = ("speedup", "efficiency, %", "ring MB per step", "theory", "hidden, %")
+
+
+# ---- Cells
+
+
+def metric_cells(runs: Sequence[dict], names: Sequence[str], split: str) -> dict[str, str]:
+    """Return mean and deviation of metrics over runs by column; split: as of compare.split_of."""
+    group = dict(runs=runs)
+    cells = {}
+    for name in names:
+        # Older sweeps have these two outside `eval` only.
+        path = (name,) if name in ("accuracy", "loss") else ("eval", name)
+        values = compare.values(group, *path)
+        cells[compare.metric_label(name, split)] = metric_text(name, values)
+    return cells
+
+
+def metric_text(name: str, values: Sequence[float]) -> str:
+    """Return mean and deviation of a metric, in % where it is a share."""
+    if name in compare.SHARES:
+        return text.mean_and_deviation([100 * value for value in values], 2)
+    return text.mean_and_deviation(values, 4)
+
+
+def target_cell(runs: Sequence[dict], target: float | None) -> dict[str, str]:
+    """Return the seconds of training to an accuracy by column, and how many runs reached it.
+
+    {} where there is no target.
+    """
+    if target is None:
+        return {}
+    found = [settings.seconds_to(run, target) for run in runs]
+    reached = [seconds for seconds in found if seconds is not None]
+    some = f" ({len(reached)} of {len(found)})" if 0 < len(reached) < len(found) else ""
+    return {f"training to {100 * target:.4g} %, s": text.mean_and_deviation(reached, 1) + some}
+
+
+# ---- Runs compared
+
+
+def comparison_blocks(groups: Sequence[dict], overview: Overview) -> list[Block]:
+    """Return the table of groups, and the panels that have no one-device run."""
+    if not groups:
+        return []
+    metrics = runfiles.registered_metrics(run["figures"] for each in groups for run in each["runs"])
+    rows = [comparison_row(group, overview.split, metrics, overview.target) for group in groups]
+    one_device = all(group["devices"] == 1 for group in groups)
+    if one_device:
+        rows = [row | dict.fromkeys(OF_MESHES, "") for row in rows]
+    table = text.table_of(rows)
+    legend = " ".join(said for column, said in LEGEND.items() if column in table.header)
+    blocks = [Heading(3, "Runs compared"), table, Paragraph(legend)]
+    alone = dict.fromkeys(group["panel"] for group in groups if group["base"] is None)
+    if alone and not one_device:
+        blocks.append(Paragraph(f"No one-device run, so no speedup: {'; '.join(alone)}."))
+    return blocks
+
+
+def comparison_row(
+    group: dict, split: str = "test", metrics: Sequence[str] = (), target: float | None = None
+) -> dict[str, str]:
+    """Return a group's cells by column.
+
+    split, target: as of settings.Overview. metrics: the names of the registered ones.
+    """
+    gains = compare.group_speedups(group)
+    ring, theory = moved_bytes(group)
+    return {
+        "mesh": compare.mesh_name(group["mesh"]),
+        "parallelism": group["parallelism"],
+        "batch and settings": group["panel"],
+        "n": str(len(group["runs"])),
+        **metric_cells(group["runs"], ["accuracy", *metrics], split),
+        **target_cell(group["runs"], target),
+        "images/s": text.throughput(compare.values(group, "images_per_second")),
+        "step, ms (p10 to p90)": step_text(group),
+        "predicted, ms": text.optional(compare.average(group, "predicted_milliseconds"), 3),
+        "speedup": text.mean_and_deviation(gains, 2),
+        "efficiency, %": f"{100 * statistics.mean(gains) / group['devices']:.1f}" if gains else "",
+        "parameters and optimizer, MB per device": f"{held_bytes(group) / 1e6:,.1f}",
+        "ring MB per step": text.optional(ring, 1, 1e-6),
+        "theory": text.optional(theory, 1, 1e-6),
+        "hidden, %": text.optional(compare.average(group, "hidden_share"), 0, 100),
+    }
+
+
+def step_text(group: dict) -> str:
+    """Return the median, 10th and 90th percentile of a group's step time, in ms."""
+    names = ("median", "p10", "p90")
+    times = {name: compare.average(group, "step_milliseconds", name) for name in names}
+    if None in times.values():
+        return ""
+    return "{median:,.3f} ({p10:,.3f} to {p90:,.3f})".format(**times)
+
+
+def held_bytes(group: dict) -> float:
+    """Return the bytes of parameters and optimizer state per device."""
+    sizes = [run["figures"]["bytes_per_device"].values() for run in group["runs"]]
+    return statistics.mean(sum(size or 0 for size in row) for row in sizes)
+
+
+def moved_bytes(group: dict) -> tuple[float | None, float | None]:
+    """Return the ring bytes per device and step, as compiled and by the closed form."""
+    ring, theory = (
+        compare.average(group, name) for name in ("ring_bytes", "closed_form_ring_bytes")
+    )
+    micro_batches = any(run["figures"].get("dense_microbatch", 1) for run in group["runs"])
+    # Older runs, which have no closed form for the variable batch, counted one micro-batch only.
+    return (None if theory is None and micro_batches else ring), theory
+
+
+# ---- All runs
+
+
+def runs_table(runs: Sequence[dict], overview: Overview) -> Table:
+    """Return the table of all runs."""
+    metrics = runfiles.registered_metrics(run["figures"] for run in runs)
+    return text.table_of([run_row(run, metrics, overview) for run in runs])
+
+
+def run_row(run: dict, metrics: Sequence[str], overview: Overview) -> dict[str, str]:
+    """Return a run's cells by column; metrics: the names of the registered ones."""
+    figures = run["figures"]
+    times = figures.get("step_milliseconds") or {}
+    return {
+        "run": run["name"],
+        "status": run["status"],
+        **metric_cells([run], ["accuracy", "loss", *metrics], overview.split),
+        **target_cell([run], overview.target),
+        "images/s": text.throughput(compare.values(dict(runs=[run]), "images_per_second")),
+        "step, ms: p10": text.optional(times.get("p10"), 3),
+        "median": text.optional(times.get("median"), 3),
+        "p90": text.optional(times.get("p90"), 3),
+        "train, s": text.optional(figures.get("train_seconds"), 1),
+        "compile, s": text.optional(figures.get("compile_seconds"), 1),
+        "seed": str(figures.get("seed", "")),
+        "reason": run["reason"],
+    }
