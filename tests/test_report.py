@@ -19,12 +19,14 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.papers import pages, published, tables
 from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import (
+    bar_charts,
     batch_scaling,
+    batch_scaling_section,
     canvas,
-    charts,
     compare,
     load,
     load_runs,
+    mesh_charts,
     plots,
     run_tables,
     write_report,
@@ -405,10 +407,10 @@ def test_predicted_steps_have_a_column_and_a_chart():
     groups = compare.groups_of(runs)
     rows = map(run_tables.comparison_row, groups)
     assert [bool(row["predicted, ms"]) for row in rows] == [
-        charts.predicted_and_measured(group) is not None for group in groups
+        mesh_charts.predicted_and_measured(group) is not None for group in groups
     ]
     sweep = dict(runs=runs, hardware={}, devices=2)
-    chart = charts.prediction_chart(sweep, groups)
+    chart = mesh_charts.prediction_chart(sweep, groups)
     assert "Median error 15.0%, worst 20.0%." in chart.caption
     assert len(chart.pictures) == 1
 
@@ -419,7 +421,7 @@ def test_runs_that_differ_in_what_they_learn_share_a_point():
         for mesh in ("1x1", "2x1")
         for rate in (0.1, 0.2)
     ]
-    for chart in charts.mesh_charts(dict(runs=runs, hardware={}, devices=2)):
+    for chart in mesh_charts.mesh_charts(dict(runs=runs, hardware={}, devices=2)):
         assert len(chart.pictures) == 1, chart.title
         assert "n = 1 run (seeds) per point" in chart.caption
         said = "differ in optimizer.learning_rate only, the first counts." in chart.caption
@@ -557,7 +559,7 @@ def test_pictures_do_not_depend_on_the_users_settings(tmp_path, capsys):
 
 def test_a_matplotlib_that_cannot_be_imported_is_one_line(tmp_path, capsys, monkeypatch):
     """Causes are a matplotlibrc that is no text, or no folder for its cache."""
-    for name in ("canvas", "plots", "charts"):
+    for name in ("canvas", "plots", "batch_scaling_section", "document"):
         monkeypatch.delitem(sys.modules, f"cnn_spmd.report.{name}")
         monkeypatch.delattr(f"cnn_spmd.report.{name}")
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -618,7 +620,7 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
 
 
 def test_error_bars_are_the_percentiles_of_the_step_time():
-    below, above = plots.error_bars(compare.groups_of([a_run("4x2", 4000.0)]), [4000.0])
+    below, above = mesh_charts.error_bars(compare.groups_of([a_run("4x2", 4000.0)]), [4000.0])
     assert (below, above) == (
         pytest.approx([4000 - 4000 / 1.2]),
         pytest.approx([4000 / 0.9 - 4000]),
@@ -633,7 +635,7 @@ def test_no_point_is_cut_off(monkeypatch):
 
     monkeypatch.setattr(plots, "svg_with_legend", keep_limits)
     lone = a_run("1x1", 4000.0, step_milliseconds=dict(p10=31.99, median=32.0, p90=32.01))
-    plots.throughput(compare.groups_of([lone]))
+    mesh_charts.draw_throughput(compare.groups_of([lone]))
     ((bottom, top),) = seen
     assert bottom == 0
     assert top > 1.04 * 4000
@@ -641,7 +643,7 @@ def test_no_point_is_cut_off(monkeypatch):
 
 def test_step_time_split():
     def split(**more):
-        return charts.step_split(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
+        return bar_charts.step_split(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
 
     kind, parts = split(profile=PROFILE)
     assert (kind, list(parts.values())) == ("profile", [2.125, 0.625, 0.875, 0.375])
@@ -1185,7 +1187,7 @@ def test_the_knee_of_a_known_curve():
     assert knee.miss < 1e-3
     assert batch_scaling.fit_knee({64: 900, 256: 300}) is None
     with plots.style():
-        chart = plots.steps_to_target(CURVE, knee, 1234.0)
+        chart = batch_scaling_section.draw_steps(CURVE, knee, 1234.0)
     assert f"knee, {knee.batch:.0f}" in chart
     assert "noise scale, 1,234" in chart
 
@@ -1229,7 +1231,7 @@ def test_a_sweep_of_batch_sizes_has_steps_to_a_target(tmp_path, capsys):
 def scaling_of(runs, target_error=None):
     """Return the scaling of a sweep of these runs, and its section as one text."""
     scaling = batch_scaling.measure(dict(runs=runs), target_error)
-    return scaling, str(batch_scaling.blocks(scaling))
+    return scaling, str(batch_scaling_section.blocks(scaling))
 
 
 def test_a_target_that_is_not_reached_or_that_all_reach_alike():

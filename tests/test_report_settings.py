@@ -8,7 +8,7 @@ import picture_checks
 import pytest
 from test_report import a_run, change, row_of, write_run, write_sweep, written
 
-from cnn_spmd.report import setting_plots, settings, write
+from cnn_spmd.report import setting_charts, settings, write
 from cnn_spmd.training import provenance
 
 RATES, DROPOUTS, SEEDS = (0.003, 0.03, 0.3), (0.0, 0.5), (0, 1)
@@ -154,7 +154,7 @@ def test_a_scale_is_logarithmic_where_the_values_are():
         ([0.4, 0.5], False),
         ([0.01, 0.1], True),
     ):
-        assert setting_plots.is_log_spaced(values) == expected, values
+        assert setting_charts.is_log_spaced(values) == expected, values
 
 
 def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeypatch):

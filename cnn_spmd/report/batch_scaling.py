@@ -19,31 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from cnn_spmd.report import compare
-from cnn_spmd.report.text import Block, Heading, Paragraph, Table
 
 LEAST = 3  # batch sizes; with two, any curve of two parameters fits
 # The fit tries this many knees, equally spaced in the logarithm. They reach beyond the measured
 # batch sizes by OUTSIDE, so that the fit can say that the knee is not among them.
 CANDIDATES = 10_001
 OUTSIDE = 100
-HEADER = [
-    "batch",
-    "steps to the target",
-    "evaluation before, step",
-    "images to the target",
-    "speedup in steps",
-    "ideal",
-    "setting",
-    "runs that reached it",
-    "noise scale, images",
-]
-LEGEND = (
-    "For each batch size, the run that reached the target in the fewest steps counts (Shallue et "
-    "al. 2019); its setting is named. A run reaches the target somewhere between two evaluations; "
-    "the later one counts. Speedup is relative to the smallest batch that reached the target; ideal"
-    " is the ratio of the batches. A learning rate that decays until the run's end ties the steps "
-    "to the length of the run."
-)
 
 
 class Reached(NamedTuple):
@@ -211,81 +192,3 @@ def is_noise(row: dict) -> bool:
     """Return whether a line of metrics.jsonl is a whole measurement of the noise scale."""
     figures = (row.get("trace"), row.get("gradient_norm2"))
     return row["split"] == "noise" and all(isinstance(each, int | float) for each in figures)
-
-
-# ---- Blocks of the report
-
-
-def blocks(scaling: Scaling) -> list[Block]:
-    """Return the section of the report: table, target, knee, noise scale, legend."""
-    target = f"Target: a {scaling.goal}, {scaling.reason}."
-    texts = [target, knee_text(scaling), noise_text(scaling)]
-    hit = [batch for batch in scaling.batches if batch.reached]
-    early = [f"{batch.size:,}" for batch in hit if not batch.reached[0].before]
-    if early:
-        texts.append(f"The first evaluation already reached it, at batch {', '.join(early)}.")
-    return [
-        Heading(3, "Steps to a target against batch size"),
-        Table(HEADER, [row_of(scaling, batch) for batch in scaling.batches]),
-        *map(Paragraph, [*texts, LEGEND]),
-    ]
-
-
-def row_of(scaling: Scaling, batch: Batch) -> list[str]:
-    """Return a batch size's cells under HEADER."""
-    counted = f"{len(batch.reached)} of {len(batch.runs)}"
-    if not batch.reached:
-        return [f"{batch.size:,}", *[""] * 6, counted, ""]
-    smallest, most_steps = next(iter(scaling.steps.items()))
-    step, before, run = batch.reached[0]
-    others = (item for item in run["settings"].items() if item[0] != "batch_size")
-    scale = noise_scale(batch)
-    return [
-        f"{batch.size:,}",
-        f"{step:,}",
-        f"{before:,}" if before else "none",
-        f"{step * batch.size:,}",
-        f"{most_steps / step:.2f}",
-        f"{batch.size / smallest:.2f}",
-        ", ".join(f"{name}={value}" for name, value in others),
-        counted,
-        "" if scale is None else f"{scale:,.0f}",
-    ]
-
-
-def knee_text(scaling: Scaling) -> str:
-    """Say where the knee is, or why it cannot be determined."""
-    steps, knee = scaling.steps, scaling.knee
-    if knee is None:
-        return f"No knee: it takes {LEAST} batch sizes that reach the target, here {len(steps)} do."
-    miss = f"The fit misses the steps by {100 * knee.miss:.1f} % (root mean square)."
-    if knee.batch > max(steps):
-        return (
-            f"The knee cannot be determined. By the fit it lies above batch {max(steps):,}, the "
-            f"largest: the steps still fall nearly in proportion to the batch. {miss}"
-        )
-    if knee.batch < min(steps):
-        return (
-            f"The knee cannot be determined. By the fit it lies below batch {min(steps):,}, the "
-            f"smallest: no batch here scales perfectly. {miss}"
-        )
-    return (
-        f"The knee is at batch {knee.batch:,.0f}: B_crit of S = S_min (1 + B_crit / B) (McCandlish "
-        "et al. 2018). There a run needs twice the fewest possible steps, "
-        f"S_min = {knee.fewest_steps:,.0f}, and twice the fewest possible images. {miss}"
-    )
-
-
-def noise_text(scaling: Scaling) -> str:
-    """Say what the simple noise scale is, and of which batch size."""
-    if scaling.noise is None:
-        return (
-            "There is no noise scale at the target: the runs did not measure it (--noise_scale), "
-            "or noise hid the gradient."
-        )
-    size, scale = scaling.noise
-    return (
-        f"The simple noise scale tr(S) / |G|^2 is {scale:,.0f} images (McCandlish et al. 2018), "
-        f"measured in the runs of batch {size:,} at the evaluation nearest to the target. It "
-        "predicts the knee's order of magnitude."
-    )

@@ -1,17 +1,15 @@
 """Import matplotlib independently of the user's settings.
 
-Settings are MPLBACKEND, a matplotlibrc, or those of a notebook.
-
-Pictures are made without pyplot and drawn within `style`, so that no backend is ever used.
+Settings are MPLBACKEND, a matplotlibrc, or those of a notebook. Pictures are made without pyplot
+and drawn within plots.style(), so that no backend is ever used.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
 
 from cnn_spmd.errors import UserError
 
-__all__ = ["Axes", "Figure", "FontProperties", "TextPath", "style", "ticker"]
+__all__ = ["Axes", "Figure", "FontProperties", "TextPath", "matplotlib", "ticker"]
 
 # A backend that is not installed would end the import.
 _BACKEND = os.environ.pop("MPLBACKEND", None)
@@ -32,12 +30,3 @@ if _BACKEND is not None:
     # Other code of this process, such as a notebook's, may need the backend.
     with contextlib.suppress(ValueError):
         matplotlib.rcParams["backend"] = _BACKEND
-
-
-@contextlib.contextmanager
-def style(settings: Mapping[str, object]) -> Iterator[None]:
-    """Draw with these settings on top of matplotlib's own defaults."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings)
-        yield

@@ -144,6 +144,11 @@ def metric_label(name: str, split: str = "test") -> str:
     return f"{split} {name}, %" if name in SHARES else f"{split} {name}"
 
 
+def factor_of(metric: str) -> float:
+    """Return 100 for a metric that is shown in percent, otherwise 1."""
+    return 100 if metric in SHARES else 1
+
+
 def split_of(configs: Iterable[dict]) -> str:
     """Return on which images runs are evaluated: "test", "validation", or both words.
 

@@ -1,16 +1,23 @@
-"""Put a report together from its blocks."""
+"""Put a report together from its blocks.
+
+The import loads matplotlib, which takes a second and can fail (canvas.py).
+"""
 
 import base64
 import html
 from collections.abc import Sequence
 
 from cnn_spmd.report import (
-    batch_scaling,
+    batch_scaling_section,
     best_runs,
     compare,
+    curve_charts,
     facts,
+    mesh_charts,
+    plots,
     profile_tables,
     run_tables,
+    setting_charts,
     settings,
 )
 from cnn_spmd.report.text import Block, Chart, Heading, Table
@@ -34,35 +41,26 @@ def report_blocks(
 
 def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
     """Return the blocks of one sweep: what was asked, the best runs, charts, tables."""
-    # The import loads matplotlib, which takes a second and can fail (canvas.py).
-    from cnn_spmd.report import charts, plots, setting_charts
-
     runs = sweep["runs"]
     overview = settings.overview(runs, target_error)
-    scaling = batch_scaling.measure(sweep, target_error)
     with plots.style():
-        learned = setting_charts.metric_charts(runs, overview)
-        placed = charts.mesh_charts(sweep)
-        curves = setting_charts.curve_charts(runs, overview)
-        steps = [charts.steps_chart(sweep, scaling)] if scaling and scaling.steps else []
-    return [
-        Heading(2, sweep["title"]),
-        *best_runs.asked_blocks(runs, overview),
-        *best_runs.best_blocks(overview),
-        Heading(3, "Settings"),
-        facts.facts_table(sweep, overview),
-        *learned,
-        *placed,
-        *curves,
-        *run_tables.comparison_blocks(compare.groups_of(runs), overview),
-        *steps,
-        *(batch_scaling.blocks(scaling) if scaling else []),
-        *profile_tables.share_blocks(runs),
-        Heading(3, "All runs"),
-        run_tables.runs_table(runs, overview),
-        *profile_tables.kernel_blocks(runs),
-        *(chart for run in runs for chart in picture_charts(run)),
-    ]
+        return [
+            Heading(2, sweep["title"]),
+            *best_runs.asked_blocks(runs, overview),
+            *best_runs.best_blocks(overview),
+            Heading(3, "Settings"),
+            facts.facts_table(sweep, overview),
+            *setting_charts.metric_charts(runs, overview),
+            *mesh_charts.mesh_charts(sweep),
+            *curve_charts.curve_charts(runs, overview),
+            *run_tables.comparison_blocks(compare.groups_of(runs), overview),
+            *batch_scaling_section.section(sweep, target_error),
+            *profile_tables.share_blocks(runs),
+            Heading(3, "All runs"),
+            run_tables.runs_table(runs, overview),
+            *profile_tables.kernel_blocks(runs),
+            *(chart for run in runs for chart in picture_charts(run)),
+        ]
 
 
 def picture_charts(run: dict) -> list[Chart]:

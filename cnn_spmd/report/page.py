@@ -47,8 +47,8 @@ figure { margin: 0 }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)) }
 .pictures svg, .pictures img { width: 100%; max-width: 34rem; height: auto }
 figcaption { font-size: .84rem; color: var(--soft); max-width: 75em }
-/* The greys and the blue of plots.py and setting_plots.py; matplotlib writes them into each
-   element. A selector of what is in an svg element would not find what a marker uses. */
+/* The greys and the blue of the charts; matplotlib writes them into each element. A selector of
+   what is in an svg element would not find what a marker uses. */
 svg text { fill: var(--ink) }
 text[style*="fill: #555555"] { fill: var(--edge) !important }
 [style*="fill: #ffffff"] { fill: var(--paper) !important }

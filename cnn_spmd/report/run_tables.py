@@ -43,9 +43,8 @@ def metric_cells(runs: Sequence[dict], names: Sequence[str], split: str) -> dict
 
 def metric_text(name: str, values: Sequence[float]) -> str:
     """Return mean and deviation of a metric, in % where it is a share."""
-    if name in compare.SHARES:
-        return text.mean_and_deviation([100 * value for value in values], 2)
-    return text.mean_and_deviation(values, 4)
+    digits = 2 if name in compare.SHARES else 4
+    return text.mean_and_deviation([compare.factor_of(name) * value for value in values], digits)
 
 
 def target_cell(runs: Sequence[dict], target: float | None) -> dict[str, str]:

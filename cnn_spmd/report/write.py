@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.report import best_runs, document, load, page, settings, text
+from cnn_spmd.report import best_runs, load, page, settings, text
 from cnn_spmd.training import runfiles
 
 
@@ -36,6 +36,8 @@ def write_report(
             )
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
+    from cnn_spmd.report import document  # loads matplotlib, which load_runs does not need
+
     blocks = document.report_blocks(sweeps, notes, target_error)
     contents = {
         "report.md": text.as_markdown(blocks),

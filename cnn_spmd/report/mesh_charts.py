@@ -1,0 +1,263 @@
+"""Make the charts of speed by mesh and scheme: throughput, speedup, predicted steps."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from cnn_spmd.papers import published
+from cnn_spmd.report import bar_charts, captions, compare, plots, settings
+from cnn_spmd.report.canvas import Axes, Figure, ticker
+from cnn_spmd.report.text import Chart
+
+
+def mesh_charts(sweep: dict) -> list[Chart]:
+    """Return the charts of speed, bytes and memory by mesh and scheme.
+
+    Speeds are compared where meshes or schemes vary. One device alone has no chart. Runs
+    that differ in what they learn only share a point: the first of each seed stands for it.
+    """
+    runs, dropped = [], {}
+    for run in sweep["runs"]:
+        kept = {}
+        for name, value in run["settings"].items():
+            if settings.is_of_learning(name):
+                dropped.setdefault(name, set()).add(str(value))
+            else:
+                kept[name] = value
+        runs.append(run | dict(settings=kept))
+    groups = compare.groups_of(runs)
+    vary = len({(group["mesh"], group["parallelism"]) for group in groups}) > 1
+    if not vary and all(group["devices"] == 1 for group in groups):
+        return []
+    drawn = []
+    if vary:
+        drawn.append(throughput_chart(sweep, groups))
+    if vary and any(map(compare.group_speedups, groups)):
+        drawn.append(speedup_chart(sweep, groups))
+    drawn += bar_charts.bar_charts(sweep, groups)
+    if vary and any(map(predicted_and_measured, groups)):
+        drawn.append(prediction_chart(sweep, groups))
+    drawn = [chart for chart in drawn if chart.pictures]
+    if several := [name for name, values in dropped.items() if len(values) > 1]:
+        text = f" Of runs that differ in {', '.join(several)} only, the first counts."
+        drawn[0] = drawn[0]._replace(caption=drawn[0].caption + text)
+    return drawn
+
+
+# ---- Throughput
+
+
+def throughput_chart(sweep: dict, groups: list[dict]) -> Chart:
+    """Return the chart of images/s by mesh."""
+    caption = (
+        "Images/s over the steady chunks; error bars reach from the 10th to the 90th percentile of "
+        "the step time. Dashed: ideal, the fastest one-device run times the devices."
+        f"{without_base(groups)} {captions.timed_caption(sweep, groups)}"
+    )
+    return Chart("Throughput", list(map(draw_throughput, compare.panels_of(groups))), caption)
+
+
+def without_base(groups: Sequence[dict]) -> str:
+    """Return which panels have no one-device run; "" for none."""
+    alone = [
+        panel[0]["panel"]
+        for panel in compare.panels_of(groups)
+        if not any(map(compare.group_speedups, panel))
+    ]
+    if not alone:
+        return ""
+    return f" There is no one-device run, so no ideal and no speedup, with: {'; '.join(alone)}."
+
+
+def draw_throughput(groups: list[dict]) -> str:
+    """Return images/s by mesh, one marker per scheme."""
+    fig = Figure(figsize=(plots.WIDTH, 3.2))
+    axes = fig.add_subplot(title=plots.panel_title(groups[0]["panel"]), ylabel="images/s")
+    meshes = list(dict.fromkeys(group["mesh"] for group in groups))
+    draw_ideal(axes, groups, meshes)
+    schemes = plots.schemes_of(groups)
+    for number, scheme in enumerate(schemes):
+        offset = (number - (len(schemes) - 1) / 2) * 0.7 / len(schemes)
+        members = [group for group in groups if group["parallelism"] == scheme]
+        timed = [group for group in members if compare.values(group, "images_per_second")]
+        rates = [compare.average(group, "images_per_second") for group in timed]
+        colour, marker, _ = plots.SCHEMES.get(scheme, plots.OTHER)
+        axes.errorbar(
+            [meshes.index(group["mesh"]) + offset for group in timed],
+            rates,
+            yerr=error_bars(timed, rates),
+            fmt=marker,
+            color=colour,
+            markersize=5,
+            elinewidth=1,
+            capsize=2,
+            label=scheme,
+        )
+    axes.set_xticks(range(len(meshes)), list(map(compare.mesh_name, meshes)))
+    axes.set_xlim(-0.5, len(meshes) - 0.5)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.set_xlabel("mesh, data x model")
+    axes.grid(visible=False, axis="x")
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    return plots.svg_with_legend(fig, axes, "Throughput")
+
+
+def draw_ideal(axes: Axes, groups: Sequence[dict], meshes: Sequence[tuple[int, ...]]) -> None:
+    """Draw the fastest one-device run's rate times the devices, on each mesh."""
+    one_device = [group for group in groups if group["devices"] == 1]
+    rates = [compare.average(group, "images_per_second") for group in one_device]
+    rates = [rate for rate in rates if rate]
+    if rates:
+        ideal = [max(rates) * math.prod(mesh) for mesh in meshes]
+        left = [place - 0.42 for place in range(len(meshes))]
+        right = [place + 0.42 for place in range(len(meshes))]
+        axes.hlines(ideal, left, right, "#777777", "dashed", label="ideal")
+
+
+def error_bars(groups: Sequence[dict], rates: Sequence[float]) -> list[list[float]]:
+    """Return how far below and above `rates` the p90 and p10 step times lie."""
+    below, above = [], []
+    for group, rate in zip(groups, rates, strict=True):
+        slow, fast = (compare.average(group, "step_milliseconds", name) for name in ("p90", "p10"))
+        images = 1e3 * group["runs"][0]["figures"]["batch_size"]
+        below.append(max(0.0, rate - images / slow) if slow else 0.0)
+        above.append(max(0.0, images / fast - rate) if fast else 0.0)
+    return [below, above]
+
+
+# ---- Speedup
+
+
+def speedup_chart(sweep: dict, groups: list[dict]) -> Chart:
+    """Return the chart of speedups beside the published ones."""
+    curves = comparable_curves(sweep, groups)
+    panels = compare.panels_of(groups)
+    scaled = [panel for panel in panels if any(map(compare.group_speedups, panel))]
+    caption = (
+        "Throughput relative to the one-device run with the same settings, both scales "
+        "logarithmic; a line joins each scheme's fastest meshes."
+        f"{without_base(groups)}{curves_caption(curves)} {captions.timed_caption(sweep, groups)}"
+    )
+    return Chart("Speedup", [draw_speedup(panel, curves) for panel in scaled], caption)
+
+
+def comparable_curves(sweep: dict, groups: Sequence[dict]) -> dict[str, dict]:
+    """Return letter -> published curve; {} unless this is AlexNet on real devices."""
+    models = {model for group in groups for model in compare.values(group, "model")}
+    simulated = (sweep["hardware"] or {}).get("device_kind") == "cpu"
+    if simulated or not all(model.startswith("alexnet") for model in models):
+        return {}
+    return dict(zip("abcdefghij", published.CURVES, strict=False))
+
+
+def curves_caption(curves: dict[str, dict]) -> str:
+    """Return the sources of the published curves; "" for none."""
+    if not curves:
+        return ""
+    sources: dict[tuple, list[str]] = {}
+    for letter, curve in curves.items():
+        source = (curve["paper"], curve["hardware"], f"batch {curve['batch']}")
+        sources.setdefault(source, []).append(f"{letter} {curve['scheme']}")
+    texts = [f"{', '.join(letters)} ({', '.join(source)})" for source, letters in sources.items()]
+    return (
+        " Grey: published, each relative to one GPU of its own, on 224x224 images, the batch "
+        f"growing with the GPUs: {'; '.join(texts)}."
+    )
+
+
+def draw_speedup(groups: list[dict], curves: dict[str, dict]) -> str:
+    """Return speedup by devices, one line per scheme; published curves behind."""
+    fig = Figure(figsize=(plots.WIDTH, 3.6))
+    title = plots.panel_title(groups[0]["panel"])
+    axes = fig.add_subplot(title=title, xlabel="devices", ylabel="speedup")
+    scaled = [group for group in groups if compare.group_speedups(group)]
+    most = max(2, *(group["devices"] for group in scaled))
+    ends = draw_published(axes, curves, most)
+    axes.plot([1, most], [1, most], "--", color="#444444", linewidth=1, label="ideal")
+    for scheme in plots.schemes_of(scaled):
+        draw_scheme(axes, scheme, [group for group in scaled if group["parallelism"] == scheme])
+    plots.set_log2_scales(axes)
+    axes.set_xlim(0.93, most * (1.3 if curves else 1.08))
+    write_letters(axes, ends)
+    return plots.svg_with_legend(fig, axes, "Speedup")
+
+
+def draw_published(axes: Axes, curves: dict[str, dict], most: int) -> list[tuple]:
+    """Draw the curves up to `most` GPUs; return GPUs, speedup, letter of their ends."""
+    ends = []
+    for letter, curve in curves.items():
+        points = {
+            gpus: gain for gpus, gain in published.curve_speedups(curve).items() if gpus <= most
+        }
+        axes.plot(list(points), list(points.values()), color="#aaaaaa", linewidth=0.8)
+        ends.append((max(points), points[max(points)], letter))
+    return ends
+
+
+def draw_scheme(axes: Axes, scheme: str, groups: Sequence[dict]) -> None:
+    """Draw a scheme's speedups, and a line through the best on each number of devices."""
+    gains = []
+    best: dict[int, float] = {}
+    for group in groups:
+        speedups = compare.group_speedups(group)
+        devices, gain = group["devices"], sum(speedups) / len(speedups)
+        gains.append((devices, gain))
+        best[devices] = max(gain, best.get(devices, gain))
+    colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)
+    axes.plot(*zip(*gains, strict=True), marker, color=colour, markersize=5)
+    look = dict(marker=marker, color=colour, linestyle=line, markersize=5, label=scheme)
+    axes.plot(*zip(*sorted(best.items()), strict=True), **look)
+
+
+def write_letters(axes: Axes, ends: Sequence[tuple]) -> None:
+    """Write the published curves' letters at their ends, without overlaps."""
+    low, high = axes.get_ylim()
+    gap = (high / low) ** (1 / 19)
+    last = 0.0
+    for gpus, gain, letter in sorted(ends, key=lambda end: end[:2]):
+        last = max(gain, last * gap)
+        axes.annotate(letter, (gpus, last), (7, 0), color="#555555", va="center", **plots.LABEL)
+
+
+# ---- Predictions
+
+
+def prediction_chart(sweep: dict, groups: list[dict]) -> Chart:
+    """Return the chart of predicted steps beside measured ones."""
+    pairs = [predicted_and_measured(group) for group in groups]
+    errors = [abs(predicted / measured - 1) for predicted, measured in filter(None, pairs)]
+    caption = (
+        "Each point is a mesh and a scheme. On the line, the predicted step (docs/planning.md) is "
+        f"the measured median. Median error {statistics.median(errors):.1%}, worst "
+        f"{max(errors):.1%}. {captions.timed_caption(sweep, groups)}"
+    )
+    return Chart("Predicted and measured steps", [draw_predictions(groups, pairs)], caption)
+
+
+def predicted_and_measured(group: dict) -> tuple[float, float] | None:
+    """Return a group's predicted and measured milliseconds per step, None without both."""
+    predicted = compare.average(group, "predicted_milliseconds")
+    measured = compare.average(group, "step_milliseconds", "median")
+    return (predicted, measured) if predicted and measured else None
+
+
+def draw_predictions(groups: Sequence[dict], pairs: Sequence[tuple[float, float] | None]) -> str:
+    """Return predicted over measured milliseconds per step, with the line of equal ones.
+
+    pairs: predicted and measured, for each group; None where there are not both.
+    """
+    fig = Figure(figsize=(plots.WIDTH, 3.6))
+    axes = fig.add_subplot(xlabel="measured step, ms", ylabel="predicted step, ms")
+    for scheme in plots.schemes_of(groups):
+        own = [
+            pair
+            for group, pair in zip(groups, pairs, strict=True)
+            if pair and group["parallelism"] == scheme
+        ]
+        if own:
+            predicted, measured = zip(*own, strict=True)
+            axes.plot(measured, predicted, "o", markersize=5, alpha=0.7, label=scheme)
+    ends = [time for pair in pairs if pair for time in pair]
+    ends = [0.9 * min(ends), 1.1 * max(ends)]
+    axes.plot(ends, ends, "--", color="#444444", linewidth=1, label="equal")
+    return plots.svg_with_legend(fig, axes, "Predicted and measured steps")
