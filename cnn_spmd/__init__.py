@@ -14,7 +14,7 @@ _API = {
     "load_config": "cnn_spmd.experiment",
     "prepare": "cnn_spmd.training.build",
     "train": "cnn_spmd.training.loop",
-    "load_runs": "cnn_spmd.report.load",
+    "load_runs": "cnn_spmd.report.flat_runs",
 }
 __all__ = ["__version__", *_API]
 

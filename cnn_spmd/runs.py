@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from cnn_spmd import plain_table
 from cnn_spmd.config import MESH_AXES
 from cnn_spmd.errors import UserError
-from cnn_spmd.report import compare, load
+from cnn_spmd.report import compare, flat_runs, load
 from cnn_spmd.training import environment
 
 # The first columns of the CSV; every other field of a run follows.
@@ -154,7 +154,7 @@ def compared_fields(run: dict) -> dict:
         name.removeprefix(prefix): value for name, value in run.items() if name.startswith(prefix)
     }
     mesh = load.mesh_of_run({axis: run.get(f"mesh.{axis}") for axis in MESH_AXES}, config)
-    own = load.compared_fields(config, run if "dataset" in run else None)
+    own = load.compared_fields(config, run)
     return own if mesh is None else dict(mesh=mesh) | own
 
 
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2: bad input."""
     arguments = parser().parse_args(argv)
     try:
-        runs = load.load_runs(arguments.folder)
+        runs = flat_runs.load_runs(arguments.folder)
         if arguments.csv == "-":
             csv.writer(sys.stdout, lineterminator="\n").writerows(as_csv(runs))
         elif arguments.csv:
