@@ -55,8 +55,8 @@ def steps_chart(sweep: dict, scaling: Scaling) -> Chart:
     knee = scaling.knee if scaling.knee_is_measured else None
     _, noise = scaling.noise or (0, None)
     counts = {len(batch.runs) for batch in scaling.batches}
-    none = [f"{batch.size:,}" for batch in scaling.batches if not batch.reached]
-    left_out = f" Left out, without a run that reached it: {', '.join(none)}." if none else ""
+    missed = [f"{batch.size:,}" for batch in scaling.batches if not batch.reached]
+    left_out = f" Left out, without a run that reached it: {', '.join(missed)}." if missed else ""
     caption = (
         f"The fewest steps to a {scaling.goal}, both scales logarithmic. Perfect scaling: the "
         "smallest batch's steps, divided by how many times the batch is larger. "

@@ -1,4 +1,7 @@
-"""Make the charts of what runs learned by step and by time."""
+"""Make the charts of what runs learned, by step and by time.
+
+Each combination of settings has a colour and a marker, each seed a line style.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,7 @@ from cnn_spmd.training import runfiles
 MOST_POINTS = 200  # of a curve; more cannot be seen
 # The images of a curve -> "split" of the lines in metrics.jsonl.
 SPLITS = {"training": ("train",), "test": ("eval", "final")}
-SEED_LINES = ("-", "--", ":", "-.")
+SEED_LINES = ("-", "--", ":", "-.")  # line styles, one for each seed
 MOST_MARKED = 30  # points of a curve that has markers
 CURVE = dict(linewidth=1, markersize=3.5)
 Points = Sequence[tuple[float, float]]
@@ -62,20 +65,23 @@ def loss_bound(curves: Sequence[Points]) -> float | None:
 
     It is twice the highest loss of the calmest quarter of the runs. None: no loss is higher.
     """
-    highest = sorted(max(value for _, value in points) for points in curves if points)
+    highest = sorted(max(value for _, value in curve) for curve in curves if curve)
     bound = 2 * highest[(len(highest) - 1) // 4]
     return bound if highest[-1] > bound else None
 
 
 def points(run: dict, name: str, split: str) -> Points:
-    """Return step and value of a metric in a run's metrics.jsonl, at most MOST_POINTS."""
+    """Return step and value of a metric in a run's metrics.jsonl, at most MOST_POINTS.
+
+    split: a key of SPLITS.
+    """
     found = {
         row["step"]: compare.factor_of(name) * row[name]
         for row in run["metrics"]
         if row["split"] in SPLITS[split] and settings.is_number(row.get(name))
     }
-    at, size = list(found.items()), -(-len(found) // MOST_POINTS)
-    parts = [at[begin : begin + size] for begin in range(0, len(at), max(1, size))]
+    whole, size = list(found.items()), max(1, -(-len(found) // MOST_POINTS))
+    parts = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
     return [(part[-1][0], statistics.mean(value for _, value in part)) for part in parts]
 
 

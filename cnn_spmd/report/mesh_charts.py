@@ -13,18 +13,9 @@ from cnn_spmd.report.text import Chart
 def mesh_charts(sweep: dict) -> list[Chart]:
     """Return the charts of speed, bytes and memory by mesh and scheme.
 
-    Speeds are compared where meshes or schemes vary. One device alone has no chart. Runs
-    that differ in what they learn only share a point: the first of each seed stands for it.
+    Speeds are compared where meshes or schemes vary. One device alone has no chart.
     """
-    runs, dropped = [], {}
-    for run in sweep["runs"]:
-        kept = {}
-        for name, value in run["settings"].items():
-            if settings.is_of_learning(name):
-                dropped.setdefault(name, set()).add(str(value))
-            else:
-                kept[name] = value
-        runs.append(run | dict(settings=kept))
+    runs, dropped = without_learning(sweep["runs"])
     groups = compare.groups_of(runs)
     vary = len({(group["mesh"], group["parallelism"]) for group in groups}) > 1
     if not vary and all(group["devices"] == 1 for group in groups):
@@ -38,10 +29,28 @@ def mesh_charts(sweep: dict) -> list[Chart]:
     if vary and any(map(predicted_and_measured, groups)):
         drawn.append(prediction_chart(sweep, groups))
     drawn = [chart for chart in drawn if chart.pictures]
-    if several := [name for name, values in dropped.items() if len(values) > 1]:
-        text = f" Of runs that differ in {', '.join(several)} only, the first counts."
+    if dropped:
+        text = f" Of runs that differ in {', '.join(dropped)} only, the first counts."
         drawn[0] = drawn[0]._replace(caption=drawn[0].caption + text)
     return drawn
+
+
+def without_learning(runs: Sequence[dict]) -> tuple[list[dict], list[str]]:
+    """Return runs without the settings that change only what is learned.
+
+    So runs that differ in nothing else share a point, and the first of each seed stands for it.
+    Also return the names of those settings that vary.
+    """
+    kept, values = [], {}
+    for run in runs:
+        own = {}
+        for name, value in run["settings"].items():
+            if settings.is_of_learning(name):
+                values.setdefault(name, set()).add(str(value))
+            else:
+                own[name] = value
+        kept.append(run | dict(settings=own))
+    return kept, [name for name, found in values.items() if len(found) > 1]
 
 
 # ---- Throughput

@@ -161,18 +161,18 @@ def label_of(values: dict[str, Any], settings: Sequence[Setting]) -> str:
     return ", ".join(filter(None, [" ".join(places), *others]))
 
 
+def names_of_label(values: dict[str, Any], settings: Sequence[Setting]) -> str:
+    """Return the names that label_of leaves out, joined by commas; "" for none."""
+    named = [each.label for each in settings if each.name in values]
+    return ", ".join(named) if len(named) > MOST_NAMED else ""
+
+
 def values_text(values: Sequence) -> str:
     """Return values joined by commas; of many, the first and the last."""
     texts = list(map(compare.value_text, values))
     if len(texts) > MOST_VALUES:
         texts = [*texts[: MOST_VALUES - 1], f"... {texts[-1]} ({len(texts)} values)"]
     return ", ".join(texts)
-
-
-def names_of_label(values: dict[str, Any], settings: Sequence[Setting]) -> str:
-    """Return the names that label_of leaves out, joined by commas; "" for none."""
-    named = [each.label for each in settings if each.name in values]
-    return ", ".join(named) if len(named) > MOST_NAMED else ""
 
 
 # ---- Metrics
@@ -266,10 +266,10 @@ def seconds_to(run: dict, target: float) -> float | None:
 
 
 def target_accuracy(found: Sequence[Combination], target_error: float | None) -> float | None:
-    """Return 1 - target_error, or what half of the combinations reach, in percent.
+    """Return 1 - target_error, or the accuracy that half of the combinations reach.
 
-    The percent are whole. None where the images are random, and where fewer than two combinations
-    have evaluations with their seconds.
+    The latter is rounded down to whole percent. None where no combination was evaluated at known
+    seconds, or only one without a target_error, and where the images are random.
     """
     reached = []
     for combination in found:
