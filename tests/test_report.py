@@ -1,6 +1,5 @@
 """Reports on runs and sweeps have their numbers and name what is damaged."""
 
-import csv
 import errno
 import html
 import json
@@ -12,20 +11,29 @@ import sys
 
 import picture_checks
 import pytest
+from report_runs import (
+    BROKEN,
+    PROFILE,
+    RUNS,
+    a_run,
+    change,
+    fifo,
+    metrics,
+    row_of,
+    write_ranked_run,
+    write_run,
+    write_sweep,
+    written,
+)
 
 from cnn_spmd import sweep_screen
-from cnn_spmd.config import flat
-from cnn_spmd.errors import UserError
 from cnn_spmd.papers import pages, published, tables
 from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import (
     bar_charts,
-    batch_scaling,
-    batch_scaling_section,
     canvas,
     compare,
     load,
-    load_runs,
     mesh_charts,
     plots,
     run_tables,
@@ -34,263 +42,17 @@ from cnn_spmd.report import (
 from cnn_spmd.report import page as page_of_report
 from cnn_spmd.training import loop, runfiles
 
-TOP = [
-    dict(
-        name=f"kernel<{n}>" + "_long" * 10 * (n == 3),
-        milliseconds=0.5 / n,
-        count=n,
-        communication=n == 2,
-    )
-    for n in range(1, 15)
-]
-PROFILE = dict(
-    steps=20,
-    devices=8,
-    step_milliseconds=4.0,
-    compute_milliseconds=2.75,
-    communication_milliseconds=1.5,
-    exposed_milliseconds=0.875,
-    idle_milliseconds=0.375,
-    top=TOP,
-)
-
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Draw and check the pictures in this test; other tests go without, which is much faster."""
+    """Draw and check the pictures in this test; other tests go without."""
     picture_checks.check_all(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
 def _undrawn(request, monkeypatch):
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(plots, "svg", lambda fig, label: "<svg></svg>")
-
-
-def a_run(
-    mesh="1x1",
-    speed=1000.0,
-    parallelism="data",
-    batch=128,
-    seed=0,
-    *,
-    settings=None,
-    status="completed",
-    reason="",
-    **more,
-):
-    """Return an entry of sweep.json with invented numbers; batch is per device."""
-    data, model = map(int, mesh.split("x"))
-    size = batch * data * model
-    step = 1e3 * size / speed
-    figures = dict(
-        model="alexnet",
-        mesh=dict(data=data, model=model),
-        parallelism=parallelism,
-        batch_size=size,
-        images_per_second=speed,
-        step_milliseconds=dict(p10=0.9 * step, median=step, p90=1.2 * step),
-        bytes_per_device=dict(parameters=143_400_000 // model, optimizer=143_400_000 // model),
-        ring_bytes=3_000_000 * data + 70_000 * model,
-        closed_form_ring_bytes=3_100_000 * data,
-        collectives=[
-            collective("all-reduce", "data", 3_000_000 * data),
-            collective("all-gather", "model", 70_000 * model),
-        ],
-    )
-    figures |= figures_of_seed(seed)
-    settings = dict(parallelism=parallelism, batch_per_device=batch, seed=seed) | (settings or {})
-    name = ",".join([mesh, *(f"{key}={value}" for key, value in settings.items())])
-    return dict(
-        name=name,
-        mesh=mesh,
-        settings=settings,
-        status=status,
-        reason=reason,
-        command="python launch.py",
-        seconds=31.25,
-        figures=figures | more if status == "completed" else {},
-    )
-
-
-def collective(operation, axis, ring_bytes):
-    """Return a row of the collectives of a program."""
-    shared = dict(phase="backward", count=1, bytes=9)
-    return dict(operation=operation, axes=[axis], ring_bytes=ring_bytes) | shared
-
-
-def figures_of_seed(seed):
-    """Return the figures that do not depend on mesh and batch."""
-    accuracy, loss = 0.5 + 0.01 * seed, 1.25 + seed
-    return dict(
-        dataset="synthetic",
-        fallback=None,
-        seed=seed,
-        dtype="bfloat16",
-        steps=100,
-        epochs=None,
-        steady_calls=9,
-        train_seconds=12.5 + seed,
-        compile_seconds=3.25,
-        param_count=1000,
-        accuracy=accuracy,
-        loss=loss,
-        eval=dict(accuracy=accuracy, loss=loss),
-        peak_bytes=400_000_000,
-        hidden_share=0.875,
-        predicted_milliseconds=None,
-        dense_microbatch=0,
-        device_kind="NVIDIA H200",
-        processes=1,
-        profile=None,
-    )
-
-
-def metrics() -> str:
-    rows = [
-        dict(step=step, split="train", loss=2.0 - step / 100, accuracy=step / 200)
-        for step in (20, 40, 60, 80, 100)
-    ]
-    return "".join(
-        json.dumps(row) + "\n"
-        for row in [*rows, dict(step=100, split="final", loss=1.25, accuracy=0.5)]
-    )
-
-
-def write_sweep(
-    folder: pathlib.Path, runs: list[dict], device_kind="NVIDIA H200", **more
-) -> pathlib.Path:
-    folder.mkdir(parents=True)
-    hardware = dict(
-        device_kind=device_kind,
-        host_cores=32,
-        versions=dict(jax="0.11.2", python="3.11.7"),
-        commit="c" * 40,
-    )
-    sweep = (
-        dict(
-            experiment="alexnet_cifar",
-            arguments=["--config", "experiments/alexnet_cifar.py"],
-            devices=8,
-            cpu_devices=None,
-            started="2026-01-02T03:04:05+00:00",
-            hardware=hardware,
-            runs=runs,
-        )
-        | more
-    )
-    (folder / "sweep.json").write_text(json.dumps(sweep))
-    for run in runs:
-        if run["status"] == "completed":
-            (folder / run["name"]).mkdir()
-            (folder / run["name"] / "metrics.jsonl").write_text(metrics())
-    return folder
-
-
-def write_run(
-    folder: pathlib.Path,
-    mesh="1x1",
-    speed=1000.0,
-    seed=0,
-    status="completed",
-    batch_size=128,
-    rate=0.1,
-):
-    """Write a run folder with the fields that the report reads; return it."""
-    figures = a_run(mesh, speed, seed=seed)["figures"] | dict(batch_size=batch_size)
-    config = dict(
-        experiment="e",
-        seed=seed,
-        parallelism="data",
-        batch_size=batch_size,
-        mesh=figures["mesh"],
-        optimizer=dict(learning_rate=rate),
-    )
-    summary = {
-        name: value
-        for name, value in figures.items()
-        if name not in ("accuracy", "loss", "peak_bytes", "ring_bytes", "hidden_share")
-    }
-    summary |= dict(
-        experiment="e",
-        devices=8,
-        host_cores=4,
-        versions=dict(jax="0.11.2"),
-        commit="d" * 40,
-        started="now",
-        status=status,
-        config=config,
-        eval=dict(accuracy=figures["accuracy"], loss=figures["loss"]),
-    )
-    program = dict(
-        memory=dict(peak_bytes=figures["peak_bytes"]),
-        totals=dict(ring_bytes=figures["ring_bytes"]),
-        closed_form_ring_bytes=figures["closed_form_ring_bytes"],
-        overlap=dict(hidden_share=figures["hidden_share"]),
-    )
-    folder.mkdir(parents=True)
-    for name, content in dict(config=config, program=program, summary=summary).items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    (folder / "metrics.jsonl").write_text(metrics())
-    return folder
-
-
-def change(path: pathlib.Path, **fields) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def fifo(path: pathlib.Path) -> None:
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def written(capsys, *folders) -> tuple[str, str, list[dict], str]:
-    """Return report.md, report.html, the rows of report.csv, and stderr."""
-    assert report.main(list(map(str, folders))) == 0
-    printed = capsys.readouterr()
-    assert printed.out.splitlines()[-3:] == [
-        str(folders[0] / f"report.{kind}") for kind in ("md", "csv", "html")
-    ]
-    page, table = ((folders[0] / f"report.{kind}").read_text() for kind in ("html", "csv"))
-    return (
-        (folders[0] / "report.md").read_text(),
-        page,
-        list(csv.DictReader(table.splitlines())),
-        printed.err,
-    )
-
-
-def cells_of(page: str) -> list[list[str]]:
-    """Return the rows of all tables of an HTML page."""
-    return [
-        [
-            html.unescape(re.sub("<[^>]*>", "", cell))
-            for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)
-        ]
-        for row in re.findall(r"<tr>(.*?)</tr>", page)
-    ]
-
-
-def row_of(page: str, *start: str) -> list[str]:
-    rows = [row for row in cells_of(page) if row[: len(start)] == list(start)]
-    assert len(rows) == 1, (start, rows)
-    return rows[0]
-
-
-RUNS = [
-    a_run("1x1", 1000.0),
-    a_run("8x1", 5000.0, seed=0),
-    a_run("8x1", 6000.0, seed=1),
-    a_run("4x2", 7123.4, "hybrid"),
-    a_run("1x1", 250.0, batch=32),
-    a_run("8x1", 1500.5, batch=32),
-    a_run("8x1", 99.5, batch=64),
-]
-BROKEN = [
-    a_run("1x8", parallelism="two_tower", status="refused", reason="two towers | need <2> devices"),
-    a_run("2x4", status="failed", reason="RESOURCE_EXHAUSTED: out of memory"),
-    a_run("2x2", status="pending"),
-]
+        picture_checks.draw_nothing(monkeypatch)
 
 
 def test_a_sweeps_numbers_are_in_all_three_files(tmp_path, capsys):
@@ -989,20 +751,6 @@ def test_the_tables_of_a_sweep(tmp_path):
 # ---- Metrics that a user registers
 
 
-def write_ranked_run(folder, seed=0, mean_rank=2.5):
-    """Write a run whose evaluation has top5, examples and mean_rank; return it."""
-    run = write_run(folder, seed=seed)
-    evaluation = dict(accuracy=0.5, top5=0.875, loss=1.25, examples=100, mean_rank=mean_rank)
-    change(run / "summary.json", eval=evaluation, dataset="digits")
-    rows = [
-        dict(step=50, split="eval", **evaluation),
-        dict(step=100, split="final", **evaluation),
-    ]
-    with (run / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return run
-
-
 @pytest.mark.usefixtures("drawn")
 def test_a_registered_metric_is_in_every_part_of_the_report(tmp_path, capsys):
     """A column in both tables and in the CSV file, and curves of its own."""
@@ -1045,82 +793,6 @@ def test_a_metric_that_is_no_number_is_damage(tmp_path, capsys):
     assert 'eval.* is "high", expected a number' in written(capsys, run)[3]
 
 
-# ---- load_runs
-
-
-def test_load_runs_gives_one_flat_dict_per_run(tmp_path):
-    sweep = write_sweep(tmp_path / "s", [])
-    write_ranked_run(sweep / "seed=0")
-    write_run(sweep / "seed=1", "4x2", 4000.0, seed=1, rate=0.2)
-    write_run(tmp_path / "alone", status="interrupted")
-    rows = load_runs(tmp_path)
-    assert [row["folder"] for row in rows] == ["alone", "s/seed=0", "s/seed=1"]
-    assert [row["status"] for row in rows] == ["interrupted", "completed", "completed"]
-    for row in rows:
-        assert not [name for name, value in row.items() if isinstance(value, dict)]
-        assert None not in row.values()
-    last = rows[2]
-    expected = {
-        "config.optimizer.learning_rate": 0.2,
-        "config.batch_size": 128,
-        "mesh.data": 4,
-        "seed": 1,
-        "images_per_second": 4000.0,
-        "eval.accuracy": 0.51,
-        "eval.loss": 2.25,
-        "versions.jax": "0.11.2",
-        "peak_bytes": 400_000_000,
-        "ring_bytes": 3_000_000 * 4 + 70_000 * 2,
-        "closed_form_ring_bytes": 3_100_000 * 4,
-        "hidden_share": 0.875,
-    }
-    assert {name: last[name] for name in expected} == expected
-    assert rows[1]["eval.mean_rank"] == 2.5
-    assert "eval.mean_rank" not in last
-    assert "collectives" not in last
-    assert load_runs(str(tmp_path / "alone"))[0]["folder"] == "."
-
-
-def test_load_runs_keeps_every_field_of_a_summary(tmp_path):
-    run = write_run(tmp_path / "run")
-    summary = flat(json.loads((run / "summary.json").read_text()))
-    lacking = summary.keys() - load_runs(run)[0].keys()
-    assert lacking == {"collectives", *(name for name in summary if summary[name] is None)}
-
-
-def damage_both(run):
-    """Damage config.json and summary.json."""
-    for name in ("config.json", "summary.json"):
-        (run / name).write_text("{")
-
-
-def test_load_runs_says_what_is_unfinished(tmp_path):
-    """Where summary.json is damaged, config.json is read; damage costs one file only."""
-    for name, damage in (
-        ("a", lambda run: (run / "summary.json").unlink()),
-        ("b", lambda run: (run / "summary.json").write_text("{")),
-        ("c", lambda run: (run / "program.json").write_text("[]")),
-        ("d", damage_both),
-    ):
-        damage(write_run(tmp_path / name))
-    *unfinished, damaged, empty = load_runs(tmp_path)
-    for row in unfinished:
-        assert row["status"] == "unfinished"
-        assert "summary.json" in row["reason"]
-        assert row["config.optimizer.learning_rate"] == 0.1
-    assert damaged["status"] == "completed"
-    assert "ring_bytes" not in damaged
-    assert empty.keys() >= {"folder", "status", "reason", "ring_bytes"}
-    assert not [name for name in empty if name.startswith("config.")]
-
-
-def test_load_runs_refuses_a_folder_without_runs(tmp_path):
-    with pytest.raises(UserError, match=r"holds no run \(no config.json, no summary.json\)"):
-        load_runs(tmp_path)
-    with pytest.raises(UserError, match="none: does not exist"):
-        load_runs(tmp_path / "none")
-
-
 # ---- What a report needs
 
 
@@ -1154,124 +826,3 @@ def test_the_folder_of_a_refused_run_is_noted(tmp_path):
     (sweep,) = load.load_sweeps([tmp_path / "refused", tmp_path / "run"], notes)
     assert [run["name"] for run in sweep["runs"]] == ["run"]
     assert notes[0] == f"{tmp_path}/refused: is empty, as a run that was refused leaves it"
-
-
-def a_scaling_run(size, step, rate=0.1, seed=0, *, accuracy=0.914, noise=None, **more):
-    """Return a run of a sweep of batch_size that has `accuracy` at `step`, and 0.05 before.
-
-    noise: tr(S) and |G|^2 at `step`.
-    """
-    run = a_run(seed=seed, **(dict(dataset="digits") | more))
-    run["settings"] = {"batch_size": size, "optimizer.learning_rate": rate, "seed": seed}
-    run["name"] = ",".join(f"{key}={value}" for key, value in run["settings"].items())
-    rows = [
-        dict(step=step // 2, split="eval", accuracy=0.05),
-        dict(step=step, split="train", accuracy=1.0),
-        dict(step=step, split="eval", accuracy=accuracy),
-        dict(step=2 * step, split="final", accuracy=accuracy),
-    ]
-    for at, (trace, norm) in {1: (1.0, 1.0), step: noise}.items() if noise else ():
-        rows.append(dict(step=at, split="noise", trace=trace, gradient_norm2=norm))
-    return run | dict(metrics=rows, config={})
-
-
-# S = 100 (1 + 512 / B)
-CURVE = {64: 900, 256: 300, 1024: 150, 4096: 112.5}
-
-
-@pytest.mark.usefixtures("drawn")
-def test_the_knee_of_a_known_curve():
-    knee = batch_scaling.fit_knee(CURVE)
-    assert knee.batch == pytest.approx(512, rel=2e-3)
-    assert knee.fewest_steps == pytest.approx(100, rel=2e-3)
-    assert knee.miss < 1e-3
-    assert batch_scaling.fit_knee({64: 900, 256: 300}) is None
-    with plots.style():
-        chart = batch_scaling_section.draw_steps(CURVE, knee, 1234.0)
-    assert f"knee, {knee.batch:.0f}" in chart
-    assert "noise scale, 1,234" in chart
-
-
-def test_a_sweep_of_batch_sizes_has_steps_to_a_target(tmp_path, capsys):
-    """The best setting of each size counts, and the noise scale of its seeds."""
-    runs = [a_scaling_run(size, round(steps)) for size, steps in CURVE.items()]
-    runs += [
-        a_scaling_run(64, 1200, rate=0.2, noise=(9e9, 1.0)),
-        a_scaling_run(64, 1000, seed=1, noise=(300.0, 2.0)),
-        a_scaling_run(64, 950, seed=2, noise=(900.0, -1.0)),
-        a_scaling_run(256, 10, rate=0.2, accuracy=0.89),
-        a_scaling_run(1024, 10, rate=0.4, status="failed"),
-    ]
-    runs[-1]["metrics"] = []
-    folder = write_sweep(tmp_path / "s", runs)
-    for run in runs:
-        lines = "".join(json.dumps(row) + "\n" for row in run.pop("metrics"))
-        (folder / run["name"]).mkdir(exist_ok=True)
-        (folder / run["name"] / "metrics.jsonl").write_text(lines)
-    (folder / "sweep.json").write_text(
-        json.dumps(json.loads((folder / "sweep.json").read_text()) | dict(runs=runs))
-    )
-    markdown, page, *_ = written(capsys, folder)
-    setting = "optimizer.learning_rate=0.1, seed=0"
-    row = ["64", "900", "450", "57,600", "1.00", "1.00", setting, "4 of 4", "1,200"]
-    assert row_of(page, "64", "900") == row
-    row = ["1,024", "150", "75", "153,600", "6.00", "16.00", setting, "1 of 2", ""]
-    assert row_of(page, "1,024") == row
-    assert row_of(page, "256", "300")[7] == "1 of 2"
-    assert "Target: a test error of 9 %, the lowest that every batch size reaches" in markdown
-    (knee,) = re.findall(r"The knee is at batch (\d+): ", markdown)
-    assert int(knee) == pytest.approx(512, rel=0.02)  # steps are whole
-    assert "tr(S) / |G|^2 is 1,200 images" in markdown
-    assert "<h3>Steps to the target by batch size</h3>" in page
-    assert report.main([str(folder), "--target_error", "0.12"]) == 0
-    assert "error of 12 %, set by --target_error." in (folder / "report.md").read_text()
-    assert row_of((folder / "report.html").read_text(), "256", "10")
-
-
-def scaling_of(runs, target_error=None):
-    """Return the scaling of a sweep of these runs, and its section as one text."""
-    scaling = batch_scaling.measure(dict(runs=runs), target_error)
-    return scaling, str(batch_scaling_section.blocks(scaling))
-
-
-def test_a_target_that_is_not_reached_or_that_all_reach_alike():
-    runs = [a_scaling_run(size, 64_000 // size) for size in (64, 128, 256)]
-    runs.append(a_scaling_run(512, 40, accuracy=0.2))
-    scaling, text = scaling_of(runs)
-    assert scaling.target == 0.2
-    assert list(scaling.steps) == [64, 128, 256, 512]
-    assert "set by batch 512, whose best error is 80.00 %" in text
-    scaling, text = scaling_of(runs, 0.09)
-    assert list(scaling.steps) == [64, 128, 256]
-    assert "['512', '', '', '', '', '', '', '0 of 1', '']" in text
-    assert "lies above batch 256, the largest" in text  # perfect scaling
-    assert "There is no noise scale at the target" in text
-    assert "first evaluation" not in text
-    _, text = scaling_of([a_scaling_run(size, 500) for size in (64, 128, 256)], 0.09)
-    assert "lies below batch 64, the smallest" in text  # a plateau
-    _, text = scaling_of([a_scaling_run(size, 500) for size in (64, 128, 256)], 0.97)
-    assert "The first evaluation already reached it, at batch 64, 128, 256." in text
-    scaling, text = scaling_of([run | dict(config={"data.validation": 9}) for run in runs], 0.01)
-    assert "Target: a validation error of 1 %" in text
-    assert not scaling.steps
-    assert "it takes 3 batch sizes that reach the target, here 0 do" in text
-
-
-def test_only_sweeps_of_three_batch_sizes_have_steps_to_a_target(tmp_path, capsys):
-    sizes = (64, 128, 256)
-    runs = [a_scaling_run(size, 500) for size in sizes]
-    assert batch_scaling.measure(dict(runs=runs))
-    for others in (
-        runs[:2],
-        [*runs[:2], a_scaling_run(256, 500, status="refused")],
-        [*runs[:2], a_scaling_run(256, 500, model="resnet_20")],
-        [a_scaling_run(size, 500, dataset="synthetic") for size in sizes],
-    ):
-        assert batch_scaling.measure(dict(runs=others)) is None
-    folder = write_sweep(tmp_path / "s", RUNS)
-    assert "Steps to a target" not in written(capsys, folder)[0]
-    assert report.main([str(folder), "--target_error", "0.1"]) == 2
-    assert capsys.readouterr().err.startswith("error: --target_error=0.1: expected runs that ")
-    with pytest.raises(SystemExit):
-        report.main([str(folder), "--target_error", "10"])
-    assert "--target_error=10: expected a share between 0 and 1" in capsys.readouterr().err

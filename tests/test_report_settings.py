@@ -6,7 +6,7 @@ import re
 
 import picture_checks
 import pytest
-from test_report import a_run, change, row_of, write_run, write_sweep, written
+from report_runs import a_run, change, row_of, write_run, write_sweep, written
 
 from cnn_spmd.report import setting_charts, settings, write
 from cnn_spmd.training import provenance
