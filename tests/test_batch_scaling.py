@@ -86,11 +86,13 @@ def test_a_sweep_of_batch_sizes_has_steps_to_a_target(tmp_path, capsys, monkeypa
 
 def scaling_of(runs, target_error=None):
     """Return the scaling of a sweep of these runs, and its section as one text."""
-    scaling = batch_scaling.measure(dict(runs=runs), target_error)
-    return scaling, str(batch_scaling_section.blocks(scaling))
+    sweep = dict(runs=runs, hardware={}, devices=1)
+    scaling = batch_scaling.measure(sweep, target_error)
+    return scaling, str(batch_scaling_section.section(sweep, target_error))
 
 
-def test_a_target_that_is_not_reached_or_that_all_reach_alike():
+def test_a_target_that_is_not_reached_or_that_all_reach_alike(monkeypatch):
+    picture_checks.draw_nothing(monkeypatch)
     runs = [a_scaling_run(size, 64_000 // size) for size in (64, 128, 256)]
     runs.append(a_scaling_run(512, 40, accuracy=0.2))
     scaling, text = scaling_of(runs)

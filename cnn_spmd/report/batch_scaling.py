@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cnn_spmd.report import compare
-
 LEAST = 3  # batch sizes; with two, any curve of two parameters fits
 # The fit tries this many knees, equally spaced in the logarithm. They reach beyond the measured
 # batch sizes by OUTSIDE, so that the fit can say that the knee is not among them.
@@ -56,14 +54,8 @@ class Scaling(NamedTuple):
 
     target: float  # accuracy, from 0 to 1
     reason: str  # for this target
-    split: str  # of the images on which the accuracy was measured (compare.split_of)
     batches: list[Batch]
     knee: Knee | None
-
-    @property
-    def goal(self) -> str:
-        """Return the target in words: "test error of 9 %"."""
-        return f"{self.split} error of {100 * (1 - self.target):.4g} %"
 
     @property
     def steps(self) -> dict[int, int]:
@@ -109,8 +101,7 @@ def measure(sweep: dict, target_error: float | None = None) -> Scaling | None:
     else:
         target, reason = round(1 - target_error, 9), "set by --target_error"
     batches = [Batch(size, runs, reached(runs, target)) for size, runs in sorted(by_size.items())]
-    split = compare.split_of(run["config"] for run in sweep["runs"])
-    scaling = Scaling(target, reason, split, batches, None)
+    scaling = Scaling(target, reason, batches, None)
     return scaling._replace(knee=fit_knee(scaling.steps))
 
 

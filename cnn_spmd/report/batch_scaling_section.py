@@ -32,12 +32,15 @@ def section(sweep: dict, target_error: float | None) -> list[Block]:
     scaling = batch_scaling.measure(sweep, target_error)
     if scaling is None:
         return []
-    return [*([steps_chart(sweep, scaling)] if scaling.steps else []), *blocks(scaling)]
+    split = compare.split_of(run["config"] for run in sweep["runs"])
+    goal = f"{split} error of {100 * (1 - scaling.target):.4g} %"
+    charts = [steps_chart(sweep, scaling, goal)] if scaling.steps else []
+    return [*charts, *blocks(scaling, goal)]
 
 
-def blocks(scaling: Scaling) -> list[Block]:
-    """Return the section of the report: table, target, knee, noise scale, legend."""
-    target = f"Target: a {scaling.goal}, {scaling.reason}."
+def blocks(scaling: Scaling, goal: str) -> list[Block]:
+    """Return table, target, knee, noise scale and legend; goal: "test error of 9 %"."""
+    target = f"Target: a {goal}, {scaling.reason}."
     texts = [target, knee_text(scaling), noise_text(scaling)]
     hit = [batch for batch in scaling.batches if batch.reached]
     early = [f"{batch.size:,}" for batch in hit if not batch.reached[0].before]
@@ -50,15 +53,15 @@ def blocks(scaling: Scaling) -> list[Block]:
     ]
 
 
-def steps_chart(sweep: dict, scaling: Scaling) -> Chart:
-    """Return the chart of steps to the target by batch size."""
+def steps_chart(sweep: dict, scaling: Scaling, goal: str) -> Chart:
+    """Return the chart of steps to the target by batch size; goal: as for blocks."""
     knee = scaling.knee if scaling.knee_is_measured else None
     _, noise = scaling.noise or (0, None)
     counts = {len(batch.runs) for batch in scaling.batches}
     missed = [f"{batch.size:,}" for batch in scaling.batches if not batch.reached]
     left_out = f" Left out, without a run that reached it: {', '.join(missed)}." if missed else ""
     caption = (
-        f"The fewest steps to a {scaling.goal}, both scales logarithmic. Perfect scaling: the "
+        f"The fewest steps to a {goal}, both scales logarithmic. Perfect scaling: the "
         "smallest batch's steps, divided by how many times the batch is larger. "
         f"{compare.hardware_of(sweep)}; the best of n = {captions.range_text(counts)} runs per "
         f"point.{left_out}"
