@@ -101,11 +101,11 @@ def groups_of(runs: list[dict]) -> list[dict]:
 
     ordered = sorted(groups.values(), key=place)
     for group in ordered:
-        group["base"] = _base_of(group, ordered)
+        group["base"] = base_of(group, ordered)
     return ordered
 
 
-def _base_of(group: dict, groups: list[dict]) -> dict | None:
+def base_of(group: dict, groups: list[dict]) -> dict | None:
     """Return the one-device group that a group's speedup is relative to."""
     bases = [
         other for other in groups if other["panel"] == group["panel"] and other["devices"] == 1

@@ -4,6 +4,7 @@ Shapes: K filters, H height, W width, C channels. Draw within plots.style().
 """
 
 import bisect
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -51,13 +52,21 @@ def filter_block(filters_KHWC: np.ndarray) -> np.ndarray:
     return block
 
 
-def prediction_bars(data: Dataset, predicted: list[dict]) -> Figure:
-    """Return test images in two columns, each with bars of its class probabilities."""
-    rows = -(-len(predicted) // 2)
-    fig = Figure(figsize=(plots.WIDTH, 1.05 * rows))
-    grid = fig.subplots(rows, 4, squeeze=False, width_ratios=[1, 1.5, 1, 1.5])
+def blank_grid(rows: int, row_height: float, ratios: Sequence[float]) -> tuple[Figure, np.ndarray]:
+    """Return a picture and its parts [rows, columns], without axes.
+
+    row_height: in inches. ratios: of the columns' widths.
+    """
+    fig = Figure(figsize=(plots.WIDTH, row_height * rows))
+    grid = fig.subplots(rows, len(ratios), squeeze=False, width_ratios=ratios)
     for axes in grid.flat:
         axes.axis("off")
+    return fig, grid
+
+
+def prediction_bars(data: Dataset, predicted: list[dict]) -> Figure:
+    """Return test images in two columns, each with bars of its class probabilities."""
+    fig, grid = blank_grid(-(-len(predicted) // 2), 1.05, [1, 1.5, 1, 1.5])
     for row, (picture, bars) in zip(predicted, grid.reshape(-1, 2), strict=False):
         label = data.class_names[row["label"]]
         show_image(
@@ -81,11 +90,7 @@ def draw_probabilities(axes: Axes, data: Dataset, row: dict) -> None:
 def neighbour_rows(data: Dataset, near: list[dict]) -> Figure:
     """Return one row per test image: the image itself, and its neighbours."""
     most = max(len(row["train_images"]) for row in near)
-    fig = Figure(figsize=(plots.WIDTH, 0.78 * len(near)))
-    ratios = [1, 0.15, *[1] * most]
-    grid = fig.subplots(len(near), 2 + most, squeeze=False, width_ratios=ratios)
-    for axes in grid.flat:
-        axes.axis("off")
+    fig, grid = blank_grid(len(near), 0.78, [1, 0.15, *[1] * most])
     for row, (picture, _, *others) in zip(near, grid, strict=True):
         image, label = data.test_images[row["test_image"]], data.class_names[row["label"]]
         show_image(picture, image, label, 0.12, weight="bold", fontsize=7)

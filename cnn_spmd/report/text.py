@@ -1,13 +1,8 @@
-"""Write a report as text: its blocks, numbers in words, Markdown and CSV."""
+"""Hold the blocks of a report, numbers as text, and write blocks as Markdown."""
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-
-from cnn_spmd.config import flat
-from cnn_spmd.report import compare
 
 
 class Heading(NamedTuple):
@@ -68,7 +63,7 @@ def throughput(images_per_second: Sequence[float]) -> str:
     )
 
 
-def optional(value: float | None, digits: int, factor: float = 1.0) -> str:
+def number(value: float | None, digits: int, factor: float = 1.0) -> str:
     """Return factor * value as text; "" for None."""
     return "" if value is None else f"{factor * value:,.{digits}f}"
 
@@ -97,45 +92,3 @@ def as_markdown(blocks: Sequence[Block]) -> str:
             case Commands(lines):
                 parts.append("\n".join(["```bash", *lines, "```"]))
     return "\n\n".join([*parts, "The charts are in [report.html](report.html).\n"])
-
-
-def as_csv(sweeps: Sequence[dict]) -> str:
-    """Return one row per run, as CSV: numbers in full, dotted names."""
-    rows = [row for sweep in sweeps for row in _csv_rows(sweep)]
-    buffer = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def _csv_rows(sweep: dict) -> list[dict]:
-    groups = {
-        compare.group_key(group["runs"][0]): group for group in compare.groups_of(sweep["runs"])
-    }
-    meshes_vary = len({group["mesh"] for group in groups.values()}) > 1
-    rows = []
-    for run in sweep["runs"]:
-        row = dict(folder=sweep["title"])
-        row |= {name: run[name] for name in ("name", "status", "reason", "seconds", "command")}
-        row |= flat(dict(settings=run["settings"]) | _plain_figures(run["figures"]))
-        rate = run["figures"].get("images_per_second")
-        if run["status"] == "completed" and rate and meshes_vary:
-            group = groups[compare.group_key(run)]
-            if group["base"] is not None:
-                row["speedup"] = rate / compare.average(group["base"], "images_per_second")
-                row["efficiency"] = row["speedup"] / group["devices"]
-        rows.append(row)
-    return rows
-
-
-def _plain_figures(figures: dict) -> dict:
-    """Return a run's figures without lists: ring bytes by operation, no kernels."""
-    plain = dict(figures)
-    for row in plain.pop("collectives", None) or ():
-        name = f"ring_bytes.{row['operation']}"
-        plain[name] = plain.get(name, 0) + row["ring_bytes"]
-    profile = dict(plain.get("profile") or {})
-    profile.pop("top", None)
-    return plain | dict(profile=profile)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.report import best_runs, load, page, settings, text
+from cnn_spmd.report import best_runs, load, page, run_csv, settings, text
 from cnn_spmd.training import runfiles
 
 
@@ -22,18 +22,8 @@ def write_report(
     """
     notes: list[str] = []
     sweeps = load.load_sweeps(folders, notes)
-    runs = [run for sweep in sweeps for run in sweep["runs"]]
     if target_error is not None:
-        if not any(map(settings.is_evaluated, runs)):
-            raise UserError(
-                f"--target_error={target_error:g}: expected runs that were evaluated, on a data "
-                "set that is not synthetic"
-            )
-        if not any(map(settings.timed_evaluations, runs)):
-            notes.append(
-                f"--target_error={target_error:g}: no run has two evaluations with their seconds "
-                "(eval.every_epochs), so no column has the seconds to it"
-            )
+        check_target(target_error, [run for sweep in sweeps for run in sweep["runs"]], notes)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     from cnn_spmd.report import document  # loads matplotlib, which load_runs does not need
@@ -41,7 +31,7 @@ def write_report(
     blocks = document.report_blocks(sweeps, notes, target_error)
     contents = {
         "report.md": text.as_markdown(blocks),
-        "report.csv": text.as_csv(sweeps),
+        "report.csv": run_csv.as_csv(sweeps),
         "report.html": page.as_html(blocks),
     }
     for name, content in contents.items():
@@ -55,3 +45,17 @@ def write_report(
         if said := best_runs.answer(settings.overview(sweep["runs"], target_error)):
             print(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
     return [folders[0] / name for name in contents]
+
+
+def check_target(target_error: float, runs: Sequence[dict], notes: list[str]) -> None:
+    """Raise UserError for a target that no run can have; note where the seconds are unknown."""
+    if not any(map(settings.is_evaluated, runs)):
+        raise UserError(
+            f"--target_error={target_error:g}: expected runs that were evaluated, on a data set "
+            "that is not synthetic"
+        )
+    if not any(map(settings.timed_evaluations, runs)):
+        notes.append(
+            f"--target_error={target_error:g}: no run has two evaluations with their seconds "
+            "(eval.every_epochs), so no column has the seconds to it"
+        )
