@@ -186,6 +186,16 @@ def test_test_images_are_chosen_by_the_seed():
     assert [len(indices) for indices in pictures.choose_images(3, 4)] == [4, 4]
 
 
+def test_captions_name_the_images():
+    row = dict(width=48)
+    for title, caption in (
+        pictures.predictions_caption([row], "validation"),
+        pictures.neighbours_caption([row], "validation"),
+    ):
+        assert "alidation image" in caption
+        assert "est image" not in title + caption
+
+
 def test_few_classes_and_images_are_drawn(config):
     """Three classes, long names, and fewer images than there is room for."""
     data = dataclasses.replace(build.prepare(config).data, class_names=("a", "b" * 40, "$c_1$"))

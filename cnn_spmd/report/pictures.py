@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cnn_spmd import config as configs
 from cnn_spmd.data.streaming import Streamed
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import drawings, plots
@@ -44,9 +45,10 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> list[pat
     with restore.locked(folder):
         setup, state, *_ = restore.on_one_device(folder, data_dir)
         shown_T, compared_T = choose_images(setup.config.seed, len(setup.data.test_images))
+        split = configs.evaluated_split(setup.config)
         terminal.say(
             f"Comparing {len(setup.data.train_images):,} training images of {setup.data.name} with "
-            f"{len(compared_T)} test images."
+            f"{len(compared_T)} {split} images."
         )
         predicted = predictions(setup, state, shown_T)
         near = neighbours(setup, state, compared_T)
@@ -60,8 +62,8 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> list[pat
             }
             captions = {
                 "filters.png": filters_caption(kernel_name, filters_KHWC.shape, towers),
-                "top5.png": predictions_caption(predicted),
-                "neighbours.png": neighbours_caption(near),
+                "top5.png": predictions_caption(predicted, split),
+                "neighbours.png": neighbours_caption(near, split),
             }
             source = f"{setup.config.model.name} after step {int(state.step)}, {setup.data.name}."
             rows = [
@@ -101,20 +103,20 @@ def filters_caption(kernel_name: str, shape: tuple[int, ...], towers: int) -> tu
     )
 
 
-def predictions_caption(predicted: list[dict]) -> tuple[str, str]:
-    """Return title and caption of the most probable classes."""
-    return "Test images and their most probable classes", (
-        f"{len(predicted)} test images, the label above each, and its most probable classes with "
-        "their probabilities in %; the right class is orange and bold."
+def predictions_caption(predicted: list[dict], split: str) -> tuple[str, str]:
+    """Return title and caption of the most probable classes; split: "test" or "validation"."""
+    return f"{split.capitalize()} images and their most probable classes", (
+        f"{len(predicted)} {split} images, the label above each, and its most probable classes "
+        "with their probabilities in %; the right class is orange and bold."
     )
 
 
-def neighbours_caption(near: list[dict]) -> tuple[str, str]:
-    """Return title and caption of the nearest neighbours."""
+def neighbours_caption(near: list[dict], split: str) -> tuple[str, str]:
+    """Return title and caption of the nearest neighbours; split: "test" or "validation"."""
     return "Nearest neighbours", (
-        f"Test images (left), and for each the training images whose {near[0]['width']} activations"
-        " before the output layer are nearest (Euclidean distance), with their labels. Labels of"
-        " another class than the test image's are in italics."
+        f"{split.capitalize()} images (left), and for each the training images whose "
+        f"{near[0]['width']} activations before the output layer are nearest (Euclidean distance), "
+        f"with their labels. Labels of another class than the {split} image's are in italics."
     )
 
 
