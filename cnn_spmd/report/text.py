@@ -63,7 +63,7 @@ def throughput(images_per_second: Sequence[float]) -> str:
     )
 
 
-def number(value: float | None, digits: int, factor: float = 1.0) -> str:
+def optional(value: float | None, digits: int, factor: float = 1.0) -> str:
     """Return factor * value as text; "" for None."""
     return "" if value is None else f"{factor * value:,.{digits}f}"
 
