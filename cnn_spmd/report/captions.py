@@ -17,7 +17,7 @@ def timed_caption(sweep: dict, groups: list[dict]) -> str:
 
 
 def compiled_caption(sweep: dict, groups: list[dict]) -> str:
-    """Return the same for a chart of what the compiled program says."""
+    """Return the same, for a chart of what a compiled program holds or moves."""
     count = count_text(groups, chunks=False)
     left_out = left_out_text(sweep["runs"])
     return (
