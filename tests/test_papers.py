@@ -12,7 +12,22 @@ from conftest import ROOT
 
 from cnn_spmd.config import flat
 from cnn_spmd.papers import __main__ as command
-from cnn_spmd.papers import headline, measured, pages, pictures, published, tables
+from cnn_spmd.papers import (
+    batches,
+    beside,
+    cifar10,
+    depth,
+    headline,
+    layout,
+    measured,
+    meshes,
+    pages,
+    pictures,
+    predictions,
+    programs,
+    published,
+    rates,
+)
 from cnn_spmd.report import compare
 from cnn_spmd.sharding.table import TABLE
 from experiments import owt_imagenet, resnet_cifar
@@ -251,13 +266,13 @@ def test_table_6_of_residual_networks_is_in_its_experiment():
 @pytest.mark.parametrize(("name", "make"), pages.PAGES.items())
 def test_pages_are_what_the_results_say(name, make):
     page = (ROOT / "results" / name).read_text()
-    assert page == make(), f"out of date: {pages.COMMAND}"
-    assert f"`{pages.COMMAND}`" in page.split("\n\n")[1]
+    assert page == make(), f"out of date: {layout.COMMAND}"
+    assert f"`{layout.COMMAND}`" in page.split("\n\n")[1]
 
 
 def test_a_short_run_for_the_speed_has_no_row_of_its_own():
-    assert list(measured.DATA.glob(f"*{tables.ALONE}-*.json"))
-    assert tables.ALONE not in tables.results_table("cifar10")
+    assert list(measured.DATA.glob(f"*{measured.ALONE}-*.json"))
+    assert measured.ALONE not in cifar10.results_table("cifar10")
 
 
 def test_no_page_is_left_over():
@@ -275,7 +290,7 @@ def test_pages_fit_a_screen(name):
 
 
 def test_every_published_figure_is_on_the_papers_page():
-    page = pages.papers_page()
+    page = beside.page()
     for title, rows in measured.measured_tables().items():
         assert f"## {title}\n" in page
         for row in rows:
@@ -287,34 +302,34 @@ def test_every_published_figure_is_on_the_papers_page():
 
 def test_pictures_are_what_the_results_say():
     runs = measured.load_single_runs()
-    assert (ROOT / "results" / "depth.svg").read_text() == pictures.depth(runs)
-    batches = ROOT / "results" / pages.LARGE_BATCHES
-    if tables.large_batch_errors(runs):
-        assert batches.read_text() == pictures.large_batches(runs)
+    assert (ROOT / "results" / "depth.svg").read_text() == pictures.accuracy_by_depth(runs)
+    picture = ROOT / "results" / batches.LARGE_BATCHES
+    if batches.large_batch_errors(runs):
+        assert picture.read_text() == pictures.error_by_batch(runs)
     else:
-        assert not batches.exists()
+        assert not picture.exists()
 
 
 def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
-    assert not pages.residual_section(measured.load_single_runs(tmp_path))
+    assert not depth.residual_section(measured.load_single_runs(tmp_path))
     size = dict(param_count=269_722, images_per_second=1e4, steps=64_000, batch_size=128)
     write(tmp_path, "resnet_cifar_20", accuracy=0.91, **size)
     write(tmp_path, "resnet_cifar_20", seed=1, accuracy=0.93, **size)
     write(tmp_path, "resnet_20", **size)  # another experiment
-    table = pages.residual_section(measured.load_single_runs(tmp_path))[2]
+    table = depth.residual_section(measured.load_single_runs(tmp_path))[2]
     first = (
         "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 819 ± 0 | 10,000 ± 0 |"
     )
     assert table.splitlines()[2:] == [first]
     write(tmp_path, "resnet_cifar_20_alone", **size | dict(images_per_second=2e4, steps=3000))
-    table = pages.residual_section(measured.load_single_runs(tmp_path))[2]
+    table = depth.residual_section(measured.load_single_runs(tmp_path))[2]
     first = "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 410 | 20,000 |"
     assert table.splitlines()[2:] == [first]
     for layers in (110, 32, 44, 56):
         write(tmp_path, f"resnet_cifar_{layers}", **size)
     for layers in (56, 44, 32, 20):
         write(tmp_path, f"resnet_cifar_plain_{layers}", accuracy=0.9 - layers / 1e3, **size)
-    rows = pages.residual_section(measured.load_single_runs(tmp_path))[2].splitlines()[2:]
+    rows = depth.residual_section(measured.load_single_runs(tmp_path))[2].splitlines()[2:]
     assert rows[0] == first
     assert rows[4].startswith("| ResNet-110 | 269,722 | 1.7 | 1 x H100 | 1 | 6.61 | 25.00 |")
     assert rows[8].startswith("| plain-56 | 269,722 |  | 1 x H100 | 1 |  | 15.60 |")
@@ -327,7 +342,7 @@ def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
 
 
 def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
-    assert not pages.large_batch_section(measured.load_single_runs(tmp_path))
+    assert not batches.large_batch_section(measured.load_single_runs(tmp_path))
 
     def add(variant, batch, accuracy, rate=1, **more):
         config = dict(batch_size=batch, rate=rate)
@@ -336,7 +351,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
 
     add("cifar_linear", 128, 0.75)
     add("cifar_linear", 8192, 0.5, rate=2)
-    section = pages.large_batch_section(measured.load_single_runs(tmp_path))
+    section = batches.large_batch_section(measured.load_single_runs(tmp_path))
     assert section[2].splitlines() == [
         "| data | network, rule | n | batch 128 | batch 8192 |",
         "|---|---|---|---|---|",
@@ -349,7 +364,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     # Two rates: each run is compared with the one of its own rate.
     add("cifar_linear", 128, 0.625, rate=2)
     runs = measured.load_single_runs(tmp_path)
-    assert pages.large_batch_section(runs)[2].splitlines()[2:] == [
+    assert batches.large_batch_section(runs)[2].splitlines()[2:] == [
         "| CIFAR-10 | AlexNet, linear | 2/1 | 31.25 ± 8.84 |  |  | 50.00 |",
         "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |",
         "| CIFAR-10 | AlexNet-BN, lars | 1 |  |  | 12.50 |  |",
@@ -358,22 +373,22 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
         ["12.8", "12.50 (50.00 - 37.50)", "1", "", "1 x H100"]
     ]
-    picture = pictures.large_batches(runs)
+    picture = pictures.error_by_batch(runs)
     for text in ("AlexNet-BN, larc", "AlexNet, linear", "Imagenette", "8,192"):
         assert f">{text}<" in picture
 
 
 def test_a_program_of_an_older_version_has_no_hidden_share():
-    run = tables.load_programs()[0]
+    run = programs.load_programs()[0]
     run.pop("overlap", None)
     newer = run | dict(overlap=dict(hidden_share=0.125), closed_form_ring_bytes=None)
     in_flight = newer | dict(overlap=dict(hidden_share=0.5), in_flight=4)
-    for programs, closed_form, hidden in (
+    for compiled, closed_form, hidden in (
         ([run], run["closed_form_ring_bytes"] / 1e6, "-"),
         ([newer], None, "12"),
         ([newer, in_flight], None, "12 (50)"),
     ):
-        ((_, table),) = tables.program_tables(programs).items()
+        ((_, table),) = programs.program_tables(compiled).items()
         (row,) = ([cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:])
         assert row[-3:-1] == ["-" if closed_form is None else f"{closed_form:.1f}", hidden]
 
@@ -387,7 +402,7 @@ def test_the_schemes_side_by_side(tmp_path):
     ]
     failed = dict(mesh="1x2", figures={})
     (tmp_path / "sweep.json").write_text(json.dumps(dict(runs=[*sweep, failed])))
-    table = tables.schemes_table(tables.load_programs(), tmp_path)
+    table = programs.schemes_table(programs.load_programs(), tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert [row[0] for row in rows] == list(TABLE)
     on_one_axis = [row[0] for row in rows if row[2] == "8x1"]
@@ -414,7 +429,7 @@ def test_the_headline_goes_between_readmes_markers():
 
 def test_readmes_headline_is_what_the_results_say():
     readme = (ROOT / "README.md").read_text()
-    assert headline.with_headline(readme) == readme, f"out of date: {pages.COMMAND}"
+    assert headline.with_headline(readme) == readme, f"out of date: {layout.COMMAND}"
 
 
 def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys):
@@ -432,7 +447,7 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     assert written == [
         *(str(results / name) for name in made),
         str(results / "depth.svg"),
-        str(results / pages.DEVICES),
+        str(results / predictions.DEVICES),
         str(tmp_path / "README.md"),
     ]
     assert headline.headline_table() in (tmp_path / "README.md").read_text()
@@ -441,7 +456,7 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     # There is a picture of large batches as soon as there is a run.
     runs.append(run | dict(experiment="large_batch_cifar_lars"))
     assert command.main(["--write"]) == 0
-    assert capsys.readouterr().out.strip() == str(results / pages.LARGE_BATCHES)
+    assert capsys.readouterr().out.strip() == str(results / batches.LARGE_BATCHES)
 
 
 # ---- Any run
@@ -574,11 +589,11 @@ def test_the_command_of_an_older_sweep():
     run = dict(mesh="1x1", settings=dict(batch_per_device=32, parallelism="data"))
     other = dict(mesh="2x1", settings=dict(batch_per_device=64, parallelism="data"))
     sweep = dict(arguments=["--config", "e.py"], runs=[run, other])
-    assert tables.sweep_command(sweep) == (
+    assert meshes.sweep_command(sweep) == (
         "python launch.py --config e.py --mesh 1x1,2x1 --batch_per_device 32,64"
         " --sweep parallelism=data"
     )
-    assert tables.sweep_command(sweep | dict(command="c")) == "c"
+    assert meshes.sweep_command(sweep | dict(command="c")) == "c"
 
 
 def test_learning_rates_on_known_runs():
@@ -587,7 +602,7 @@ def test_learning_rates_on_known_runs():
         return dict(experiment="deeper_a", config=config, eval=dict(accuracy=accuracy))
 
     runs = [run(0.1, 0.5), run(0.02, 0.6), run(0.1, 0.7)]
-    made = tables.rates_table(runs, "deeper_", lambda run: f"{run['eval']['accuracy']}")
+    made = rates.rates_table(runs, "deeper_", lambda run: f"{run['eval']['accuracy']}")
     assert made.splitlines()[0] == "| variant | rate 0.02 | rate 0.1 |"
     assert made.splitlines()[2:] == ["| a | 0.6 | 0.5; 0.7 |"]
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from cnn_spmd.papers import tables
+from cnn_spmd.papers import cifar10
 from cnn_spmd.papers.measured import DATA
 
 
@@ -121,10 +121,10 @@ def test_table_on_known_runs(tmp_path):
         "i.json", experiment="cuda_convnet_80sec", dataset="cifar10"
     )  # in the papers' table instead
     write("j.json", experiment="cuda_convnet_80sec", dataset="digits")
-    assert tables.results_table("digits", tmp_path).splitlines()[2:] == [
+    assert cifar10.results_table("digits", tmp_path).splitlines()[2:] == [
         "| cuda_convnet_80sec | 2 x GPU | 1x2 hybrid | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
     ]
-    assert tables.results_table("d", tmp_path).splitlines()[2:] == [
+    assert cifar10.results_table("d", tmp_path).splitlines()[2:] == [
         "| e | 2 x GPU | 2x1 hybrid | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
         "| e | 2 x GPU | 1x2 hybrid | 7.5 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
         "| e | 2 x GPU | 1x2 hybrid | 60 | 2 | 91.00 ± 1.41 | 11.0 ± 1.4 | 1.0 | 1,000 ± 0 |",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.papers import measured, pages
+from cnn_spmd.papers import beside, measured, pages
 from cnn_spmd.training import environment
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--beside: expected a RUN with it")
     try:
         if arguments.runs:
-            print(pages.runs_page(arguments.runs, arguments.beside), end="")
+            print(beside.runs_page(arguments.runs, arguments.beside), end="")
         elif arguments.write:
             print(*pages.write_pages(), sep="\n")
         else:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
 
             runs = measured.load_summaries(measured.DATA / "claims")
-            picture.write_text(pictures.depth(runs))
+            picture.write_text(pictures.accuracy_by_depth(runs))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,7 @@
 
 import re
 
-from cnn_spmd.papers import measured, tables
+from cnn_spmd.papers import measured, programs, pytorch
 from cnn_spmd.papers.measured import DATA
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
@@ -72,18 +72,18 @@ def speed_text() -> str:
     """Return images/s at batch 128 on one H100, and the ratio to PyTorch's."""
     timings = runfiles.read_json(DATA / "speed" / "h100-x1.json")["batches"]
     batch = next(row for row in timings if row["batch_per_gpu"] == 128)
-    ours, peer = (tables.fastest(batch[side], 1)["images_per_second"] for side in ("ours", "peer"))
+    ours, peer = (pytorch.fastest(batch[side], 1)["images_per_second"] for side in ("ours", "peer"))
     return f"{ours:,} images/s, {ours / peer:.2f} times PyTorch"
 
 
 def bytes_row() -> list[str]:
     """Return for how many GPUs hybrid was compiled, and how far its bytes are from theory."""
-    programs = [run for run in tables.load_programs() if run["parallelism"] == "hybrid"]
-    programs = [run for run in programs if run["compiler"]["platform"] != "cpu"]
+    compiled = [run for run in programs.load_programs() if run["parallelism"] == "hybrid"]
+    compiled = [run for run in compiled if run["compiler"]["platform"] != "cpu"]
     away = max(
-        abs(run["totals"]["ring_bytes"] / run["closed_form_ring_bytes"] - 1) for run in programs
+        abs(run["totals"]["ring_bytes"] / run["closed_form_ring_bytes"] - 1) for run in compiled
     )
-    devices = [run["devices"] for run in programs]
+    devices = [run["devices"] for run in compiled]
     return [
         f"`hybrid` compiled for {min(devices)} to {max(devices)} H100s: bytes sent",
         f"within {100 * away:.1f} % of the closed form",

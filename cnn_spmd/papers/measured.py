@@ -21,6 +21,8 @@ from cnn_spmd.training import runfiles
 
 DATA = pathlib.Path(__file__).parents[2] / "results" / "data"
 TRAINING_ERROR = 0.25  # figure 1 of AlexNet's paper
+# Ends the experiment's name of a short run that was alone on its GPU and measures only the speed.
+ALONE = "_alone"
 
 # What the tables read of each run, besides what a figure measures.
 NEEDED = ("experiment", "seed", "dataset", "device_kind", "devices", "mesh", "epochs", "host_cores")

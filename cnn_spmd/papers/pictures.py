@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from cnn_spmd.papers import tables
+from cnn_spmd.papers import batches, depth
 from cnn_spmd.report import plots
 from cnn_spmd.report.canvas import Axes, Figure, ticker
 
@@ -12,20 +12,20 @@ RULES = {"linear": ("#0072B2", "o"), "lars": ("#D55E00", "s"), "larc": ("#009E73
 NETWORKS = {"AlexNet": "-", "AlexNet-BN": "--"}
 
 
-def depth(runs: Sequence[dict]) -> str:
-    """Return the accuracies of tables.depth_table as a picture."""
+def accuracy_by_depth(runs: Sequence[dict]) -> str:
+    """Return the accuracies of depth.depth_table as a picture."""
     networks = []
-    for name, same in tables.runs_by_depth(runs).items():
+    for name, same in depth.runs_by_depth(runs).items():
         label = f"{name}\n{same[0]['param_count'] / 1e6:.1f} M"
         accuracies = [100 * run["eval"]["accuracy"] for run in same]
-        networks.append((label, tables.DEEPER[name][0], accuracies))
+        networks.append((label, depth.DEEPER[name][0], accuracies))
     with plots.style():
         return plots.depth(networks)
 
 
-def large_batches(runs: Sequence[dict]) -> str:
-    """Return the errors of tables.large_batch_table as a picture, one part per data set."""
-    errors = tables.large_batch_errors(runs)
+def error_by_batch(runs: Sequence[dict]) -> str:
+    """Return the errors of batches.large_batch_table as a picture, one part per data set."""
+    errors = batches.large_batch_errors(runs)
     data = list(dict.fromkeys(name for name, *_ in errors))
     with plots.style():
         fig = Figure(figsize=(plots.WIDTH, 0.6 + 2.6 * len(data)))
@@ -35,7 +35,7 @@ def large_batches(runs: Sequence[dict]) -> str:
         return plots.svg_with_legend(fig, column[0], "Test error by batch size")
 
 
-def devices(predictions: Sequence[dict]) -> str:
+def speed_by_devices(predictions: Sequence[dict]) -> str:
     """Return images/s per GPU, relative to one GPU: a line per scheme, a part per batch."""
     batches = list(dict.fromkeys(row["batches"] for row in predictions))
     with plots.style():

@@ -1,11 +1,47 @@
-"""Make the tables of results/startup.md: start-up, sweeps, streaming."""
+"""Make results/startup.md: what a user waits for."""
 
 import statistics
 from collections.abc import Sequence
 
+from cnn_spmd.papers.layout import HEAD, commands, hardware, joined
 from cnn_spmd.papers.measured import DATA
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
+
+
+def page() -> str:
+    """Return the page on what a user waits for."""
+    measured = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
+    return joined(
+        "# From the command to the result",
+        HEAD,
+        """`python launch.py --config experiments/alexnet_cifar.py` on CIFAR-10, which is unpacked
+        already. The first step is the end of the first chunk (97 steps), after the start of the
+        process. Caches are those of XLA's programs and kernels; result and sweep found theirs
+        filled. All commands ran one after another on one machine.""",
+        waiting_table(),
+        f"""A run of the sweep took {run_overhead(measured):.1f} s beyond its
+        steps (median). The 12 runs are 4 learning rates x 3 seeds. {hardware()}""",
+        "## Where the time goes",
+        """Seconds after the command. Stages overlap: threads read the data, start the device, take
+        its memory, compile and copy, while Python imports and traces.
+        [running](../docs/running.md) says what each stage is.""",
+        stages_table(measured),
+        "## Streamed images",
+        """AlexNet in bfloat16 on images of 256x256, cropped to 224x224: either all images are on
+        the device, or the host streams those of each chunk. Medians of three.""",
+        streaming_table(),
+        commands(
+            "Commands",
+            (
+                "DIR holds the folder cifar-10-batches-bin.",
+                [
+                    "python benchmarks/startup.py --data_dir DIR",
+                    "python benchmarks/streaming.py",
+                ],
+            ),
+        ),
+    )
 
 
 def load(kind: str) -> list[dict]:
