@@ -13,11 +13,11 @@ from conftest import ROOT
 from cnn_spmd.config import flat
 from cnn_spmd.papers import __main__ as command
 from cnn_spmd.papers import (
-    batches,
     beside,
     cifar10,
     depth,
     headline,
+    large_batches,
     layout,
     measured,
     meshes,
@@ -303,8 +303,8 @@ def test_every_published_figure_is_on_the_papers_page():
 def test_pictures_are_what_the_results_say():
     runs = measured.load_single_runs()
     assert (ROOT / "results" / "depth.svg").read_text() == pictures.accuracy_by_depth(runs)
-    picture = ROOT / "results" / batches.LARGE_BATCHES
-    if batches.large_batch_errors(runs):
+    picture = ROOT / "results" / large_batches.PICTURE
+    if large_batches.errors_of(runs):
         assert picture.read_text() == pictures.error_by_batch(runs)
     else:
         assert not picture.exists()
@@ -342,40 +342,127 @@ def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
 
 
 def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
-    assert not batches.large_batch_section(measured.load_single_runs(tmp_path))
+    assert not large_batches.results_section(measured.load_single_runs(tmp_path), [])
 
     def add(variant, batch, accuracy, rate=1, **more):
-        config = dict(batch_size=batch, rate=rate)
+        config = dict(batch_size=batch, optimizer=dict(learning_rate=rate))
         fields = dict(epochs=100.0, batch_size=batch, config=config) | more
         write(tmp_path, f"large_batch_{variant}", accuracy=accuracy, **fields)
 
     add("cifar_linear", 128, 0.75)
     add("cifar_linear", 8192, 0.5, rate=2)
-    section = batches.large_batch_section(measured.load_single_runs(tmp_path))
+    search = measured.load_single_runs(tmp_path)
+    section = large_batches.results_section(search, search)
     assert section[2].splitlines() == [
         "| data | network, rule | n | batch 128 | batch 8192 |",
         "|---|---|---|---|---|",
         "| CIFAR-10 | AlexNet, linear | 1 | 25.00 | 50.00 |",
     ]
-    assert section[3] == "Measured on 1 x H100."
+    best = "Learning rates are the best of [rates.md](rates.md#large-batches)"
+    assert section[3] == f"Measured on 1 x H100. {best}."
+    assert "Imagenette was not run in these batches." in section
     for rule in ("larc", "lars"):
         add(f"cifar_{rule}_bn", 1024, 0.875)
     add("imagenette_lars", 512, 0.75, dataset="imagenette")
     # Two rates: each run is compared with the one of its own rate.
     add("cifar_linear", 128, 0.625, rate=2)
+    add("cifar_linear", 8192, 0.5, seed=1, status="non-finite", eval=None)
     runs = measured.load_single_runs(tmp_path)
-    assert batches.large_batch_section(runs)[2].splitlines()[2:] == [
-        "| CIFAR-10 | AlexNet, linear | 2/1 | 31.25 ± 8.84 |  |  | 50.00 |",
+    section = large_batches.results_section(runs, search)
+    assert section[2].splitlines()[2:] == [
+        "| CIFAR-10 | AlexNet, linear | 2 | 31.25 ± 8.84 |  |  | 50.00; 1 diverged |",
         "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |",
         "| CIFAR-10 | AlexNet-BN, lars | 1 |  |  | 12.50 |  |",
         "| Imagenette | AlexNet, lars | 1 |  | 25.00 |  |  |",
     ]
+    assert "AlexNet, linear at batch 128; CIFAR-10, AlexNet, linear at batch 8,192" in section[3]
+    assert "Imagenette was not run in these batches." not in section
     assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
         ["12.8", "12.50 (50.00 - 37.50)", "1", "", "1 x H100"]
     ]
     picture = pictures.error_by_batch(runs)
     for text in ("AlexNet-BN, larc", "AlexNet, linear", "Imagenette", "8,192"):
         assert f">{text}<" in picture
+
+
+def test_what_is_claimed_of_large_batches_on_known_errors():
+    """A claim holds or not by the mean; near the margin, and of one run, it is not certain."""
+    errors = {
+        ("CIFAR-10", setting, batch): own
+        for setting, batch, own in (
+            ("AlexNet, linear", 128, [10.0, 10.2]),
+            ("AlexNet, linear", 4096, [10.4, 10.9]),
+            ("AlexNet, linear", 8192, [12.0, None]),  # 12 and 90
+            ("AlexNet-BN, linear", 128, [10.0]),
+            ("AlexNet-BN, linear", 8192, [60.0]),
+            ("AlexNet, lars", 128, [10.0, 10.0]),
+            ("AlexNet, lars", 4096, [10.09, 10.11]),
+            ("AlexNet, lars", 8192, [11.1, 11.1]),
+        )
+    }
+    table = large_batches.claims_paragraphs(errors)[-1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[0].removeprefix("linear: batch ") for row in rows[:3]] == [
+        "4,096 costs accuracy",
+        "8,192 costs accuracy",
+        "8,192 costs less with batch norm",
+    ]
+    assert [row[1:] for row in rows] == [
+        ["4.5", "+0.55 ± 0.27", "yes, not certain"],
+        ["12.8", "+40.90 ± 39.00", "yes, not certain"],
+        ["2.2 instead of 14", "-9.10", "no, not certain"],
+        ["no loss", "not measured", ""],
+        ["no loss", "+0.10 ± 0.01", "yes"],
+        ["no loss", "+1.10 ± 0.00", "no"],
+    ]
+
+
+def test_steps_to_a_target_of_large_batches():
+    """Only with the metrics of runs of three batches; those of the fastest seed count."""
+    runs = []
+    for batch, steps in ((128, 40), (1024, 20), (4096, 20)):
+        metrics = [dict(step=step, split="eval", accuracy=0.855 - 1 / step) for step in (20, 40)]
+        metrics = [row for row in metrics if row["step"] <= steps]
+        noise = dict(step=40, split="noise", trace=30.0, gradient_norm2=0.01)
+        run = dict(experiment="large_batch_cifar_lars", seed=0, model="a", dataset="cifar10")
+        runs.append(run | dict(batch_size=batch, status="completed", metrics=[*metrics, noise]))
+    table = large_batches.steps_paragraphs(runs)[-1]
+    assert table.splitlines()[2] == (
+        "| CIFAR-10, AlexNet, lars | 20 | 20 | 20 | 20 | - | 3,000 (batch 128) |"
+    )
+    assert not large_batches.steps_paragraphs(runs[:2])
+    runs[0].pop("metrics")
+    assert not large_batches.steps_paragraphs(runs)
+
+
+def test_the_search_of_rates_for_large_batches():
+    """Rows are batches. The best is bold; a run that diverged is never the best."""
+
+    def run(batch, rate, accuracy, **more):
+        config = dict(optimizer=dict(learning_rate=rate), data=dict(validation=5000))
+        run = dict(experiment="large_batch_cifar_lars_bn", batch_size=batch, config=config, seed=0)
+        where = dict(device_kind="NVIDIA H200", devices=1, epochs=30.0)
+        return run | where | dict(status="completed", eval=dict(accuracy=accuracy)) | more
+
+    diverged = run(1024, 0.4, 0.9, status="non-finite", epochs=2.0)
+    runs = [run(1024, 0.2, 0.5), run(1024, 0.1, 0.75), diverged, run(128, 0.2, 0.75)]
+    runs += [run(128, 0.4, 0.8), run(128, 0.1, 0.7), run(8192, 0.1, 0.1, status="non-finite")]
+    assert not large_batches.search_section([])
+    _, text, title, table, closed = large_batches.search_section(runs)
+    assert "Error in % on 5,000 images" in text
+    assert title == "### AlexNet-BN, lars"
+    assert table.splitlines() == [
+        "| batch | rate 0.1 | rate 0.2 | rate 0.4 | best rate |",
+        "|---|---|---|---|---|",
+        "| 128 | 30.00 | 25.00 | **20.00** | 0.4, the largest tried |",
+        "| 1,024 | **25.00** | 50.00 | diverged | 0.1, the smallest tried |",
+        "| 8,192 | diverged |  |  | none |",
+    ]
+    command = " ".join(closed.replace("\\\n", "").split())
+    assert (
+        ":lars_bn --config.epochs=30 --config.data.validation=5000 --sweep"
+        " batch_size=128,1024,8192 --sweep optimizer.learning_rate=0.1,0.2,0.4 ```" in command
+    )
 
 
 def test_a_program_of_an_older_version_has_no_hidden_share():
@@ -456,7 +543,7 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     # There is a picture of large batches as soon as there is a run.
     runs.append(run | dict(experiment="large_batch_cifar_lars"))
     assert command.main(["--write"]) == 0
-    assert capsys.readouterr().out.strip() == str(results / batches.LARGE_BATCHES)
+    assert capsys.readouterr().out.strip() == str(results / large_batches.PICTURE)
 
 
 # ---- Any run

@@ -2,18 +2,13 @@
 
 from collections.abc import Sequence
 
-from cnn_spmd.papers import measured, published
+from cnn_spmd.papers import large_batches, measured, published
 from cnn_spmd.papers.layout import HEAD, SEEDS, commands, hardware, joined
 from cnn_spmd.papers.measured import DATA
-from cnn_spmd.report import compare
-from cnn_spmd.report.text import markdown_table, mean_and_deviation
 
-LARGE_BATCHES = "large_batches.svg"
 # Experiment, without _variable -> the name of its data in the table.
 BATCH_DATA = {"owt_cifar": "CIFAR-10", "owt_imagenette": "Imagenette"}
 RATES = {1.0: "k", 0.5: "sqrt(k)"}
-# Part of an experiment's name -> the name of its data in the table.
-LARGE_BATCH_DATA = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
 
 
 def page() -> str:
@@ -45,37 +40,8 @@ def page() -> str:
                 ],
             ),
         ),
-        *large_batch_section(measured.load_single_runs()),
+        *large_batches.results_section(measured.load_single_runs(), large_batches.load_search()),
     )
-
-
-def large_batch_section(runs: Sequence[dict]) -> list[str]:
-    """Return the section on batches of up to 8,192; [] without such runs."""
-    table = large_batch_table(runs)
-    if not table:
-        return []
-    machines = {
-        compare.machine(run) for run in runs if run["experiment"].startswith("large_batch_")
-    }
-    launch = "python launch.py --config experiments/large_batch_cifar.py:lars"
-    return [
-        "## Batches of up to 8,192",
-        """Test error in % by network, rule and batch (`experiments/large_batch_cifar.py`). You et
-        al. 2017 (arXiv 1708.03888) claim for AlexNet on ImageNet: accuracy falls from 57.6% at
-        256 to 53.1% at 4K and 44.8% at 8K, if the learning rate grows with the batch after a
-        warm-up. Batch norm reduces the gap at 8K from 14 points to 2.2. With LARS nothing is
-        lost up to 8K.""",
-        table,
-        f"Measured on {', '.join(sorted(machines))}.",
-        f"![Test error by batch size]({LARGE_BATCHES})",
-        commands(
-            "Command",
-            (
-                "The same for the other variants.",
-                [f"{launch} --sweep batch_size=128,1024,4096,8192 --sweep seed=0,1,2"],
-            ),
-        ),
-    ]
 
 
 def batch_table(runs: Sequence[dict], paper: dict[tuple[str, int], float] | None = None) -> str:
@@ -95,7 +61,7 @@ def batch_table(runs: Sequence[dict], paper: dict[tuple[str, int], float] | None
             rate = RATES[run["config"]["optimizer"]["scaling"]]
             key = (data, f"{rate}, {dense}", run["batch_size"])
             errors.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
-    return errors_table(errors, "rate times, dense batch")
+    return large_batches.errors_table(errors, "rate times, dense batch")
 
 
 def published_batch_errors() -> dict[tuple[str, int], float]:
@@ -105,38 +71,3 @@ def published_batch_errors() -> dict[tuple[str, int], float]:
         dense = "128" if dense_batch == 128 and gpus > 1 else "as large"
         errors[dense, 128 * gpus] = error
     return errors
-
-
-def errors_table(errors: dict[tuple[str, str, int], list[float]], setting_name: str) -> str:
-    """Return errors in % by data, setting and batch, a column for each batch."""
-    batches = sorted({batch for *_, batch in errors})
-    rows = []
-    for data, setting in dict.fromkeys((data, setting) for data, setting, _ in errors):
-        found = [errors.get((data, setting, batch), []) for batch in batches]
-        counts = dict.fromkeys(str(len(row)) for row in found if row)
-        means = (mean_and_deviation(row, 2) for row in found)
-        rows.append([data, setting, "/".join(counts), *means])
-    header = ["data", setting_name, "n", *(f"batch {batch}" for batch in batches)]
-    return markdown_table(header, rows)
-
-
-def large_batch_errors(runs: Sequence[dict]) -> dict[tuple[str, str, int], list[float]]:
-    """Return data, "network, rule" and batch -> errors in %.
-
-    The runs are those of experiments/large_batch_cifar.py, whose experiments are named
-    large_batch_cifar_lars_bn, large_batch_imagenette_linear, ...
-    """
-    errors: dict[tuple[str, str, int], list[float]] = {}
-    for run in runs:
-        if run["experiment"].startswith("large_batch_"):
-            data, rule, *bn = run["experiment"].removeprefix("large_batch_").split("_")
-            network = "AlexNet-BN" if bn else "AlexNet"
-            key = (LARGE_BATCH_DATA[data], f"{network}, {rule}", run["batch_size"])
-            errors.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
-    return dict(sorted(errors.items()))
-
-
-def large_batch_table(runs: Sequence[dict]) -> str:
-    """Return large_batch_errors as a table; "" without runs."""
-    errors = large_batch_errors(runs)
-    return errors_table(errors, "network, rule") if errors else ""

@@ -63,15 +63,16 @@ def load_summaries(folder: pathlib.Path) -> list[dict]:
 def load_summary(path: pathlib.Path, metrics: pathlib.Path) -> dict:
     """Return a summary without the fields that are null.
 
-    Where the file `metrics` exists, the summary gets epochs_to_error: the number of epochs to
-    TRAINING_ERROR, or None where it was not reached.
+    Where the file `metrics` exists, the summary gets its lines as `metrics`, and epochs_to_error:
+    the number of epochs to TRAINING_ERROR, or None where it was not reached.
     """
     run = {name: value for name, value in runfiles.read_json(path).items() if value is not None}
     if metrics.exists():
+        run["metrics"] = runfiles.read_metrics_rows(metrics)
         run["epochs_to_error"] = None
         if run["epochs"] >= 1:  # within less, steps_to_error finds nothing
             per_epoch = round(run["steps"] / run["epochs"])
-            steps = steps_to_error(runfiles.read_metrics_rows(metrics), TRAINING_ERROR, per_epoch)
+            steps = steps_to_error(run["metrics"], TRAINING_ERROR, per_epoch)
             run["epochs_to_error"] = steps and steps / per_epoch
     return run
 
@@ -220,7 +221,8 @@ def measured_rows(figure: PublishedFigure, runs: Sequence[dict]) -> list[Measure
     groups: dict[tuple, list[tuple[dict, ...]]] = {}
     for run in runs:
         pair = with_control(figure, run, runs) if matches(figure.where, run) else ()
-        if pair and all(MEASURES[figure.measure][1] in member for member in pair):
+        field = MEASURES[figure.measure][1]
+        if pair and all(field in member or diverged(member) for member in pair):
             key = (compare.machine(run), str(run["mesh"]), compare.recipe(run))
             groups.setdefault(key, []).append(pair)
     published = figure.published
@@ -238,6 +240,11 @@ def measured_rows(figure: PublishedFigure, runs: Sequence[dict]) -> list[Measure
         row = (figure.name, published, *measured_cells(figure, pairs), machine, own_command)
         rows.append(MeasuredRow(*row, figure.source))
     return rows
+
+
+def diverged(run: dict) -> bool:
+    """Return whether a run ended because its loss or its weights became infinite or NaN."""
+    return run.get("status") == "non-finite"
 
 
 def matches(where: dict, run: dict) -> bool:
@@ -265,9 +272,11 @@ def with_control(figure: PublishedFigure, run: dict, runs: Sequence[dict]) -> tu
 def measured_cells(figure: PublishedFigure, pairs: Sequence[tuple[dict, ...]]) -> list[str]:
     """Return measured, n, and measured minus published, of with_control's tuples."""
     digits, _, measure = MEASURES[figure.measure]
-    values = [value for value in (tuple(map(measure, pair)) for pair in pairs) if None not in value]
+    found = [tuple(None if diverged(run) else measure(run) for run in pair) for pair in pairs]
+    values = [value for value in found if None not in value]
+    missing = "not reached" if figure.measure == "epochs" else "diverged"
     if not values:
-        return ["not reached", "0", ""]
+        return [missing, "0", ""]
     numbers, means = [first for first, *_ in values], ""
     if figure.control:
         ratio = figure.measure == "epochs"
@@ -276,7 +285,7 @@ def measured_cells(figure: PublishedFigure, pairs: Sequence[tuple[dict, ...]]) -
         means = f" ({first:.{digits}f} {'/' if ratio else '-'} {second:.{digits}f})"
     missed = len(pairs) - len(values)
     measured = mean_and_deviation(numbers, digits) + means
-    measured += f"; {missed} not reached" if missed else ""
+    measured += f"; {missed} {missing}" if missed else ""
     difference = ""
     if not isinstance(figure.published, str):
         difference = f"{statistics.mean(numbers) - figure.published:+,.{digits}f}"

@@ -18,6 +18,7 @@ from cnn_spmd.papers import (
     cifar10,
     depth,
     headline,
+    large_batches,
     measured,
     meshes,
     predictions,
@@ -66,8 +67,8 @@ def write_pages() -> list[pathlib.Path]:
     texts[RESULTS / predictions.DEVICES] = pictures.speed_by_devices(
         predictions.devices_predictions()
     )
-    if batches.large_batch_errors(runs):
-        texts[RESULTS / batches.LARGE_BATCHES] = pictures.error_by_batch(runs)
+    if large_batches.errors_of(runs):
+        texts[RESULTS / large_batches.PICTURE] = pictures.error_by_batch(runs)
     texts[readme] = headline.with_headline(readme.read_text())
     changed = [
         path for path, text in texts.items() if not path.exists() or path.read_text() != text

@@ -1,9 +1,10 @@
 """Draw the pictures of results/ as SVG. This loads matplotlib, which the tables do not need."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
-from cnn_spmd.papers import batches, depth
+from cnn_spmd.papers import depth, large_batches
 from cnn_spmd.report import plots
 from cnn_spmd.report.canvas import Axes, Figure, ticker
 
@@ -24,8 +25,8 @@ def accuracy_by_depth(runs: Sequence[dict]) -> str:
 
 
 def error_by_batch(runs: Sequence[dict]) -> str:
-    """Return the errors of batches.large_batch_table as a picture, one part per data set."""
-    errors = batches.large_batch_errors(runs)
+    """Return the errors of large_batches.errors_table as a picture, one part per data set."""
+    errors = large_batches.errors_of(runs)
     data = list(dict.fromkeys(name for name, *_ in errors))
     with plots.style():
         fig = Figure(figsize=(plots.WIDTH, 0.6 + 2.6 * len(data)))
@@ -67,20 +68,22 @@ def per_device(row: dict) -> float:
     return row["batch_size"] / row["predicted_milliseconds"] / row["devices"]
 
 
-def draw_errors(axes: Axes, data: str, errors: dict[tuple[str, str, int], list[float]]) -> None:
+def draw_errors(axes: Axes, data: str, errors: large_batches.Errors) -> None:
     """Draw the errors on a data set: a line through each setting's means, a dot per run.
 
-    Settings without runs on this data set get an empty line, for the legend.
+    Settings without runs on this data set get an empty line, for the legend. A batch at which a
+    run diverged has no mean.
     """
     for setting in dict.fromkeys(setting for _, setting, _ in errors):
         network, rule = setting.split(", ")
         colour, marker = RULES[rule]
         look = dict(color=colour, marker=marker, markersize=4)
         own = {key[2]: row for key, row in errors.items() if key[:2] == (data, setting)}
-        means = list(map(statistics.mean, own.values()))
+        means = [math.nan if None in row else statistics.mean(row) for row in own.values()]
         axes.plot(list(own), means, linestyle=NETWORKS[network], label=setting, **look)
         for batch, row in own.items():
-            axes.plot([batch] * len(row), row, linestyle="", alpha=0.4, **look)
+            finite = [error for error in row if error is not None]
+            axes.plot([batch] * len(finite), finite, linestyle="", alpha=0.4, **look)
     axes.set_title(data)
     axes.set_ylabel("test error, %")
     axes.set_xlabel("batch")

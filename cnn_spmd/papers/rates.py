@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from cnn_spmd.papers import large_batches
 from cnn_spmd.papers.layout import HEAD, commands, hardware, joined
 from cnn_spmd.papers.measured import DATA
 from cnn_spmd.report.text import markdown_table
@@ -47,6 +48,7 @@ def page() -> str:
                 ],
             ),
         ),
+        *large_batches.search_section(large_batches.load_search()),
     )
 
 

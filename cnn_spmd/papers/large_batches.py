@@ -1,0 +1,307 @@
+"""Make the sections on batches of up to 8,192 (experiments/large_batch_cifar.py).
+
+results/rates.md has the search of learning rates, of results/data/rates/large_batch_cifar.json.
+results/batches.md has the runs at the rates found, of results/data/claims/. Errors are in %; a run
+whose loss or weights became infinite or NaN has none: it diverged.
+"""
+
+import collections
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from cnn_spmd.papers import measured, published
+from cnn_spmd.papers.layout import commands
+from cnn_spmd.papers.measured import DATA
+from cnn_spmd.report import batch_scaling, compare
+from cnn_spmd.report.text import markdown_table, mean_and_deviation
+from cnn_spmd.training import runfiles
+
+PICTURE = "large_batches.svg"
+EXPERIMENTS = "large_batch_"  # begins their names: large_batch_cifar_lars_bn, ...
+CIFAR = f"{EXPERIMENTS}cifar_"
+LAUNCH = "python launch.py --config experiments/large_batch_cifar.py"
+# Part of an experiment's name -> the name of its data in the table.
+DATA_NAMES = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
+# A batch that adds at most so many points to the error costs nothing; ours, as no paper says it.
+MARGIN = 0.5
+GUESSING = 90.0  # the error of a guess among ten classes, at which a diverged run counts
+
+# Data, "network, rule" and batch -> the errors of its runs; None where one diverged.
+Errors = dict[tuple[str, str, int], list[float | None]]
+# The same by batch and learning rate, of one network and rule.
+Search = dict[int, dict[float, list[float | None]]]
+
+
+def of_large_batches(runs: Iterable[dict]) -> list[dict]:
+    """Return the runs of experiments/large_batch_cifar.py."""
+    return [run for run in runs if run["experiment"].startswith(EXPERIMENTS)]
+
+
+def names_of(experiment: str) -> tuple[str, str]:
+    """Return the data, and "network, rule", of an experiment's name."""
+    data, rule, *bn = experiment.removeprefix(EXPERIMENTS).split("_")
+    return DATA_NAMES[data], f"{'AlexNet-BN' if bn else 'AlexNet'}, {rule}"
+
+
+def error_of(run: dict) -> float | None:
+    """Return the error of a run's last evaluation; None where it diverged."""
+    return None if measured.diverged(run) else 100 * (1 - run["eval"]["accuracy"])
+
+
+def errors_of(runs: Sequence[dict]) -> Errors:
+    """Return the errors of the runs of large batches, in the order of the table."""
+    errors = collections.defaultdict(list)
+    for run in of_large_batches(runs):
+        errors[*names_of(run["experiment"]), run["batch_size"]].append(error_of(run))
+    return dict(sorted(errors.items()))
+
+
+def errors_table(errors: Errors, setting_name: str) -> str:
+    """Return errors by data, setting and batch, a column for each batch."""
+    batches = sorted({batch for *_, batch in errors})
+    rows = []
+    for data, setting in dict.fromkeys((data, setting) for data, setting, _ in errors):
+        found = [errors.get((data, setting, batch), []) for batch in batches]
+        counts = dict.fromkeys(str(len(row)) for row in found if row)
+        rows.append([data, setting, "/".join(counts), *map(errors_text, found)])
+    header = ["data", setting_name, "n", *(f"batch {batch}" for batch in batches)]
+    return markdown_table(header, rows)
+
+
+def errors_text(errors: Sequence[float | None]) -> str:
+    """Return the mean and deviation of errors, and how many runs diverged."""
+    finite = [error for error in errors if error is not None]
+    diverged = len(errors) - len(finite)
+    if not diverged:
+        return mean_and_deviation(finite, 2)
+    return f"{mean_and_deviation(finite, 2)}; {diverged} diverged" if finite else "diverged"
+
+
+# ---- The search of learning rates
+
+
+def load_search() -> list[dict]:
+    """Return the runs of the search; [] where it is not made."""
+    path = DATA / "rates" / "large_batch_cifar.json"
+    return runfiles.read_json(path)["runs"] if path.exists() else []
+
+
+def by_rate(runs: Iterable[dict]) -> dict[str, Search]:
+    """Return the errors of a search by experiment, batch and learning rate, in order."""
+    found: dict = {}
+    for run in sorted(runs, key=lambda run: (run["experiment"], run["batch_size"], rate_of(run))):
+        batches = found.setdefault(run["experiment"], {})
+        errors = batches.setdefault(run["batch_size"], {})
+        errors.setdefault(rate_of(run), []).append(error_of(run))
+    return found
+
+
+def rate_of(run: dict) -> float:
+    """Return the config's learning rate, which is that of batch 128."""
+    return run["config"]["optimizer"]["learning_rate"]
+
+
+def best_rate(errors: dict[float, list[float | None]]) -> float | None:
+    """Return the rate of the lowest mean error, of rates with which no run diverged."""
+    means = {rate: statistics.mean(own) for rate, own in errors.items() if None not in own}
+    return min(means, key=means.get, default=None)
+
+
+def search_section(runs: Sequence[dict]) -> list[str]:
+    """Return the section on the search; [] without runs."""
+    if not runs:
+        return []
+    held_out = max(run["config"]["data"]["validation"] for run in runs)
+    epochs = max(run["epochs"] for run in runs)
+    parts = [
+        "## Large batches",
+        f"""Error in % on {held_out:,} images of CIFAR-10 that are held out of training, after
+        {epochs:g} epochs on {machines_of(runs)}; n = {len({run["seed"] for run in runs})}. The rate
+        is that of batch 128: at batch B it is multiplied by B / 128 for linear, and by
+        (B / 128)^0.75 for lars and larc. The best of each row is bold. Diverged: the loss or the
+        weights became infinite or NaN. [batches.md](batches.md) has the runs at the best rates.""",
+    ]
+    lines = []
+    for experiment, batches in by_rate(runs).items():
+        parts += [f"### {names_of(experiment)[1]}", search_table(batches)]
+        sizes = ",".join(map(str, batches))
+        rates = ",".join(f"{rate:g}" for rate in rates_of(batches))
+        lines.append(
+            f"{LAUNCH}:{experiment.removeprefix(CIFAR)} --config.epochs={epochs:g}"
+            f" --config.data.validation={held_out}"
+            f" --sweep batch_size={sizes} --sweep optimizer.learning_rate={rates}"
+        )
+    return [*parts, commands("Commands", ("A sweep per network and rule.", lines))]
+
+
+def machines_of(runs: Iterable[dict]) -> str:
+    """Return the hardware of runs in words."""
+    return ", ".join(sorted({compare.machine(run) for run in runs}))
+
+
+def rates_of(batches: Search) -> list[float]:
+    """Return the rates that any batch was tried with."""
+    return sorted({rate for errors in batches.values() for rate in errors})
+
+
+def search_table(batches: Search) -> str:
+    """Return errors by batch and learning rate, the best of each row bold."""
+    rates, rows = rates_of(batches), []
+    for batch, errors in batches.items():
+        best = best_rate(errors)
+        cells = {rate: errors_text(own) for rate, own in errors.items()}
+        if best is not None:
+            cells[best] = f"**{cells[best]}**"
+        found = (cells.get(rate, "") for rate in rates)
+        rows.append([f"{batch:,}", *found, best_text(best, list(errors))])
+    return markdown_table(["batch", *(f"rate {rate:g}" for rate in rates), "best rate"], rows)
+
+
+def best_text(best: float | None, tried: Sequence[float]) -> str:
+    """Return the best rate, and whether a rate beyond those tried could be better."""
+    if best is None:
+        return "none"
+    edges = {tried[0]: ", the smallest tried", tried[-1]: ", the largest tried"}
+    return f"{best:g}{edges.get(best, '')}"
+
+
+# ---- The runs at the rates found
+
+
+def results_section(runs: Sequence[dict], search: Sequence[dict]) -> list[str]:
+    """Return the section on the runs at the best rates of a search; [] without runs."""
+    runs = of_large_batches(runs)
+    errors = errors_of(runs)
+    if not errors:
+        return []
+    small = DATA_NAMES["imagenette"] not in {data for data, *_ in errors}
+    parts = [
+        "## Batches of up to 8,192",
+        """Test error in % by network, rule and batch (`experiments/large_batch_cifar.py`). AlexNet
+        has response norms, AlexNet-BN batch norm.""",
+        errors_table(errors, "network, rule"),
+        f"Measured on {machines_of(runs)}. {rates_text(runs, search)}",
+        "Imagenette was not run in these batches." if small else "",
+        f"![Test error by batch size]({PICTURE})",
+        *claims_paragraphs(errors),
+        *steps_paragraphs(runs),
+    ]
+    command = f"{LAUNCH}:lars --sweep batch_size=128,1024,4096,8192 --sweep seed=0,1,2"
+    text = """The same for the other variants. --config.optimizer.learning_rate sets the rate of
+        batch 128."""
+    return [
+        *parts,
+        commands("Command", (text, [f"{command} --config.eval.every_epochs=1 --noise_scale 5"])),
+    ]
+
+
+def rates_text(runs: Sequence[dict], search: Sequence[dict]) -> str:
+    """Say whether runs have the best rates of a search; "" without a search."""
+    if not search:
+        return ""
+    best = {
+        (experiment, batch): best_rate(errors)
+        for experiment, batches in by_rate(search).items()
+        for batch, errors in batches.items()
+    }
+    others = {
+        f"{', '.join(names_of(run['experiment']))} at batch {run['batch_size']:,}"
+        for run in runs
+        if best.get((run["experiment"], run["batch_size"])) != rate_of(run)
+    }
+    excepted = f", except {'; '.join(sorted(others))}" if others else ""
+    return f"Learning rates are the best of [rates.md](rates.md#large-batches){excepted}."
+
+
+# ---- What You et al. claim
+
+
+def claims_paragraphs(errors: Errors) -> list[str]:
+    """Return what published.LARGE_BATCHES claims, and whether it holds on CIFAR-10."""
+    header = ["claim", "published, ImageNet", "points here, ± standard error", "holds here"]
+    rows = [
+        claim_row(variant, batch, words, errors)
+        for variant, batch, words, _ in published.LARGE_BATCHES
+    ]
+    return [
+        "### What You et al. claim",
+        f"""You et al. 2017 (arXiv 1708.03888) train AlexNet on ImageNet. Published is how much
+        accuracy a batch costs, compared with a batch of 256 or more; here it is compared with
+        128. A cost of at most {MARGIN} point counts as none, which is our choice. A result that
+        lies within two standard errors of {MARGIN} is not certain. A run that diverged counts as
+        one that guesses ({GUESSING:g}%).""",
+        markdown_table(header, rows),
+    ]
+
+
+def claim_row(variant: str, batch: int, words: str, errors: Errors) -> list[str]:
+    """Return the cells of a row of published.LARGE_BATCHES: its claim, and whether it holds."""
+    rule, *bn = variant.split("_")
+    costs = words != published.NO_LOSS
+    # Sign of each error in the sum that is measured.
+    signs = {(variant, batch): 1, (variant, 128): -1}
+    claim = f"{rule}: batch {batch:,} costs {'accuracy' if costs else 'nothing'}"
+    if bn:
+        signs = {(rule, batch): 1, (rule, 128): -1, (variant, batch): -1, (variant, 128): 1}
+        claim = f"{rule}: batch {batch:,} costs less with batch norm"
+    terms = []
+    for (name, size), sign in signs.items():
+        own = errors.get((*names_of(f"{CIFAR}{name}"), size), [])
+        terms.append([sign * (GUESSING if error is None else error) for error in own])
+    return [claim, words, *verdict(terms, costs)]
+
+
+def verdict(terms: Sequence[Sequence[float]], costs: bool) -> tuple[str, str]:
+    """Return the sum of the terms' means with its standard error, and whether a claim holds.
+
+    costs: whether the claim is that the sum is above MARGIN; otherwise, that it is not.
+    """
+    if not all(terms):
+        return "not measured", ""
+    points = sum(map(statistics.mean, terms))
+    holds = "yes" if (points > MARGIN) == costs else "no"
+    if min(map(len, terms)) == 1:  # no deviation is known
+        return f"{points:+.2f}", f"{holds}, not certain"
+    error = math.sqrt(sum(statistics.variance(term) / len(term) for term in terms))
+    certain = abs(points - MARGIN) > 2 * error
+    return f"{points:+.2f} ± {error:.2f}", holds if certain else f"{holds}, not certain"
+
+
+# ---- Steps to a target, and the noise scale
+
+
+def steps_paragraphs(runs: Sequence[dict]) -> list[str]:
+    """Return the steps to a target error and the noise scale; [] without metrics of runs."""
+    scalings = {}
+    for experiment in sorted({run["experiment"] for run in runs}):
+        own = [run for run in runs if run["experiment"] == experiment and "metrics" in run]
+        if scaling := batch_scaling.measure(dict(runs=list(map(as_swept, own)))):
+            scalings[experiment] = scaling
+    if not scalings:
+        return []
+    batches = sorted({batch.size for scaling in scalings.values() for batch in scaling.batches})
+    rows = []
+    for experiment, scaling in scalings.items():
+        steps = (f"{scaling.steps[batch]:,}" if batch in scaling.steps else "" for batch in batches)
+        knee = f"{scaling.knee.batch:,.0f}" if scaling.knee_is_measured else "-"
+        noise = "{1:,.0f} (batch {0:,})".format(*scaling.noise) if scaling.noise else "-"
+        target = f"{100 * (1 - scaling.target):.4g}"
+        rows.append([", ".join(names_of(experiment)), target, *steps, knee, noise])
+    header = ["data, network, rule", "target, %", *(f"batch {batch:,}" for batch in batches)]
+    return [
+        "### Steps to a target error",
+        """The target is the lowest test error that every batch reaches, in whole percent. Steps are
+        those of the first run that reaches it. The rate decays until the end of a run, which ties
+        the steps to its length. The knee is that of `cnn_spmd/report/batch_scaling.py`; "-": not
+        among these batches. The noise scale, in images, is that of the smallest batch for which it
+        was measured, at the target (McCandlish et al. 2018); it predicts the knee's order of
+        magnitude.""",
+        markdown_table([*header, "knee, batch", "noise scale, images"], rows),
+    ]
+
+
+def as_swept(run: dict) -> dict:
+    """Return a run in the form in which batch_scaling takes it: as in a sweep of batch_size."""
+    settings = dict(batch_size=run["batch_size"], seed=run["seed"])
+    return dict(settings=settings, status=run["status"], figures=run, metrics=run["metrics"])
