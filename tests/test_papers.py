@@ -616,6 +616,20 @@ def test_any_network_beside_a_chosen_figure(tmp_path, capsys):
         assert command.main([own, "--beside", name]) == 0
         row = "ResNet-20: test error, %; measured of mine, 10 epochs | 8.75 | 25.00 | 1 | +16.25 |"
         assert row in capsys.readouterr().out
+    # Runs of the same network and length are labelled by what differs, except the seed.
+    config = json.loads((tmp_path / "own" / "summary.json").read_text())["config"]
+    slow = config | dict(optimizer=config["optimizer"] | dict(learning_rate=0.5), seed=1)
+    mesh = dict(data=2, model=1)
+    others = [
+        make_run(tmp_path / "slow", experiment="mine", model="mine", config=slow),
+        make_run(tmp_path / "two", experiment="mine", model="mine", mesh=mesh),
+        make_run(tmp_path / "seed", experiment="mine", model="mine", config=config | dict(seed=1)),
+    ]
+    assert command.main([own, *others, "--beside", "20"]) == 0
+    labels = re.findall(r"measured of mine, 10 epochs, (.*?) \| 8.75 ", capsys.readouterr().out)
+    rate = f"learning_rate {config['optimizer']['learning_rate']:g}"
+    two = f"mesh 2x1, {rate}"
+    assert labels == [f"mesh 1x1, {rate}", "mesh 1x1, learning_rate 0.5", two]
     assert command.main([own, "--beside", "11pc"]) == 2
     assert re.search('no such figure, .*13pct; .* mean "11pct"', capsys.readouterr().err)
     assert command.main([digits, "--beside", "11pct"]) == 2

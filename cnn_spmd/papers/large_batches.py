@@ -175,14 +175,16 @@ def results_section(runs: Sequence[dict], search: Sequence[dict]) -> list[str]:
     errors = errors_of(runs)
     if not errors:
         return []
-    small = DATA_NAMES["imagenette"] not in {data for data, *_ in errors}
+    has_imagenette = DATA_NAMES["imagenette"] in {data for data, *_ in errors}
     parts = [
         "## Batches of up to 8,192",
-        """Test error in % by network, rule and batch (`experiments/large_batch_cifar.py`). AlexNet
-        has response norms, AlexNet-BN batch norm.""",
+        f"""Test error in % after {max(run["epochs"] for run in runs):g} epochs
+        (`experiments/large_batch_cifar.py`). AlexNet has response norms, AlexNet-BN batch norm.
+        linear is momentum SGD, whose rate grows with the batch; lars and larc have a rate for each
+        parameter.""",
         errors_table(errors, "network, rule"),
         f"Measured on {machines_of(runs)}. {rates_text(runs, search)}",
-        "Imagenette was not run in these batches." if small else "",
+        "" if has_imagenette else "Imagenette was not run in these batches.",
         f"![Test error by batch size]({PICTURE})",
         *claims_paragraphs(errors),
         *steps_paragraphs(runs),
@@ -291,12 +293,12 @@ def steps_paragraphs(runs: Sequence[dict]) -> list[str]:
     header = ["data, network, rule", "target, %", *(f"batch {batch:,}" for batch in batches)]
     return [
         "### Steps to a target error",
-        """The target is the lowest test error that every batch reaches, in whole percent. Steps are
-        those of the first run that reaches it. The rate decays until the end of a run, which ties
-        the steps to its length. The knee is that of `cnn_spmd/report/batch_scaling.py`; "-": not
-        among these batches. The noise scale, in images, is that of the smallest batch for which it
-        was measured, at the target (McCandlish et al. 2018); it predicts the knee's order of
-        magnitude.""",
+        """The target is the lowest test error that every batch reaches, in whole percent. The run
+        that reaches it in the fewest steps counts. The rate decays until the end of a run, which
+        ties the steps to its length. At the knee, a run needs twice the fewest possible steps
+        (`cnn_spmd/report/batch_scaling.py`); "-": it is not among these batches. The noise scale
+        (McCandlish et al. 2018) predicts the knee's order of magnitude. It was measured near the
+        target, in the runs of the batch in parentheses.""",
         markdown_table([*header, "knee, batch", "noise scale, images"], rows),
     ]
 

@@ -12,10 +12,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from cnn_spmd.config import flat
+from cnn_spmd.config import complete, flat
 from cnn_spmd.errors import UserError, did_you_mean
 from cnn_spmd.papers.published import FIGURES, PublishedFigure
-from cnn_spmd.report import compare, load
+from cnn_spmd.report import compare, load, settings
 from cnn_spmd.report.text import mean_and_deviation
 from cnn_spmd.training import runfiles
 
@@ -367,24 +367,42 @@ def rows_beside(name: str, runs: Sequence[dict]) -> list[MeasuredRow]:
     """
     figures = published_errors(name)
     data_set = figures[0].where["dataset"]
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for run in runs:
-        if "speedup" in run:  # it also stands in `runs` without its speedup
-            continue
+    own = [run for run in runs if "speedup" not in run]  # those also stand without their speedup
+    for run in own:
         if run["dataset"] != data_set:
             raise UserError(
                 f"--beside={name}: is an error on {data_set}, but {run['folders'][0]} is on "
                 f"{run['dataset']}, expected runs on {data_set}"
             )
-        groups.setdefault((run["model"], f"{run['epochs']:.4g} epochs"), []).append(run)
+    groups: dict[str, list[dict]] = {}
+    for run, label in zip(own, labels_of(own), strict=True):
+        groups.setdefault(label, []).append(run)
     return [
         row
         for figure in figures
-        for (model, epochs), members in groups.items()
+        for label, members in groups.items()
         for row in measured_rows(
-            figure._replace(name=f"{figure.name}; measured of {model}, {epochs}", where={}), members
+            figure._replace(name=f"{figure.name}; measured of {label}", where={}), members
         )
     ]
+
+
+def labels_of(runs: Sequence[dict]) -> list[str]:
+    """Return each run's network, epochs, and the settings of the recipe and mesh that vary."""
+    entries = []
+    for run in runs:
+        fields = flat(complete(run["config"])).items()
+        recipe = {name: own for name, own in fields if not name.startswith(compare.NOT_THE_RECIPE)}
+        entries.append(dict(settings=recipe, figures=run, config={}))
+    in_every_label = ("model.name", "epochs", "steps")
+    varied = [each for each in settings.varied(entries) if each.name not in in_every_label]
+    labels = []
+    for run, entry in zip(runs, entries, strict=True):
+        label = f"{run['model']}, {run['epochs']:.4g} epochs"
+        for each in varied:
+            label += f", {each.label} {compare.value_text(settings.value_of(entry, each.name))}"
+        labels.append(label)
+    return labels
 
 
 def is_about(figure: PublishedFigure, run: dict) -> bool:
