@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from cnn_spmd import models
-from cnn_spmd.papers import batches, depth, measured, pictures
+from cnn_spmd.papers import batches, depth, pictures, summaries
 
 
 def test_steps_to_error():
@@ -19,18 +19,18 @@ def test_steps_to_error():
     ]
     rows.insert(2, dict(step=8, split="eval", accuracy=1.0))
     # Steps 13 to 24: (.7 + .8 + .9) / 3.
-    assert measured.steps_to_error(rows, 0.25, 10) == 24
-    assert measured.steps_to_error(rows, 0.35, 10) == 12  # .667
-    assert measured.steps_to_error(rows, 0.15, 10) is None
-    assert measured.steps_to_error(rows, 0.15, 4) == 4
-    assert measured.steps_to_error(rows[:2], 0.9, 10) is None  # less than an epoch
+    assert summaries.steps_to_error(rows, 0.25, 10) == 24
+    assert summaries.steps_to_error(rows, 0.35, 10) == 12  # .667
+    assert summaries.steps_to_error(rows, 0.15, 10) is None
+    assert summaries.steps_to_error(rows, 0.15, 4) == 4
+    assert summaries.steps_to_error(rows[:2], 0.9, 10) is None  # less than an epoch
 
 
 def test_depth_on_known_runs(tmp_path):
     for name, accuracy in (("vgg_11", 0.9), ("simple_cnn", 0.7)):
         run = dict(experiment=f"deeper_{name}", eval=dict(accuracy=accuracy), param_count=1000)
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
-    runs = measured.load_summaries(tmp_path)
+    runs = summaries.load_summaries(tmp_path)
     assert depth.depth_table([*runs, dict(experiment="another")]).splitlines()[2:] == [
         "| simple_cnn | 2 | 1 | 1,000 | 1 | 70.00 |",
         "| vgg_11 | 11 | 8 | 1,000 | 1 | 90.00 |",

@@ -27,6 +27,7 @@ from cnn_spmd.papers import (
     programs,
     published,
     rates,
+    summaries,
 )
 from cnn_spmd.report import compare
 from cnn_spmd.sharding.table import TABLE
@@ -56,7 +57,7 @@ def write(folder, experiment, seed=0, accuracy=0.75, **more):
 def figures(folder, name):
     """Return published, measured, n, difference and hardware of each row of a figure."""
     figure = next(figure for figure in FIGURES if figure.name == name)
-    rows = measured.measured_rows(figure, measured.load_results(folder))
+    rows = measured.measured_rows(figure, summaries.load_results(folder))
     return [list(row[1:6]) for row in rows]
 
 
@@ -271,8 +272,8 @@ def test_pages_are_what_the_results_say(name, make):
 
 
 def test_a_short_run_for_the_speed_has_no_row_of_its_own():
-    assert list(measured.DATA.glob(f"*{measured.ALONE}-*.json"))
-    assert measured.ALONE not in cifar10.results_table("cifar10")
+    assert list(summaries.DATA.glob(f"*{summaries.ALONE}-*.json"))
+    assert summaries.ALONE not in cifar10.results_table("cifar10")
 
 
 def test_no_page_is_left_over():
@@ -301,7 +302,7 @@ def test_every_published_figure_is_on_the_papers_page():
 
 
 def test_pictures_are_what_the_results_say():
-    runs = measured.load_single_runs()
+    runs = summaries.load_single_runs()
     assert (ROOT / "results" / "depth.svg").read_text() == pictures.accuracy_by_depth(runs)
     picture = ROOT / "results" / large_batches.PICTURE
     if large_batches.errors_of(runs):
@@ -311,25 +312,25 @@ def test_pictures_are_what_the_results_say():
 
 
 def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
-    assert not depth.residual_section(measured.load_single_runs(tmp_path))
+    assert not depth.residual_section(summaries.load_single_runs(tmp_path))
     size = dict(param_count=269_722, images_per_second=1e4, steps=64_000, batch_size=128)
     write(tmp_path, "resnet_cifar_20", accuracy=0.91, **size)
     write(tmp_path, "resnet_cifar_20", seed=1, accuracy=0.93, **size)
     write(tmp_path, "resnet_20", **size)  # another experiment
-    table = depth.residual_section(measured.load_single_runs(tmp_path))[2]
+    table = depth.residual_section(summaries.load_single_runs(tmp_path))[2]
     first = (
         "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 819 ± 0 | 10,000 ± 0 |"
     )
     assert table.splitlines()[2:] == [first]
     write(tmp_path, "resnet_cifar_20_alone", **size | dict(images_per_second=2e4, steps=3000))
-    table = depth.residual_section(measured.load_single_runs(tmp_path))[2]
+    table = depth.residual_section(summaries.load_single_runs(tmp_path))[2]
     first = "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 410 | 20,000 |"
     assert table.splitlines()[2:] == [first]
     for layers in (110, 32, 44, 56):
         write(tmp_path, f"resnet_cifar_{layers}", **size)
     for layers in (56, 44, 32, 20):
         write(tmp_path, f"resnet_cifar_plain_{layers}", accuracy=0.9 - layers / 1e3, **size)
-    rows = depth.residual_section(measured.load_single_runs(tmp_path))[2].splitlines()[2:]
+    rows = depth.residual_section(summaries.load_single_runs(tmp_path))[2].splitlines()[2:]
     assert rows[0] == first
     assert rows[4].startswith("| ResNet-110 | 269,722 | 1.7 | 1 x H100 | 1 | 6.61 | 25.00 |")
     assert rows[8].startswith("| plain-56 | 269,722 |  | 1 x H100 | 1 |  | 15.60 |")
@@ -342,7 +343,7 @@ def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
 
 
 def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
-    assert not large_batches.results_section(measured.load_single_runs(tmp_path), [])
+    assert not large_batches.results_section(summaries.load_single_runs(tmp_path), [])
 
     def add(variant, batch, accuracy, rate=1, **more):
         config = dict(batch_size=batch, optimizer=dict(learning_rate=rate))
@@ -351,7 +352,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
 
     add("cifar_linear", 128, 0.75)
     add("cifar_linear", 8192, 0.5, rate=2)
-    search = measured.load_single_runs(tmp_path)
+    search = summaries.load_single_runs(tmp_path)
     section = large_batches.results_section(search, search)
     assert section[2].splitlines() == [
         "| data | network, rule | n | batch 128 | batch 8192 |",
@@ -367,7 +368,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     # Two rates: each run is compared with the one of its own rate.
     add("cifar_linear", 128, 0.625, rate=2)
     add("cifar_linear", 8192, 0.5, seed=1, status="non-finite", eval=None)
-    runs = measured.load_single_runs(tmp_path)
+    runs = summaries.load_single_runs(tmp_path)
     section = large_batches.results_section(runs, search)
     assert section[2].splitlines()[2:] == [
         "| CIFAR-10 | AlexNet, linear | 2 | 31.25 ± 8.84 |  |  | 50.00; 1 diverged |",
@@ -528,7 +529,7 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pages, "PAGES", made)
     run = dict(eval=dict(accuracy=0.75), param_count=1000, batch_size=128)
     runs = [run | dict(experiment="deeper_vgg_11")]
-    monkeypatch.setattr(measured, "load_single_runs", lambda folder=None: [*runs])
+    monkeypatch.setattr(summaries, "load_single_runs", lambda folder=None: [*runs])
     assert command.main(["--write"]) == 0
     written = capsys.readouterr().out.splitlines()
     assert written == [
@@ -552,7 +553,7 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
 def make_run(folder, name="cuda_convnet_80sec-h100-seed0", **more):
     """Make a run's folder from a summary in results/data."""
     folder.mkdir(parents=True)
-    run = json.loads((measured.DATA / f"{name}.json").read_text())
+    run = json.loads((summaries.DATA / f"{name}.json").read_text())
     (folder / "summary.json").write_text(json.dumps(run | more))
     return str(folder)
 

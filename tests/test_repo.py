@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from cnn_spmd.papers import cifar10
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.summaries import DATA
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.papers import beside, measured, pages
+from cnn_spmd.papers import beside, pages, summaries
 from cnn_spmd.training import environment
 
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if picture:
             from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
 
-            runs = measured.load_summaries(measured.DATA / "claims")
+            runs = summaries.load_summaries(summaries.DATA / "claims")
             picture.write_text(pictures.accuracy_by_depth(runs))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

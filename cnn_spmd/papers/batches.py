@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from cnn_spmd.papers import large_batches, measured, published
-from cnn_spmd.papers.layout import HEAD, SEEDS, commands, hardware, joined
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers import large_batches, published, summaries
+from cnn_spmd.papers.layout import HEAD, SEEDS, about_data, commands, joined
+from cnn_spmd.papers.summaries import DATA
 
 # Experiment, without _variable -> the name of its data in the table.
 BATCH_DATA = {"owt_cifar": "CIFAR-10", "owt_imagenette": "Imagenette"}
@@ -22,8 +22,8 @@ def page() -> str:
         see the whole batch (as large), or 128 examples at a time and are updated after each
         (128). CIFAR-10 is `experiments/owt_cifar.py`. Imagenette, ten of ImageNet's classes, is
         the paper's network at 224x224 (`experiments/owt_imagenet.py:imagenette`, 90 epochs).""",
-        batch_table(measured.load_summaries(DATA / "claims")),
-        f"Measured on one H200. {SEEDS} {hardware()}",
+        batch_table(summaries.load_summaries(DATA / "claims")),
+        f"Measured on one H200. {SEEDS} {about_data()}",
         """The learning rate should grow with k, as the paper says. On CIFAR-10, updating the dense
         layers after each 128 images makes up for all that a batch of 1024 costs; on
         photographs, for more than half of what 512 costs; in the paper, for less than half of
@@ -40,7 +40,7 @@ def page() -> str:
                 ],
             ),
         ),
-        *large_batches.results_section(measured.load_single_runs(), large_batches.load_search()),
+        *large_batches.results_section(summaries.load_single_runs(), large_batches.load_search()),
     )
 
 

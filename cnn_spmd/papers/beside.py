@@ -3,8 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
-from cnn_spmd.papers import measured
-from cnn_spmd.papers.layout import HEAD, SEEDS, commands, hardware, joined
+from cnn_spmd.papers import measured, summaries
+from cnn_spmd.papers.layout import HEAD, SEEDS, about_data, commands, joined
 from cnn_spmd.papers.measured import MeasuredRow
 from cnn_spmd.report.text import markdown_table
 
@@ -45,7 +45,7 @@ def page() -> str:
         "# Beside the papers",
         HEAD,
         f"""Every published figure that an experiment of this repository is set up to measure.
-        Difference is measured minus published. {SEEDS} {hardware()}""",
+        Difference is measured minus published. {SEEDS} {about_data()}""",
     ]
     for title, rows in measured.measured_tables().items():
         parts += [f"## {title}", PAPER_NOTES[title], *figures_beside(rows)]
@@ -58,7 +58,7 @@ def runs_page(paths: Sequence[pathlib.Path], beside: str = "") -> str:
     beside: the published figure to show instead, as for measured.rows_beside.
     Raises UserError for a path without a run, and as measured.rows_beside.
     """
-    runs, unfinished = measured.load_given(paths)
+    runs, unfinished = summaries.load_given(paths)
     tables, others = measured.tables_about(runs), measured.folders_beside_nothing(runs)
     if beside:
         rows = measured.rows_beside(beside, runs)

@@ -4,8 +4,9 @@ import collections
 import pathlib
 from collections.abc import Sequence
 
-from cnn_spmd.papers.layout import HEAD, SEEDS, commands, hardware, joined
-from cnn_spmd.papers.measured import ALONE, DATA, is_beside_a_paper, load_summaries
+from cnn_spmd.papers.layout import HEAD, SEEDS, about_data, commands, joined
+from cnn_spmd.papers.measured import is_beside_a_paper
+from cnn_spmd.papers.summaries import ALONE, DATA, load_summaries
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
 from cnn_spmd.training import runfiles
@@ -26,7 +27,7 @@ def page() -> str:
         f"""{SEEDS} Accuracy is on all 10,000 test images and their mirrors, in bfloat16. The
         training time leaves out compilation, evaluation and checkpoints. The compile time is
         that of the slowest seed: the other seeds found the program in the compilation cache. On
-        H200s other runs used the same host. {hardware()}""",
+        H200s other runs used the same host. {about_data()}""",
         "[startup.md](startup.md) says how long a user waits, from the command to the result.",
         commands(
             "Commands",

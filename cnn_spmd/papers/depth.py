@@ -3,9 +3,9 @@
 import collections
 from collections.abc import Sequence
 
-from cnn_spmd.papers import measured, published
-from cnn_spmd.papers.layout import HEAD, SEEDS, commands, hardware, joined
-from cnn_spmd.papers.measured import ALONE, DATA
+from cnn_spmd.papers import published, summaries
+from cnn_spmd.papers.layout import HEAD, SEEDS, about_data, commands, joined
+from cnn_spmd.papers.summaries import ALONE, DATA
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
 
@@ -32,8 +32,8 @@ def page() -> str:
         (`experiments/deeper_cifar.py`), on one H200. From one_convolution on, all end in two
         hidden dense layers of 4096. [rates.md](rates.md) has the learning rates that were
         tried.""",
-        depth_table(measured.load_summaries(DATA / "claims")),
-        f"{SEEDS} {hardware()}",
+        depth_table(summaries.load_summaries(DATA / "claims")),
+        f"{SEEDS} {about_data()}",
         "![Test accuracy by depth](depth.svg)",
         f"""Why convolutions: a neuron that sees a whole image has {32 * 32 * 3:,}
         weights at 32x32x3 and {200 * 200 * 3:,} at 200x200x3. A 3x3 filter has 27,
@@ -45,7 +45,7 @@ def page() -> str:
                 ["python launch.py --config experiments/deeper_cifar.py:vgg_16"],
             ),
         ),
-        *residual_section(measured.load_single_runs()),
+        *residual_section(summaries.load_single_runs()),
     )
 
 

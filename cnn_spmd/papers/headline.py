@@ -2,8 +2,8 @@
 
 import re
 
-from cnn_spmd.papers import measured, programs, pytorch
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers import measured, programs, pytorch, summaries
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
 from cnn_spmd.training import runfiles
@@ -50,7 +50,7 @@ def accuracy_text() -> str:
     """Return accuracy and training time of AlexNet's recipe on one H100."""
     runs = [
         run
-        for run in measured.load_summaries(DATA)
+        for run in summaries.load_summaries(DATA)
         if (run["experiment"], run["epochs"]) == ("alexnet_cifar", 40)
     ]
     runs = [run for run in runs if compare.machine(run) == "1 x H100"]

@@ -6,7 +6,7 @@ measured, minus 1.
 
 from cnn_spmd.papers import published
 from cnn_spmd.papers.layout import commands
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
 
@@ -61,9 +61,9 @@ def history_sections() -> list[str]:
     ]
 
 
-def load(name: str) -> dict:
-    """Return the predictions of a paper."""
-    return runfiles.read_json(DATA / "predictions" / f"{name}.json")
+def load_predictions(name: str) -> list[dict]:
+    """Return the predictions in a file of results/data/predictions."""
+    return runfiles.read_json(DATA / "predictions" / f"{name}.json")["predictions"]
 
 
 def percent(predicted: float, measured: float) -> str:
@@ -75,7 +75,7 @@ def one_weird_trick_table() -> str:
     """Return table 1 of One weird trick beside what we and PALEO predict."""
     predictions = {
         (row["devices"], bool(row["dense_microbatch"]), row["schedule"]): row
-        for row in load("owt")["predictions"]
+        for row in load_predictions("owt")
     }
     rows = []
     for gpus, dense_batch, _, hours, _ in published.ONE_WEIRD_TRICK:
@@ -101,7 +101,7 @@ def curves_table() -> str:
     """Return a row per curve: by number of GPUs measured, predicted and error."""
     rows = []
     for name, system in SYSTEMS.items():
-        predictions = load(name)["predictions"]
+        predictions = load_predictions(name)
         for scheme in dict.fromkeys(row["parallelism"] for row in predictions):
             same = {row["devices"]: row for row in predictions if row["parallelism"] == scheme}
             batch = str(same[GPUS[0]]["batch_per_device"])

@@ -10,9 +10,9 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from cnn_spmd.papers import measured, published
+from cnn_spmd.papers import published, summaries
 from cnn_spmd.papers.layout import commands
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import batch_scaling, compare
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
 from cnn_spmd.training import runfiles
@@ -46,7 +46,7 @@ def names_of(experiment: str) -> tuple[str, str]:
 
 def error_of(run: dict) -> float | None:
     """Return the error of a run's last evaluation; None where it diverged."""
-    return None if measured.diverged(run) else 100 * (1 - run["eval"]["accuracy"])
+    return None if summaries.diverged(run) else 100 * (1 - run["eval"]["accuracy"])
 
 
 def errors_of(runs: Sequence[dict]) -> Errors:

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.summaries import DATA
 
 COMMAND = "python -m cnn_spmd.papers --write"
 HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
@@ -16,7 +16,7 @@ ROUNDED = """Runs in bfloat16 whose file lists the fast form `cast_once` were ma
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 
-def hardware() -> str:
+def about_data() -> str:
     """Return what all pages say of the files in results/data."""
     texts = (path.read_text() for path in DATA.rglob("*.json"))
     is_rounded = any('"cast_once"' in text and '"bfloat16"' in text for text in texts)

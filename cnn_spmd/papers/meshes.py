@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cnn_spmd.papers.layout import HEAD, commands, joined
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare, document
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles

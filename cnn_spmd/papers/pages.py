@@ -19,15 +19,16 @@ from cnn_spmd.papers import (
     depth,
     headline,
     large_batches,
-    measured,
     meshes,
     predictions,
     programs,
     pytorch,
     rates,
     startup,
+    summaries,
 )
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.history import load_predictions
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 
 RESULTS = DATA.parent
@@ -62,11 +63,9 @@ def write_pages() -> list[pathlib.Path]:
     require_results()
     readme = RESULTS.parent / "README.md"
     texts = {RESULTS / name: make() for name, make in PAGES.items()}
-    runs = measured.load_single_runs()
+    runs = summaries.load_single_runs()
     texts[RESULTS / "depth.svg"] = pictures.accuracy_by_depth(runs)
-    texts[RESULTS / predictions.DEVICES] = pictures.speed_by_devices(
-        predictions.devices_predictions()
-    )
+    texts[RESULTS / predictions.DEVICES] = pictures.speed_by_devices(load_predictions("devices"))
     if large_batches.errors_of(runs):
         texts[RESULTS / large_batches.PICTURE] = pictures.error_by_batch(runs)
     texts[readme] = headline.with_headline(readme.read_text())

@@ -3,11 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
-from cnn_spmd.papers.history import history_sections
+from cnn_spmd.papers.history import history_sections, load_predictions, percent
 from cnn_spmd.papers.layout import HEAD, commands, joined
-from cnn_spmd.papers.measured import DATA
 from cnn_spmd.report.text import markdown_table
-from cnn_spmd.training import runfiles
 
 DEVICES = "devices.svg"
 
@@ -38,7 +36,7 @@ def sweep_predictions() -> list[str]:
         both sweeps."""
     )
     for name in ("alexnet-224-2xh200", "alexnet-224-4xh200"):
-        predictions = runfiles.read_json(DATA / "predictions" / f"{name}.json")["predictions"]
+        predictions = load_predictions(name)
         gpus = predictions[0]["devices"]
         held_out = "chosen on these rows" if gpus == 2 else "held out"
         parts += [
@@ -46,7 +44,7 @@ def sweep_predictions() -> list[str]:
             predictions_table(predictions),
             prediction_errors(predictions),
         ]
-    ahead = runfiles.read_json(DATA / "predictions" / "unmeasured.json")["predictions"]
+    ahead = load_predictions("unmeasured")
     parts.append("### Not measured yet")
     parts.append(
         """What the shipped card of the H200 predicts for all schemes, milliseconds per step. It was
@@ -61,7 +59,7 @@ def sweep_predictions() -> list[str]:
 
 def estimates_section() -> list[str]:
     """Return the section on steps of one GPU that nobody had to measure."""
-    predictions = runfiles.read_json(DATA / "predictions" / "estimates.json")["predictions"]
+    predictions = load_predictions("estimates")
     parts = [
         "## One GPU, without a measured step",
         """A network whose step is not in the card is estimated from the card's rates
@@ -84,16 +82,11 @@ def devices_section() -> list[str]:
         """AlexNet at 224 pixels in bfloat16 on hosts of 8 H100s, each scheme at its best mesh, as
         `--plan` predicts it. Nobody has measured this: times across hosts come from data sheets
         and defaults, and up to 8 GPUs from collectives between two.""",
-        devices_table(devices_predictions()),
+        devices_table(load_predictions("devices")),
         """For each batch: the fastest mesh and scheme, its milliseconds, and how many times as fast
         as `data` one weird trick (`hybrid`) and the fastest are. Above 1 it pays.""",
         f"![Predicted images/s per GPU, relative to one GPU]({DEVICES})",
     ]
-
-
-def devices_predictions() -> list[dict]:
-    """Return what benchmarks/whatif.py predicted."""
-    return runfiles.read_json(DATA / "predictions" / "devices.json")["predictions"]
 
 
 def predictions_table(predictions: Sequence[dict]) -> str:
@@ -107,7 +100,7 @@ def predictions_table(predictions: Sequence[dict]) -> str:
         predicted = row["predicted_milliseconds"]
         text = f"{predicted:.3f}"
         if measured := row.get("measured_milliseconds"):
-            text = f"{measured:.3f}, {text} ({100 * (predicted / measured - 1):+.1f} %)"
+            text = f"{measured:.3f}, {text} ({percent(predicted, measured)} %)"
         cells.setdefault((row["mesh"], row["parallelism"]), {})[row["batch_per_device"]] = text
     rows = [[*key, *(own.get(batch, "") for batch in batches)] for key, own in cells.items()]
     return markdown_table(["mesh", "scheme", *(f"{batch} per GPU" for batch in batches)], rows)
@@ -144,7 +137,7 @@ def estimates_table(predictions: Sequence[dict]) -> str:
     rows = []
     for row in predictions:
         measured, predicted = row["measured_milliseconds"], row["predicted_milliseconds"]
-        error = f"{100 * (predicted / measured - 1):+.1f}"
+        error = percent(predicted, measured)
         name = f"{row['experiment']}, {row['image_size']} px"
         batch = str(row["batch_per_device"])
         rows.append([name, row["card"], batch, f"{measured:.3f}", f"{predicted:.3f}", error])

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from cnn_spmd.papers.layout import HEAD, commands, joined
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare, text
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.sharding.table import TABLE
@@ -71,7 +71,7 @@ def load_programs(folder: pathlib.Path = DATA / "programs") -> list[dict]:
     programs = [runfiles.read_json(path) for path in folder.glob("*.json")]
 
     def place(run: dict) -> tuple:
-        shape = (list(run["mesh"].values()), run["parallelism"], run.get("in_flight", 1))
+        shape = (list(run["mesh"].values()), run["parallelism"], run["in_flight"])
         network = (run["image_size"], run["devices"], run["compiler"]["platform"], run["model"])
         return network + shape
 
@@ -97,9 +97,9 @@ def program_rows(programs: Sequence[dict]) -> Iterator[tuple[dict, list[str]]]:
 
     In parentheses is the hidden share with more collectives in flight.
     """
-    in_flight = {program_key(run): run for run in programs if run.get("in_flight", 1) > 1}
+    in_flight = {program_key(run): run for run in programs if run["in_flight"] > 1}
     for run in programs:
-        if run.get("in_flight", 1) > 1:  # files of older versions lack it
+        if run["in_flight"] > 1:  # files of older versions lack it
             continue
         counts: collections.Counter[str] = collections.Counter()
         for row in run["collectives"]:
@@ -160,7 +160,7 @@ def claims_table(programs: Sequence[dict]) -> str:
     found = {
         (run["image_size"], compare.mesh_name(run["mesh"].values()), run["parallelism"]): run
         for run in programs
-        if run["compiler"]["platform"] != "cpu" and run.get("in_flight", 1) == 1
+        if run["compiler"]["platform"] != "cpu" and run["in_flight"] == 1
     }
     rows = []
     for (size, mesh, scheme), run in found.items():

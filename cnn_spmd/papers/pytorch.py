@@ -3,8 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
-from cnn_spmd.papers.layout import HEAD, commands, hardware, joined
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.layout import HEAD, about_data, commands, joined
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
@@ -27,7 +27,7 @@ def page() -> str:
         8192^3 matrix product, at {one_gpu["flop_per_image"] / 1e9:.2f} GFLOP per image. The
         last two columns are our throughput relative to our one-GPU step and to our step with
         scheme `data`. PyTorch {versions["torch"]}, jax {one_gpu["versions"]["jax"]}.
-        {hardware()}""",
+        {about_data()}""",
         """PyTorch's rate is that of its fastest mode measured. On the H100 and on several GPUs
         (DDP) only plain torch.compile was measured; its host is the limit at 32 images per GPU
         and, with DDP, at 128. On one H200 CUDA graphs (`graphs`, its mode reduce-overhead) were

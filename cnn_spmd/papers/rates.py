@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from cnn_spmd.papers import large_batches
-from cnn_spmd.papers.layout import HEAD, commands, hardware, joined
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.layout import HEAD, about_data, commands, joined
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
 
@@ -19,7 +19,7 @@ def page() -> str:
     return joined(
         "# Learning rates that were tried",
         HEAD,
-        hardware(),
+        about_data(),
         "## ReLU and tanh",
         """Epochs to 25% training error on CIFAR-10, one seed on one H100; -: not within 20 epochs.
         relu was then run at 0.02, and tanh at 0.03, between the two rates that tie.""",

@@ -3,8 +3,8 @@
 import statistics
 from collections.abc import Sequence
 
-from cnn_spmd.papers.layout import HEAD, commands, hardware, joined
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers.layout import HEAD, about_data, commands, joined
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
 
@@ -21,7 +21,7 @@ def page() -> str:
         filled. All commands ran one after another on one machine.""",
         waiting_table(),
         f"""A run of the sweep took {run_overhead(measured):.1f} s beyond its
-        steps (median). The 12 runs are 4 learning rates x 3 seeds. {hardware()}""",
+        steps (median). The 12 runs are 4 learning rates x 3 seeds. {about_data()}""",
         "## Where the time goes",
         """Seconds after the command. Stages overlap: threads read the data, start the device, take
         its memory, compile and copy, while Python imports and traces.
