@@ -29,16 +29,11 @@ def page() -> str:
         photographs, for more than half of what 512 costs; in the paper, for less than half of
         what 1024 costs.""",
         commands(
-            "Commands",
-            (
-                "With --config.optimizer.scaling=0.5 the rate grows with sqrt(k).",
-                [
-                    f"{sweep}cifar.py --sweep batch_size=128,256,512,1024 --sweep seed=0,1,2",
-                    f"{sweep}cifar.py:variable --sweep batch_size=256,512,1024 --sweep seed=0,1,2",
-                    f"{sweep}imagenet.py:imagenette --mesh 1x1 --config.batch_size=512",
-                    f"{sweep}imagenet.py:variable,imagenette --mesh 1x1 --config.batch_size=512",
-                ],
-            ),
+            "With --config.optimizer.scaling=0.5 the rate grows with sqrt(k).",
+            f"{sweep}cifar.py --sweep batch_size=128,256,512,1024 --sweep seed=0,1,2",
+            f"{sweep}cifar.py:variable --sweep batch_size=256,512,1024 --sweep seed=0,1,2",
+            f"{sweep}imagenet.py:imagenette --mesh 1x1 --config.batch_size=512",
+            f"{sweep}imagenet.py:variable,imagenette --mesh 1x1 --config.batch_size=512",
         ),
         *large_batches.results_section(summaries.load_single_runs(), large_batches.load_search()),
     )

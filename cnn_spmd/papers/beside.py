@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 from cnn_spmd.papers import measured, summaries
-from cnn_spmd.papers.layout import HEAD, SEEDS, about_data, commands, joined
+from cnn_spmd.papers.layout import HEAD, SEEDS, about_data, details, joined
 from cnn_spmd.papers.measured import MeasuredRow
 from cnn_spmd.report.text import markdown_table
 
@@ -83,7 +83,7 @@ def figures_beside(rows: Sequence[MeasuredRow]) -> list[str]:
     """Return the table of some figures, and their commands and sources."""
     numbered = [(str(number), *row[:6]) for number, row in enumerate(rows, 1)]
     header = ["#", "figure", "published", "measured", "n", "difference", "hardware"]
-    closed = commands("Commands and sources", *command_groups(rows))
+    closed = details("Commands and sources", *command_groups(rows))
     return [markdown_table(header, numbered), closed]
 
 

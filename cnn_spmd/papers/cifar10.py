@@ -30,17 +30,12 @@ def page() -> str:
         H200s other runs used the same host. {about_data()}""",
         "[startup.md](startup.md) says how long a user waits, from the command to the result.",
         commands(
-            "Commands",
-            (
-                "Epochs 40, 25 and 100; --config.seed=N for the seeds.",
-                [
-                    f"{launch}cifar.py --mesh 1x1",
-                    f"{launch}cifar.py --mesh 2x1 --config.parallelism=data",
-                    f"{launch}cifar.py --mesh 1x2",
-                    f"{launch}cifar.py:fast --mesh 1x1",
-                    f"{launch}cifar.py:best --mesh 1x1",
-                ],
-            ),
+            "Epochs 40, 25 and 100; --config.seed=N for the seeds.",
+            f"{launch}cifar.py --mesh 1x1",
+            f"{launch}cifar.py --mesh 2x1 --config.parallelism=data",
+            f"{launch}cifar.py --mesh 1x2",
+            f"{launch}cifar.py:fast --mesh 1x1",
+            f"{launch}cifar.py:best --mesh 1x1",
         ),
         "## Digits, on a CPU without a network",
         """`make train` trains on the handwritten digits of scikit-learn where it cannot download
@@ -62,11 +57,8 @@ def imagenette_section() -> list[str]:
         images. ImageNet itself is not measured.""",
         results_table("imagenette"),
         commands(
-            "Command",
-            (
-                "The data are class folders of files whose shorter side is 224.",
-                [f"{launch} --config.data.dir=imagenette2 --mesh 1x1"],
-            ),
+            "The data are class folders of files whose shorter side is 224.",
+            f"{launch} --config.data.dir=imagenette2 --mesh 1x1",
         ),
     ]
 

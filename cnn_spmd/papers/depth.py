@@ -39,11 +39,8 @@ def page() -> str:
         weights at 32x32x3 and {200 * 200 * 3:,} at 200x200x3. A 3x3 filter has 27,
         at any size.""",
         commands(
-            "Command",
-            (
-                "One run per network, here vgg_16; --config.seed=N for the seeds.",
-                ["python launch.py --config experiments/deeper_cifar.py:vgg_16"],
-            ),
+            "One run per network, here vgg_16; --config.seed=N for the seeds.",
+            "python launch.py --config experiments/deeper_cifar.py:vgg_16",
         ),
         *residual_section(summaries.load_single_runs()),
     )
@@ -63,14 +60,9 @@ def residual_section(runs: Sequence[dict]) -> list[str]:
         short run alone.""",
         table,
         commands(
-            "Command",
-            (
-                "One run per network; --config.seed=N for the seeds.",
-                [
-                    "python launch.py --config experiments/resnet_cifar.py:20",
-                    "python launch.py --config experiments/resnet_cifar.py:plain_20",
-                ],
-            ),
+            "One run per network; --config.seed=N for the seeds.",
+            "python launch.py --config experiments/resnet_cifar.py:20",
+            "python launch.py --config experiments/resnet_cifar.py:plain_20",
         ),
     ]
 

@@ -52,11 +52,8 @@ def history_sections() -> list[str]:
         {optcnn} % on 1, 2, 4, 8 and 16 GPUs, and FlexFlow of less than 30 %. Both measure each
         layer on the system that they predict.""",
         commands(
-            "Command",
-            (
-                "Needs no GPU. The files have the terms of each prediction and the calibration.",
-                ["python benchmarks/history.py"],
-            ),
+            "Needs no GPU. The files have the terms of each prediction and the calibration.",
+            "python benchmarks/history.py",
         ),
     ]
 

@@ -132,7 +132,7 @@ def search_section(runs: Sequence[dict]) -> list[str]:
             f" --config.data.validation={held_out}"
             f" --sweep batch_size={sizes} --sweep optimizer.learning_rate={rates}"
         )
-    return [*parts, commands("Commands", ("A sweep per network and rule.", lines))]
+    return [*parts, commands("A sweep per network and rule.", *lines)]
 
 
 def machines_of(runs: Iterable[dict]) -> str:
@@ -194,7 +194,7 @@ def results_section(runs: Sequence[dict], search: Sequence[dict]) -> list[str]:
         batch 128."""
     return [
         *parts,
-        commands("Command", (text, [f"{command} --config.eval.every_epochs=1 --noise_scale 5"])),
+        commands(text, f"{command} --config.eval.every_epochs=1 --noise_scale 5"),
     ]
 
 

@@ -39,7 +39,12 @@ def is_laid_out(part: str) -> bool:
     return part.startswith(("#", "|", "!", "<"))
 
 
-def commands(summary: str, *groups: tuple[str, Sequence[str]]) -> str:
+def commands(text: str, *lines: str) -> str:
+    """Return a closed block of a text and commands."""
+    return details("Commands" if len(lines) > 1 else "Command", (text, lines))
+
+
+def details(summary: str, *groups: tuple[str, Sequence[str]]) -> str:
     """Return a closed <details> block: per group a text, and commands in a code fence."""
     parts = [f"<details>\n<summary>{summary}</summary>"]
     for text, lines in groups:

@@ -37,7 +37,7 @@ def page() -> str:
             parts.append(f"Charts of this sweep: [{picture}]({picture}).")
         hardware = sweep["hardware"]
         source = f"Commit {hardware['commit']}, jax {hardware['versions']['jax']}."
-        parts.append(commands("Command", (source, [sweep_command(sweep)])))
+        parts.append(commands(source, sweep_command(sweep)))
     return joined(*parts)
 
 

@@ -71,8 +71,7 @@ def estimates_section() -> list[str]:
     for title, fitted in (("Fitted", True), ("Held out", False)):
         rows = [row for row in predictions if row["fitted"] is fitted]
         parts += [f"### {title}", estimates_table(rows), estimate_errors(rows)]
-    command = ("Needs no GPU.", ["python benchmarks/estimates.py"])
-    return [*parts, commands("Command", command)]
+    return [*parts, commands("Needs no GPU.", "python benchmarks/estimates.py")]
 
 
 def devices_section() -> list[str]:

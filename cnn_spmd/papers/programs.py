@@ -51,16 +51,10 @@ def page() -> str:
         parts += [f"## {title}", table]
     parts.append(
         commands(
-            "Commands",
-            (
-                """All of them; needs requirements.txt. Then the same for any config: here 64 hosts
-                of 8 H100s, on a laptop.""",
-                [
-                    "python benchmarks/programs.py",
-                    "python launch.py --config experiments/alexnet_cifar.py --dry_run"
-                    " --target h100:64x8",
-                ],
-            ),
+            """All of them; needs requirements.txt. Then the same for any config: here 64 hosts
+            of 8 H100s, on a laptop.""",
+            "python benchmarks/programs.py",
+            "python launch.py --config experiments/alexnet_cifar.py --dry_run --target h100:64x8",
         )
     )
     return joined(*parts)
@@ -99,7 +93,7 @@ def program_rows(programs: Sequence[dict]) -> Iterator[tuple[dict, list[str]]]:
     """
     in_flight = {program_key(run): run for run in programs if run["in_flight"] > 1}
     for run in programs:
-        if run["in_flight"] > 1:  # files of older versions lack it
+        if run["in_flight"] > 1:
             continue
         counts: collections.Counter[str] = collections.Counter()
         for row in run["collectives"]:

@@ -37,11 +37,8 @@ def page() -> str:
         rows on four GPUs are of three timings over at least 400 steps, the others of five over
         at least 30. [performance](../docs/performance.md) says what made our step fast.""",
         commands(
-            "Command",
-            (
-                "--peer_modes names PyTorch's modes; this is the command on four GPUs.",
-                ["python benchmarks/speed.py --gpus 4 --peer_modes compile"],
-            ),
+            "--peer_modes names PyTorch's modes; this is the command on four GPUs.",
+            "python benchmarks/speed.py --gpus 4 --peer_modes compile",
         ),
     )
 

@@ -25,28 +25,18 @@ def page() -> str:
         relu was then run at 0.02, and tanh at 0.03, between the two rates that tie.""",
         rates_table(claims, "claims_2012_", epochs_text),
         commands(
-            "Command",
-            (
-                "The same for :tanh.",
-                [
-                    f"""{sweep}claims_2012_cifar.py:relu --config.epochs=20 --sweep
-                    optimizer.learning_rate=.005,.01,.02,.05,.1"""
-                ],
-            ),
+            "The same for :tanh.",
+            f"{sweep}claims_2012_cifar.py:relu --config.epochs=20"
+            " --sweep optimizer.learning_rate=.005,.01,.02,.05,.1",
         ),
         "## Networks of different depth",
         """Test accuracy in % on CIFAR-10, one H200; one value per seed. All networks were then run
         at 0.25, the best rate from one_convolution on.""",
         rates_table(deeper, "deeper_", lambda run: f"{100 * run['eval']['accuracy']:.2f}"),
         commands(
-            "Command",
-            (
-                "The same for the other networks.",
-                [
-                    f"""{sweep}deeper_cifar.py:vgg_16 --config.seed=9 --sweep
-                    optimizer.learning_rate=.05,.1,.25"""
-                ],
-            ),
+            "The same for the other networks.",
+            f"{sweep}deeper_cifar.py:vgg_16 --config.seed=9"
+            " --sweep optimizer.learning_rate=.05,.1,.25",
         ),
         *large_batches.search_section(large_batches.load_search()),
     )

@@ -32,14 +32,9 @@ def page() -> str:
         the device, or the host streams those of each chunk. Medians of three.""",
         streaming_table(),
         commands(
-            "Commands",
-            (
-                "DIR holds the folder cifar-10-batches-bin.",
-                [
-                    "python benchmarks/startup.py --data_dir DIR",
-                    "python benchmarks/streaming.py",
-                ],
-            ),
+            "DIR holds the folder cifar-10-batches-bin.",
+            "python benchmarks/startup.py --data_dir DIR",
+            "python benchmarks/streaming.py",
         ),
     )
 
