@@ -1,7 +1,6 @@
-"""Make the tables of published steps on several GPUs, beside what is predicted of them.
+"""Make the sections of results/predictions.md on steps that papers measured on several GPUs.
 
-results/data/predictions/*.json come from benchmarks/history.py. Errors are predicted divided by
-measured, minus 1.
+The predictions come from benchmarks/history.py. Errors are predicted divided by measured, minus 1.
 """
 
 from cnn_spmd.papers import published

@@ -107,7 +107,6 @@ def predictions_table(predictions: Sequence[dict]) -> str:
 
 def prediction_errors(predictions: Sequence[dict]) -> str:
     """Return a sentence on the errors, and on whether the fastest was named right."""
-    errors = errors_of(predictions)
     named = []
     for batch in sorted({row["batch_per_device"] for row in predictions}):
         rows = [row for row in predictions if row["batch_per_device"] == batch]
@@ -118,10 +117,14 @@ def prediction_errors(predictions: Sequence[dict]) -> str:
             f"at {batch} per GPU {chosen['mesh']} {chosen['parallelism']}, "
             + (f"which is {100 * loss:.1f} % slower than the fastest" if loss else "the fastest")
         )
-    return (
-        f"Median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %, "
-        f"n = {len(errors)}. The plan takes {'; '.join(named)}."
-    )
+    count = len(predictions)
+    return f"{errors_text(predictions)}, n = {count}. The plan takes {'; '.join(named)}."
+
+
+def errors_text(predictions: Sequence[dict]) -> str:
+    """Return the median and the worst error in words."""
+    errors = errors_of(predictions)
+    return f"Median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %"
 
 
 def errors_of(predictions: Sequence[dict]) -> list[float]:
@@ -146,12 +149,8 @@ def estimates_table(predictions: Sequence[dict]) -> str:
 
 def estimate_errors(predictions: Sequence[dict]) -> str:
     """Return a sentence on the errors of estimates."""
-    errors = errors_of(predictions)
-    within = sum(error <= 0.1 for error in errors)
-    return (
-        f"Median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %; "
-        f"{within} of {len(errors)} are within 10 %."
-    )
+    within = sum(error <= 0.1 for error in errors_of(predictions))
+    return f"{errors_text(predictions)}; {within} of {len(predictions)} are within 10 %."
 
 
 def devices_table(predictions: Sequence[dict]) -> str:
@@ -159,17 +158,16 @@ def devices_table(predictions: Sequence[dict]) -> str:
 
     Its milliseconds follow, and how many times as fast as `data` `hybrid` and the fastest are.
     """
+    names = list(dict.fromkeys(row["batches"] for row in predictions))
     rows = []
     for devices in sorted({row["devices"] for row in predictions}):
         cells = [f"{devices:,}"]
-        for batches in dict.fromkeys(row["batches"] for row in predictions):
-            found = {
-                row["parallelism"]: row
-                for row in predictions
-                if (row["devices"], row["batches"]) == (devices, batches)
-            }
-            times = {name: row["predicted_milliseconds"] for name, row in found.items()}
-            best = found[min(times, key=times.get)]
+        for batches in names:
+            own = [
+                row for row in predictions if (row["devices"], row["batches"]) == (devices, batches)
+            ]
+            times = {row["parallelism"]: row["predicted_milliseconds"] for row in own}
+            best = min(own, key=lambda row: row["predicted_milliseconds"])
             cells += [
                 f"{best['mesh']} {best['parallelism']}",
                 f"{best['predicted_milliseconds']:.3f}",
@@ -177,7 +175,5 @@ def devices_table(predictions: Sequence[dict]) -> str:
                 f"{times['data'] / best['predicted_milliseconds']:.2f}",
             ]
         rows.append(cells)
-    header = ["GPUs"]
-    for batches in dict.fromkeys(row["batches"] for row in predictions):
-        header += [batches, "ms", "hybrid", "fastest"]
+    header = ["GPUs", *(cell for name in names for cell in (name, "ms", "hybrid", "fastest"))]
     return markdown_table(header, rows)

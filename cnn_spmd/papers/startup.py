@@ -48,31 +48,18 @@ def waiting_table() -> str:
     """Return what a user waits for, one row per device and measurement; seconds."""
     rows = []
     for measured in load("startup"):
-        repeats = measured["repeats"]
-        for what, median, values in (
-            (
-                "first step, empty caches",
-                measured["cold_first_step_seconds"],
-                column(repeats["cold"], "first_step_seconds"),
-            ),
-            (
-                "first step, programs in the cache",
-                measured["warm_first_step_seconds"],
-                column(repeats["warm"], "first_step_seconds"),
-            ),
-            (
-                f"the result, {100 * repeats['result'][0]['accuracy']:.2f}% test accuracy",
-                measured["warm_result_seconds"],
-                column(repeats["result"], "seconds"),
-            ),
-            (
-                f"a sweep of {repeats['sweep'][0]['runs']} runs of 100 steps",
-                measured["sweep_12_runs_seconds"],
-                column(repeats["sweep"], "seconds"),
-            ),
+        repeats, device = measured["repeats"], measured["hardware"]["device_kind"]
+        result = f"the result, {100 * repeats['result'][0]['accuracy']:.2f}% test accuracy"
+        sweep = f"a sweep of {repeats['sweep'][0]['runs']} runs of 100 steps"
+        cached = "first step, programs in the cache"
+        for what, median, kind, field in (
+            ("first step, empty caches", "cold_first_step_seconds", "cold", "first_step_seconds"),
+            (cached, "warm_first_step_seconds", "warm", "first_step_seconds"),
+            (result, "warm_result_seconds", "result", "seconds"),
+            (sweep, "sweep_12_runs_seconds", "sweep", "seconds"),
         ):
-            device = measured["hardware"]["device_kind"]
-            rows.append([device, what, f"{median:.1f}", ", ".join(f"{v:.1f}" for v in values)])
+            values = ", ".join(f"{run[field]:.1f}" for run in repeats[kind])
+            rows.append([device, what, f"{measured[median]:.1f}", values])
     return markdown_table(["device", "from the command to", "seconds, median", "repeats"], rows)
 
 
@@ -88,12 +75,11 @@ def stages_table(measured: dict) -> str:
 
 def stage_spans(runs: Sequence[dict]) -> dict[str, tuple[float, float]]:
     """Return the median begin and end of each stage; one that recurs ends with its last part."""
-    names = dict.fromkeys(stage["stage"] for run in runs for stage in run["stages"])
     spans = {}
-    for name in names:
-        parts = [[s for s in run["stages"] if s["stage"] == name] for run in runs]
-        begin = statistics.median(min(column(part, "begin")) for part in parts)
-        end = statistics.median(max(column(part, "end")) for part in parts)
+    for name in dict.fromkeys(stage["stage"] for run in runs for stage in run["stages"]):
+        parts = [[part for part in run["stages"] if part["stage"] == name] for run in runs]
+        begin = statistics.median(min(part["begin"] for part in own) for own in parts)
+        end = statistics.median(max(part["end"] for part in own) for own in parts)
         spans[name] = (begin, end)
     return spans
 
@@ -111,23 +97,13 @@ def streaming_table() -> str:
     """Return images per second, resident and streamed."""
     rows = []
     for measured in load("streaming"):
+        device = measured["hardware"]["device_kind"]
         for row in measured["streaming"]:
             resident, streamed = (
-                row[f"{side}_images_per_second"] for side in ("resident", "streamed")
+                row["resident_images_per_second"],
+                row["streamed_images_per_second"],
             )
-            rows.append(
-                [
-                    measured["hardware"]["device_kind"],
-                    str(row["batch_size"]),
-                    f"{resident:,}",
-                    f"{streamed:,}",
-                    f"{100 * streamed / resident:.1f}",
-                ]
-            )
+            cells = [device, str(row["batch_size"]), f"{resident:,}", f"{streamed:,}"]
+            rows.append([*cells, f"{100 * streamed / resident:.1f}"])
     header = ["device", "batch", "resident images/s", "streamed images/s", "%"]
     return markdown_table(header, rows)
-
-
-def column(rows: Sequence[dict], field: str) -> list[float]:
-    """Return a field of each row."""
-    return [row[field] for row in rows]
