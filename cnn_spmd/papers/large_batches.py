@@ -113,14 +113,14 @@ def search_section(runs: Sequence[dict]) -> list[str]:
     if not runs:
         return []
     held_out = max(run["config"]["data"]["validation"] for run in runs)
-    epochs = max(run["epochs"] for run in runs)
+    epochs, seeds = max(run["epochs"] for run in runs), len({run["seed"] for run in runs})
     parts = [
         "## Large batches",
         f"""Error in % on {held_out:,} images of CIFAR-10 that are held out of training, after
-        {epochs:g} epochs on {machines_of(runs)}; n = {len({run["seed"] for run in runs})}. The rate
-        is that of batch 128: at batch B it is multiplied by B / 128 for linear, and by
-        (B / 128)^0.75 for lars and larc. The best of each row is bold. Diverged: the loss or the
-        weights became infinite or NaN. [batches.md](batches.md) has the runs at the best rates.""",
+        {epochs:g} epochs on {machines_of(runs)}; n is {seeds}. The rate is that of batch 128: at
+        batch B it is multiplied by B / 128 for linear, and by (B / 128)^0.75 for lars and larc. The
+        best of each row is bold. Diverged: the loss or the weights became infinite or NaN.
+        [batches.md](batches.md) has the runs at the best rates.""",
     ]
     lines = []
     for experiment, batches in by_rate(runs).items():
@@ -229,10 +229,11 @@ def claims_paragraphs(errors: Errors) -> list[str]:
     return [
         "### What You et al. claim",
         f"""You et al. 2017 (arXiv 1708.03888) train AlexNet on ImageNet. Published is how much
-        accuracy a batch costs, compared with a batch of 256 or more; here it is compared with
-        128. A cost of at most {MARGIN} point counts as none, which is our choice. A result that
-        lies within two standard errors of {MARGIN} is not certain. A run that diverged counts as
-        one that guesses ({GUESSING:g}%).""",
+        accuracy a batch costs, compared with a batch of 256 or more; here it is compared with 128.
+        For batch norm, the points here are by how much less the batch costs. A cost of at most
+        {MARGIN} point counts as none, which is our choice. A result that lies within two standard
+        errors of {MARGIN} is not certain. A run that diverged counts as one that guesses
+        ({GUESSING:g}%).""",
         markdown_table(header, rows),
     ]
 
@@ -290,16 +291,16 @@ def steps_paragraphs(runs: Sequence[dict]) -> list[str]:
         noise = "{1:,.0f} (batch {0:,})".format(*scaling.noise) if scaling.noise else "-"
         target = f"{100 * (1 - scaling.target):.4g}"
         rows.append([", ".join(names_of(experiment)), target, *steps, knee, noise])
-    header = ["data, network, rule", "target, %", *(f"batch {batch:,}" for batch in batches)]
+    header = ["data, network, rule", "target, %", *(f"batch {batch}" for batch in batches)]
     return [
         "### Steps to a target error",
         """The target is the lowest test error that every batch reaches, in whole percent. The run
         that reaches it in the fewest steps counts. The rate decays until the end of a run, which
-        ties the steps to its length. At the knee, a run needs twice the fewest possible steps
-        (`cnn_spmd/report/batch_scaling.py`); "-": it is not among these batches. The noise scale
-        (McCandlish et al. 2018) predicts the knee's order of magnitude. It was measured near the
-        target, in the runs of the batch in parentheses.""",
-        markdown_table([*header, "knee, batch", "noise scale, images"], rows),
+        ties the steps to its length. At the knee, a batch size, a run needs twice the fewest
+        possible steps (`cnn_spmd/report/batch_scaling.py`); "-": it is not among these batches. The
+        noise scale, in images (McCandlish et al. 2018), predicts the knee's order of magnitude. It
+        was measured near the target, in the runs of the batch in parentheses.""",
+        markdown_table([*header, "knee", "noise scale"], rows),
     ]
 
 
