@@ -343,7 +343,7 @@ def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
 
 
 def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
-    assert not large_batches.results_section(summaries.load_single_runs(tmp_path), [])
+    assert not large_batches.results_section(summaries.load_single_runs(tmp_path), {})
 
     def add(variant, batch, accuracy, rate=1, **more):
         config = dict(batch_size=batch, optimizer=dict(learning_rate=rate))
@@ -352,15 +352,16 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
 
     add("cifar_linear", 128, 0.75)
     add("cifar_linear", 8192, 0.5, rate=2)
-    search = summaries.load_single_runs(tmp_path)
-    section = large_batches.results_section(search, search)
+    runs = summaries.load_single_runs(tmp_path)
+    best = rates.best_rates(runs)
+    section = large_batches.results_section(runs, best)
     assert section[2].splitlines() == [
         "| data | network, rule | n | batch 128 | batch 8192 |",
         "|---|---|---|---|---|",
         "| CIFAR-10 | AlexNet, linear | 1 | 25.00 | 50.00 |",
     ]
-    best = "Learning rates are the best of [rates.md](rates.md#large-batches)"
-    assert section[3] == f"Measured on 1 x H100. {best}."
+    text = "Learning rates are the best of [rates.md](rates.md#large-batches)"
+    assert section[3] == f"Measured on 1 x H100. {text}."
     assert "Imagenette was not run in these batches." in section
     for rule in ("larc", "lars"):
         add(f"cifar_{rule}_bn", 1024, 0.875)
@@ -369,7 +370,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     add("cifar_linear", 128, 0.625, rate=2)
     add("cifar_linear", 8192, 0.5, seed=1, status="non-finite", eval=None)
     runs = summaries.load_single_runs(tmp_path)
-    section = large_batches.results_section(runs, search)
+    section = large_batches.results_section(runs, best)
     assert section[2].splitlines()[2:] == [
         "| CIFAR-10 | AlexNet, linear | 2 | 31.25 ± 8.84 |  |  | 50.00; 1 diverged |",
         "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |",
@@ -448,8 +449,8 @@ def test_the_search_of_rates_for_large_batches():
     diverged = run(1024, 0.4, 0.9, status="non-finite", epochs=2.0)
     runs = [run(1024, 0.2, 0.5), run(1024, 0.1, 0.75), diverged, run(128, 0.2, 0.75)]
     runs += [run(128, 0.4, 0.8), run(128, 0.1, 0.7), run(8192, 0.1, 0.1, status="non-finite")]
-    assert not large_batches.search_section([])
-    _, text, title, table, closed = large_batches.search_section(runs)
+    assert not rates.search_section([])
+    _, text, title, table, closed = rates.search_section(runs)
     assert "Error in % on 5,000 images" in text
     assert title == "### AlexNet-BN, lars"
     assert table.splitlines() == [

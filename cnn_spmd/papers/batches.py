@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cnn_spmd.papers import large_batches, published, summaries
+from cnn_spmd.papers import large_batches, published, rates, summaries
 from cnn_spmd.papers.layout import HEAD, SEEDS, about_data, commands, joined
 from cnn_spmd.papers.summaries import DATA
 
@@ -14,6 +14,7 @@ RATES = {1.0: "k", 0.5: "sqrt(k)"}
 def page() -> str:
     """Return the page on the cost of larger batches."""
     sweep = "python launch.py --config experiments/owt_"
+    best = rates.best_rates(rates.load_search())
     return joined(
         "# What larger batches cost",
         HEAD,
@@ -35,7 +36,7 @@ def page() -> str:
             f"{sweep}imagenet.py:imagenette --mesh 1x1 --config.batch_size=512",
             f"{sweep}imagenet.py:variable,imagenette --mesh 1x1 --config.batch_size=512",
         ),
-        *large_batches.results_section(summaries.load_single_runs(), large_batches.load_search()),
+        *large_batches.results_section(summaries.load_single_runs(), best),
     )
 
 

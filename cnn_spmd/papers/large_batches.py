@@ -1,8 +1,7 @@
-"""Make the sections on batches of up to 8,192 (experiments/large_batch_cifar.py).
+"""Make the section of results/batches.md on batches of up to 8,192, and read its runs.
 
-results/rates.md has the search of learning rates, of results/data/rates/large_batch_cifar.json.
-results/batches.md has the runs at the rates found, of results/data/claims/. Errors are in %; a run
-whose loss or weights became infinite or NaN has none: it diverged.
+They are those of experiments/large_batch_cifar.py, at the learning rates that rates.py found.
+Errors are in %; a run whose loss or weights became infinite or NaN has none: it diverged.
 """
 
 import collections
@@ -12,10 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from cnn_spmd.papers import published, summaries
 from cnn_spmd.papers.layout import commands
-from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import batch_scaling, compare
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
-from cnn_spmd.training import runfiles
 
 PICTURE = "large_batches.svg"
 EXPERIMENTS = "large_batch_"  # begins their names: large_batch_cifar_lars_bn, ...
@@ -23,14 +20,13 @@ CIFAR = f"{EXPERIMENTS}cifar_"
 LAUNCH = "python launch.py --config experiments/large_batch_cifar.py"
 # Part of an experiment's name -> the name of its data in the table.
 DATA_NAMES = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
-# A batch that adds at most so many points to the error costs nothing; ours, as no paper says it.
-MARGIN = 0.5
+MARGIN = 0.5  # points that a batch may add and still costs nothing: our choice, no paper has one
 GUESSING = 90.0  # the error of a guess among ten classes, at which a diverged run counts
 
+# Experiment and batch -> the best learning rate of a search; None where every run diverged.
+BestRates = dict[tuple[str, int], float | None]
 # Data, "network, rule" and batch -> the errors of its runs; None where one diverged.
 Errors = dict[tuple[str, str, int], list[float | None]]
-# The same by batch and learning rate, of one network and rule.
-Search = dict[int, dict[float, list[float | None]]]
 
 
 def of_large_batches(runs: Iterable[dict]) -> list[dict]:
@@ -78,61 +74,9 @@ def errors_text(errors: Sequence[float | None]) -> str:
     return f"{mean_and_deviation(finite, 2)}; {diverged} diverged" if finite else "diverged"
 
 
-# ---- The search of learning rates
-
-
-def load_search() -> list[dict]:
-    """Return the runs of the search; [] where it is not made."""
-    path = DATA / "rates" / "large_batch_cifar.json"
-    return runfiles.read_json(path)["runs"] if path.exists() else []
-
-
-def by_rate(runs: Iterable[dict]) -> dict[str, Search]:
-    """Return the errors of a search by experiment, batch and learning rate, in order."""
-    found: dict = {}
-    for run in sorted(runs, key=lambda run: (run["experiment"], run["batch_size"], rate_of(run))):
-        batches = found.setdefault(run["experiment"], {})
-        errors = batches.setdefault(run["batch_size"], {})
-        errors.setdefault(rate_of(run), []).append(error_of(run))
-    return found
-
-
 def rate_of(run: dict) -> float:
     """Return the config's learning rate, which is that of batch 128."""
     return run["config"]["optimizer"]["learning_rate"]
-
-
-def best_rate(errors: dict[float, list[float | None]]) -> float | None:
-    """Return the rate of the lowest mean error, of rates with which no run diverged."""
-    means = {rate: statistics.mean(own) for rate, own in errors.items() if None not in own}
-    return min(means, key=means.get, default=None)
-
-
-def search_section(runs: Sequence[dict]) -> list[str]:
-    """Return the section on the search; [] without runs."""
-    if not runs:
-        return []
-    held_out = max(run["config"]["data"]["validation"] for run in runs)
-    epochs, seeds = max(run["epochs"] for run in runs), len({run["seed"] for run in runs})
-    parts = [
-        "## Large batches",
-        f"""Error in % on {held_out:,} images of CIFAR-10 that are held out of training, after
-        {epochs:g} epochs on {machines_of(runs)}; n is {seeds}. The rate is that of batch 128: at
-        batch B it is multiplied by B / 128 for linear, and by (B / 128)^0.75 for lars and larc. The
-        best of each row is bold. Diverged: the loss or the weights became infinite or NaN.
-        [batches.md](batches.md) has the runs at the best rates.""",
-    ]
-    lines = []
-    for experiment, batches in by_rate(runs).items():
-        parts += [f"### {names_of(experiment)[1]}", search_table(batches)]
-        sizes = ",".join(map(str, batches))
-        rates = ",".join(f"{rate:g}" for rate in rates_of(batches))
-        lines.append(
-            f"{LAUNCH}:{experiment.removeprefix(CIFAR)} --config.epochs={epochs:g}"
-            f" --config.data.validation={held_out}"
-            f" --sweep batch_size={sizes} --sweep optimizer.learning_rate={rates}"
-        )
-    return [*parts, commands("A sweep per network and rule.", *lines)]
 
 
 def machines_of(runs: Iterable[dict]) -> str:
@@ -140,36 +84,7 @@ def machines_of(runs: Iterable[dict]) -> str:
     return ", ".join(sorted({compare.machine(run) for run in runs}))
 
 
-def rates_of(batches: Search) -> list[float]:
-    """Return the rates that any batch was tried with."""
-    return sorted({rate for errors in batches.values() for rate in errors})
-
-
-def search_table(batches: Search) -> str:
-    """Return errors by batch and learning rate, the best of each row bold."""
-    rates, rows = rates_of(batches), []
-    for batch, errors in batches.items():
-        best = best_rate(errors)
-        cells = {rate: errors_text(own) for rate, own in errors.items()}
-        if best is not None:
-            cells[best] = f"**{cells[best]}**"
-        found = (cells.get(rate, "") for rate in rates)
-        rows.append([f"{batch:,}", *found, best_text(best, list(errors))])
-    return markdown_table(["batch", *(f"rate {rate:g}" for rate in rates), "best rate"], rows)
-
-
-def best_text(best: float | None, tried: Sequence[float]) -> str:
-    """Return the best rate, and whether a rate beyond those tried could be better."""
-    if best is None:
-        return "none"
-    edges = {tried[0]: ", the smallest tried", tried[-1]: ", the largest tried"}
-    return f"{best:g}{edges.get(best, '')}"
-
-
-# ---- The runs at the rates found
-
-
-def results_section(runs: Sequence[dict], search: Sequence[dict]) -> list[str]:
+def results_section(runs: Sequence[dict], best: BestRates) -> list[str]:
     """Return the section on the runs at the best rates of a search; [] without runs."""
     runs = of_large_batches(runs)
     errors = errors_of(runs)
@@ -183,7 +98,7 @@ def results_section(runs: Sequence[dict], search: Sequence[dict]) -> list[str]:
         linear is momentum SGD, whose rate grows with the batch; lars and larc have a rate for each
         parameter.""",
         errors_table(errors, "network, rule"),
-        f"Measured on {machines_of(runs)}. {rates_text(runs, search)}",
+        f"Measured on {machines_of(runs)}. {rates_text(runs, best)}",
         "" if has_imagenette else "Imagenette was not run in these batches.",
         f"![Test error by batch size]({PICTURE})",
         *claims_paragraphs(errors),
@@ -198,15 +113,10 @@ def results_section(runs: Sequence[dict], search: Sequence[dict]) -> list[str]:
     ]
 
 
-def rates_text(runs: Sequence[dict], search: Sequence[dict]) -> str:
+def rates_text(runs: Sequence[dict], best: BestRates) -> str:
     """Say whether runs have the best rates of a search; "" without a search."""
-    if not search:
+    if not best:
         return ""
-    best = {
-        (experiment, batch): best_rate(errors)
-        for experiment, batches in by_rate(search).items()
-        for batch, errors in batches.items()
-    }
     others = {
         f"{', '.join(names_of(run['experiment']))} at batch {run['batch_size']:,}"
         for run in runs
