@@ -91,7 +91,7 @@ def results_section(runs: Sequence[dict], best: BestRates) -> list[str]:
     if not errors:
         return []
     has_imagenette = DATA_NAMES["imagenette"] in {data for data, *_ in errors}
-    parts = [
+    return [
         "## Batches of up to 8,192",
         f"""Test error in % after {max(run["epochs"] for run in runs):g} epochs
         (`experiments/large_batch_cifar.py`). AlexNet has response norms, AlexNet-BN batch norm.
@@ -103,13 +103,12 @@ def results_section(runs: Sequence[dict], best: BestRates) -> list[str]:
         f"![Test error by batch size]({PICTURE})",
         *claims_paragraphs(errors),
         *steps_paragraphs(runs),
-    ]
-    command = f"{LAUNCH}:lars --sweep batch_size=128,1024,4096,8192 --sweep seed=0,1,2"
-    text = """The same for the other variants. --config.optimizer.learning_rate sets the rate of
-        batch 128."""
-    return [
-        *parts,
-        commands(text, f"{command} --config.eval.every_epochs=1 --noise_scale 5"),
+        commands(
+            """The same for the other variants. --config.optimizer.learning_rate sets the rate of
+            batch 128.""",
+            f"{LAUNCH}:lars --sweep batch_size=128,1024,4096,8192 --sweep seed=0,1,2"
+            " --config.eval.every_epochs=1 --noise_scale 5",
+        ),
     ]
 
 
@@ -152,7 +151,7 @@ def claim_row(variant: str, batch: int, words: str, errors: Errors) -> list[str]
     """Return the cells of a row of published.LARGE_BATCHES: its claim, and whether it holds."""
     rule, *bn = variant.split("_")
     costs = words != published.NO_LOSS
-    # Sign of each error in the sum that is measured.
+    # What a batch costs is a sum of errors with these signs.
     signs = {(variant, batch): 1, (variant, 128): -1}
     claim = f"{rule}: batch {batch:,} costs {'accuracy' if costs else 'nothing'}"
     if bn:

@@ -8,8 +8,19 @@ from cnn_spmd.report import compare, document
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
 
-SWEEP_HEADER = ["mesh", "scheme", "n", "MB per device", "images/s", "step, ms (p10 to p90)"]
-SWEEP_HEADER += ["speedup", "ring MB per step"]
+ACCURACY = "test accuracy, %"
+# Column -> its name in the report's table (document.COMPARISON_HEADER).
+SWEEP_COLUMNS = {
+    "mesh": "mesh",
+    "scheme": "parallelism",
+    "n": "n",
+    "MB per device": "parameters and optimizer, MB per device",
+    "images/s": "images/s",
+    "step, ms (p10 to p90)": "step, ms (p10 to p90)",
+    "speedup": "speedup",
+    "ring MB per step": "ring MB per step",
+    ACCURACY: ACCURACY,
+}
 
 
 def page() -> str:
@@ -63,16 +74,14 @@ def sweep_tables(sweep: dict) -> dict[str, str]:
 
 def sweep_table(groups: Sequence[dict]) -> str:
     """Return the table of one panel; accuracies where the data are no random images."""
+    columns = dict(SWEEP_COLUMNS)
+    if groups[0]["runs"][0]["figures"]["dataset"] == "synthetic":
+        columns.pop(ACCURACY)
     rows = []
     for group in groups:
         row = dict(zip(document.COMPARISON_HEADER, document.comparison_row(group), strict=True))
-        cells = [row["mesh"], row["parallelism"], row["n"]]
-        cells.append(row["parameters and optimizer, MB per device"])
-        cells += [row["images/s"], row["step, ms (p10 to p90)"], row["speedup"]]
-        rows.append([*cells, row["ring MB per step"], row["test accuracy, %"]])
-    if groups[0]["runs"][0]["figures"]["dataset"] == "synthetic":
-        return markdown_table(SWEEP_HEADER, [row[:-1] for row in rows])
-    return markdown_table([*SWEEP_HEADER, "test accuracy, %"], rows)
+        rows.append([row[name] for name in columns.values()])
+    return markdown_table(list(columns), rows)
 
 
 def sweep_command(sweep: dict) -> str:
