@@ -56,23 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_or_write(arguments: argparse.Namespace) -> None:
     """Do what the arguments say. Raises UserError for bad input."""
-    picture = arguments.depth_plot
+    if arguments.depth_plot:
+        draw_depth(arguments.depth_plot)
     if arguments.runs:
         print(beside.runs_page(arguments.runs, arguments.beside), end="")
     elif arguments.write:
         print(*pages.write_pages(), sep="\n")
     else:
         pages.print_pages()
-    if picture:
-        from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
 
-        runs = summaries.load_summaries(summaries.DATA / "claims")
-        try:
-            picture.write_text(pictures.accuracy_by_depth(runs))
-        except OSError as error:
-            raise UserError(
-                f"--depth_plot={picture}: cannot be written ({error.strerror})"
-            ) from error
+
+def draw_depth(path: pathlib.Path) -> None:
+    """Draw accuracy by depth. Raises UserError where the file cannot be written."""
+    from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
+
+    runs = summaries.load_single_runs()
+    try:
+        path.write_text(pictures.accuracy_by_depth(runs))
+    except OSError as error:
+        raise UserError(f"--depth_plot={path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

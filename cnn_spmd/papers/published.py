@@ -146,8 +146,6 @@ ONE_WEIRD_TRICK = [
     (8, 1024, 43.28, 15.68, 6.25),
     (8, 128, 42.86, 15.91, 6.16),
 ]
-
-
 IMAGENET_TRAIN = 1_281_167  # images of ILSVRC-2012
 
 # What others' models of a step predict. PALEO (Qi et al. 2017, table 4): GPUs -> hours of the rows
@@ -158,7 +156,7 @@ OPTCNN_ERRORS = {1: 1, 2: 4, 4: -5, 8: 2, 16: -1}
 
 
 def one_weird_trick_milliseconds(gpus: int, hours: float) -> float:
-    """Return milliseconds per step, where 90 epochs in batches of 128 per GPU take so long."""
+    """Return milliseconds per step, if 90 epochs in batches of 128 per GPU take these hours."""
     return 3.6e6 * hours / (90 * IMAGENET_TRAIN / (128 * gpus))
 
 
