@@ -360,27 +360,31 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
         "|---|---|---|---|---|",
         "| CIFAR-10 | AlexNet, linear | 1 | 25.00 | 50.00 |",
     ]
-    text = "Learning rates are the best of [rates.md](rates.md#large-batches)"
-    assert section[3] == f"Measured on 1 x H100. {text}."
+    best_rates = "Learning rates are the best of [rates.md](rates.md#large-batches)"
+    assert section[3] == f"Measured on 1 x H100. {best_rates}."
     assert "Imagenette was not run in these batches." in section
     for rule in ("larc", "lars"):
         add(f"cifar_{rule}_bn", 1024, 0.875)
     add("imagenette_lars", 512, 0.75, dataset="imagenette")
     # Two rates: each run is compared with the one of its own rate.
     add("cifar_linear", 128, 0.625, rate=2)
-    add("cifar_linear", 8192, 0.5, seed=1, status="non-finite", eval=None)
+    config = dict(epochs=100, optimizer=dict(learning_rate=2))
+    add("cifar_linear", 128, 0.5, seed=1)
+    early = dict(seed=1, status="non-finite", eval=None, epochs=3.0, config=config)
+    add("cifar_linear", 8192, 0.0, **early)
     runs = summaries.load_single_runs(tmp_path)
     section = large_batches.results_section(runs, best)
     assert section[2].splitlines()[2:] == [
-        "| CIFAR-10 | AlexNet, linear | 2 | 31.25 ± 8.84 |  |  | 50.00; 1 diverged |",
+        "| CIFAR-10 | AlexNet, linear | 3/2 | 37.50 ± 12.50 |  |  | 50.00; 1 diverged |",
         "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |",
         "| CIFAR-10 | AlexNet-BN, lars | 1 |  |  | 12.50 |  |",
         "| Imagenette | AlexNet, lars | 1 |  | 25.00 |  |  |",
     ]
-    assert "AlexNet, linear at batch 128; CIFAR-10, AlexNet, linear at batch 8,192" in section[3]
+    assert f"{best_rates}, except CIFAR-10, AlexNet, linear at batch 128; " in section[3]
     assert "Imagenette was not run in these batches." not in section
     assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
-        ["12.8", "12.50 (50.00 - 37.50)", "1", "", "1 x H100"]
+        ["12.8", "diverged", "0", "", "1 x H100"],
+        ["12.8", "12.50 (50.00 - 37.50)", "1", "", "1 x H100"],
     ]
     picture = pictures.error_by_batch(runs)
     for text in ("AlexNet-BN, larc", "AlexNet, linear", "Imagenette", "8,192"):

@@ -44,9 +44,12 @@ def load_summary(path: pathlib.Path, metrics: pathlib.Path) -> dict:
     """Return a summary without the fields that are null.
 
     Where the file `metrics` exists, the summary gets its lines as `metrics`, and epochs_to_error:
-    the number of epochs to TRAINING_ERROR, or None where it was not reached.
+    the number of epochs to TRAINING_ERROR, or None where it was not reached. `epochs` of a run that
+    diverged are those that it should have trained, by which it is found.
     """
     run = {name: value for name, value in runfiles.read_json(path).items() if value is not None}
+    if diverged(run):
+        run["epochs"] = run["config"].get("epochs") or run["epochs"]
     if metrics.exists():
         run["metrics"] = runfiles.read_metrics_rows(metrics)
         run["epochs_to_error"] = None
