@@ -60,7 +60,7 @@ def accuracy_text() -> str:
 
 
 def waiting_text() -> str:
-    """Return the seconds from the command to the result and to the first step, on one GPU."""
+    """Return the seconds from the command to the first step and to the result."""
     measured = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
     return (
         f"{measured['warm_first_step_seconds']:.1f} s to the first step, "
@@ -77,7 +77,7 @@ def speed_text() -> str:
 
 
 def bytes_row() -> list[str]:
-    """Return for how many GPUs hybrid was compiled, and how far its bytes are from theory."""
+    """Return how far hybrid's bytes are from theory, and on how many GPUs."""
     compiled = [run for run in programs.load_programs() if run["parallelism"] == "hybrid"]
     compiled = [run for run in compiled if run["compiler"]["platform"] != "cpu"]
     away = max(

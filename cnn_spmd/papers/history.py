@@ -1,4 +1,4 @@
-"""Make the sections of results/predictions.md on steps that papers measured on several GPUs.
+"""Make the sections of results/predictions.md on steps that papers measured.
 
 The predictions come from benchmarks/history.py. Errors are predicted divided by measured, minus 1.
 """

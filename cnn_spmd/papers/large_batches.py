@@ -1,6 +1,6 @@
-"""Make the section of results/batches.md on batches of up to 8,192, and read its runs.
+"""Make the section of results/batches.md on batches of up to 8,192.
 
-They are those of experiments/large_batch_cifar.py, at the learning rates that rates.py found.
+Its runs are those of experiments/large_batch_cifar.py, at the learning rates that rates.py found.
 Errors are in %; a run whose loss or weights became infinite or NaN has none: it diverged.
 """
 
@@ -148,7 +148,7 @@ def claims_paragraphs(errors: Errors) -> list[str]:
 
 
 def claim_row(variant: str, batch: int, words: str, errors: Errors) -> list[str]:
-    """Return the cells of a row of published.LARGE_BATCHES: its claim, and whether it holds."""
+    """Return the cells of a row of published.LARGE_BATCHES."""
     rule, *bn = variant.split("_")
     costs = words != published.NO_LOSS
     # What a batch costs is a sum of errors with these signs.
@@ -165,9 +165,10 @@ def claim_row(variant: str, batch: int, words: str, errors: Errors) -> list[str]
 
 
 def verdict(terms: Sequence[Sequence[float]], costs: bool) -> tuple[str, str]:
-    """Return the sum of the terms' means with its standard error, and whether a claim holds.
+    """Return the sum of the terms' means ± its standard error, and if a claim holds.
 
-    costs: whether the claim is that the sum is above MARGIN; otherwise, that it is not.
+    terms: the errors of each group of runs, with the group's sign. costs: whether the claim is that
+    the sum is above MARGIN; otherwise, that it is not.
     """
     if not all(terms):
         return "not measured", ""
@@ -184,7 +185,7 @@ def verdict(terms: Sequence[Sequence[float]], costs: bool) -> tuple[str, str]:
 
 
 def steps_paragraphs(runs: Sequence[dict]) -> list[str]:
-    """Return the steps to a target error and the noise scale; [] without metrics of runs."""
+    """Return the steps to a target error and the noise scale; [] without metrics."""
     scalings = {}
     for experiment in sorted({run["experiment"] for run in runs}):
         own = [run for run in runs if run["experiment"] == experiment and "metrics" in run]
@@ -214,6 +215,6 @@ def steps_paragraphs(runs: Sequence[dict]) -> list[str]:
 
 
 def as_swept(run: dict) -> dict:
-    """Return a run in the form in which batch_scaling takes it: as in a sweep of batch_size."""
+    """Return a run as batch_scaling takes it: as one of a sweep of batch_size."""
     settings = dict(batch_size=run["batch_size"], seed=run["seed"])
     return dict(settings=settings, status=run["status"], figures=run, metrics=run["metrics"])

@@ -52,7 +52,7 @@ def measured_tables(folder: pathlib.Path = DATA) -> dict[str, list[MeasuredRow]]
 
 
 def tables_about(runs: Sequence[dict]) -> dict[str, list[MeasuredRow]]:
-    """Return the rows of the figures that runs are about by table; no table without rows."""
+    """Return the rows of the figures that runs are about, by table."""
     found = {
         title: [
             row for figure in figures_about(figures, runs) for row in measured_rows(figure, runs)
@@ -65,7 +65,7 @@ def tables_about(runs: Sequence[dict]) -> dict[str, list[MeasuredRow]]:
 def figures_about(
     figures: Sequence[PublishedFigure], runs: Sequence[dict]
 ) -> list[PublishedFigure]:
-    """Return the figures that at least one of the runs is about, not only as a control."""
+    """Return the figures that a run is about, not only as a control."""
     return [figure for figure in figures if any(matches(figure.where, run) for run in runs)]
 
 
@@ -195,9 +195,9 @@ def why_beside_nothing(run: dict) -> str:
 
 
 def published_errors(name: str) -> list[PublishedFigure]:
-    """Return the published errors of this name, which may also be their experiment's variant.
+    """Return the published errors of this name.
 
-    Raises UserError for an unknown name.
+    It may also be the variant of their experiment. Raises UserError for an unknown name.
     """
     named: dict[str, list[PublishedFigure]] = {}
     for figure in ALL:
@@ -246,7 +246,7 @@ def rows_beside(name: str, runs: Sequence[dict]) -> list[MeasuredRow]:
 
 
 def labels_of(runs: Sequence[dict]) -> list[str]:
-    """Return each run's network, epochs, and the settings of the recipe and mesh that vary."""
+    """Return each run's network and epochs, and the settings that vary."""
     entries = []
     for run in runs:
         fields = flat(complete(run["config"])).items()

@@ -54,9 +54,9 @@ def print_pages() -> None:
 
 
 def write_pages() -> list[pathlib.Path]:
-    """Write all pages, their pictures and README's headline table; return what changed.
+    """Write all pages, their pictures and README's headline table.
 
-    Raises UserError where there are no results.
+    Returns the files that changed. Raises UserError where there are no results.
     """
     from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
 

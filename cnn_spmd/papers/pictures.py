@@ -1,4 +1,7 @@
-"""Draw the pictures of results/ as SVG. This loads matplotlib, which the tables do not need."""
+"""Draw the pictures of results/ as SVG.
+
+This module loads matplotlib, which the tables do not need.
+"""
 
 import functools
 import math
@@ -26,14 +29,14 @@ def accuracy_by_depth(runs: Sequence[dict]) -> str:
 
 
 def error_by_batch(runs: Sequence[dict]) -> str:
-    """Return the errors of large_batches.errors_table as a picture, one part per data set."""
+    """Return the errors of large_batches.errors_table, one part per data set."""
     errors = large_batches.errors_of(runs)
     parts = dict.fromkeys(data for data, *_ in errors)
     return stacked(parts, functools.partial(draw_errors, errors), "Test error by batch size")
 
 
 def speed_by_devices(predictions: Sequence[dict]) -> str:
-    """Return images/s per GPU, relative to one GPU: a line per scheme, a part per batch."""
+    """Return images/s per GPU, relative to one GPU; one part per batch."""
     parts = dict.fromkeys(row["batches"] for row in predictions)
     draw = functools.partial(draw_speeds, predictions)
     return stacked(parts, draw, "Predicted images/s per GPU")
@@ -53,10 +56,10 @@ def stacked(names: Collection[str], draw: Callable[[Axes, str], None], label: st
 
 
 def draw_errors(errors: large_batches.Errors, axes: Axes, data: str) -> None:
-    """Draw the errors on a data set: a line through each setting's means, a dot per run.
+    """Draw the errors on a data set.
 
-    Settings without runs on this data set get an empty line, for the legend. A batch at which a
-    run diverged has no mean.
+    A line goes through each setting's means; a dot is a run. Settings without runs on this data set
+    get an empty line, for the legend. A batch at which a run diverged has no mean.
     """
     for setting in dict.fromkeys(setting for _, setting, _ in errors):
         network, rule = setting.split(", ")
@@ -74,7 +77,7 @@ def draw_errors(errors: large_batches.Errors, axes: Axes, data: str) -> None:
 
 
 def draw_speeds(predictions: Sequence[dict], axes: Axes, batches: str) -> None:
-    """Draw images/s per GPU for these batches, relative to the fastest scheme on one GPU."""
+    """Draw images/s per GPU, relative to the fastest scheme on one GPU."""
     own = [row for row in predictions if row["batches"] == batches]
     alone = max(per_device(row) for row in own if row["devices"] == 1)
     for scheme in plots.schemes_of(own):

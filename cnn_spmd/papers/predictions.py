@@ -89,7 +89,7 @@ def devices_section() -> list[str]:
 
 
 def predictions_table(predictions: Sequence[dict]) -> str:
-    """Return measured and predicted milliseconds, a row per mesh and scheme, a column per batch.
+    """Return measured and predicted milliseconds by mesh, scheme and batch.
 
     What is not measured has its prediction alone.
     """
@@ -135,7 +135,7 @@ def errors_of(predictions: Sequence[dict]) -> list[float]:
 
 
 def estimates_table(predictions: Sequence[dict]) -> str:
-    """Return measured and estimated milliseconds of steps of one GPU, a row per network."""
+    """Return measured and estimated milliseconds of steps of one GPU."""
     rows = []
     for row in predictions:
         measured, predicted = row["measured_milliseconds"], row["predicted_milliseconds"]

@@ -1,4 +1,7 @@
-"""Make results/programs.md: compiled programs (benchmarks/programs.py). MB are 1e6 bytes."""
+"""Make results/programs.md: programs that benchmarks/programs.py compiled.
+
+MB are 1e6 bytes.
+"""
 
 import collections
 import pathlib

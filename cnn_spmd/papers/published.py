@@ -47,7 +47,7 @@ LINKS = {"NVIDIA H100 80GB HBM3": 450e9, "NVIDIA H200": 450e9}
 
 
 def curve_throughputs(curve: dict) -> dict[int, float]:
-    """Return number of GPUs -> images/s of all of them; of OWT, throughput relative to one GPU."""
+    """Return number of GPUs -> images/s of all; of OWT, relative to one GPU."""
     per_gpu = curve["unit"].endswith("per GPU")
     return {gpus: value * (gpus if per_gpu else 1) for gpus, value in curve["values"].items()}
 
@@ -156,7 +156,7 @@ OPTCNN_ERRORS = {1: 1, 2: 4, 4: -5, 8: 2, 16: -1}
 
 
 def one_weird_trick_milliseconds(gpus: int, hours: float) -> float:
-    """Return milliseconds per step, if 90 epochs in batches of 128 per GPU take these hours."""
+    """Return milliseconds per step, if 90 epochs of 128 images per GPU take `hours`."""
     return 3.6e6 * hours / (90 * IMAGENET_TRAIN / (128 * gpus))
 
 
@@ -291,7 +291,7 @@ LARGE_BATCHES = [
 
 
 def added_by_batch(variant: str, batch: int, points: str, source: str) -> PublishedFigure:
-    """Return how much larger the error is with a batch of LARGE_BATCHES than with 128 images."""
+    """Return how much larger the error is with this batch than with 128 images."""
     config = f"large_batch_cifar.py:{variant} --config.batch_size="
     return PublishedFigure(
         name=f"{variant}, batch {batch:,}: added error, points",

@@ -74,7 +74,10 @@ def stages_table(measured: dict) -> str:
 
 
 def stage_spans(runs: Sequence[dict]) -> dict[str, tuple[float, float]]:
-    """Return the median begin and end of each stage; one that recurs ends with its last part."""
+    """Return the median begin and end of each stage.
+
+    A stage that recurs ends with its last part.
+    """
     spans = {}
     for name in dict.fromkeys(stage["stage"] for run in runs for stage in run["stages"]):
         parts = [[part for part in run["stages"] if part["stage"] == name] for run in runs]

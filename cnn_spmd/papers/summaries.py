@@ -61,7 +61,7 @@ def load_summary(path: pathlib.Path, metrics: pathlib.Path) -> dict:
 
 
 def load_given(paths: Sequence[pathlib.Path]) -> tuple[list[dict], list[str]]:
-    """Return the completed runs in `paths`, and a line on each run that is not completed.
+    """Return the completed runs in `paths`, and a line on each other run.
 
     paths: folders of runs and of sweeps, and files named summary.json. Each run gets `folders`: its
     own, and with a speedup also those of the one-device runs. Raises UserError for other paths.
@@ -158,5 +158,5 @@ def command_with_base(command: str, batch_size: int, devices: int) -> str:
 
 
 def diverged(run: dict) -> bool:
-    """Return whether a run ended because its loss or its weights became infinite or NaN."""
+    """Return whether a run ended because its loss or weights were not finite."""
     return run.get("status") == "non-finite"
