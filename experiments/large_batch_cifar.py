@@ -24,8 +24,8 @@ in % (You, Gitman, Ginsburg 2017, arXiv 1708.03888, as quoted in github.com/lcy-
   AlexNet, linear               57.6    53.1    44.8
 
 Linear scaling of AlexNet diverges above the rate for a batch of 2K. With batch norm, the gap at 8K
-falls from 14 points to 2.2 without LARS. With LARS nothing is lost up to 8K (abstract). What was
-measured here: results/batches.md.
+falls from 14 points to 2.2 without LARS. With LARS nothing is lost up to 8K (abstract).
+results/batches.md has what was measured on CIFAR-10, and whether these claims hold there.
 
 The recipe is that of the authors' files (nvcaffe, models/alexnet_bn): momentum 0.9, weight decay
 5e-4, dropout 0.5, polynomial decay of power 2, eta 0.001. Their warm-up takes 4 to 10 epochs; here
@@ -33,11 +33,13 @@ it takes 5 for every batch. Images are those of alexnet_cifar.py or owt_imagenet
 
 The rates are published ones, too. linear: 0.01 for AlexNet at 128 (owt_imagenet.py), 0.08 for
 AlexNet-BN at 512. lars and larc: 2 at 1K, 10 at 8K and 16 at 16K, nearly a power of 0.75 of the
-batch. They are for ImageNet, whose epochs have 25 times as many steps. To search them for each
-batch, on images that are held out of training:
+batch. They are for ImageNet, whose epochs have 25 times as many steps. So search them for each
+batch, on images that are held out of training; results/rates.md has such a search:
 
-  ... --config.data.validation=5000 --sweep optimizer.learning_rate=0.1,0.2,0.4,0.8,1.6
-      --sweep batch_size=128,1024,4096,8192
+  ... --config.epochs=30 --config.data.validation=5000 --sweep batch_size=128,1024,4096,8192
+      --sweep optimizer.learning_rate=0.1,0.2,0.4,0.8,1.6
+
+A sweep sets the rate of batch 128; optimizer.scaling turns it into that of each batch.
 """
 
 import ml_collections

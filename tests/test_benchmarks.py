@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from cnn_spmd.analysis import cost
 from cnn_spmd.data import registry
-from cnn_spmd.papers import published, tables
+from cnn_spmd.papers import predictions, published, pytorch
 from cnn_spmd.sharding.table import ALL, TABLE
 
 
@@ -142,7 +142,7 @@ def test_the_table_of_speeds(tmp_path):
     (tmp_path / "a.json").write_text(
         json.dumps(dict(gpus=2, hardware=dict(device_kind="X"), batches=batches))
     )
-    assert tables.speed_table(tmp_path).splitlines()[2:] == [
+    assert pytorch.speed_table(tmp_path).splitlines()[2:] == [
         "| 2 x X | 8 | 1x2 hybrid | 100 | 40 (max) | 2.50 | 10 | 4 | 2.00 | 1.25 |"
     ]
 
@@ -180,7 +180,7 @@ def test_stored_estimates_are_what_the_model_says():
         key = row["experiment"], row["batch_per_device"], row["card"]
         assert row["fitted"] == (key in fitted)
     (within,) = re.findall(r"9 of 10 .* within (\d+) %", cost.ESTIMATES_WITHIN)
-    errors = tables.errors_of([row for row in rows if not row["fitted"]])
+    errors = predictions.errors_of([row for row in rows if not row["fitted"]])
     assert sum(error <= int(within) / 100 for error in errors) >= 0.9 * len(errors)
     (row,) = [row for row in estimates.FITTED if row.experiment == "claims_2012_cifar:relu"]
     kernels = estimates.roofline.kernels_of(estimates.program_of(row))

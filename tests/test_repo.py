@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from cnn_spmd.papers import tables
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers import cifar10
+from cnn_spmd.papers.summaries import DATA
 
 
 @pytest.mark.parametrize(
@@ -62,18 +62,21 @@ def test_waiting_times_are_medians_of_three_and_say_where_they_come_from():
 
 
 def test_results_say_where_they_come_from():
+    """Runs that papers.md and others show, and those by which learning rates were chosen."""
     files = [path for folder in (".", "claims") for path in sorted((DATA / folder).glob("*.json"))]
+    runs = [json.loads(path.read_text()) for path in files]
+    for path in (DATA / "rates").glob("*.json"):
+        runs += json.loads(path.read_text())["runs"]
     assert files
-    for path in files:
-        run = json.loads(path.read_text())
-        assert run["status"] == "completed", path
-        assert run["device_kind"], path
-        assert re.fullmatch("[0-9a-f]{40}", run["commit"]), path
-        assert (
-            run["eval"]["examples"]
-            == dict(cifar10=10_000, digits=360, imagenette=3925)[run["dataset"]]
-        ), path
-        assert run["config"]["seed"] == run["seed"], path
+    examples = dict(cifar10=10_000, cifar10_validation=5000, digits=360, imagenette=3925)
+    for run in runs:
+        named = run["experiment"], run["started"]
+        assert run["status"] in ("completed", "non-finite"), named
+        assert run["device_kind"], named
+        assert re.fullmatch("[0-9a-f]{40}", run["commit"]), named
+        if run["status"] == "completed":
+            assert run["eval"]["examples"] == examples[run["dataset"]], named
+        assert run["config"]["seed"] == run["seed"], named
 
 
 def test_sweeps_speeds_and_predictions_say_where_they_come_from():
@@ -121,10 +124,10 @@ def test_table_on_known_runs(tmp_path):
         "i.json", experiment="cuda_convnet_80sec", dataset="cifar10"
     )  # in the papers' table instead
     write("j.json", experiment="cuda_convnet_80sec", dataset="digits")
-    assert tables.results_table("digits", tmp_path).splitlines()[2:] == [
+    assert cifar10.results_table("digits", tmp_path).splitlines()[2:] == [
         "| cuda_convnet_80sec | 2 x GPU | 1x2 hybrid | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
     ]
-    assert tables.results_table("d", tmp_path).splitlines()[2:] == [
+    assert cifar10.results_table("d", tmp_path).splitlines()[2:] == [
         "| e | 2 x GPU | 2x1 hybrid | 60 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
         "| e | 2 x GPU | 1x2 hybrid | 7.5 | 1 | 90.00 | 10.0 | 1.0 | 1,000 |",
         "| e | 2 x GPU | 1x2 hybrid | 60 | 2 | 91.00 ± 1.41 | 11.0 ± 1.4 | 1.0 | 1,000 ± 0 |",

@@ -27,7 +27,7 @@ from report_runs import (
 )
 
 from cnn_spmd import sweep_screen
-from cnn_spmd.papers import pages, published, tables
+from cnn_spmd.papers import meshes, published
 from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import (
     bar_charts,
@@ -726,7 +726,7 @@ def test_the_tables_of_a_sweep(tmp_path):
     """One table per batch, smallest first; accuracies unless the images are random."""
     runs = [*RUNS[:3], a_run(speed=500.0, batch=32), BROKEN[0]]
     sweep = json.loads((write_sweep(tmp_path / "s", runs) / "sweep.json").read_text())
-    made = tables.sweep_tables(sweep)
+    made = meshes.sweep_tables(sweep)
     header = "| mesh | scheme | n | MB per device | images/s | step, ms (p10 to p90) | speedup |"
     assert list(made) == ["batch 32 per device", "batch 128 per device"]
     assert made["batch 32 per device"].splitlines() == [
@@ -739,11 +739,11 @@ def test_the_tables_of_a_sweep(tmp_path):
         "| 8x1 | data | 2 | 286.8 | 5,500 ± 707 | 187.733 (168.960 to 225.280) |"
         " 5.50 ± 0.71 | 24.1 |",
     ]
-    (said,) = pages.unfinished_runs(sweep)
+    (said,) = meshes.unfinished_runs(sweep)
     assert said == f"{BROKEN[0]['name']}: refused: two towers | need <2> devices"
     for run in sweep["runs"]:
         run["figures"].update(dataset="digits")
-    digits = tables.sweep_tables(sweep)["batch 128 per device"]
+    digits = meshes.sweep_tables(sweep)["batch 128 per device"]
     assert digits.startswith(f"{header} ring MB per step | test accuracy, % |")
     assert "5.50 ± 0.71 | 24.1 | 50.50 ± 0.71 |" in digits
 

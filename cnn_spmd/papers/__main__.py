@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.papers import measured, pages
+from cnn_spmd.papers import beside, pages, summaries
 from cnn_spmd.training import environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; 2 for bad input."""
+    """Run the command line and return the exit code, as environment.exit_code_of."""
     parser = argparse.ArgumentParser(
         prog="python -m cnn_spmd.papers",
         description=(
@@ -41,35 +41,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--write",
         action="store_true",
-        help="write the pages, depth.svg and README's headline table instead",
+        help="write the pages, their pictures and README's headline table instead",
     )
     parser.add_argument(
         "--depth_plot", type=pathlib.Path, metavar="FILE.svg", help="also draw accuracy by depth"
     )
     arguments = parser.parse_args(argv)
-    picture = arguments.depth_plot
-    if arguments.runs and (arguments.write or picture):
+    if arguments.runs and (arguments.write or arguments.depth_plot):
         parser.error("RUN: expected neither --write nor --depth_plot with it")
     if arguments.beside and not arguments.runs:
         parser.error("--beside: expected a RUN with it")
-    try:
-        if arguments.runs:
-            print(pages.runs_page(arguments.runs, arguments.beside), end="")
-        elif arguments.write:
-            print(*pages.write_pages(), sep="\n")
-        else:
-            pages.print_pages()
-        if picture:
-            from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
+    return environment.exit_code_of(lambda: print_or_write(arguments))
 
-            runs = measured.load_summaries(measured.DATA / "claims")
-            picture.write_text(pictures.depth(runs))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def print_or_write(arguments: argparse.Namespace) -> None:
+    """Do what the arguments say. Raises UserError for bad input."""
+    if arguments.depth_plot:
+        draw_depth(arguments.depth_plot)
+    if arguments.runs:
+        print(beside.runs_page(arguments.runs, arguments.beside), end="")
+    elif arguments.write:
+        print(*pages.write_pages(), sep="\n")
+    else:
+        pages.print_pages()
+
+
+def draw_depth(path: pathlib.Path) -> None:
+    """Draw accuracy by depth. Raises UserError where the file cannot be written."""
+    from cnn_spmd.papers import pictures  # loads matplotlib, which the pages do not need
+
+    runs = summaries.load_single_runs()
+    try:
+        path.write_text(pictures.accuracy_by_depth(runs))
     except OSError as error:
-        parser.error(f"--depth_plot={picture}: cannot be written ({error.strerror})")
-    return environment.exit_code_of_output()
+        raise UserError(f"--depth_plot={path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

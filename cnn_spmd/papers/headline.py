@@ -2,8 +2,8 @@
 
 import re
 
-from cnn_spmd.papers import measured, tables
-from cnn_spmd.papers.measured import DATA
+from cnn_spmd.papers import measured, programs, pytorch, summaries
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import markdown_table, mean_and_deviation
 from cnn_spmd.training import runfiles
@@ -50,7 +50,7 @@ def accuracy_text() -> str:
     """Return accuracy and training time of AlexNet's recipe on one H100."""
     runs = [
         run
-        for run in measured.load_summaries(DATA)
+        for run in summaries.load_summaries(DATA)
         if (run["experiment"], run["epochs"]) == ("alexnet_cifar", 40)
     ]
     runs = [run for run in runs if compare.machine(run) == "1 x H100"]
@@ -60,7 +60,7 @@ def accuracy_text() -> str:
 
 
 def waiting_text() -> str:
-    """Return the seconds from the command to the result and to the first step, on one GPU."""
+    """Return the seconds from the command to the first step and to the result."""
     measured = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
     return (
         f"{measured['warm_first_step_seconds']:.1f} s to the first step, "
@@ -72,18 +72,18 @@ def speed_text() -> str:
     """Return images/s at batch 128 on one H100, and the ratio to PyTorch's."""
     timings = runfiles.read_json(DATA / "speed" / "h100-x1.json")["batches"]
     batch = next(row for row in timings if row["batch_per_gpu"] == 128)
-    ours, peer = (tables.fastest(batch[side], 1)["images_per_second"] for side in ("ours", "peer"))
+    ours, peer = (pytorch.fastest(batch[side], 1)["images_per_second"] for side in ("ours", "peer"))
     return f"{ours:,} images/s, {ours / peer:.2f} times PyTorch"
 
 
 def bytes_row() -> list[str]:
-    """Return for how many GPUs hybrid was compiled, and how far its bytes are from theory."""
-    programs = [run for run in tables.load_programs() if run["parallelism"] == "hybrid"]
-    programs = [run for run in programs if run["compiler"]["platform"] != "cpu"]
+    """Return how far hybrid's bytes are from theory, and on how many GPUs."""
+    compiled = [run for run in programs.load_programs() if run["parallelism"] == "hybrid"]
+    compiled = [run for run in compiled if run["compiler"]["platform"] != "cpu"]
     away = max(
-        abs(run["totals"]["ring_bytes"] / run["closed_form_ring_bytes"] - 1) for run in programs
+        abs(run["totals"]["ring_bytes"] / run["closed_form_ring_bytes"] - 1) for run in compiled
     )
-    devices = [run["devices"] for run in programs]
+    devices = [run["devices"] for run in compiled]
     return [
         f"`hybrid` compiled for {min(devices)} to {max(devices)} H100s: bytes sent",
         f"within {100 * away:.1f} % of the closed form",

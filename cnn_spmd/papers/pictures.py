@@ -1,9 +1,14 @@
-"""Draw the pictures of results/ as SVG. This loads matplotlib, which the tables do not need."""
+"""Draw the pictures of results/ as SVG.
 
+This module loads matplotlib, which the tables do not need.
+"""
+
+import functools
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from cnn_spmd.papers import tables
+from cnn_spmd.papers import depth, large_batches
 from cnn_spmd.report import plots
 from cnn_spmd.report.canvas import Axes, Figure, ticker
 
@@ -12,78 +17,80 @@ RULES = {"linear": ("#0072B2", "o"), "lars": ("#D55E00", "s"), "larc": ("#009E73
 NETWORKS = {"AlexNet": "-", "AlexNet-BN": "--"}
 
 
-def depth(runs: Sequence[dict]) -> str:
-    """Return the accuracies of tables.depth_table as a picture."""
+def accuracy_by_depth(runs: Sequence[dict]) -> str:
+    """Return the accuracies of depth.depth_table as a picture."""
     networks = []
-    for name, same in tables.runs_by_depth(runs).items():
+    for name, same in depth.runs_by_depth(runs).items():
         label = f"{name}\n{same[0]['param_count'] / 1e6:.1f} M"
         accuracies = [100 * run["eval"]["accuracy"] for run in same]
-        networks.append((label, tables.DEEPER[name][0], accuracies))
+        networks.append((label, depth.DEEPER[name][0], accuracies))
     with plots.style():
         return plots.depth(networks)
 
 
-def large_batches(runs: Sequence[dict]) -> str:
-    """Return the errors of tables.large_batch_table as a picture, one part per data set."""
-    errors = tables.large_batch_errors(runs)
-    data = list(dict.fromkeys(name for name, *_ in errors))
-    with plots.style():
-        fig = Figure(figsize=(plots.WIDTH, 0.6 + 2.6 * len(data)))
-        column = fig.subplots(len(data), squeeze=False)[:, 0]
-        for name, axes in zip(data, column, strict=True):
-            draw_errors(axes, name, errors)
-        return plots.svg_with_legend(fig, column[0], "Test error by batch size")
+def error_by_batch(runs: Sequence[dict]) -> str:
+    """Return the errors of large_batches.errors_table, one part per data set."""
+    errors = large_batches.errors_of(runs)
+    parts = dict.fromkeys(data for data, *_ in errors)
+    return stacked(parts, functools.partial(draw_errors, errors), "Test error by batch size")
 
 
-def devices(predictions: Sequence[dict]) -> str:
-    """Return images/s per GPU, relative to one GPU: a line per scheme, a part per batch."""
-    batches = list(dict.fromkeys(row["batches"] for row in predictions))
+def speed_by_devices(predictions: Sequence[dict]) -> str:
+    """Return images/s per GPU, relative to one GPU; one part per batch."""
+    parts = dict.fromkeys(row["batches"] for row in predictions)
+    draw = functools.partial(draw_speeds, predictions)
+    return stacked(parts, draw, "Predicted images/s per GPU")
+
+
+def stacked(names: Collection[str], draw: Callable[[Axes, str], None], label: str) -> str:
+    """Return a picture of parts below each other; `draw` draws the part of a name."""
     with plots.style():
-        fig = Figure(figsize=(plots.WIDTH, 0.6 + 2.6 * len(batches)))
-        column = fig.subplots(len(batches), squeeze=False)[:, 0]
-        for name, axes in zip(batches, column, strict=True):
-            own = [row for row in predictions if row["batches"] == name]
-            alone = max(per_device(row) for row in own if row["devices"] == 1)
-            for scheme in plots.schemes_of(own):
-                points = [
-                    (row["devices"], per_device(row) / alone)
-                    for row in own
-                    if row["parallelism"] == scheme
-                ]
-                colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)
-                look = dict(color=colour, marker=marker, linestyle=line, markersize=4)
-                axes.plot(*zip(*points, strict=True), label=scheme, **look)
+        fig = Figure(figsize=(plots.WIDTH, 0.6 + 2.6 * len(names)))
+        column = fig.subplots(len(names), squeeze=False)[:, 0]
+        for name, axes in zip(names, column, strict=True):
             axes.set_title(name)
             axes.set_xscale("log", base=2)
+            draw(axes, name)
             axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-            axes.set_xlabel("GPUs")
-            axes.set_ylabel("images/s per GPU, relative")
-            axes.set_ylim(0)
-        return plots.svg_with_legend(fig, column[0], "Predicted images/s per GPU")
+        return plots.svg_with_legend(fig, column[0], label)
 
 
-def per_device(row: dict) -> float:
-    """Return the images per millisecond and device of a prediction."""
-    return row["batch_size"] / row["predicted_milliseconds"] / row["devices"]
+def draw_errors(errors: large_batches.Errors, axes: Axes, data: str) -> None:
+    """Draw the errors on a data set.
 
-
-def draw_errors(axes: Axes, data: str, errors: dict[tuple[str, str, int], list[float]]) -> None:
-    """Draw the errors on a data set: a line through each setting's means, a dot per run.
-
-    Settings without runs on this data set get an empty line, for the legend.
+    A line goes through each setting's means; a dot is a run. Settings without runs on this data set
+    get an empty line, for the legend. A batch at which a run diverged has no mean.
     """
     for setting in dict.fromkeys(setting for _, setting, _ in errors):
         network, rule = setting.split(", ")
         colour, marker = RULES[rule]
         look = dict(color=colour, marker=marker, markersize=4)
         own = {key[2]: row for key, row in errors.items() if key[:2] == (data, setting)}
-        means = list(map(statistics.mean, own.values()))
+        means = [math.nan if None in row else statistics.mean(row) for row in own.values()]
         axes.plot(list(own), means, linestyle=NETWORKS[network], label=setting, **look)
         for batch, row in own.items():
-            axes.plot([batch] * len(row), row, linestyle="", alpha=0.4, **look)
-    axes.set_title(data)
+            finite = [error for error in row if error is not None]
+            axes.plot([batch] * len(finite), finite, linestyle="", alpha=0.4, **look)
     axes.set_ylabel("test error, %")
     axes.set_xlabel("batch")
-    axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({batch for name, _, batch in errors if name == data}))
-    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+
+
+def draw_speeds(predictions: Sequence[dict], axes: Axes, batches: str) -> None:
+    """Draw images/s per GPU, relative to the fastest scheme on one GPU."""
+    own = [row for row in predictions if row["batches"] == batches]
+    alone = max(per_device(row) for row in own if row["devices"] == 1)
+    for scheme in plots.schemes_of(own):
+        same = [row for row in own if row["parallelism"] == scheme]
+        speeds = [per_device(row) / alone for row in same]
+        colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)
+        look = dict(color=colour, marker=marker, linestyle=line, markersize=4)
+        axes.plot([row["devices"] for row in same], speeds, label=scheme, **look)
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("images/s per GPU, relative")
+    axes.set_ylim(0)
+
+
+def per_device(row: dict) -> float:
+    """Return the images per millisecond and device of a prediction."""
+    return row["batch_size"] / row["predicted_milliseconds"] / row["devices"]

@@ -47,7 +47,7 @@ LINKS = {"NVIDIA H100 80GB HBM3": 450e9, "NVIDIA H200": 450e9}
 
 
 def curve_throughputs(curve: dict) -> dict[int, float]:
-    """Return number of GPUs -> images/s of all of them; of OWT, throughput relative to one GPU."""
+    """Return number of GPUs -> images/s of all; of OWT, relative to one GPU."""
     per_gpu = curve["unit"].endswith("per GPU")
     return {gpus: value * (gpus if per_gpu else 1) for gpus, value in curve["values"].items()}
 
@@ -146,8 +146,6 @@ ONE_WEIRD_TRICK = [
     (8, 1024, 43.28, 15.68, 6.25),
     (8, 128, 42.86, 15.91, 6.16),
 ]
-
-
 IMAGENET_TRAIN = 1_281_167  # images of ILSVRC-2012
 
 # What others' models of a step predict. PALEO (Qi et al. 2017, table 4): GPUs -> hours of the rows
@@ -158,7 +156,7 @@ OPTCNN_ERRORS = {1: 1, 2: 4, 4: -5, 8: 2, 16: -1}
 
 
 def one_weird_trick_milliseconds(gpus: int, hours: float) -> float:
-    """Return milliseconds per step, where 90 epochs in batches of 128 per GPU take so long."""
+    """Return milliseconds per step, if 90 epochs of 128 images per GPU take `hours`."""
     return 3.6e6 * hours / (90 * IMAGENET_TRAIN / (128 * gpus))
 
 
@@ -278,17 +276,26 @@ def plain_network(layers: int) -> PublishedFigure:
 LARS = "You et al. 2017, arXiv 1708.03888, on ImageNet"
 # The table and the gap with batch norm, as notes on the paper have them.
 LARS_NOTES = f"{LARS}, as quoted in github.com/lcy-seso/LearningNotes"
+LARS_ABSTRACT = f"{LARS}, abstract: AlexNet up to 8K"
+NO_LOSS = "no loss"
+# Variant of experiments/large_batch_cifar.py, batch, points of accuracy that the batch costs,
+# source. Points are words, as they are another data set's, and its small batch is another.
+LARGE_BATCHES = [
+    ("linear", 4096, "4.5", f"{LARS_NOTES}: accuracy 57.6% at 256, 53.1% at 4K"),
+    ("linear", 8192, "12.8", f"{LARS_NOTES}: accuracy 57.6% at 256, 44.8% at 8K"),
+    ("linear_bn", 8192, "2.2 instead of 14", f"{LARS_NOTES}: the gap at 8K with batch norm"),
+    ("lars", 1024, NO_LOSS, LARS_ABSTRACT),
+    ("lars", 4096, NO_LOSS, LARS_ABSTRACT),
+    ("lars", 8192, NO_LOSS, LARS_ABSTRACT),
+]
 
 
-def added_by_batch(variant: str, batch: int, published: str, source: str) -> PublishedFigure:
-    """Return how much larger the error is with a batch than with 128 images.
-
-    published: words, as it is another data set's, and its small batch is another.
-    """
+def added_by_batch(variant: str, batch: int, points: str, source: str) -> PublishedFigure:
+    """Return how much larger the error is with this batch than with 128 images."""
     config = f"large_batch_cifar.py:{variant} --config.batch_size="
     return PublishedFigure(
         name=f"{variant}, batch {batch:,}: added error, points",
-        published=published,
+        published=points,
         measure="error",
         where=dict(
             experiment=f"large_batch_cifar_{variant}",
@@ -346,12 +353,7 @@ FIGURES: dict[str, list[PublishedFigure]] = {
         *(residual_network(layers, error) for layers, (error, _) in RESIDUAL_NETWORKS.items()),
         *(plain_network(layers) for layers in (32, 44, 56)),
     ],
-    "Large batches": [
-        added_by_batch("linear", 4096, "4.5", f"{LARS_NOTES}: accuracy 57.6% at 256, 53.1% at 4K"),
-        added_by_batch("linear", 8192, "12.8", f"{LARS_NOTES}: accuracy 57.6% at 256, 44.8% at 8K"),
-        added_by_batch("linear_bn", 8192, "2.2", f"{LARS_NOTES}: the gap at 8K with batch norm"),
-        added_by_batch("lars", 8192, "no loss", f"{LARS}, abstract: AlexNet up to 8K"),
-    ],
+    "Large batches": [added_by_batch(*row) for row in LARGE_BATCHES],
     "One weird trick": [figure for row in ONE_WEIRD_TRICK for figure in one_weird_trick(*row)],
     "Speedup over one GPU": [
         figure

@@ -1,0 +1,220 @@
+"""Make the section of results/batches.md on batches of up to 8,192.
+
+Its runs are those of experiments/large_batch_cifar.py, at the learning rates that rates.py found.
+Errors are in %; a run whose loss or weights became infinite or NaN has none: it diverged.
+"""
+
+import collections
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from cnn_spmd.papers import published, summaries
+from cnn_spmd.papers.layout import commands
+from cnn_spmd.report import batch_scaling, compare
+from cnn_spmd.report.text import markdown_table, mean_and_deviation
+
+PICTURE = "large_batches.svg"
+EXPERIMENTS = "large_batch_"  # begins their names: large_batch_cifar_lars_bn, ...
+CIFAR = f"{EXPERIMENTS}cifar_"
+LAUNCH = "python launch.py --config experiments/large_batch_cifar.py"
+# Part of an experiment's name -> the name of its data in the table.
+DATA_NAMES = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
+MARGIN = 0.5  # points that a batch may add and still costs nothing: our choice, no paper has one
+GUESSING = 90.0  # the error of a guess among ten classes, at which a diverged run counts
+
+# Experiment and batch -> the best learning rate of a search; None where every run diverged.
+BestRates = dict[tuple[str, int], float | None]
+# Data, "network, rule" and batch -> the errors of its runs; None where one diverged.
+Errors = dict[tuple[str, str, int], list[float | None]]
+
+
+def of_large_batches(runs: Iterable[dict]) -> list[dict]:
+    """Return the runs of experiments/large_batch_cifar.py."""
+    return [run for run in runs if run["experiment"].startswith(EXPERIMENTS)]
+
+
+def names_of(experiment: str) -> tuple[str, str]:
+    """Return the data, and "network, rule", of an experiment's name."""
+    data, rule, *bn = experiment.removeprefix(EXPERIMENTS).split("_")
+    return DATA_NAMES[data], f"{'AlexNet-BN' if bn else 'AlexNet'}, {rule}"
+
+
+def error_of(run: dict) -> float | None:
+    """Return the error of a run's last evaluation; None where it diverged."""
+    return None if summaries.diverged(run) else 100 * (1 - run["eval"]["accuracy"])
+
+
+def errors_of(runs: Sequence[dict]) -> Errors:
+    """Return the errors of the runs of large batches, in the order of the table."""
+    errors = collections.defaultdict(list)
+    for run in of_large_batches(runs):
+        errors[*names_of(run["experiment"]), run["batch_size"]].append(error_of(run))
+    return dict(sorted(errors.items()))
+
+
+def errors_table(errors: Errors, setting_name: str) -> str:
+    """Return errors by data, setting and batch, a column for each batch."""
+    batches = sorted({batch for *_, batch in errors})
+    rows = []
+    for data, setting in dict.fromkeys((data, setting) for data, setting, _ in errors):
+        found = [errors.get((data, setting, batch), []) for batch in batches]
+        counts = dict.fromkeys(str(len(row)) for row in found if row)
+        rows.append([data, setting, "/".join(counts), *map(errors_text, found)])
+    header = ["data", setting_name, "n", *(f"batch {batch}" for batch in batches)]
+    return markdown_table(header, rows)
+
+
+def errors_text(errors: Sequence[float | None]) -> str:
+    """Return the mean and deviation of errors, and how many runs diverged."""
+    finite = [error for error in errors if error is not None]
+    diverged = len(errors) - len(finite)
+    if not diverged:
+        return mean_and_deviation(finite, 2)
+    return f"{mean_and_deviation(finite, 2)}; {diverged} diverged" if finite else "diverged"
+
+
+def rate_of(run: dict) -> float:
+    """Return the config's learning rate, which is that of batch 128."""
+    return run["config"]["optimizer"]["learning_rate"]
+
+
+def machines_of(runs: Iterable[dict]) -> str:
+    """Return the hardware of runs in words."""
+    return ", ".join(sorted({compare.machine(run) for run in runs}))
+
+
+def results_section(runs: Sequence[dict], best: BestRates) -> list[str]:
+    """Return the section on the runs at the best rates of a search; [] without runs."""
+    runs = of_large_batches(runs)
+    errors = errors_of(runs)
+    if not errors:
+        return []
+    has_imagenette = DATA_NAMES["imagenette"] in {data for data, *_ in errors}
+    return [
+        "## Batches of up to 8,192",
+        f"""Test error in % after {max(run["epochs"] for run in runs):g} epochs
+        (`experiments/large_batch_cifar.py`). AlexNet has response norms, AlexNet-BN batch norm.
+        linear is momentum SGD, whose rate grows with the batch; lars and larc have a rate for each
+        parameter.""",
+        errors_table(errors, "network, rule"),
+        f"Measured on {machines_of(runs)}. {rates_text(runs, best)}",
+        "" if has_imagenette else "Imagenette was not run in these batches.",
+        f"![Test error by batch size]({PICTURE})",
+        *claims_paragraphs(errors),
+        *steps_paragraphs(runs),
+        commands(
+            """The same for the other variants. --config.optimizer.learning_rate sets the rate of
+            batch 128.""",
+            f"{LAUNCH}:lars --sweep batch_size=128,1024,4096,8192 --sweep seed=0,1,2"
+            " --config.eval.every_epochs=1 --noise_scale 5",
+        ),
+    ]
+
+
+def rates_text(runs: Sequence[dict], best: BestRates) -> str:
+    """Say whether runs have the best rates of a search; "" without a search."""
+    if not best:
+        return ""
+    others = {
+        f"{', '.join(names_of(run['experiment']))} at batch {run['batch_size']:,}"
+        for run in runs
+        if best.get((run["experiment"], run["batch_size"])) != rate_of(run)
+    }
+    excepted = f", except {'; '.join(sorted(others))}" if others else ""
+    return f"Learning rates are the best of [rates.md](rates.md#large-batches){excepted}."
+
+
+# ---- What You et al. claim
+
+
+def claims_paragraphs(errors: Errors) -> list[str]:
+    """Return what published.LARGE_BATCHES claims, and whether it holds on CIFAR-10."""
+    header = ["claim", "published, ImageNet", "points here, ± standard error", "holds here"]
+    rows = [
+        claim_row(variant, batch, words, errors)
+        for variant, batch, words, _ in published.LARGE_BATCHES
+    ]
+    return [
+        "### What You et al. claim",
+        f"""You et al. 2017 (arXiv 1708.03888) train AlexNet on ImageNet. Published is how much
+        accuracy a batch costs, compared with a batch of 256 or more; here it is compared with 128.
+        For batch norm, the points here are by how much less the batch costs. A cost of at most
+        {MARGIN} point counts as none, which is our choice. A result that lies within two standard
+        errors of {MARGIN} is not certain. A run that diverged counts as one that guesses
+        ({GUESSING:g}%).""",
+        markdown_table(header, rows),
+    ]
+
+
+def claim_row(variant: str, batch: int, words: str, errors: Errors) -> list[str]:
+    """Return the cells of a row of published.LARGE_BATCHES."""
+    rule, *bn = variant.split("_")
+    costs = words != published.NO_LOSS
+    # What a batch costs is a sum of errors with these signs.
+    signs = {(variant, batch): 1, (variant, 128): -1}
+    claim = f"{rule}: batch {batch:,} costs {'accuracy' if costs else 'nothing'}"
+    if bn:
+        signs = {(rule, batch): 1, (rule, 128): -1, (variant, batch): -1, (variant, 128): 1}
+        claim = f"{rule}: batch {batch:,} costs less with batch norm"
+    terms = []
+    for (name, size), sign in signs.items():
+        own = errors.get((*names_of(f"{CIFAR}{name}"), size), [])
+        terms.append([sign * (GUESSING if error is None else error) for error in own])
+    return [claim, words, *verdict(terms, costs)]
+
+
+def verdict(terms: Sequence[Sequence[float]], costs: bool) -> tuple[str, str]:
+    """Return the sum of the terms' means ± its standard error, and if a claim holds.
+
+    terms: the errors of each group of runs, with the group's sign. costs: whether the claim is that
+    the sum is above MARGIN; otherwise, that it is not.
+    """
+    if not all(terms):
+        return "not measured", ""
+    points = sum(map(statistics.mean, terms))
+    holds = "yes" if (points > MARGIN) == costs else "no"
+    if min(map(len, terms)) == 1:  # no deviation is known
+        return f"{points:+.2f}", f"{holds}, not certain"
+    error = math.sqrt(sum(statistics.variance(term) / len(term) for term in terms))
+    certain = abs(points - MARGIN) > 2 * error
+    return f"{points:+.2f} ± {error:.2f}", holds if certain else f"{holds}, not certain"
+
+
+# ---- Steps to a target, and the noise scale
+
+
+def steps_paragraphs(runs: Sequence[dict]) -> list[str]:
+    """Return the steps to a target error and the noise scale; [] without metrics."""
+    scalings = {}
+    for experiment in sorted({run["experiment"] for run in runs}):
+        own = [run for run in runs if run["experiment"] == experiment and "metrics" in run]
+        if scaling := batch_scaling.measure(dict(runs=list(map(as_swept, own)))):
+            scalings[experiment] = scaling
+    if not scalings:
+        return []
+    batches = sorted({batch.size for scaling in scalings.values() for batch in scaling.batches})
+    rows = []
+    for experiment, scaling in scalings.items():
+        steps = (f"{scaling.steps[batch]:,}" if batch in scaling.steps else "" for batch in batches)
+        knee = f"{scaling.knee.batch:,.0f}" if scaling.knee_is_measured else "-"
+        noise = "{1:,.0f} (batch {0:,})".format(*scaling.noise) if scaling.noise else "-"
+        target = f"{100 * (1 - scaling.target):.4g}"
+        rows.append([", ".join(names_of(experiment)), target, *steps, knee, noise])
+    header = ["data, network, rule", "target, %", *(f"batch {batch}" for batch in batches)]
+    return [
+        "### Steps to a target error",
+        """The target is the lowest test error that every batch reaches, in whole percent. The run
+        that reaches it in the fewest steps counts. The rate decays until the end of a run, which
+        ties the steps to its length. At the knee, a batch size, a run needs twice the fewest
+        possible steps (`cnn_spmd/report/batch_scaling.py`); "-": it is not among these batches. The
+        noise scale, in images (McCandlish et al. 2018), predicts the knee's order of magnitude. It
+        was measured near the target, in the runs of the batch in parentheses.""",
+        markdown_table([*header, "knee", "noise scale"], rows),
+    ]
+
+
+def as_swept(run: dict) -> dict:
+    """Return a run as batch_scaling takes it: as one of a sweep of batch_size."""
+    settings = dict(batch_size=run["batch_size"], seed=run["seed"])
+    return dict(settings=settings, status=run["status"], figures=run, metrics=run["metrics"])

@@ -1,0 +1,65 @@
+"""Lay out the pages of results/ as Markdown."""
+
+import textwrap
+from collections.abc import Sequence
+
+from cnn_spmd.papers.summaries import DATA
+
+COMMAND = "python -m cnn_spmd.papers --write"
+HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
+HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
+    config, commit, versions, hardware and seed."""
+# Such runs lost the low 16 bits of each weight of a small layer at every step.
+ROUNDED = """Runs in bfloat16 whose file lists the fast form `cast_once` were made with a fault
+    (since mended): between steps they kept the weights of small layers in bfloat16, not in
+    float32. They are to be made again."""
+SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
+
+
+def about_data() -> str:
+    """Return what all pages say of the files in results/data."""
+    texts = (path.read_text() for path in DATA.rglob("*.json"))
+    is_rounded = any('"cast_once"' in text and '"bfloat16"' in text for text in texts)
+    return f"{HARDWARE} {ROUNDED}" if is_rounded else HARDWARE
+
+
+def joined(*parts: str) -> str:
+    """Return the parts of a page with blank lines between, prose wrapped."""
+    return "\n\n".join(part if is_laid_out(part) else filled(part) for part in parts if part) + "\n"
+
+
+def filled(text: str) -> str:
+    """Return prose on lines of at most 100 columns."""
+    words = " ".join(text.split())
+    return textwrap.fill(words, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def is_laid_out(part: str) -> bool:
+    """Return whether a part's line breaks matter: a heading, table, picture or HTML."""
+    return part.startswith(("#", "|", "!", "<"))
+
+
+def commands(text: str, *lines: str) -> str:
+    """Return a closed block of a text and commands."""
+    return details("Commands" if len(lines) > 1 else "Command", (text, lines))
+
+
+def details(summary: str, *groups: tuple[str, Sequence[str]]) -> str:
+    """Return a closed <details> block: per group a text, and commands in a code fence."""
+    parts = [f"<details>\n<summary>{summary}</summary>"]
+    for text, lines in groups:
+        fence = "\n".join(map(wrapped_command, lines))
+        parts.append(filled(text) + f"\n\n```bash\n{fence}\n```")
+    return "\n\n".join([*parts, "</details>"])
+
+
+def wrapped_command(command: str) -> str:
+    """Return a shell command on lines of at most 96 columns, broken before flags."""
+    first, *flags = " ".join(command.split()).split(" --")
+    lines = [first]
+    for flag in flags:
+        if len(lines[-1]) + len(flag) < 87:
+            lines[-1] += f" --{flag}"
+        else:
+            lines.append(f"--{flag}")
+    return " \\\n    ".join(lines)
