@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = (
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# XLA would cut each program into parts, one per core; here the cores are busy with other tests.
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
 # A program that several tests or their processes need is compiled once. The key of the cache holds
 # everything that a program depends on.
@@ -23,6 +25,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
 os.environ["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # two tests may make one program
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# The processes that tests start find the package's modules compiled by the first of them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jax
 import ml_collections

@@ -49,6 +49,15 @@ STACK = (
     stack.Output(),
 )
 
+# AlexNet's dense layers after one convolution.
+SHALLOW = (
+    stack.Conv(8, 3),
+    stack.MaxPool(2, 2),
+    stack.Hidden(),
+    stack.Hidden(),
+    stack.Output(),
+)
+
 # Rows of a config's own.
 OWN_ROWS = {
     # All weights at rest on all devices: convolutions beside their use on each device, dense layers
@@ -66,11 +75,12 @@ OWN_ROWS = {
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-    """Build networks with few channels, and know "stack", "resnet_8" and "plain_8"."""
+    """Build networks with few channels, and know those of this file."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
     monkeypatch.setattr(resnet, "CHANNELS", (8, 16, 24))
-    monkeypatch.setitem(NETWORKS, "stack", functools.partial(stack.Stack, "stack", STACK))
+    for name, layers in (("stack", STACK), ("shallow", SHALLOW)):
+        monkeypatch.setitem(NETWORKS, name, functools.partial(stack.Stack, name, layers))
     for name in ("resnet_8", "plain_8"):
         shortcuts = name == "resnet_8"
         network = functools.partial(resnet.ResNet, name, 8, shortcuts=shortcuts)
@@ -158,9 +168,20 @@ def preprocessed(setup: build.Setup, **changes) -> StepFunctions:
     return dataclasses.replace(setup.functions, preprocessing=preprocessing)
 
 
+def begin(setup: build.Setup) -> TrainState:
+    """Return the state at step 0, which one device makes.
+
+    So its program is compiled once for all meshes. test_build.py compares it with what each makes.
+    """
+    functions = setup.functions
+    one = dataclasses.replace(functions, place=Placement(mesh.make(1, 1), "data", OWN_ROWS))
+    state = one.jit_init()(np.uint32(setup.config.seed))
+    return jax.device_put(state, setup.place.of_state(functions.abstract_state))
+
+
 def trained(setup: build.Setup, steps: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the losses [steps] of a new state, and the parameters after these steps."""
-    state, metrics = setup.train(setup.init(), steps)
+    state, metrics = setup.train(begin(setup), steps)
     assert int(state.step) == steps
     return metrics["loss"], gather(state.params)
 

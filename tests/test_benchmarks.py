@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from cnn_spmd.analysis import cost
 from cnn_spmd.data import registry
+from cnn_spmd.models import alexnet
 from cnn_spmd.papers import predictions, published, pytorch
 from cnn_spmd.sharding.table import ALL, TABLE
 
@@ -57,12 +58,18 @@ def test_an_unknown_lever_is_refused():
     assert "--levers: faster: expected some of space_to_depth, " in done.stderr
 
 
-def test_our_side_times_its_steps():
-    """On one simulated device, 32x32 images and a few steps."""
+def test_our_side_times_its_steps(monkeypatch, capsys):
+    """On one simulated device, a narrow network, 32x32 images and a few steps."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ours = importlib.import_module("ours")
+    config = ours.get_config()
+    config.model.width = 64
+    monkeypatch.setattr(ours, "get_config", lambda: config)
+    monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     flags = "--batch 4 --steps 2 --image_size 32"
-    command = [sys.executable, "benchmarks/ours.py", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    row = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.setattr(sys, "argv", ["ours.py", *flags.split()])
+    ours.main()
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["steps"], row["steps_per_call"], row["gpus"], len(row["step_milliseconds"])) == (
         2,
         1,

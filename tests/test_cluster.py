@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 from jax._src.clusters import ClusterEnv
 
+import launch
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import cluster, cluster_env, peers
 
@@ -51,6 +52,7 @@ MPI = dict(
     OMPI_COMM_WORLD_LOCAL_RANK="1",
     OMPI_MCA_orte_hnp_uri="1314521088.0;tcp://10.1.1.1:3491",
 )
+HEARTBEAT_SECONDS = 6  # of processes that a test kills
 EIGHT = dict(CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
 
 
@@ -80,10 +82,10 @@ def start(tmp_path):
 def pair(start):
     """Return a function that starts the two processes of a cluster.
 
-    Both get the same arguments; `more` and `folders` hold further ones for each process.
+    Both get the same arguments; `more` and `settings` hold further ones for each process.
     """
 
-    def pair(arguments, more=((), ()), folders=({}, {})):
+    def pair(arguments, more=((), ()), settings=({}, {})):
         with socket.socket() as listener:
             listener.bind(("localhost", 0))
             address = f"localhost:{listener.getsockname()[1]}"
@@ -91,7 +93,7 @@ def pair(start):
             start(
                 *arguments,
                 *more[i],
-                **folders[i],
+                **settings[i],
                 JAX_COORDINATOR_ADDRESS=address,
                 JAX_NUM_PROCESSES="2",
                 JAX_PROCESS_ID=str(i),
@@ -259,7 +261,7 @@ def test_a_workdir_that_is_not_shared_is_refused_on_each_process(pair, tmp_path)
     folders = [dict(cwd=tmp_path / name) for name in "ab"]
     for folder in folders:
         folder["cwd"].mkdir()
-    for error in errors(pair(["--workdir", "r"], folders=folders), 2):
+    for error in errors(pair(["--workdir", "r"], settings=folders), 2):
         assert "--workdir=r: process 1 sees another folder there than process 0" in error
 
 
@@ -281,7 +283,7 @@ def test_bad_input_of_one_process_ends_the_others(pair, tmp_path):
 
 def test_an_absent_process_is_one_line(start):
     address = dict(
-        JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="2", JAX_INITIALIZATION_TIMEOUT="2"
+        JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="2", JAX_INITIALIZATION_TIMEOUT="1"
     )
     (error,) = errors([start(**address, JAX_PROCESS_ID="1")], 1)
     assert error.startswith(
@@ -289,18 +291,34 @@ def test_an_absent_process_is_one_line(start):
     )
 
 
-@pytest.mark.parametrize("variables", [JAX, SLURM, MPI])
-def test_a_sweep_is_refused_at_once(start, variables):
-    (error,) = errors([start("--sweep", "seed=0,1", **variables)], 2, 20)
-    assert "a sweep runs in one process, expected a single run" in error
+def test_a_sweep_is_refused_at_once(start, monkeypatch, capsys):
+    (error,) = errors([start("--sweep", "seed=0,1", **JAX)], 2, 20)
+    for variables in (JAX, SLURM, MPI):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert launch.launch_sweep() == launch.BAD_INPUT
+    said = capsys.readouterr().err.splitlines(keepends=True)
+    assert len(said) == 3
+    assert all("a sweep runs in one process, expected a single" in line for line in [error, *said])
+
+
+# Python runs it as each process starts: 20 s would be long to wait.
+LOST_SOON = f"""
+from cnn_spmd.training import peers
+peers.HEARTBEAT_SECONDS = {HEARTBEAT_SECONDS}
+"""
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(pair, tmp_path, lost):
+    (tmp_path / "sitecustomize.py").write_text(LOST_SOON)
+    surroundings = dict(PYTHONPATH=f"{tmp_path}:{ROOT}")
     command = [
         "--workdir",
         "r",
         "--config.steps=1000000",
+        "--config.eval.every_epochs=0",
         "--config.optimizer.decay=constant",
         "--config.optimizer.warmup=0.0",
     ]
@@ -311,7 +329,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(pair, tmp
     def training():
         """Start both processes; return them once they have saved a checkpoint."""
         before = saved()
-        processes = pair(command)
+        processes = pair(command, settings=(surroundings, surroundings))
         assert processes[0].stdout.readline() == "2 processes x 1 devices\n"
         while saved() <= before:
             if any(process.poll() is not None for process in processes):

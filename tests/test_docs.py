@@ -20,8 +20,9 @@ from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixtur
 from test_tfds import Imagenette
 
 import cnn_spmd
-from cnn_spmd import experiment
+from cnn_spmd import experiment, worker
 from cnn_spmd.models import __main__ as networks
+from cnn_spmd.models import alexnet
 from cnn_spmd.report.__main__ import main as report_main
 from cnn_spmd.report.write import write_report
 from cnn_spmd.sharding.table import TABLE
@@ -31,6 +32,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 EXPERIMENTS = "experiments/alexnet_cifar.py"
 GREY = np.full((28, 28, 3), 128, np.uint8)
+NARROW = (8, 16, 24, 16, 16)  # channels of an AlexNet that compiles quickly
 
 
 def fences(path, language):
@@ -208,7 +210,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = fences(README, "python")
     names = {}
-    exec(code, names)
+    exec(code.replace('"epochs": 4', '"epochs": 1'), names)
     assert len(names["metrics"]["loss"]) == 10
     assert names["report"]["collectives"]
     assert names["summary"]["status"] == "completed"
@@ -247,8 +249,9 @@ def wandb(monkeypatch):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_of_extending_run(name, tmp_path, registries, wandb):
+def test_examples_of_extending_run(name, tmp_path, registries, wandb, monkeypatch):
     """Each runs as it is, all of its config takes effect, and the report shows it."""
+    monkeypatch.setattr(alexnet, "CHANNELS", NARROW)  # of my_scheme
     summary = train_example(name, tmp_path)
     assert bool(wandb) == (name == "my_tracker")
     assert summary["status"] == "completed"
@@ -340,6 +343,37 @@ def small(command, folder):
     return [*arguments, *devices, *SMALL[2:]]
 
 
+class Commands:
+    """Runs commands of launch.py in one folder and, as a sweep does, in one warm process.
+
+    folder: has the repository's experiments.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.process = worker.Worker(8)
+
+    def run(self, *arguments):
+        """Run launch.py with these arguments."""
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
+        assert self.process.run(arguments, log) == 0, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """Return the Commands of all tests here."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    commands = Commands(folder)
+    with pytest.MonkeyPatch.context() as patch, commands.process as process:
+        patch.chdir(folder)
+        process.start()
+        process.device_count()  # now it is in the folder
+        patch.undo()
+        yield commands
+
+
 def test_there_are_commands():
     assert len(commands("python launch.py")) >= 10
     assert len(commands("python -m cnn_spmd.report")) == 2
@@ -367,8 +401,12 @@ def on_own_data(command):
 @pytest.mark.parametrize(
     "command", different(line for line in commands("python launch.py") if not on_own_data(line))
 )
-def test_launch_commands_run(start, tmp_path, command):  # noqa: F811
-    finished(start(*small(command, tmp_path)))
+def test_launch_commands_run(start, warm, tmp_path, command):  # noqa: F811
+    """A sweep starts a process of its own for its runs."""
+    if "--sweep" in command and "--dry_run" not in command:
+        finished(start(*small(command, tmp_path)))
+    else:
+        warm.run(*small(command, tmp_path))
 
 
 class Flowers(Imagenette, skip_registration=True):
@@ -398,22 +436,22 @@ def test_commands_on_own_data_fit_the_network_as_printed(tmp_path, monkeypatch, 
     assert seen == {"folder": (256, 224), "tfds:oxford_flowers102": (256, 224), "npz": (32, 32)}
 
 
-def test_report_commands_run(start, tmp_path, monkeypatch):  # noqa: F811
+def test_report_commands_run(warm, monkeypatch):
     """Each report command works on runs/a, once there is such a run."""
     train = next(line for line in commands("python launch.py") if line.endswith(" runs/a"))
-    finished(start(*small(train, tmp_path)))
-    monkeypatch.chdir(tmp_path)
+    warm.run(*small(train, warm.folder))
+    monkeypatch.chdir(warm.folder)
     for command in commands("python -m cnn_spmd.report"):
         assert report_main(shlex.split(command)[3:]) == 0, command
-    assert (tmp_path / "runs" / "a" / "report.html").exists()
-    assert (tmp_path / "runs" / "a" / "top5.png").exists()
+    assert (warm.folder / "runs" / "a" / "report.html").exists()
+    assert (warm.folder / "runs" / "a" / "top5.png").exists()
 
 
-def test_make_commands_name_fields_that_exist(start):  # noqa: F811
+def test_make_commands_name_fields_that_exist(warm):
     """The laptop's command compiles."""
     (line,) = [line for line in commands("make train") if "ARGS" in line]
     arguments = shlex.split(re.search('ARGS="(.*)"', line)[1])
-    finished(start("--config", EXPERIMENTS, *arguments, "--dry_run"))
+    warm.run("--config", EXPERIMENTS, *arguments, "--mesh", "1x1", "--dry_run")
 
 
 def test_the_tour_runs(tmp_path):
@@ -421,7 +459,9 @@ def test_the_tour_runs(tmp_path):
     cells = json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert all(cell["outputs"] for cell in code[1:] if "cs.train(" in "".join(cell["source"]))
-    script = "\n\n".join("".join(cell["source"]) for cell in code)
+    imports, *rest = ("".join(cell["source"]) for cell in code)
+    narrow = f"from cnn_spmd.models import alexnet\nalexnet.CHANNELS = {NARROW}"
+    script = "\n\n".join([imports, narrow, *rest])
     result = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT / "docs",

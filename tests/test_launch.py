@@ -26,7 +26,7 @@ from cnn_spmd import experiment
 from cnn_spmd.analysis import program
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import interrupt
+from cnn_spmd.training import interrupt, loop
 from cnn_spmd.training import workdir as workdirs
 
 SMALL = [
@@ -82,10 +82,16 @@ def finished(process, code=0):
     return out, err
 
 
+def losses(workdir):
+    """Return the loss of each line of a run's metrics.jsonl."""
+    return [
+        json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--config is missing"),
         (
             ["--config", "experiments/nope.py"],
             "--config=experiments/nope.py: no such experiment, expected one of "
@@ -146,13 +152,48 @@ def finished(process, code=0):
             "--mesh=1x1: config.mesh is given too, expected one of them",
         ),
         (
+            [*SMALL, "--mesh", "1x1,2x1", "--dry_run", "--workdir", "s"],
+            "--workdir=s: a dry run of a sweep writes no file",
+        ),
+        (
+            [*SMALL, "--mesh", "1x1,2x1", "--sweep", "model.dropout=0.0,0.5", "--dry_run"],
+            "--sweep=model.dropout: model.name=simple_cnn",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+    """What a process does, without its surroundings: the next test has these."""
+    monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])
+    monkeypatch.setattr(launch, "set_up_jax", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(ROOT)
+    experiment.forget_flags(launch.flags.FLAGS)
+    try:
+        code = launch.main(launch.parse(sys.argv))
+    except SystemExit as end:
+        code = end.code
+    finally:
+        experiment.forget_flags(launch.flags.FLAGS)
+    assert code == 2
+    refused_in_one_line(*capsys.readouterr(), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing"),
+        (
             [*SMALL, "--cpu_devices", "2", "--mesh", "4x2"],
             "mesh.data=4, mesh.model=2: needs 8 devices, but there are 2",
         ),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(start, arguments, message):
-    out, err = finished(start(*arguments), code=2)
+def test_a_process_with_bad_input_ends_with_one_line_and_exit_code_2(start, arguments, message):
+    """As its flags are parsed, and when it has taken the devices."""
+    refused_in_one_line(*finished(start(*arguments), code=2), message)
+
+
+def refused_in_one_line(out, err, message):
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
@@ -334,7 +375,10 @@ def test_a_workdir_below_a_folder_that_is_not_utf8_is_refused(tmp_path, monkeypa
 
 
 def test_hostile_surroundings_change_no_number(start, tmp_path):
-    """No reader, no stderr, no home, a path beyond ASCII, jax's own settings."""
+    """No reader, no stderr, no home, a path beyond ASCII, jax's own settings.
+
+    Without them, a run has a default workdir, named after experiment and time.
+    """
     hostile = dict(
         JAX_ENABLE_X64="1",
         JAX_DEFAULT_PRNG_IMPL="rbg",
@@ -346,21 +390,20 @@ def test_hostile_surroundings_change_no_number(start, tmp_path):
         PYTHONIOENCODING="ascii",
         HOME="/nowhere/at/all",
     )
-    plain, odd = start(*SMALL, "--workdir", "a"), start(*SMALL, "--workdir", "s3:\xe4", **hostile)
+    plain, odd = start(*SMALL), start(*SMALL, "--workdir", "s3:\xe4", **hostile)
     odd.stdout.close()
     odd.stderr.close()
     assert odd.wait(120) == 0
-    finished(plain)
-    losses = [
-        [
-            json.loads(line)["loss"]
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("a", "s3:\xe4")
-    ]
-    assert losses[0] == losses[1]
-    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    out, _ = finished(plain)
+    (workdir,) = (tmp_path / "runs").iterdir()
+    assert losses(workdir) == losses(tmp_path / "s3:\xe4")
+    summary = json.loads((workdir / "summary.json").read_text())
     assert summary["environment"] == dict(XLA_FLAGS=os.environ["XLA_FLAGS"])
+    assert summary["status"] == "completed"
+    assert re.fullmatch(r"alexnet_cifar-\d{8}-\d{6}-\d{6}", workdir.name)
+    assert f"Files: runs/{workdir.name}" in out
+    assert "memory per device: " in out
+    assert "Where each parameter lives" not in out  # the tables are for --dry_run
 
 
 def test_a_platform_that_is_not_here_is_one_line(start):
@@ -405,16 +448,6 @@ def test_a_dry_run_without_a_whole_report_fails(config, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: there is no whole report: ValueError: not known\n"
 
 
-def test_default_workdir_is_named_after_experiment_and_time(start, tmp_path):
-    out, _ = finished(start(*SMALL))
-    (workdir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"alexnet_cifar-\d{8}-\d{6}-\d{6}", workdir.name)
-    assert f"Files: runs/{workdir.name}" in out
-    assert "memory per device: " in out
-    assert "Where each parameter lives" not in out  # the tables are for --dry_run
-    assert json.loads((workdir / "summary.json").read_text())["status"] == "completed"
-
-
 def test_dry_run_reports_and_writes_nothing(start, tmp_path):
     out, _ = finished(start(*SMALL, "--dry_run", "--cpu_devices", 8, "--mesh", "4x2"))
     for text in (
@@ -430,25 +463,31 @@ def test_dry_run_reports_and_writes_nothing(start, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"launch.py", "experiments"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_printed_command_resumes(start, number):
-    process = start(
+def test_a_signal_saves_and_the_printed_command_resumes(start):
+    """SIGTERM ends the first run, SIGINT the one that its command starts."""
+    arguments = [
         *SMALL,
         "--config.steps=1000000",
         "--config.optimizer.decay=constant",
         "--config.optimizer.warmup=0.0",
-    )
-    while not process.stdout.readline().startswith("step "):
-        assert process.poll() is None, process.communicate()
-    process.send_signal(number)
-    out, err = finished(process, code=75)
-    assert f"{number.name}: saving what there is" in err
-    step, command = re.search(
-        r"saved at step (\d+)\. To resume: python launch\.py (.*)", out
-    ).groups()
+    ]
+    resumed = ""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process, said = start(*arguments), ""
+        while not (line := process.stdout.readline()).startswith("step "):
+            assert process.poll() is None, process.communicate()
+            said += line
+        assert resumed in said
+        process.send_signal(number)
+        out, err = finished(process, code=75)
+        assert f"{number.name}: saving what there is" in err
+        step, command = re.search(
+            r"saved at step (\d+)\. To resume: python launch\.py (.*)", out
+        ).groups()
+        arguments, resumed = shlex.split(command), f"at step {step} on mesh"
     command = command.replace("steps=1000000", f"steps={int(step) + 2}")
     out, _ = finished(start(*shlex.split(command)))
-    assert f"at step {step} on mesh" in out
+    assert resumed in out
     assert f"after {int(step) + 2} steps" in out
 
 
@@ -541,7 +580,8 @@ def test_non_finite_loss_has_an_exit_code_of_its_own(start):
 
 
 def test_sigterm_before_training_is_told(start):
-    process = start(*OTHER_DATA, "--config.data.name=digits", "--config.model.name=alexnet")
+    network = ["--config.model.name=alexnet", "--config.model.width=64"]
+    process = start(*OTHER_DATA, "--config.data.name=digits", *network)
     assert "no effect" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     _, err = finished(process, code=75)
@@ -658,12 +698,13 @@ def free_port() -> int:
 
 def test_two_processes_train_one_network(start, tmp_path):
     """Two processes of four devices log what one of eight logs: sharded, and streamed."""
-    arguments = [*SMALL, "--mesh", "4x2", "--config.parallelism=hybrid"]
+    arguments = ["--config.parallelism=hybrid", "--config.mesh.data=4", "--config.mesh.model=2"]
 
     def pair(workdir, *more):
         cluster = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2")
         return [
             start(
+                *SMALL,
                 *arguments,
                 *more,
                 "--cpu_devices",
@@ -676,27 +717,23 @@ def test_two_processes_train_one_network(start, tmp_path):
             for i in range(2)
         ]
 
-    names = ("one", "sharded", "streamed")
-    one = start(*arguments, "--cpu_devices", 8, "--workdir", "one")
     sharded = pair("sharded", "--config.data.resident=sharded")
-    for process in (one, *sharded, *pair("streamed", "--config.data.resident=no")):
+    streamed = pair("streamed", "--config.data.resident=no")
+    _, experiment_file, *fields = SMALL
+    config, _ = experiment.parse_arguments(
+        ["--config", str(ROOT / experiment_file), *fields, *arguments]
+    )
+    one = loop.train(config, tmp_path / "one")
+    for process in (*sharded, *streamed):
         finished(process)
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in names]
-    assert [summary["processes"] for summary in summaries] == [1, 2, 2]
-    assert [summary["data_on_device"] for summary in summaries] == [True, True, False]
-    losses = [
-        [
-            json.loads(line)["loss"]
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in names
-    ]
-    for i in (1, 2):
-        assert summaries[0]["eval"] == pytest.approx(summaries[i]["eval"], rel=1e-6)
-        assert losses[0] == pytest.approx(losses[i], rel=1e-6)
-    finished(
-        start(*arguments, "--cpu_devices", 8, "--workdir", "sharded", "--config.epochs=2")
-    )  # and one process resumes, with resident data
+    for name, on_device in (("sharded", True), ("streamed", False)):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert (summary["processes"], summary["data_on_device"]) == (2, on_device)
+        assert summary["eval"] == pytest.approx(one["eval"], rel=1e-6)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    assert (one["processes"], one["data_on_device"]) == (1, True)
+    config.epochs = 2  # and one process resumes, with resident data
+    assert loop.train(config, tmp_path / "sharded")["steps"] == 8
 
 
 def test_makefile_runs_what_the_readme_says():

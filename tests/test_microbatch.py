@@ -34,7 +34,7 @@ def test_micro_batches_on_meshes():
 
     def run(shape, parallelism="hybrid", **changes):
         changes = dict(changes, model=dict(width=64, dropout=0.0))
-        return trained(setup_of("alexnet", parallelism, shape, **changes), 2)
+        return trained(setup_of("shallow", parallelism, shape, **changes), 2)
 
     with jax.enable_x64(True):
         plain = run((1, 1))
@@ -134,7 +134,7 @@ def test_micro_batches_against_a_plain_loop():
     """Four dense updates at a quarter of the rate, then one of the convolutions."""
     with jax.enable_x64(True):
         setup = setup_of(
-            "alexnet",
+            "shallow",
             "data",
             (1, 1),
             dense_microbatch=4,
@@ -149,7 +149,7 @@ def test_micro_batches_against_a_plain_loop():
 
 def test_each_micro_batch_has_its_own_dropout(monkeypatch):
     """A micro-batch's loss gets a key that no other gets."""
-    setup, data = on_one("alexnet", dense_microbatch=4)
+    setup, data = on_one("shallow", dense_microbatch=4)
     loss, keys = StepFunctions.loss, []
 
     def spy(*args):
@@ -171,7 +171,7 @@ def test_each_micro_batch_has_its_own_dropout(monkeypatch):
 
 def test_the_accuracy_is_that_of_all_micro_batches():
     setup, data = on_one(
-        "alexnet",
+        "shallow",
         dense_microbatch=4,
         model=dict(width=64, dropout=0.0),
     )

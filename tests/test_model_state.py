@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from setups import (
+    begin,
     gather,
     narrow,  # noqa: F401  (a fixture)
     setup_of,
@@ -13,29 +14,26 @@ from setups import (
 from cnn_spmd.training import checkpoint
 
 SCORES = "scores"
-SPATIAL, HYBRID = ("spatial", (2, 4)), ("hybrid", (2, 2))
 
 
-@pytest.mark.parametrize(
-    ("meshes", "changes"),
-    [((SPATIAL, HYBRID), {}), ((HYBRID, SPATIAL), dict(dense_microbatch=8))],
-)
-def test_a_run_goes_on_on_another_mesh(meshes, changes, tmp_path):
-    """Three steps, a checkpoint, and a step on another mesh: as four steps on one device.
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    """Two steps, a step on another mesh, one on the first again: as four steps on one device.
 
-    So are the test scores, which depend on the running averages.
+    So are the test scores, which depend on the running averages. The dense layer sees
+    micro-batches. Whole batches: test_schemes.py and test_checkpoint.py.
     """
+    meshes = (("data", (1, 1)), ("spatial", (2, 4)), ("hybrid", (2, 2)))
     with jax.enable_x64(True):
-        one, first, second = (
-            setup_of("resnet_8", *mesh, **changes) for mesh in (("data", (1, 1)), *meshes)
-        )
-        expected, _ = one.train(one.init(), 4)
-        state, _ = first.train(first.init(), 3)
-        assert restored(tmp_path, first, save=state) is None
-        state, _ = second.train(restored(tmp_path, second), 1)
+        one, spatial, hybrid = (setup_of("resnet_8", *mesh, dense_microbatch=8) for mesh in meshes)
+        expected, _ = one.train(begin(one), 4)
+        state, _ = spatial.train(begin(spatial), 2)
+        assert restored(tmp_path, spatial, save=state) is None
+        state, _ = hybrid.train(restored(tmp_path, hybrid), 1)
+        restored(tmp_path, hybrid, save=state)
+        state, _ = spatial.train(restored(tmp_path, spatial), 1)
         expected_results = scores_and_state(one, expected)
-        assert_alike(scores_and_state(second, state), expected_results)
-        fresh = expected._replace(model_state=one.init().model_state)
+        assert_alike(scores_and_state(spatial, state), expected_results)
+        fresh = expected._replace(model_state=begin(one).model_state)
         scores, others = (
             results[SCORES] for results in (expected_results, scores_and_state(one, fresh))
         )
@@ -72,7 +70,7 @@ def test_statistics_per_device_depend_on_the_number_of_shards_of_the_batch():
             setup_of("resnet_8", parallelism, shape, **per_device)
             for parallelism, shape in (("data", (2, 1)), ("model", (2, 2)), ("data", (1, 1)))
         ]
-        along_data, with_model, one = (gather(setup.train(setup.init(), 2)) for setup in setups)
+        along_data, with_model, one = (gather(setup.train(begin(setup), 2)) for setup in setups)
         report = setups[0].report()
     assert_alike(along_data, with_model)
     name = next(name for name in one if "norm7" in name and "mean" in name)

@@ -744,17 +744,6 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
     assert all((saved[name] == again[name]).all() for name in saved)
 
 
-def test_sweeps_that_are_refused_at_once(start, tmp_path):  # noqa: F811
-    for more, message in (
-        (["--dry_run", "--workdir", "s"], "--workdir=s: a dry run of a sweep writes no file"),
-        (["--sweep", "model.dropout=0.0,0.5"], "--sweep=model.dropout: model.name=simple_cnn"),
-    ):
-        _, err = finished(start(*SMALL, "--cpu_devices", "2", "--mesh", "1x1,2x1", *more), code=2)
-        assert err.startswith("error: ")
-        assert message in err
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_dry_run_of_a_sweep_is_one_table(monkeypatch, capsys):
     """Of two seeds, the program is compiled once; a run that cannot work has its reason below."""
     monkeypatch.chdir(ROOT)

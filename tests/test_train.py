@@ -685,6 +685,7 @@ def test_a_run_stopped_while_it_compiles_can_be_started_again(config, tmp_path, 
 
 
 def test_several_steps_per_call_log_the_same_run(config, tmp_path, monkeypatch):
+    config.data.synthetic.image_size = 8  # XLA's loops are slow on a CPU
     config.steps_per_call = 3
     loop.train(config, tmp_path / "a")
     assert [row["step"] for row in rows(tmp_path / "a", "train")] == [3, 4, 7, 8]
