@@ -107,26 +107,6 @@ class Collective:
         return ring_bytes(self.operation, self.bytes, self.group_size)
 
 
-def parse_collectives(
-    hlo_text: str, mesh_shape: dict[str, int], steps: int = 1
-) -> list[Collective]:
-    """Return each collective of an HLO module, in the order of the text.
-
-    mesh_shape: axis name -> size, `dict(mesh.shape)`. Devices are numbered row by row, as XLA
-      numbers the partitions of a program that is jitted over that mesh.
-    steps: the steps of a chunk. An outermost loop that runs `steps` times is the loop over the
-      steps, and its body counts once.
-
-    An asynchronous collective counts where it starts. Groups of one device move nothing and are
-    left out.
-
-    Raises ValueError, quoting the line, for an unknown operation, shape, element type or syntax of
-    groups. It also does so for groups of several sizes, for `send` and `recv`, and for a loop whose
-    trip count is not in the text.
-    """
-    return Module(hlo_text, mesh_shape).collectives(steps)
-
-
 def _shorten(line: str) -> str:
     return line.strip()[:300]
 
@@ -158,11 +138,16 @@ class Instruction(NamedTuple):
 
 
 class Module:
-    """An HLO module, read from its text (parse_collectives says what cannot be read).
+    """An HLO module, read from its text.
 
+    mesh_shape: axis name -> size, `dict(mesh.shape)`. Devices are numbered row by row, as XLA
+      numbers the partitions of a program that is jitted over that mesh.
     instructions: each by its name, which is unique in a module, in the order of the text.
     callers: computation -> (calling computation, trip counts) of each call. The trip counts are [n]
       for the body of a loop that runs n times, [None] where n is not in the text, [] otherwise.
+
+    Raises ValueError, quoting the line, for an unknown operation, shape, element type or syntax of
+    groups. It also does so for groups of several sizes, and for `send` and `recv`.
     """
 
     def __init__(self, hlo_text: str, mesh_shape: dict[str, int]):
@@ -178,7 +163,15 @@ class Module:
                 raise ValueError(f"{error}, in the HLO line: {_shorten(line)}") from error
 
     def collectives(self, steps: int = 1) -> list[Collective]:
-        """Return each collective, as parse_collectives does."""
+        """Return each collective, in the order of the text.
+
+        steps: the steps of a chunk. An outermost loop that runs `steps` times is the loop over the
+        steps, and its body counts once.
+
+        An asynchronous collective counts where it starts. Groups of one device move nothing and are
+        left out. Raises ValueError, quoting the line, for a loop whose trip count is not in the
+        text.
+        """
         return [
             dataclasses.replace(collective, count=self._count_per_step(collective, line, steps))
             for line, collective in self._found
@@ -240,7 +233,7 @@ def _read_collective(instruction: Instruction, module: Module) -> Collective | N
     axes, size = _axes_and_group_size(operation, attributes, module.mesh_shape)
     if not axes:
         return None
-    shape = _without_layouts(shape)
+    shape = re.sub(r"\{[^{}]*\}", "", shape)  # without its layouts
     received = _received(operation, shape) if opcode.endswith("-start") else shape
     shapes = tuple(arrays(received))
     if not shapes or _ARRAY.sub("", received).strip("(), "):
@@ -250,10 +243,6 @@ def _read_collective(instruction: Instruction, module: Module) -> Collective | N
         payload *= size
     phase = _phase(name, module.instructions)
     return Collective(operation, axes, size, shapes, payload, phase, name)
-
-
-def _without_layouts(shape: str) -> str:
-    return re.sub(r"\{[^{}]*\}", "", shape)
 
 
 def arrays(shape: str) -> list[str]:

@@ -93,7 +93,7 @@ def report(
         reason = f"RATES in cnn_spmd/analysis/schedule.py has no {device_kind}"
     else:
         try:
-            found = overlaps(module, collectives, rates)
+            found = Schedule(module, rates).overlaps(collectives)
             return _summary(found) | dict(rates=rates._asdict(), reason=None)
         except (ValueError, LookupError) as error:  # a form of the text that is not known
             reason = f"{type(error).__name__}: {error}"
@@ -132,16 +132,7 @@ def _summary(found: Sequence[Overlap]) -> dict:
     )
 
 
-def overlaps(module: Module, collectives: Sequence[Collective], rates: Rates) -> list[Overlap]:
-    """Return what the schedule does with each of the module's collectives.
-
-    Raises ValueError for a collective whose done does not follow its start in one computation, and
-    for an element type that is not known.
-    """
-    return _Schedule(module, rates).overlaps(collectives)
-
-
-class _Schedule:
+class Schedule:
     """The computations of a scheduled module, and the times of their instructions."""
 
     def __init__(self, module: Module, rates: Rates):
@@ -155,7 +146,11 @@ class _Schedule:
                 self.wrappers |= dict.fromkeys(instruction.called, instruction)
 
     def overlaps(self, collectives: Sequence[Collective]) -> list[Overlap]:
-        """Return what the schedule does with each collective, in their order."""
+        """Return what the schedule does with each of the module's collectives, in their order.
+
+        Raises ValueError for a collective whose done does not follow its start in one computation,
+        and for an element type that is not known.
+        """
         starts: dict[str, Collective] = {}  # by the name of the instruction that starts them
         for collective in collectives:
             start = self.instructions[collective.name]
@@ -180,7 +175,8 @@ class _Schedule:
             name, clock = instruction.name, computed + waited
             if name in starts:
                 begin = max(clock, link_free)
-                link_free = begin + self._collective_seconds(starts[name])
+                seconds = self.rates.latency + starts[name].ring_bytes / self.rates.link
+                link_free = begin + seconds
                 running[name] = begin, link_free, computed
                 if instruction.opcode.endswith("-start"):
                     continue
@@ -202,9 +198,6 @@ class _Schedule:
             exposed = sum(max(0.0, min(end, b) - max(begin, a)) for a, b in waits)
             rows.append(Overlap(starts[name], end - begin, between[name], end - begin - exposed))
         return rows
-
-    def _collective_seconds(self, collective: Collective) -> float:
-        return self.rates.latency + collective.ring_bytes / self.rates.link
 
     def _seconds(self, instruction: Instruction) -> float:
         """Estimate the time of an instruction that computes: a roofline."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from cnn_spmd import config as configs
 from cnn_spmd.analysis import communication, cost, program, roofline
 from cnn_spmd.analysis.cost import Card, Terms
 from cnn_spmd.data.feed import DeviceData
@@ -166,7 +167,7 @@ def measured_step(card: Card, setup: Any, batch: float) -> float | None:
 
 def network_of(setup: Any) -> dict[str, Any]:
     """Return what a measured step on one device depends on."""
-    fields = {name: _field(setup.config, field) for name, field in STEP_FIELDS.items()}
+    fields = {name: configs.get(setup.config, field) for name, field in STEP_FIELDS.items()}
     return fields | dict(image_size=setup.image_size, classes=len(setup.data.class_names))
 
 
@@ -201,12 +202,6 @@ def trace_step(setup: Any, batch: int) -> Any:
     weights = jax.eval_shape(functions.cast, state.params)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     return jax.make_jaxpr(step)(state, weights, DeviceData(images, labels), rate)
-
-
-def _field(config: ml_collections.ConfigDict, field: str) -> Any:
-    for part in field.split("."):
-        config = config[part]
-    return config
 
 
 def memory_of(setup: Any) -> int:
