@@ -61,7 +61,6 @@ def plan(
             "python -m cnn_spmd.calibrate, and give its file as --card, or give one of "
             f"{', '.join(cost.names())}"
         )
-    data = data.preview if isinstance(data, Unread) else data
     names = meshes.shapes_over(len(devices)) if mesh == AUTO else [mesh]
     schemes = [config.parallelism]
     if config.parallelism == AUTO:
@@ -79,7 +78,7 @@ def plan(
             levers = () if alone else None
             # What has no effect is the same everywhere, and is said once.
             with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
-                setup = build.prepare(asked, devices, data, levers=levers)
+                setup = build.prepare(asked, devices, data.preview, levers=levers)
             alone = alone or one_device_step(card, setup)
             found.append(predict(setup, card, gpus_per_host, alone))
         except UserError as error:

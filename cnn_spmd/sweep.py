@@ -31,7 +31,6 @@ from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
 from cnn_spmd.training import build, runfiles, unused, workdir
-from cnn_spmd.training import dry_run as dry_runs
 
 # A run's status by launch.py's exit code; any other code means failed.
 OUTCOMES = {0: "completed", 2: "refused", 75: "interrupted"}
@@ -288,7 +287,7 @@ def dry_run(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) ->
     Combinations that differ only in their seed are compiled once. status: fits, "does not fit",
     compiled (the memory of the devices is not known), or refused with the reason.
     """
-    datasets: dict[str, dataset.Dataset | dataset.Unread] = {}
+    datasets: dict[str, dataset.Dataset] = {}
     reports: dict[str, dict] = {}
     for number, settings in enumerate(combos, 1):
         row = dict(
@@ -302,9 +301,9 @@ def dry_run(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) ->
             config = _config_of(arguments_of(settings, shared, len(devices)), row["mesh"])
             if (content := repr(config)) not in reports:
                 if (key := repr(config.data)) not in datasets:
-                    datasets[key] = registry.find(config.data)
+                    datasets[key] = registry.find(config.data).preview
                 with contextlib.redirect_stdout(io.StringIO()):
-                    reports[content] = dry_runs.prepare(config, devices, datasets[key]).report()
+                    reports[content] = build.prepare(config, devices, datasets[key]).report()
             row["report"] = report = reports[content]
             row["reason"] = report.get("error", "")
             status = {True: "fits", False: "does not fit", None: "compiled"}

@@ -52,6 +52,11 @@ class Dataset(Provenance):
     mirror: bool = True
 
     @property
+    def preview(self) -> "Dataset":
+        """Return the data set itself: nothing is left to read (Unread)."""
+        return self
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the four arrays by the names of their fields."""
         names = ("train_images", "train_labels", "test_images", "test_labels")

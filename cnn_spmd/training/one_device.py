@@ -7,7 +7,6 @@ import ml_collections
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import registry
-from cnn_spmd.data.dataset import Unread
 from cnn_spmd.errors import UserError, one_line
 from cnn_spmd.training import build
 from cnn_spmd.training.build import Setup
@@ -27,8 +26,7 @@ def setups(
     Random images stand in for the config's: as large, and of as many classes.
     Raises UserError for a config that does not work there.
     """
-    found = registry.find(config.data)
-    found = found.preview if isinstance(found, Unread) else found
+    found = registry.find(config.data).preview
     config = config.copy_and_resolve_references()
     # The longest run there can be: neither its schedule nor its evaluations cut a chunk short.
     config.update(dict(steps=10**7, noise_scale=0, parallelism="data", mesh=dict(data=1, model=1)))
