@@ -26,7 +26,13 @@ from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
-from cnn_spmd.sharding.placement import Placement, axes_of, is_weight, mesh_axes_of
+from cnn_spmd.sharding.placement import (
+    Placement,
+    axes_of,
+    is_weight,
+    mesh_axes_of,
+    named_variables,
+)
 from cnn_spmd.training import (
     cluster,
     initial,
@@ -132,6 +138,12 @@ class Setup:
         return program_report.layouts_of_activations(
             self.functions, self.config.batch_size, self.image_size, classes
         )
+
+    @functools.cached_property
+    def variables(self) -> list[tuple[str, nnx.Variable]]:
+        """Return (name, abstract variable) of each parameter, and of the model state."""
+        abstract = self.functions.abstract_state
+        return named_variables(abstract.params) + named_variables(abstract.model_state)
 
     @functools.cached_property
     def feeds(self) -> tuple[Feed, Feed]:

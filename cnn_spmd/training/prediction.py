@@ -16,7 +16,7 @@ from cnn_spmd.analysis.cost import Card, Terms
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh as meshes
-from cnn_spmd.sharding.placement import Placement, is_dense
+from cnn_spmd.sharding.placement import Placement, is_dense, named_variables
 from cnn_spmd.training import microbatch, program_report
 
 # What a measured step on one device depends on, by its name in a card and by config field.
@@ -130,7 +130,7 @@ def updated_weights(setup: Any) -> float:
     each = microbatch.updates_each(functions.microbatch)
     dense_updates = config.batch_size // config.dense_microbatch if each else 1
     total = 0.0
-    for _, weight in program_report.named_variables(functions.abstract_state.params):
+    for _, weight in named_variables(functions.abstract_state.params):
         updates = dense_updates if is_dense(weight) else 1
         total += updates * program.bytes_per_device(weight) / 4  # float32
     return total
@@ -214,9 +214,7 @@ def memory_of(setup: Any) -> int:
     """
     abstract, place = setup.functions.abstract_state, setup.place
     itemsize = jnp.dtype(setup.config.dtype).itemsize
-    variables = program_report.named_variables(abstract.params)
-    variables += program_report.named_variables(abstract.model_state)
-    layers = communication.layers_of(place, setup.activations, variables, itemsize)
+    layers = communication.layers_of(place, setup.activations, setup.variables, itemsize)
     in_use = [sum(weight.bytes for weight in layer.weights.values()) for layer in layers]
     activations = sum(
         place.report(*activation, itemsize)["bytes_per_device"] for activation in setup.activations
