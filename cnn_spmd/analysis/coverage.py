@@ -14,12 +14,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, Literal
 
-from cnn_spmd.analysis.communication import (
-    Layer,
-    NotCovered,
-    exchanged_axes,
-    layers_of,
-)
+from cnn_spmd.analysis.communication import exchanged_axes
+from cnn_spmd.analysis.layout import Layer, NotCovered, layers_of
 from cnn_spmd.sharding.placement import Placement, Unplaced
 
 

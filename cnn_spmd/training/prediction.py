@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from cnn_spmd import config as configs
-from cnn_spmd.analysis import communication, cost, program, roofline
+from cnn_spmd.analysis import cost, layout, program, roofline
 from cnn_spmd.analysis.cost import Card, Terms
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
@@ -214,7 +214,7 @@ def memory_of(setup: Any) -> int:
     """
     abstract, place = setup.functions.abstract_state, setup.place
     itemsize = jnp.dtype(setup.config.dtype).itemsize
-    layers = communication.layers_of(place, setup.activations, setup.variables, itemsize)
+    layers = layout.layers_of(place, setup.activations, setup.variables, itemsize)
     in_use = [sum(weight.bytes for weight in layer.weights.values()) for layer in layers]
     activations = sum(
         place.report(*activation, itemsize)["bytes_per_device"] for activation in setup.activations
