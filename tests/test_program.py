@@ -598,7 +598,7 @@ def test_summary_rows_are_grouped_and_the_heaviest_come_first():
 
 
 def a_report(**changes) -> dict:
-    """Return a small report of a run, as training/build.py makes it."""
+    """Return a small report of a run, as training/setup.py makes it."""
     kernel = dict(
         name="fc3.kernel",
         shape=[4096, 10],

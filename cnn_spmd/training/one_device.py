@@ -9,8 +9,8 @@ from cnn_spmd import config as configs
 from cnn_spmd.data import registry
 from cnn_spmd.errors import UserError, one_line
 from cnn_spmd.training import build
-from cnn_spmd.training.build import Setup
 from cnn_spmd.training.clock import Clock
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
 

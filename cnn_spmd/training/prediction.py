@@ -75,7 +75,7 @@ class Prediction:
 def predict(
     setup: Any, card: Card, gpus_per_host: int, alone: OneDeviceStep | None = None
 ) -> Prediction:
-    """Predict a step of a build.Setup, which is not compiled.
+    """Predict a step of a Setup (setup.py), which is not compiled.
 
     alone: what one_device_step has returned for the same network, card and batch per device.
     Raises UserError where the closed form does not cover the network under the scheme, and where

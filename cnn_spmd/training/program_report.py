@@ -19,7 +19,7 @@ from cnn_spmd.training.step import StepFunctions
 def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
     """Report what a compiled program of n steps holds and moves per step, JSON-ready.
 
-    setup: a build.Setup. An error in the report never ends a run: what is not known is then null or
+    setup: a Setup. An error in the report never ends a run: what is not known is then null or
     empty, and `error`, which is absent otherwise, says why.
     """
     config, abstract = setup.config, setup.functions.abstract_state
@@ -90,7 +90,7 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
 def theory_of(setup: Any, compiled: Sequence[dict] = ()) -> tuple[list[dict] | None, str | None]:
     """Return the rows of the closed form, or None and why it does not cover the run.
 
-    setup: a build.Setup. compiled: the collectives of the program, where it is compiled.
+    setup: a Setup. compiled: the collectives of the program, where it is compiled.
     """
     config, place, functions = setup.config, setup.place, setup.functions
     activations, variables = setup.activations, setup.variables
