@@ -524,12 +524,12 @@ def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
     """Run what the flags name in `folder`; return sweep.json."""
     import jax
 
-    from cnn_spmd import sweep
+    from cnn_spmd import sweep_run
 
     environment.simulate(runner.cpu_devices or runner.device_count())
     devices = jax.devices()
     combos, shared = swept(len(devices))
-    return sweep.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
+    return sweep_run.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
 
 
 def swept(device_count: int) -> tuple[list[dict[str, str]], list[str]]:

@@ -225,7 +225,7 @@ def step_of(folder: pathlib.Path, began: float) -> tuple[int, int] | None:
             return None
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
-            *_, line = file.read().splitlines()
+            *_, line, _ = file.read().split(b"\n")  # the last line may be cut
         return json.loads(line)["step"], runfiles.read_json(folder / "config.json")["steps"]
     except (OSError, KeyError, ValueError):  # not yet there, or just being written
         return None
