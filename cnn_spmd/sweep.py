@@ -184,8 +184,8 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
 
     It is pending, or refused with the reason why it cannot work on `devices`.
     """
-    datasets: dict[str, dataset.Dataset] = {}
-    fine: set[str] = set()
+    datasets: dict[str, dataset.Dataset] = {}  # by their config
+    fine: set[str] = set()  # the configs that can work, with seed 0
     for settings in combos:
         row = dict(
             number=None,
@@ -203,7 +203,14 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
         try:
             arguments = arguments_of(settings, shared, len(devices))
             row["command"] = shlex.join(["python", "launch.py", *arguments])
-            _check(arguments, row["mesh"], devices, datasets, fine)
+            config = _config_of(arguments, row["mesh"])
+            if (content := repr(config)) not in fine:
+                with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it
+                    check = functools.partial(build.prepare, config, devices)
+                    if (key := repr(config.data)) not in datasets:
+                        datasets[key] = registry.load(config.data, check)
+                    check(datasets[key])
+                fine.add(content)
         except UserError as error:
             row.update(status="refused", reason=str(error))
         yield row
@@ -221,29 +228,6 @@ def _config_of(arguments: Sequence[str], shape: str | None) -> ml_collections.Co
     unused.refuse(config, given)
     config.seed = 0
     return config
-
-
-def _check(
-    arguments: Sequence[str],
-    shape: str | None,
-    devices: Sequence,
-    datasets: dict[str, dataset.Dataset],
-    fine: set[str],
-) -> None:
-    """Raise UserError where a run with these arguments cannot work on `devices`.
-
-    shape: the value of --mesh. datasets: those that are loaded already, by their config. fine: the
-    configs that can work, with seed 0.
-    """
-    config = _config_of(arguments, shape)
-    if (content := repr(config)) in fine:
-        return
-    with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it
-        check = functools.partial(build.prepare, config, devices)
-        if (key := repr(config.data)) not in datasets:
-            datasets[key] = registry.load(config.data, check)
-        check(datasets[key])
-    fine.add(content)
 
 
 def dry_run(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> Iterator[dict]:

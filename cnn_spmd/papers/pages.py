@@ -630,7 +630,7 @@ def devices_section() -> list[str]:
 
 
 def devices_predictions() -> list[dict]:
-    """Return what benchmarks/whatif.py predicted."""
+    """Return what benchmarks/predictions.py predicted for machines that are not here."""
     return runfiles.read_json(DATA / "predictions" / "devices.json")["predictions"]
 
 
