@@ -51,6 +51,7 @@ from cnn_spmd.data import dataset, registry
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import write
 from cnn_spmd.training import cluster, cluster_env, environment, interrupt, startup, weights
+from cnn_spmd.training.provenance import without
 
 CONFIG = experiment.define_flag(flags.FLAGS)
 MESH = flags.DEFINE_string(
@@ -523,12 +524,12 @@ def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
     """Run what the flags name in `folder`; return sweep.json."""
     import jax
 
-    from cnn_spmd import sweep
+    from cnn_spmd import sweep_run
 
     environment.simulate(runner.cpu_devices or runner.device_count())
     devices = jax.devices()
     combos, shared = swept(len(devices))
-    return sweep.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
+    return sweep_run.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
 
 
 def swept(device_count: int) -> tuple[list[dict[str, str]], list[str]]:
@@ -560,21 +561,6 @@ def dry_run_sweep() -> int:
     if not wrong:
         return 0
     return BAD_INPUT if all(row["status"] == "refused" for row in rows) else CRASHED
-
-
-def without(arguments: list[str], names: set[str]) -> list[str]:
-    """Return the arguments without the flags of these names and their values."""
-    rest = []
-    value_follows = False
-    for argument in arguments:
-        name, equals, _ = argument.lstrip("-").partition("=")
-        if value_follows:
-            value_follows = False
-        elif argument.startswith("-") and name in names:
-            value_follows = not equals
-        else:
-            rest.append(argument)
-    return rest
 
 
 # ---- The program

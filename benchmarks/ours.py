@@ -21,6 +21,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
+import ml_collections
 
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.sharding import mesh
@@ -31,6 +32,7 @@ from experiments.alexnet_cifar import get_config
 WARMUP = 8
 REPEATS = 3
 CLASSES = 1000
+EXAMPLES = 4096  # that lie on the device, unless a batch is larger
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,9 +44,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mesh", default="1x1", help="DATAxMODEL")
     parser.add_argument(
         "--parallelism", default="hybrid", help="a row of cnn_spmd/sharding/table.py"
-    )
-    parser.add_argument(
-        "--steps_per_call", type=int, default=0, help="steps per chunk; 0: as the config says"
     )
     parser.add_argument(
         "--steps", type=int, default=400, help="at least this many are timed at once (default: 400)"
@@ -66,32 +65,32 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def synthetic_config(image_size: int, examples: int) -> ml_collections.ConfigDict:
+    """Return the recipe on random images of CLASSES classes, of which `examples` train."""
+    config = get_config()
+    config.data.name = "synthetic"
+    config.data.synthetic.update(
+        dict(image_size=image_size, classes=CLASSES, train_examples=examples, test_examples=1)
+    )
+    # As in peer.py. The recipe's own settings are for small images.
+    config.optimizer.update(dict(learning_rate=0.01, clip_norm=0.0))
+    return config
+
+
 def prepare(args: argparse.Namespace) -> build.Setup:
     """Return what is timed."""
-    config = get_config()
     sizes = mesh.parse(args.mesh)
     batch_size = args.batch * math.prod(sizes.values())
+    config = synthetic_config(args.image_size, max(EXAMPLES, batch_size))
     config.update(
         dict(
             mesh=sizes,
             parallelism=args.parallelism,
             batch_size=batch_size,
-            steps_per_call=args.steps_per_call,
             # The learning-rate schedule spans all steps.
             steps=WARMUP + (REPEATS + 1) * args.steps,
         )
     )
-    config.data.name = "synthetic"
-    config.data.synthetic.update(
-        dict(
-            image_size=args.image_size,
-            classes=CLASSES,
-            train_examples=max(config.data.synthetic.train_examples, batch_size),
-            test_examples=1,
-        )
-    )
-    # As in peer.py. The recipe's own settings are for small images.
-    config.optimizer.update(dict(learning_rate=0.01, clip_norm=0.0))
     levers = {} if args.levers is None else dict(levers=args.levers)
     return build.prepare(config, **levers)
 
@@ -125,10 +124,14 @@ class Trainer:
             self.step += n
         jax.block_until_ready((self.state, values))
         seconds = time.perf_counter() - since
+        self.check_loss(values)
+        return round(1e3 * seconds / (self.step - first), 4)
+
+    def check_loss(self, values: dict) -> None:
+        """Keep the last loss of a chunk. Raises ArithmeticError unless it is finite."""
         self.loss = float(values["loss"][-1])
         if not math.isfinite(self.loss):
             raise ArithmeticError(f"loss is {self.loss}")
-        return round(1e3 * seconds / (self.step - first), 4)
 
 
 def main() -> None:

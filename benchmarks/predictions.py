@@ -1,50 +1,82 @@
-"""Predict the steps of the stored sweeps, and write predictions beside measurements.
+"""Predict AlexNet's steps on GPUs: those of the stored sweeps, and on machines that are not here.
 
   python benchmarks/predictions.py
 
-It reads results/data/sweeps/alexnet-224-*.json and writes results/data/predictions/NAME.json. The
-step of one GPU at each batch is the sweep's own (mesh 1x1, the median over its schemes); all else
-comes from the card. Nothing is compiled, and no GPU is needed.
+Needs no GPU, and compiles nothing. Writes these files to results/data/predictions/, of which
+`python -m cnn_spmd.papers --write` makes sections of results/predictions.md:
+
+  SWEEP.json      each run on several GPUs of results/data/sweeps/alexnet-224-*.json, predicted and
+                  measured. The step of one GPU at each batch is the sweep's own (mesh 1x1, the
+                  median over its schemes); all else comes from the card.
+  devices.json    1 to 512 H100s, each scheme at its best mesh. Hosts have 8 GPUs. The batch per GPU
+                  is 128, or the global batch is 1,024.
+  unmeasured.json every scheme on every mesh of 2 and of 4 H200s, before they are measured
 """
 
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 
 import cnn_spmd
+from cnn_spmd import plan
 from cnn_spmd.analysis import cost
 from cnn_spmd.analysis.cost import Card
-from cnn_spmd.training.prediction import predict
+from cnn_spmd.data.dataset import Dataset, blank_arrays
+from cnn_spmd.training import runfiles
+from cnn_spmd.training.prediction import Prediction, predict
 from cnn_spmd.training.provenance import provenance
+from experiments.alexnet_cifar import get_config
 
 DATA = pathlib.Path(__file__).resolve().parent.parent / "results" / "data"
 SWEEPS = {"alexnet-224-2xh200": "h200", "alexnet-224-4xh200": "h200"}
 GPUS_PER_HOST = 8
+DEVICES = [2**power for power in range(10)]
+# Batches by name: the global batch for a number of devices.
+BATCHES = {"128 per GPU": lambda devices: 128 * devices, "1,024 in all": lambda devices: 1024}
+CLASSES, SIDE = 1000, 224
 
 
 def main() -> None:
-    """Write one file per sweep, and print its errors."""
+    """Write all files, and print the errors of the sweeps' predictions."""
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", GPUS_PER_HOST)
-    folder = DATA / "predictions"
-    folder.mkdir(exist_ok=True)
+    jax.config.update("jax_num_cpu_devices", DEVICES[-1])
     for name, card_name in SWEEPS.items():
-        runs = json.loads((DATA / "sweeps" / f"{name}.json").read_text())["runs"]
+        runs = runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]
         card = with_steps(cost.load(card_name), runs)
-        found = [beside(run, card) for run in runs if run["mesh"] != "1x1"]
-        results = dict(sweep=name, card=dataclasses.asdict(card), predictions=found, **provenance())
-        (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        rows = [beside(run, card) for run in runs if run["mesh"] != "1x1"]
+        write(name, card, rows, sweep=name)
         errors = [
-            abs(row["predicted_milliseconds"] / row["measured_milliseconds"] - 1) for row in found
+            abs(row["predicted_milliseconds"] / row["measured_milliseconds"] - 1) for row in rows
         ]
         print(f"{name}: median error {statistics.median(errors):.2%}, worst {max(errors):.2%}")
+    arrays = blank_arrays(dict(train=128 * DEVICES[-1], test=64), SIDE)
+    data = Dataset(name="synthetic", class_names=tuple(map(str, range(CLASSES))), **arrays)
+    card = cost.load("h100")
+    write("devices", card, list(best_of_each_scheme(data, card)))
+    card = cost.load("h200")
+    rows = [
+        dict(devices=devices, batch_per_device=batch) | found.as_json()
+        for devices in (2, 4)
+        for batch in (32, 128, 512)
+        for found in planned(data, card, devices, batch * devices)
+    ]
+    write("unmeasured", card, rows)
+
+
+def write(name: str, card: Card, rows: list[dict], **fields: str) -> None:
+    """Write a file of predictions, with what made them."""
+    results = fields | dict(card=dataclasses.asdict(card), predictions=rows, **provenance())
+    runfiles.write_json(DATA / "predictions" / f"{name}.json", results)
+
+
+# ---- The stored sweeps
 
 
 def with_steps(card: Card, runs: list[dict]) -> Card:
@@ -82,6 +114,29 @@ def beside(run: dict, card: Card) -> dict:
         measured_milliseconds=figures["step_milliseconds"]["median"],
         **predict(setup, card, GPUS_PER_HOST).as_json(),
     )
+
+
+# ---- GPUs that are not here
+
+
+def planned(data: Dataset, card: Card, devices: int, batch_size: int) -> list[Prediction]:
+    """Return the predictions of every scheme on every mesh, the fastest first."""
+    jax.devices = lambda: jax.local_devices()[:devices]
+    config = get_config()
+    config.batch_size, config.dtype, config.parallelism = batch_size, "bfloat16", "auto"
+    return plan.plan(config, data, card, GPUS_PER_HOST).predictions
+
+
+def best_of_each_scheme(data: Dataset, card: Card) -> Iterator[dict]:
+    """Yield each scheme at its best mesh, for each of DEVICES and of BATCHES."""
+    for devices in DEVICES:
+        for batches, batch_of in BATCHES.items():
+            best = {}
+            for found in planned(data, card, devices, batch_of(devices)):
+                best.setdefault(found.parallelism, found)
+            for found in best.values():
+                yield dict(devices=devices, batches=batches) | found.as_json()
+            print(devices, batches, next(iter(best)), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 # needs no gradient of its input. A multiply-add is 2 FLOP.
 FLOP_PER_IMAGE = 2 * (3 * 714_188_480 - 70_276_800)
 SIDES = ("ours", "peer")
+LIMIT = 600  # seconds after which a process is ended; PyTorch's max-autotune takes minutes
 
 
 class Case(NamedTuple):
@@ -64,21 +65,18 @@ def card() -> dict:
     )
 
 
-def run(command: list[str], limit: float) -> dict:
-    """Return the line of JSON that a Python command prints, or its error.
-
-    limit: seconds after which the process is ended.
-    """
+def run(command: list[str]) -> dict:
+    """Return the line of JSON that a Python command prints, or its error."""
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            output, errors = process.communicate(timeout=limit)
+            output, errors = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
             # On this signal torchrun ends its workers.
             process.terminate()
             process.communicate()
-            return dict(error=f"not done after {limit:g} seconds")
+            return dict(error=f"not done after {LIMIT} seconds")
     if process.returncode == 0:
         return json.loads(output.strip().splitlines()[-1])
     raised = re.findall(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception)\b.*)", errors, re.MULTILINE)
@@ -86,12 +84,12 @@ def run(command: list[str], limit: float) -> dict:
     return dict(error=f"exit code {process.returncode}: {reason[:300]}")
 
 
-def timed(command: list[str], limit: float, matrix_rate: float) -> dict:
+def timed(command: list[str], matrix_rate: float) -> dict:
     """Return what a command measured, or its error.
 
     The result also has the median step, images/s and the share of the card's matrix rate.
     """
-    row = run(command, limit)
+    row = run(command)
     if "error" in row:
         return row
     milliseconds = statistics.median(row["step_milliseconds"])
@@ -156,12 +154,6 @@ def parse_arguments() -> argparse.Namespace:
         "1xN:hybrid,1xN:hybrid_alternating)",
     )
     parser.add_argument(
-        "--steps_per_call",
-        type=int,
-        default=0,
-        help="ours: steps per chunk; 0: as the config says (default)",
-    )
-    parser.add_argument(
         "--peer_modes",
         help="eager, compile, graphs (torch.compile with CUDA graphs) or max (its max-autotune, "
         "which takes minutes), or capture (the whole step in one CUDA graph); on several GPUs "
@@ -171,9 +163,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--skip_peer", action="store_true", help="do not run PyTorch")
     parser.add_argument(
-        "--limit", type=float, default=600, help="seconds per process (default: 600)"
-    )
-    parser.add_argument(
         "--output",
         type=pathlib.Path,
         help="a JSON file (default: results/data/speed/<card>-x<gpus>.json)",
@@ -181,14 +170,6 @@ def parse_arguments() -> argparse.Namespace:
     # Used by this script for the process that measures the card.
     parser.add_argument("--card", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that are too low."""
-    for name, low in dict(gpus=1, steps_per_call=0, limit=1).items():
-        value = getattr(args, name)
-        if value < low:
-            refuse(f"--{name}={value}: expected at least {low}")
 
 
 def our_cases(args: argparse.Namespace) -> list[Case]:
@@ -212,7 +193,6 @@ def our_cases(args: argparse.Namespace) -> list[Case]:
             str(HERE / "ours.py"),
             f"--mesh={match[1]}x{match[2]}",
             f"--parallelism={match[3]}",
-            f"--steps_per_call={args.steps_per_call}",
         ]
         found.append(Case("ours", name, command))
     if n not in used:
@@ -247,7 +227,7 @@ def peer_cases(args: argparse.Namespace) -> list[Case]:
 
 def check_hardware(args: argparse.Namespace) -> dict:
     """Return what `card` measures; refuse to run without what is needed."""
-    hardware = run([__file__, "--card"], args.limit)
+    hardware = run([__file__, "--card"])
     if hardware.get("platform") != "gpu":
         refuse(hardware.get("error") or f"no GPU here: JAX runs on {hardware['device_kind']}")
     if args.gpus > hardware["count"]:
@@ -295,7 +275,7 @@ def measure(
         row = dict(batch_per_gpu=int(batch), ours=[], peer=[], ratio=None)
         result["batches"].append(row)
         for side, name, command in cases:
-            measured = timed([*command, f"--batch={batch}"], args.limit, matrix_rate)
+            measured = timed([*command, f"--batch={batch}"], matrix_rate)
             result["peer_versions"] = measured.pop("versions", result["peer_versions"])
             row[side].append(dict(name=name) | measured)
             ours, peer = (best(row[side], args.gpus) for side in SIDES)
@@ -312,7 +292,8 @@ def main() -> int:
     if args.card:
         print(json.dumps(card()))
         return 0
-    check_numbers(args)
+    if args.gpus < 1:
+        refuse(f"--gpus={args.gpus}: expected at least 1")
     cases = our_cases(args) + peer_cases(args)
     if args.skip_peer:
         cases = [case for case in cases if case.side == "ours"]

@@ -16,7 +16,6 @@ object with all repeats and their medians.
 import argparse
 import itertools
 import json
-import math
 import pathlib
 import statistics
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 import ml_collections
+from ours import Trainer, synthetic_config
 from speed import card
 
 from cnn_spmd.data import registry
@@ -33,9 +33,7 @@ from cnn_spmd.data.dataset import Dataset
 from cnn_spmd.training import build
 from cnn_spmd.training.provenance import provenance
 from cnn_spmd.training.timetable import Chunk
-from experiments.alexnet_cifar import get_config
 
-CLASSES = 1000
 # Chunks before each measurement. Afterwards the streamed side is no further ahead than in a run.
 WARMUP = 3
 SIDES = dict(resident="yes", streamed="no")
@@ -58,36 +56,21 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_config(args: argparse.Namespace) -> ml_collections.ConfigDict:
     """Return the config that both sides and all batches share."""
-    config = get_config()
+    config = synthetic_config(args.image_size, args.examples)
     config.mesh.update(dict(data=1, model=1))
+    config.data.update(dict(crop=args.crop, crop_pad=0))
     # The learning-rate schedule spans more steps than are measured.
     config.steps = 10**6
-    config.data.update(dict(name="synthetic", crop=args.crop, crop_pad=0))
-    config.data.synthetic.update(
-        dict(
-            image_size=args.image_size,
-            classes=CLASSES,
-            train_examples=args.examples,
-            test_examples=1,
-        )
-    )
-    # As in ours.py. The recipe's own settings are for small images.
-    config.optimizer.update(dict(learning_rate=0.01, clip_norm=0.0))
     return config
 
 
-class Side:
+class Side(Trainer):
     """A training that goes on from measurement to measurement, with one kind of feed."""
 
     def __init__(self, config: ml_collections.ConfigDict, data: Dataset, resident: str):
         config = config.copy_and_resolve_references()
         config.data.resident = resident
-        self.setup = build.prepare(config, data=data)
-        self.steps_per_call = self.setup.config.steps_per_call
-        self.program = self.setup.train_program(self.steps_per_call)
-        self.feed, _ = self.setup.feeds
-        self.feed.load()
-        self.state = self.setup.init()
+        super().__init__(build.prepare(config, data=data))
         n = self.steps_per_call
         chunks = (Chunk(at, at + n) for at in itertools.count(0, n))
         self.inputs = self.setup.inputs(chunks)
@@ -106,9 +89,7 @@ class Side:
                 jax.block_until_ready(before)
                 ends.append(time.perf_counter())
         jax.block_until_ready((self.state, values))
-        loss = float(values["loss"][-1])
-        if not math.isfinite(loss):
-            raise ArithmeticError(f"loss is {loss}")
+        self.check_loss(values)
         images = (len(ends) - 1 - WARMUP) * self.steps_per_call * self.setup.config.batch_size
         self.rates.append(round(images / (ends[-1] - ends[WARMUP])))
 
@@ -125,7 +106,7 @@ def compare(args: argparse.Namespace, config: ml_collections.ConfigDict, data: D
         crop=args.crop,
         examples=args.examples,
         dtype=sides["streamed"].setup.config.dtype,
-        page_locked=sides["streamed"].feed.page_locked,
+        page_locked=sides["streamed"].setup.feeds[0].page_locked,
     )
     for name, side in sides.items():
         row[f"{name}_images_per_second"] = statistics.median(side.rates)

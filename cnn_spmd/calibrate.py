@@ -30,8 +30,8 @@ from cnn_spmd import experiment
 from cnn_spmd.analysis import card_file, cost, rates
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import environment, one_device, runfiles, unused
-from cnn_spmd.training.build import Setup
 from cnn_spmd.training.provenance import provenance
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.terminal import say
 
 # The network that is timed without --config. CIFAR-10 need not be at hand.

@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 from cnn_spmd import plain_table
 from cnn_spmd.config import MESH_AXES
@@ -74,13 +75,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def as_csv(runs: Sequence[dict]) -> Iterator[list]:
-    """Yield the names of all fields, and the values of each run."""
-    names = dict.fromkeys(name for run in runs for name in run)
-    names = [*(name for name in FIRST if name in names), *(n for n in names if n not in FIRST)]
-    yield names
-    for run in runs:
-        yield [run.get(name, "") for name in names]
+def write_csv(runs: Sequence[dict], file: TextIO) -> None:
+    """Write the names of all fields, and the values of each run."""
+    found = dict.fromkeys(name for run in runs for name in run)
+    names = [*(name for name in FIRST if name in found), *(n for n in found if n not in FIRST)]
+    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(runs)
 
 
 def as_table(folder: pathlib.Path, runs: Sequence[dict], width: int) -> Iterator[str]:
@@ -97,7 +98,7 @@ def as_table(folder: pathlib.Path, runs: Sequence[dict], width: int) -> Iterator
     last = [
         ["status", *(run["status"] for run in runs)],
         *([["split", *splits]] if len({*splits}) > 1 else []),
-        ["accuracy", *(share_text(run.get("best.accuracy")) for run in runs)],
+        ["accuracy", *(accuracy_of(run) for run in runs)],
         ["MB", *(f"{run['bytes_on_disk'] / 1e6:.1f}" for run in runs)],
     ]
     names = plain_table.short_names(differ) | {"model.name": "model", "data.name": "data"}
@@ -121,6 +122,11 @@ def place_of(run: dict) -> tuple[str, float]:
     """Return the place of a run in the table: by data set, and the best accuracy first."""
     dataset = run.get("dataset") or run.get("config.data.name") or ""
     return dataset, -run.get("best.accuracy", -1.0)
+
+
+def accuracy_of(run: dict) -> str:
+    """Return the best accuracy of a run, such as "91.76%"; empty where there is none."""
+    return f"{run['best.accuracy']:.2%}" if "best.accuracy" in run else ""
 
 
 def split_of(run: dict) -> str:
@@ -158,34 +164,29 @@ def compared_fields(run: dict) -> dict:
     return own if mesh is None else dict(mesh=mesh) | own
 
 
-def share_text(share: float | None) -> str:
-    """Return "91.76%"; empty where there is none."""
-    return "" if share is None else f"{share:.2%}"
+def print_runs(arguments: argparse.Namespace) -> None:
+    """Print the table of the runs, or write their CSV."""
+    runs = flat_runs.load_runs(arguments.folder)
+    if arguments.csv == "-":
+        write_csv(runs, sys.stdout)
+    elif arguments.csv:
+        try:
+            with pathlib.Path(arguments.csv).open("w", newline="", encoding="utf-8") as file:
+                write_csv(runs, file)
+        except OSError as error:
+            raise UserError(
+                f"--csv={arguments.csv}: cannot be written: {error.strerror}: give another file"
+            ) from None
+        print(f"{len(runs)} runs: {arguments.csv}")
+    else:
+        width = shutil.get_terminal_size().columns
+        print(*as_table(arguments.folder, runs, width), sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; 2: bad input."""
+    """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
     arguments = parser().parse_args(argv)
-    try:
-        runs = flat_runs.load_runs(arguments.folder)
-        if arguments.csv == "-":
-            csv.writer(sys.stdout, lineterminator="\n").writerows(as_csv(runs))
-        elif arguments.csv:
-            try:
-                with pathlib.Path(arguments.csv).open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file, lineterminator="\n").writerows(as_csv(runs))
-            except OSError as error:
-                raise UserError(
-                    f"--csv={arguments.csv}: cannot be written: {error.strerror}: give another file"
-                ) from None
-            print(f"{len(runs)} runs: {arguments.csv}")
-        else:
-            width = shutil.get_terminal_size().columns
-            print(*as_table(arguments.folder, runs, width), sep="\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return environment.exit_code_of_output()
+    return environment.exit_code_of(lambda: print_runs(arguments))
 
 
 if __name__ == "__main__":

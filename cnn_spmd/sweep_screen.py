@@ -225,17 +225,10 @@ def step_of(folder: pathlib.Path, began: float) -> tuple[int, int] | None:
             return None
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
-            lines = file.read().splitlines()
-        last = runfiles.read_json(folder / "config.json")["steps"]
+            *_, line, _ = file.read().split(b"\n")  # the last line may be cut
+        return json.loads(line)["step"], runfiles.read_json(folder / "config.json")["steps"]
     except (OSError, KeyError, ValueError):  # not yet there, or just being written
         return None
-    for line in reversed(lines):
-        try:
-            if step := json.loads(line)["step"]:
-                return step, last
-        except (ValueError, KeyError, TypeError):  # the first or the last line may be cut
-            pass
-    return None
 
 
 def clock_text(seconds: float) -> str:

@@ -90,7 +90,7 @@ def test_what_devices_sum(per_device, affine, reduced):
         )
     ] * 2
     text = jax.jit(train).lower(*shapes).compile().as_text()
-    found = hlo.parse_collectives(text, place.mesh.shape)
+    found = hlo.Module(text, place.mesh.shape).collectives()
     assert {c.operation for c in found} == {"all-reduce"}
     assert sum(c.bytes for c in found) == reduced * 3 * 4
 

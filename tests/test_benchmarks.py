@@ -21,8 +21,6 @@ from cnn_spmd.sharding.table import ALL, TABLE
     ("arguments", "message"),
     [
         (["--gpus", "0"], "--gpus=0: expected at least 1"),
-        (["--steps_per_call=-5"], "--steps_per_call=-5: expected at least 0"),
-        (["--limit=-1"], "--limit=-1.0: expected at least 1"),
         (
             ["--meshes", "1x1:nope"],
             "--meshes: 1x1:nope: expected DATAxMODEL:PARALLELISM with a product of --gpus=1 or 1",

@@ -84,7 +84,7 @@ def test_training_takes_the_images_of_its_steps(monkeypatch):
         return indices(seed, start, steps, *args)
 
     indices = order.train_indices
-    monkeypatch.setattr(build.order, "train_indices", spy)
+    monkeypatch.setattr(order, "train_indices", spy)
     state, _ = setup.train(setup.init(), 2)
     setup.train(state, 1)
     assert seen == [(0, 1), (1, 1), (2, 1)]

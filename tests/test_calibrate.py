@@ -116,7 +116,7 @@ def test_each_loop_repeats_the_collective_that_it_measures():
     for operation in rates.OPERATIONS:
         elements, ring_bytes = rates.elements_for(operation, 10_000, 4)
         program = rates.compile_loop(mesh, operation, elements, TINY._replace(repeats=7))
-        (found,) = hlo.parse_collectives(program.as_text(), dict(mesh.shape))
+        (found,) = hlo.Module(program.as_text(), dict(mesh.shape)).collectives()
         assert (found.operation, found.count, found.group_size) == (operation, 7, 4)
         assert found.ring_bytes == ring_bytes
         assert 10_000 <= ring_bytes < 12_000

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import checkpoint
+from cnn_spmd.training import checkpoint, one_checkpoint
 
 
 class State(NamedTuple):
@@ -300,7 +300,7 @@ def test_a_failed_save_is_one_line_and_leaves_the_other_steps(tmp_path, state, m
     def full(*_):
         raise OSError("disk full\nand more")
 
-    monkeypatch.setattr(shutil if fails == "disk_usage" else checkpoint, fails, full)
+    monkeypatch.setattr(shutil if fails == "disk_usage" else one_checkpoint, fails, full)
     for after in (lambda c: (c.save(3, state), c.save(4, state)), lambda c: c.close()):
         checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
         with pytest.raises(

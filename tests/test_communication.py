@@ -12,7 +12,7 @@ from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.layers import batch_norm
 from cnn_spmd.models import stack
 from cnn_spmd.sharding import mesh
-from cnn_spmd.sharding.placement import Placement, axes_of, name_of
+from cnn_spmd.sharding.placement import Placement, axes_of, named_variables
 from cnn_spmd.training.dry_run import dry_run
 
 BATCH, CLASSES = 64, 16
@@ -270,11 +270,7 @@ def described(make, parallelism: str, shape: tuple[int, int]) -> tuple:
     network = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     images = jax.ShapeDtypeStruct((BATCH, 8, 8, 3), jnp.float32)
     nnx.eval_shape(lambda net, x: net.classify(net.features(x, place), place), network, images)
-    leaves = jax.tree_util.tree_leaves_with_path(
-        nnx.state(network), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-    )
-    variables = [(name_of(path), leaf) for path, leaf in leaves]
-    return place, network, images, activations, variables
+    return place, network, images, activations, named_variables(nnx.state(network))
 
 
 @pytest.mark.parametrize("parallelism", ["data", "model"])

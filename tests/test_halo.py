@@ -92,7 +92,7 @@ def test_crops_and_views_are_cut_without_moving_anything():
     changes = dict(dtype="float32", data=dict(crop=24), eval=dict(views="ten"))
     setup = setup_of("simple_cnn", "spatial", (2, 4), **changes)
     text = setup.lower_evaluation().compile().as_text()
-    found = hlo.parse_collectives(text, dict(setup.place.mesh.shape))
+    found = hlo.Module(text, dict(setup.place.mesh.shape)).collectives()
     moved = {(c.operation, c.axes) for c in found if c.bytes > 100}
     assert moved == {("collective-permute", ("model",)), ("all-to-all", ("model",))}
     moved = {(row["kind"], *row["axes"]) for row in setup.report()["communication"]}

@@ -25,6 +25,7 @@ ORDER = (
     "plan",
     "sweep_screen",
     "sweep",
+    "sweep_run",
     "papers.published",  # data only
     "report",
     "runs",

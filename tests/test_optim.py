@@ -429,7 +429,8 @@ def updated(name, parallelism, shape):
     compiled = update.lower(drawn(), state, params).compile()
     for _ in range(2):
         params, state = compiled(drawn(), state, params)
-    return gather(params), hlo.parse_collectives(compiled.as_text(), dict(setup.place.mesh.shape))
+    module = hlo.Module(compiled.as_text(), dict(setup.place.mesh.shape))
+    return gather(params), module.collectives()
 
 
 @pytest.mark.parametrize("name", ["lars", "larc", "muon"])

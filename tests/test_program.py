@@ -42,7 +42,7 @@ def compile_on(mesh, function, *shapes):
 
 
 def parse(text, mesh_shape=TINY):
-    return hlo.parse_collectives(text, mesh_shape)
+    return hlo.Module(text, mesh_shape).collectives()
 
 
 def one(text, mesh_shape=TINY):
@@ -223,7 +223,7 @@ def test_what_a_loop_runs_several_times_counts_so_often(steps, each, part):
         ), None
 
     compiled = compile_on(mesh, lambda x: lax.psum(lax.scan(step, x, length=3)[0], BOTH), (8, 32))
-    found = hlo.parse_collectives(compiled.as_text(), dict(mesh.shape), steps)
+    found = hlo.Module(compiled.as_text(), dict(mesh.shape)).collectives(steps)
     assert {c.axes: c.count for c in found} == {("data",): each, ("model",): part, BOTH: 1}
     assert sum(row["bytes"] for row in hlo.summarise(found)) == (each + part + 1) * X
 
@@ -598,7 +598,7 @@ def test_summary_rows_are_grouped_and_the_heaviest_come_first():
 
 
 def a_report(**changes) -> dict:
-    """Return a small report of a run, as training/build.py makes it."""
+    """Return a small report of a run, as training/setup.py makes it."""
     kernel = dict(
         name="fc3.kernel",
         shape=[4096, 10],

@@ -72,7 +72,7 @@ JOINED_MS, KERNEL_MS = 100 + 2 * 192, 100 + 2 * 24
 def read(body):
     """Return Overlaps of a program whose loop over ten steps has this body."""
     module = hlo.Module(PROGRAM.format(body="\n".join(body)), MESH)
-    return schedule.overlaps(module, module.collectives(10), RATES)
+    return schedule.Schedule(module, RATES).overlaps(module.collectives(10))
 
 
 def start(name, operand, shape, channel, jax="0.11.2"):

@@ -21,7 +21,7 @@ from run_helpers import lines, rows, saved_state
 from test_launch import SMALL, finished, start  # noqa: F401  (start is a fixture)
 
 from cnn_spmd import config as configs
-from cnn_spmd import experiment, sweep, sweep_screen, worker
+from cnn_spmd import experiment, sweep, sweep_run, sweep_screen, worker
 from cnn_spmd.data import registry
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
@@ -203,7 +203,7 @@ def test_runs_that_differ_in_their_seed_are_checked_once(monkeypatch):
 
 def test_names_of_folders_are_short_and_safe():
     names = [
-        sweep.folder_name(3, settings)
+        sweep_run.folder_name(3, settings)
         for settings in (
             dict(mesh="4x2", learning_rate=1e-05),
             dict(stages="(0.5, 0.75)"),
@@ -216,7 +216,7 @@ def test_names_of_folders_are_short_and_safe():
     assert names[:2] == ["03-4x2,learning_rate=1e-05", "03-stages=0.5_0.75"]
     assert re.fullmatch(r"03-dir=a_b,more=[0-9a-f]{8}", names[2])
     assert re.fullmatch(r"03-placement=[0-9a-f]{8}", names[3])
-    assert len(names[4]) == sweep.LONGEST_NAME
+    assert len(names[4]) == sweep_run.LONGEST_NAME
     assert names[5] == "03"
 
 
@@ -226,7 +226,7 @@ def test_runs_are_numbered_and_named_by_what_differs(tmp_path):
         dict(mesh="4x2", settings={**combo}, name=None)
         for combo in sweep.combinations(None, None, fields, 8)
     ]
-    sweep._take_earlier(rows, [], tmp_path)
+    sweep_run._take_earlier(rows, [], tmp_path)
     assert [row["name"] for row in rows] == [
         "01-learning_rate=0.1,dropout=0.0",
         "02-learning_rate=0.1,dropout=0.5",
@@ -324,7 +324,7 @@ def fake(monkeypatch, tmp_path):
     def run(*seeds):
         combos = [dict(seed=seed) for seed in seeds]
         with worker.Worker(None) as runner:
-            return sweep.run("e", SHARED, combos, jax.devices(), runner, tmp_path / "s")
+            return sweep_run.run("e", SHARED, combos, jax.devices(), runner, tmp_path / "s")
 
     return run
 
@@ -779,7 +779,7 @@ def test_a_dry_run_of_a_sweep_is_one_table(monkeypatch, capsys):
 def test_a_sweep_json_of_another_form_is_refused(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(UserError, match=r"holds no sweep \(no whole sweep\.json\)"):
-        sweep.run("x", SHARED, [], [], worker.Worker(None), tmp_path)
+        sweep_run.run("x", SHARED, [], [], worker.Worker(None), tmp_path)
 
 
 def test_equal_values_are_swept_once():

@@ -115,7 +115,10 @@ def kernels_of(program: Any) -> list[Kernel]:
 
 @dataclasses.dataclass(eq=False)
 class Array:
-    """An array of the program; `source` makes it, None for an argument."""
+    """An array of the program; `source` makes it, None for an argument.
+
+    Two arrays are equal only if they are one object.
+    """
 
     shape: tuple[int, ...]
     bytes: float
@@ -186,10 +189,10 @@ def _branch(params: Mapping[str, Any]) -> Any:
 
 def _needed(operations: Sequence[Operation], results: Sequence[Array]) -> list[Operation]:
     """Leave out operations whose results nothing needs."""
-    needed, kept = set(map(id, results)), []
+    needed, kept = set(results), []
     for operation in reversed(operations):
-        if needed & set(map(id, operation.outputs)):
-            needed |= set(map(id, operation.inputs))
+        if not needed.isdisjoint(operation.outputs):
+            needed.update(operation.inputs)
             kept.append(operation)
     return kept[::-1]
 
@@ -199,14 +202,14 @@ def _without_repetitions(
 ) -> tuple[list[Operation], list[Array]]:
     """Keep one of several operations that compute the same, as XLA does."""
     first: dict[tuple, Operation] = {}
-    same: dict[int, Array] = {}
+    same: dict[Array, Array] = {}
     for operation in operations:
-        operation.inputs = [same.get(id(array), array) for array in operation.inputs]
-        inputs = tuple(array.literal or id(array) for array in operation.inputs)
-        params = id(operation) if operation.name in ALONE else str(operation.params)
+        operation.inputs = [same.get(array, array) for array in operation.inputs]
+        inputs = tuple(array.literal or array for array in operation.inputs)
+        params = operation if operation.name in ALONE else str(operation.params)
         before = first.setdefault((operation.name, params, inputs), operation)
-        same |= dict(zip(map(id, operation.outputs), before.outputs, strict=True))
-    return list(first.values()), [same.get(id(array), array) for array in results]
+        same |= dict(zip(operation.outputs, before.outputs, strict=True))
+    return list(first.values()), [same.get(array, array) for array in results]
 
 
 # ---- Join operations into kernels
@@ -217,16 +220,16 @@ class _Fusion:
 
     def __init__(self, operations: Sequence[Operation], results: Sequence[Array]):
         self.operations, self.results = operations, results
-        self.stored: set[int] = set()  # ids of arrays that joined operations make
-        # By the id of an array: what it is computed from, array -> the bytes that are read of it.
-        self.needs: dict[int, dict[Array, float]] = {}
-        # By the id of an array: how many kernels come one after another until it is there.
-        self.levels: dict[int, int] = {}
-        # The kernels of joined operations, by the id of an array that each reads and its level:
-        # what it writes, and what it reads.
-        self.joined: dict[tuple[int, int], tuple[list[Array], dict[Array, float]]] = {}
-        self.made_by: dict[int, tuple[int, int]] = {}  # by the id of an array: key of `joined`
-        self.with_epilogue: set[int] = set()  # ids of products' results
+        self.stored: set[Array] = set()  # of those that joined operations make
+        # What an array is computed from: array -> the bytes that are read of it.
+        self.needs: dict[Array, dict[Array, float]] = {}
+        # How many kernels come one after another until an array is there.
+        self.levels: dict[Array, int] = {}
+        # The kernels of joined operations, by an array that each reads and its level: what it
+        # writes, and what it reads.
+        self.joined: dict[tuple[Array, int], tuple[list[Array], dict[Array, float]]] = {}
+        self.made_by: dict[Array, tuple[Array, int]] = {}  # array -> key of `joined`
+        self.with_epilogue: set[Array] = set()  # of products' results
 
     def kernels(self) -> list[Kernel]:
         """Return the kernels."""
@@ -239,10 +242,10 @@ class _Fusion:
             if _is_alone(operation):
                 before = [array for each in operation.inputs for array in self._sources(each)]
                 for output in operation.outputs:
-                    self.levels[id(output)] = 1 + self._level(before)
+                    self.levels[output] = 1 + self._level(before)
                 continue
             for output in operation.outputs:
-                if id(output) in self.stored:
+                if output in self.stored:
                     self._place(output)
         for outputs, needs in self.joined.values():
             reads = sum(size for array, size in needs.items() if array not in outputs)
@@ -255,13 +258,13 @@ class _Fusion:
         level = self._level(needs)
         reduces = _is_reduced(output)
         largest = max(needs, key=lambda array: array.bytes, default=output)
-        if not reduces and _is_product(largest) and id(largest) not in self.with_epilogue:
+        if not reduces and _is_product(largest) and largest not in self.with_epilogue:
             others = sum(needs.values()) - needs[largest]
             if others < largest.bytes / 4 and output.bytes <= largest.bytes:
-                self.with_epilogue.add(id(largest))  # cuDNN and cuBLAS add a bias and apply a ReLU
-                self.levels[id(output)] = level
+                self.with_epilogue.add(largest)  # cuDNN and cuBLAS add a bias and apply a ReLU
+                self.levels[output] = level
                 return
-        self.levels[id(output)] = level + 1
+        self.levels[output] = level + 1
         # A kernel may write several arrays: what is computed from an array that it has at hand, and
         # what reads the same large array at the same time.
         at_hand = [
@@ -271,29 +274,29 @@ class _Fusion:
         ]
         keys = [
             key
-            for key in dict.fromkeys(self.made_by.get(id(array)) for array in at_hand)
+            for key in dict.fromkeys(self.made_by.get(array) for array in at_hand)
             if key and all(self._is_there(array, key) for array in needs)
         ]
-        keys += [(id(array), level) for array in needs if array.bytes == largest.bytes]
-        first = keys[0] if keys else (id(output), level)
+        keys += [(array, level) for array in needs if array.bytes == largest.bytes]
+        first = keys[0] if keys else (output, level)
         key = next((key for key in keys if key in self.joined), first)
         outputs, reads = self.joined.setdefault(key, ([], {}))
         outputs.append(output)
         for array, size in needs.items():
             reads[array] = max(size, reads.get(array, 0.0))
-        self.made_by[id(output)] = key
+        self.made_by[output] = key
 
-    def _is_there(self, array: Array, key: tuple[int, int]) -> bool:
+    def _is_there(self, array: Array, key: tuple[Array, int]) -> bool:
         """Return whether the kernel `key` has an array at hand, or earlier kernels make it."""
-        at_hand = self.made_by.get(id(array)) == key and not _is_reduced(array)
+        at_hand = self.made_by.get(array) == key and not _is_reduced(array)
         return at_hand or self._level([array]) <= key[1]
 
     def _store(self) -> None:
         """Find the arrays that are stored."""
-        users: Counter[int] = Counter()
+        users: Counter[Array] = Counter()
         for operation in self.operations:
             if operation.name not in FREE:
-                users.update({id(_behind(array)) for array in operation.inputs})
+                users.update({_behind(array) for array in operation.inputs})
             if _is_alone(operation):
                 self._keep(operation.inputs)
             if operation.name in REDUCTIONS:
@@ -303,41 +306,41 @@ class _Fusion:
             if _is_alone(operation) or operation.name in FREE:
                 continue
             for output in operation.outputs:
-                more = users[id(output)] - 1
-                if more < 1 or id(output) in self.stored:
+                more = users[output] - 1
+                if more < 1 or output in self.stored:
                     continue
                 again = sum(self._needs(output).values())
                 is_slow = operation.name in SLOW + WINDOWS
                 is_large = output.bytes > SMALL and more * again > (more + 2) * output.bytes
                 if is_slow or is_large:
-                    self.stored.add(id(output))
+                    self.stored.add(output)
 
     def _keep(self, arrays: Iterable[Array]) -> None:
         for array in map(_behind, arrays):
             if array.source and not _is_alone(array.source):
-                self.stored.add(id(array))
+                self.stored.add(array)
 
     def _sources(self, array: Array) -> dict[Array, float]:
         """Return the stored arrays that an array is read from, and the bytes read of each."""
         array = _behind(array)
-        if array.source is None or _is_alone(array.source) or id(array) in self.stored:
+        if array.source is None or _is_alone(array.source) or array in self.stored:
             return {array: array.bytes}
         return self._needs(array)
 
     def _needs(self, array: Array) -> dict[Array, float]:
         """Return the stored arrays that the operation that makes an array reads."""
-        if id(array) not in self.needs:
+        if array not in self.needs:
             found: dict[Array, float] = {}
             for each in array.source.inputs:
                 for source, size in self._sources(each).items():
                     if array.source.name in SLICES:
                         size = min(size, array.bytes)
                     found[source] = max(size, found.get(source, 0.0))
-            self.needs[id(array)] = found
-        return self.needs[id(array)]
+            self.needs[array] = found
+        return self.needs[array]
 
     def _level(self, arrays: Iterable[Array]) -> int:
-        return max((self.levels.get(id(array), 0) for array in arrays), default=0)
+        return max((self.levels.get(array, 0) for array in arrays), default=0)
 
 
 def _is_alone(operation: Operation) -> bool:

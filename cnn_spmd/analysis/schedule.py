@@ -93,7 +93,7 @@ def report(
         reason = f"RATES in cnn_spmd/analysis/schedule.py has no {device_kind}"
     else:
         try:
-            found = overlaps(module, collectives, rates)
+            found = Schedule(module, rates).overlaps(collectives)
             return _summary(found) | dict(rates=rates._asdict(), reason=None)
         except (ValueError, LookupError) as error:  # a form of the text that is not known
             reason = f"{type(error).__name__}: {error}"
@@ -132,16 +132,7 @@ def _summary(found: Sequence[Overlap]) -> dict:
     )
 
 
-def overlaps(module: Module, collectives: Sequence[Collective], rates: Rates) -> list[Overlap]:
-    """Return what the schedule does with each of the module's collectives.
-
-    Raises ValueError for a collective whose done does not follow its start in one computation, and
-    for an element type that is not known.
-    """
-    return _Schedule(module, rates).overlaps(collectives)
-
-
-class _Schedule:
+class Schedule:
     """The computations of a scheduled module, and the times of their instructions."""
 
     def __init__(self, module: Module, rates: Rates):
@@ -155,7 +146,11 @@ class _Schedule:
                 self.wrappers |= dict.fromkeys(instruction.called, instruction)
 
     def overlaps(self, collectives: Sequence[Collective]) -> list[Overlap]:
-        """Return what the schedule does with each collective, in their order."""
+        """Return what the schedule does with each of the module's collectives, in their order.
+
+        Raises ValueError for a collective whose done does not follow its start in one computation,
+        and for an element type that is not known.
+        """
         starts: dict[str, Collective] = {}  # by the name of the instruction that starts them
         for collective in collectives:
             start = self.instructions[collective.name]
@@ -180,7 +175,8 @@ class _Schedule:
             name, clock = instruction.name, computed + waited
             if name in starts:
                 begin = max(clock, link_free)
-                link_free = begin + self._collective_seconds(starts[name])
+                seconds = self.rates.latency + starts[name].ring_bytes / self.rates.link
+                link_free = begin + seconds
                 running[name] = begin, link_free, computed
                 if instruction.opcode.endswith("-start"):
                     continue
@@ -203,9 +199,6 @@ class _Schedule:
             rows.append(Overlap(starts[name], end - begin, between[name], end - begin - exposed))
         return rows
 
-    def _collective_seconds(self, collective: Collective) -> float:
-        return self.rates.latency + collective.ring_bytes / self.rates.link
-
     def _seconds(self, instruction: Instruction) -> float:
         """Estimate the time of an instruction that computes: a roofline."""
         if _FREE.fullmatch(instruction.opcode):
@@ -218,15 +211,12 @@ class _Schedule:
         arithmetic = self._flop_seconds(instruction)
         return max(arithmetic, self._bytes(instruction) / self.rates.bandwidth)
 
-    def _shape(self, name: str) -> str:
-        return self.instructions[name].shape
-
     def _bytes(self, instruction: Instruction) -> int:
         """Return the bytes that an instruction reads and writes; of a slice, only its own."""
         written = _size(instruction.shape)
         if instruction.opcode in _SLICING:
             return 2 * written
-        reads = [_size(self._shape(name)) for name in instruction.operands]
+        reads = [_size(self.instructions[name].shape) for name in instruction.operands]
         if instruction.opcode == "fusion":
             inside = [row for name in instruction.called for row in self.computations[name]]
             for parameter in (row for row in inside if row.opcode == "parameter"):
@@ -246,7 +236,8 @@ class _Schedule:
         if not contracted and not labels:
             return 0.0
         result = arrays(instruction.shape)[0]
-        left, right = (arrays(self._shape(name))[0] for name in instruction.operands[:2])
+        operands = (self.instructions[name] for name in instruction.operands[:2])
+        left, right = (arrays(operand.shape)[0] for operand in operands)
         if contracted:
             sizes = _sizes(left)
             products = _count(result) * math.prod(

@@ -52,6 +52,11 @@ class Dataset(Provenance):
     mirror: bool = True
 
     @property
+    def preview(self) -> "Dataset":
+        """Return the data set itself: nothing is left to read (Unread)."""
+        return self
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the four arrays by the names of their fields."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
@@ -111,9 +116,8 @@ class Dataset(Provenance):
         if not isinstance(images, np.ndarray):
             self._refuse(field, type(images).__name__, f"a NumPy array, {expected}")
         form = f"{images.dtype} {images.shape}"
-        if images.dtype != np.uint8 or images.ndim != 4:
-            self._refuse(field, form, expected)
-        if images.shape[1] != images.shape[2] or images.shape[3] != 3:
+        side = images.shape[1] if images.ndim == 4 else None
+        if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
             self._refuse(field, form, expected)
         if not len(images):
             self._refuse(field, form, "at least one image")

@@ -399,6 +399,14 @@ def is_dense(variable: nnx.Variable) -> bool:
     return getattr(variable, "part", None) == "dense"
 
 
+def named_variables(state: Any) -> list[tuple[str, nnx.Variable]]:
+    """Return the variables of a state with their names, such as "fc1.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    return [(name_of(path), leaf) for path, leaf in leaves]
+
+
 def name_of(path: tuple) -> str:
     """Return a parameter's name for people, such as "fc1.kernel", from its key path."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -30,7 +30,7 @@ def dry_run(
     Raises UserError for bad input, and for a workdir that holds a run.
     """
     configs.validate(config)
-    setup = prepare(config, devices, data)
+    setup = build.prepare(config, devices, (data or registry.find(config.data)).preview)
     build.say_crop(config, setup)
     with contextlib.ExitStack() as stack:
         if workdir:
@@ -45,13 +45,3 @@ def dry_run(
         if workdir:
             write_run_file(workdir / "program.json", setup.data_fields | report)
     return report
-
-
-def prepare(
-    config: ml_collections.ConfigDict,
-    devices: Sequence | None = None,
-    data: Dataset | Unread | None = None,
-) -> build.Setup:
-    """Return the Setup of a config as build.prepare does; photographs are counted, not decoded."""
-    data = data or registry.find(config.data)
-    return build.prepare(config, devices, data.preview if isinstance(data, Unread) else data)

@@ -15,8 +15,8 @@ from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.feed import put
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build, restore, runfiles, weights
-from cnn_spmd.training.build import Setup
 from cnn_spmd.training.provenance import provenance
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
 

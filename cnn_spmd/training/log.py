@@ -13,8 +13,8 @@ import numpy as np
 
 from cnn_spmd import config as configs
 from cnn_spmd.training import runfiles
-from cnn_spmd.training.build import Setup
 from cnn_spmd.training.clock import Clock
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.terminal import Progress, say
 from cnn_spmd.training.timetable import Chunk, Timetable
 

@@ -30,7 +30,6 @@ from cnn_spmd import config as configs
 from cnn_spmd.analysis import program
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.training import build, cluster, initial, prediction, resume
-from cnn_spmd.training.build import Setup
 from cnn_spmd.training.checkpoint import Checkpoints, SaveError
 from cnn_spmd.training.interrupt import Interrupt
 from cnn_spmd.training.log import Log
@@ -39,6 +38,7 @@ from cnn_spmd.training.profiling import profile_chunks
 from cnn_spmd.training.programs import Programs, compile_programs
 from cnn_spmd.training.provenance import command, provenance
 from cnn_spmd.training.runfiles import SCHEMA
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import Chunk, Timetable, make_timetable

@@ -25,7 +25,7 @@ from flax import nnx
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.data.sharded import Indices
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.placement import UNPLACED, is_dense, name_of
+from cnn_spmd.sharding.placement import UNPLACED, is_dense, named_variables
 
 UNROLLED = 8  # as many as one weird trick had GPUs
 
@@ -105,14 +105,11 @@ def _refuse_unmarked(
 
     jaxpr = jax.make_jaxpr(classify)(params).jaxpr
     used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
-    leaves = jax.tree_util.tree_leaves_with_path(
-        params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-    )
-    for (path, variable), argument in zip(leaves, jaxpr.invars, strict=True):
+    for (name, variable), argument in zip(named_variables(params), jaxpr.invars, strict=True):
         if id(argument) in used and not is_dense(variable):
             raise UserError(
-                f"dense_microbatch={functions.microbatch.size}: {name_of(path)} is used by the "
-                "network's classify and is not marked as dense: make it with layers.dense.dense"
+                f"dense_microbatch={functions.microbatch.size}: {name} is used by the network's "
+                "classify and is not marked as dense: make it with layers.dense.dense"
             )
 
 

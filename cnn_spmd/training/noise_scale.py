@@ -29,7 +29,7 @@ from flax import nnx
 
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.data.sharded import Indices
-from cnn_spmd.training.build import Setup
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import StepFunctions, TrainState
 
 

@@ -7,11 +7,10 @@ import ml_collections
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import registry
-from cnn_spmd.data.dataset import Unread
 from cnn_spmd.errors import UserError, one_line
-from cnn_spmd.training import build
-from cnn_spmd.training.build import Setup
+from cnn_spmd.training import build, prediction
 from cnn_spmd.training.clock import Clock
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import split_into_chunks
 
@@ -27,8 +26,7 @@ def setups(
     Random images stand in for the config's: as large, and of as many classes.
     Raises UserError for a config that does not work there.
     """
-    found = registry.find(config.data)
-    found = found.preview if isinstance(found, Unread) else found
+    found = registry.find(config.data).preview
     config = config.copy_and_resolve_references()
     # The longest run there can be: neither its schedule nor its evaluations cut a chunk short.
     config.update(dict(steps=10**7, noise_scale=0, parallelism="data", mesh=dict(data=1, model=1)))
@@ -56,7 +54,7 @@ def measure(setups: Sequence[Setup]) -> dict[str, object]:
     setups: of one network, by batch size.
     Raises UserError for a batch that does not fit in memory.
     """
-    config, points = setups[0].config, []
+    points = []
     for setup in setups:
         batch = setup.config.batch_size
         try:
@@ -64,17 +62,8 @@ def measure(setups: Sequence[Setup]) -> dict[str, object]:
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"--batches: {batch} fails, expected less: {one_line(error)}") from None
         points.append([batch, float(f"{seconds:.5g}")])
-        say(f"step of {config.model.name} on {batch} images: {1e3 * seconds:,.3f} ms")
-    return dict(
-        model=config.model.name,
-        width=config.model.width,
-        image_size=setups[0].image_size,
-        classes=len(setups[0].data.class_names),
-        dtype=config.dtype,
-        fast=config.model.fast,
-        optimizer=config.optimizer.name,
-        points=points,
-    )
+        say(f"step of {setup.config.model.name} on {batch} images: {1e3 * seconds:,.3f} ms")
+    return prediction.network_of(setups[0]) | dict(points=points)
 
 
 def step_seconds(setup: Setup) -> float:

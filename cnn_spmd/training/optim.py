@@ -152,8 +152,13 @@ def decay_of(settings: Any, path: tuple) -> float:
 
 
 def stages(rate: float, settings: Any, steps: int) -> optax.Schedule:
-    """Multiply the rate by `stage_factor` at each of `stages`, shares of the steps."""
-    return optax.piecewise_constant_schedule(rate, drops_of(settings, steps))
+    """Multiply the rate by `stage_factor` at each of `stages`, shares of the steps.
+
+    Several stages of a short run may begin at the same step.
+    """
+    begins = Counter(round(share * steps) for share in settings.stages)
+    factors = {step: settings.stage_factor**count for step, count in begins.items()}
+    return optax.piecewise_constant_schedule(rate, factors)
 
 
 OPTIMIZERS: dict[str, Callable[..., tuple[optax.GradientTransformation, ...]]] = {
@@ -200,15 +205,6 @@ def is_bias(path: tuple) -> bool:
 def is_named(path: tuple, name: str) -> bool:
     """Return whether a name is part of a parameter's path."""
     return name in [getattr(key, "key", None) for key in path]
-
-
-def drops_of(settings: Any, steps: int) -> dict[int, float]:
-    """Map each step at which stages begin to the product of their factors.
-
-    Several stages of a short run may begin at the same step.
-    """
-    begins = Counter(round(share * steps) for share in settings.stages)
-    return {step: settings.stage_factor**count for step, count in begins.items()}
 
 
 def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Schedule:

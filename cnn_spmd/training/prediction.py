@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from cnn_spmd.analysis import communication, cost, program, roofline
+from cnn_spmd import config as configs
+from cnn_spmd.analysis import cost, layout, program, roofline
 from cnn_spmd.analysis.cost import Card, Terms
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh as meshes
-from cnn_spmd.sharding.placement import Placement, is_dense
+from cnn_spmd.sharding.placement import Placement, is_dense, named_variables
 from cnn_spmd.training import microbatch, program_report
 
 # What a measured step on one device depends on, by its name in a card and by config field.
@@ -74,7 +75,7 @@ class Prediction:
 def predict(
     setup: Any, card: Card, gpus_per_host: int, alone: OneDeviceStep | None = None
 ) -> Prediction:
-    """Predict a step of a build.Setup, which is not compiled.
+    """Predict a step of a Setup (setup.py), which is not compiled.
 
     alone: what one_device_step has returned for the same network, card and batch per device.
     Raises UserError where the closed form does not cover the network under the scheme, and where
@@ -129,7 +130,7 @@ def updated_weights(setup: Any) -> float:
     each = microbatch.updates_each(functions.microbatch)
     dense_updates = config.batch_size // config.dense_microbatch if each else 1
     total = 0.0
-    for _, weight in program_report.named_variables(functions.abstract_state.params):
+    for _, weight in named_variables(functions.abstract_state.params):
         updates = dense_updates if is_dense(weight) else 1
         total += updates * program.bytes_per_device(weight) / 4  # float32
     return total
@@ -166,7 +167,7 @@ def measured_step(card: Card, setup: Any, batch: float) -> float | None:
 
 def network_of(setup: Any) -> dict[str, Any]:
     """Return what a measured step on one device depends on."""
-    fields = {name: _field(setup.config, field) for name, field in STEP_FIELDS.items()}
+    fields = {name: configs.get(setup.config, field) for name, field in STEP_FIELDS.items()}
     return fields | dict(image_size=setup.image_size, classes=len(setup.data.class_names))
 
 
@@ -203,12 +204,6 @@ def trace_step(setup: Any, batch: int) -> Any:
     return jax.make_jaxpr(step)(state, weights, DeviceData(images, labels), rate)
 
 
-def _field(config: ml_collections.ConfigDict, field: str) -> Any:
-    for part in field.split("."):
-        config = config[part]
-    return config
-
-
 def memory_of(setup: Any) -> int:
     """Estimate the bytes that a device holds at most during a step.
 
@@ -219,9 +214,7 @@ def memory_of(setup: Any) -> int:
     """
     abstract, place = setup.functions.abstract_state, setup.place
     itemsize = jnp.dtype(setup.config.dtype).itemsize
-    variables = program_report.named_variables(abstract.params)
-    variables += program_report.named_variables(abstract.model_state)
-    layers = communication.layers_of(place, setup.activations, variables, itemsize)
+    layers = layout.layers_of(place, setup.activations, setup.variables, itemsize)
     in_use = [sum(weight.bytes for weight in layer.weights.values()) for layer in layers]
     activations = sum(
         place.report(*activation, itemsize)["bytes_per_device"] for activation in setup.activations

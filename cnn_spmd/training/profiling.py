@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jax
 
 from cnn_spmd.analysis import profile
-from cnn_spmd.training.build import Setup
 from cnn_spmd.training.programs import Programs
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import Chunk

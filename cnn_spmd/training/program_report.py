@@ -11,7 +11,7 @@ from flax import nnx
 from cnn_spmd.analysis import communication, coverage, program
 from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
-from cnn_spmd.sharding.placement import axes_of, is_weight, name_of
+from cnn_spmd.sharding.placement import axes_of, is_weight, named_variables
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.step import StepFunctions
 
@@ -19,7 +19,7 @@ from cnn_spmd.training.step import StepFunctions
 def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
     """Report what a compiled program of n steps holds and moves per step, JSON-ready.
 
-    setup: a build.Setup. An error in the report never ends a run: what is not known is then null or
+    setup: a Setup. An error in the report never ends a run: what is not known is then null or
     empty, and `error`, which is absent otherwise, says why.
     """
     config, abstract = setup.config, setup.functions.abstract_state
@@ -59,25 +59,21 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
     """Yield the fields of the report, so that an error leaves those before it."""
     config, place, functions = setup.config, setup.place, setup.functions
     abstract = functions.abstract_state
-    model_state = named_variables(abstract.model_state)
-    variables = named_variables(abstract.params) + model_state
-    activations = setup.activations
     itemsize = jnp.dtype(config.dtype).itemsize
     yield dict(
         placement=[
             place.report(
                 name, axes_of(leaf), leaf.shape, leaf.dtype.itemsize, weight=is_weight(leaf)
             )
-            for name, leaf in variables
+            for name, leaf in setup.variables
         ],
-        activations=[place.report(*activation, itemsize) for activation in activations],
+        activations=[place.report(*activation, itemsize) for activation in setup.activations],
         bytes_per_device=dict(
             parameters=program.bytes_per_device(abstract.params),
             optimizer=program.bytes_per_device(abstract.optimizer),
         ),
     )
-    if model_state:
-        held = program.bytes_per_device(abstract.model_state)
+    if held := program.bytes_per_device(abstract.model_state):
         yield dict(model_state_bytes_per_device=held)
     found = program.report(compiled, place.mesh, n)
     yield found
@@ -94,16 +90,15 @@ def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]
 def theory_of(setup: Any, compiled: Sequence[dict] = ()) -> tuple[list[dict] | None, str | None]:
     """Return the rows of the closed form, or None and why it does not cover the run.
 
-    setup: a build.Setup. compiled: the collectives of the program, where it is compiled.
+    setup: a Setup. compiled: the collectives of the program, where it is compiled.
     """
     config, place, functions = setup.config, setup.place, setup.functions
-    abstract, activations = functions.abstract_state, setup.activations
-    variables = named_variables(abstract.params) + named_variables(abstract.model_state)
+    activations, variables = setup.activations, setup.variables
     side, network = setup.image_size, functions.abstract_model
     images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
     reason = coverage.covers(place, network, images, activations, variables, compiled)
     if reason is None and config.optimizer.name == "muon":
-        reason = _split_by_muon(abstract.params)
+        reason = _split_by_muon(functions.abstract_state.params)
     if reason is not None:
         return None, reason
     micro_batches = config.batch_size // (config.dense_microbatch or config.batch_size)
@@ -123,14 +118,6 @@ def _split_by_muon(params: nnx.State) -> str | None:
         if leaf.ndim > 1 and not leaf.get_value().sharding.is_fully_replicated:
             return f"optimizer.name=muon multiplies {name}, which is split, in its update"
     return None
-
-
-def named_variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
-    """Return the variables of a state with their names, such as "fc1.kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-    )
-    return [(name_of(path), leaf) for path, leaf in leaves]
 
 
 def layouts_of_activations(

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 
 from cnn_spmd.training import checkpoint, startup
-from cnn_spmd.training.build import Setup
 from cnn_spmd.training.evaluate import Evaluator
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.timetable import Chunk
 
 # One entry for each program that came from JAX's persistent cache instead of being compiled.

@@ -1,6 +1,5 @@
 """Find out by which code, and on which machine, a result is made."""
 
-import argparse
 import importlib.metadata
 import os
 import pathlib
@@ -32,10 +31,22 @@ def command() -> str | None:
     """
     if pathlib.Path(sys.argv[0]).name != "launch.py":
         return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--workdir", "-workdir")
-    _, others = parser.parse_known_args(sys.argv[1:])
-    return f"python launch.py {shlex.join(others)}"
+    return f"python launch.py {shlex.join(without(sys.argv[1:], {'workdir'}))}"
+
+
+def without(arguments: list[str], names: set[str]) -> list[str]:
+    """Return launch.py's arguments without the flags of these names and their values."""
+    rest = []
+    value_follows = False
+    for argument in arguments:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if value_follows:
+            value_follows = False
+        elif argument.startswith("-") and name in names:
+            value_follows = not equals
+        else:
+            rest.append(argument)
+    return rest
 
 
 def commit() -> str | None:

@@ -20,7 +20,8 @@ from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import VALIDATION, Dataset, Unread, blank_arrays
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build, weights, workdir
-from cnn_spmd.training.checkpoint import Checkpoint, Checkpoints
+from cnn_spmd.training.checkpoint import Checkpoints
+from cnn_spmd.training.one_checkpoint import Checkpoint
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.workdir import has_checkpoint
 

@@ -8,8 +8,8 @@ import jax
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import runfiles
-from cnn_spmd.training.build import Setup
 from cnn_spmd.training.checkpoint import Checkpoints
+from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.workdir import write_run_file
