@@ -4,12 +4,10 @@
 
 Needs no GPU. It traces each network's step (cnn_spmd/analysis/roofline.py) and writes
 results/data/predictions/estimates.json, of which `python -m cnn_spmd.papers --write` makes a
-section of results/predictions.md. It also prints the two constants that fit the rows of FITTED
-best: a kernel's seconds, and the width from which on a product runs at the card's matrix rate.
-Narrower products run at their share of it, down to NARROWEST. Where a card's `sources` name this
-file, its kernel_seconds and product_rates are these.
+section of results/predictions.md. It also prints the three numbers that fit the rows of FITTED
+best: those of roofline.EFFICIENCY.
 
-The form of the model was settled with all rows in view, and its constants on FITTED alone. Left out
+The form of the model was settled with all rows in view, and its numbers on FITTED alone. Left out
 are measured steps of programs that have changed much since, and of runs that shared their GPU.
 """
 
@@ -23,15 +21,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 import numpy as np
+from scipy import optimize
 
 import cnn_spmd
 from cnn_spmd.analysis import cost, roofline
-from cnn_spmd.analysis.cost import Card
 from cnn_spmd.training import prediction
 from cnn_spmd.training.provenance import provenance
 
 DATA = pathlib.Path(__file__).resolve().parent.parent / "results" / "data"
-NARROWEST = 64  # the columns of a tensor core's product, which are computed in any case
 
 
 class Row(NamedTuple):
@@ -45,10 +42,11 @@ class Row(NamedTuple):
     classes: int = 10
 
 
-SWEEP, SPEED, ALONE = (
+SWEEP, SPEED, ALONE, CALIBRATED = (
     "sweeps/alexnet-224-2xh200.json",
     "speed/h100-x1.json",
     "predictions/alone.json",
+    "predictions/calibrated.json",
 )
 PHOTOGRAPHS = dict(image_size=224, classes=1000)
 FITTED = [
@@ -60,6 +58,7 @@ FITTED = [
     Row("deeper_cifar:vgg_8", 512, "h200", "claims/deeper_vgg_8-h200-seed2.json"),
     Row("claims_2012_cifar:relu", 128, "h100", "claims/claims_2012_relu-h100-seed2.json"),
     Row("claims_2012_cifar:base", 512, "h100", "claims/claims_2012_no_dropout-h100-seed1.json"),
+    Row("cuda_convnet_cifar:11pct", 128, "h100", "cuda_convnet_11pct-h100-seed1.json"),  # float32
 ]
 # The other runs of vgg_16 shared their GPU most of the time: of this one the lower decile counts.
 SHARED = "claims/deeper_vgg_16-h200-seed2.json"
@@ -67,7 +66,6 @@ HELD_OUT = [
     Row("owt_imagenet", 128, "h200", SWEEP, **PHOTOGRAPHS),
     Row("alexnet_2012_imagenet", 128, "h200", "alexnet_2012_imagenette-h200-seed0.json", 256),
     Row("deeper_cifar:vgg_16", 512, "h200", SHARED),
-    Row("cuda_convnet_cifar:11pct", 128, "h100", "cuda_convnet_11pct-h100-seed1.json"),
     Row(
         "cuda_convnet_cifar:11pct_no_lrn", 128, "h200", "cuda_convnet_11pct_no_lrn-h200-seed2.json"
     ),
@@ -88,17 +86,15 @@ HELD_OUT = [
         Row(f"claims_2012_cifar:{name}", 512, "h100", f"claims/claims_2012_{name}-h100-seed1.json")
         for name in ("no_lrn", "plain_pool", "no_conv2", "no_conv3", "no_conv4", "one_tower")
     ),
-]
-
-# Not measured yet: their estimates are committed before they are.
-AHEAD = [
-    Row(experiment, batch, "h200", "", image_size, classes)
-    for experiment, image_size, classes in (
-        ("alexnet_2012_imagenet", 256, 1000),
-        ("deeper_cifar:vgg_16", 32, 10),
-        ("cuda_convnet_cifar:11pct", 32, 10),
-    )
-    for batch in (32, 128, 512)
+    *(
+        Row(experiment, batch, "h200", CALIBRATED, image_size, classes)
+        for experiment, image_size, classes in (
+            ("alexnet_2012_imagenet", 256, 1000),
+            ("deeper_cifar:vgg_16", 32, 10),
+            ("cuda_convnet_cifar:11pct", 32, 10),
+        )
+        for batch in (32, 128, 512)
+    ),
 ]
 
 
@@ -125,14 +121,8 @@ def main() -> None:
         )
         error = found[-1]["predicted_milliseconds"] / found[-1]["measured_milliseconds"] - 1
         print(f"{row.experiment} {row.batch} {row.card}: {error:+.1%}")
-    ahead = []
-    for row in AHEAD:
-        seconds = roofline.seconds(roofline.kernels_of(program_of(row)), cost.load(row.card))
-        predicted = dict(predicted_milliseconds=round(1e3 * seconds, 4))
-        ahead.append(row._asdict() | predicted)
-        print(f"{row.experiment} {row.batch} {row.card}: {1e3 * seconds:.3f} ms, not measured")
     cards = {name: dataclasses.asdict(cost.load(name)) for name in ("h100", "h200")}
-    results = dict(predictions=found, ahead=ahead, cards=cards, **code)
+    results = dict(predictions=found, cards=cards, **code)
     path = DATA / "predictions" / "estimates.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -176,7 +166,7 @@ def measured(row: Row) -> float:
     if row.file == SPEED:
         (batch,) = [each for each in found["batches"] if each["batch_per_gpu"] == row.batch]
         return batch["ours"][0]["median_step_milliseconds"]
-    if row.file == ALONE:
+    if row.file in (ALONE, CALIBRATED):
         (step,) = [
             step
             for step in found["steps"]
@@ -187,31 +177,24 @@ def measured(row: Row) -> float:
 
 
 def fit(kernels: dict[Row, list[roofline.Kernel]]) -> str:
-    """Return the constants with the least squares of relative errors, as text."""
-    times = np.array([1e-3 * measured(row) for row in kernels])
-    counts = np.array([len(each) + roofline.SCALAR_KERNELS for each in kernels.values()]) / times
-    best = np.inf, 0, 0.0
-    for width in range(NARROWEST + 1, 400):
-        work = np.array(
-            [
-                roofline.seconds(each, with_rates(cost.load(row.card), 0.0, width))
-                for row, each in kernels.items()
-            ]
-        )
-        errors = work / times - 1
-        kernel_seconds = -(counts @ errors) / (counts @ counts)
-        best = min(best, (sum((errors + kernel_seconds * counts) ** 2), width, kernel_seconds))
-    squares, width, kernel_seconds = best
-    return (
-        f"Fit to {len(times)} rows: kernel_seconds {kernel_seconds:.3g}, full width {width}, "
-        f"root mean square error {np.sqrt(squares / len(times)):.1%}"
+    """Return the efficiency with the least squares of relative errors, as text."""
+
+    def errors(numbers: np.ndarray) -> list[float]:
+        efficiency = roofline.Efficiency(*numbers)
+        return [
+            1e3 * roofline.seconds(each, cost.load(row.card), efficiency) / measured(row) - 1
+            for row, each in kernels.items()
+        ]
+
+    best = optimize.least_squares(errors, roofline.EFFICIENCY)
+    numbers = ", ".join(
+        f"{name}={number:.3g}"
+        for name, number in zip(roofline.Efficiency._fields, best.x, strict=True)
     )
-
-
-def with_rates(card: Card, kernel_seconds: float, width: int) -> Card:
-    """Return the card with these constants."""
-    points = [(NARROWEST, card.matrix_rate * NARROWEST / width), (width, card.matrix_rate)]
-    return dataclasses.replace(card, kernel_seconds=kernel_seconds, product_rates=points)
+    return (
+        f"Fit to {len(kernels)} rows: {numbers}; "
+        f"root mean square error {np.sqrt(2 * best.cost / len(kernels)):.1%}"
+    )
 
 
 if __name__ == "__main__":

@@ -88,10 +88,11 @@ def test_the_time_of_kernels():
     """1e12 bytes/s; 1e14 FLOP/s from a width of 100 on, half of it for float32; 1 us each."""
     card = dataclasses.replace(
         cost.load("h200"),
-        copy_rate=1e12,
-        kernel_seconds=1e-6,
+        copy_rate=2e12,
+        kernel_seconds=0.5e-6,
         product_rates=[(50, 5e13), (100, 1e14)],
     )
+    efficiency = roofline.Efficiency(kernel=2, copy=0.5, float32=0.5)
     alone = roofline.SCALAR_KERNELS * 1e-6
     for kernel, microseconds in (
         (Kernel(1e6), 1),
@@ -101,5 +102,5 @@ def test_the_time_of_kernels():
         (Kernel(1e6, 1e9, 8), 20),
         (Kernel(30e6, 1e9, 8), 30),
     ):
-        seconds = roofline.seconds([kernel], card)
+        seconds = roofline.seconds([kernel], card, efficiency)
         assert seconds - alone == pytest.approx((microseconds + 1) * 1e-6)

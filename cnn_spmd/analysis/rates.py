@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cnn_spmd.analysis import hlo
+from cnn_spmd.analysis import hlo, roofline
 from cnn_spmd.layers import common
 from cnn_spmd.sharding import mesh as meshes
 
@@ -122,11 +122,13 @@ def kernel_seconds(sizes: Sizes) -> float:
 def product_rates(sizes: Sizes, kernel_seconds: float) -> Iterator[tuple[int, float]]:
     """Yield the rate of convolutions by their channels, in FLOP/s for numbers of 2 bytes.
 
-    It is that of a 3x3 convolution with its two gradients. A CPU computes in float32, at half of
-    the rate that is yielded. kernel_seconds: subtracted for each product.
+    It is that of a 3x3 convolution with its two gradients. A CPU computes in float32: from the
+    rate that is yielded, roofline.py gets the measured one. kernel_seconds: subtracted for each
+    product.
     """
     on_cpu = jax.default_backend() == "cpu"
-    dtype, factor = (jnp.float32, 2) if on_cpu else (jnp.bfloat16, 1)
+    dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    factor = 1 / roofline.EFFICIENCY.float32 if on_cpu else 1
     for width in sizes.widths:
         keys = jax.random.split(jax.random.key(width), 2)
         images = sizes.elements // (MAP_SIDE**2 * width)

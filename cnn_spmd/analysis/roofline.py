@@ -89,18 +89,36 @@ class Kernel(NamedTuple):
     itemsize: int = 2
 
 
-def seconds(kernels: Sequence[Kernel], card: Card) -> float:
+class Efficiency(NamedTuple):
+    """What kernels of networks reach of a card's rates, which are those of the best kernels.
+
+    kernel: how many times as long as kernel_seconds a kernel takes besides its work. copy: share of
+    copy_rate. float32: rate of a product of 4-byte numbers, as a share of that of 2-byte numbers.
+    """
+
+    kernel: float
+    copy: float
+    float32: float
+
+
+# benchmarks/estimates.py fits these to measured steps of H100s and H200s.
+EFFICIENCY = Efficiency(kernel=1.36, copy=0.864, float32=0.335)
+
+
+def seconds(kernels: Sequence[Kernel], card: Card, efficiency: Efficiency = EFFICIENCY) -> float:
     """Return the time of a step's kernels, one after another, on a card that has rates.
 
     Each takes the card's kernel_seconds, and the longer one of its bytes at copy_rate and its FLOPs
-    at the product rate of its width. Numbers of n bytes are multiplied at 2/n of that rate. Between
-    the rate's points it is linear, beyond them constant.
+    at the product rate of its width. `efficiency` corrects these. Between the points of the product
+    rate it is linear, beyond them constant.
     """
     widths, rates = zip(*card.product_rates, strict=True)
-    total = (len(kernels) + SCALAR_KERNELS) * card.kernel_seconds
+    total = (len(kernels) + SCALAR_KERNELS) * card.kernel_seconds * efficiency.kernel
     for kernel in kernels:
-        rate = np.interp(kernel.width, widths, rates) * 2 / kernel.itemsize
-        total += max(kernel.bytes / card.copy_rate, kernel.flops / rate)
+        rate = np.interp(kernel.width, widths, rates)
+        if kernel.itemsize > 2:
+            rate *= efficiency.float32
+        total += max(kernel.bytes / (card.copy_rate * efficiency.copy), kernel.flops / rate)
     return float(total)
 
 
