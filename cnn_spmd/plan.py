@@ -89,15 +89,20 @@ def plan(
         raise UserError(f"--plan: nothing works on {len(devices)} devices: {reason}{more}")
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
-        least = min(found, key=lambda each: each.memory)
-        raise UserError(
-            f"--plan: nothing fits in the {card.memory / 1e9:.0f} GB of {card.device_kind}: the "
-            f"least is {least.memory / 1e9:.1f} GB per device ({least.mesh} {least.parallelism}), "
-            "expected more devices, or a smaller batch_size or model.width"
-        )
+        raise _nothing_fits(found, card)
     title = _title(card, len(devices), gpus_per_host, config.batch_size, setup.config.dtype)
     title += f"\n{_origin(alone.is_estimated)}"
     return Plan(title, found, refused)
+
+
+def _nothing_fits(found: Sequence[Prediction], card: Card) -> UserError:
+    """Return the error where each mesh and scheme needs more memory than the card has."""
+    least = min(found, key=lambda each: each.memory)
+    return UserError(
+        f"--plan: nothing fits in the {card.memory / 1e9:.0f} GB of {card.device_kind}: the "
+        f"least is {least.memory / 1e9:.1f} GB per device ({least.mesh} {least.parallelism}), "
+        "expected more devices, or a smaller batch_size or model.width"
+    )
 
 
 # How a row of the planner's own splits the kernel of a dense layer: rows and columns, by letter.
