@@ -16,7 +16,6 @@ or from data sheets; its `sources` say which. docs/planning.md explains the mode
 import dataclasses
 import math
 import pathlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -223,23 +222,21 @@ def update_bytes(itemsize: int, state_bytes: float) -> float:
 
 def combined(moves: Sequence[Mapping]) -> Iterator[dict]:
     """Join the collectives of weights as XLA does: each up to COMBINED_BYTES."""
-    waiting: dict[tuple, list[Mapping]] = defaultdict(list)
-    for move in moves:
+    waiting: dict[tuple, dict] = {}
+    for move in map(dict, moves):
         if not is_of_weight(move):
-            yield dict(move)
+            yield move
             continue
         key = move["operation"], tuple(move["axes"]), move["phase"]
-        if sum(row["bytes"] for row in waiting[key]) + move["bytes"] > COMBINED_BYTES:
-            yield from _joined(waiting.pop(key, []))
-        waiting[key].append(move)
-    for rows in waiting.values():
-        yield from _joined(rows)
-
-
-def _joined(rows: Sequence[Mapping]) -> Iterator[dict]:
-    if rows:
-        sums = {name: sum(row[name] for row in rows) for name in ("bytes", "ring_bytes")}
-        yield dict(rows[0]) | sums
+        joined = waiting.get(key)
+        if joined and joined["bytes"] + move["bytes"] <= COMBINED_BYTES:
+            joined["bytes"] += move["bytes"]
+            joined["ring_bytes"] += move["ring_bytes"]
+            continue
+        if joined:
+            yield waiting.pop(key)
+        waiting[key] = move
+    yield from waiting.values()
 
 
 def is_of_weight(move: Mapping) -> bool:

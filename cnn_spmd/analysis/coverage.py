@@ -7,7 +7,7 @@ arrays than the rules say. They are not covered.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -133,7 +133,8 @@ def _check_chain(
         return model.classify(model.features(images_NHWC, place), place)
 
     jaxpr = jax.make_jaxpr(logits)(images, state).jaxpr
-    always, marked = _on_every_path(jaxpr), set(_marks(jaxpr))
+    always = _on_every_path(jaxpr)
+    marked = {each.params["name"] for each in jaxpr.eqns if each.primitive.name == "name"}
     maps = [end for layer in layers for end in (layer.input, layer.output) if end.is_map]
     layouts = {(end.batch, end.height, end.features) for end in maps}
     alike = len(layouts) == 1 and not any(end.features for end in maps)
@@ -141,13 +142,6 @@ def _check_chain(
     for end in (layer.output for layer in layers if layer.output.name in marked):
         if end.name not in always and not (alike and end.is_map):
             raise NotCovered(f"a path leads around {end.name!r}: the network is no chain of layers")
-
-
-def _marks(jaxpr: Jaxpr) -> Iterator[str]:
-    """Yield the marks in a jaxpr."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "name":
-            yield equation.params["name"]
 
 
 def _on_every_path(jaxpr: Jaxpr) -> frozenset[str]:

@@ -211,15 +211,12 @@ class Schedule:
         arithmetic = self._flop_seconds(instruction)
         return max(arithmetic, self._bytes(instruction) / self.rates.bandwidth)
 
-    def _shape(self, name: str) -> str:
-        return self.instructions[name].shape
-
     def _bytes(self, instruction: Instruction) -> int:
         """Return the bytes that an instruction reads and writes; of a slice, only its own."""
         written = _size(instruction.shape)
         if instruction.opcode in _SLICING:
             return 2 * written
-        reads = [_size(self._shape(name)) for name in instruction.operands]
+        reads = [_size(self.instructions[name].shape) for name in instruction.operands]
         if instruction.opcode == "fusion":
             inside = [row for name in instruction.called for row in self.computations[name]]
             for parameter in (row for row in inside if row.opcode == "parameter"):
@@ -239,7 +236,8 @@ class Schedule:
         if not contracted and not labels:
             return 0.0
         result = arrays(instruction.shape)[0]
-        left, right = (arrays(self._shape(name))[0] for name in instruction.operands[:2])
+        operands = (self.instructions[name] for name in instruction.operands[:2])
+        left, right = (arrays(operand.shape)[0] for operand in operands)
         if contracted:
             sizes = _sizes(left)
             products = _count(result) * math.prod(

@@ -24,13 +24,18 @@ class Timetable(NamedTuple):
     last: int  # evaluate and save after it, too
     evaluations: range  # the steps to evaluate after, before the last one
     saves: range  # the steps to save after, before the last one
-    chunks: list[Chunk]
+    steps_per_call: int  # the most steps of a chunk
 
     @property
     def stops(self) -> list[int]:
         """Return the steps at which a run evaluates or saves, and the last, in order."""
         steps = {*self.evaluations, *self.saves, self.last}
         return sorted(step for step in steps if step > self.start)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """Return the chunks from stop to stop."""
+        return split_into_chunks(self.start, self.stops, self.steps_per_call)
 
 
 def make_timetable(config: ml_collections.ConfigDict, examples: int, start: int) -> Timetable:
@@ -42,9 +47,7 @@ def make_timetable(config: ml_collections.ConfigDict, examples: int, start: int)
         return range(interval, config.steps, interval) if interval else range(0)
 
     evaluations, saves = every(config.eval.every_epochs), every(config.checkpoint.every_epochs)
-    timetable = Timetable(start, config.steps, evaluations, saves, [])
-    chunks = split_into_chunks(start, timetable.stops, config.steps_per_call)
-    return timetable._replace(chunks=chunks)
+    return Timetable(start, config.steps, evaluations, saves, config.steps_per_call)
 
 
 def split_into_chunks(start: int, stops: list[int], steps_per_call: int) -> list[Chunk]:
