@@ -1,4 +1,4 @@
-"""Predict AlexNet's steps on GPUs: those of the stored sweeps, and on machines that are not here.
+"""Predict AlexNet's steps: those of the stored sweeps, and steps on GPUs that are not here.
 
   python benchmarks/predictions.py
 

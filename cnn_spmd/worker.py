@@ -124,18 +124,8 @@ class Worker:
 
     def close(self) -> None:
         """End the process; kill it where nothing can be lost, or where it does not leave."""
-        if self._process is None:
-            return
-        try:
-            self._pipe.close()  # the process leaves as it finds out
-            if self._has_run:
-                self._process.wait(LEAVE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        if self._process is not None:
+            self._let_leave(LEAVE_SECONDS if self._has_run else 0)
 
     def _wait_for_devices(self) -> None:
         """Hear, once, what a process says as it has started."""
@@ -170,10 +160,15 @@ class Worker:
         logging.warning(
             "Interrupted: waiting for %s to save; a second signal stops it at once.", name
         )
+        self._process.terminate()
+        self._let_leave(None)
+
+    def _let_leave(self, seconds: float | None) -> None:
+        """Wait until the process leaves, and kill it after these seconds; None: never."""
         try:
-            self._process.terminate()
-            self._pipe.close()  # it leaves, even if the run was complete
-            self._process.wait()
+            self._pipe.close()  # it leaves as it finds out, even if its run was complete
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
         finally:
             self._process.kill()
             self._process.wait()
