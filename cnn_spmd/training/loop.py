@@ -26,7 +26,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnn_spmd import config as configs
 from cnn_spmd.analysis import program
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.training import build, cluster, initial, prediction, resume
@@ -36,10 +35,9 @@ from cnn_spmd.training.log import Log
 from cnn_spmd.training.noise_scale import NoiseScale
 from cnn_spmd.training.profiling import profile_chunks
 from cnn_spmd.training.programs import Programs, compile_programs
-from cnn_spmd.training.provenance import command, provenance
-from cnn_spmd.training.runfiles import SCHEMA
 from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
+from cnn_spmd.training.summary import about_run
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import Chunk, Timetable, make_timetable
 from cnn_spmd.training.workdir import LOCK, has_checkpoint, locked_run, write_run_file
@@ -259,43 +257,16 @@ class Run:
 
     def summary(self, status: str) -> dict:
         """Write summary.json, unless the workdir is gone, and return what it holds."""
-        report, config = self.programs.report, self.setup.config
+        report = self.programs.report
         if self.prediction:
             report["prediction"] = self.prediction.result()
             self.write_program()
-        mesh = self.setup.place.mesh
-        steps_per_epoch = len(self.setup.data.train_images) // config.batch_size
         summary = dict(
-            schema=SCHEMA,
-            experiment=config.experiment,
-            **self.setup.data_fields,
-            data_on_device=report["data_on_device"],
-            page_locked=self.setup.feeds[0].page_locked,
-            model=config.model.name,
-            parallelism=config.parallelism,
-            mesh=dict(mesh.shape),
-            devices=mesh.size,
-            device_kind=report["compiler"]["device_kind"],
-            processes=jax.process_count(),
-            batch_size=config.batch_size,
-            steps=self.step,
-            epochs=round(self.step / steps_per_epoch, 3),
-            seed=config.seed,
-            dtype=config.dtype,
-            param_count=report["param_count"],
-            compile_seconds=report["compile_seconds"],
-            programs_from_cache=report["programs_from_cache"],
+            **about_run(self.setup, report, self.step),
             **self.log.speed(),
             eval=self.evaluation,
-            bytes_per_device=report["bytes_per_device"],
-            collectives=report["collectives"],
-            predicted_milliseconds=(report.get("prediction") or {}).get("predicted_milliseconds"),
-            **provenance(),
-            command=command(),
             **self.origins,
             status=status,
-            data_digest=self.setup.data.digest,
-            config=configs.as_json(config),
         )
         if self.workdir.exists():
             write_run_file(self.workdir / "summary.json", summary)
