@@ -1,6 +1,7 @@
-"""Make README's headline table: at most six results to know first, with links."""
+"""Make README's headline table: at most seven results to know first, with links."""
 
 import re
+from collections.abc import Sequence
 
 from cnn_spmd.papers import measured, programs, pytorch, summaries
 from cnn_spmd.papers.summaries import DATA
@@ -19,7 +20,7 @@ def with_headline(readme: str) -> str:
 
 
 def headline_table() -> str:
-    """Return the table as Markdown, six rows."""
+    """Return the table as Markdown, seven rows."""
     figures = {row.name: row for rows in measured.measured_tables().values() for row in rows}
     convnet = figures["13pct: test error, %"]
     hybrid, data = (
@@ -34,6 +35,7 @@ def headline_table() -> str:
             f"{convnet.measured} % (published: {convnet.published} %)",
             "papers",
         ],
+        resnet_row([figures[f"ResNet-{depth}: test error, %"] for depth in (20, 110)]),
         ["AlexNet at 224x224, batch 128, one H100", speed_text(), "pytorch"],
         [
             "Speed-up of four H200s over one, 32 images per GPU",
@@ -57,6 +59,14 @@ def accuracy_text() -> str:
     accuracy = mean_and_deviation([100 * run["eval"]["accuracy"] for run in runs], 2)
     seconds = sum(run["train_seconds"] for run in runs) / len(runs)
     return f"{accuracy} % (n = {len(runs)}) in {seconds:.1f} s of training"
+
+
+def resnet_row(figures: Sequence[measured.MeasuredRow]) -> list[str]:
+    """Return the errors of residual networks on CIFAR-10 beside the published ones."""
+    ours, published = (
+        ", ".join(getattr(figure, name) for figure in figures) for name in ("measured", "published")
+    )
+    return ["ResNet-20 and -110, test error", f"{ours} % (published: {published} %)", "depth"]
 
 
 def waiting_text() -> str:
