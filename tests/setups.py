@@ -174,7 +174,8 @@ def begin(setup: build.Setup) -> TrainState:
     So its program is compiled once for all meshes. test_build.py compares it with what each makes.
     """
     functions = setup.functions
-    one = dataclasses.replace(functions, place=Placement(mesh.make(1, 1), "data", OWN_ROWS))
+    device = mesh.make(*(1 for _ in mesh.MESH_AXES))
+    one = dataclasses.replace(functions, place=Placement(device, "data", OWN_ROWS))
     state = one.jit_init()(np.uint32(setup.config.seed))
     return jax.device_put(state, setup.place.of_state(functions.abstract_state))
 

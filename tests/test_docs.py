@@ -1,5 +1,6 @@
 """README and guide show what the code prints, draws and does."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -349,15 +350,16 @@ class Commands:
     folder: has the repository's experiments.
     """
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.process = worker.Worker(8)
+    def __init__(self, folder, process):
+        self.folder, self.process = folder, process
 
     def run(self, *arguments):
         """Run launch.py with these arguments."""
         log = self.folder / "log"
         log.unlink(missing_ok=True)
-        assert self.process.run(arguments, log) == 0, log.read_text()
+        with contextlib.chdir(self.folder):  # which a process that starts now is in
+            code = self.process.run(arguments, log)
+        assert code == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -365,13 +367,8 @@ def warm(tmp_path_factory):
     """Return the Commands of all tests here."""
     folder = tmp_path_factory.mktemp("commands")
     (folder / "experiments").symlink_to(ROOT / "experiments")
-    commands = Commands(folder)
-    with pytest.MonkeyPatch.context() as patch, commands.process as process:
-        patch.chdir(folder)
-        process.start()
-        process.device_count()  # now it is in the folder
-        patch.undo()
-        yield commands
+    with worker.Worker(8) as process:
+        yield Commands(folder, process)
 
 
 def test_there_are_commands():

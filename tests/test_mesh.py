@@ -91,8 +91,8 @@ def test_a_third_mesh_axis_has_a_name_and_sizes(third_axis):
 def test_a_third_mesh_axis_changes_no_number(third_axis):
     """Losses and parameters of one device; bytes of theory, over the new axis too."""
     with jax.enable_x64(True):
-        expected_losses, expected = trained(setup_of("alexnet", "data", (1, 1, 1)), 2)
-        setup = setup_of("alexnet", "deep", (2, 2, 2))
+        expected_losses, expected = trained(setup_of("shallow", "data", (1, 1, 1)), 2)
+        setup = setup_of("shallow", "deep", (2, 2, 2))
         losses, params = trained(setup, 2)
         report = setup.report()
     assert setup.place.mesh_name == "2x2x2"

@@ -136,13 +136,15 @@ DEEP = re.compile(r"(resnet|plain)_(32|44|56|110)")
 
 @pytest.mark.parametrize("name", [name for name in models.NETWORKS if not DEEP.match(name)])
 def test_the_settings_that_networks_use_change_them(name):
+    """Each that is used, by itself; the others do not, together."""
     size = 64 if name == "alexnet_2012" else 32
-    plain = programs(name, size, width=64)
-    assert (programs(name, size, width=32) != plain) == ("model.width" in models.USES[name])
-    changed = programs(name, size, width=64, dropout=0.25) != plain
-    assert changed == ("model.dropout" in models.USES[name])
-    changed = programs(name, size, width=64, batch_norm="per_device") != plain
-    assert changed == ("model.batch_norm" in models.USES[name])
+    plain = dict(width=64)
+    program = programs(name, size, **plain)
+    others = dict(width=32, dropout=0.25, batch_norm="per_device")
+    for field in models.USES[name]:
+        setting = field.removeprefix("model.")
+        assert programs(name, size, **plain | {setting: others.pop(setting)}) != program
+    assert programs(name, size, **plain | others) == program
 
 
 def test_networks_of_the_claims_lack_what_they_say():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from run_helpers import lines, rows
-from setups import BATCH, gather, indices_of, on_devices, setup_of
+from setups import BATCH, begin, gather, indices_of, on_devices, setup_of
 
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import loop
@@ -31,32 +31,34 @@ def test_noise_that_hides_the_gradient():
     assert estimate([1.0, 1.0], 0.0, 8) == dict(gradient_norm2=-1.0, trace=16.0, batches=2)
 
 
-def measured(parallelism, shape, after):
-    """Return what is measured of a new state on a mesh, as if after so many steps."""
-    setup = setup_of("simple_cnn", parallelism, shape, noise_scale=3)
-    state = setup.init()._replace(step=np.int32(after))
-    setup.feeds[0].load()
-    return setup, state, NoiseScale(setup).measure(state)
+def test_noise_on_meshes():
+    """The gradients' products and variance by hand; the same on every mesh.
 
-
-# The run has 10 steps, so that after 9 the batches are those of its last three.
-@pytest.mark.parametrize(("after", "first"), [(0, 0), (9, 7)])
-def test_noise_on_meshes(after, first):
-    """The gradients' products and variance by hand; the same on every mesh."""
+    The run has 10 steps, so that after 9 the batches are those of its last three.
+    """
     with jax.enable_x64(True):
-        setup, state, one = measured("data", (1, 1), after)
-        many = measured("model", (2, 2), after)[2]
+        setup, many = (
+            setup_of("simple_cnn", *mesh, noise_scale=3)
+            for mesh in (("data", (1, 1)), ("model", (2, 2)))
+        )
+        for each in (setup, many):
+            each.feeds[0].load()
+        noise_of, noise_of_many = (NoiseScale(each).measure for each in (setup, many))
+        state, state_of_many = begin(setup), begin(many)
         gradients_of = jax.jit(lambda *inputs: setup.functions.gradients(*inputs)[0])
-        gradients = []
-        for step in range(first, first + 3):
-            of_step = state._replace(step=np.int32(step))
-            found = gradients_of(of_step, on_devices(setup), indices_of(setup, step))
-            gradients.append(np.concatenate([each.ravel() for each in gather(found).values()]))
-    variance = np.var(gradients, axis=0, ddof=1).sum()
-    products = [a @ b for a, b in itertools.combinations(gradients, 2)]
-    assert one["trace"] == pytest.approx(BATCH * variance, rel=1e-6)
-    assert one["gradient_norm2"] == pytest.approx(np.mean(products), rel=1e-6)
-    assert many == pytest.approx(one, rel=1e-6)
+        for after, first in ((0, 0), (9, 7)):
+            gradients = []
+            for step in range(first, first + 3):
+                of_step = state._replace(step=np.int32(step))
+                found = gradients_of(of_step, on_devices(setup), indices_of(setup, step))
+                gradients.append(np.concatenate([each.ravel() for each in gather(found).values()]))
+            variance = np.var(gradients, axis=0, ddof=1).sum()
+            products = [a @ b for a, b in itertools.combinations(gradients, 2)]
+            one = noise_of(state._replace(step=np.int32(after)))
+            assert one["trace"] == pytest.approx(BATCH * variance, rel=1e-6)
+            assert one["gradient_norm2"] == pytest.approx(np.mean(products), rel=1e-6)
+            of_many = noise_of_many(state_of_many._replace(step=np.int32(after)))
+            assert of_many == pytest.approx(one, rel=1e-6)
 
 
 def test_a_run_measures_at_each_evaluation(config, tmp_path):

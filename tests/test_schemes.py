@@ -56,7 +56,13 @@ def meshes_of(model: str, parallelism: str) -> list[tuple[int, int]]:
             return MESHES[1:] if model == "alexnet" else [(2, 4)]
     count = len(SMALLER) if "ALL_MESHES" in os.environ else ALWAYS_SMALLER.get(parallelism, 0)
     towers = 2 if parallelism == "two_tower" else 8
-    return [shape for shape in MESHES + SMALLER[:count] if shape[1] <= towers]
+    shapes = [shape for shape in MESHES + SMALLER[:count] if shape[1] <= towers]
+    if model == "alexnet_2012" and "ALL_MESHES" not in os.environ:
+        if parallelism == "data":
+            return shapes[:2]  # each shape splits the batch over 8 devices, as alexnet shows
+        if parallelism != "two_tower":
+            shapes.remove((8, 1))  # there it is `data`, as alexnet shows
+    return shapes
 
 
 CASES = [

@@ -17,6 +17,7 @@ from cnn_spmd.training.evaluate import Evaluator
 
 # Three steps of 24 examples, the last 72 of 90.
 INDICES = np.random.default_rng(0).permutation(np.arange(18, 90)).reshape(3, 24).astype(np.int32)
+SIDE = 8  # of images: XLA's loops are slow on a CPU
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_numbers_are_those_of_resident_data(monkeypatch, parallelism, shape, cha
     The program moves the bytes that theory says: the devices send as many images to each other as
     the fullest step needs.
     """
-    monkeypatch.setattr(sharded, "PIECE_BYTES", 8 * 3 * 32 * 32 * 3)  # 3 of a device's 8 images
+    monkeypatch.setattr(sharded, "PIECE_BYTES", 8 * 3 * SIDE * SIDE * 3)  # 3 of a device's 8 images
     resident, split = (
         setup_of(
             "simple_cnn",
@@ -41,7 +42,7 @@ def test_numbers_are_those_of_resident_data(monkeypatch, parallelism, shape, cha
             shape,
             dtype="float32",
             steps_per_call=2,
-            data=dict(resident=choice),
+            data=dict(resident=choice, synthetic=dict(image_size=SIDE)),
             **changes,
         )
         for choice in ("yes", "sharded")
@@ -51,20 +52,20 @@ def test_numbers_are_those_of_resident_data(monkeypatch, parallelism, shape, cha
         np.testing.assert_array_equal(got[name], value, err_msg=name)
     feed, _ = split.feeds
     shards = {shard.data.shape for shard in feed.data.images.addressable_shards}
-    assert shards == {(8, 1, 32, 32, 3)}
+    assert shards == {(8, 1, SIDE, SIDE, 3)}
 
     report = split.report()
     axes = [axis for axis, size in zip(("data", "model"), shape, strict=True) if size > 1]
     (images,) = (row for row in report["closed_form"] if row["what"] == "images")
     assert (images["operation"], images["axes"]) == ("all-to-all", axes)
-    assert images["bytes"] == 8 * feed.capacity * 32 * 32 * 3
-    assert images["ring_bytes"] == 7 * feed.capacity * 32 * 32 * 3
+    assert images["bytes"] == 8 * feed.capacity * SIDE * SIDE * 3
+    assert images["ring_bytes"] == 7 * feed.capacity * SIDE * SIDE * 3
     (moved,) = (
         row for row in report["communication"] if (row["kind"], row["axes"]) == ("all-to-all", axes)
     )
     assert moved["compiled_bytes"] == moved["closed_form_bytes"] >= images["bytes"]
     assert report["data_on_device"]
-    assert report["image_bytes_per_device"] == (8 + 1) * 32 * 32 * 3
+    assert report["image_bytes_per_device"] == (8 + 1) * SIDE * SIDE * 3
 
 
 def results_of(setup: build.Setup) -> dict:
