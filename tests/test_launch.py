@@ -328,6 +328,10 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
         ("--config.steps=True", "--config.steps=True: expected an integer"),
         ("--config.data.flip=no", "--config.data.flip=no: expected True or False"),
         ("--config.model.dropout=a: b", "--config.model.dropout=a: b: expected a number"),
+        (
+            "--config.batch_size=8,16",
+            "--config.batch_size=8,16: expected an integer; --sweep batch_size=8,16 runs one",
+        ),
         ("--config.optimizer.stages=x", "optimizer.stages[0]='x': expected a number"),
         (
             '--config.model.levers="()"',
