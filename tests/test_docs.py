@@ -336,7 +336,8 @@ def small(command, folder):
     # A sweep of two runs; micro-batches of a batch of 16; and a sweep that is only compiled.
     command = command.replace("--mesh all", "--mesh 2x1")
     command = command.replace("dense_microbatch=128", "dense_microbatch=8")
-    command = command.replace("=0.01,0.03,0.1,0.3,1 --sweep seed=0,1,2", "=0.1 --dry_run")
+    command = command.replace("--workdir runs/rates", "--dry_run")
+    command = command.replace("=0.01,0.03,0.1,0.3,1 --sweep seed=0,1,2", "=0.1")
     arguments = shlex.split(command.replace("/shared", str(folder / "shared")))[2:]
     # simple_cnn, which SMALL takes, has no hidden layers.
     arguments = [each for each in arguments if "model.width" not in each]
