@@ -98,7 +98,7 @@ def as_text(report: dict) -> str:
     """Return a run's report as text for people.
 
     It is at most 100 columns wide where names allow. A report with a part missing ends with a line
-    that starts with warning and gives the reason.
+    that starts with "warning" and gives the reason.
     """
     parts = [
         _summary(report),
