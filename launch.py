@@ -455,7 +455,8 @@ def train(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unr
         print(f"Interrupted and saved at step {summary['steps']}. To resume: {again(folder)}")
         return INTERRUPTED
     print(
-        f"Done: {summary['dataset']} {configs.evaluated_split(config)} accuracy "
+        f"Done: {configs.shown_data(config, summary['dataset'])} "
+        f"{configs.evaluated_split(config)} accuracy "
         f"{summary['eval']['accuracy']:.2%} after {summary['steps']} steps, "
         f"{summary['train_seconds']:.1f} s of training. Files: {folder}"
     )

@@ -678,8 +678,8 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
     crop = config.data.crop
     if config.batch_size > examples:
         raise UserError(
-            f"batch_size={config.batch_size}: {data.name} has {examples} training images, expected "
-            f"at most that: set --config.batch_size={examples} or less"
+            f"batch_size={config.batch_size}: {shown_data(config, data.name)} has {examples} "
+            f"training images, expected at most that: set --config.batch_size={examples} or less"
         )
     if config.data.crop_pad >= side:
         raise UserError(
@@ -695,10 +695,12 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
         )
     left = max(examples - config.data.held_out, 0)
     if config.data.held_out_steps and left < config.batch_size:
+        fixed = f"; steps={config.steps} is fixed too: --config.steps=0 --config.epochs=N"
         raise UserError(
             f"data.held_out={config.data.held_out}: leaves {left} of {examples} training images, "
             f"expected at least batch_size={config.batch_size}: set --config.data.held_out=0 and "
             "--config.data.held_out_steps=0, or a smaller data.held_out"
+            f"{fixed * bool(config.steps)}"
         )
 
 
@@ -750,6 +752,16 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
 def evaluated_split(config: ml_collections.ConfigDict) -> str:
     """Return on which images a run is evaluated: "test" or "validation"."""
     return "validation" if config.data.validation else "test"
+
+
+def shown_data(config: ml_collections.ConfigDict, name: str) -> str:
+    """Return what messages call a data set: class folders and npz files by their own names.
+
+    name: of the Dataset, which holds a digest for these two.
+    """
+    if config.data.name not in ("folder", "npz"):
+        return name
+    return expanded("data.dir", config.data.dir).absolute().name
 
 
 def refuse_changes(where: str, old: dict, new: dict) -> None:

@@ -229,9 +229,12 @@ def _text_of(error: Exception, argv: Sequence[str]) -> str:
         text = f"--flagfile={cause.filename}: {cause.strerror}, expected a file of flags"
     elif isinstance(error, flags.IllegalFlagValueError) and text.startswith("flag --config."):
         argument = text.removeprefix("flag ").removesuffix(f": {cause}")
-        field = configs.SCHEMA.get(argument.removeprefix("--config.").partition("=")[0])
+        name, _, value = argument.removeprefix("--config.").partition("=")
+        field = configs.SCHEMA.get(name)
         if field:
             text = f"{argument}: expected {configs.TYPES[type(field.default)][1]}"
+            if "," in value and isinstance(field.default, int | float):
+                text += f"; --sweep {name}={value} runs one value after another"
     elif isinstance(error, KeyError | AttributeError):
         text = f"no such config field: {text}"
         for argument in argv:

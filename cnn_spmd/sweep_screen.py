@@ -16,6 +16,7 @@ from rich import console, live, text
 
 from cnn_spmd import plain_table
 from cnn_spmd.analysis import program
+from cnn_spmd.data.progress import clock_text
 from cnn_spmd.training import runfiles
 
 PLAIN_SECONDS = 60.0  # between two lines on a run's step where there is no terminal
@@ -55,6 +56,11 @@ def named(row: dict, fields: dict[str, str]) -> str:
     """Return "mesh=4x2 learning_rate=0.1" for a row. fields: as of `differing`."""
     own = swept(row)
     return " ".join(f"{name}={own[field]}" for field, name in fields.items() if field in own)
+
+
+def runs_text(count: int) -> str:
+    """Return "1 run" or "2 runs"."""
+    return f"{count} run{'s' * (count != 1)}"
 
 
 # ---- Tables
@@ -138,7 +144,7 @@ class Screen:
         statuses = [row["status"] for row in self.rows]
         counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
         parts = ", ".join(f"{count} {status}" for status, count in counts.items())
-        print(f"A sweep of {len(self.rows)} runs: {parts}", flush=True)
+        print(f"A sweep of {runs_text(len(self.rows))}: {parts}", flush=True)
         if self._live:
             self._live.start()
         return self
@@ -146,7 +152,7 @@ class Screen:
     def __exit__(self, *_) -> None:
         if self._live:
             self._live.stop()
-        lines = self._table(self.rows, f"The sweep of {len(self.rows)} runs")
+        lines = self._table(self.rows, f"The sweep of {runs_text(len(self.rows))}")
         print(*lines, *reasons(self.rows), sep="\n")
         sys.stdout.flush()
 
@@ -231,13 +237,6 @@ def step_of(folder: pathlib.Path, began: float) -> tuple[int, int] | None:
         return None
 
 
-def clock_text(seconds: float) -> str:
-    """Return 1:02:03 for 3723 seconds, and 2:03 for 123."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 # ---- A dry run
 
 
@@ -245,13 +244,13 @@ def show_dry_run(rows: Iterable[dict], count: int) -> list[dict]:
     """Print the table of a dry run of `count` rows, which are compiled meanwhile; return them."""
     page = console.Console(markup=False, emoji=False, highlight=False)
     done: list[dict] = []
-    with page.status(f"compiling {count} runs") as status:  # shows nothing without a terminal
+    with page.status(f"compiling {runs_text(count)}") as status:  # shows nothing without a terminal
         for row in rows:
             done.append(row)
-            status.update(f"compiled {len(done)} of {count} runs")
+            status.update(f"compiled {len(done)} of {runs_text(count)}")
     title = (
-        f"A dry run of {count} runs. MB per device: state between steps, held while it trains,\n"
-        "sent per step in rings, in theory"
+        f"A dry run of {runs_text(count)}. MB per device: state between steps, held while it "
+        "trains,\nsent per step in rings, in theory"
     )
     columns = report_columns(done)
     lines = [*table_of(done, differing(done), title, columns, page.width)]

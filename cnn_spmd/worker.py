@@ -185,7 +185,7 @@ def serve(run: Callable[[], object], take_devices: Callable[[int], int]) -> None
     its argument is the number to simulate, or 0.
     """
     started = time.time()
-    logging.use_absl_handler()  # as app.run does before anything is logged
+    environment.print_plain_lines()
     _, _, descriptor, cpu_devices = sys.argv
     pipe = connection.Connection(int(descriptor))
 

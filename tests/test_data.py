@@ -306,16 +306,23 @@ def test_arrays_of_an_npz_file(tmp_path, caplog):
     )
 
 
-def test_an_npz_file_without_test_images_has_a_part_held_out(tmp_path, caplog, config):
+def test_an_npz_file_without_test_images_has_a_part_held_out(tmp_path, capsys, config):
     images, labels = arrays()["train_images"], np.array([*"cabcab"])
     data = registry.load(save(tmp_path / "a.npz", images=images, labels=labels))
     assert data.class_names == ("a", "b", "c")
     assert sorted(data.test_labels) == [0, 1, 2]
-    assert "of its 6 images, 3 are held out" in caplog.text
     config.batch_size = 3
     config.data.update(dict(name="npz", dir=str(tmp_path / "a.npz")))
     setup = build.prepare(config)
     assert setup.data_fields["test_images_from_train"] == 3
+    build.say_choices(config, setup)
+    said = capsys.readouterr().out
+    assert "a.npz has nothing to test on: 3 of its images are held out" in said
+    assert "epochs" not in said
+    config.steps = 1001
+    build.say_choices(config, build.prepare(config))
+    said = "warning: 1,001 steps are 1,001 epochs of a.npz; --config.steps=0 --config.epochs=N"
+    assert said in capsys.readouterr().out
     assert setup.config.data.image_size == 8
 
 

@@ -334,9 +334,11 @@ def small(command, folder):
     """
     if "--plan" in command:  # as printed: it compiles nothing
         return shlex.split(command)[2:]
-    # A sweep of two runs; and micro-batches of a batch of 16.
+    # A sweep of two runs; micro-batches of a batch of 16; and a sweep that is only compiled.
     command = command.replace("--mesh all", "--mesh 2x1")
     command = command.replace("dense_microbatch=128", "dense_microbatch=8")
+    command = command.replace("--workdir runs/rates", "--dry_run")
+    command = command.replace("=0.01,0.03,0.1,0.3,1 --sweep seed=0,1,2", "=0.1")
     arguments = shlex.split(command.replace("/shared", str(folder / "shared")))[2:]
     # simple_cnn, which SMALL takes, has no hidden layers.
     arguments = [each for each in arguments if "model.width" not in each]
@@ -400,10 +402,11 @@ def on_own_data(command):
 )
 def test_launch_commands_run(start, warm, tmp_path, command):  # noqa: F811
     """A sweep starts a process of its own for its runs."""
-    if "--sweep" in command and "--dry_run" not in command:
-        finished(start(*small(command, tmp_path)))
+    arguments = small(command, tmp_path)
+    if "--sweep" in arguments and "--dry_run" not in arguments:
+        finished(start(*arguments))
     else:
-        warm.run(*small(command, tmp_path))
+        warm.run(*arguments)
 
 
 class Flowers(Imagenette, skip_registration=True):
@@ -423,14 +426,20 @@ def test_commands_on_own_data_fit_the_network_as_printed(tmp_path, monkeypatch, 
     Flowers(data_dir=tfds_directory, file_format="array_record").download_and_prepare()
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
-    seen = {}
+    seen = []
     for command in filter(on_own_data, commands("python launch.py")):
         config, given = experiment.parse_arguments(shlex.split(command)[2:])
         unused.refuse(config, given)
         assert unused.reason(config, "data.synthetic.classes")  # as the name is known
         setup = build.prepare(config, jax.devices()[:1])
-        seen[config.data.name] = setup.data.train_images.shape[1], setup.image_size
-    assert seen == {"folder": (256, 224), "tfds:oxford_flowers102": (256, 224), "npz": (32, 32)}
+        size = setup.data.train_images.shape[1]
+        seen.append((config.data.name, config.model.name, size, setup.image_size))
+    assert seen == [
+        ("folder", "simple_cnn", 32, 32),
+        ("folder", "alexnet", 256, 224),
+        ("tfds:oxford_flowers102", "alexnet", 256, 224),
+        ("npz", "alexnet", 32, 32),
+    ]
 
 
 def test_report_commands_run(warm, monkeypatch):

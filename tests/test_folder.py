@@ -79,7 +79,7 @@ def test_a_class_whose_name_is_no_text_can_be_drawn(pets):
     assert load(pets).class_names == ("cat", "d\ufffdg")
 
 
-def test_a_part_is_held_out_where_there_is_nothing_to_test_on(pets, pets_config, caplog):
+def test_a_part_is_held_out_where_there_is_nothing_to_test_on(pets, pets_config, capsys):
     """A fifth of each class, the same every time; at least one image."""
     shutil.rmtree(pets / "val")
     for i in range(7):
@@ -89,10 +89,9 @@ def test_a_part_is_held_out_where_there_is_nothing_to_test_on(pets, pets_config,
     assert np.bincount(data.train_labels).tolist() == [2, 7]
     assert np.bincount(data.test_labels).tolist() == [1, 2]
     assert setup.data_fields["test_images_from_train"] == data.test_from_train == 3
-    assert (
-        f"data.dir={pets}: has nothing to test on: of its 12 images, 3 are held out for that"
-        in caplog.text
-    )
+    build.say_choices(pets_config, setup)
+    said = f"{pets.name} has nothing to test on: 3 of its images are held out for that, the same"
+    assert capsys.readouterr().out.startswith(said)
     for path in [*(pets / "train").iterdir()]:  # class folders alone are the same data set
         path.rename(pets / path.name)
     (pets / "train").rmdir()
@@ -197,7 +196,7 @@ def test_a_pipe_is_named(pets):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(batch_size=6), "batch_size=6: folder-.* has 5 training images"),
+        (dict(batch_size=6), "batch_size=6: pets has 5 training images"),
         ({"data.crop": SIZE + 1}, "data.crop=17: images are 16 pixels wide"),
         ({"model.name": "alexnets"}, "model.name=alexnets: unknown"),
         (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=4"),
@@ -235,7 +234,7 @@ def test_the_refusal_of_a_first_command_names_the_flag_that_makes_it_work(
             prepare()
     arguments.pop()
     setup = prepare()
-    build.say_crop(experiment.parse_arguments(arguments)[0], setup)
+    build.say_choices(experiment.parse_arguments(arguments)[0], setup)
     assert (setup.data.train_images.shape, setup.image_size) == ((5, 256, 256, 3), 224)
     assert (setup.config.data.image_size, setup.config.data.crop) == (256, 224)
     said = "data.crop=224: model.name=alexnet takes images of 32 or 224 pixels, not of 256."
@@ -254,7 +253,7 @@ def test_a_sweep_refuses_as_early(pets, monkeypatch):
     ]
     (row,) = sweep.plan([dict(batch_size="6")], shared, jax.devices()[:1])
     assert row["status"] == "refused"
-    assert "batch_size=6: folder-" in row["reason"]
+    assert "batch_size=6: pets has" in row["reason"]
 
 
 def test_the_workdir_of_another_run_is_refused_early(pets_config, tmp_path, monkeypatch):

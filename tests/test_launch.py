@@ -328,6 +328,10 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
         ("--config.steps=True", "--config.steps=True: expected an integer"),
         ("--config.data.flip=no", "--config.data.flip=no: expected True or False"),
         ("--config.model.dropout=a: b", "--config.model.dropout=a: b: expected a number"),
+        (
+            "--config.batch_size=8,16",
+            "--config.batch_size=8,16: expected an integer; --sweep batch_size=8,16 runs one",
+        ),
         ("--config.optimizer.stages=x", "optimizer.stages[0]='x': expected a number"),
         (
             '--config.model.levers="()"',
@@ -582,7 +586,7 @@ def test_non_finite_loss_has_an_exit_code_of_its_own(start):
 def test_sigterm_before_training_is_told(start):
     network = ["--config.model.name=alexnet", "--config.model.width=64"]
     process = start(*OTHER_DATA, "--config.data.name=digits", *network)
-    assert "no effect" in process.stdout.readline()
+    assert process.stdout.readline() == "Compiling ...\n"
     process.send_signal(signal.SIGTERM)
     _, err = finished(process, code=75)
     assert "nothing to save" in err or "saving what there is" in err

@@ -4,7 +4,7 @@ import shutil
 
 from run_helpers import scalars, stop_after
 
-from cnn_spmd.training import log, loop
+from cnn_spmd.training import log, loop, terminal
 
 
 def test_tags_name_what_a_curve_shows():
@@ -18,6 +18,12 @@ def test_tags_name_what_a_curve_shows():
     for split in ("eval", "final"):
         assert log.tagged(split, dict(accuracy=0.5, examples=40)) == {"test/accuracy": 0.5}
     assert log.tagged("noise", dict(trace=1.0, batches=4)) == {"noise/trace": 1.0}
+
+
+def test_the_time_that_a_run_still_takes_has_hours(capsys):
+    progress = terminal.Progress(9)
+    progress.update(9, loss=1.0, accuracy=0.5, images_per_second=3.0, eta=212674)
+    assert capsys.readouterr().out.endswith("3 images/s  ETA 59:04:34\n")
 
 
 def test_tensorboard_forgets_the_curve_of_a_run_that_starts_again(config, tmp_path):

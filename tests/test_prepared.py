@@ -241,7 +241,7 @@ def test_unreadable_images_are_left_out_on_request(pets, monkeypatch, decoded, c
         load(pets, skip_bad=1)
     capsys.readouterr()
     data = load(pets, skip_bad=2)
-    warning = f"WARNING: {pets}: 2 of 8 images cannot be read and are left out, as data.skip_bad=2"
+    warning = f"warning: {pets}: 2 of 8 images cannot be read and are left out, as data.skip_bad=2"
     assert f"{warning} allows" in capsys.readouterr().err
     assert data.train_labels.tolist() == [0, 0, 1, 1]
     assert sorted(decoded) == sorted([*{*decoded}, *bad])  # only the bad ones are tried twice
@@ -398,10 +398,10 @@ def test_the_progress_counts_new_images_only(monkeypatch, capsys, terminal):
     end = "prepared 20 images in 10.0 s, 2 per second (1 per core)\n"
     if terminal:
         text = sys.stderr.getvalue()
-        assert re.search(r"100/1,000 images .*2 per second \(1 per core\), ETA 0:07:30", text)
+        assert re.search(r"100/1,000 images .*2 per second \(1 per core\), ETA 7:30", text)
         assert text.endswith(end)
     else:
-        line = "prepared 100 of 1,000 images, 2 per second (1 per core), ETA 0:07:30\n"
+        line = "prepared 100 of 1,000 images, 2 per second (1 per core), ETA 7:30\n"
         assert capsys.readouterr().err == line + end
 
 

@@ -775,4 +775,4 @@ def test_the_printed_report_says_what_is_missing():
     )
     lines = program.as_text(a_report(**unknown)).splitlines()
     assert len(lines) == 6
-    assert lines[-1] == ("WARNING: there is no whole report on this program: ValueError: not known")
+    assert lines[-1] == ("warning: there is no whole report on this program: ValueError: not known")

@@ -355,10 +355,10 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
     monkeypatch.setattr(f"cnn_spmd.{broken}", breaks)
     config.epochs = 1
     assert loop.train(config, tmp_path / "run")["status"] == "completed"
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert (
         warning
-        == "WARNING: there is no whole report on this program: ValueError: a form that is not known"
+        == "warning: there is no whole report on this program: ValueError: a form that is not known"
     )
     program, summary = (
         json.loads((tmp_path / "run" / f"{name}.json").read_text())

@@ -168,7 +168,9 @@ def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path, capsys):
         config.update(dict(steps=steps, parallelism=parallelism, mesh=mesh))
         summary = loop.train(config, tmp_path / "parts")
         assert (summary["status"], summary["steps"]) == ("completed", steps)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resumed")]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("Compiling ...") == 5
+    said = [line for line in lines if line.startswith("Resumed")]
     assert [line.partition(" at ")[2] for line in said] == [
         "step 1 on mesh 8x1 -> 4x2, parallelism data -> sharded_update.",
         "step 2 on mesh 4x2 -> 2x4, parallelism sharded_update -> fsdp.",
@@ -361,6 +363,10 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
             dict(data=dict(held_out=49, held_out_steps=1)),
             r"data\.held_out=49: leaves 15 of 64 training images",
         ),
+        (
+            dict(steps=8, data=dict(held_out=49, held_out_steps=1)),
+            r"data\.held_out=49: .*; steps=8 is fixed too: --config\.steps=0 --config\.epochs=N",
+        ),
         (dict(data=dict(held_out=-1)), r"data\.held_out=-1: expected at least 0"),
         (dict(data=dict(held_out_steps=-1)), r"data\.held_out_steps=-1: expected at least 0"),
         (dict(optimizer=dict(bias_rate=-1.0)), r"optimizer\.bias_rate=-1\.0: expected at least"),
@@ -438,7 +444,7 @@ def test_refusals_and_dry_runs_leave_a_run_as_it_is(config, tmp_path, monkeypatc
         dry_run(config, tmp_path)
     loop.train(config, tmp_path)  # complete: nothing to do
     config.epochs = 1
-    with pytest.raises(UserError, match="the number of steps may grow"):
+    with pytest.raises(UserError, match="may grow, not shrink: give more steps or another --"):
         loop.train(config, tmp_path)
     config.eval.views = "one"
     with pytest.raises(UserError, match=r"eval\.views: mirrored -> one"):

@@ -98,7 +98,7 @@ def as_text(report: dict) -> str:
     """Return a run's report as text for people.
 
     It is at most 100 columns wide where names allow. A report with a part missing ends with a line
-    that starts with WARNING and gives the reason.
+    that starts with "warning" and gives the reason.
     """
     parts = [
         _summary(report),
@@ -327,7 +327,7 @@ def _megabytes(size: int) -> str:
 
 def _warning(report: dict) -> Iterator[str]:
     if "error" in report:
-        yield f"WARNING: there is no whole report on this program: {report['error']}"
+        yield f"warning: there is no whole report on this program: {report['error']}"
 
 
 def _wrapped(text: str) -> list[str]:

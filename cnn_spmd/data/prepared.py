@@ -225,7 +225,7 @@ def accept(found: Prepared, source: Source, folder: Path, skip_bad: int) -> Prep
     if found.skipped:
         refuse_unreadable(source, found.skipped, skip_bad, folder / INFO)
         print_note(
-            f"WARNING: {source.name}: {len(found.skipped)} of {source.total:,} images cannot be "
+            f"warning: {source.name}: {len(found.skipped)} of {source.total:,} images cannot be "
             f"read and are left out, as data.skip_bad={skip_bad} allows; {folder / INFO} names them"
         )
     return found

@@ -14,6 +14,13 @@ def print_note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # rich redirects sys.stderr while it shows a bar
 
 
+def clock_text(seconds: float) -> str:
+    """Return 1:02:03 for 3723 seconds, and 2:03 for 123."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 def cores() -> int:
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
@@ -53,8 +60,8 @@ class Progress:
         if not self.new:
             return
         done = min(self.kept + self.new, self.total)
-        eta = round((self.total - done) * (self._updated - self._started) / self.new)
-        text = f"{self._rates()}, ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
+        eta = (self.total - done) * (self._updated - self._started) / self.new
+        text = f"{self._rates()}, ETA {clock_text(eta)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
         elif self._updated - self._shown > PLAIN_SECONDS:

@@ -93,7 +93,7 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
     raise UserError(
         f"data.name={data.name}: not a data set; choose from {', '.join(DATASETS)}, "
         f"{tfds.PREFIX}NAME for what TFDS can download, or a data set that TFDS has prepared in "
-        f"{root} ({tfds.how_to_build('NAME', root)}){did_you_mean(data.name, DATASETS)}{IF_ADDED}"
+        f"{root} ({tfds.how_to_build('NAME', root)}){IF_ADDED}{did_you_mean(data.name, DATASETS)}"
     )
 
 

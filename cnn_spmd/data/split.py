@@ -1,7 +1,6 @@
 """Hold out a part of a training set, to test on, where a data set has no such part."""
 
 import numpy as np
-from absl import logging
 
 from cnn_spmd.data.source import Split, select
 from cnn_spmd.errors import UserError
@@ -15,7 +14,7 @@ SEED = 0  # not that of the run: runs of different seeds are tested on the same 
 def hold_out(labels_N: np.ndarray, where: str) -> np.ndarray:
     """Return which of N images to test on, bool [N]: TEST_SHARE of each class, at least one.
 
-    They are chosen at random, and are the same whenever the labels are the same. A warning says so.
+    They are chosen at random, and are the same whenever the labels are the same.
     labels_N: numbers or names of classes. where: names the data set. Raises UserError for a class
     that has a single image.
     """
@@ -30,13 +29,6 @@ def hold_out(labels_N: np.ndarray, where: str) -> np.ndarray:
             )
         count = max(1, round(TEST_SHARE * len(members)))
         is_test_N[generator.choice(members, count, replace=False)] = True
-    logging.warning(
-        "%s: has nothing to test on: of its %s images, %s are held out for that, the same ones in "
-        "every run.",
-        where,
-        f"{len(labels_N):,}",
-        f"{is_test_N.sum():,}",
-    )
     return is_test_N
 
 

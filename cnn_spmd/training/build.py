@@ -29,6 +29,8 @@ from cnn_spmd.training.terminal import say
 # Of an image's side, at least this share is in a crop that nobody asked for. The smallest share in
 # the recipes is 24 of 32 pixels (Krizhevsky 2012, 11pct).
 LEAST_CROP = 0.75
+# More epochs than this are hardly meant: the longest recipe has 450 (cuda_convnet_cifar.py:11pct).
+MANY_EPOCHS = 1000
 
 # Mean and deviation per channel, in pixel values, of the images that torchvision's pre-trained
 # networks were trained on (torchvision.transforms._presets.ImageClassification).
@@ -111,12 +113,28 @@ def crop_to_fit(network: str, side: int) -> int:
     return max((each for each in sides if LEAST_CROP * side <= each < side), default=0)
 
 
-def say_crop(asked: ml_collections.ConfigDict, setup: Setup) -> None:
-    """Say which crop was chosen, if the config that was asked for has none."""
-    crop, network = setup.config.data.crop, asked.model.name
+def say_choices(asked: ml_collections.ConfigDict, setup: Setup) -> None:
+    """Say what the config that was asked for leaves open, and warn of very many epochs.
+
+    That is which test images were held out, and which crop was chosen.
+    """
+    config, data = setup.config, setup.data
+    name = configs.shown_data(config, data.name)
+    if data.test_from_train:
+        say(
+            f"{name} has nothing to test on: {data.test_from_train:,} of its images are held out "
+            "for that, the same ones in every run."
+        )
+    epochs = config.steps // (len(data.train_images) // config.batch_size)
+    if asked.steps and epochs > MANY_EPOCHS:
+        say(
+            f"warning: {config.steps:,} steps are {epochs:,} epochs of {name}; "
+            "--config.steps=0 --config.epochs=N trains N epochs"
+        )
+    crop, network = config.data.crop, asked.model.name
     if crop != asked.data.crop:
         sides = " or ".join(map(str, models.SIDES[network]))
-        side = setup.data.train_images.shape[1]
+        side = data.train_images.shape[1]
         say(
             f"data.crop={crop}: model.name={network} takes images of {sides} pixels, not of {side}."
         )
@@ -125,11 +143,6 @@ def say_crop(asked: ml_collections.ConfigDict, setup: Setup) -> None:
 def say_without_effect(setup: Setup) -> None:
     """Say which entries of the config change nothing here, a line each."""
     config, place = setup.config, setup.place
-    if config.data.flip and not setup.data.mirror:
-        say(
-            f"data.flip=True has no effect: a mirrored image of {setup.data.name} is another "
-            "class, or none."
-        )
     if config.collectives_in_flight > 1 and not setup.compiler_options:
         say(
             f"collectives_in_flight={config.collectives_in_flight} has no effect: it is an option "

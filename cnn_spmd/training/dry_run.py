@@ -31,7 +31,7 @@ def dry_run(
     """
     configs.validate(config)
     setup = build.prepare(config, devices, (data or registry.find(config.data)).preview)
-    build.say_crop(config, setup)
+    build.say_choices(config, setup)
     with contextlib.ExitStack() as stack:
         if workdir:
             stack.enter_context(locked_run(workdir, setup.saved_config))

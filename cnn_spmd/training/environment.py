@@ -64,7 +64,11 @@ class _LossyFile(io.FileIO):
 
 
 def protect_streams() -> None:
-    """Replace stdout and stderr by streams that accept any text and never raise."""
+    """Replace stdout and stderr by streams that accept any text and never raise.
+
+    What is logged goes to stderr, as `print_plain_lines` says.
+    """
+    print_plain_lines()
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:  # closed: otherwise the next file to be opened would get its number
@@ -76,6 +80,23 @@ def protect_streams() -> None:
         encoding = stream.encoding if stream else "utf-8"
         protected = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, protected)
+
+
+class _PlainFormatter(logging.Formatter):
+    """Write a record as `warning: TEXT`, as every other notice of a command."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the record's line."""
+        return f"{record.levelname.lower()}: {record.message}"
+
+
+def print_plain_lines() -> None:
+    """Let absl print what is logged, by us and by libraries, in plain lines on stderr."""
+    # absl then writes to sys.stderr as it is at that moment, which is above a progress bar.
+    flags.FLAGS.set_default("logtostderr", True)
+    flags.FLAGS.mark_as_parsed()  # absl has a line of its own for commands without absl's flags
+    absl_logging.get_absl_handler().setFormatter(_PlainFormatter())
+    absl_logging.use_absl_handler()
 
 
 def exit_code_of(command: Callable[[], None]) -> int:
@@ -144,8 +165,6 @@ def refuse_bad_xla_flags() -> None:
 
 def print_each_warning_once() -> None:
     """Let only absl print what libraries log, in single lines, without TFDS's hints."""
-    # absl then writes to sys.stderr as it is at that moment, which is above a progress bar.
-    flags.FLAGS.set_default("logtostderr", True)
     for library in ("jax", "jaxlib"):
         logging.getLogger(library).handlers.clear()  # JAX_LOGGING_LEVEL adds a second handler
     logging.getLogger("absl").addFilter(

@@ -140,7 +140,7 @@ class Log:
     def noise_scale(self, step: int, result: dict[str, float]) -> None:
         """Record a measurement of the gradient's noise (noise_scale.py)."""
         if not all(map(math.isfinite, result.values())):
-            say(f"WARNING: there is no noise scale at step {step}: a gradient is not finite")
+            say(f"warning: there is no noise scale at step {step}: a gradient is not finite")
             return
         self._file.write(step, "noise", **result)
         scale = result.get("noise_scale")

@@ -68,7 +68,7 @@ def train(
                 setup.start_weights()
 
     setup = build.prepare(config, data=data, check=refuse_early)
-    build.say_crop(config, setup)
+    build.say_choices(config, setup)
     with Interrupt() as interrupt:  # from here on, a signal is noted and does not kill
         interrupt.raise_if_requested()
         with locked_run(workdir, setup.saved_config) as old_summary:
@@ -85,6 +85,7 @@ def train(
             resume.write_config(setup, workdir, old_summary, checkpoints.run_name, start)
 
             timetable = make_timetable(setup.config, len(setup.data.train_images), start)
+            say("Compiling ...")
             programs = compile_programs(setup, timetable.chunks)
             say(program.as_summary(programs.report))
             interrupt.raise_if_requested()

@@ -39,7 +39,7 @@ def profile_chunks(
         traced = profile.trace(run_chunk, chunks, n, folder)
         write_run_file(workdir / "profile.json", traced)
     except (ValueError, RuntimeError) as error:
-        say(f"WARNING: there is no profile: {error}")
+        say(f"warning: there is no profile: {error}")
 
 
 def _endless_chunks(steps: int, n: int) -> Iterator[Chunk]:

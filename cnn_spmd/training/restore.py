@@ -109,7 +109,6 @@ def prepare(
     """Return the Setup of what was trained; arguments are those of `restore`."""
     if weights.is_file(source):
         config.init_from = str(source)
-    config.data.flip = False  # of training images; otherwise a line may say that it has no effect
     return build.prepare(config, data=data, check=lambda made: refuse_other_data(made, saved))
 
 

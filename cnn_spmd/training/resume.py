@@ -54,7 +54,7 @@ def restore(
     if state is not None and int(state.step) > setup.config.steps:
         raise UserError(
             f"steps={setup.config.steps}: {workdir} is at step {int(state.step)} already; "
-            "the number of steps may grow, not shrink"
+            "the number of steps may grow, not shrink: give more steps or another --workdir"
         )
     return checkpoints, state
 

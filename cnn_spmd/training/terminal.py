@@ -7,6 +7,8 @@ import time
 import jax
 from rich import progress
 
+from cnn_spmd.data.progress import clock_text
+
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
@@ -34,7 +36,7 @@ class Progress:
                 progress.TextColumn("{task.fields[text]}"),
             )
             self._bar.start()
-            self._task = self._bar.add_task("", total=steps, text="")
+            self._task = self._bar.add_task("", total=steps, text="the first steps ...")
 
     def update(
         self, step: int, *, loss: float, accuracy: float, images_per_second: float, eta: float
@@ -42,10 +44,9 @@ class Progress:
         """Show the state after `step`: loss in nats, accuracy from 0 to 1, eta in seconds."""
         if self._silent:
             return
-        minutes, seconds = divmod(round(eta), 60)
         text = (
             f"loss {loss:.4f}  accuracy {accuracy:6.2%}  {images_per_second:,.0f} images/s  "
-            f"ETA {minutes}:{seconds:02d}"
+            f"ETA {clock_text(eta)}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
