@@ -29,8 +29,8 @@ CLASSES = 5  # shown of each image
 # the run normalises may be inverted.
 FAR = 64
 # An image may be mostly empty where its mean pixel is this many times nearer to black or white than
-# the mean by which the run normalises: its object fills less than a quarter of it.
-EMPTY = 4
+# the mean by which the run normalises: its object fills less than a third of it.
+EMPTY = 3
 
 
 def predict(
@@ -97,7 +97,7 @@ def warnings_of_brightness(mean: float, usual: float, invert: bool) -> list[str]
         remedies.append("leave --invert out" if invert else "add --invert")
         mended = 255 - mean
     if mended < usual / EMPTY or 255 - mended < (255 - usual) / EMPTY:
-        remedies.append("cut out the object, as the image is mostly empty")
+        remedies.append("cut out the object, as the image looks mostly empty")
     if not remedies:
         return []
     return [

@@ -282,7 +282,7 @@ def saved(config, tmp_path):
         ({}, "holds no checkpoint that can be used"),
         (
             dict(model=dict(name="alexnet_3000")),
-            "model.name=alexnet_3000: is added by an experiment, give it by --config\n",
+            "model.name=alexnet_3000: unknown; if an experiment adds it, give that experiment by",
         ),
         (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
         (

@@ -186,7 +186,7 @@ def test_a_mostly_empty_image_and_a_transparent_one_are_named(exported, tmp_path
     Image.fromarray(np.pad(digit, ((80, 88), (84, 84), (0, 0)), constant_values=255)).save(small)
     alpha = 255 - digit[..., :1]
     Image.fromarray(np.concatenate([0 * digit, alpha], -1)).save(clear)
-    remedies = "cut out the object, as the image is mostly empty"
+    remedies = "cut out the object, as the image looks mostly empty"
     for invert in ([], ["--invert"]):
         assert predict.main([str(exported), str(small), str(clear), "--json", *invert]) == 0
         of_small, of_clear = (row["warning"] for row in json.loads(capsys.readouterr().out))
@@ -211,8 +211,8 @@ def test_a_network_of_an_experiment_names_the_experiment(run, exported, tmp_path
     for source, adds in ((folder, "my_network.py:wide"), (file, "mine.py")):
         with pytest.raises(UserError) as refused:
             restore.on_one_device(source)
-        remedy = f"is added by an experiment, give it by --config={adds}"
-        assert str(refused.value) == f"{source}: model.name=simple_cnn: {remedy}"
+        remedy = f"if an experiment adds it, give that experiment by --config={adds}"
+        assert str(refused.value) == f"{source}: model.name=simple_cnn: unknown; {remedy}"
 
 
 def test_the_page_names_the_experiment_that_adds_the_network(exported):

@@ -96,8 +96,11 @@ def on_one_device(source: pathlib.Path, data_dir: str | None = None) -> Restored
     except UserError as error:
         message = str(error).replace("--config.data.dir=", "--data_dir=")
         if IF_ADDED in message:
-            name, adds = message.partition(":")[0], experiment_of(source)
-            message = f"{name}: is added by an experiment, give it by --config{adds and f'={adds}'}"
+            adds = experiment_of(source)
+            remedy = f"{IF_ADDED}={adds}" if adds else IF_ADDED
+            message = message.replace(IF_ADDED, remedy)
+            if message.startswith("model.name="):  # no other network can take its place
+                message = f"{message.partition(':')[0]}: unknown{remedy}"
         if data_dir is None and message.startswith("data.dir="):
             message += "; where it has moved: --data_dir=PATH"
         raise UserError(f"{source}: {message}") from error
