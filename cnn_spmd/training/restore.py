@@ -151,7 +151,7 @@ def experiment_of(source: pathlib.Path) -> str:
     summary = runfiles.read_json(source / "summary.json", required=False)
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--config", default="")
-    return parser.parse_known_args(shlex.split(summary.get("command", "")))[0].config
+    return parser.parse_known_args(shlex.split(summary.get("command") or ""))[0].config
 
 
 def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.ConfigDict:
