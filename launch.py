@@ -189,9 +189,12 @@ def launch(argv: list[str]) -> int:
     configs.validate(CONFIG.value)
     if EVALUATE.value:
         CONFIG.value.data.fallback = ""  # another data set would be no test of this network
+    if PLAN.value:
+        where = TARGET.value or "the devices of this machine"
+        print(f"Planning {CONFIG.value.experiment} on {where}: seconds to a minute.", flush=True)
     # A thread finds the data set, and reads what is read at once, while Python imports jax.
     early = None
-    if not registry.may_use_tfds(CONFIG.value.data):
+    if not (is_for_others() or registry.may_use_tfds(CONFIG.value.data)):
         early = startup.background("data", registry.find, CONFIG.value.data)
     set_up_jax()
     import_training()
@@ -204,6 +207,8 @@ def launch(argv: list[str]) -> int:
     config = config_of_run()
     if cluster_env.variable(os.environ):
         compare_processes(config)
+    if is_for_others():
+        return print_plan(config, find_sizes(config))
     found = early.result() if early else find_data(config)
     if EVALUATE.value:
         return evaluate(config, found)
@@ -214,10 +219,31 @@ def launch(argv: list[str]) -> int:
     return report_program(config, found) if DRY_RUN.value else train(config, found)
 
 
+def is_for_others() -> bool:
+    """Return whether the flags ask for a plan for other machines."""
+    return PLAN.value and bool(TARGET.value)
+
+
 def find_data(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.Unread:
     """Find the config's data set, as a stage."""
     with startup.stage("data"):
         return registry.find(config.data)
+
+
+def find_sizes(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.Unread:
+    """Return images in the sizes of the config's data set, for a plan for other machines.
+
+    Raises UserError where the sizes are not known and the data set is not here.
+    """
+    from cnn_spmd import plan
+
+    try:
+        return plan.stand_in(config.data) or registry.find(config.data)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or plan by its sizes: --config.data.name=synthetic "
+            "--config.data.synthetic.image_size=PIXELS --config.data.synthetic.classes=N"
+        ) from error
 
 
 def refuse_flags(argv: list[str]) -> None:
@@ -276,7 +302,7 @@ def set_up_jax() -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs thirty lines for each save
     environment.prepare()
-    if PLAN.value and TARGET.value:
+    if is_for_others():
         environment.simulate(math.prod(planned_gpus()[1:]))
     elif CPU_DEVICES.value:
         environment.simulate(CPU_DEVICES.value)

@@ -29,9 +29,15 @@ def unknown(field: str, value: str, known: Iterable[str], more: str = "") -> Use
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message: the nearest known name; empty where none is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f'; did you mean "{near[0]}"?' if near else ""
+    """Return the end of a message: the nearest known names; empty where none is near."""
+    known = list(known)
+
+    def likeness(each: str) -> float:
+        return difflib.SequenceMatcher(a=each, b=name).ratio()
+
+    near = difflib.get_close_matches(name, known, max(len(known), 1))
+    nearest = [f'"{each}"' for each in near if likeness(each) == likeness(near[0])]
+    return f"; did you mean {' or '.join(nearest)}?" if near else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import io
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ import ml_collections
 
 from cnn_spmd.analysis import cost, program
 from cnn_spmd.analysis.cost import Card
-from cnn_spmd.config import AUTO
-from cnn_spmd.data.dataset import Dataset, Unread
+from cnn_spmd.config import AUTO, IMAGE_SIZE
+from cnn_spmd.data.dataset import Dataset, Unread, blank_arrays
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh as meshes
 from cnn_spmd.sharding.table import ALL, TABLE
@@ -26,6 +27,10 @@ from cnn_spmd.training import build
 from cnn_spmd.training.prediction import Prediction, one_device_step, predict
 
 MOST_ROWS = 30  # of a plan's printed table
+COLUMNS = 100  # of a plan's sentences
+# Data set -> training images, test images, pixels per side, classes. Sources: Krizhevsky 2009;
+# Russakovsky et al. 2015 (their sides differ, and the config's data.image_size scales them).
+SIZES = {"cifar10": (50_000, 10_000, 32, 10), "imagenet2012": (1_281_167, 50_000, 0, 1000)}
 
 
 class Plan(NamedTuple):
@@ -90,9 +95,24 @@ def plan(
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
         raise _nothing_fits(found, card)
-    title = _title(card, len(devices), gpus_per_host, config.batch_size, setup.config.dtype)
-    title += f"\n{_origin(alone.is_estimated)}"
-    return Plan(title, found, refused)
+    images = f"{found[0].batch_size} images of {setup.data.name}"
+    title = [
+        *_title(card, len(devices), gpus_per_host, images, setup.config.dtype),
+        _origin(alone.is_estimated),
+    ]
+    return Plan("\n".join(map(_wrapped, title)), found, refused)
+
+
+def stand_in(data: ml_collections.ConfigDict) -> Dataset | None:
+    """Return black images in the place of a data set whose sizes are known; None for others.
+
+    data: the config's section. A plan for other machines needs no more.
+    """
+    if data.name not in SIZES:
+        return None
+    train, test, side, classes = SIZES[data.name]
+    arrays = blank_arrays(dict(train=train, test=test), side or data.image_size or IMAGE_SIZE)
+    return Dataset(name=data.name, **arrays, class_names=tuple(map(str, range(classes))))
 
 
 def _nothing_fits(found: Sequence[Prediction], card: Card) -> UserError:
@@ -141,17 +161,14 @@ def rows_of_dense_layers() -> dict[str, dict]:
 # ---- Text
 
 
-def _title(card: Card, devices: int, gpus_per_host: int, batch_size: int, dtype: str) -> str:
-    """Return the title of a plan's table: for what it was made, and what its columns mean."""
+def _title(card: Card, devices: int, gpus_per_host: int, images: str, dtype: str) -> Iterator[str]:
+    """Yield the title of a plan's table: for what it was made, and what its columns mean."""
     hosts = -(-devices // gpus_per_host)
-    title = (
-        f"Predicted steps of {batch_size} images on {hosts} x {devices // hosts} "
-        f"{card.device_kind}, {dtype}, the fastest first; sent and held are per device, held is "
-        "without the data set's images"
-    )
+    machine = f"{hosts} x {devices // hosts} {card.device_kind}"
+    yield f"Predicted steps of {images} on {machine}, {dtype}, the fastest first"
+    yield "sent, held: per device; held is without the data set's images"
     if hosts > 1:
-        title += f"\nTimes across hosts: {card.sources.get('cluster', 'no source')}"
-    return title
+        yield f"Times across hosts: {card.sources.get('cluster', 'no source')}"
 
 
 def _origin(is_estimated: bool) -> str:
@@ -188,9 +205,10 @@ def as_text(plan: Plan) -> Iterator[str]:
         numbers=6,
     )
     if len(rows) > MOST_ROWS:
-        yield f"  and {len(rows) - MOST_ROWS} slower rows"
+        more = len(rows) - MOST_ROWS
+        yield f"  and {more} slower rows; --config.parallelism=NAME shows those of one scheme"
     best = plan.predictions[0]
-    yield why(plan.predictions)
+    yield _wrapped(why(plan.predictions))
     if row := rows_of_dense_layers().get(best.parallelism):
         yield "To take it, give:"
         yield f"  --mesh={best.mesh} --config.parallelism={best.parallelism} \\"
@@ -200,7 +218,12 @@ def as_text(plan: Plan) -> Iterator[str]:
         scheme = name.partition(" ")[2]
         reasons.setdefault(reason.removeprefix(f"parallelism={scheme}: "), []).append(name)
     for reason, names in reasons.items():
-        yield f"Left out: {_several(names)}: {reason}"
+        yield _wrapped(f"Left out: {_several(names)}: {reason}")
+
+
+def _wrapped(text: str) -> str:
+    """Return a sentence in lines of at most COLUMNS."""
+    return textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _several(names: Sequence[str]) -> str:

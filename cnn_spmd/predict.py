@@ -4,8 +4,9 @@ RUN is a --workdir of launch.py, whose newest checkpoint is taken, or a weights 
 `python -m cnn_spmd.export`. An image becomes what the run's evaluation sees: the central square,
 rescaled to the size of the run's images, cropped and normalised as the config says. Its five most
 probable classes are printed, or as many as there are. A line warns of an image that is far too
-light or dark, where --invert would mend that; --json has it as `warning`. A run's folder needs the
-run's data set, as the training images normalise; a weights file does not.
+light or dark, and says whether --invert or cutting out the object mends that. It also says where
+white was put behind a transparent image. --json has the line as `warning`. A run's folder needs
+the run's data set, as the training images normalise; a weights file does not.
 """
 
 import argparse
@@ -20,13 +21,16 @@ import numpy as np
 
 from cnn_spmd import experiment
 from cnn_spmd.data import square
-from cnn_spmd.errors import UserError, one_line
+from cnn_spmd.errors import UserError
 from cnn_spmd.training import environment, restore, terminal
 
 CLASSES = 5  # shown of each image
 # A quarter of the values of a pixel. An image whose mean pixel is this far from the mean by which
 # the run normalises may be inverted.
 FAR = 64
+# An image may be mostly empty where its mean pixel is this many times nearer to black or white than
+# the mean by which the run normalises: its object fills less than a third of it.
+EMPTY = 3
 
 
 def predict(
@@ -53,7 +57,9 @@ def predict(
     scores = jax.jit(setup.functions.scores)
     found = []
     for image, pixels_HWC in zip(images, pixels, strict=True):
-        warning = warning_of_inversion(pixels_HWC.mean(), usual, invert)
+        said = ["white is put behind its transparent pixels"] * square.is_transparent(image)
+        said += warnings_of_brightness(pixels_HWC.mean(), usual, invert)
+        warning = "; ".join(said) or None
         if warning:
             terminal.say(f"warning: {image}: {warning}")
         probabilities_C = np.exp(scores(state, pixels_HWC[None])[0])
@@ -74,26 +80,30 @@ def decode(image: pathlib.Path, side: int) -> np.ndarray:
     try:
         return square.decode(image, side)
     except Exception as error:  # Pillow raises many types for damaged files
-        raise UserError(
-            f"{image}: cannot be read ({one_line(error)}), expected a JPEG, PNG or WebP image"
-        ) from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{image}: cannot be read ({reason}): give another image") from error
 
 
-def warning_of_inversion(mean: float, usual: float, invert: bool) -> str | None:
-    """Return a warning of an image that looks inverted; None for another image.
+def warnings_of_brightness(mean: float, usual: float, invert: bool) -> list[str]:
+    """Return a warning of an image that looks inverted or mostly empty; [] for another image.
 
-    Such an image would be much nearer to the training images if inverted. mean: the image's mean
-    pixel. usual: the mean pixel by which the run normalises. invert: whether the image is inverted
-    already.
+    An inverted one would be much nearer to the training images if inverted again. mean: the image's
+    mean pixel. usual: the mean pixel by which the run normalises. invert: whether the image is
+    inverted already.
     """
+    remedies, mended = [], mean
     distance, inverted = abs(mean - usual), abs(255 - mean - usual)
-    if distance <= FAR or inverted >= distance / 2:
-        return None
-    remedy = "leave --invert out" if invert else "add --invert"
-    return (
+    if distance > FAR and inverted < distance / 2:
+        remedies.append("leave --invert out" if invert else "add --invert")
+        mended = 255 - mean
+    if mended < usual / EMPTY or 255 - mended < (255 - usual) / EMPTY:
+        remedies.append("cut out the object, as the image looks mostly empty")
+    if not remedies:
+        return []
+    return [
         f"its mean pixel is {mean:.0f}, but the network expects about {usual:.0f} (0: black, "
-        f"255: white): {remedy}"
-    )
+        f"255: white): {', and '.join(remedies)}"
+    ]
 
 
 def as_text(predictions: list[dict]) -> str:

@@ -250,12 +250,14 @@ def show_dry_run(rows: Iterable[dict], count: int) -> list[dict]:
             status.update(f"compiled {len(done)} of {runs_text(count)}")
     title = (
         f"A dry run of {runs_text(count)}. MB per device: state between steps, held while it "
-        "trains,\nsent per step in rings, in theory"
+        "trains,\nsent per step in rings"
     )
     columns = report_columns(done)
     lines = [*table_of(done, differing(done), title, columns, page.width)]
     notes = []
     _, header, *_ = lines
+    if "theory" in header.split():
+        notes.append("theory MB: sent per step by the closed form.")
     if "ms" in header.split():
         notes.append("ms: the step as predicted.")
     if any(row["report"] and program.sends_twice(row["report"]) for row in done):

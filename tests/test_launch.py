@@ -436,13 +436,31 @@ def test_help_shows_every_flag(start):
         assert flag in out
 
 
-def test_a_dry_run_without_a_whole_report_fails(config, monkeypatch, capsys):
-    given = dict(CONFIG=config, DRY_RUN=True)
+def give_flags(monkeypatch, **given):
+    """Give launch.py these flags, and the defaults of all others."""
     for name, holder in [*vars(launch).items()]:
         if isinstance(holder, launch.flags.FlagHolder):
-            monkeypatch.setattr(
-                launch, name, types.SimpleNamespace(value=given.get(name, holder.default))
-            )
+            value = given.get(name, holder.default)
+            monkeypatch.setattr(launch, name, types.SimpleNamespace(value=value))
+
+
+def test_a_plan_for_other_machines_looks_for_no_data(config, monkeypatch, capsys):
+    """Where the sizes are known. Otherwise the error says how to give them."""
+    planned = []
+    monkeypatch.setattr(launch.environment, "simulate", lambda _: None)
+    monkeypatch.setattr(launch, "print_plan", lambda _, data: planned.append(data) or 0)
+    give_flags(monkeypatch, CONFIG=config, PLAN=True, TARGET="h100:8x8")
+    config.data.update(dict(name="cifar10", dir="nowhere"))
+    assert launch.launch(["launch.py"]) == 0
+    assert len(planned[0].train_images) == 50_000
+    assert capsys.readouterr().out.startswith(f"Planning {config.experiment} on h100:8x8: ")
+    config.data.name = "folder"
+    with pytest.raises(UserError, match=r"^data.dir=nowhere: .*; or plan by its sizes: --config.d"):
+        launch.launch(["launch.py"])
+
+
+def test_a_dry_run_without_a_whole_report_fails(config, monkeypatch, capsys):
+    give_flags(monkeypatch, CONFIG=config, DRY_RUN=True)
     assert launch.launch(["launch.py"]) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(

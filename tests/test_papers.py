@@ -638,6 +638,9 @@ def test_any_network_beside_a_chosen_figure(tmp_path, capsys):
     assert labels == [f"mesh 1x1, {rate}", "mesh 1x1, learning_rate 0.5", two]
     assert command.main([own, "--beside", "11pc"]) == 2
     assert re.search('no such figure, .*13pct; .* mean "11pct"', capsys.readouterr().err)
+    assert command.main([own, "--beside", "12pct"]) == 2  # a letter from each of four
+    error = capsys.readouterr().err
+    assert 'mean "19pct" or "18pct" or "13pct" or "11pct"?' in error
     assert command.main([digits, "--beside", "11pct"]) == 2
     error = (
         f"error: --beside=11pct: is an error on cifar10, but {digits} is on digits, expected runs"

@@ -282,7 +282,7 @@ def saved(config, tmp_path):
         ({}, "holds no checkpoint that can be used"),
         (
             dict(model=dict(name="alexnet_3000")),
-            "model.name=alexnet_3000: unknown, expected one of",
+            "model.name=alexnet_3000: unknown; if an experiment adds it, give that experiment by",
         ),
         (dict(data=dict(name="folder", dir="/no/where")), "data.dir=/no/where: is no folder"),
         (
@@ -351,9 +351,13 @@ def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_no_run(tmp_path, capsys):
-    for folder in (tmp_path, tmp_path / "none"):
+    missing = "does not exist, expected the folder of a run"
+    for folder, wrong in (
+        (tmp_path, "holds no run (no config.json)"),
+        (tmp_path / "none", missing),
+    ):
         assert report.main(["--pictures", str(folder)]) == 2
-        assert capsys.readouterr().err == f"error: {folder}: holds no run (no config.json)\n"
+        assert capsys.readouterr().err == f"error: {folder}: {wrong}\n"
     (tmp_path / "config.json").write_text("{")
     assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'config.json'}: damaged JSON")

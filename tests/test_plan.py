@@ -77,7 +77,25 @@ def test_a_step_between_and_beyond_the_measured_batches(batch, seconds):
     assert prediction.measured_step(CARD, setup, batch) == pytest.approx(seconds)
 
 
-def test_a_plan_puts_the_fastest_first(data, capsys):
+def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
+    """On the digits in place of CIFAR-10, heading and rows are of the fallback's batch."""
+    config = config_of(parallelism="data", **{"mesh.model": 1})
+    config.data.update(dict(name="cifar10", fallback="digits", fallback_batch_size=8))
+    black = plan.stand_in(config.data)
+    assert (black.train_images.shape, len(black.class_names)) == ((50_000, 32, 32, 3), 10)
+    assert plan.stand_in(config_of().data) is None
+    digits = dataclasses.replace(data, name="digits", fallback="cifar10")
+    for found_data, images in ((black, "16 images of cifar10"), (digits, "8 images of digits")):
+        found = plan.plan(config, found_data, CARD, 4, "4x1")
+        lines = "\n".join(plan.as_text(found)).splitlines()
+        assert lines[0].startswith(f"Predicted steps of {images} on 1 x 4 card, float32, ")
+        (row,) = found.predictions
+        assert row.batch_size == int(images.split()[0])
+        assert max(map(len, lines)) <= plan.COLUMNS
+
+
+def test_a_plan_puts_the_fastest_first(data, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "MOST_ROWS", 3)
     config = config_of(collectives_in_flight=2)
     found = plan.plan(config, dataclasses.replace(data, mirror=False), CARD, 4)
     said = capsys.readouterr().out
@@ -94,7 +112,9 @@ def test_a_plan_puts_the_fastest_first(data, capsys):
     assert data_parallel.terms.exposed == pytest.approx(data_parallel.ring_bytes / 1e6)
     assert data_parallel.speedup == pytest.approx(4 * 3.0 / data_parallel.terms.step)
     text = "\n".join(plan.as_text(found))
-    assert text.startswith("Predicted steps of 16 images on 1 x 4 card, float32, the fastest first")
+    title = "Predicted steps of 16 images of synthetic on 1 x 4 card, float32, the fastest first\n"
+    assert text.startswith(title)
+    assert " slower rows; --config.parallelism=NAME shows those of one scheme\n" in text
     best = found.predictions[0]
     assert f"Fastest: {best.mesh} {best.parallelism}" in text
     assert "Left out: 4x1 two_tower and 2 more: splits towers" in text

@@ -35,7 +35,14 @@ def test_the_shorter_side_is_rescaled_and_the_centre_kept(tmp_path, height, widt
 
 def transparent_palette(image: Image.Image) -> Image.Image:
     image = image.quantize(256)
-    image.info["transparency"] = bytes(range(256))
+    image.info["transparency"] = bytes([255] * 256)
+    return image
+
+
+def half_clear(image: Image.Image) -> Image.Image:
+    """Return an image whose left half is opaque; the right half is clear, and black below."""
+    image = image.convert("RGBA")
+    image.paste((0, 0, 0, 0), (SIZE // 2, 0, SIZE, SIZE))
     return image
 
 
@@ -62,6 +69,25 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, name):
     assert found.shape == (SIZE, SIZE, 3)
     expected = np.asarray(image.convert(mode).convert("RGB"), int)
     assert np.abs(found - expected).max() <= tolerance
+    assert not square.is_transparent(tmp_path / name)
+
+
+def test_white_is_behind_a_transparent_image(tmp_path):
+    """As a colour is mixed with white; an opaque pixel stays as it is."""
+    image = Image.fromarray(colours(SIZE, SIZE))
+    for name, made in (
+        ("colour.png", half_clear(image)),
+        ("grey.png", half_clear(image).convert("LA")),
+        ("palette.png", half_clear(image).quantize(256)),
+    ):
+        write_image(tmp_path / name, made)
+        assert square.is_transparent(tmp_path / name)
+        found = square.decode(tmp_path / name, SIZE)
+        assert (found[:, SIZE // 2 :] == 255).all()
+        if name == "colour.png":
+            np.testing.assert_array_equal(found[:, : SIZE // 2], np.asarray(image)[:, : SIZE // 2])
+    Image.new("RGBA", (SIZE, SIZE), (0, 100, 200, 51)).save(tmp_path / "pale.png")
+    assert square.decode(tmp_path / "pale.png", SIZE)[0, 0].tolist() == [204, 224, 244]
 
 
 def write_png16(path: Path, values_HWC: np.ndarray) -> None:

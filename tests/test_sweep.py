@@ -761,11 +761,14 @@ def test_a_dry_run_of_a_sweep_is_one_table(monkeypatch, capsys):
     assert float(held) > float(state) > 0
     assert float(sent) == float(theory) > 0
     assert found[0]["report"] is found[1]["report"]
-    assert out[9].startswith("Runs 5, 6 refused: batch_size")
-    assert len(out) == 10
+    assert out[10].startswith("Runs 5, 6 refused: batch_size")
+    by_theory = "theory MB: sent per step by the closed form."
+    assert out[9] == by_theory
+    assert len(out) == 11
     scattered = found[0]["report"] | dict(closed_form=[dict(operation="reduce-scatter")])
     predicted = dict(predicted_milliseconds=1.5)
-    for prediction, explained in ((None, []), (predicted, ["ms: the step as predicted."])):
+    for prediction, more in ((None, []), (predicted, ["ms: the step as predicted."])):
+        explained = [by_theory, *more]
         report = scattered | dict(prediction=prediction)
         sweep_screen.show_dry_run([found[0] | dict(report=report)], 1)
         title, *lines = capsys.readouterr().out.splitlines()

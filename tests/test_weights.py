@@ -179,6 +179,42 @@ def test_inverted_images_are_named(exported, tmp_path, capsys):
     assert found[dark][0]["classes"] == found[light][1]["classes"]
 
 
+def test_a_mostly_empty_image_and_a_transparent_one_are_named(exported, tmp_path, capsys):
+    """A small digit, black on white; and a digit, black on a transparent ground."""
+    digit = 255 - digits.load_digits(None).test_images[0]
+    small, clear = tmp_path / "small.png", tmp_path / "clear.png"
+    Image.fromarray(np.pad(digit, ((80, 88), (84, 84), (0, 0)), constant_values=255)).save(small)
+    alpha = 255 - digit[..., :1]
+    Image.fromarray(np.concatenate([0 * digit, alpha], -1)).save(clear)
+    remedies = "cut out the object, as the image looks mostly empty"
+    for invert in ([], ["--invert"]):
+        assert predict.main([str(exported), str(small), str(clear), "--json", *invert]) == 0
+        of_small, of_clear = (row["warning"] for row in json.loads(capsys.readouterr().out))
+        assert of_small.endswith(
+            f"white): {remedies if invert else f'add --invert, and {remedies}'}"
+        )
+        first, _, rest = of_clear.partition("; ")
+        assert first == "white is put behind its transparent pixels"
+        assert rest.endswith("add --invert") != bool(invert)
+
+
+def test_a_network_of_an_experiment_names_the_experiment(run, exported, tmp_path, monkeypatch):
+    """Of a run by its command, of a weights file by what was given to export."""
+    monkeypatch.delitem(networks.NETWORKS, "simple_cnn")
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    summary = json.loads((run / "summary.json").read_text())
+    summary["command"] = "python launch.py --config my_network.py:wide --config.seed=1"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    arrays, about = weights.read(exported)
+    file = tmp_path / "a.safetensors"
+    weights.write(file, arrays, about | dict(adds="mine.py"))
+    for source, adds in ((folder, "my_network.py:wide"), (file, "mine.py")):
+        with pytest.raises(UserError) as refused:
+            restore.on_one_device(source)
+        remedy = f"if an experiment adds it, give that experiment by --config={adds}"
+        assert str(refused.value) == f"{source}: model.name=simple_cnn: unknown; {remedy}"
+
+
 def test_the_page_names_the_experiment_that_adds_the_network(exported):
     about = weights.read_about(exported)
     page = export.page_text("a.safetensors", about | dict(adds="mine.py"))
@@ -218,7 +254,8 @@ def test_a_run_starts_from_weights_for_other_classes(exported, config, tmp_path,
 
 BAD_START = {
     "w.pth": "w.pth: is a pickle, which could run any code when it is loaded; where you trust it",
-    "none.safetensors": "none.safetensors: expected a file that is there and ends in .safeten",
+    "none.safetensors": "none.safetensors: does not exist, expected a weights file",
+    "w.npz": "w.npz: expected a file whose name ends in .safetensors",
     "damaged.safetensors": "damaged.safetensors: cannot be read as safetensors (Safetensor",
     "lacks.safetensors": "lacks.safetensors: lacks conv1.bias and 1 more, expected the arrays",
     "more.safetensors": "more.safetensors: holds what the network lacks: norm1.mean, expected",
@@ -271,7 +308,8 @@ def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, c
             [run.parent, bad],
             f"{run.parent}: holds no run (no config.json); give one of th",
         ),
-        (predict, [exported, bad], f"{bad}: cannot be read (ValueError: is no JPEG, PNG or WebP"),
+        (predict, [exported, bad], f"{bad}: cannot be read (is no JPEG, PNG or WebP image): give"),
+        (predict, [exported, "nope.png"], "nope.png: cannot be read (No such file or directory): "),
         (predict, [exported, bad, "--config", "a.py"], "--config=a.py: no such experiment"),
         (predict, ["w.pt", bad], "w.pt: is a pickle, which could run any code"),
     )

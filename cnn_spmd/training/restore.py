@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,8 +19,8 @@ import numpy as np
 from cnn_spmd import config as configs
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import VALIDATION, Dataset, Unread, blank_arrays
-from cnn_spmd.errors import UserError
-from cnn_spmd.training import build, weights, workdir
+from cnn_spmd.errors import IF_ADDED, UserError
+from cnn_spmd.training import build, runfiles, weights, workdir
 from cnn_spmd.training.checkpoint import Checkpoints
 from cnn_spmd.training.one_checkpoint import Checkpoint
 from cnn_spmd.training.step import TrainState
@@ -94,6 +95,12 @@ def on_one_device(source: pathlib.Path, data_dir: str | None = None) -> Restored
         raise UserError(f"{source}: is damaged or of another version ({said})") from error
     except UserError as error:
         message = str(error).replace("--config.data.dir=", "--data_dir=")
+        if IF_ADDED in message:
+            adds = experiment_of(source)
+            remedy = f"{IF_ADDED}={adds}" if adds else IF_ADDED
+            message = message.replace(IF_ADDED, remedy)
+            if message.startswith("model.name="):  # no other network can take its place
+                message = f"{message.partition(':')[0]}: unknown{remedy}"
         if data_dir is None and message.startswith("data.dir="):
             message += "; where it has moved: --data_dir=PATH"
         raise UserError(f"{source}: {message}") from error
@@ -131,6 +138,19 @@ def newest(source: pathlib.Path, setup: build.Setup, saved: dict) -> Restored:
         )
     step = int(state.step)
     return Restored(setup, state, step, Checkpoint(directory / str(step)).accuracy())
+
+
+def experiment_of(source: pathlib.Path) -> str:
+    """Return the experiment that the run's command names; "" where the files do not say it.
+
+    A weights file names the experiment that adds its network or data set.
+    """
+    if weights.is_file(source):
+        return weights.read_about(source).get("adds", "")
+    summary = runfiles.read_json(source / "summary.json", required=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config", default="")
+    return parser.parse_known_args(shlex.split(summary.get("command") or ""))[0].config
 
 
 def config_on_one_device(saved: dict, data_dir: str | None) -> ml_collections.ConfigDict:

@@ -70,7 +70,10 @@ class StepFunctions:
 
     def init(self, seed: jax.Array) -> TrainState:
         """Return the state at step 0, a function of the seed [] alone."""
-        model = self.make_model(nnx.Rngs(jax.random.key(seed)))
+        return self._first_state(seed, self.make_model(nnx.Rngs(jax.random.key(seed))))
+
+    def _first_state(self, seed: jax.Array, model: nnx.Module) -> TrainState:
+        """Return the state at step 0 with the network's arrays."""
         _, params, model_state = nnx.split(model, nnx.Param, ...)
         if microbatch.updates_each(self.microbatch):
             optimizer_state = microbatch.init_optimizer(self, params)
@@ -314,7 +317,7 @@ class StepFunctions:
 
         Raises UserError where an array does not divide as the table asks.
         """
-        state = jax.eval_shape(self.init, np.uint32(self.seed))
+        state = jax.eval_shape(self._first_state, np.uint32(self.seed), self.abstract_model)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             state,

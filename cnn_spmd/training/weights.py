@@ -76,6 +76,8 @@ def read_saved(source: pathlib.Path) -> dict:
 def refuse_no_run(folder: pathlib.Path) -> None:
     """Raise UserError unless a folder holds a run."""
     refuse_pickle(folder)
+    if not folder.exists():
+        raise UserError(f"{folder}: does not exist, expected the folder of a run")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no run (no config.json){runfiles.instead_of(folder)}")
 
@@ -147,8 +149,11 @@ def refuse_pickle(path: pathlib.Path) -> None:
 def _opened(path: pathlib.Path) -> Any:
     """Open a file, whose arrays are read when they are asked for."""
     refuse_pickle(path)
-    if path.suffix != SUFFIX or not path.is_file():
-        raise UserError(f"{path}: expected a file that is there and ends in {SUFFIX}")
+    if path.suffix != SUFFIX:
+        raise UserError(f"{path}: expected a file whose name ends in {SUFFIX}")
+    if not path.is_file():
+        wrong = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{path}: {wrong}, expected a weights file")
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
