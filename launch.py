@@ -208,8 +208,9 @@ def launch(argv: list[str]) -> int:
     if cluster_env.variable(os.environ):
         compare_processes(config)
     if is_for_others():
-        return print_plan(config, find_sizes(config))
-    found = early.result() if early else find_data(config)
+        found = find_sizes(config)
+    else:
+        found = early.result() if early else find_data(config)
     if EVALUATE.value:
         return evaluate(config, found)
     if PLAN.value:
@@ -220,8 +221,8 @@ def launch(argv: list[str]) -> int:
 
 
 def is_for_others() -> bool:
-    """Return whether the flags ask for a plan for other machines."""
-    return PLAN.value and bool(TARGET.value)
+    """Return whether the flags ask for a plan or a dry run for GPUs that are not here."""
+    return bool(TARGET.value)
 
 
 def find_data(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.Unread:
@@ -231,7 +232,7 @@ def find_data(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.Un
 
 
 def find_sizes(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.Unread:
-    """Return images in the sizes of the config's data set, for a plan for other machines.
+    """Return images in the sizes of the config's data set, for GPUs that are not here.
 
     Raises UserError where the sizes are not known and the data set is not here.
     """
@@ -241,7 +242,7 @@ def find_sizes(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.U
         return plan.stand_in(config.data) or registry.find(config.data)
     except UserError as error:
         raise UserError(
-            f"{error}; or plan by its sizes: --config.data.name=synthetic "
+            f"{error}; or take its sizes: --config.data.name=synthetic "
             "--config.data.synthetic.image_size=PIXELS --config.data.synthetic.classes=N"
         ) from error
 

@@ -106,7 +106,7 @@ def plan(
 def stand_in(data: ml_collections.ConfigDict) -> Dataset | None:
     """Return black images in the place of a data set whose sizes are known; None for others.
 
-    data: the config's section. A plan for other machines needs no more.
+    data: the config's section. A plan or a dry run for other machines needs no more.
     """
     if data.name not in SIZES:
         return None

@@ -444,18 +444,22 @@ def give_flags(monkeypatch, **given):
             monkeypatch.setattr(launch, name, types.SimpleNamespace(value=value))
 
 
-def test_a_plan_for_other_machines_looks_for_no_data(config, monkeypatch, capsys):
+def test_what_is_for_other_machines_looks_for_no_data(config, monkeypatch, capsys):
     """Where the sizes are known. Otherwise the error says how to give them."""
-    planned = []
+    found = []
     monkeypatch.setattr(launch.environment, "simulate", lambda _: None)
-    monkeypatch.setattr(launch, "print_plan", lambda _, data: planned.append(data) or 0)
-    give_flags(monkeypatch, CONFIG=config, PLAN=True, TARGET="h100:8x8")
+    for name in ("print_plan", "report_program"):
+        monkeypatch.setattr(launch, name, lambda _, data: found.append(data) or 0)
     config.data.update(dict(name="cifar10", dir="nowhere"))
-    assert launch.launch(["launch.py"]) == 0
-    assert len(planned[0].train_images) == 50_000
+    for command in ("DRY_RUN", "PLAN"):
+        with monkeypatch.context() as patch:
+            give_flags(patch, CONFIG=config, TARGET="h100:8x8", **{command: True})
+            assert launch.launch(["launch.py"]) == 0
+        assert len(found.pop().train_images) == 50_000
     assert capsys.readouterr().out.startswith(f"Planning {config.experiment} on h100:8x8: ")
     config.data.name = "folder"
-    with pytest.raises(UserError, match=r"^data.dir=nowhere: .*; or plan by its sizes: --config.d"):
+    give_flags(monkeypatch, CONFIG=config, TARGET="h100:8x8", PLAN=True)
+    with pytest.raises(UserError, match=r"^data.dir=nowhere: .*; or take its sizes: --config.d"):
         launch.launch(["launch.py"])
 
 
