@@ -87,7 +87,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     change(folder / "sweep.json", runs=[*sweep["runs"], failed])
     markdown, page, *_ = written(capsys, folder)
     assert re.findall("<h3>(.*?)</h3>", page) == [
-        "Best runs, by test accuracy",
+        "Best runs, by test accuracy (5 of 6 shown)",
         "Settings",
         "Test accuracy, % by setting",
         "Learning curves",
@@ -101,9 +101,14 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
         "0.003, 0.03, 0.3, 1",
     ]
     assert "Best test accuracy: learning_rate=0.03, dropout=0.5, 91.50 ± 0.71 % (n = 2)" in page
-    assert "; dropout is the largest value tried.</p>" in page
+    # The means at dropout 0 and 0.5 are 1 % apart, twice the standard error of 0.71 %.
+    near = "learning_rate=0.03, dropout=0 (at most two standard errors of the difference apart)"
+    tried = "dropout is the largest value tried"
+    missing = "learning_rate=1, dropout=0"
+    assert f"; not distinguishable from {near}; {tried}; not completed: {missing}.</p>" in page
     best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
-    assert f"<pre><code>{best}\n" in page
+    in_page = " ".join(f"<span>{word}</span>" for word in best.split())
+    assert f"<pre><code>{in_page}\n" in page
     assert f"```bash\n{best}\n" in markdown
     # Seconds to 80 %, which half of the combinations reach.
     assert row_of(page, "0.03", "0.5", "2", "91.50 ± 0.71", "0.0850 ± 0.0071", "10.0 ± 0.0")
@@ -178,7 +183,7 @@ def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeyp
     monkeypatch.setattr("sys.argv", ["there/launch.py", *arguments])
     change(run / "summary.json", command=provenance.command())
     command = "python launch.py --config e.py --mesh=1x1"
-    assert f"<pre><code>{command}</code></pre>" in written(capsys, run)[1]
+    assert f"```bash\n{command}\n```" in written(capsys, run)[0]
     monkeypatch.setattr("sys.argv", ["pytest", *arguments])
     assert provenance.command() is None
 
@@ -284,11 +289,13 @@ def test_runs_of_several_experiments_and_a_sweep_have_a_joint_table(tmp_path, ca
     markdown = written(capsys, folder, *runs)[0]
     lines = markdown.splitlines()
     at = lines.index("## All given, on digits")
-    assert [line.split(" | ")[:3] for line in lines[at + 4 : at + 8]] == [
+    assert lines[at + 2] == "Best of all on digits: a, 50.00 % (n = 1)."
+    assert [line.split(" | ")[:3] for line in lines[at + 6 : at + 10]] == [
         ["| a", "one", "optimizer.learning_rate=0.2"],
         ["| b", "other", "optimizer.learning_rate=0.4"],
         ["| s", "", "optimizer.learning_rate=0.3"],
         ["| s", "", "optimizer.learning_rate=0.1"],
     ]
-    assert "experiment (with it: optimizer.learning_rate)" in markdown
-    assert "| label_smoothing" not in markdown
+    start = lines.index("| run | experiment | learning_rate | label_smoothing |")
+    assert lines[start + 2 : start + 4] == ["| a | one | 0.2 | 0.1 |", "| b | other | 0.4 | 0 |"]
+    assert "| learning rate |" not in markdown[markdown.index("## a, b") :]
