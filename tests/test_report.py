@@ -699,6 +699,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         assert printed.err.count("\n") == 1
         return printed.err
 
+    with pytest.raises(SystemExit, match="2"):
+        report.main([])
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert len(usage) < 5
+    assert error.endswith("the following arguments are required: RUN_OR_SWEEP")
     assert refused(tmp_path / "none") == f"error: {tmp_path / 'none'}: does not exist\n"
     assert "holds neither a sweep (sweep.json) nor a run" in refused(tmp_path)
     (tmp_path / "file").write_text("")
@@ -786,8 +791,10 @@ def test_a_registered_metric_of_a_finished_sweep_is_in_its_report(tmp_path, caps
 
 
 def test_a_registered_metric_is_in_the_terminals_table_of_a_sweep():
-    runs = [a_run(eval=dict(accuracy=0.5, loss=1.0, mean_rank=2.53)), a_run("2x1", status="failed")]
+    evaluated = dict(accuracy=0.5, loss=1.0, mean_rank=2.53, top5=0.875)
+    runs = [a_run(eval=evaluated), a_run("2x1", status="failed")]
     assert sweep_screen.figure_columns(runs)["mean_rank"] == ["2.53", ""]
+    assert sweep_screen.figure_columns(runs)["top5"] == ["87.50%", ""]
 
 
 def test_a_metric_that_is_no_number_is_damage(tmp_path, capsys):

@@ -8,6 +8,7 @@ import picture_checks
 import pytest
 from report_runs import a_run, change, row_of, write_run, write_sweep, written
 
+from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import setting_charts, settings, write
 from cnn_spmd.training import provenance
 
@@ -299,3 +300,44 @@ def test_runs_of_several_experiments_and_a_sweep_have_a_joint_table(tmp_path, ca
     start = lines.index("| run | experiment | learning_rate | label_smoothing |")
     assert lines[start + 2 : start + 4] == ["| a | one | 0.2 | 0.1 |", "| b | other | 0.4 | 0 |"]
     assert "| learning rate |" not in markdown[markdown.index("## a, b") :]
+
+
+def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
+    """Each best is of one data set, and names what is open; lone runs have no edges."""
+    folder = tmp_path / "all"
+    fields = {"optimizer.learning_rate": (0.1, 0.3), "seed": SEEDS}
+    sweep = a_learning_sweep(folder / "s", fields, lambda combo: 0.9)
+    entries = json.loads((sweep / "sweep.json").read_text())["runs"]
+    entries[0]["command"] += " --config.data.fallback= --config.seed=0"
+    for entry in entries[1:]:
+        entry |= dict(status="pending", figures={})
+    change(sweep / "sweep.json", runs=entries)
+    for name, data, batch in (("a", "digits", 64), ("b", "digits", 128), ("c", "npz", 256)):
+        change(write_run(folder / name, batch_size=batch) / "summary.json", dataset=data)
+    assert report.main([str(folder)]) == 0
+    *said, _, _, _ = capsys.readouterr().out.splitlines()
+    assert said == [
+        "s: Best test accuracy: learning_rate=0.1, 90.00 % (n = 1); it is the smallest value tried;"
+        " not completed: learning_rate=0.1 (1 of 2 runs), learning_rate=0.3 (2 of 2 runs)",
+        "a, b: Best test accuracy: a, 50.00 % (n = 1)",
+        "c: Test accuracy: 50.00 % (n = 1)",
+        "Best of all on digits: s, learning_rate=0.1, 90.00 % (n = 1)",
+    ]
+    markdown = (folder / "report.md").read_text()
+    assert markdown.startswith("# cnn_spmd: alexnet on digits, npz\n")
+    assert "| run | batch_size |\n|---|---|\n| a | 64 |\n| b | 128 |" in markdown
+    assert "seed=0 --config.seed=0\n" in markdown
+    # Of the completed run only: n counts it, too.
+    assert "| 0.1 | 1 | 90.00 | 0.1000 | 10.0 | 1,000 |\n\n" in markdown
+
+
+def test_a_diverged_mean_stands_at_the_edge_of_the_axis(tmp_path, capsys, drawn):
+    fields = {"optimizer.learning_rate": (0.01, 0.1, 1.0, 10.0)}
+    shares = dict(zip(fields["optimizer.learning_rate"], (0.95, 0.96, 0.94, 0.1), strict=True))
+    folder = a_learning_sweep(
+        tmp_path / "s", fields, lambda combo: shares[combo["optimizer.learning_rate"]]
+    )
+    page = written(capsys, folder)[1]
+    assert drawn
+    assert ">10.0 (below)</text>" in page
+    assert "The axis begins at 91: triangles at its edge stand for lower means." in page

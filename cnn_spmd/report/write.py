@@ -45,7 +45,7 @@ def write_report(
         if said := best_runs.answer(sweep, settings.overview(sweep["runs"], target_error)):
             print(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
     for data, found in best_runs.given_by_data(sweeps).items():
-        print(f"{best_runs.best_given(data, found)}.")
+        print(best_runs.best_given(data, found))
     return [folders[0] / name for name in contents]
 
 
