@@ -95,17 +95,25 @@ def write_csv(runs: Sequence[dict], file: TextIO) -> None:
 def load_all(folders: Sequence[pathlib.Path]) -> list[dict]:
     """Return the runs of load_runs in all folders, each once.
 
-    `folder` is relative to the one folder given; of several, it begins with theirs.
+    Of several folders, `folder` begins with theirs, and what holds no run is a warning. Raises
+    UserError for a folder that does not exist, and where there is no run.
     """
+    if len(folders) == 1:
+        return flat_runs.load_runs(folders[0])
     found = {}
     for folder in folders:
-        for run in flat_runs.load_runs(folder):
+        try:
+            loaded = flat_runs.load_runs(folder)
+        except UserError as error:
+            if not folder.exists():
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        for run in loaded:
             path = folder / run["folder"]
-            if len(folders) > 1:
-                run["folder"] = str(path)
-            elif run["folder"] == ".":
-                run["folder"] = folder.resolve().name
-            found.setdefault(path.resolve(), run)
+            found.setdefault(path.resolve(), run | dict(folder=str(path)))
+    if not found:
+        raise UserError(f"{', '.join(map(str, folders))}: hold no run")
     return list(found.values())
 
 
@@ -120,7 +128,7 @@ def as_table(
     runs = sorted(runs, key=place_of)
     compared = [compared_fields(run) for run in runs]
     differ = differing(compared)
-    names = [run["folder"] for run in runs]
+    names = [folders[0].resolve().name if run["folder"] == "." else run["folder"] for run in runs]
     splits = [split_of(run) for run in runs]
     longest = max(map(len, names))
     room = longest if width is None else min(longest, width // 2)
@@ -146,9 +154,9 @@ def as_table(
     if hidden := [field for field, column in columns.items() if column not in shown]:
         said = f"They also differ in {', '.join(hidden)}: see --csv."
         yield from textwrap.wrap(said, width, break_long_words=False, break_on_hyphens=False)
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         if "reason" in run:
-            yield f"{run['folder']} is {run['status']}: {run['reason']}"
+            yield f"{name} is {run['status']}: {run['reason']}"
 
 
 def folded(name: str, room: int) -> str:

@@ -314,8 +314,11 @@ def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
     change(sweep / "sweep.json", runs=entries)
     for name, data, batch in (("a", "digits", 64), ("b", "digits", 128), ("c", "npz", 256)):
         change(write_run(folder / name, batch_size=batch) / "summary.json", dataset=data)
-    assert report.main([str(folder)]) == 0
-    *said, _, _, _ = capsys.readouterr().out.splitlines()
+    (tmp_path / "report.md").touch()
+    assert report.main([str(tmp_path / "report.md"), str(folder)]) == 0
+    printed = capsys.readouterr()
+    *said, _, _, _, _ = printed.out.splitlines()
+    assert f"warning: {tmp_path}/report.md: is left out, as it is a file\n" in printed.err
     assert said == [
         "s: Best test accuracy: learning_rate=0.1, 90.00 % (n = 1); it is the smallest value tried;"
         " not completed: learning_rate=0.1 (1 of 2 runs), learning_rate=0.3 (2 of 2 runs)",

@@ -100,16 +100,20 @@ def test_runs_of_several_folders_have_their_data_and_a_line_each(folder, capsys,
     """Without a terminal no name is folded; in one, names break after a part."""
     monkeypatch.delenv("COLUMNS")
     name = "a_sweep_of_a_long_name/01-optimizer.learning_rate=1.0,seed=0"
-    fields = dict(learning_rate=1.0, batch_size=64, data_digest="0123456789")
-    write_run(folder / name, [0.6], **fields)
+    write_run(folder / name, [0.6], learning_rate=1.0, batch_size=64)
     path = folder / name / "summary.json"
     summary = json.loads(path.read_text())
     path.write_text(json.dumps(summary | dict(dataset="npz-01234567", data_digest="0123456789")))
-    arguments = ["runs/a_sweep_of_a_long_name", "runs/s", "runs/s/01-learning_rate=0.1"]
+    for seed in (1, 2):  # of more values than the batch size, which stands before it
+        write_run(folder / f"more/{seed}", [], seed=seed)
+    (folder / "empty").mkdir()
+    arguments = [f"runs/{name}" for name in ("a_sweep_of_a_long_name", "s", "s", "more", "empty")]
     assert runs.main(arguments) == 0
-    title, *lines = capsys.readouterr().out.splitlines()
-    assert title.startswith(f"3 runs in {', '.join(arguments)};")
-    assert [line.split()[:4] for line in lines[:4]] == [
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: runs/empty: holds no run")
+    title, *lines = printed.out.splitlines()
+    assert title.startswith(f"5 runs in {', '.join(arguments)};")
+    assert [line.split()[:4] for line in (*lines[:3], lines[5])] == [
         ["run", "data", "learning_rate", "batch_size"],
         ["runs/s/01-learning_rate=0.1", "digits", "0.1", "512"],
         ["runs/s/02-learning_rate=0.01", "digits", "0.01", "512"],

@@ -104,16 +104,16 @@ def floor_of(combos: Sequence[Combination], metric: str) -> float | None:
     """Return where the axis of a share begins, so that a diverged run hides no difference.
 
     The axis has four times the height from the median to the best mean, and at least LEAST_HEIGHT.
-    None: the metric is no share, or no mean is lower.
+    None: the metric is no share, no mean is lower, or fewer than three are higher.
     """
     if metric not in runfiles.SHARES:
         return None
     numbers = [found for each in combos if (found := each.numbers(metric))]
     means = sorted((100 * statistics.mean(own) for own in numbers), reverse=True)
-    if not means:
+    if len(means) < 3:
         return None
     floor = means[0] - max(4 * (means[0] - means[(len(means) - 1) // 2]), LEAST_HEIGHT)
-    return floor if means[-1] < floor else None
+    return floor if means[-1] < floor <= means[2] else None
 
 
 # ---- Against one setting

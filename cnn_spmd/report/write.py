@@ -21,6 +21,10 @@ def write_report(
     be written, and for a target where no run was evaluated.
     """
     notes: list[str] = []
+    # `runs/*` also names what an earlier report wrote there.
+    if files := [path for path in folders if path.is_file()]:
+        folders = [path for path in folders if path not in files] or folders
+        notes += [f"{path}: is left out, as it is a file" for path in files]
     sweeps = load.load_sweeps(folders, notes)
     if target_error is not None:
         check_target(target_error, [run for sweep in sweeps for run in sweep["runs"]], notes)
