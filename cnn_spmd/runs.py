@@ -51,9 +51,9 @@ FIRST = (
 SUBJECT = (
     "model.name",
     "data.name",
-    "data_digest",
     "optimizer.learning_rate",
     "batch_size",
+    "data_digest",
     "experiment",
 )
 
@@ -178,7 +178,7 @@ def place_of(run: dict) -> tuple[str, float]:
 
 
 def data_of(run: dict) -> str:
-    """Return the name of a run's data set; names of one's own data end with a digest."""
+    """Return the name of a run's data set."""
     return run.get("dataset") or run.get("config.data.name") or ""
 
 
@@ -196,12 +196,16 @@ def differing(compared: Sequence[dict]) -> list[str]:
     """Return the fields in which runs differ, the most important first.
 
     SUBJECT comes first, then the fields with the most values, and last the fields that change at
-    most the speed. A run that lacks a field does not differ in it.
+    most the speed. A run that lacks a field does not differ in it. The digest of the data counts
+    where data sets of one name differ in it.
     """
     values: dict[str, set[str]] = {}
     for own in compared:
         for field, value in own.items():
             values.setdefault(field, set()).add(str(value))
+    data = {(own["data.name"], own["data_digest"]) for own in compared if "data_digest" in own}
+    if len(data) == len({name for name, _ in data}):  # the name says which data it is
+        values.pop("data_digest", None)
 
     def place(field: str) -> tuple:
         last = field != "seed" and field.startswith(compare.NOT_THE_RECIPE)
@@ -219,8 +223,8 @@ def compared_fields(run: dict) -> dict:
     }
     mesh = load.mesh_of_run({axis: run.get(f"mesh.{axis}") for axis in MESH_AXES}, config)
     own = load.compared_fields(config, run) | {"data.name": data_of(run)}
-    if data_of(run).endswith(own.get("data_digest", "unknown")[:8]):
-        del own["data_digest"]
+    if "data_digest" in own:
+        own["data_digest"] = own["data_digest"][:8]  # as the names of one's own data have it
     return own if mesh is None else dict(mesh=mesh) | own
 
 

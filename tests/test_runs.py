@@ -120,6 +120,13 @@ def test_runs_of_several_folders_have_their_data_and_a_line_each(folder, capsys,
         [f"runs/{name}", "npz-01234567", "1", "64"],
     ]
     assert "data_digest" not in " ".join(lines)
+    path.write_text(json.dumps(summary | dict(data_digest="f" * 16)))
+    other = folder / "s/01-learning_rate=0.1/summary.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | dict(data_digest="e" * 16)))
+    assert runs.main(arguments) == 0
+    header, *lines = capsys.readouterr().out.splitlines()[1:]
+    assert header.split()[:4] == ["run", "learning_rate", "batch_size", "data_digest"]
+    assert lines[0].split()[3] == "e" * 8
     lines = runs.folded(name, 40).splitlines()
     assert lines == ["a_sweep_of_a_long_name/", "01-optimizer.learning_rate=1.0,seed=0"]
 
