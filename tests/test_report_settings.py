@@ -321,7 +321,7 @@ def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
     assert f"warning: {tmp_path}/report.md: is left out, as it is a file\n" in printed.err
     assert said == [
         "s: Best test accuracy: learning_rate=0.1, 90.00 % (n = 1); it is the smallest value tried;"
-        " not completed: learning_rate=0.1 (1 of 2 runs), learning_rate=0.3 (2 of 2 runs)",
+        " not completed: learning_rate=0.1 (1 of 2 runs) and learning_rate=0.3 (2 of 2 runs)",
         "a, b: Best test accuracy: a, 50.00 % (n = 1)",
         "c: Test accuracy: 50.00 % (n = 1)",
         "Best of all on digits: s, learning_rate=0.1, 90.00 % (n = 1)",

@@ -27,7 +27,7 @@ def asked_blocks(sweep: dict, overview: Overview) -> list[Block]:
     if not overview.settings:
         return [Paragraph(said)]
     if sweep.get("is_of_lone_runs"):
-        blocks = [Paragraph(f"{said} In what they differ:"), differences(runs, overview)]
+        blocks = [Paragraph(f"{said} They differ in:"), differences(runs, overview)]
     else:
         rows = [
             [setting_text(each), settings.values_text(each.values)] for each in overview.settings
@@ -72,24 +72,28 @@ def answer(sweep: dict, overview: Overview) -> str:
         return ""
     best = ranked[0]
     shown = metric_text(overview.metric, best)
-    if not best.values:
-        return f"{overview.metric_name[0].upper()}{overview.metric_name[1:]}: {shown}"
-    parts = [f"Best {overview.metric_name}: {name_of(sweep, overview, best)}, {shown}"]
+    if best.values:
+        parts = [f"Best {overview.metric_name}: {name_of(sweep, overview, best)}, {shown}"]
+    else:
+        parts = [f"{overview.metric_name[0].upper()}{overview.metric_name[1:]}: {shown}"]
     near = [name_of(sweep, overview, each) for each in as_good(ranked, overview.metric)]
     if near:
         parts.append(
-            f"not distinguishable from {captions.names_text(near)} (at most two standard errors "
-            "of the difference apart)"
+            f"not distinguishable from {captions.names_text(near, ' or ')} (at most two standard "
+            "errors of the difference apart)"
         )
     if not sweep.get("is_of_lone_runs"):
         parts.append(settings.at_edges(best, overview))
-    open_ones = []
+    unfinished = []
     for each in overview.combinations:
         missing = sum(run["status"] not in ("completed", "refused") for run in each.runs)
-        count = f" ({missing} of {len(each.runs)} runs)" if len(each.runs) > 1 else ""
-        open_ones += [name_of(sweep, overview, each) + count] if missing else []
-    if open_ones:
-        parts.append(f"not completed: {captions.names_text(open_ones)}")
+        if missing:
+            counted = f"{missing} of {len(each.runs)} runs"
+            name = name_of(sweep, overview, each)
+            several = len(each.runs) > 1
+            unfinished.append(f"{name} ({counted})" if name and several else name or counted)
+    if unfinished:
+        parts.append(f"not completed: {captions.names_text(unfinished, ' and ')}")
     return "; ".join(filter(None, parts))
 
 
@@ -244,7 +248,7 @@ def all_given_blocks(sweeps: Sequence[dict]) -> list[Block]:
         absent = dict.fromkeys(each.origin for each in left_out)
         absent = [name for name in absent if name not in {each.origin for each in shown}]
         if absent:
-            blocks.append(Paragraph(f"Of these, no row is shown: {', '.join(absent)}."))
+            blocks.append(Paragraph(f"Given, but not shown: {', '.join(absent)}."))
     return blocks
 
 
