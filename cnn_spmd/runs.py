@@ -1,4 +1,4 @@
-"""List the runs below a folder: `python -m cnn_spmd.runs FOLDER`.
+"""List the runs below folders: `python -m cnn_spmd.runs FOLDER...`.
 
 The table says of each run how it ended, in what it differs from the others, its best accuracy and
 its size on disk. Runs of one data set stand together, the most accurate first. `--csv FILE` writes
@@ -8,6 +8,7 @@ every field of every run, as load_runs returns it.
 import argparse
 import csv
 import pathlib
+import re
 import shutil
 import sys
 import textwrap
@@ -46,23 +47,30 @@ FIRST = (
     "started",
 )
 
-# The fields that say what is trained on what.
-SUBJECT = ("model.name", "data.name", "experiment")
+# The fields that say what is trained on what, and how: the first columns.
+SUBJECT = (
+    "model.name",
+    "data.name",
+    "optimizer.learning_rate",
+    "batch_size",
+    "data_digest",
+    "experiment",
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m cnn_spmd.runs",
-        description="List the runs below a folder: status, what differs, the best accuracy over "
+        description="List the runs below folders: status, what differs, the best accuracy over "
         "all evaluations, and megabytes on disk. Runs of one data set stand together, the most "
         "accurate first.",
     )
     made.add_argument(
-        "folder",
-        nargs="?",
+        "folders",
+        nargs="*",
         type=pathlib.Path,
-        default=pathlib.Path("runs"),
+        default=[pathlib.Path("runs")],
         metavar="FOLDER",
         help="of a run, a sweep, or of many; default: runs",
     )
@@ -84,44 +92,94 @@ def write_csv(runs: Sequence[dict], file: TextIO) -> None:
     writer.writerows(runs)
 
 
-def as_table(folder: pathlib.Path, runs: Sequence[dict], width: int) -> Iterator[str]:
-    """Yield the table of runs (load_runs), at most `width` characters wide.
+def load_all(folders: Sequence[pathlib.Path]) -> list[dict]:
+    """Return the runs of load_runs in all folders, each once.
 
-    Runs of one data set stand together, the most accurate first.
+    Of several folders, `folder` begins with theirs, and what holds no run is a warning. Raises
+    UserError for a folder that does not exist, and where there is no run.
+    """
+    if len(folders) == 1:
+        return flat_runs.load_runs(folders[0])
+    found = {}
+    for folder in folders:
+        try:
+            loaded = flat_runs.load_runs(folder)
+        except UserError as error:
+            if not folder.exists():
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        for run in loaded:
+            path = folder / run["folder"]
+            found.setdefault(path.resolve(), run | dict(folder=str(path)))
+    if not found:
+        raise UserError(f"{', '.join(map(str, folders))}: hold no run")
+    return list(found.values())
+
+
+def as_table(
+    folders: Sequence[pathlib.Path], runs: Sequence[dict], width: int | None
+) -> Iterator[str]:
+    """Yield the table of runs (load_all), at most `width` characters wide.
+
+    Runs of one data set stand together, the most accurate first. width: None where there is no
+    terminal. Each run then has one line, with its whole name.
     """
     runs = sorted(runs, key=place_of)
     compared = [compared_fields(run) for run in runs]
     differ = differing(compared)
-    folders = [folder.resolve().name if run["folder"] == "." else run["folder"] for run in runs]
+    names = [folders[0].resolve().name if run["folder"] == "." else run["folder"] for run in runs]
     splits = [split_of(run) for run in runs]
-    first = ["run", *folders]
+    longest = max(map(len, names))
+    room = longest if width is None else min(longest, width // 2)
+    first = ["run", *(folded(name, room) for name in names)]
+    width = width or room + plain_table.WIDTH
     last = [
         ["status", *(run["status"] for run in runs)],
         *([["split", *splits]] if len({*splits}) > 1 else []),
         ["accuracy", *(accuracy_of(run) for run in runs)],
         ["MB", *(f"{run['bytes_on_disk'] / 1e6:.1f}" for run in runs)],
     ]
-    names = plain_table.short_names(differ) | {"model.name": "model", "data.name": "data"}
+    short = plain_table.short_names(differ) | {"model.name": "model", "data.name": "data"}
     columns = {
-        field: [names[field], *(str(own.get(field, "")) for own in compared)] for field in differ
+        field: [short[field], *(compare.value_text(own.get(field, "")) for own in compared)]
+        for field in differ
     }
-    shown = plain_table.fitting([*columns.values()], [first, *last], width)
+    shown = plain_table.fitting([*columns.values()], last, width - room - plain_table.GAP)
     header, *rows = zip(first, *shown, *last, strict=True)
     both = " or ".join(sorted({*splits}))
-    title = f"{len(runs)} runs in {folder}; accuracy: the best on the {both} split"
+    where = ", ".join(map(str, folders))
+    title = f"{len(runs)} runs in {where}; accuracy: the best on the {both} split"
     yield from plain_table.aligned(title, header, rows, numbers=2, width=width)
     if hidden := [field for field, column in columns.items() if column not in shown]:
         said = f"They also differ in {', '.join(hidden)}: see --csv."
         yield from textwrap.wrap(said, width, break_long_words=False, break_on_hyphens=False)
-    for run, name in zip(runs, folders, strict=True):
+    for run, name in zip(runs, names, strict=True):
         if "reason" in run:
             yield f"{name} is {run['status']}: {run['reason']}"
 
 
+def folded(name: str, room: int) -> str:
+    """Return a run's name in lines of at most `room` characters, broken after "/" or ",".
+
+    A part that is longer than that is cut.
+    """
+    lines = [""]
+    for part in re.findall(r"[^/,]*[/,]?", name):
+        if len(lines[-1] + part) > room:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(textwrap.fill(line, room) for line in lines if line)
+
+
 def place_of(run: dict) -> tuple[str, float]:
     """Return the place of a run in the table: by data set, and the best accuracy first."""
-    dataset = run.get("dataset") or run.get("config.data.name") or ""
-    return dataset, -run.get("best.accuracy", -1.0)
+    return data_of(run), -run.get("best.accuracy", -1.0)
+
+
+def data_of(run: dict) -> str:
+    """Return the name of a run's data set."""
+    return run.get("dataset") or run.get("config.data.name") or ""
 
 
 def accuracy_of(run: dict) -> str:
@@ -137,16 +195,20 @@ def split_of(run: dict) -> str:
 def differing(compared: Sequence[dict]) -> list[str]:
     """Return the fields in which runs differ, the most important first.
 
-    Network, data set and experiment come first, then the fields with the most values, and last the
-    fields that change at most the speed. A run that lacks a field does not differ in it.
+    SUBJECT comes first, then the fields with the most values, and last the fields that change at
+    most the speed. A run that lacks a field does not differ in it. The digest of the data counts
+    where data sets of one name differ in it.
     """
     values: dict[str, set[str]] = {}
     for own in compared:
         for field, value in own.items():
             values.setdefault(field, set()).add(str(value))
+    data = {(own["data.name"], own["data_digest"]) for own in compared if "data_digest" in own}
+    if len(data) == len({name for name, _ in data}):  # the name says which data it is
+        values.pop("data_digest", None)
 
     def place(field: str) -> tuple:
-        last = field != "seed" and field.startswith((*compare.NOT_THE_RECIPE, "data_digest"))
+        last = field != "seed" and field.startswith(compare.NOT_THE_RECIPE)
         subject = SUBJECT.index(field) if field in SUBJECT else len(SUBJECT)
         return last, subject, -len(values[field])
 
@@ -160,13 +222,15 @@ def compared_fields(run: dict) -> dict:
         name.removeprefix(prefix): value for name, value in run.items() if name.startswith(prefix)
     }
     mesh = load.mesh_of_run({axis: run.get(f"mesh.{axis}") for axis in MESH_AXES}, config)
-    own = load.compared_fields(config, run)
+    own = load.compared_fields(config, run) | {"data.name": data_of(run)}
+    if "data_digest" in own:
+        own["data_digest"] = own["data_digest"][:8]  # as the names of one's own data have it
     return own if mesh is None else dict(mesh=mesh) | own
 
 
 def print_runs(arguments: argparse.Namespace) -> None:
     """Print the table of the runs, or write their CSV."""
-    runs = flat_runs.load_runs(arguments.folder)
+    runs = load_all(arguments.folders)
     if arguments.csv == "-":
         write_csv(runs, sys.stdout)
     elif arguments.csv:
@@ -179,8 +243,8 @@ def print_runs(arguments: argparse.Namespace) -> None:
             ) from None
         print(f"{len(runs)} runs: {arguments.csv}")
     else:
-        width = shutil.get_terminal_size().columns
-        print(*as_table(arguments.folder, runs, width), sep="\n")
+        width = shutil.get_terminal_size((0, 0)).columns or None
+        print(*as_table(arguments.folders, runs, width), sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

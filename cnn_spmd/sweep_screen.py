@@ -103,7 +103,8 @@ def figure_columns(rows: Sequence[dict]) -> dict[str, list[str]]:
     columns["step ms"] = [_cell(milliseconds, "{:.2f}") for milliseconds in times]
     for name in runfiles.registered_metrics(row["figures"] for row in rows):
         values = [(row["figures"].get("eval") or {}).get(name) for row in rows]
-        columns[name] = [_cell(value, "{:.4g}") for value in values]
+        form = "{:.2%}" if name in runfiles.SHARES else "{:.4g}"
+        columns[name] = [_cell(value, form) for value in values]
     return columns
 
 

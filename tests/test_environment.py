@@ -26,7 +26,7 @@ from cnn_spmd.training import environment
         ("launch.py --help", 1, ">/dev/full"),
         ("-m cnn_spmd.papers", 0, "| true"),
         ("-m cnn_spmd.papers", 0, ">/dev/null"),
-        ("-m cnn_spmd.report", 0, "| true"),
+        ("-m cnn_spmd.report --help", 0, "| true"),
     ],
 )
 def test_a_command_that_prints_ends_well_wherever_it_prints(command, code, where):
@@ -47,7 +47,7 @@ def test_a_command_that_prints_ends_well_wherever_it_prints(command, code, where
     ("command", "where", "reason"),
     [
         ("-m cnn_spmd.papers", ">/dev/full", "No space left on device"),
-        ("-m cnn_spmd.report", ">&-", "Bad file descriptor"),
+        ("-m cnn_spmd.papers", ">&-", "Bad file descriptor"),
     ],
 )
 def test_tables_that_cannot_be_written_are_an_error(command, where, reason):

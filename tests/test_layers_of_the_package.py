@@ -30,7 +30,6 @@ ORDER = (
     "report",
     "runs",
     "papers",
-    "report.__main__",  # prints the papers' tables too
 )
 
 

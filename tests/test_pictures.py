@@ -365,7 +365,6 @@ def test_what_is_no_run(tmp_path, capsys):
     with workdir.locked(tmp_path):
         assert report.main(["--pictures", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: another run is using it")
-    for arguments in (["--pictures"], ["--data_dir", "x", str(tmp_path)]):
-        with pytest.raises(SystemExit, match="2"):
-            report.main(arguments)
-        assert "error: --" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--data_dir", "x", str(tmp_path)])
+    assert "error: --" in capsys.readouterr().err

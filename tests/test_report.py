@@ -16,6 +16,7 @@ from report_runs import (
     PROFILE,
     RUNS,
     a_run,
+    cells_of,
     change,
     fifo,
     metrics,
@@ -376,7 +377,7 @@ def test_a_run_whose_report_fails_goes_on(config, tmp_path, capsys, monkeypatch,
     for folders in ([tmp_path / "run"], [tmp_path / "run", whole]):
         _, page, _, errors = written(capsys, *folders)
         assert not errors
-        assert row_of(page, "run")[1] == "completed"
+        assert row_of(page, "run", "completed")
         several = len(folders) > 1  # meshes, which have charts
         assert ("Without a report on the program: run." in page) == (unread and several)
 
@@ -463,7 +464,7 @@ def test_a_lone_run_and_several(tmp_path, capsys):
     assert row_of(page, "2x1", "data", "batch 128, optimizer.learning_rate=0.2")[3:8:4] == ["1", ""]
 
 
-def test_runs_that_differ_in_their_data_are_not_averaged(tmp_path, capsys):
+def test_runs_that_differ_in_their_data_are_not_compared(tmp_path, capsys):
     """If only one of two runs says what its data are, the data may be the same."""
     digests = ("a" * 16, "b" * 16, "a" * 16)
     runs = [
@@ -474,8 +475,9 @@ def test_runs_that_differ_in_their_data_are_not_averaged(tmp_path, capsys):
     for folder, digest in zip(runs, digests, strict=True):
         change(folder / "summary.json", data_digest=digest)
     page = written(capsys, *runs)[1]
-    assert row_of(page, "1x1", "data", f"batch 128, data_digest={'a' * 16}")[3] == "2"
-    assert row_of(page, "1x1", "data", f"batch 128, data_digest={'b' * 16}")[3] == "1"
+    assert re.findall("<h2>(.*?)</h2>", page) == ["r0, r2", "r1"]
+    compared = [row[:4] for row in cells_of(page) if row[:2] == ["1x1", "data"]]
+    assert compared == [["1x1", "data", "batch 128", n] for n in "21"]
     assert row_of(written(capsys, runs[0], runs[2])[1], "1x1", "data", "batch 128")[3] == "2"
 
 
@@ -697,6 +699,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         assert printed.err.count("\n") == 1
         return printed.err
 
+    with pytest.raises(SystemExit, match="2"):
+        report.main([])
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert len(usage) < 5
+    assert error.endswith("the following arguments are required: RUN_OR_SWEEP")
     assert refused(tmp_path / "none") == f"error: {tmp_path / 'none'}: does not exist\n"
     assert "holds neither a sweep (sweep.json) nor a run" in refused(tmp_path)
     (tmp_path / "file").write_text("")
@@ -759,6 +766,7 @@ def test_a_registered_metric_is_in_every_part_of_the_report(tmp_path, capsys):
         write_ranked_run(tmp_path / "b", seed=1, mean_rank=3.5),
         write_run(tmp_path / "c", seed=2),
     ]
+    change(runs[2] / "summary.json", dataset="digits")
     markdown, page, rows, errors = written(capsys, *runs)
     assert not errors
     tables_of_page = [line for line in markdown.splitlines() if "test mean_rank |" in line]
@@ -783,8 +791,10 @@ def test_a_registered_metric_of_a_finished_sweep_is_in_its_report(tmp_path, caps
 
 
 def test_a_registered_metric_is_in_the_terminals_table_of_a_sweep():
-    runs = [a_run(eval=dict(accuracy=0.5, loss=1.0, mean_rank=2.53)), a_run("2x1", status="failed")]
+    evaluated = dict(accuracy=0.5, loss=1.0, mean_rank=2.53, top5=0.875)
+    runs = [a_run(eval=evaluated), a_run("2x1", status="failed")]
     assert sweep_screen.figure_columns(runs)["mean_rank"] == ["2.53", ""]
+    assert sweep_screen.figure_columns(runs)["top5"] == ["87.50%", ""]
 
 
 def test_a_metric_that_is_no_number_is_damage(tmp_path, capsys):

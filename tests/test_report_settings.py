@@ -8,6 +8,7 @@ import picture_checks
 import pytest
 from report_runs import a_run, change, row_of, write_run, write_sweep, written
 
+from cnn_spmd.report import __main__ as report
 from cnn_spmd.report import setting_charts, settings, write
 from cnn_spmd.training import provenance
 
@@ -87,7 +88,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     change(folder / "sweep.json", runs=[*sweep["runs"], failed])
     markdown, page, *_ = written(capsys, folder)
     assert re.findall("<h3>(.*?)</h3>", page) == [
-        "Best runs, by test accuracy",
+        "Best runs, by test accuracy (5 of 6 shown)",
         "Settings",
         "Test accuracy, % by setting",
         "Learning curves",
@@ -101,9 +102,14 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
         "0.003, 0.03, 0.3, 1",
     ]
     assert "Best test accuracy: learning_rate=0.03, dropout=0.5, 91.50 ± 0.71 % (n = 2)" in page
-    assert "; dropout is the largest value tried.</p>" in page
+    # The means at dropout 0 and 0.5 are 1 % apart, twice the standard error of 0.71 %.
+    near = "learning_rate=0.03, dropout=0 (at most two standard errors of the difference apart)"
+    tried = "dropout is the largest value tried"
+    missing = "learning_rate=1, dropout=0"
+    assert f"; not distinguishable from {near}; {tried}; not completed: {missing}.</p>" in page
     best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
-    assert f"<pre><code>{best}\n" in page
+    in_page = " ".join(f"<span>{word}</span>" for word in best.split())
+    assert f"<pre><code>{in_page}\n" in page
     assert f"```bash\n{best}\n" in markdown
     # Seconds to 80 %, which half of the combinations reach.
     assert row_of(page, "0.03", "0.5", "2", "91.50 ± 0.71", "0.0850 ± 0.0071", "10.0 ± 0.0")
@@ -178,7 +184,7 @@ def test_a_lone_run_has_its_command_and_no_empty_chart(tmp_path, capsys, monkeyp
     monkeypatch.setattr("sys.argv", ["there/launch.py", *arguments])
     change(run / "summary.json", command=provenance.command())
     command = "python launch.py --config e.py --mesh=1x1"
-    assert f"<pre><code>{command}</code></pre>" in written(capsys, run)[1]
+    assert f"```bash\n{command}\n```" in written(capsys, run)[0]
     monkeypatch.setattr("sys.argv", ["pytest", *arguments])
     assert provenance.command() is None
 
@@ -284,11 +290,57 @@ def test_runs_of_several_experiments_and_a_sweep_have_a_joint_table(tmp_path, ca
     markdown = written(capsys, folder, *runs)[0]
     lines = markdown.splitlines()
     at = lines.index("## All given, on digits")
-    assert [line.split(" | ")[:3] for line in lines[at + 4 : at + 8]] == [
+    assert lines[at + 2] == "Best of all on digits: a, 50.00 % (n = 1)."
+    assert [line.split(" | ")[:3] for line in lines[at + 6 : at + 10]] == [
         ["| a", "one", "optimizer.learning_rate=0.2"],
         ["| b", "other", "optimizer.learning_rate=0.4"],
         ["| s", "", "optimizer.learning_rate=0.3"],
         ["| s", "", "optimizer.learning_rate=0.1"],
     ]
-    assert "experiment (with it: optimizer.learning_rate)" in markdown
-    assert "| label_smoothing" not in markdown
+    start = lines.index("| run | experiment | learning_rate | label_smoothing |")
+    assert lines[start + 2 : start + 4] == ["| a | one | 0.2 | 0.1 |", "| b | other | 0.4 | 0 |"]
+    assert "| learning rate |" not in markdown[markdown.index("## a, b") :]
+
+
+def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
+    """Each best is of one data set, and names what is open; lone runs have no edges."""
+    folder = tmp_path / "all"
+    fields = {"optimizer.learning_rate": (0.1, 0.3), "seed": SEEDS}
+    sweep = a_learning_sweep(folder / "s", fields, lambda combo: 0.9)
+    entries = json.loads((sweep / "sweep.json").read_text())["runs"]
+    entries[0]["command"] += " --config.data.fallback= --config.seed=0"
+    for entry in entries[1:]:
+        entry |= dict(status="pending", figures={})
+    change(sweep / "sweep.json", runs=entries)
+    for name, data, batch in (("a", "digits", 64), ("b", "digits", 128), ("c", "npz", 256)):
+        change(write_run(folder / name, batch_size=batch) / "summary.json", dataset=data)
+    (tmp_path / "report.md").touch()
+    assert report.main([str(tmp_path / "report.md"), str(folder)]) == 0
+    printed = capsys.readouterr()
+    *said, _, _, _, _ = printed.out.splitlines()
+    assert f"warning: {tmp_path}/report.md: is left out, as it is a file\n" in printed.err
+    assert said == [
+        "s: Best test accuracy: learning_rate=0.1, 90.00 % (n = 1); it is the smallest value tried;"
+        " not completed: learning_rate=0.1 (1 of 2 runs) and learning_rate=0.3 (2 of 2 runs)",
+        "a, b: Best test accuracy: a, 50.00 % (n = 1)",
+        "c: Test accuracy: 50.00 % (n = 1)",
+        "Best of all on digits: s, learning_rate=0.1, 90.00 % (n = 1)",
+    ]
+    markdown = (folder / "report.md").read_text()
+    assert markdown.startswith("# cnn_spmd: alexnet on digits, npz\n")
+    assert "| run | batch_size |\n|---|---|\n| a | 64 |\n| b | 128 |" in markdown
+    assert "seed=0 --config.seed=0\n" in markdown
+    # Of the completed run only: n counts it, too.
+    assert "| 0.1 | 1 | 90.00 | 0.1000 | 10.0 | 1,000 |\n\n" in markdown
+
+
+def test_a_diverged_mean_stands_at_the_edge_of_the_axis(tmp_path, capsys, drawn):
+    fields = {"optimizer.learning_rate": (0.01, 0.1, 1.0, 10.0)}
+    shares = dict(zip(fields["optimizer.learning_rate"], (0.95, 0.96, 0.94, 0.1), strict=True))
+    folder = a_learning_sweep(
+        tmp_path / "s", fields, lambda combo: shares[combo["optimizer.learning_rate"]]
+    )
+    page = written(capsys, folder)[1]
+    assert drawn
+    assert ">10.0 (below)</text>" in page
+    assert "The axis begins at 91: triangles at its edge stand for lower means." in page

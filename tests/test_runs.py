@@ -58,11 +58,11 @@ def test_the_table_of_runs(folder, capsys):
     assert title == "4 runs in runs; accuracy: the best on the test split"
     assert max(map(len, lines[:5])) <= 80
     assert [line.split() for line in lines[:5]] == [
-        ["run", "seed", "learning_rate", "status", "accuracy", "MB"],
-        ["s/01-learning_rate=0.1", "0", "0.1", "completed", "90.00%", "0.0"],
-        ["s/02-learning_rate=0.01", "0", "0.01", "completed", "70.00%", "0.0"],
-        ["cut", "0", "0.1", "unfinished", "0.0"],
-        ["stopped", "3", "0.1", "interrupted", "0.0"],
+        ["run", "learning_rate", "seed", "status", "accuracy", "MB"],
+        ["s/01-learning_rate=0.1", "0.1", "0", "completed", "90.00%", "0.0"],
+        ["s/02-learning_rate=0.01", "0.01", "0", "completed", "70.00%", "0.0"],
+        ["cut", "0.1", "0", "unfinished", "0.0"],
+        ["stopped", "0.1", "3", "interrupted", "0.0"],
     ]
     assert lines[5:] == [
         "They also differ in parallelism, steps_per_call: see --csv.",
@@ -94,6 +94,41 @@ def test_runs_of_several_experiments_name_them_first(folder, capsys, monkeypatch
         ["validation", "30.00%"],
     ]
     assert max(map(len, lines)) <= 100
+
+
+def test_runs_of_several_folders_have_their_data_and_a_line_each(folder, capsys, monkeypatch):
+    """Without a terminal no name is folded; in one, names break after a part."""
+    monkeypatch.delenv("COLUMNS")
+    name = "a_sweep_of_a_long_name/01-optimizer.learning_rate=1.0,seed=0"
+    write_run(folder / name, [0.6], learning_rate=1.0, batch_size=64)
+    path = folder / name / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | dict(dataset="npz-01234567", data_digest="0123456789")))
+    for seed in (1, 2):  # of more values than the batch size, which stands before it
+        write_run(folder / f"more/{seed}", [], seed=seed)
+    (folder / "empty").mkdir()
+    arguments = [f"runs/{name}" for name in ("a_sweep_of_a_long_name", "s", "s", "more", "empty")]
+    assert runs.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: runs/empty: holds no run")
+    title, *lines = printed.out.splitlines()
+    assert title.startswith(f"5 runs in {', '.join(arguments)};")
+    assert [line.split()[:4] for line in (*lines[:3], lines[5])] == [
+        ["run", "data", "learning_rate", "batch_size"],
+        ["runs/s/01-learning_rate=0.1", "digits", "0.1", "512"],
+        ["runs/s/02-learning_rate=0.01", "digits", "0.01", "512"],
+        [f"runs/{name}", "npz-01234567", "1", "64"],
+    ]
+    assert "data_digest" not in " ".join(lines)
+    path.write_text(json.dumps(summary | dict(data_digest="f" * 16)))
+    other = folder / "s/01-learning_rate=0.1/summary.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | dict(data_digest="e" * 16)))
+    assert runs.main(arguments) == 0
+    header, *lines = capsys.readouterr().out.splitlines()[1:]
+    assert header.split()[:4] == ["run", "learning_rate", "batch_size", "data_digest"]
+    assert lines[0].split()[3] == "e" * 8
+    lines = runs.folded(name, 40).splitlines()
+    assert lines == ["a_sweep_of_a_long_name/", "01-optimizer.learning_rate=1.0,seed=0"]
 
 
 def test_a_csv_of_runs(folder, capsys):

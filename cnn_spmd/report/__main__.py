@@ -1,8 +1,7 @@
 """Write reports on runs and sweeps: `python -m cnn_spmd.report RUN_OR_SWEEP...`.
 
 report.md, report.csv and report.html go into the folder given, or into the first of several.
-`--pictures RUN` first draws what the run learned (pictures.py). Without arguments the command
-prints the pages of results/ (papers/pages.py).
+`--pictures RUN` first draws what the run learned (pictures.py).
 """
 
 import argparse
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd import experiment
-from cnn_spmd.papers import pages
 from cnn_spmd.report.write import write_report
 from cnn_spmd.training import environment
 
@@ -22,16 +20,15 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m cnn_spmd.report",
         description=(
             "Write report.md, report.csv and report.html (tables and charts, no network needed) on "
-            "runs and sweeps into the folder given, or into the first of several. Without "
-            "arguments: print the pages of results/."
+            "runs and sweeps into the folder given, or into the first of several."
         ),
     )
     made.add_argument(
         "folders",
-        nargs="*",
+        nargs="+",
         type=pathlib.Path,
         metavar="RUN_OR_SWEEP",
-        help="a --workdir of launch.py",
+        help="a --workdir of launch.py, or a folder that holds some, such as runs",
     )
     made.add_argument(
         "--pictures",
@@ -59,33 +56,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code.
-
-    1: the pages could not be printed; 2: bad input; 130: Ctrl-C.
-    """
+    """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
     command = parser()
     arguments = command.parse_args(argv)
-    folders = arguments.folders
-    if arguments.pictures and not folders:
-        command.error("--pictures: expected the folder of a run")
     for option in ("data_dir", "config"):
         if getattr(arguments, option) is not None and not arguments.pictures:
             command.error(f"--{option}: expected --pictures with it")
     target = arguments.target_error
-    if target is not None and not (folders and 0 < target < 1):
-        command.error(
-            f"--target_error={target:g}: expected a share between 0 and 1, such as 0.1, and the "
-            "folder of a sweep"
-        )
-    return environment.exit_code_of(lambda: print_or_write(arguments))
+    if target is not None and not 0 < target < 1:
+        command.error(f"--target_error={target:g}: expected a share between 0 and 1, such as 0.1")
+    return environment.exit_code_of(lambda: draw_and_write(arguments))
 
 
-def print_or_write(arguments: argparse.Namespace) -> None:
-    """Print the pages of results/, or write a report on the folders given."""
+def draw_and_write(arguments: argparse.Namespace) -> None:
+    """Draw the pictures that are asked for, and write a report on the folders given."""
     folders, drawn = arguments.folders, []
-    if not folders:
-        pages.print_pages()
-        return
     if arguments.pictures:
         from cnn_spmd.report import pictures  # imports jax, which a report does not need
 

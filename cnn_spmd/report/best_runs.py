@@ -1,11 +1,14 @@
 """Say what varied among runs, and which were best: of one sweep, and of all that were given."""
 
 import collections
+import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cnn_spmd.report import compare, load, run_tables, settings, text
+from cnn_spmd import plain_table
+from cnn_spmd.report import captions, compare, facts, load, run_tables, settings, text
 from cnn_spmd.report.settings import Combination, Overview
 from cnn_spmd.report.text import Block, Commands, Heading, Paragraph, Table
 
@@ -15,16 +18,22 @@ BEST = 5  # combinations of a sweep; of all sweeps given, twice as many
 # ---- One sweep
 
 
-def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
-    """Return how the runs ended, the values of each setting that varies, and the best ones."""
+def asked_blocks(sweep: dict, overview: Overview) -> list[Block]:
+    """Return how the runs ended, what varies, and the best ones."""
+    runs = sweep["runs"]
     counts = collections.Counter(run["status"] for run in runs)
     ended = ", ".join(f"{count} {status}" for status, count in counts.items())
     said = f"{len(runs)} run{'s' * (len(runs) != 1)}: {ended}."
     if not overview.settings:
         return [Paragraph(said)]
-    rows = [[setting_text(each), settings.values_text(each.values)] for each in overview.settings]
-    blocks = [Paragraph(f"{said} What varies:"), Table(["setting", "values"], rows)]
-    if best := answer(overview):
+    if sweep.get("is_of_lone_runs"):
+        blocks = [Paragraph(f"{said} They differ in:"), differences(runs, overview)]
+    else:
+        rows = [
+            [setting_text(each), settings.values_text(each.values)] for each in overview.settings
+        ]
+        blocks = [Paragraph(f"{said} What varies:"), Table(["setting", "values"], rows)]
+    if best := answer(sweep, overview):
         blocks.append(Paragraph(f"{best}."))
     return blocks
 
@@ -35,39 +44,113 @@ def setting_text(setting: settings.Setting) -> str:
     return setting.name + along
 
 
-def answer(overview: Overview) -> str:
+def differences(runs: Sequence[dict], overview: Overview) -> Table:
+    """Return a table with a row per run, and a column per field in which runs differ."""
+    names = ["experiment", "model.name", *facts.RECIPE.values(), "param_count"]
+    names += [name for each in overview.settings for name in (each.name, *each.along)]
+    values = {name: [settings.value_of(run, name) for run in runs] for name in dict.fromkeys(names)}
+    differ = {name: own for name, own in values.items() if len({*map(str, own)} - {"None"}) > 1}
+    labels = plain_table.short_names(differ) | {"model.name": "network", "data.name": "data"}
+    labels |= {"param_count": "parameters"}
+    cells = {
+        labels[name]: ["" if value is None else compare.value_text(value) for value in own]
+        for name, own in differ.items()
+    }
+    header = ["run", *cells]
+    rows = zip([run["name"] for run in runs], *cells.values(), strict=True)
+    return Table(header, list(map(list, rows)))
+
+
+def answer(sweep: dict, overview: Overview) -> str:
     """Return "Best test accuracy: learning_rate=0.1, 96.11 ± 0.39 % (n = 2)"; "" for no answer.
 
-    It also says which numbers are at the edge of what was tried.
+    It also says what may be as good, which numbers are at the edge of what a sweep tried, and what
+    is not completed.
     """
-    best = settings.ranked(overview)[:1]
-    if not best or not best[0].values:
+    ranked = settings.ranked(overview)
+    if not ranked:
         return ""
-    where = ", ".join(f"{name}={value}" for name, value in overview.labelled(best[0]).items())
-    numbers = best[0].numbers(overview.metric)
-    if overview.metric == settings.SPEED:
+    best = ranked[0]
+    shown = metric_text(overview.metric, best)
+    if best.values:
+        parts = [f"Best {overview.metric_name}: {name_of(sweep, overview, best)}, {shown}"]
+    else:
+        parts = [f"{overview.metric_name[0].upper()}{overview.metric_name[1:]}: {shown}"]
+    near = [name_of(sweep, overview, each) for each in as_good(ranked, overview.metric)]
+    if near:
+        parts.append(
+            f"not distinguishable from {captions.names_text(near, ' or ')} (at most two standard "
+            "errors of the difference apart)"
+        )
+    if not sweep.get("is_of_lone_runs"):
+        parts.append(settings.at_edges(best, overview))
+    unfinished = []
+    for each in overview.combinations:
+        missing = sum(run["status"] not in ("completed", "refused") for run in each.runs)
+        if missing:
+            counted = f"{missing} of {len(each.runs)} runs"
+            name = name_of(sweep, overview, each)
+            several = len(each.runs) > 1
+            unfinished.append(f"{name} ({counted})" if name and several else name or counted)
+    if unfinished:
+        parts.append(f"not completed: {captions.names_text(unfinished, ' and ')}")
+    return "; ".join(filter(None, parts))
+
+
+def name_of(sweep: dict, overview: Overview, combination: Combination) -> str:
+    """Return what sets a combination apart: the names of lone runs, or a sweep's settings."""
+    if sweep.get("is_of_lone_runs"):
+        return captions.names_text([run["name"] for run in combination.runs])
+    labelled = overview.labelled(combination).items()
+    return ", ".join(f"{name}={value}" for name, value in labelled if value)
+
+
+def metric_text(metric: str, combination: Combination) -> str:
+    """Return "96.11 ± 0.39 % (n = 2)" for a combination, or images/s without a unit."""
+    numbers = combination.numbers(metric)
+    if metric == settings.SPEED:
         shown = text.throughput(numbers)
     else:
         shown = f"{run_tables.metric_text('accuracy', numbers)} %"
-    edges = settings.at_edges(best[0], overview)
-    said = f"Best {overview.metric_name}: {where}, {shown} (n = {len(numbers)})"
-    return said + (f"; {edges}" if edges else "")
+    return f"{shown} (n = {len(numbers)})"
 
 
-def best_blocks(overview: Overview) -> list[Block]:
+def as_good(ranked: Sequence[Combination], metric: str) -> list[Combination]:
+    """Return the combinations whose mean is close to that of the first.
+
+    The difference is at most two standard errors of it. A single run has none, so it is left out.
+    """
+    several = [each for each in ranked if len(each.numbers(metric)) > 1]
+    if several[:1] != list(ranked[:1]):
+        return []
+    best, *others = [each.numbers(metric) for each in several]
+    near = []
+    for each, numbers in zip(several[1:], others, strict=True):
+        errors = [statistics.variance(own) / len(own) for own in (best, numbers)]
+        if statistics.mean(best) - statistics.mean(numbers) <= 2 * math.sqrt(sum(errors)):
+            near.append(each)
+    return near
+
+
+def best_blocks(sweep: dict, overview: Overview) -> list[Block]:
     """Return the best combinations with their commands; [] where none has a metric."""
-    best = settings.ranked(overview)[:BEST]
+    ranked = settings.ranked(overview)
+    best = ranked[:BEST]
     if not best:
         return []
     title = f"Best runs, by {overview.metric_name}" if overview.settings else "The run"
-    rows = [best_row(combination, overview) for combination in best]
+    if len(ranked) > BEST:
+        title += f" ({BEST} of {len(ranked)} shown)"
+    rows = [best_row(sweep, combination, overview) for combination in best]
     blocks = [Heading(3, title), text.table_of(rows)]
     commands = [best_run(combination, overview.metric)["command"] for combination in best]
     if any(commands):
         said = "The commands of these rows, in the same order"
         if any(len(combination.runs) > 1 for combination in best):
             said += ", each that of the best of the seeds"
-        blocks += [Paragraph(f"{said}:"), Commands(list(filter(None, commands)))]
+        # A sweep adds this flag to each run; a single run does not need it.
+        short = [re.sub(r" --config\.data\.fallback=(?=\s|$)", "", each) for each in commands]
+        blocks += [Paragraph(f"{said}:"), Commands(list(filter(None, short)))]
     return blocks
 
 
@@ -76,19 +159,18 @@ def best_run(combination: Combination, metric: str) -> dict:
     return max(combination.having(metric), key=lambda run: settings.metric_of(run, metric))
 
 
-def best_row(combination: Combination, overview: Overview) -> dict[str, str]:
+def best_row(sweep: dict, combination: Combination, overview: Overview) -> dict[str, str]:
     """Return a combination's cells by column."""
-    best = best_run(combination, overview.metric)
-    row = overview.labelled(combination)
+    is_of_lone_runs = sweep.get("is_of_lone_runs")  # whose settings have a table of their own
+    row = {} if is_of_lone_runs else overview.labelled(combination)
     row["n"] = str(len(combination.having(overview.metric)))
     if overview.metric != settings.SPEED:
         for name in ("accuracy", "loss"):
             label = compare.metric_label(name, overview.split)
             row[label] = run_tables.metric_text(name, combination.numbers(name))
-    row |= run_tables.target_cell(combination.runs, overview.target)
+    row |= run_tables.target_cell(combination.having(overview.metric), overview.target)
     row["images/s"] = text.throughput(combination.numbers(settings.SPEED))
-    # Older runs outside a sweep have no command.
-    return row | dict(run="" if best["command"] else best["name"])
+    return row | dict(run=name_of(sweep, overview, combination) if is_of_lone_runs else "")
 
 
 # ---- All sweeps
@@ -114,35 +196,70 @@ class Given(NamedTuple):
         return self.sweep["title"]
 
 
-def all_given_blocks(sweeps: Sequence[dict]) -> list[Block]:
-    """Return a table of the best combinations for each data set that several sweeps share."""
-    by_data: dict[str, list[Given]] = {}
+def given_by_data(sweeps: Sequence[dict]) -> dict[str, list[Given]]:
+    """Return the combinations by data set (compare.by_data) that several sweeps share, best first.
+
+    They are ranked by main_metric_of. Those without it are left out.
+    """
+    given: dict[int, Given] = {}
+    completed = []
     for sweep in sweeps:
         overview = settings.overview(sweep["runs"], None)
         for combination in overview.combinations:
             done = [run for run in combination.runs if run["status"] == "completed"]
-            if done:
-                given = Given(sweep, overview, combination)
-                by_data.setdefault(done[0]["figures"]["dataset"], []).append(given)
+            given |= {id(run): Given(sweep, overview, combination) for run in done[:1]}
+            completed += done[:1]
+    shared = {}
+    for data, runs in compare.by_data(completed).items():
+        found = [given[id(run)] for run in runs]
+        if len({id(each.sweep) for each in found}) > 1:
+            metric = main_metric_of(found)
+            ranked = [each for each in found if each.combination.numbers(metric)]
+            ranked.sort(key=lambda each: -statistics.mean(each.combination.numbers(metric)))
+            shared[data] = ranked
+    return shared
+
+
+def main_metric_of(found: Sequence[Given]) -> str:
+    """Return accuracy, or images/s where the images are random or no run has an accuracy."""
+    return settings.main_metric([run for each in found for run in each.combination.runs], [])
+
+
+def best_given(data: str, ranked: Sequence[Given]) -> str:
+    """Return "Best of all on digits: a, 99.17 % (n = 1)"; a sweep has its settings, too."""
+    best = ranked[0]
+    where = best.origin
+    if not best.sweep.get("is_of_lone_runs") and best.combination.values:
+        where += f", {name_of(best.sweep, best.overview, best.combination)}"
+    shown = metric_text(main_metric_of(ranked), best.combination)
+    return f"Best of all on {data}: {where}, {shown}"
+
+
+def all_given_blocks(sweeps: Sequence[dict]) -> list[Block]:
+    """Return a table of the best combinations for each data set that several sweeps share."""
     blocks: list[Block] = []
-    for data, found in by_data.items():
-        if len({id(given.sweep) for given in found}) > 1:
-            blocks += [Heading(2, f"All given, on {data}"), all_given_table(found)]
+    for data, ranked in given_by_data(sweeps).items():
+        shown, left_out = ranked[: 2 * BEST], ranked[2 * BEST :]
+        title = f"All given, on {data}"
+        if left_out:
+            title += f" ({len(shown)} of {len(ranked)} shown)"
+        blocks += [Heading(2, title), Paragraph(f"{best_given(data, ranked)}.")]
+        blocks.append(all_given_table(shown))
+        absent = dict.fromkeys(each.origin for each in left_out)
+        absent = [name for name in absent if name not in {each.origin for each in shown}]
+        if absent:
+            blocks.append(Paragraph(f"Given, but not shown: {', '.join(absent)}."))
     return blocks
 
 
-def all_given_table(found: Sequence[Given]) -> Table:
-    """Return the table of the best combinations of several sweeps, best first.
+def all_given_table(shown: Sequence[Given]) -> Table:
+    """Return the table of combinations of several sweeps.
 
-    They are ranked by accuracy, or by images/s where the images are random or no run has an
-    accuracy. Settings are the fields that were swept or set by flags, where they differ.
+    Settings are the fields that were swept or set by flags, where they differ.
     """
-    runs = [run for given in found for run in given.combination.runs]
-    metric = settings.main_metric(runs, [])
+    runs = [run for given in shown for run in given.combination.runs]
+    metric = main_metric_of(shown)
     accuracy = compare.metric_label("accuracy", compare.split_of(run["config"] for run in runs))
-    ranked = [given for given in found if given.combination.numbers(metric)]
-    ranked.sort(key=lambda given: -statistics.mean(given.combination.numbers(metric)))
-    shown = ranked[: 2 * BEST]
     names = names_that_differ(shown)
     rows = []
     for given in shown:
@@ -150,7 +267,7 @@ def all_given_table(found: Sequence[Given]) -> Table:
         known = [
             f"{name}={compare.value_text(value)}"
             for name, value in values.items()
-            if value is not None
+            if value not in (None, "")
         ]
         accuracies = [] if metric == settings.SPEED else given.combination.numbers("accuracy")
         rows.append(

@@ -55,7 +55,7 @@ def left_out_text(runs: Sequence[dict]) -> str:
     return "".join(f"; runs {status}: {names_text(some)}" for status, some in names.items())
 
 
-def names_text(names: Sequence[str]) -> str:
-    """Return names joined by commas; of many, only the first."""
+def names_text(names: Sequence[str], separator: str = ", ") -> str:
+    """Return names joined by a separator; of many, only the first."""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
+    return separator.join(names[:MOST_NAMES]) + more

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cnn_spmd.config import complete, flat
+from cnn_spmd.training import runfiles
 
 # Fields of a config that change no number, not even the speed, or that have columns of their own.
 NOT_COMPARED = (
@@ -33,9 +34,6 @@ NOT_THE_RECIPE = (
     "data.resident",
 )
 
-# Metrics from 0 to 1 that are shown as percentages.
-SHARES = ("accuracy", "top5")
-
 
 def recipe(run: dict) -> str:
     """Return what two runs (summary.json) must share to be averaged."""
@@ -53,7 +51,9 @@ def panel_of(run: dict) -> str:
         batch = f"batch {figures.get('batch_size', settings.get('batch_size', '?'))}"
     known = ("mesh", "parallelism", "seed", "batch_size", "batch_per_device")
     others = [
-        f"{name}={value_text(value)}" for name, value in settings.items() if name not in known
+        f"{name}={value_text(value)}"
+        for name, value in settings.items()
+        if name not in known and value != ""
     ]
     return ", ".join([batch, *others])
 
@@ -141,12 +141,12 @@ def group_speedups(group: dict) -> list[float]:
 
 def metric_label(name: str, split: str = "test") -> str:
     """Return the header of a metric's column, or the label of its axis; split: as of split_of."""
-    return f"{split} {name}, %" if name in SHARES else f"{split} {name}"
+    return f"{split} {name}, %" if name in runfiles.SHARES else f"{split} {name}"
 
 
 def factor_of(metric: str) -> float:
     """Return 100 for a metric that is shown in percent, otherwise 1."""
-    return 100 if metric in SHARES else 1
+    return 100 if metric in runfiles.SHARES else 1
 
 
 def split_of(configs: Iterable[dict]) -> str:
@@ -156,6 +156,26 @@ def split_of(configs: Iterable[dict]) -> str:
     """
     splits = {"validation" if config.get("data.validation") else "test" for config in configs}
     return " or ".join(sorted(splits)) or "test"
+
+
+def by_data(runs: Sequence[dict]) -> dict[str, list[dict]]:
+    """Return the runs whose accuracies compare, by the name of their images.
+
+    These have one data set, one digest and one split. A run without a digest compares where all
+    others of its data set have the same digest.
+    """
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for run in runs:
+        data = run["figures"].get("dataset") or run["config"].get("data.name") or "unknown data"
+        groups.setdefault((data, split_of([run["config"]])), []).append(run)
+    named: dict[str, list[dict]] = {}
+    for (data, split), members in groups.items():
+        data += "" if split == "test" else f", {split} images"
+        several = len({run["digest"] for run in members} - {None}) > 1
+        for run in members:
+            digest = f" (digest {(run['digest'] or 'unknown')[:8]})" if several else ""
+            named.setdefault(data + digest, []).append(run)
+    return named
 
 
 def value_text(value: Any) -> str:

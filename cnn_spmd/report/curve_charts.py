@@ -29,7 +29,7 @@ def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
     names, splits = ["loss"], ["training"]
     if not settings.are_random(runs):  # of which nothing is learned that a test could show
         registered = runfiles.registered_metrics(run["figures"] for run in runs)
-        names += ["accuracy", *(name for name in registered if name not in compare.SHARES)]
+        names += ["accuracy", *(name for name in registered if name not in runfiles.SHARES)]
         splits = list(SPLITS)
     pictures, looks, clipped = [], Looks(overview), False
     for name in names:

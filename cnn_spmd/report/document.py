@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cnn_spmd.report import (
     batch_scaling_section,
     best_runs,
+    captions,
     compare,
     curve_charts,
     facts,
@@ -30,9 +31,13 @@ def report_blocks(
 
     target_error: as batch_scaling.measure takes it.
     """
-    # Lone runs can be of several experiments.
-    names = [name for sweep in sweeps for name in sweep["experiment"].split(", ")]
-    blocks: list[Block] = [Heading(1, f"cnn_spmd: {', '.join(dict.fromkeys(names))}")]
+    runs = [run for sweep in sweeps for run in sweep["runs"]]
+    networks, data = (
+        dict.fromkeys(run["figures"].get(figure) or run["config"].get(field) for run in runs)
+        for figure, field in (("model", "model.name"), ("dataset", "data.name"))
+    )
+    named = [captions.names_text([*filter(None, names)]) for names in (networks, data)]
+    blocks: list[Block] = [Heading(1, f"cnn_spmd: {' on '.join(filter(None, named))}")]
     if notes:
         blocks.append(Table(["warnings"], [[note] for note in notes]))
     blocks += best_runs.all_given_blocks(sweeps)
@@ -46,8 +51,8 @@ def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
     with plots.style():
         return [
             Heading(2, sweep["title"]),
-            *best_runs.asked_blocks(runs, overview),
-            *best_runs.best_blocks(overview),
+            *best_runs.asked_blocks(sweep, overview),
+            *best_runs.best_blocks(sweep, overview),
             Heading(3, "Settings"),
             facts.facts_table(sweep, overview),
             *setting_charts.metric_charts(runs, overview),

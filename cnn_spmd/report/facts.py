@@ -19,14 +19,22 @@ RECIPE = {
 
 
 def facts_table(sweep: dict, overview: Overview) -> Table:
-    """Return the facts of a sweep; the fields that vary among its runs are left out."""
+    """Return the facts of a sweep; the fields that vary among its runs are left out.
+
+    Those of lone runs stand in a table of their own (best_runs.differences).
+    """
     runs = sweep["runs"]
+    networks, experiment = distinct_texts(runs, network_text), sweep["experiment"]
+    if sweep.get("is_of_lone_runs"):
+        networks = networks if len(networks) == 1 else []
+        experiment = "" if ", " in experiment else experiment
     hardware = sweep["hardware"] or {}
     versions = (f"{name} {version}" for name, version in hardware.get("versions", {}).items())
     facts = {
-        "network": distinct_texts(runs, network_text),
-        "data": distinct_texts(runs, data_text),
-        **recipe_facts(runs, overview),
+        "experiment": experiment,
+        "network": "; ".join(networks),
+        "data": "; ".join(distinct_texts(runs, data_text)),
+        **recipe_facts(sweep, overview),
         "hardware": compare.hardware_of(sweep),
         "command": sweep.get("command"),
         "started": sweep.get("started"),
@@ -36,22 +44,28 @@ def facts_table(sweep: dict, overview: Overview) -> Table:
     return Table(["", ""], [[name, fact] for name, fact in facts.items() if fact])
 
 
-def recipe_facts(runs: Sequence[dict], overview: Overview) -> dict[str, str]:
-    """Return the values of the fields in RECIPE, except what varies."""
+def recipe_facts(sweep: dict, overview: Overview) -> dict[str, str]:
+    """Return the values of the fields in RECIPE, except what varies.
+
+    A number that follows from what a sweep varies has its range.
+    """
     varied = {name for each in overview.settings for name in (each.name, *each.along)}
     facts = {}
     for label, name in RECIPE.items():
-        values = [settings.value_of(run, name) for run in runs]
+        values = [settings.value_of(run, name) for run in sweep["runs"]]
         known = settings.ordered(dict.fromkeys(value for value in values if value))
-        if known and name not in varied:
-            facts[label] = settings.values_text(known)
+        if len(known) == 1:
+            facts[label] = compare.value_text(known[0])
+        elif known and name not in varied and not sweep.get("is_of_lone_runs"):
+            first, *_, last = map(compare.value_text, known)
+            facts[label] = f"{first} to {last}" if all(map(settings.is_number, known)) else ""
     return facts
 
 
-def distinct_texts(runs: Sequence[dict], text_of: Callable[[dict], str]) -> str:
-    """Return the distinct texts that text_of makes of the runs' figures, joined."""
+def distinct_texts(runs: Sequence[dict], text_of: Callable[[dict], str]) -> list[str]:
+    """Return the distinct texts that text_of makes of the runs' figures."""
     texts = dict.fromkeys(text_of(run["figures"]) for run in runs if run["figures"])
-    return "; ".join(filter(None, texts))
+    return list(filter(None, texts))
 
 
 def network_text(figures: dict) -> str:

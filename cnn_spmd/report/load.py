@@ -1,5 +1,6 @@
 """Load runs and sweeps from their folders, for the report."""
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -7,19 +8,19 @@ from typing import Any
 
 from cnn_spmd.config import MESH_AXES, complete, flat
 from cnn_spmd.errors import UserError
-from cnn_spmd.report import compare
+from cnn_spmd.report import captions, compare
 from cnn_spmd.training import runfiles
 
 
 def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
     """Return the sweeps in `folders`, and the lone runs as further ones.
 
-    A sweep has the form of sweep.json; each run also gets `metrics` and `pictures`. notes gets a
-    line for each unfinished run and each damaged file, and for accuracies that do not compare.
-    Raises UserError for a folder that is neither a sweep nor a run.
+    A sweep has the form of sweep.json; each run also gets `metrics`, `pictures` and `digest`, that
+    of its data. notes gets a line for each unfinished run and each damaged file, and for accuracies
+    that do not compare. Raises UserError for a folder that neither is nor holds a sweep or a run.
     """
     sweeps, alone = [], []
-    for folder in dict.fromkeys(folders):
+    for folder in dict.fromkeys(path for given in folders for path in sweeps_and_runs(given)):
         if not folder.is_dir():
             raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}")
         if (folder / "sweep.json").exists():
@@ -31,9 +32,18 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
         else:
             raise UserError(
                 f"{folder}: holds neither a sweep (sweep.json) nor a run "
-                f"(config.json, summary.json){runfiles.instead_of(folder)}"
+                "(config.json, summary.json)"
             )
     return sweeps + sweeps_of_lone_runs(alone, notes)
+
+
+def sweeps_and_runs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the sweeps and the lone runs in a folder or below; `folder` itself where none is."""
+    names = ("sweep.json", "config.json", "summary.json")
+    if any((folder / name).exists() for name in names):
+        return [folder]
+    found = {path.parent for name in names for path in folder.rglob(name)}
+    return [path for path in sorted(found) if not found.intersection(path.parents)] or [folder]
 
 
 def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
@@ -59,18 +69,23 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
             f"{path}: data.validation varies: accuracies of test and of validation images do not "
             "compare"
         )
+    elif len(data := compare.by_data([run for run in runs if run["figures"]])) > 1:
+        notes.append(f"{path}: the data varies: accuracies do not compare: {', '.join(data)}")
     return sweep | dict(title=folder.resolve().name, runs=runs)
 
 
 def sweeps_of_lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
-    """Return run folders as sweeps: those tested on test images, those on validation images."""
+    """Return run folders as sweeps, one for each set of images (compare.by_data)."""
     names = [folder.resolve().name for folder in folders]
-    by_split: dict[str, list[tuple[dict, dict]]] = {}
+    loaded = []
     for folder, name in zip(folders, names, strict=True):
         name = name if names.count(name) == 1 else str(folder)
-        run, summary = load_lone_run(folder, name, notes)
-        by_split.setdefault(compare.split_of([run["config"]]), []).append((run, summary))
-    return list(map(sweep_of_lone_runs, by_split.values()))
+        loaded.append(load_lone_run(folder, name, notes))
+    summaries = {run["name"]: summary for run, summary in loaded}
+    return [
+        sweep_of_lone_runs([(run, summaries[run["name"]]) for run in runs])
+        for runs in compare.by_data([run for run, _ in loaded]).values()
+    ]
 
 
 def load_lone_run(folder: pathlib.Path, name: str, notes: list[str]) -> tuple[dict, dict]:
@@ -97,13 +112,14 @@ def sweep_of_lone_runs(loaded: Sequence[tuple[dict, dict]]) -> dict:
         differ = differing_fields(own, fields)
         run["settings"] = {name: value for name, value in differ.items() if name not in implied}
     where = [{key: summary.get(key) for key in runfiles.HARDWARE} for summary in summaries]
+    started = sorted(str(summary["started"]) for summary in summaries)
     return dict(
-        title=", ".join(run["name"] for run in runs),
+        title=captions.names_text([run["name"] for run in runs]),
         is_of_lone_runs=True,
-        experiment=distinct(summaries, "experiment") or "unfinished runs",
+        experiment=", ".join(dict.fromkeys(str(summary["experiment"]) for summary in summaries)),
         runs=runs,
         devices=max((summary["devices"] for summary in summaries), default=0),
-        started=distinct(summaries, "started"),
+        started=" to ".join(dict.fromkeys([*started[:1], *started[-1:]])),
         hardware=functools.reduce(runfiles.merge_facts, where) if where else None,
     )
 
@@ -127,7 +143,7 @@ def mesh_of_run(mesh: dict | None, config: dict) -> str | None:
 
 
 def compared_fields(config: dict, summary: dict) -> dict:
-    """Return the fields that distinguish a run: config, device and data.
+    """Return the fields that distinguish a run: config, device and digest of the data.
 
     summary: {} for an unfinished run.
     """
@@ -179,11 +195,6 @@ def set_by_hand(command: str) -> list[str]:
     return [word.removeprefix(flag) for word in words if word.startswith(flag)]
 
 
-def distinct(summaries: Sequence[dict], key: str) -> str:
-    """Return the distinct values of a field, joined by commas."""
-    return ", ".join(dict.fromkeys(str(summary[key]) for summary in summaries))
-
-
 def load_outcome(folder: pathlib.Path, notes: list[str]) -> dict:
     """Return status, reason and figures of a run.
 
@@ -204,8 +215,13 @@ def load_outcome(folder: pathlib.Path, notes: list[str]) -> dict:
 
 
 def load_curves_and_pictures(folder: pathlib.Path, notes: list[str]) -> dict:
-    """Return `metrics` (load_metrics) and `pictures` (load_pictures) of a run."""
-    return dict(metrics=load_metrics(folder, notes), pictures=load_pictures(folder, notes))
+    """Return `metrics` and `pictures` of a run, and the `digest` of its data, None if unknown."""
+    digest = None
+    with contextlib.suppress(UserError):
+        digest = runfiles.read_json(folder / "summary.json").get("data_digest")
+    return dict(
+        metrics=load_metrics(folder, notes), pictures=load_pictures(folder, notes), digest=digest
+    )
 
 
 def load_metrics(folder: pathlib.Path, notes: list[str]) -> list[dict]:

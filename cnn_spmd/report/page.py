@@ -102,7 +102,7 @@ def block_as_html(block: Block) -> str:
         case Table():
             return table_as_html(block)
         case Commands(lines):
-            return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
+            return f"<pre><code>{chr(10).join(map(command_as_html, lines))}</code></pre>"
         case Chart(title, pictures, caption):
             one = ' class="one"' if len(pictures) == 1 else ""
             return (
@@ -124,6 +124,11 @@ def table_as_html(table: Table) -> str:
     return f'<div class="scroll">{start}\n<tbody>{body}</tbody></table></div>'
 
 
+def command_as_html(command: str) -> str:
+    """Return a command that breaks between its words only: a browser would break within "--"."""
+    return " ".join(f"<span>{word}</span>" for word in html.escape(command).split(" "))
+
+
 def cell_as_html(text: str, column: str) -> str:
     """Return a cell: numbers to the right, long texts and commands with line breaks."""
     kind = ""
@@ -133,9 +138,7 @@ def cell_as_html(text: str, column: str) -> str:
     elif len(text) > 50:
         kind = ' class="long"'
     if text.startswith("python "):
-        # Browsers would break a line within "--".
-        words = (f"<span>{word}</span>" for word in shown.split(" "))
-        shown = f"<code>{' '.join(words)}</code>"
+        shown = f"<code>{command_as_html(text)}</code>"
     elif " " not in text and kind == ' class="long"':
         shown = shown.replace(",", ",<wbr>")  # a run's name
     data = f' data-column="{html.escape(column)}"' if column else ""

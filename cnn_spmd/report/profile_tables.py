@@ -17,13 +17,13 @@ def share_blocks(runs: Sequence[dict]) -> list[Block]:
     rows = [share_row(run) for run in profiled(runs)]
     if not rows:
         return []
-    note = facts.distinct_texts(
+    notes = facts.distinct_texts(
         profiled(runs), lambda figures: figures["profile"].get("note") or ""
     )
     return [
         Heading(3, "Computing and communicating, by profile"),
         whole_table(rows),
-        Paragraph((LEGEND + note).strip()),
+        Paragraph((LEGEND + "; ".join(notes)).strip()),
     ]
 
 

@@ -43,7 +43,7 @@ def metric_cells(runs: Sequence[dict], names: Sequence[str], split: str) -> dict
 
 def metric_text(name: str, values: Sequence[float]) -> str:
     """Return mean and deviation of a metric, in % where it is a share."""
-    digits = 2 if name in compare.SHARES else 4
+    digits = 2 if name in runfiles.SHARES else 4
     return text.mean_and_deviation([compare.factor_of(name) * value for value in values], digits)
 
 

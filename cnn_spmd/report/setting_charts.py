@@ -22,6 +22,7 @@ from cnn_spmd.training import runfiles
 TICK_GAP = 0.09
 LONGEST = 24  # characters of a value at an axis
 ACROSS = 50  # characters that an axis has room for
+LEAST_HEIGHT = 5.0  # of an axis of percents that is cut
 
 
 class Line(NamedTuple):
@@ -43,7 +44,7 @@ def metric_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
     metrics, hidden = [overview.metric], {"seed"}
     if overview.metric != SPEED:
         registered = runfiles.registered_metrics(run["figures"] for run in runs)
-        metrics += [name for name in registered if name not in compare.SHARES]
+        metrics += [name for name in registered if name not in runfiles.SHARES]
         hidden |= {name for name in names if name.startswith(settings.OF_SPEED)}
     elif {"mesh", "parallelism"} & set(names):
         return []  # meshes and schemes have charts of their own
@@ -56,7 +57,7 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
     """Return the chart of one metric; without pictures where it would say nothing."""
     found, combos = overview.settings, overview.combinations
     label = "images/s" if metric == SPEED else compare.metric_label(metric, overview.split)
-    pictures = []
+    pictures, floor = [], floor_of(combos, metric)
     summary = "the best mean" if higher_is_better(metric) else "the mean"
     many = False
     for setting in shown:
@@ -67,13 +68,16 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
             lines = [line._replace(label="other settings") for line in lines]
             lines.append(Line(summary, {value: [mean] for (value,), mean in means.items()}))
         if lines:
-            pictures.append(draw_against(setting, lines, label, len(lines) > len(plots.LOOKS)))
+            several = len(lines) > len(plots.LOOKS)
+            pictures.append(draw_against(setting, lines, label, several, floor))
     for across, down in itertools.combinations(shown, 2):
         means = summaries([across.name, down.name], combos, metric)
         # A map with more holes than cells compares nothing.
         if 2 * len(means) > len(across.values) * len(down.values):
             pictures.append(draw_heat_map(across, down, means, label))
     caption = metric_caption(metric, combos)
+    if floor is not None:
+        caption += f" The axis begins at {floor:.0f}: triangles at its edge stand for lower means."
     if many:
         caption += " Grey: each combination of the other settings."
     if len(shown) > 2:
@@ -96,6 +100,22 @@ def metric_caption(metric: str, combos: Sequence[Combination]) -> str:
     return caption
 
 
+def floor_of(combos: Sequence[Combination], metric: str) -> float | None:
+    """Return where the axis of a share begins, so that a diverged run hides no difference.
+
+    The axis has four times the height from the median to the best mean, and at least LEAST_HEIGHT.
+    None: the metric is no share, no mean is lower, or fewer than three are higher.
+    """
+    if metric not in runfiles.SHARES:
+        return None
+    numbers = [found for each in combos if (found := each.numbers(metric))]
+    means = sorted((100 * statistics.mean(own) for own in numbers), reverse=True)
+    if len(means) < 3:
+        return None
+    floor = means[0] - max(4 * (means[0] - means[(len(means) - 1) // 2]), LEAST_HEIGHT)
+    return floor if means[-1] < floor <= means[2] else None
+
+
 # ---- Against one setting
 
 
@@ -116,10 +136,17 @@ def lines_against(
     return [line for line in lines.values() if len(line.values) > 1]
 
 
-def draw_against(setting: Setting, lines: Sequence[Line], metric: str, summary: bool) -> str:
+def draw_against(
+    setting: Setting,
+    lines: Sequence[Line],
+    metric: str,
+    summary: bool,
+    floor: float | None = None,
+) -> str:
     """Return a metric against the values of a setting, one line per combination.
 
     summary: the last line stands for all others, which are grey; otherwise each has a colour.
+    floor: as of floor_of.
     """
     fig = Figure(figsize=(plots.WIDTH, 3.0))
     axes = fig.add_subplot()
@@ -143,6 +170,9 @@ def draw_against(setting: Setting, lines: Sequence[Line], metric: str, summary: 
     else:
         name_places(axes, range(len(setting.values)), setting.values)
         axes.set_xlim(-0.5, len(setting.values) - 0.5)
+    if floor is not None:
+        places = setting.values if numeric else range(len(setting.values))
+        mark_below(axes, floor, dict(zip(map(str, setting.values), places, strict=True)), lines)
     return plots.svg_with_legend(fig, axes, f"{metric} against {setting.name}")
 
 
@@ -160,6 +190,23 @@ def draw_line(
     above = [max(own) - mean for mean, own in zip(means, numbers, strict=True)]
     spread = None if look["color"] == plots.GREY else [below, above]
     axes.errorbar(x, means, yerr=spread, elinewidth=1, capsize=2, label=label, **look)
+
+
+def mark_below(
+    axes: Axes, floor: float, places: Mapping[str, float], lines: Sequence[Line]
+) -> None:
+    """End the axis at `floor`, and write the means below it at its edge; places: as draw_line."""
+    highest = max(max(own) for line in lines for own in line.values.values())
+    axes.set_ylim(floor, highest + 0.05 * (highest - floor))
+    for value, place in places.items():
+        means = [statistics.mean(line.values[value]) for line in lines if value in line.values]
+        if below := [mean for mean in means if mean < floor]:
+            axes.plot(place, floor, marker="v", color="#444444", clip_on=False)
+            ends = dict.fromkeys(f"{mean:.1f}" for mean in (min(below), max(below)))
+            said = f"{' to '.join(ends)} (below)"
+            axes.annotate(
+                said, (place, floor), xytext=(0, 6), rotation=90, ha="center", **plots.LABEL
+            )
 
 
 def set_scale(axes: Axes, values: Sequence[float]) -> None:
@@ -226,7 +273,7 @@ def summaries(
 
 def higher_is_better(metric: str) -> bool:
     """Return whether a metric is known to be better where it is higher."""
-    return metric == SPEED or metric in compare.SHARES
+    return metric == SPEED or metric in runfiles.SHARES
 
 
 def draw_heat_map(

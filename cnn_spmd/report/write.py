@@ -15,12 +15,16 @@ def write_report(
     """Write report.md, report.csv and report.html on all `folders` into the first.
 
     target_error: the error to which steps and seconds are counted; None: chosen from the runs
-    (batch_scaling.measure, settings.target_accuracy). Prints the best setting of each sweep. Prints
-    on stderr which runs are unfinished and which files are damaged. Returns the paths of the three
-    files. Raises UserError for bad input, for a folder that cannot be written, and for a target
-    where no run was evaluated.
+    (batch_scaling.measure, settings.target_accuracy). Prints the best setting of each sweep, and of
+    all on each data set. Prints on stderr which runs are unfinished and which files are damaged.
+    Returns the paths of the three files. Raises UserError for bad input, for a folder that cannot
+    be written, and for a target where no run was evaluated.
     """
     notes: list[str] = []
+    # `runs/*` also names what an earlier report wrote there.
+    if files := [path for path in folders if path.is_file()]:
+        folders = [path for path in folders if path not in files] or folders
+        notes += [f"{path}: is left out, as it is a file" for path in files]
     sweeps = load.load_sweeps(folders, notes)
     if target_error is not None:
         check_target(target_error, [run for sweep in sweeps for run in sweep["runs"]], notes)
@@ -42,8 +46,10 @@ def write_report(
         except OSError as error:
             raise UserError(f"{folders[0] / name}: cannot be written: {error.strerror}") from error
     for sweep in sweeps:
-        if said := best_runs.answer(settings.overview(sweep["runs"], target_error)):
+        if said := best_runs.answer(sweep, settings.overview(sweep["runs"], target_error)):
             print(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
+    for data, found in best_runs.given_by_data(sweeps).items():
+        print(best_runs.best_given(data, found))
     return [folders[0] / name for name in contents]
 
 

@@ -20,6 +20,8 @@ from cnn_spmd.errors import UserError
 SCHEMA = 1
 # The fields of summary.json that say on which hardware and by which code a run was made.
 HARDWARE = ("device_kind", "host_cores", "versions", "commit")
+# Metrics from 0 to 1 that are shown as percentages.
+SHARES = ("accuracy", "top5")
 KINDS = {
     "text": str,
     "a whole number": int,
