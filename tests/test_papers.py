@@ -507,7 +507,7 @@ def test_the_schemes_side_by_side(tmp_path):
 def test_the_headline_table_fits_readme():
     table = headline.headline_table()
     rows = re.sub(r"\(results/.*?\)", "", table).splitlines()
-    assert len(rows) == 2 + 7
+    assert len(rows) == 2 + 6
     assert max(map(len, rows)) <= 120
     for target in re.findall(r"\]\((.*?)\)", table):
         assert (ROOT / target).is_file(), target
