@@ -680,6 +680,8 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
         raise UserError(
             f"batch_size={config.batch_size}: {shown_data(config, data.name)} has {examples} "
             f"training images, expected at most that: set --config.batch_size={examples} or less"
+            + ", or data.synthetic.train_examples"
+            * (data.name == "synthetic")
         )
     if config.data.crop_pad >= side:
         raise UserError(

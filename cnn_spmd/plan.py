@@ -254,4 +254,7 @@ def why(predictions: Sequence[Prediction]) -> str:
         slower = following[0].terms.step / best.terms.step - 1
         text += f". Next: {following[0].mesh} {following[0].parallelism}, {slower:.1%} slower"
     estimated = " Computing is estimated." if best.alone.is_estimated else ""
-    return f"{text}.{estimated} Errors of a prediction: results/predictions.md."
+    return (
+        f"{text}.{estimated} Differences below the errors of a prediction say nothing: "
+        "results/predictions.md."
+    )

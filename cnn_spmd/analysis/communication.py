@@ -72,7 +72,7 @@ def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> It
     yield Move(
         after.name, "all-gather", sliced, "backward", after.bytes * count_devices(mesh, sliced)
     )
-    # Placement.exchange comes before the gather.
+    # Placement.batch_to_features comes before the gather.
     exchanged = exchanged_axes(before, after)
     yield Move(after.name, "all-to-all", exchanged, "forward", held)
     yield Move(after.name, "all-to-all", exchanged, "backward", held)

@@ -83,7 +83,7 @@ def _check_layer(layer: Layer) -> None:
 def _check_step_between(layer: Layer, following: Layer) -> None:
     """Refuse a change of layout between two layers that is not one simple collective.
 
-    Into the first dense layer it may be two: Placement.exchange, then a gather.
+    Into the first dense layer it may be two: Placement.batch_to_features, then a gather.
     """
     before, after = layer.output, following.input
     where = f"from {before.name} to {after.name}"

@@ -33,7 +33,8 @@ class Sizes:
 
 
 SIZES = {
-    # The sides of the maps: 224 -> 55 -> 27 -> 13 -> 6. Without `padding` a map keeps its side.
+    # The sides of the maps: 224 -> 55 -> 27 -> 13 -> 6. Where `padding` is not given, a map
+    # keeps its side.
     224: Sizes(
         conv1=dict(window=11, strides=4, padding=(2, 2)),
         conv2=dict(window=5),
@@ -104,7 +105,7 @@ class AlexNet(nnx.Module):
         activation lives. train: for networks with batch norm; no effect here.
         """
         pool, levers = self.sizes.pool, self.levers
-        # Each layer places its input and output; the names are for reports.
+        # Each layer places its input and output (layers/conv.py); the names are for reports.
         x_BHWC = conv_relu("conv1", self.conv1, images_BHWC, place, levers, pool)
         x_BHWC = conv_relu("conv2", self.conv2, x_BHWC, place, levers, pool)
         x_BHWC = conv_relu("conv3", self.conv3, x_BHWC, place, levers)
@@ -118,7 +119,7 @@ class AlexNet(nnx.Module):
         """Return the logits [B, classes]; without a key there is no dropout.
 
         Here the batch moves from conv_batch (of x_BF) to dense_batch (in `hidden`) to output_batch
-        (after the last hidden layer). Under `hybrid`, XLA gathers x_BF along `model` for fc1.
+        (by last=True). Under `hybrid`, XLA gathers x_BF along `model` for fc1.
         """
         keys = dropout_keys(dropout_key, 2)
         x_BF = hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])

@@ -223,12 +223,12 @@ class Placement:
             self.record(name, axes, x)
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape, name or "array"))
 
-    def exchange(self, x_BF: jax.Array, rows: str | None) -> jax.Array:
+    def batch_to_features(self, x_BF: jax.Array, rows: str | None) -> jax.Array:
         """Split what leaves the convolutions as the rows of the first dense kernel are.
 
-        Mesh axes that go from the batch to the features are exchanged (an all-to-all), while a
-        device holds no more than its own examples. The layer gathers the rest of the batch
-        afterwards. XLA by itself would gather all of x on every device, and slice it.
+        Where a mesh axis goes from the batch to the features, XLA inserts an all-to-all, and no
+        device holds more than its share of x. The layer asks for the rest of the batch afterwards.
+        Without this constraint, XLA would gather all of x on every device, and slice it.
 
         rows: the logical axis of the rows, such as "fc1_in". Where they do not divide, x stays as
         it is, and the layer raises the error.
@@ -238,8 +238,8 @@ class Placement:
             return x_BF
         x_BF = self(x_BF, self.features_batch, None)
         rest = tuple(mesh_axis for mesh_axis in batch if mesh_axis not in features)
-        exchanged = NamedSharding(self.mesh, P(rest, features))
-        return jax.lax.with_sharding_constraint(x_BF, exchanged)
+        sharding = NamedSharding(self.mesh, P(rest, features))
+        return jax.lax.with_sharding_constraint(x_BF, sharding)
 
     def product(self, f: Callable, x: jax.Array, kernel: nnx.Param, dtype: Any) -> jax.Array:
         """Return f(x, kernel), with the kernel in `dtype` and where it is used: at_rest.py."""

@@ -12,10 +12,10 @@ A logical axis that a row does not name is not split. sharding/placement.py turn
 shardings. To move an array, change its entry here, or give the config a row of your own
 (`config.placement`; own_rows.py reads it). Three things follow without an entry: a momentum lives
 with its weight; model state and metrics are on every device; the data set is too, unless it is
-streamed.
+streamed or sharded (`data.resident`).
 
 A row says where arrays are used. Its key `at_rest`, a row of the same form, splits weights further
-between steps: layers/ gather them for use (sharding/at_rest.py).
+between steps. Each layer then asks for its whole kernel (sharding/at_rest.py), and XLA gathers it.
 
 tests/test_schemes.py checks, for every scheme, that it computes what one device computes and moves
 what theory says.
@@ -27,25 +27,27 @@ from cnn_spmd.config import MESH_AXES
 
 ALL = MESH_AXES  # ("data", "model"): split over all devices
 
-# Every kernel, split over all devices. Where a size does not divide, fewer devices split it: that
-# changes no number, and the placement report says so. Vectors (biases, scales) stay as in use.
-# Kernels in groups are split by rows (tower_in): each tower's gradient then is where its shard is.
+# For `at_rest` below: every kernel, split over all devices. Where a size does not divide, fewer
+# devices split it: that changes no number, and the placement report says so. Vectors (biases,
+# scales) stay as in use. A convolution in groups (AlexNet's towers) has tower_in for its rows.
 KERNELS = dict(conv_out=ALL, tower_in=ALL, fc1_in=ALL, fc2_in=ALL, fc3_in=ALL)
 
+# A kernel's rows are its inputs, its columns its outputs; those of a convolution are channels.
 # Layers follow two rules. A layer takes its input split as its kernel's rows are (fc1_in), and
 # returns its output split as its kernel's columns are (fc1_out). Where one layer's output and the
 # next layer's input are not split alike, XLA moves the array: that is the communication.
 #
 #   forward    a gather, where the next layer needs more of an array than a device holds; a sum,
 #              where a kernel's rows are split and each device has a partial sum
-#   backward   a gather becomes a reduce-scatter of the gradient; each weight's gradient is summed
-#              over the devices that saw other examples and hold the same part of the weight
+#   backward   a gather becomes a reduce-scatter of the gradient (on a CPU, an all-reduce); each
+#              weight's gradient is summed over the devices that saw other examples and hold the
+#              same part of the weight
 #
 # Activations have one batch axis for each part of the network: the convolutions, the hidden dense
 # layers fc1 and fc2, and the output layer fc3. image_height are the rows of images and maps. The
 # `group` axes are the channels of a convolution in groups (AlexNet's towers). If both are split,
 # each device works on its own groups, and nothing moves. With group_out alone, the input is
-# gathered. `tower_in` is what one tower takes in.
+# gathered.
 TABLE: dict[str, dict[str, Any]] = {
     # Data parallelism. Each device holds all weights and its shard of the batch. The gradients are
     # summed over all devices.
@@ -123,9 +125,10 @@ TABLE: dict[str, dict[str, Any]] = {
     # One mesh axis splits the rows of a dense kernel, the other its columns. They change places
     # from layer to layer: an output lies as the next layer takes it (PaSE, IPDPS 2021, table II).
     # The dense batch is not split, so no gradient of a dense weight is summed. Each layer sums its
-    # outputs along the mesh axis of its rows. Before fc1, devices along `data` exchange examples
-    # for features (Placement.exchange), and XLA then gathers the batch along `model`. `data` is
-    # last in conv_batch, so that the examples that a device receives follow each other in it.
+    # outputs along the mesh axis of its rows. Before fc1, devices along `data` give each other
+    # features of their examples (Placement.batch_to_features), and XLA then gathers the batch along
+    # `model`. In conv_batch, the last mesh axis changes fastest: the devices along `data` hold
+    # neighbouring examples, so that what a device receives needs no sorting.
     "dense_2d": dict(
         conv_batch=("model", "data"),
         fc1_in="data",

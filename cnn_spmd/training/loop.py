@@ -77,6 +77,7 @@ def train(
                 return old_summary
 
             started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            # Orbax reads each array straight into its shards on this mesh.
             checkpoints, state = resume.restore(setup, workdir, old_summary)
             start = 0 if state is None else int(state.step)
             origin = initial.Start({}, old_summary.get("init_from"))

@@ -1,13 +1,14 @@
 """Compute the train step and the evaluation step, as pure functions of a state and images.
 
 Nothing here names a mesh axis. `place(x, ...)` constrains an array by its logical axes
-(sharding/placement.py), and XLA inserts the collectives.
+(sharding/placement.py), and XLA inserts the collectives. Our code asks for two kinds by itself:
+halos of maps that are split by height (sharding/halo.py), and images of a sharded data set.
 
 A step sees the examples `indices_B`, which data/order.py makes from seed, step and config; mesh and
 processes do not change them. There are three ways to give them. Where the data set is resident,
 `data` is all of it, on every device, and the step takes data[indices_B]. Where it is streamed,
 `data` holds just the examples, and the indices are None (data/feed.py). Where it is sharded, each
-device holds a part of it, and a Plan takes the indices' place (data/sharded.py).
+device holds a part of it, and a Plan of who sends what takes the indices' place (data/sharded.py).
 
 With `dense_microbatch`, microbatch.train_step takes the place of train_step: the dense layers then
 see one part of the batch after another.
@@ -139,13 +140,14 @@ class StepFunctions:
         """
         params = nnx.to_flat_state(nnx.state(self.abstract_model, nnx.Param))
         kernels = [param for _, param in params if is_dense(param) and len(param.shape) > 1]
+        # By name: fc1_in comes before fc2_in.
         return min((axes_of(kernel)[0] for kernel in kernels), default=None)
 
     def classify(
         self, model: nnx.Module, x_BF: jax.Array, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Return the logits [B, C] of what the convolutions return, [B, F]."""
-        x_BF = self.place.exchange(x_BF, self.first_dense_rows)
+        x_BF = self.place.batch_to_features(x_BF, self.first_dense_rows)
         return model.classify(x_BF, self.place, dropout_key)
 
     def loss(
@@ -192,6 +194,7 @@ class StepFunctions:
         at = state.params if weights is None else weights
         # The loss is a mean over the global batch. So XLA inserts a sum of each gradient over the
         # devices that saw other examples and hold the same part of the weight; no line asks for it.
+        # Where layers compute in bfloat16, it sums in bfloat16.
         grads, (values, new_model_state) = jax.grad(loss_of, has_aux=True)(at)
         return grads, values, new_model_state
 
