@@ -43,7 +43,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture
 def config() -> ml_collections.ConfigDict:
-    """Return the shipped experiment, cut to seconds, for one device."""
+    """Return the shipped experiment, cut to seconds, for one device and with the plain forms."""
     from experiments.alexnet_cifar import get_config
 
     config = get_config()
@@ -51,6 +51,7 @@ def config() -> ml_collections.ConfigDict:
     config.data.update(
         dict(name="synthetic", fallback="", synthetic=dict(train_examples=64, test_examples=40))
     )
+    config.model.fast = False  # otherwise JAX traces kernels for GPUs, which takes long
     config.mesh.update(dict(data=1, model=1))
     config.optimizer.learning_rate = 0.001
     config.eval.every_epochs = config.checkpoint.every_epochs = 1

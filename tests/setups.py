@@ -191,8 +191,9 @@ def trained(setup: build.Setup, steps: int) -> tuple[np.ndarray, dict[str, np.nd
 def computed(name: str, parallelism: str, shape: tuple[int, int]) -> dict:
     """Return loss, gradients and state of a second step, and its program's report.
 
-    The first step is that of one device: it gives all meshes momenta to continue from. `held` maps
-    each variable's name to the bytes that the first device holds of it.
+    The first step is that of one device: it gives all meshes momenta to continue from. Its state is
+    on the host, because JAX compiles how it cuts an array of a device. `held` maps each variable's
+    name to the bytes that the first device holds of it.
     """
     with jax.enable_x64(True):
         setup = setup_of(name, parallelism, shape)
@@ -212,12 +213,13 @@ def computed(name: str, parallelism: str, shape: tuple[int, int]) -> dict:
         data, indices = on_devices(setup), [indices_of(setup, at) for at in range(2)]
         compiled = jitted.lower(functions.abstract_state, data, indices[0]).compile()
         if shape == (1, 1):
-            first, _, _ = compiled(setup.init(), data, indices[0])
+            first = jax.device_get(compiled(setup.init(), data, indices[0])[0])
         else:
-            first = jax.device_put(computed(name, "data", (1, 1))["first"], shardings)
+            first = computed(name, "data", (1, 1))["first"]
+        first = jax.device_put(first, shardings)
         state, metrics, gradients = compiled(first, data, indices[1])
         return dict(
-            first=first,
+            first=jax.device_get(first) if shape == (1, 1) else None,
             loss=float(metrics["loss"]),
             accuracy=float(metrics["accuracy"]),
             held={

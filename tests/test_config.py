@@ -227,6 +227,7 @@ def test_plain_forms_are_those_without_levers(config):
     def text(**levers):
         return build.prepare(config, **levers).lower_train(1).as_text()
 
+    config.model.fast = True
     fast = text()
     config.model.fast = False
     plain = text()

@@ -22,7 +22,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     So are the test scores, which depend on the running averages. The dense layer sees
     micro-batches. Whole batches: test_schemes.py and test_checkpoint.py.
     """
-    meshes = (("data", (1, 1)), ("spatial", (2, 4)), ("hybrid", (2, 2)))
+    meshes = (("data", (1, 1)), ("spatial", (2, 2)), ("hybrid", (1, 2)))
     with jax.enable_x64(True):
         one, spatial, hybrid = (setup_of("resnet_8", *mesh, dense_microbatch=8) for mesh in meshes)
         expected, _ = one.train(begin(one), 4)

@@ -132,6 +132,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path, begun_on, resumed_on):
             )
         )
 
+    config.model.fast = True  # as the experiment ships
     loop.train(config, tmp_path / "whole")
     put_on(*begun_on)
     stop_after(4, config, tmp_path / "parts")
