@@ -58,7 +58,10 @@ def predict(
     found = []
     for image, pixels_HWC in zip(images, pixels, strict=True):
         said = ["white is put behind its transparent pixels"] * square.is_transparent(image)
-        said += warnings_of_brightness(pixels_HWC.mean(), usual, invert)
+        if pixels_HWC.min() == pixels_HWC.max():
+            said.append("nothing is on it: all its pixels are alike")
+        else:
+            said += warnings_of_brightness(pixels_HWC.mean(), usual, invert)
         warning = "; ".join(said) or None
         if warning:
             terminal.say(f"warning: {image}: {warning}")

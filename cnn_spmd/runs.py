@@ -131,7 +131,7 @@ def as_table(
     names = [folders[0].resolve().name if run["folder"] == "." else run["folder"] for run in runs]
     splits = [split_of(run) for run in runs]
     longest = max(map(len, names))
-    room = longest if width is None else min(longest, width // 2)
+    room = longest if width is None else min(longest, width // 3)
     first = ["run", *(folded(name, room) for name in names)]
     width = width or room + plain_table.WIDTH
     last = [

@@ -835,4 +835,6 @@ def test_the_folder_of_a_refused_run_is_noted(tmp_path):
     (tmp_path / "run/config.json").write_text("{}")
     (sweep,) = load.load_sweeps([tmp_path / "refused", tmp_path / "run"], notes)
     assert [run["name"] for run in sweep["runs"]] == ["run"]
-    assert notes[0] == f"{tmp_path}/refused: is empty, as a run that was refused leaves it"
+    (said,) = [note for note in notes if note.startswith(f"{tmp_path}/refused: ")]
+    assert "holds neither a sweep (sweep.json) nor a run " in said
+    assert said.endswith("; it is left out")

@@ -129,6 +129,13 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     assert "Left out, without metrics: optimizer.learning_rate=1.0," in page
 
 
+def test_a_field_that_varies_from_zero_is_no_fact(tmp_path, capsys):
+    folder = a_learning_sweep(tmp_path / "s", {"label_smoothing": (0.0, 0.1)}, lambda _: 0.9)
+    markdown, *_ = written(capsys, folder)
+    assert "| label_smoothing | 0, 0.1 |" in markdown
+    assert "| label smoothing |" not in markdown
+
+
 def test_settings_that_vary_and_those_that_change_with_them():
     runs = [
         a_learning_run(dict(epochs=epochs, steps=11 * epochs, seed=seed, name=name), 0.5)

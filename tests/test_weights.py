@@ -196,6 +196,9 @@ def test_a_mostly_empty_image_and_a_transparent_one_are_named(exported, tmp_path
         first, _, rest = of_clear.partition("; ")
         assert first == "white is put behind its transparent pixels"
         assert rest.endswith("add --invert") != bool(invert)
+    Image.fromarray(np.concatenate([255 + 0 * digit, alpha], -1)).save(clear)  # white strokes
+    (found,) = predict.predict(exported, [clear])
+    assert found["warning"].endswith("; nothing is on it: all its pixels are alike")
 
 
 def test_a_network_of_an_experiment_names_the_experiment(run, exported, tmp_path, monkeypatch):

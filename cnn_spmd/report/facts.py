@@ -53,10 +53,12 @@ def recipe_facts(sweep: dict, overview: Overview) -> dict[str, str]:
     facts = {}
     for label, name in RECIPE.items():
         values = [settings.value_of(run, name) for run in sweep["runs"]]
-        known = settings.ordered(dict.fromkeys(value for value in values if value))
-        if len(known) == 1:
+        known = settings.ordered(
+            dict.fromkeys(value for value in values if value not in (None, ""))
+        )
+        if len(known) == 1 and known[0]:
             facts[label] = compare.value_text(known[0])
-        elif known and name not in varied and not sweep.get("is_of_lone_runs"):
+        elif len(known) > 1 and name not in varied and not sweep.get("is_of_lone_runs"):
             first, *_, last = map(compare.value_text, known)
             facts[label] = f"{first} to {last}" if all(map(settings.is_number, known)) else ""
     return facts

@@ -17,9 +17,10 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
 
     A sweep has the form of sweep.json; each run also gets `metrics`, `pictures` and `digest`, that
     of its data. notes gets a line for each unfinished run and each damaged file, and for accuracies
-    that do not compare. Raises UserError for a folder that neither is nor holds a sweep or a run.
+    that do not compare. A folder that neither is nor holds a sweep or a run is left out, with a
+    line in notes; UserError where no other is given.
     """
-    sweeps, alone = [], []
+    sweeps, alone, absent = [], [], []
     for folder in dict.fromkeys(path for given in folders for path in sweeps_and_runs(given)):
         if not folder.is_dir():
             raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}")
@@ -27,13 +28,12 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
             sweeps.append(load_sweep(folder, notes))
         elif (folder / "config.json").exists() or (folder / "summary.json").exists():
             alone.append(folder)
-        elif len(folders) > 1 and all(path.name == ".lock" for path in folder.iterdir()):
-            notes.append(f"{folder}: is empty, as a run that was refused leaves it")
         else:
-            raise UserError(
-                f"{folder}: holds neither a sweep (sweep.json) nor a run "
-                "(config.json, summary.json)"
-            )
+            said = "holds neither a sweep (sweep.json) nor a run (config.json, summary.json)"
+            absent.append(f"{folder}: {said}")
+    if absent and not sweeps + alone:
+        raise UserError("; ".join(absent))
+    notes += (f"{said}; it is left out" for said in absent)
     return sweeps + sweeps_of_lone_runs(alone, notes)
 
 
