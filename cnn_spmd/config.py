@@ -677,11 +677,11 @@ def _refuse_misfits(config: ml_collections.ConfigDict, data: Any) -> None:
     examples, side = data.train_images.shape[:2]
     crop = config.data.crop
     if config.batch_size > examples:
+        more = ", or data.synthetic.train_examples" if data.name == "synthetic" else ""
         raise UserError(
             f"batch_size={config.batch_size}: {shown_data(config, data.name)} has {examples} "
             f"training images, expected at most that: set --config.batch_size={examples} or less"
-            + ", or data.synthetic.train_examples"
-            * (data.name == "synthetic")
+            f"{more}"
         )
     if config.data.crop_pad >= side:
         raise UserError(

@@ -95,7 +95,7 @@ def write_csv(runs: Sequence[dict], file: TextIO) -> None:
 def load_all(folders: Sequence[pathlib.Path]) -> list[dict]:
     """Return the runs of load_runs in all folders, each once.
 
-    Of several folders, `folder` begins with theirs, and what holds no run is a warning. Raises
+    With several folders, `folder` begins with theirs, and what holds no run is a warning. Raises
     UserError for a folder that does not exist, and where there is no run.
     """
     if len(folders) == 1:

@@ -31,7 +31,7 @@ OTHER_LINES = 4
 def differing(rows: Sequence[dict]) -> dict[str, str]:
     """Return the swept fields in which rows differ, with the short name of each.
 
-    Of a single row, these are all its swept fields.
+    For a single row, these are all its swept fields.
     """
     values: dict[str, list[str]] = {}
     for row in rows:

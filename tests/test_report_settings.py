@@ -337,7 +337,7 @@ def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
     assert markdown.startswith("# cnn_spmd: alexnet on digits, npz\n")
     assert "| run | batch_size |\n|---|---|\n| a | 64 |\n| b | 128 |" in markdown
     assert "seed=0 --config.seed=0\n" in markdown
-    # Of the completed run only: n counts it, too.
+    # The completed run alone has it: n counts it, too.
     assert "| 0.1 | 1 | 90.00 | 0.1000 | 10.0 | 1,000 |\n\n" in markdown
 
 

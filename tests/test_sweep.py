@@ -745,7 +745,7 @@ def test_runs_in_one_process_are_those_of_processes_of_their_own(start, tmp_path
 
 
 def test_a_dry_run_of_a_sweep_is_one_table(monkeypatch, capsys):
-    """Of two seeds, the program is compiled once; a run that cannot work has its reason below."""
+    """Two seeds share a compiled program; a run that cannot work has its reason below."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "80")
     combos = sweep.combinations("4x2,2x1,3x1", None, ["seed=0,1"], 8)

@@ -60,7 +60,7 @@ def torchvision_scores(arrays, images_NHWC):
 
 
 def test_torchvisions_names_and_layouts_give_the_same_scores(tmp_path, monkeypatch):
-    """Of a narrow AlexNet: out to a file of torchvision's, and in again as a start."""
+    """A narrow AlexNet goes out to a file of torchvision's, and in again as a start."""
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     setup = alexnet_of()
     rng = np.random.default_rng(0)

@@ -115,7 +115,7 @@ def test_a_weights_file_stands_for_its_run(run, exported):
 
 
 def test_predictions_are_those_of_the_evaluation(run, exported, tmp_path, capsys, monkeypatch):
-    """Of test images as files, by the run and by its file, which needs no data set."""
+    """Test images are files; the run and its weights file, which needs no data set, predict."""
     data = digits.load_digits(None)
     paths = [tmp_path / f"{i}.png" for i in range(20)]
     for path, image in zip(paths, data.test_images, strict=False):
@@ -202,7 +202,7 @@ def test_a_mostly_empty_image_and_a_transparent_one_are_named(exported, tmp_path
 
 
 def test_a_network_of_an_experiment_names_the_experiment(run, exported, tmp_path, monkeypatch):
-    """Of a run by its command, of a weights file by what was given to export."""
+    """A run has it in its command, a weights file in what was given to export."""
     monkeypatch.delitem(networks.NETWORKS, "simple_cnn")
     folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     summary = json.loads((run / "summary.json").read_text())

@@ -32,7 +32,7 @@ COMBINED_BYTES = 30 * 2**20
 
 WEIGHT_BYTES = 4  # weights are float32
 
-# Of results/data/predictions/estimates.json, where one GPU's step was estimated and measured.
+# From results/data/predictions/estimates.json, where a GPU's step was estimated and measured.
 ESTIMATES_WITHIN = "on H100s and H200s, 9 of 10 estimates were within 12 % of the measured step"
 
 # Operations without times of their own take those of the first one that a card has.

@@ -47,8 +47,8 @@ def history_sections() -> list[str]:
         curves_table(),
         f"""These systems scale worse than their links allow: what they add to one GPU's step is
         more than twice what the model adds. A data sheet does not describe their software, so such
-        a prediction says how fast a step could be. Of their own models, OptCNN reports errors of
-        {optcnn} % on 1, 2, 4, 8 and 16 GPUs, and FlexFlow of less than 30 %. Both measure each
+        a prediction says how fast a step could be. OptCNN reports errors of {optcnn} % of its own
+        model on 1, 2, 4, 8 and 16 GPUs, and FlexFlow less than 30 % of its own. Both measure each
         layer on the system that they predict.""",
         commands(
             "Needs no GPU. The files have the terms of each prediction and the calibration.",

@@ -54,7 +54,7 @@ def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
             "runs. Higher losses are cut off."
         )
     if any(len(run["metrics"]) > MOST_POINTS for run in runs):
-        caption += f" Of more than {MOST_POINTS} points, neighbours are averaged."
+        caption += f" Neighbours are averaged where a run has more than {MOST_POINTS} points."
     if none := [run["name"] for run in runs if not run["metrics"]]:
         caption += f" Left out, without metrics: {captions.names_text(none)}."
     return [Chart("Learning curves", pictures, caption), *time_charts(runs, looks, overview)]
@@ -128,7 +128,7 @@ def accuracy_by_time(run: dict) -> Points:
 class Looks:
     """Choose the look of each run's curve, and name the looks in a legend.
 
-    Of more combinations than plots.LOOKS, the best have colours, and the others are grey. `drawn`
+    With more combinations than plots.LOOKS, the best have colours, and the others are grey. `drawn`
     has each run with its look; those of the best combination are last, so that they are on top.
     """
 
@@ -138,7 +138,7 @@ class Looks:
         several = len(self.order) > len(plots.LOOKS)
         self.coloured = self.order[: len(plots.LOOKS) - 1] if several else self.order
         seeds = [str(seed) for each in found if each.name == "seed" for seed in each.values]
-        # Of one combination, seeds have colours. More seeds than looks are drawn alike.
+        # Where one combination is drawn, its seeds have colours; more seeds than looks are alike.
         looks = [dict(linestyle=style) for style in SEED_LINES]
         if len(self.order) == 1:
             looks = [dict(color=colour, marker=mark) for colour, mark in plots.LOOKS]

@@ -30,7 +30,7 @@ def mesh_charts(sweep: dict) -> list[Chart]:
         drawn.append(prediction_chart(sweep, groups))
     drawn = [chart for chart in drawn if chart.pictures]
     if dropped:
-        text = f" Of runs that differ in {', '.join(dropped)} only, the first counts."
+        text = f" Where runs differ in {', '.join(dropped)} only, the first counts."
         drawn[0] = drawn[0]._replace(caption=drawn[0].caption + text)
     return drawn
 

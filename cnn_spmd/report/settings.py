@@ -148,7 +148,7 @@ def combinations(runs: Sequence[dict], settings: Sequence[Setting]) -> list[Comb
 def label_of(values: dict[str, Any], settings: Sequence[Setting]) -> str:
     """Return "4x2 hybrid, learning_rate 0.1" for a combination's values.
 
-    Of many settings, the label has the values only (names_of_label).
+    With many settings, the label has the values only (names_of_label).
     """
     labels = {each.name: each.label for each in settings}
     places, others = [], []
@@ -214,7 +214,7 @@ def main_metric(runs: Sequence[dict], settings: Sequence[Setting]) -> str:
 def ranked(overview: Overview) -> list[Combination]:
     """Return the combinations that have the metric, best mean first.
 
-    Of equals, the faster one is first.
+    Where two are equal, the faster one is first.
     """
 
     def place(combination: Combination) -> tuple[float, float]:
