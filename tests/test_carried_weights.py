@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from setups import (
     assert_close,
     gather,
@@ -13,17 +14,22 @@ from cnn_spmd.training import step
 from cnn_spmd.training.step import StepFunctions
 
 
-def trained_in_bfloat16(levers: tuple[str, ...]) -> tuple:
+def trained_in_bfloat16(levers: tuple[str, ...], **fields: object) -> tuple:
     """Return losses and parameters of two steps in one program, on a mesh of 4."""
-    setup = setup_of("alexnet", "hybrid", (2, 2), levers, dtype="bfloat16", steps_per_call=2)
+    setup = setup_of(
+        "alexnet", "hybrid", (2, 2), levers, dtype="bfloat16", steps_per_call=2, **fields
+    )
     state, metrics = setup.train(setup.init(), 2)
     return metrics["loss"], gather(state.params)
 
 
-def test_carried_weights_change_nothing(monkeypatch):
+@pytest.mark.parametrize(
+    "fields", [{}, dict(dense_microbatch=8), dict(dense_microbatch=8, dense_updates="sum")]
+)
+def test_carried_weights_change_nothing(monkeypatch, fields):
     monkeypatch.setattr(step, "LARGE", 100)  # the networks of tests are narrow
-    plain_loss, plain = trained_in_bfloat16(("own_gradients",))
-    cast_loss, cast = trained_in_bfloat16(("own_gradients", "carry_bf16"))
+    plain_loss, plain = trained_in_bfloat16(("own_gradients",), **fields)
+    cast_loss, cast = trained_in_bfloat16(("own_gradients", "carry_bf16"), **fields)
     np.testing.assert_allclose(plain_loss, cast_loss, rtol=1e-5)
     assert_close(cast, plain, 1e-3)
     for weight in jax.tree.leaves(cast):  # float32, not what a bfloat16 can hold

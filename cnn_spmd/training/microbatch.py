@@ -55,20 +55,25 @@ def init_optimizer(functions: Any, params: nnx.State) -> dict:
 
 
 def train_step(
-    functions: Any, state: Any, data: DeviceData, indices_B: Indices, rate: jax.Array
+    functions: Any,
+    state: Any,
+    data: DeviceData,
+    indices_B: Indices,
+    rate: jax.Array,
+    weights: nnx.State | None = None,
 ) -> tuple[Any, dict]:
     """Do one step on the examples `indices_B`; return the new state and metrics [].
 
-    functions: StepFunctions. rate: the learning rate of this step, [].
+    functions: StepFunctions. rate: the learning rate of this step, []. weights: what the layers
+    compute with at first, where that is not state.params (`StepFunctions.cast`).
     """
     images, labels_B, dropout_key = functions.batch(state, data, indices_B)
+    at = state.params if weights is None else weights
     x_BF, backward, model_state = jax.vjp(
-        lambda params: functions.features(params, state.model_state, images),
-        state.params,
-        has_aux=True,
+        lambda params: functions.features(params, state.model_state, images), at, has_aux=True
     )
     _refuse_unmarked(functions, state.params, state.model_state, x_BF)
-    dense = DenseLayers(functions, state, len(labels_B) // functions.microbatch.size, rate)
+    dense = DenseLayers(functions, state, len(labels_B) // functions.microbatch.size, rate, weights)
     dense_params, dense_optimizer, total, metrics, x_gradient = dense.train(
         x_BF, labels_B, dropout_key
     )
@@ -116,10 +121,13 @@ def _refuse_unmarked(
 class DenseLayers:
     """The dense layers in one step: forward, backward, update of each micro-batch."""
 
-    def __init__(self, functions: Any, state: Any, count: int, rate: jax.Array):
+    def __init__(
+        self, functions: Any, state: Any, count: int, rate: jax.Array, weights: nnx.State | None
+    ):
         self.functions, self.state, self.count = functions, state, count
         self.optimizer = functions.make_optimizer(lambda _: rate / count)
         self.dense_params, self.conv_params = _dense_and_conv(state.params)
+        self.dense_weights = None if weights is None else _dense_and_conv(weights)[0]
 
     def train(self, x_BF: jax.Array, labels_B: jax.Array, dropout_key: jax.Array) -> tuple:
         """Return what the micro-batches make of the dense layers.
@@ -135,11 +143,11 @@ class DenseLayers:
             jax.random.split(dropout_key, self.count),
         )
         if each:
-            carry = self.dense_params, self.state.optimizer["dense"], None
+            carry = self.dense_weights, self.dense_params, self.state.optimizer["dense"], None
         else:
             zeros = jax.tree.map(jnp.zeros_like, self.dense_params)
-            carry = self.dense_params, None, zeros
-        carry, (metrics, gradients) = jax.lax.scan(
+            carry = self.dense_weights, self.dense_params, None, zeros
+        (_, *carry), (metrics, gradients) = jax.lax.scan(
             self._micro_batch, carry, inputs, unroll=min(self.count, UNROLLED)
         )
         gradient = place.whole_batch(gradients / self.count, place.features_batch, None)
@@ -147,16 +155,18 @@ class DenseLayers:
 
     def _micro_batch(self, carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
         """Do one micro-batch: the body of the scan."""
-        dense, optimizer_state, total = carry
+        weights, params, optimizer_state, total = carry
         gradients_of = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
-        (_, metrics), (grads, x_gradient) = gradients_of(dense, *inputs)
+        at = params if weights is None else weights
+        (_, metrics), (grads, x_gradient) = gradients_of(at, *inputs)
         if total is None:
-            dense, optimizer_state = self.functions.update(
-                self.optimizer, grads, optimizer_state, dense
+            params, optimizer_state = self.functions.update(
+                self.optimizer, grads, optimizer_state, params
             )
+            weights = self.functions.cast(params)
         else:
             total = jax.tree.map(jnp.add, total, grads)
-        return (dense, optimizer_state, total), (metrics, x_gradient)
+        return (weights, params, optimizer_state, total), (metrics, x_gradient)
 
     def _loss(self, dense: nnx.State, *inputs: jax.Array) -> tuple[jax.Array, dict]:
         params = nnx.merge_state(dense, self.conv_params)

@@ -248,7 +248,7 @@ class StepFunctions:
             data_or_indices, rate = inputs
             batch = (data_or_indices, None) if indices_SB is None else (data, data_or_indices)
             if self.microbatch:
-                state, values = microbatch.train_step(self, state, *batch, rate)
+                state, values = microbatch.train_step(self, state, *batch, rate, weights)
             else:
                 state, values = self.train_step(state, *batch, rate, weights)
             return (state, self.cast(state.params)), values
@@ -263,12 +263,12 @@ class StepFunctions:
         return state, values
 
     def cast(self, params: nnx.State) -> nnx.State | None:
-        """Return the weights as the layers of the next step read them; None: as they are.
+        """Return the weights as layers read them after an update; None: as they are.
 
         Large kernels in bfloat16: the update then writes both forms while it has them at hand. A
         small kernel would gain nothing.
         """
-        if not self.carry_bf16 or self.microbatch:
+        if not self.carry_bf16:
             return None
         return jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.size >= LARGE else w, params)
 
