@@ -10,7 +10,7 @@ Needs no GPU, and compiles nothing. Writes these files to results/data/predictio
                   median over its schemes); all else comes from the card.
   devices.json    1 to 512 H100s, each scheme at its best mesh. Hosts have 8 GPUs. The batch per GPU
                   is 128, or the global batch is 1,024.
-  unmeasured.json every scheme on every mesh of 2 and of 4 H200s, before they are measured
+  unmeasured.json every scheme on every mesh of 4 H200s; not all are measured
 """
 
 import dataclasses
@@ -35,7 +35,11 @@ from cnn_spmd.training.provenance import provenance
 from experiments.alexnet_cifar import get_config
 
 DATA = pathlib.Path(__file__).resolve().parent.parent / "results" / "data"
-SWEEPS = {"alexnet-224-2xh200": "h200", "alexnet-224-4xh200": "h200"}
+SWEEPS = {
+    "alexnet-224-2xh200": "h200",
+    "alexnet-224-2xh200-schemes": "h200",
+    "alexnet-224-4xh200": "h200",
+}
 GPUS_PER_HOST = 8
 DEVICES = [2**power for power in range(10)]
 # Batches by name: the global batch for a number of devices.
@@ -62,10 +66,9 @@ def main() -> None:
     write("devices", card, list(best_of_each_scheme(data, card)))
     card = cost.load("h200")
     rows = [
-        dict(devices=devices, batch_per_device=batch) | found.as_json()
-        for devices in (2, 4)
+        dict(devices=4, batch_per_device=batch) | found.as_json()
         for batch in (32, 128, 512)
-        for found in planned(data, card, devices, batch * devices)
+        for found in planned(data, card, 4, batch * 4)
     ]
     write("unmeasured", card, rows)
 

@@ -93,6 +93,7 @@ def not_measured(devices: Sequence[jax.Device]) -> tuple[dict, dict[str, str]]:
             memory=shipped.memory,
             gap=shipped.gap,
             hidden_share=shipped.hidden_share,
+            hidden_gathers=shipped.hidden_gathers,
             spans={span: links.collectives for span, links in shipped.spans.items()},
             steps=list(shipped.steps),
         )

@@ -59,6 +59,7 @@ CARD = {
     "product_rates?": RATES,
     "gap": NUMBER,
     "hidden_share": NUMBER,
+    "hidden_gathers?": NUMBER,
     "spans": OBJECT,
     "steps?": LIST,
     "sources": OBJECT,

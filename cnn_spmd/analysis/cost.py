@@ -7,7 +7,7 @@
   update         `update_bytes` per weight that the device keeps, at the card's copy rate.
   communication  each collective of the closed form (communication.py), by a table of measured
                  times for its operation, its bytes and its span, and the card's `gap`. XLA's
-                 schedule hides `hidden_share` of the sums of weights' gradients.
+                 schedule hides a part of those of weights, none of those of activations.
 
 A card is a file in cards/. It comes from measurements of one GPU and of collectives between GPUs,
 or from data sheets; its `sources` say which. docs/planning.md explains the model and its errors.
@@ -43,6 +43,21 @@ LIKE = {
     "reduce-scatter": ("reduce-scatter", "all-gather"),
     "all-reduce": ("all-reduce",),
 }
+
+
+class Weights(NamedTuple):
+    """What a step does with weights; numbers count weights, once per update.
+
+    network: of the whole network. updated: that a device updates. ready: of these, the weights
+    whose gradients are not summed over devices. update_bytes: see `update_bytes` below. in_turn:
+    the scheme gathers and sums the weights of one layer after another (gather_again).
+    """
+
+    network: float
+    updated: float
+    ready: float
+    update_bytes: float
+    in_turn: bool
 
 
 class Terms(NamedTuple):
@@ -121,13 +136,14 @@ class Card(Rates):
     """The calibration of a card.
 
     gap: seconds by which a collective delays the step beside its own time. hidden_share: of the
-    time of weights' gradients' sums, with one collective in flight. spans: "host" and "cluster" ->
-    Links; a span that nobody measured is missing. steps: measured steps of one device, each with
-    the network's fields and points (batch, seconds).
+    time of weights' gradients' sums, with one collective in flight; hidden_gathers: of the gathers
+    of weights. spans: "host" and "cluster" -> Links; a span that nobody measured is missing. steps:
+    measured steps of one device, each with the network's fields and points (batch, seconds).
     """
 
     gap: float
     hidden_share: float
+    hidden_gathers: float = 0.0
     spans: dict[str, Links]
     steps: Sequence[dict] = ()
 
@@ -161,29 +177,36 @@ def of_device(device_kind: str) -> Card | None:
 def predict(
     card: Card,
     one_device_seconds: float,
-    parameters: tuple[float, float],
+    weights: Weights,
     moves: Sequence[Mapping],
     mesh: Mapping[str, int],
     gpus_per_host: int,
-    bytes_per_update: float,
 ) -> Terms:
     """Predict a step of a program on a mesh.
 
     one_device_seconds: the step of one device that holds all weights, at the same batch per device.
-    parameters: weights of the network, and weights that a device updates. moves: rows of
-    communication.closed_form. mesh: devices by mesh axis; they fill one host after another.
-    bytes_per_update: of `update_bytes`.
+    moves: rows of communication.closed_form. mesh: devices by mesh axis; they fill one host after
+    another.
     Raises UserError where the card has no times of a span of the mesh.
     """
-    whole, own = (count * bytes_per_update / card.copy_rate for count in parameters)
-    total = exposed = 0.0
+    whole, own, ready = (
+        count * weights.update_bytes / card.copy_rate
+        for count in (weights.network, weights.updated, weights.ready)
+    )
+    total = exposed = sums = 0.0
     for move in combined(moves):
         devices = group(mesh, move["axes"])
         hosts = len(set(devices // gpus_per_host))
         seconds = collective_seconds(card, move, len(devices), hosts)
-        share = card.hidden_share if is_sum_of_gradients(move) else 0.0
         total += seconds
-        exposed += (seconds + card.gap) * (1 - share)
+        if weights.in_turn or not is_of_weight(move):
+            exposed += seconds + card.gap
+        elif is_sum_of_gradients(move):
+            sums += seconds + card.gap
+        else:
+            exposed += (seconds + card.gap) * (1 - card.hidden_gathers)
+    # XLA runs the sums beside the update of weights that need no sum.
+    exposed += max(0.0, sums - ready) * (1 - card.hidden_share)
     return Terms(one_device_seconds - whole, own, total, exposed)
 
 

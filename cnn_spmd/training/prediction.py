@@ -107,33 +107,32 @@ def terms_of(
     moves: rows of communication.closed_form. one_device_seconds: the step of one device at the same
     batch per device.
     """
-    state = setup.functions.abstract_state
-    weights, of_optimizer = (
+    weights = weights_of(setup, moves)
+    mesh = setup.place.mesh.shape
+    return cost.predict(card, one_device_seconds, weights, moves, mesh, gpus_per_host)
+
+
+def weights_of(setup: Any, moves: Sequence[dict]) -> cost.Weights:
+    """Return what a step does with weights. moves: rows of communication.closed_form."""
+    config, state = setup.config, setup.functions.abstract_state
+    of_network, of_optimizer = (
         sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim)
         for tree in (state.params, state.optimizer)
     )
-    state_bytes = cost.WEIGHT_BYTES * of_optimizer / weights
-    return cost.predict(
-        card,
-        one_device_seconds,
-        (weights, updated_weights(setup)),
-        moves,
-        setup.place.mesh.shape,
-        gpus_per_host,
-        cost.update_bytes(jnp.dtype(setup.config.dtype).itemsize, state_bytes),
-    )
-
-
-def updated_weights(setup: Any) -> float:
-    """Return how many weights a device updates per step; a weight counts once per update."""
-    config, functions = setup.config, setup.functions
-    each = microbatch.updates_each(functions.microbatch)
+    state_bytes = cost.WEIGHT_BYTES * of_optimizer / of_network
+    each = microbatch.updates_each(setup.functions.microbatch)
     dense_updates = config.batch_size // config.dense_microbatch if each else 1
-    total = 0.0
-    for _, weight in named_variables(functions.abstract_state.params):
+    summed = {move["what"] for move in moves if cost.is_sum_of_gradients(move)}
+    updated = ready = 0.0
+    for name, weight in named_variables(state.params):
         updates = dense_updates if is_dense(weight) else 1
-        total += updates * program.bytes_per_device(weight) / 4  # float32
-    return total
+        count = updates * program.bytes_per_device(weight) / cost.WEIGHT_BYTES
+        updated += count
+        ready += 0.0 if name in summed else count
+    itemsize = jnp.dtype(config.dtype).itemsize
+    update_bytes = cost.update_bytes(itemsize, state_bytes)
+    in_turn = "gather_again" in setup.place.row
+    return cost.Weights(of_network, updated, ready, update_bytes, in_turn)
 
 
 def one_device_step(card: Card, setup: Any) -> OneDeviceStep:
