@@ -534,7 +534,7 @@ def launch_sweep() -> int:
         folder = workdir.parse(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
         try:
             result = sweep_in(folder, runner)
-            if not folder.exists():  # every combination is refused
+            if not (folder / "sweep.json").exists():  # every combination is refused
                 return BAD_INPUT
             for path in write.write_report([folder]):
                 print(path)

@@ -550,6 +550,12 @@ def test_what_was_refused_is_forgotten_by_another_list(fake, monkeypatch):
     assert [run["status"] for run in fake(0)["runs"]] == ["completed"]
 
 
+def test_a_sweep_may_follow_a_dry_run(fake, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/program.json").write_text("{}")
+    assert fake(0)["runs"][0]["status"] == "completed"
+
+
 def test_a_run_that_still_lives_is_waited_for(fake, tmp_path):
     """As one of a sweep that was killed."""
     fake(1)

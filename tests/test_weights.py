@@ -284,6 +284,7 @@ def test_other_weights_are_refused_before_anything_is_compiled(
     with pytest.raises(UserError) as refused:
         loop.train(config, tmp_path / "run")
     assert str(refused.value).startswith(f"init_from={tmp_path}/{message}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_network_are_named(exported, config):
