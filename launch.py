@@ -48,7 +48,7 @@ from absl import app, flags, logging
 from cnn_spmd import config as configs
 from cnn_spmd import experiment, worker
 from cnn_spmd.data import dataset, registry
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UnknownName, UserError
 from cnn_spmd.report import write
 from cnn_spmd.training import cluster, cluster_env, environment, interrupt, startup, weights
 from cnn_spmd.training.provenance import without
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
         cluster.leave()
         return code
     except UserError as error:
-        return refuse(error)
+        return refuse(explained(error))
     except KeyboardInterrupt:
         cluster.fail("Interrupted outside of the training loop: nothing to save.", INTERRUPTED)
         return INTERRUPTED
@@ -162,6 +162,16 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         cluster.crash(error)
         raise
+
+
+def explained(error: UserError) -> UserError:
+    """Name the experiment that adds an unknown name, where --config is what a run saved."""
+    if not isinstance(error, UnknownName) or error.field in experiment.given_fields(flags.FLAGS):
+        return error
+    from cnn_spmd.training import restore
+
+    source = experiment.trained_source(flags.FLAGS["config"].config_filename)
+    return restore.naming_experiment(error, source) if source else error
 
 
 def advice(error: OSError) -> str:
