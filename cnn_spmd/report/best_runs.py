@@ -76,11 +76,14 @@ def answer(sweep: dict, overview: Overview) -> str:
         parts = [f"Best {overview.metric_name}: {name_of(sweep, overview, best)}, {shown}"]
     else:
         parts = [f"{overview.metric_name[0].upper()}{overview.metric_name[1:]}: {shown}"]
-    near = [name_of(sweep, overview, each) for each in as_good(ranked, overview.metric)]
+    near = [
+        f"{name_of(sweep, overview, each)}, {metric_text(overview.metric, each)}"
+        for each in as_good(ranked, overview.metric)
+    ]
     if near:
         parts.append(
-            f"not distinguishable from {captions.names_text(near, ' or ')} (at most two standard "
-            "errors of the difference apart)"
+            f"not distinguishable from {captions.names_text(near, ' or ')}: at most two standard "
+            "errors of the difference apart"
         )
     if not sweep.get("is_of_lone_runs"):
         parts.append(settings.at_edges(best, overview))
