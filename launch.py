@@ -594,7 +594,8 @@ def dry_run_sweep() -> int:
 
     devices = target.devices(TARGET.value) if TARGET.value else jax.devices()
     combos, shared = swept(len(devices))
-    rows = sweep_screen.show_dry_run(sweep.dry_run(combos, shared, devices), len(combos))
+    find = find_sizes if TARGET.value else find_data
+    rows = sweep_screen.show_dry_run(sweep.dry_run(combos, shared, devices, find), len(combos))
     wrong = [row for row in rows if row["reason"]]
     if not wrong:
         return 0

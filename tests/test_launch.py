@@ -16,17 +16,19 @@ import sys
 import time
 import types
 
+import jax
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 import launch
 from cnn_spmd import config as configs
-from cnn_spmd import experiment
+from cnn_spmd import experiment, sweep_screen
 from cnn_spmd.analysis import program
+from cnn_spmd.analysis import target as targets
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import interrupt, loop
+from cnn_spmd.training import build, interrupt, loop
 from cnn_spmd.training import workdir as workdirs
 
 SMALL = [
@@ -457,6 +459,15 @@ def test_what_is_for_other_machines_looks_for_no_data(config, monkeypatch, capsy
             assert launch.launch(["launch.py"]) == 0
         assert len(found.pop().train_images) == 50_000
     assert capsys.readouterr().out.startswith(f"Planning {config.experiment} on h100:8x8: ")
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "devices", lambda _: jax.devices())
+        patch.setattr(build, "prepare", lambda *given: found.append(given[-1]) or setup)
+        setup = types.SimpleNamespace(report=lambda: dict(memory={}, bytes_per_device={}))
+        patch.setattr(sweep_screen, "show_dry_run", lambda rows, _: [*rows])
+        patch.setattr(sys, "argv", ["launch.py", *SMALL[:2], "--config.data.dir=nowhere"])
+        give_flags(patch, CONFIG=config, TARGET="h100:1x8", DRY_RUN=True, MESH="2x1,1x1")
+        assert launch.launch(["launch.py"]) == 0
+    assert {len(data.train_images) for data in found} == {50_000}
     config.data.name = "folder"
     give_flags(monkeypatch, CONFIG=config, TARGET="h100:8x8", PLAN=True)
     with pytest.raises(UserError, match=r"^data.dir=nowhere: .*; or take its sizes: --config.d"):
