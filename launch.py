@@ -567,6 +567,11 @@ def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
     environment.simulate(runner.cpu_devices or runner.device_count())
     devices = jax.devices()
     combos, shared = swept(len(devices))
+    if len({combo.get("model.name") for combo in combos}) > 1:
+        print(
+            f"warning: all networks are trained by one recipe, that of {CONFIG.value.experiment}; "
+            "for others, run each network with its own --config"
+        )
     return sweep_run.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
 
 
