@@ -109,7 +109,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     )
     tried = "dropout is the largest value tried"
     missing = "learning_rate=1, dropout=0"
-    assert f"; not distinguishable from {near}; {tried}; not completed: {missing}.</p>" in page
+    assert f"; {tried}; not distinguishable from {near}; not completed: {missing}.</p>" in page
     best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
     in_page = " ".join(f"<span>{word}</span>" for word in best.split())
     assert f"<pre><code>{in_page}\n" in page
