@@ -570,7 +570,7 @@ def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
     if len({combo.get("model.name") for combo in combos}) > 1:
         print(
             f"warning: all networks are trained by one recipe, that of {CONFIG.value.experiment}; "
-            "for others, run each network with its own --config"
+            "for a recipe of its own, run a network with another --config"
         )
     return sweep_run.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
 
