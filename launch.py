@@ -136,6 +136,9 @@ TARGET = flags.DEFINE_string(
 # circular garbage among them takes a fifth of the time before the first step.
 gc.set_threshold(100_000, 10, 10)
 
+# Fields whose values are names that an experiment may add; the data set's is checked later.
+NAMED = ("model.name", "optimizer.name", "optimizer.decay")
+
 CRASHED, BAD_INPUT, NON_FINITE = 1, 2, 3
 INTERRUPTED = 75  # EX_TEMPFAIL in sysexits.h
 
@@ -210,7 +213,7 @@ def launch(argv: list[str]) -> int:
     import_training()
     from cnn_spmd.training import unused
 
-    unused.refuse_unknown(CONFIG.value, ("model.name", "optimizer.name", "optimizer.decay"))
+    unused.refuse_unknown(CONFIG.value, NAMED)
     unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
     environment.device_count()
@@ -581,11 +584,13 @@ def swept(device_count: int) -> tuple[list[dict[str, str]], list[str]]:
     Raises UserError for a field or scheme that is unknown, or that no combination uses.
     """
     from cnn_spmd import sweep
+    from cnn_spmd.training import unused
 
     combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, device_count)
     arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])
     shared = without(arguments, {"mesh", "sweep", "batch_per_device", "workdir", "card"})
     shared += [f"--config.card={CARD.value}"] * bool(CARD.value)
+    unused.refuse_unknown(CONFIG.value, [name for name in NAMED if name not in combos[0]])
     sweep.refuse_fields(combos, shared, device_count)
     return combos, shared
 

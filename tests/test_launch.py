@@ -114,6 +114,10 @@ def losses(workdir):
         ([*SMALL, "--config.optimizer.foo=1"], "--config.optimizer.foo=1: no such field"),
         ([*SMALL, "--epochs=4"], "line flag 'epochs'; did you mean --config.epochs?"),
         ([*SMALL, "--config.model.name=simple_cn"], 'did you mean "simple_cnn"?'),
+        (
+            [*SMALL, "--config.model.name=simple_cn", "--sweep", "seed=0,1", "--dry_run"],
+            'did you mean "simple_cnn"?',
+        ),
         ([*SMALL, "--workdir="], "--workdir=: is empty"),
         ([*SMALL, "--workdir=gs://bucket/a"], "--workdir=gs://bucket/a: is not on this machine"),
         ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
