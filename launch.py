@@ -48,7 +48,7 @@ from absl import app, flags, logging
 from cnn_spmd import config as configs
 from cnn_spmd import experiment, worker
 from cnn_spmd.data import dataset, registry
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UnknownName, UserError
 from cnn_spmd.report import write
 from cnn_spmd.training import cluster, cluster_env, environment, interrupt, startup, weights
 from cnn_spmd.training.provenance import without
@@ -136,6 +136,9 @@ TARGET = flags.DEFINE_string(
 # circular garbage among them takes a fifth of the time before the first step.
 gc.set_threshold(100_000, 10, 10)
 
+# Fields whose values are names that an experiment may add; the data set's is checked later.
+NAMED = ("model.name", "optimizer.name", "optimizer.decay")
+
 CRASHED, BAD_INPUT, NON_FINITE = 1, 2, 3
 INTERRUPTED = 75  # EX_TEMPFAIL in sysexits.h
 
@@ -149,7 +152,7 @@ def main(argv: list[str]) -> int:
         cluster.leave()
         return code
     except UserError as error:
-        return refuse(error)
+        return refuse(explained(error))
     except KeyboardInterrupt:
         cluster.fail("Interrupted outside of the training loop: nothing to save.", INTERRUPTED)
         return INTERRUPTED
@@ -162,6 +165,16 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         cluster.crash(error)
         raise
+
+
+def explained(error: UserError) -> UserError:
+    """Name the experiment that adds an unknown name, where --config is what a run saved."""
+    if not isinstance(error, UnknownName) or error.field in experiment.given_fields(flags.FLAGS):
+        return error
+    from cnn_spmd.training import restore
+
+    source = experiment.trained_source(flags.FLAGS["config"].config_filename)
+    return restore.naming_experiment(error, source) if source else error
 
 
 def advice(error: OSError) -> str:
@@ -200,7 +213,7 @@ def launch(argv: list[str]) -> int:
     import_training()
     from cnn_spmd.training import unused
 
-    unused.refuse_unknown(CONFIG.value, ("model.name", "optimizer.name", "optimizer.decay"))
+    unused.refuse_unknown(CONFIG.value, NAMED)
     unused.refuse(CONFIG.value, experiment.given_fields(flags.FLAGS))
     cluster.join()
     environment.device_count()
@@ -534,7 +547,7 @@ def launch_sweep() -> int:
         folder = workdir.parse(WORKDIR.value or default_workdir(f"{CONFIG.value.experiment}-sweep"))
         try:
             result = sweep_in(folder, runner)
-            if not folder.exists():  # every combination is refused
+            if not (folder / "sweep.json").exists():  # every combination is refused
                 return BAD_INPUT
             for path in write.write_report([folder]):
                 print(path)
@@ -557,6 +570,11 @@ def sweep_in(folder: pathlib.Path, runner: worker.Worker) -> dict:
     environment.simulate(runner.cpu_devices or runner.device_count())
     devices = jax.devices()
     combos, shared = swept(len(devices))
+    if len({combo.get("model.name") for combo in combos}) > 1:
+        print(
+            f"warning: all networks are trained by one recipe, that of {CONFIG.value.experiment}; "
+            "for a recipe of its own, run a network with another --config"
+        )
     return sweep_run.run(CONFIG.value.experiment, shared, combos, devices, runner, folder)
 
 
@@ -566,11 +584,13 @@ def swept(device_count: int) -> tuple[list[dict[str, str]], list[str]]:
     Raises UserError for a field or scheme that is unknown, or that no combination uses.
     """
     from cnn_spmd import sweep
+    from cnn_spmd.training import unused
 
     combos = sweep.combinations(MESH.value, BATCH_PER_DEVICE.value, SWEEP.value, device_count)
     arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:])
     shared = without(arguments, {"mesh", "sweep", "batch_per_device", "workdir", "card"})
     shared += [f"--config.card={CARD.value}"] * bool(CARD.value)
+    unused.refuse_unknown(CONFIG.value, [name for name in NAMED if name not in combos[0]])
     sweep.refuse_fields(combos, shared, device_count)
     return combos, shared
 
@@ -584,7 +604,8 @@ def dry_run_sweep() -> int:
 
     devices = target.devices(TARGET.value) if TARGET.value else jax.devices()
     combos, shared = swept(len(devices))
-    rows = sweep_screen.show_dry_run(sweep.dry_run(combos, shared, devices), len(combos))
+    find = find_sizes if TARGET.value else find_data
+    rows = sweep_screen.show_dry_run(sweep.dry_run(combos, shared, devices, find), len(combos))
     wrong = [row for row in rows if row["reason"]]
     if not wrong:
         return 0

@@ -18,6 +18,20 @@ class UserError(ValueError):
         super().__init__(str(message).replace("\n", r"\n"))
 
 
+class UnknownName(UserError):
+    """A name that is unknown, as long as no experiment adds it.
+
+    field: of the config. problem: the field, its value and what is wrong with it.
+    """
+
+    def __init__(self, field: str, value: str, known: Iterable[str], wrong: str = ""):
+        """Make the message. wrong: what to say instead of "unknown" and the known names."""
+        known = list(known)
+        self.field, self.problem = field, f"{field}={value}: {wrong or 'unknown'}"
+        expected = "" if wrong else f", expected one of {', '.join(known)}"
+        super().__init__(f"{self.problem}{expected}{IF_ADDED}{did_you_mean(value, known)}")
+
+
 def unknown(field: str, value: str, known: Iterable[str], more: str = "") -> UserError:
     """Return the error for a value that is none of the names in `known`.
 

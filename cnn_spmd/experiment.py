@@ -85,11 +85,8 @@ def load_file(text: str) -> ml_collections.ConfigDict:
         folder = "experiments" if seen_from_here else EXPERIMENTS
         known = ", ".join(sorted(f"{folder}/{path.name}" for path in EXPERIMENTS.glob("*.py")))
         raise UserError(f"--config={path}: no such experiment, expected one of {known}")
-    file = pathlib.Path(path)
-    if file.name == "config.json" or weights.is_file(file):
-        return configs.from_saved(
-            weights.read_saved(file if weights.is_file(file) else file.parent)
-        )
+    if source := trained_source(path):
+        return configs.from_saved(weights.read_saved(source))
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config and variant and not inspect.signature(get_config).parameters:
@@ -112,6 +109,14 @@ def load_file(text: str) -> ml_collections.ConfigDict:
     with config.unlocked():
         configs.fill(config)
     return config
+
+
+def trained_source(path: str) -> pathlib.Path | None:
+    """Return what --config names: a weights file, or a run by its config.json; None: neither."""
+    file = pathlib.Path(path)
+    if weights.is_file(file):
+        return file
+    return file.parent if file.name == "config.json" else None
 
 
 def _line_of(error: BaseException, path: str) -> str:

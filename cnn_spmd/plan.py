@@ -95,7 +95,7 @@ def plan(
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
         raise _nothing_fits(found, card)
-    images = f"{found[0].batch_size} images of {setup.data.name}"
+    images = f"{found[0].batch_size} images of {setup.shown_data}"
     title = [
         *_title(card, len(devices), gpus_per_host, images, setup.config.dtype),
         _origin(alone.is_estimated),

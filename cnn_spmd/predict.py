@@ -50,14 +50,14 @@ def predict(
     with restore.locked(source):
         setup, state, *_ = restore.on_one_device(source, data_dir)
     side, names = setup.data.train_images.shape[1], setup.data.class_names
-    pixels = [decode(image, side) for image in images]
-    if invert:
-        pixels = [255 - pixels_HWC for pixels_HWC in pixels]
+    decoded = [decode(image, side) for image in images]
     usual = np.mean(setup.functions.preprocessing.mean)
     scores = jax.jit(setup.functions.scores)
     found = []
-    for image, pixels_HWC in zip(images, pixels, strict=True):
-        said = ["white is put behind its transparent pixels"] * square.is_transparent(image)
+    for image, (pixels_HWC, is_transparent) in zip(images, decoded, strict=True):
+        said = ["white is put behind its transparent pixels"] * is_transparent
+        if invert:
+            pixels_HWC = 255 - pixels_HWC
         if pixels_HWC.min() == pixels_HWC.max():
             said.append("nothing is on it: all its pixels are alike")
         else:
@@ -75,13 +75,14 @@ def predict(
     return found
 
 
-def decode(image: pathlib.Path, side: int) -> np.ndarray:
-    """Return an image as the run's data set holds its images, uint8 [side, side, 3].
+def decode(image: pathlib.Path, side: int) -> tuple[np.ndarray, bool]:
+    """Return an image as the run's data set holds its images, and whether it is transparent.
 
-    Raises UserError for an image that cannot be read.
+    It is uint8 [side, side, 3]. Raises UserError for an image that cannot be read.
     """
     try:
-        return square.decode(image, side)
+        with square.opened(image) as opened:
+            return square.pixels_of(opened, side), square.is_transparent(opened)
     except Exception as error:  # Pillow raises many types for damaged files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{image}: cannot be read ({reason}): give another image") from error

@@ -9,7 +9,7 @@ import io
 import itertools
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import ml_collections
@@ -230,10 +230,16 @@ def _config_of(arguments: Sequence[str], shape: str | None) -> ml_collections.Co
     return config
 
 
-def dry_run(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> Iterator[dict]:
+def dry_run(
+    combos: Sequence[dict],
+    shared: Sequence[str],
+    devices: Sequence,
+    find: Callable[[ml_collections.ConfigDict], dataset.Dataset | dataset.Unread],
+) -> Iterator[dict]:
     """Yield a row per combination, with the `report` on its compiled train step.
 
-    Combinations that differ only in their seed are compiled once. status: fits, "does not fit",
+    find: returns the data set of a config, or what stands for it. Combinations that differ only in
+    their seed are compiled once. status: fits, "does not fit",
     compiled (the memory of the devices is not known), or refused with the reason.
     """
     datasets: dict[str, dataset.Dataset] = {}
@@ -250,7 +256,7 @@ def dry_run(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) ->
             config = _config_of(arguments_of(settings, shared, len(devices)), row["mesh"])
             if (content := repr(config)) not in reports:
                 if (key := repr(config.data)) not in datasets:
-                    datasets[key] = registry.find(config.data).preview
+                    datasets[key] = find(config).preview
                 with contextlib.redirect_stdout(io.StringIO()):
                     reports[content] = build.prepare(config, devices, datasets[key]).report()
             row["report"] = report = reports[content]

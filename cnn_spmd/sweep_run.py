@@ -49,8 +49,7 @@ def run(
             return dict(runs=rows)
     with workdir.locked(folder) as content:
         old = _read_sweep(folder)
-        if old is None and content - {workdir.LOCK}:
-            (folder / workdir.LOCK).unlink()
+        if old is None and content - workdir.BEFORE_A_RUN:
             raise UserError(
                 f"--workdir={folder}: is not empty and holds no sweep (no whole sweep.json): give "
                 "a new folder"

@@ -16,17 +16,19 @@ import sys
 import time
 import types
 
+import jax
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 import launch
 from cnn_spmd import config as configs
-from cnn_spmd import experiment
+from cnn_spmd import experiment, sweep_run, sweep_screen
 from cnn_spmd.analysis import program
+from cnn_spmd.analysis import target as targets
 from cnn_spmd.data import folder, prepared
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import interrupt, loop
+from cnn_spmd.training import build, interrupt, loop
 from cnn_spmd.training import workdir as workdirs
 
 SMALL = [
@@ -112,6 +114,10 @@ def losses(workdir):
         ([*SMALL, "--config.optimizer.foo=1"], "--config.optimizer.foo=1: no such field"),
         ([*SMALL, "--epochs=4"], "line flag 'epochs'; did you mean --config.epochs?"),
         ([*SMALL, "--config.model.name=simple_cn"], 'did you mean "simple_cnn"?'),
+        (
+            [*SMALL, "--config.model.name=simple_cn", "--sweep", "seed=0,1", "--dry_run"],
+            'did you mean "simple_cnn"?',
+        ),
         ([*SMALL, "--workdir="], "--workdir=: is empty"),
         ([*SMALL, "--workdir=gs://bucket/a"], "--workdir=gs://bucket/a: is not on this machine"),
         ([*SMALL, "--mesh="], "--mesh=: expected DATAxMODEL"),
@@ -457,10 +463,30 @@ def test_what_is_for_other_machines_looks_for_no_data(config, monkeypatch, capsy
             assert launch.launch(["launch.py"]) == 0
         assert len(found.pop().train_images) == 50_000
     assert capsys.readouterr().out.startswith(f"Planning {config.experiment} on h100:8x8: ")
+    with monkeypatch.context() as patch:
+        setup = types.SimpleNamespace(report=lambda: dict(memory={}, bytes_per_device={}))
+        patch.setattr(targets, "devices", lambda _: jax.devices())
+        patch.setattr(build, "prepare", lambda *given: found.append(given[-1]) or setup)
+        patch.setattr(sweep_screen, "show_dry_run", lambda rows, _: [*rows])
+        patch.setattr(sys, "argv", ["launch.py", *SMALL[:2], "--config.data.dir=nowhere"])
+        give_flags(patch, CONFIG=config, TARGET="h100:1x8", DRY_RUN=True, MESH="2x1,1x1")
+        assert launch.launch(["launch.py"]) == 0
+    assert {len(data.train_images) for data in found} == {50_000}
     config.data.name = "folder"
     give_flags(monkeypatch, CONFIG=config, TARGET="h100:8x8", PLAN=True)
     with pytest.raises(UserError, match=r"^data.dir=nowhere: .*; or take its sizes: --config.d"):
         launch.launch(["launch.py"])
+
+
+@pytest.mark.parametrize("swept", ["model.name=simple_cnn,vgg_8", "seed=0,1"])
+def test_a_sweep_of_networks_says_that_they_share_a_recipe(config, monkeypatch, capsys, swept):
+    monkeypatch.setattr(launch.environment, "simulate", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["launch.py", *SMALL])
+    monkeypatch.setattr(sweep_run, "run", lambda name, shared, combos, *_: combos)
+    give_flags(monkeypatch, CONFIG=config, SWEEP=[swept])
+    assert len(launch.sweep_in(None, types.SimpleNamespace(cpu_devices=1))) == 2
+    said = f"warning: all networks are trained by one recipe, that of {config.experiment}; for "
+    assert capsys.readouterr().out.startswith(said) == ("model.name" in swept)
 
 
 def test_a_dry_run_without_a_whole_report_fails(config, monkeypatch, capsys):
@@ -543,7 +569,7 @@ def test_a_signal_ends_a_run_that_waits_for_anothers_photographs(start, tmp_path
         process.send_signal(number)
         _, err = finished(process, code=75)
     assert err == "Interrupted outside of the training loop: nothing to save.\n"
-    assert [path.name for path in (tmp_path / "r").iterdir()] == [".lock"]
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.fixture

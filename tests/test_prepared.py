@@ -270,11 +270,15 @@ def test_no_class_may_be_left_out(pets, tmp_path, names):
     assert prepared_folders(tmp_path) == []
 
 
-def test_every_file_of_a_run_says_how_many_images_were_left_out(pets, pets_config, tmp_path):
+def test_every_file_of_a_run_says_how_many_images_were_left_out(
+    pets, pets_config, tmp_path, capsys
+):
+    """And the terminal has the folder's own name."""
     assert build.prepare(pets_config).data_fields.keys() == {"dataset", "fallback"}
     empty(pets / "train/cat/d.jpeg")
     pets_config.data.skip_bad = 1
     loop.train(pets_config, tmp_path / "r")
+    assert f", data {pets.name}, " in capsys.readouterr().out
     files = [
         json.loads((tmp_path / f"r/{name}.json").read_text())
         for name in ("config", "program", "summary")

@@ -103,10 +103,13 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     ]
     assert "Best test accuracy: learning_rate=0.03, dropout=0.5, 91.50 ± 0.71 % (n = 2)" in page
     # The means at dropout 0 and 0.5 are 1 % apart, twice the standard error of 0.71 %.
-    near = "learning_rate=0.03, dropout=0 (at most two standard errors of the difference apart)"
+    near = (
+        "learning_rate=0.03, dropout=0, 90.50 ± 0.71 % (n = 2): at most two standard errors of the "
+        "difference apart"
+    )
     tried = "dropout is the largest value tried"
     missing = "learning_rate=1, dropout=0"
-    assert f"; not distinguishable from {near}; {tried}; not completed: {missing}.</p>" in page
+    assert f"; {tried}; not distinguishable from {near}; not completed: {missing}.</p>" in page
     best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
     in_page = " ".join(f"<span>{word}</span>" for word in best.split())
     assert f"<pre><code>{in_page}\n" in page

@@ -69,7 +69,8 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, name):
     assert found.shape == (SIZE, SIZE, 3)
     expected = np.asarray(image.convert(mode).convert("RGB"), int)
     assert np.abs(found - expected).max() <= tolerance
-    assert not square.is_transparent(tmp_path / name)
+    with square.opened(tmp_path / name) as opened:
+        assert not square.is_transparent(opened)
 
 
 def test_white_is_behind_a_transparent_image(tmp_path):
@@ -81,8 +82,9 @@ def test_white_is_behind_a_transparent_image(tmp_path):
         ("palette.png", half_clear(image).quantize(256)),
     ):
         write_image(tmp_path / name, made)
-        assert square.is_transparent(tmp_path / name)
-        found = square.decode(tmp_path / name, SIZE)
+        with square.opened(tmp_path / name) as opened:
+            found = square.pixels_of(opened, SIZE)
+            assert square.is_transparent(opened)
         assert (found[:, SIZE // 2 :] == 255).all()
         if name == "colour.png":
             np.testing.assert_array_equal(found[:, : SIZE // 2], np.asarray(image)[:, : SIZE // 2])

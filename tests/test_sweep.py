@@ -550,6 +550,12 @@ def test_what_was_refused_is_forgotten_by_another_list(fake, monkeypatch):
     assert [run["status"] for run in fake(0)["runs"]] == ["completed"]
 
 
+def test_a_sweep_may_follow_a_dry_run(fake, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/program.json").write_text("{}")
+    assert fake(0)["runs"][0]["status"] == "completed"
+
+
 def test_a_run_that_still_lives_is_waited_for(fake, tmp_path):
     """As one of a sweep that was killed."""
     fake(1)
@@ -750,7 +756,8 @@ def test_a_dry_run_of_a_sweep_is_one_table(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     combos = sweep.combinations("4x2,2x1,3x1", None, ["seed=0,1"], 8)
     fields = ["--config.parallelism=data"]
-    found = sweep_screen.show_dry_run(sweep.dry_run(combos, [*SMALL, *fields], jax.devices()), 6)
+    rows = sweep.dry_run(combos, [*SMALL, *fields], jax.devices(), lambda c: registry.find(c.data))
+    found = sweep_screen.show_dry_run(rows, 6)
     out = capsys.readouterr().out.splitlines()
     assert max(map(len, out[:9])) <= 80
     header = "run mesh seed status state MB held MB sent MB theory MB collectives"

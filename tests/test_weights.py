@@ -9,15 +9,17 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from conftest import ROOT
 from PIL import Image
 from test_docs import commands, small
 from test_launch import finished, start  # noqa: F401  (start is a fixture)
 
+import launch
 from cnn_spmd import experiment, export, predict
 from cnn_spmd import models as networks
 from cnn_spmd.data import digits, registry
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UnknownName, UserError
 from cnn_spmd.training import build, evaluate, initial, loop, restore, weights
 
 SHIPPED = sorted((ROOT / "results" / "weights").glob("*.safetensors"))
@@ -215,7 +217,15 @@ def test_a_network_of_an_experiment_names_the_experiment(run, exported, tmp_path
         with pytest.raises(UserError) as refused:
             restore.on_one_device(source)
         remedy = f"if an experiment adds it, give that experiment by --config={adds}"
-        assert str(refused.value) == f"{source}: model.name=simple_cnn: unknown; {remedy}"
+        said = f"{source}: model.name=simple_cnn: unknown; {remedy}"
+        assert str(refused.value) == said
+        values, argument = flags.FlagValues(), source if source == file else source / "config.json"
+        experiment.define_flag(values, ["", f"--config={argument}"])
+        experiment.parse_flags(values, ["", f"--config={argument}"])
+        with monkeypatch.context() as patch:
+            patch.setattr(launch.flags, "FLAGS", values)
+            unknown = UnknownName("model.name", "simple_cnn", networks.NETWORKS)
+            assert str(launch.explained(unknown)) == said
 
 
 def test_the_page_names_the_experiment_that_adds_the_network(exported):
@@ -284,6 +294,7 @@ def test_other_weights_are_refused_before_anything_is_compiled(
     with pytest.raises(UserError) as refused:
         loop.train(config, tmp_path / "run")
     assert str(refused.value).startswith(f"init_from={tmp_path}/{message}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_network_are_named(exported, config):

@@ -16,7 +16,7 @@ from cnn_spmd.data import cifar10, cifar10_archive, digest, npz, photographs, tf
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
-from cnn_spmd.errors import IF_ADDED, UserError, did_you_mean
+from cnn_spmd.errors import UnknownName, UserError
 
 BANNER = 80  # columns of a warning: as many as a usual terminal has
 
@@ -90,11 +90,12 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
     root = photographs.root_of(data.dir)
     if tfds.prepared_folder(data.name, root):
         return photographs.load
-    raise UserError(
-        f"data.name={data.name}: not a data set; choose from {', '.join(DATASETS)}, "
-        f"{tfds.PREFIX}NAME for what TFDS can download, or a data set that TFDS has prepared in "
-        f"{root} ({tfds.how_to_build('NAME', root)}){IF_ADDED}{did_you_mean(data.name, DATASETS)}"
+    wrong = (
+        f"not a data set; choose from {', '.join(DATASETS)}, {tfds.PREFIX}NAME for what TFDS can "
+        f"download, or a data set that TFDS has prepared in {root} "
+        f"({tfds.how_to_build('NAME', root)})"
     )
+    raise UnknownName("data.name", data.name, DATASETS, wrong)
 
 
 def may_use_tfds(data: ml_collections.ConfigDict) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
-from cnn_spmd.errors import IF_ADDED, UserError, unknown
+from cnn_spmd.errors import UnknownName, UserError
 from cnn_spmd.layers.common import LEVERS
 from cnn_spmd.models import alexnet_2012_small, alexnet_bn, cuda_convnet, resnet, stack, vgg
 from cnn_spmd.models.alexnet import SIZES, AlexNet
@@ -60,7 +60,7 @@ def make(name: str, batch_norm: str = "global", **settings) -> nnx.Module:
     Raises UserError for an unknown name or lever, and for an image size that the network refuses.
     """
     if name not in NETWORKS:
-        raise unknown("model.name", name, NETWORKS, IF_ADDED)
+        raise UnknownName("model.name", name, NETWORKS)
     for lever in settings.get("levers", ()):
         if lever not in LEVERS:
             raise UserError(f"levers={lever}: unknown, expected some of {', '.join(LEVERS)}")

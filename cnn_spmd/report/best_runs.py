@@ -64,7 +64,7 @@ def differences(runs: Sequence[dict], overview: Overview) -> Table:
 def answer(sweep: dict, overview: Overview) -> str:
     """Return "Best test accuracy: learning_rate=0.1, 96.11 ± 0.39 % (n = 2)"; "" for no answer.
 
-    It also says what may be as good, which numbers are at the edge of what a sweep tried, and what
+    It also says which numbers are at the edge of what a sweep tried, what may be as good, and what
     is not completed.
     """
     ranked = settings.ranked(overview)
@@ -76,14 +76,17 @@ def answer(sweep: dict, overview: Overview) -> str:
         parts = [f"Best {overview.metric_name}: {name_of(sweep, overview, best)}, {shown}"]
     else:
         parts = [f"{overview.metric_name[0].upper()}{overview.metric_name[1:]}: {shown}"]
-    near = [name_of(sweep, overview, each) for each in as_good(ranked, overview.metric)]
-    if near:
-        parts.append(
-            f"not distinguishable from {captions.names_text(near, ' or ')} (at most two standard "
-            "errors of the difference apart)"
-        )
     if not sweep.get("is_of_lone_runs"):
         parts.append(settings.at_edges(best, overview))
+    near = [
+        f"{name_of(sweep, overview, each)}, {metric_text(overview.metric, each)}"
+        for each in as_good(ranked, overview.metric)
+    ]
+    if near:
+        parts.append(
+            f"not distinguishable from {captions.names_text(near, ' or ')}: at most two standard "
+            "errors of the difference apart"
+        )
     unfinished = []
     for each in overview.combinations:
         missing = sum(run["status"] not in ("completed", "refused") for run in each.runs)

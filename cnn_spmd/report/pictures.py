@@ -47,8 +47,8 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> list[pat
         shown_T, compared_T = choose_images(setup.config.seed, len(setup.data.test_images))
         split = configs.evaluated_split(setup.config)
         terminal.say(
-            f"Comparing {len(setup.data.train_images):,} training images of {setup.data.name} with "
-            f"{len(compared_T)} {split} images."
+            f"Comparing {len(setup.data.train_images):,} training images of {setup.shown_data} "
+            f"with {len(compared_T)} {split} images."
         )
         predicted = predictions(setup, state, shown_T)
         near = neighbours(setup, state, compared_T)

@@ -119,7 +119,7 @@ def say_choices(asked: ml_collections.ConfigDict, setup: Setup) -> None:
     That is which test images were held out, and which crop was chosen.
     """
     config, data = setup.config, setup.data
-    name = configs.shown_data(config, data.name)
+    name = setup.shown_data
     if data.test_from_train:
         say(
             f"{name} has nothing to test on: {data.test_from_train:,} of its images are held out "

@@ -41,7 +41,7 @@ def dry_run(
                     "give a new folder"
                 )
         report = setup.report()
-        say(program.as_text(report))
+        say(program.as_text(report | dict(dataset=setup.shown_data)))
         if workdir:
             write_run_file(workdir / "program.json", setup.data_fields | report)
     return report

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import ml_collections
 
-from cnn_spmd import config as configs
 from cnn_spmd.data import augment, order
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.feed import put
@@ -120,8 +119,7 @@ def evaluate_restored(name: str, restored: restore.Restored) -> dict:
     earlier = "" if restored.accuracy is None else f" (recorded: {restored.accuracy:.2%})"
     steps = f" after {restored.step} steps" if restored.step else ""
     say(
-        f"Evaluated {name}{steps} on {metrics['examples']} test images of "
-        f"{configs.shown_data(config, setup.data.name)}:\n"
+        f"Evaluated {name}{steps} on {metrics['examples']} test images of {setup.shown_data}:\n"
         f"accuracy {metrics['accuracy']:.2%}{earlier}, {', '.join(others)}; mesh "
         f"{place.mesh_name}, {config.parallelism}, {config.dtype}"
     )

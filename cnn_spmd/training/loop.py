@@ -88,7 +88,7 @@ def train(
             timetable = make_timetable(setup.config, len(setup.data.train_images), start)
             say("Compiling ...")
             programs = compile_programs(setup, timetable.chunks)
-            say(program.as_summary(programs.report))
+            say(program.as_summary(programs.report | dict(dataset=setup.shown_data)))
             interrupt.raise_if_requested()
 
             if state is None:

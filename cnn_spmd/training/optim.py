@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from cnn_spmd.errors import IF_ADDED, UserError, unknown
+from cnn_spmd.errors import UnknownName, UserError
 
 # Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.2: the root
 # mean square of an update by AdamW. Updates of that size let one rate serve both.
@@ -217,7 +217,7 @@ def make_schedule(settings: Any, steps: int, batch_size: int = 128) -> optax.Sch
     Raises UserError for an unknown decay, and for stages that are not ascending shares.
     """
     if settings.decay not in SCHEDULES:
-        raise unknown("optimizer.decay", settings.decay, SCHEDULES)
+        raise UnknownName("optimizer.decay", settings.decay, SCHEDULES)
     shares = {share for share in settings.stages if isinstance(share, float) and 0 < share < 1}
     if list(settings.stages) != sorted(shares):
         raise UserError(
@@ -245,7 +245,7 @@ def make_optimizer(settings: Any, rate: optax.Schedule) -> optax.GradientTransfo
     Raises UserError for an unknown optimizer.
     """
     if settings.name not in OPTIMIZERS:
-        raise unknown("optimizer.name", settings.name, OPTIMIZERS, IF_ADDED)
+        raise UnknownName("optimizer.name", settings.name, OPTIMIZERS)
 
     def scale(path, update):
         by_layer = settings.layer_rates.get(path[0].key, 1.0)

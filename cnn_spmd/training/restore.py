@@ -19,7 +19,7 @@ import numpy as np
 from cnn_spmd import config as configs
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import VALIDATION, Dataset, Unread, blank_arrays
-from cnn_spmd.errors import IF_ADDED, UserError
+from cnn_spmd.errors import IF_ADDED, UnknownName, UserError
 from cnn_spmd.training import build, runfiles, weights, workdir
 from cnn_spmd.training.checkpoint import Checkpoints
 from cnn_spmd.training.one_checkpoint import Checkpoint
@@ -93,14 +93,10 @@ def on_one_device(source: pathlib.Path, data_dir: str | None = None) -> Restored
     except (AttributeError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{source}: is damaged or of another version ({said})") from error
+    except UnknownName as error:
+        raise naming_experiment(error, source) from error
     except UserError as error:
         message = str(error).replace("--config.data.dir=", "--data_dir=")
-        if IF_ADDED in message:
-            adds = experiment_of(source)
-            remedy = f"{IF_ADDED}={adds}" if adds else IF_ADDED
-            message = message.replace(IF_ADDED, remedy)
-            if message.startswith("model.name="):  # no other network can take its place
-                message = f"{message.partition(':')[0]}: unknown{remedy}"
         if data_dir is None and message.startswith("data.dir="):
             message += "; where it has moved: --data_dir=PATH"
         raise UserError(f"{source}: {message}") from error
@@ -138,6 +134,12 @@ def newest(source: pathlib.Path, setup: build.Setup, saved: dict) -> Restored:
         )
     step = int(state.step)
     return Restored(setup, state, step, Checkpoint(directory / str(step)).accuracy())
+
+
+def naming_experiment(error: UnknownName, source: pathlib.Path) -> UserError:
+    """Return the error for an unknown name in a saved config: it says which experiment adds it."""
+    adds = experiment_of(source)
+    return UserError(f"{source}: {error.problem}{IF_ADDED}{adds and f'={adds}'}")
 
 
 def experiment_of(source: pathlib.Path) -> str:

@@ -261,6 +261,11 @@ class Setup:
         return dict(dataset=self.data.name, fallback=self.data.fallback) | counts
 
     @property
+    def shown_data(self) -> str:
+        """Return what messages call the data set."""
+        return configs.shown_data(self.config, self.data.name)
+
+    @property
     def saved_config(self) -> dict:
         """Return what config.json holds: the config, the data set and its digests."""
         of_data = dict(data_files=self.data.files, data_digest=self.data.digest)

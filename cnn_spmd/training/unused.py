@@ -10,7 +10,7 @@ import ml_collections
 from cnn_spmd import config as configs
 from cnn_spmd import models
 from cnn_spmd.data import registry
-from cnn_spmd.errors import IF_ADDED, UserError, unknown
+from cnn_spmd.errors import UnknownName, UserError, unknown
 from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import optim
 
@@ -47,8 +47,8 @@ def refuse_unknown(config: ml_collections.ConfigDict, fields: Collection[str]) -
     }
     for field in fields:
         if field in names and (value := configs.get(config, field)) not in names[field]:
-            more = "" if field == "parallelism" else IF_ADDED
-            raise unknown(field, value, names[field], more)
+            error = unknown if field == "parallelism" else UnknownName
+            raise error(field, value, names[field])
         if field == "data.name":
             registry.loader_of(config.data)
 

@@ -17,7 +17,7 @@ LOCK = ".lock"
 FILES = ("config.json", "program.json", "metrics.jsonl", "summary.json", "profile.json")
 # Orbax writes below a path with one of these without an error, and does not find the files again.
 UNREADABLE = "*?[\\"
-# These may lie in a folder that holds no run yet: the lock, and what a dry run wrote.
+# These may lie in a folder that holds no run and no sweep yet: the lock, and what a dry run wrote.
 BEFORE_A_RUN = {LOCK, "program.json"}
 
 
@@ -49,12 +49,14 @@ def parse(text: str) -> pathlib.Path:
 def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]:
     """Make a folder, unless it exists, and lock it; yield the names in it.
 
+    Where nothing was written in it, the folder is at the end as it was before, or absent again.
     flag: the command-line flag that gave the folder, for messages.
     Raises UserError for a folder that cannot be written, that another process has locked, or below
     which Orbax could not read a checkpoint.
     """
     _refuse_unreadable(folder, flag)
     try:
+        absent = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()}
         lock = (folder / LOCK).open("a")
@@ -76,7 +78,20 @@ def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]
                     folder,
                     error.strerror,
                 )
-        yield names
+        try:
+            yield names
+        finally:
+            if jax.process_count() == 1:  # in a cluster, other processes may still need the lock
+                _restore(folder, names, absent)
+
+
+def _restore(folder: pathlib.Path, names: set[str], absent: list[pathlib.Path]) -> None:
+    """Remove a new lock, and folders that were absent, unless there is something new beside it."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} - names == {LOCK}:
+            (folder / LOCK).unlink()
+            for path in absent:
+                path.rmdir()
 
 
 def _refuse_unreadable(folder: pathlib.Path, flag: str) -> None:
@@ -113,7 +128,6 @@ def locked_run(workdir: pathlib.Path, config: dict) -> Iterator[dict]:
             return
         _refuse_other_kinds(workdir, names)
         if "config.json" not in names:
-            (workdir / LOCK).unlink()
             raise UserError(
                 f"--workdir={workdir}: is not empty and holds no run (no config.json): "
                 "give a new folder"
