@@ -28,12 +28,13 @@ def page() -> str:
     parts = [
         "# Meshes and schemes",
         HEAD,
-        """Each section is one sweep. Speedup is relative to the one-device run of the same sweep,
-        batch and scheme. Ring MB is what a device sends per step if each collective runs as a
-        ring. MB per device are parameters and optimizer state. The first chunk of each run is
-        left out; a chunk on a GPU has 20 steps. n is the number of seeds. Synthetic data are
-        random 224x224 images of 1,000 classes, in bfloat16. The digits ran 12 steps in float32,
-        which amplify rounding: hence the small differences in accuracy.""",
+        """Each section is one sweep, or a few with the same settings. Speedup is relative to the
+        one-device run of the same sweep, batch and scheme. Ring MB is what a device sends per step
+        if each collective runs as a ring. MB per device are parameters and optimizer state. The
+        first chunk of each run is left out; a chunk on a GPU has 20 steps. n is the number of
+        seeds. Synthetic data are random 224x224 images of 1,000 classes, in bfloat16. The digits
+        ran 12 steps in float32, which amplify rounding: hence the small differences in
+        accuracy.""",
     ]
     for path in sorted((DATA / "sweeps").glob("*.json")):
         sweep = runfiles.read_json(path)
@@ -48,7 +49,7 @@ def page() -> str:
             parts.append(f"Charts of this sweep: [{picture}]({picture}).")
         hardware = sweep["hardware"]
         source = f"Commit {hardware['commit']}, jax {hardware['versions']['jax']}."
-        parts.append(commands(source, sweep_command(sweep)))
+        parts.append(commands(source, *sweep.get("commands", [sweep_command(sweep)])))
     return joined(*parts)
 
 

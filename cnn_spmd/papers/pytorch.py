@@ -28,14 +28,17 @@ def page() -> str:
         last two columns are our throughput relative to our one-GPU step and to our step with
         scheme `data`. PyTorch {versions["torch"]}, jax {one_gpu["versions"]["jax"]}.
         {about_data()}""",
-        """PyTorch's rate is that of its fastest mode measured. On the H100 and on several GPUs
-        (DDP) only plain torch.compile was measured; its host is the limit at 32 images per GPU
-        and, with DDP, at 128. On one H200 CUDA graphs (`graphs`, its mode reduce-overhead) were
-        measured, too. max-autotune is not measured: it searches for minutes.""",
-        """The two-GPU rows were measured before fc2's sums were scattered in hybrid_alternating.
-        The two batches on one H200 were timed at the same time, each on a card of its own. The
-        rows on four GPUs are of three timings over at least 400 steps, the others of five over
-        at least 30. [performance](../docs/performance.md) says what made our step fast.""",
+        """PyTorch's rate is that of its fastest mode measured. On the H100, and with DDP in most
+        rows on several GPUs, only plain torch.compile was measured; its host is the limit at 32
+        images per GPU and, with DDP, at 128. On one H200 CUDA graphs (`graphs`, its mode
+        reduce-overhead) were measured, too. On two H200s at 128 images, so was the whole step of
+        DDP in one CUDA graph, with gradients sent as bfloat16 (`capture-bf16`). max-autotune is
+        not measured: it searches for minutes. Nor is FSDP2.""",
+        """The other two-GPU rows were measured before fc2's sums were scattered in
+        hybrid_alternating. The two batches on one H200 were timed at the same time, each on a card
+        of its own. The rows on four GPUs, and that of 128 images on two, are of three timings over
+        at least 400 steps, the others of five over at least 30.
+        [performance](../docs/performance.md) says what made our step fast.""",
         commands(
             "--peer_modes names PyTorch's modes; this is the command on four GPUs.",
             "python benchmarks/speed.py --gpus 4 --peer_modes compile",
