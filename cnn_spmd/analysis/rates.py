@@ -23,6 +23,7 @@ from cnn_spmd.sharding import mesh as meshes
 ROUNDS = 6  # of each measurement; the first warms up, and the median of the others counts
 CALLS = 30  # of a program in a round, so that the time of a launch hardly counts
 CONVOLUTIONS = 4  # one after another in a program
+CHAINS = 20  # of tiny kernels, one after another in a program
 MAP_SIDE = 32  # pixels, of what they convolve
 AXIS = "data"  # the mesh axis over which the collectives are measured
 # Elements of the smallest part of an array that a collective cuts. Parts are multiples of it, so
@@ -108,15 +109,20 @@ def copy_rate(sizes: Sizes) -> float:
 
 
 def kernel_seconds(sizes: Sizes) -> float:
-    """Return what a kernel takes besides its work: one of a chain of tiny ones."""
+    """Return what a kernel takes besides its work: one of a chain of tiny ones.
 
-    def chain(x: jax.Array) -> jax.Array:
+    A program repeats the chain CHAINS times. With a single chain, a slow host would take longer to
+    launch the program than the GPU to run it.
+    """
+
+    def chain(_: jax.Array, x: jax.Array) -> jax.Array:
         for _ in range(sizes.repeats):
             x = lax.optimization_barrier(x + 1)  # the barrier keeps each addition a kernel
         return x
 
-    x, program = jnp.zeros(ALIGNED, jnp.float32), jax.jit(chain)
-    return median_seconds(lambda: program(x)) / sizes.repeats
+    x = jnp.zeros(ALIGNED, jnp.float32)
+    program = jax.jit(lambda x: lax.fori_loop(0, CHAINS, chain, x))
+    return median_seconds(lambda: program(x), calls=4) / (CHAINS * sizes.repeats)
 
 
 def product_rates(sizes: Sizes, kernel_seconds: float) -> Iterator[tuple[int, float]]:

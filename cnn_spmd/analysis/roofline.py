@@ -102,7 +102,7 @@ class Efficiency(NamedTuple):
 
 
 # benchmarks/estimates.py fits these to measured steps of H100s and H200s.
-EFFICIENCY = Efficiency(kernel=1.36, copy=0.864, float32=0.335)
+EFFICIENCY = Efficiency(kernel=2.45, copy=0.864, float32=0.335)
 
 
 def seconds(kernels: Sequence[Kernel], card: Card, efficiency: Efficiency = EFFICIENCY) -> float:
