@@ -50,3 +50,13 @@ def test_layers_read_large_kernels_in_bfloat16(monkeypatch):
     setup.lower_train(2)
     dtypes = {(leaf.size >= 100, str(leaf.dtype)) for leaf in jax.tree.leaves(seen)}
     assert dtypes == {(True, "bfloat16"), (False, "float32")}
+
+
+def test_only_large_kernels_are_carried(monkeypatch):
+    """An array that the loop carries twice costs a copy per step."""
+    monkeypatch.setattr(step, "LARGE", 100)
+    functions = setup_of("alexnet", "data", (1, 1), dtype="bfloat16").functions
+    params = functions.abstract_state.params
+    carried = jax.tree.leaves(jax.eval_shape(functions.cast, params))
+    assert {str(leaf.dtype) for leaf in carried} == {"bfloat16"}
+    assert len(carried) == sum(leaf.size >= 100 for leaf in jax.tree.leaves(params))

@@ -65,7 +65,7 @@ def train_step(
     """Do one step on the examples `indices_B`; return the new state and metrics [].
 
     functions: StepFunctions. rate: the learning rate of this step, []. weights: what the layers
-    compute with at first, where that is not state.params (`StepFunctions.cast`).
+    compute with at first, where that is not state.params (`StepFunctions.weights`).
     """
     images, labels_B, dropout_key = functions.batch(state, data, indices_B)
     at = state.params if weights is None else weights
@@ -163,7 +163,7 @@ class DenseLayers:
             params, optimizer_state = self.functions.update(
                 self.optimizer, grads, optimizer_state, params
             )
-            weights = self.functions.cast(params)
+            weights = self.functions.weights(self.functions.cast(params), params)
         else:
             total = jax.tree.map(jnp.add, total, grads)
         return (weights, params, optimizer_state, total), (metrics, x_gradient)

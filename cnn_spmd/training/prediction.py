@@ -193,14 +193,15 @@ def trace_step(setup: Any, batch: int) -> Any:
     images = jax.ShapeDtypeStruct((batch, *setup.data.train_images.shape[1:]), jnp.uint8)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
-    def step(state, weights, data, rate):
+    def step(state, large, data, rate):
+        weights = functions.weights(large, state.params)
         state, values = functions.train_step(state, data, None, rate, weights)
         return state, values, functions.cast(state.params)
 
     state = jax.eval_shape(functions.init, np.uint32(0))
-    weights = jax.eval_shape(functions.cast, state.params)
+    large = jax.eval_shape(functions.cast, state.params)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.make_jaxpr(step)(state, weights, DeviceData(images, labels), rate)
+    return jax.make_jaxpr(step)(state, large, DeviceData(images, labels), rate)
 
 
 def memory_of(setup: Any) -> int:

@@ -181,7 +181,7 @@ class StepFunctions:
     ) -> tuple[nnx.State, dict, nnx.State]:
         """Return the gradient of the loss, loss and accuracy [], and the new model state.
 
-        weights: what the layers compute with, where that is not state.params (`cast`).
+        weights: what the layers compute with, where that is not state.params (`weights`).
         """
         images_BHWC, labels_B, dropout_key = self.batch(state, data, indices_B)
 
@@ -244,7 +244,8 @@ class StepFunctions:
         """
 
         def body(carry, inputs):
-            state, weights = carry
+            state, large = carry
+            weights = self.weights(large, state.params)
             data_or_indices, rate = inputs
             batch = (data_or_indices, None) if indices_SB is None else (data, data_or_indices)
             if self.microbatch:
@@ -263,14 +264,25 @@ class StepFunctions:
         return state, values
 
     def cast(self, params: nnx.State) -> nnx.State | None:
-        """Return the weights as layers read them after an update; None: as they are.
+        """Return the large kernels in bfloat16, and None for all others; None: layers read params.
 
-        Large kernels in bfloat16: the update then writes both forms while it has them at hand. A
-        small kernel would gain nothing.
+        The update then writes both forms of a kernel while it has it at hand. A small array would
+        gain nothing. Carried twice, it would cost a copy per step.
         """
         if not self.carry_bf16:
             return None
-        return jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.size >= LARGE else w, params)
+        return jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.size >= LARGE else None, params)
+
+    def weights(self, large: nnx.State | None, params: nnx.State) -> nnx.State | None:
+        """Return what layers compute with: `large` (of `cast`), and from params what it lacks."""
+        if large is None:
+            return None
+        return jax.tree.map(
+            lambda kernel, w: w if kernel is None else kernel,
+            large,
+            params,
+            is_leaf=lambda x: x is None,
+        )
 
     # ---- The evaluation step.
 
