@@ -84,7 +84,7 @@ HELD_OUT = [
     Row("claims_2012_cifar:tanh", 128, "h100", "claims/claims_2012_tanh-h100-seed1.json"),
     *(
         Row(f"claims_2012_cifar:{name}", 512, "h100", f"claims/claims_2012_{name}-h100-seed1.json")
-        for name in ("no_lrn", "plain_pool", "no_conv2", "no_conv3", "no_conv4", "one_tower")
+        for name in ("no_lrn", "no_conv2", "no_conv3", "no_conv4", "one_tower")
     ),
     *(
         Row(experiment, batch, "h200", CALIBRATED, image_size, classes)

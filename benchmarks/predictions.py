@@ -7,7 +7,8 @@ Needs no GPU, and compiles nothing. Writes these files to results/data/predictio
 
   SWEEP.json      each run on several GPUs of results/data/sweeps/alexnet-224-*.json, predicted and
                   measured. The step of one GPU at each batch is the sweep's own (mesh 1x1, the
-                  median over its schemes); all else comes from the card.
+                  median over its schemes); all else comes from the card. Also what the card
+                  predicts with its own step of one GPU.
   devices.json    1 to 512 H100s, each scheme at its best mesh. Hosts have 8 GPUs. The batch per GPU
                   is 128, or the global batch is 1,024.
   unmeasured.json every scheme on every mesh of 4 H200s; not all are measured
@@ -54,7 +55,7 @@ def main() -> None:
     for name, card_name in SWEEPS.items():
         runs = runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]
         card = with_steps(cost.load(card_name), runs)
-        rows = [beside(run, card) for run in runs if run["mesh"] != "1x1"]
+        rows = [beside(run, card, cost.load(card_name)) for run in runs if run["mesh"] != "1x1"]
         write(name, card, rows, sweep=name)
         errors = [
             abs(row["predicted_milliseconds"] / row["measured_milliseconds"] - 1) for row in rows
@@ -96,8 +97,11 @@ def with_steps(card: Card, runs: list[dict]) -> Card:
     return dataclasses.replace(card, steps=[own | dict(points=points)])
 
 
-def beside(run: dict, card: Card) -> dict:
-    """Return the prediction of a run of a sweep, and what was measured."""
+def beside(run: dict, card: Card, shipped: Card) -> dict:
+    """Return the prediction of a run of a sweep, and what was measured.
+
+    `card` has the sweep's steps of one GPU, `shipped` those of the card that ships.
+    """
     figures = run["figures"]
     config = cnn_spmd.load_config(
         "experiments/alexnet_cifar.py",
@@ -118,6 +122,9 @@ def beside(run: dict, card: Card) -> dict:
         devices=devices,
         batch_per_device=run["settings"]["batch_per_device"],
         measured_milliseconds=figures["step_milliseconds"]["median"],
+        by_shipped_card_milliseconds=round(
+            1e3 * predict(setup, shipped, GPUS_PER_HOST).terms.step, 4
+        ),
         **predict(setup, card, GPUS_PER_HOST).as_json(),
     )
 

@@ -27,18 +27,19 @@ def history_sections() -> list[str]:
         one_weird_trick_table(),
         """By turns is the scheme that the paper measured (its scheme b): one GPU after the other
         sends the dense layers' inputs of its 128 images to all others. At once is our `hybrid`:
-        all GPUs send these inputs at the same time. At once is also what by turns costs if all
-        turns except one hide behind the dense layers, which the paper says is possible. In rows
-        with a dense batch of 128, a GPU updates its dense weights once per 128 images.""",
+        all GPUs send these inputs at the same time. The paper says that a turn can hide behind
+        the dense layers' work on the images of the turn before; by turns then costs what at once
+        costs. In rows with a dense batch of 128, a GPU updates its dense weights once per 128 images.""",
         """The measured steps are longer than both. By turns rests on assumptions: a GPU sends a
-        copy to each of the others through its own link, nothing hides, and the way between the two
-        groups of four is as fast as within a group (it is slower). The authors' later code
+        copy to each of the others through its own link; only the sums of the convolutions' gradients
+        hide, behind the update; and the way between the two groups of four is as fast as within a
+        group (it is slower). The authors' later code
         (cuda-convnet2) sends one copy through the host's memory, at a cost that nobody published.
         So the small error on eight GPUs may be luck.""",
         f"""PALEO (Qi et al. 2017) predicts from FLOPs, from 46% of the K20's peak and from 75% of
-        8 GB/s; it leaves out the update. Its hours need {published.PALEO_IMAGES:,} images per
-        epoch. With ILSVRC-2012's {published.IMAGENET_TRAIN:,} the errors are
-        {", ".join(paleo_errors())} %.""",
+        8 GB/s; it leaves out the update. The hours that it publishes are those of epochs of
+        {published.PALEO_IMAGES:,} images. For ILSVRC-2012's {published.IMAGENET_TRAIN:,} images its
+        errors on 1, 2, 4 and 8 GPUs are {", ".join(paleo_errors())} %.""",
         "## AlexNet on P100s",
         """Each cell: measured, predicted (error). The links are those of
         `cnn_spmd/analysis/cards/p100.json`; OptCNN's and FlexFlow's nodes have four GPUs and one
