@@ -29,13 +29,14 @@ def history_sections() -> list[str]:
         sends the dense layers' inputs of its 128 images to all others. At once is our `hybrid`:
         all GPUs send these inputs at the same time. The paper says that a turn can hide behind
         the dense layers' work on the images of the turn before; by turns then costs what at once
-        costs. In rows with a dense batch of 128, a GPU updates its dense weights once per 128 images.""",
+        costs. In rows with a dense batch of 128, a GPU updates its dense weights once per 128
+        images.""",
         """The measured steps are longer than both. By turns rests on assumptions: a GPU sends a
-        copy to each of the others through its own link; only the sums of the convolutions' gradients
-        hide, behind the update; and the way between the two groups of four is as fast as within a
-        group (it is slower). The authors' later code
-        (cuda-convnet2) sends one copy through the host's memory, at a cost that nobody published.
-        So the small error on eight GPUs may be luck.""",
+        copy to each of the others through its own link; only the sums of the convolutions'
+        gradients hide, behind the update; and the way between the two groups of four is as fast
+        as within a group (it is slower). The authors' later code (cuda-convnet2) sends one copy
+        through the host's memory, at a cost that nobody published. So the small error on eight
+        GPUs may be luck.""",
         f"""PALEO (Qi et al. 2017) predicts from FLOPs, from 46% of the K20's peak and from 75% of
         8 GB/s; it leaves out the update. The hours that it publishes are those of epochs of
         {published.PALEO_IMAGES:,} images. For ILSVRC-2012's {published.IMAGENET_TRAIN:,} images its

@@ -91,7 +91,7 @@ def shipped_card_errors(predictions: Sequence[dict]) -> str:
     by_card = [row | {PREDICTED: row["by_shipped_card_milliseconds"]} for row in rows]
     return (
         f"Without `model` and `spatial`: {_small(errors_text(rows))}. A plan has the card's step "
-        "of one GPU instead, measured on another H200: it is up to 6 % shorter. With it: "
+        "of one GPU instead, which is from an older sweep, and shorter. With it: "
         f"{_small(errors_text(by_card))}."
     )
 
