@@ -138,6 +138,14 @@ REFUSED = {
         dict(test_labels=np.array([0, 1, 2, 3], np.int32)),
         "test_labels: found label 3, expected 0 to 2 for 3 class names",
     ),
+    "one class": (
+        dict(
+            class_names=("cat",),
+            train_labels=np.zeros(6, np.int32),
+            test_labels=np.zeros(4, np.int32),
+        ),
+        "class_names: found 1 class, expected at least two classes",
+    ),
     "label -1": (
         dict(test_labels=np.array([0, 1, 2, -1], np.int32)),
         "test_labels: found label -1, expected 0 to 2",

@@ -147,6 +147,10 @@ LACKING = {
         lambda root: flatten(root / "train"),
         "train/ holds images but no class folders",
     ),
+    "one class": (
+        lambda root: [shutil.rmtree(path) for path in root.glob("*/*") if path.name != "dog"],
+        "holds one class, dog",
+    ),
     "a space": (
         lambda root: rename_dog(root, "dog", "dog "),
         "class 'dog' is in train/ but not in val/, which has 'dog ': they differ in spaces",

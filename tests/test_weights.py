@@ -265,11 +265,23 @@ def test_a_run_starts_from_weights_for_other_classes(exported, config, tmp_path,
     assert found["fc3.kernel"].shape == (8192, 7)
 
 
+def test_classes_of_other_names_are_named(exported, config):
+    config.init_from = str(exported)
+    for names, text in (("0123456789", ""), ("abcdefghij", " fc3 is kept, although the file's")):
+        setup = build.prepare(config)
+        found = initial.read(
+            config.init_from, config.model.name, setup.functions.abstract_state, tuple(names)
+        )
+        assert found.text.partition("arrays.")[2].startswith(text)
+        assert bool(text) == ("classes (0, ...) have other names" in found.text)
+
+
 BAD_START = {
     "w.pth": "w.pth: is a pickle, which could run any code when it is loaded; where you trust it",
     "none.safetensors": "none.safetensors: does not exist, expected a weights file",
     "w.npz": "w.npz: expected a file whose name ends in .safetensors",
     "damaged.safetensors": "damaged.safetensors: cannot be read as safetensors (Safetensor",
+    "flipped.safetensors": "flipped.safetensors: is damaged: its arrays are not those that were",
     "lacks.safetensors": "lacks.safetensors: lacks conv1.bias and 1 more, expected the arrays",
     "more.safetensors": "more.safetensors: holds what the network lacks: norm1.mean, expected",
     "shape.safetensors": "shape.safetensors: conv1.bias is of shape (31,), expected (32,)",
@@ -289,7 +301,11 @@ def test_other_weights_are_refused_before_anything_is_compiled(
     }
     for kind, changed in changes.items():
         weights.write(tmp_path / f"{kind}.safetensors", changed, about)
-    (tmp_path / "damaged.safetensors").write_bytes(exported.read_bytes()[:1000])
+    content = exported.read_bytes()
+    (tmp_path / "damaged.safetensors").write_bytes(content[:1000])
+    (tmp_path / "flipped.safetensors").write_bytes(
+        content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    )
     config.init_from = str(tmp_path / name)
     with pytest.raises(UserError) as refused:
         loop.train(config, tmp_path / "run")

@@ -130,6 +130,8 @@ class Dataset(Provenance):
         if labels.dtype != np.int32 or labels.shape != (examples,):
             self._refuse(field, f"{labels.dtype} {labels.shape}", expected)
         classes = len(self.class_names)
+        if classes < 2:
+            self._refuse("class_names", f"{classes} class", "at least two classes")
         for label in (labels.min(), labels.max()):
             if not 0 <= label < classes:
                 self._refuse(

@@ -168,7 +168,7 @@ def list_images(
 
 
 def refuse_classes(where: str, folders: Sequence[Folder]) -> None:
-    """Raise UserError where the folders of the splits hold different classes, or none."""
+    """Raise UserError where the folders of the splits hold different classes, or fewer than two."""
     for folder in folders:
         holds_images = any(path.lower().endswith(SUFFIXES) for path in folder.others)
         if holds_images and not folder.classes:
@@ -187,6 +187,8 @@ def refuse_classes(where: str, folders: Sequence[Folder]) -> None:
     if not train.classes:
         found = " and ".join(f"{folder.path.name}/" for folder in folders)
         raise UserError(f"{where}: found no class folders in {found}, {LAYOUT}")
+    if len(train.classes) == 1:
+        raise UserError(f"{where}: holds one class, {min(train.classes)}, expected at least two")
 
 
 def similar_name(name: str, others: set[str]) -> str:

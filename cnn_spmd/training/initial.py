@@ -6,7 +6,7 @@ another number of classes, the output layer is left as it is initialized from th
 
 import hashlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,11 +41,14 @@ class Start(NamedTuple):
         return state._replace(params=params, model_state=model_state)
 
 
-def read(init_from: str, network: str, abstract_state: TrainState) -> Start:
+def read(
+    init_from: str, network: str, abstract_state: TrainState, class_names: Sequence[str]
+) -> Start:
     """Return what a run starts from; init_from and network: the config's init_from and model.name.
 
-    abstract_state: shapes of the run's state. Raises UserError where the file cannot be read, and
-    where its arrays are not those of the network.
+    abstract_state: shapes of the run's state. class_names: of the run's data set.
+    Raises UserError where the file cannot be read, and where its arrays are not those of the
+    network.
     """
     if not init_from:
         return Start({}, None)
@@ -72,6 +75,11 @@ def read(init_from: str, network: str, abstract_state: TrainState) -> Start:
     text = f"Started from {path}: it sets {len(used)} of the network's {len(wanted)} arrays."
     if fresh:
         text += f" {OUTPUT} is left at its fresh initialization: {classes}."
+    elif (known := about.get("class_names")) and list(known) != list(class_names):
+        text += (
+            f" {OUTPUT} is kept, although the file's classes ({known[0]}, ...) have other names "
+            f"than the data set's ({class_names[0]}, ...)."
+        )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = dict(file=str(path), sha256=digest, fresh_layers=[OUTPUT] if fresh else [])

@@ -58,8 +58,8 @@ class Setup:
 
     def start_weights(self) -> initial.Start:
         """Return what a run starts from. Raises UserError where init_from does not fit."""
-        config = self.config
-        return initial.read(config.init_from, config.model.name, self.functions.abstract_state)
+        config, shapes = self.config, self.functions.abstract_state
+        return initial.read(config.init_from, config.model.name, shapes, self.data.class_names)
 
     def train(self, state: TrainState, steps: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         """Train for `steps` steps; return the new state, and loss and accuracy [steps].

@@ -8,6 +8,7 @@ such text. No pickle is ever loaded: it could run any code.
 This module does not import jax, so that launch.py can read a config from a file.
 """
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from cnn_spmd.training import runfiles
 
 SUFFIX = ".safetensors"
 ABOUT = "cnn_spmd"  # the name of our text in a file's metadata
+DIGEST = "cnn_spmd_sha256"  # of the arrays; the format itself has no checksum
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 # Our layers, and the same layers of torchvision.models.alexnet.
@@ -45,8 +47,12 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     layouts. Raises UserError for a file that is missing, damaged or no safetensors.
     """
     with _opened(path) as file:
-        about = _about(file)
+        about, written = _about(file), (file.metadata() or {}).get(DIGEST)
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if written and written != _digest(arrays):
+        raise UserError(
+            f"{path}: is damaged: its arrays are not those that were written; copy it anew"
+        )
     names = {f"{layer}.{kind}" for layer in TORCHVISION.values() for kind in ("weight", "bias")}
     return from_torchvision(arrays) if arrays.keys() == names else arrays, about
 
@@ -94,8 +100,9 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], about: dict) -> 
     Raises OSError where that fails.
     """
     # PyTorch's libraries ask for a "format"; arrays are the same in every format.
-    metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    text = json.dumps(about, allow_nan=False)
+    metadata = {"format": "pt", ABOUT: text, DIGEST: _digest(contiguous)}
     with runfiles.atomic_write(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(contiguous, metadata))
 
@@ -158,6 +165,15 @@ def _opened(path: pathlib.Path) -> Any:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({one_line(error)})") from error
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of arrays and their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def _about(file: Any) -> dict:
