@@ -129,7 +129,10 @@ CARD = flags.DEFINE_string(
     "sets config.card; default: that of the target or the GPUs.",
 )
 TARGET = flags.DEFINE_string(
-    "target", None, "With --dry_run or --plan: for GPUs that are not here, such as h100:64x8."
+    "target",
+    None,
+    "With --dry_run or --plan: for GPUs that are not here, such as h100:64x8. With --plan and "
+    "--card, any name will do.",
 )
 
 # Imports and tracing make many objects that stay. With Python's default, 700, the search for
@@ -266,6 +269,8 @@ def refuse_flags(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: flags start with --, see --help")
     if WORKDIR.value == "":
         raise UserError("--workdir=: is empty, expected a folder")
+    if PLAN_ROWS.value and not PLAN.value:
+        raise UserError("--plan_rows: expected --plan with it")
     if TARGET.value and not (DRY_RUN.value or PLAN.value):
         raise UserError(
             f"--target={TARGET.value}: those GPUs are not here, expected --dry_run or --plan with "
@@ -276,8 +281,6 @@ def refuse_flags(argv: list[str]) -> None:
             f"--target={TARGET.value}: expected a mesh and a scheme with --dry_run, which --plan "
             "finds first"
         )
-    if PLAN_ROWS.value and not PLAN.value:
-        raise UserError("--plan_rows: expected --plan with it")
     if PLAN.value and BATCH_PER_DEVICE.value:
         raise UserError(
             f"--batch_per_device={BATCH_PER_DEVICE.value}: expected --config.batch_size, the "
@@ -325,11 +328,20 @@ def set_up_jax() -> None:
 def planned_gpus() -> tuple[str, int, int]:
     """Return the card, the hosts and the GPUs per host of --target.
 
-    Raises UserError for more GPUs than this machine can simulate.
+    With --plan and a card of the config, the name of --target may be any.
+    Raises UserError for an unknown card, and for more GPUs than this machine can simulate.
     """
     from cnn_spmd.analysis import cost, target
 
-    card, hosts, gpus_per_host = target.parse(TARGET.value, cost.names())
+    cards, advice = target.CARDS, ""
+    if PLAN.value:
+        name = TARGET.value.partition(":")[0]
+        cards = [name] if name and (CARD.value or CONFIG.value.card) else cost.names()
+        advice = (
+            "; for another card, give --card the file that python -m cnn_spmd.calibrate writes on "
+            "a machine with such GPUs"
+        )
+    card, hosts, gpus_per_host = target.parse(TARGET.value, cards, advice)
     if hosts * gpus_per_host > configs.MOST_CPU_DEVICES:
         raise UserError(
             f"--target={TARGET.value}: expected at most {configs.MOST_CPU_DEVICES} GPUs with --plan"

@@ -6,11 +6,13 @@ plans for any number of GPUs.
 """
 
 import contextlib
+import dataclasses
 import io
 import itertools
+import math
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,6 +27,7 @@ from cnn_spmd.sharding import mesh as meshes
 from cnn_spmd.sharding.table import ALL, TABLE
 from cnn_spmd.training import build
 from cnn_spmd.training.prediction import Prediction, one_device_step, predict
+from cnn_spmd.training.setup import Setup
 
 MOST_ROWS = 30  # of a plan's printed table
 COLUMNS = 100  # of a plan's sentences
@@ -70,6 +73,7 @@ def plan(
     schemes = [config.parallelism]
     if config.parallelism == AUTO:
         schemes = list(dict.fromkeys([*TABLE, *config.placement]))
+    uneven = _uneven(config, data.preview, math.prod(meshes.parse(names[0]).values()))
     found, refused, alone = [], {}, None
     for name, scheme in itertools.product(names, schemes):
         asked = config.copy_and_resolve_references()
@@ -87,18 +91,19 @@ def plan(
             alone = alone or one_device_step(card, setup)
             found.append(predict(setup, card, gpus_per_host, alone))
         except UserError as error:
-            refused[f"{name} {scheme}"] = str(error)
+            is_of_batch = uneven and "_batch=" in str(error) and "does not divide" in str(error)
+            refused[f"{name} {scheme}"] = uneven if is_of_batch else str(error)
     if not found:
         reason, *others = dict.fromkeys(refused.values())
-        more = f" ({len(others)} schemes or meshes have other reasons)" if others else ""
+        more = f" (other reasons: {len(others)})" if others else ""
         raise UserError(f"--plan: nothing works on {len(devices)} devices: {reason}{more}")
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
         raise _nothing_fits(found, card)
-    images = f"{found[0].batch_size} images of {setup.shown_data}"
     title = [
-        *_title(card, len(devices), gpus_per_host, images, setup.config.dtype),
-        _origin(alone.is_estimated),
+        *[uneven] * (uneven in refused.values()),
+        *_title(setup, card, len(devices), gpus_per_host),
+        f"Computing: {alone.origin}",
     ]
     return Plan("\n".join(map(_wrapped, title)), found, refused)
 
@@ -113,6 +118,16 @@ def stand_in(data: ml_collections.ConfigDict) -> Dataset | None:
     train, test, side, classes = SIZES[data.name]
     arrays = blank_arrays(dict(train=train, test=test), side or data.image_size or IMAGE_SIZE)
     return Dataset(name=data.name, **arrays, class_names=tuple(map(str, range(classes))))
+
+
+def _uneven(config: ml_collections.ConfigDict, data: Dataset, devices: int) -> str:
+    """Say that the global batch does not divide by the devices, and which do; "" where it does."""
+    batch = (config.data.fallback_batch_size if data.fallback else 0) or config.batch_size
+    less = batch - batch % devices
+    if less == batch:
+        return ""
+    works = [f"{size:,}" for size in (less, less + devices) if size]
+    return f"batch_size={batch}: does not divide by {devices} devices; {' or '.join(works)} would"
 
 
 def _nothing_fits(found: Sequence[Prediction], card: Card) -> UserError:
@@ -161,35 +176,38 @@ def rows_of_dense_layers() -> dict[str, dict]:
 # ---- Text
 
 
-def _title(card: Card, devices: int, gpus_per_host: int, images: str, dtype: str) -> Iterator[str]:
+def _title(setup: Setup, card: Card, devices: int, gpus_per_host: int) -> Iterator[str]:
     """Yield the title of a plan's table: for what it was made, and what its columns mean."""
     hosts = -(-devices // gpus_per_host)
+    network = f"{setup.config.model.name} at {setup.image_size}x{setup.image_size}"
+    images = f"{setup.config.batch_size} images of {setup.shown_data}"
     machine = f"{hosts} x {devices // hosts} {card.device_kind}"
-    yield f"Predicted steps of {images} on {machine}, {dtype}, the fastest first"
+    yield (
+        f"Predicted steps of {network} with {images} on {machine}, {setup.config.dtype}, the "
+        "fastest first"
+    )
     yield "sent, held: per device; held is without the data set's images"
     if hosts > 1:
         yield f"Times across hosts: {card.sources.get('cluster', 'no source')}"
 
 
-def _origin(is_estimated: bool) -> str:
-    """Say where the computing of a plan's steps comes from."""
-    if not is_estimated:
-        return "Computing: from measured steps of this network on one device"
-    return (
-        "Computing: ESTIMATED from the card's rates, as it has no measured step of this network; "
-        f"{cost.ESTIMATES_WITHIN}"
-    )
-
-
 def as_text(plan: Plan) -> Iterator[str]:
-    """Yield a table, the winner and why, and what was left out.
+    """Yield a table, the winner and why, how to take it, and what was left out.
 
-    A scheme that costs the same on several meshes has one row.
+    A scheme that costs the same on several meshes has one row. Schemes with equal predictions on a
+    mesh share a row too: on 8x1, `hybrid` places every array as `data` does.
     """
     rows: dict[tuple, list[str]] = {}
+    first: dict[Prediction, str] = {}
+    repeated: dict[str, list[str]] = {}
     for found in plan.predictions:
+        nameless = dataclasses.replace(found, parallelism="")
+        scheme = first.setdefault(nameless, found.parallelism)
+        if scheme != found.parallelism:
+            repeated.setdefault(f"{found.mesh} {scheme}", []).append(found.parallelism)
+            continue
         cells = (
-            found.parallelism,
+            scheme,
             f"{1e3 * found.terms.step:.3f}",
             f"{found.batch_size / found.terms.step:,.0f}",
             f"{found.speedup:.2f}",
@@ -207,16 +225,45 @@ def as_text(plan: Plan) -> Iterator[str]:
     if len(rows) > MOST_ROWS:
         more = len(rows) - MOST_ROWS
         yield f"  and {more} slower rows; --config.parallelism=NAME shows those of one scheme"
-    best = plan.predictions[0]
+    if repeated:
+        yield _wrapped(_repetitions(repeated))
     yield _wrapped(why(plan.predictions))
-    if row := rows_of_dense_layers().get(best.parallelism):
-        yield "To take it, give:"
-        yield f"  --mesh={best.mesh} --config.parallelism={best.parallelism} \\"
+    yield from _flags(plan.predictions[0])
+    yield from _left_out(plan.refused)
+
+
+def _repetitions(repeated: Mapping[str, Sequence[str]]) -> str:
+    """Say which schemes share the row of another one; the planner's own rows are only counted.
+
+    repeated: "MESH SCHEME" of a row -> the other schemes that it stands for.
+    """
+    own, texts, count = rows_of_dense_layers(), [], 0
+    for row, schemes in repeated.items():
+        named = [scheme for scheme in schemes if scheme not in own]
+        texts += [f"{row} is also {', '.join(named)}"] * bool(named)
+        count += len(schemes) - len(named)
+    texts += [f"{count} equal rows of --plan_rows"] * bool(count)
+    return f"Shown once: {'; '.join(texts)}"
+
+
+def _flags(best: Prediction) -> Iterator[str]:
+    """Yield the flags that train with a prediction's mesh and scheme."""
+    yield "To train with it, give:"
+    flags = f"  --mesh={best.mesh} --config.parallelism={best.parallelism}"
+    row = rows_of_dense_layers().get(best.parallelism)
+    yield flags + " \\" * bool(row)
+    if row:
         yield f'  --config.placement="{ {best.parallelism: row} }"'
+
+
+def _left_out(refused: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each reason, without the mesh and the scheme that it names."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in plan.refused.items():
-        scheme = name.partition(" ")[2]
-        reasons.setdefault(reason.removeprefix(f"parallelism={scheme}: "), []).append(name)
+    for name, reason in refused.items():
+        mesh, scheme = name.split(" ", 1)
+        reason = reason.removeprefix(f"parallelism={scheme}: ")
+        reason = reason.replace(f" (mesh {mesh}, parallelism={scheme})", "")
+        reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         yield _wrapped(f"Left out: {_several(names)}: {reason}")
 
@@ -248,11 +295,13 @@ def why(predictions: Sequence[Prediction]) -> str:
     following = [
         found
         for found in predictions
-        if found.parallelism != best.parallelism and found.terms.step > 1.0005 * best.terms.step
+        if found.parallelism != best.parallelism and found.terms.step > best.terms.step
     ]
     if following:
         slower = following[0].terms.step / best.terms.step - 1
-        text += f". Next: {following[0].mesh} {following[0].parallelism}, {slower:.1%} slower"
+        text += (
+            f". Next scheme: {following[0].mesh} {following[0].parallelism}, {slower:.1%} slower"
+        )
     estimated = " Computing is estimated." if best.alone.is_estimated else ""
     return (
         f"{text}.{estimated} Differences below the errors of a prediction say nothing: "

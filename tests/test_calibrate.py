@@ -126,7 +126,7 @@ def test_each_loop_repeats_the_collective_that_it_measures():
 CHANGES = {
     "copy_rate: missing": dict(copy_rate=None),
     "memory=-1: expected a number above 0": dict(memory=-1),
-    "gap=NaN: expected a number": dict(gap=float("nan")),
+    "gap=NaN: expected seconds, from 0 to 1": dict(gap=float("nan")),
     "colour: unknown, expected one of device_kind, ": dict(colour="red"),
     "spans.rack: unknown, expected one of host, cluster": dict(spans=dict(rack={})),
     "spans.host.all-reduce: missing": dict(spans=dict(host={"all-gather": [[0, 1], [1, 2]]})),
@@ -136,6 +136,13 @@ CHANGES = {
     "spans.host.all-gather=[[2, 1], [1, 2]]: expected": dict(
         spans=dict(host={"all-reduce": [[0, 1], [1, 2]], "all-gather": [[2, 1], [1, 2]]})
     ),
+    "gap=1000000000.0: expected seconds, from 0 to 1": dict(gap=1e9),
+    "kernel_seconds=2: expected seconds, above 0": dict(kernel_seconds=2),
+    "hidden_share=1.5: expected a share from 0 to 1": dict(hidden_share=1.5),
+    "hidden_gathers=2: expected a share from 0 to 1": dict(hidden_gathers=2),
+    "copy_rate=2915: expected bytes per second, at least 1e+06": dict(copy_rate=2915),
+    "matrix_rate=720: expected FLOPs per second, at least 1e+06": dict(matrix_rate=720),
+    "product_rates=[[16, 35]]: expected pairs of a width": dict(product_rates=[[16, 35]]),
     "steps[0]: is no object": dict(steps=[3]),
     "steps[0].model: missing, expected a text": dict(steps=[{}]),
 }

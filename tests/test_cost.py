@@ -49,6 +49,13 @@ def test_update_and_computing():
     terms = predict(weights=(50e6, 5e6, 0))
     assert terms == pytest.approx((1 - 1000 * US, 100 * US, 0, 0))
     assert terms.step == pytest.approx(1 - 900 * US)
+    slow = dataclasses.replace(CARD, copy_rate=9e8)
+    message = (
+        r"^card by hand: at copy_rate=9e\+08 bytes per second the update of all weights takes "
+        r"1111\.111 ms, more than the whole step of one device, 1000\.000 ms: correct copy_rate or "
+    )
+    with pytest.raises(UserError, match=message):
+        predict(card=slow, weights=(50e6, 5e6, 0))
 
 
 def test_a_collective_inside_a_host():

@@ -74,7 +74,7 @@ def test_a_halo_that_is_larger_than_a_shard():
     message = (
         r"^conv1: windows of 5 rows on maps of 8 rows read more rows than the neighbours hold on 8 "
         r"devices along mesh axis model \(mesh 1x8, parallelism=spatial\): "
-        r"expected 1 or 2 or 4 devices along model"
+        r"expected 1 or 2 or 4 devices along model, or more than 8, which split examples instead"
     )
     with pytest.raises(UserError, match=message):
         read_rows(place, Windows(8, 5, 1, 2, 8), 0.0)(jnp.zeros((1, 8, 8, 3)))

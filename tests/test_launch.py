@@ -125,6 +125,7 @@ def losses(workdir):
             [*SMALL, "--target", "h100:1x8"],
             "--target=h100:1x8: those GPUs are not here, expected --dry_run",
         ),
+        ([*SMALL, "--plan_rows", "--target", "h100:1x8"], "--plan_rows: expected --plan with it"),
         (
             [*SMALL, "--dry_run", "--target", "b300:8"],
             "--target=b300:8: expected CARD:HOSTSxGPUS with a card of h100",
@@ -448,6 +449,22 @@ def give_flags(monkeypatch, **given):
         if isinstance(holder, launch.flags.FlagHolder):
             value = given.get(name, holder.default)
             monkeypatch.setattr(launch, name, types.SimpleNamespace(value=value))
+
+
+def test_a_plan_with_a_card_takes_any_name_as_target(config, monkeypatch):
+    """Without the card, and in a dry run, the error says which names are known."""
+    for given, message in (
+        (dict(PLAN=True, CARD="h200"), None),
+        (dict(PLAN=True), "a card of a100, .*calibrate writes on a machine with such GPUs$"),
+        (dict(DRY_RUN=True, CARD="h200"), "a card of h100, such as h100:64x8, .* GPUs$"),
+    ):
+        with monkeypatch.context() as patch:
+            give_flags(patch, CONFIG=config, TARGET="rtx4090:1x4", **given)
+            if not message:
+                assert launch.planned_gpus() == ("rtx4090", 1, 4)
+                continue
+            with pytest.raises(UserError, match=message):
+                launch.planned_gpus()
 
 
 def test_what_is_for_other_machines_looks_for_no_data(config, monkeypatch, capsys):

@@ -74,7 +74,17 @@ def four_devices(monkeypatch):
 )
 def test_a_step_between_and_beyond_the_measured_batches(batch, seconds):
     setup = cnn_spmd.prepare(config_of(parallelism="data", **{"mesh.model": 1}), jax.devices()[:1])
-    assert prediction.measured_step(CARD, setup, batch) == pytest.approx(seconds)
+    found = prediction.measured_step(CARD, setup, batch)
+    assert found.seconds == pytest.approx(seconds)
+    is_extrapolated = (
+        found.origin == "extrapolated from steps measured on 2 to 8 images on one device"
+    )
+    assert is_extrapolated is not (2 <= batch <= 8)
+    card = dataclasses.replace(CARD, steps=[STEP | dict(points=[(3, 1.5)])])
+    found = prediction.measured_step(card, setup, batch)
+    assert found.seconds == pytest.approx(batch / 2)
+    is_scaled = found.origin == "scaled from a step measured on 3 images on one device"
+    assert is_scaled is (batch != 3)
 
 
 def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
@@ -88,7 +98,8 @@ def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
     for found_data, images in ((black, "16 images of cifar10"), (digits, "8 images of digits")):
         found = plan.plan(config, found_data, CARD, 4, "4x1")
         lines = "\n".join(plan.as_text(found)).splitlines()
-        assert lines[0].startswith(f"Predicted steps of {images} on 1 x 4 card, float32, ")
+        title = f"Predicted steps of alexnet at 32x32 with {images} on 1 x 4 card, float32, "
+        assert lines[0].startswith(title)
         (row,) = found.predictions
         assert row.batch_size == int(images.split()[0])
         assert max(map(len, lines)) <= plan.COLUMNS
@@ -112,11 +123,16 @@ def test_a_plan_puts_the_fastest_first(data, capsys, monkeypatch):
     assert data_parallel.terms.exposed == pytest.approx(data_parallel.ring_bytes / 1e6)
     assert data_parallel.speedup == pytest.approx(4 * 3.0 / data_parallel.terms.step)
     text = "\n".join(plan.as_text(found))
-    title = "Predicted steps of 16 images of synthetic on 1 x 4 card, float32, the fastest first\n"
-    assert text.startswith(title)
+    assert text.startswith(
+        "Predicted steps of alexnet at 32x32 with 16 images of synthetic on 1 x "
+    )
+    assert "\nComputing: from measured steps of this network on one device\n" in text
     assert " slower rows; --config.parallelism=NAME shows those of one scheme\n" in text
     best = found.predictions[0]
     assert f"Fastest: {best.mesh} {best.parallelism}" in text
+    assert f"\n  --mesh={best.mesh} --config.parallelism={best.parallelism}\nLeft out: " in text
+    assert text.count("\n  4x1 ") <= 1
+    assert "\nShown once: 4x1 data is also model, hybrid, hybrid_alternating, spatial\n" in text
     assert "Left out: 4x1 two_tower and 2 more: splits towers" in text
 
 
@@ -182,8 +198,19 @@ def test_what_cannot_be_planned_is_refused(data):
     message = "has no measured step of model=alexnet, width=32, .* and neither kernel_seconds nor"
     with pytest.raises(UserError, match=message):
         plan.plan(config_of(parallelism="data", **{"model.width": 32}), data, CARD, 4, "4x1")
-    with pytest.raises(UserError, match=r"nothing works on 4 devices: batch_size .18"):
+    with pytest.raises(
+        UserError, match=r"4 devices: batch_size=18: does not divide by 4 devices; 16 or 20 would$"
+    ):
         plan.plan(config_of(parallelism="data", batch_size=18), data, CARD, 4, "4x1")
+
+
+def test_a_batch_that_does_not_divide_is_named_once_before_the_table(data):
+    lines = [*plan.as_text(plan.plan(config_of(batch_size=18), data, CARD, 4))]
+    uneven = "batch_size=18: does not divide by 4 devices; 16 or 20 would"
+    assert lines[0].startswith(f"{uneven}\n")
+    assert [line for line in lines[1:] if uneven in line] == [
+        f"Left out: 4x1 data and 22 more: {uneven}"
+    ]
 
 
 def test_a_report_has_a_prediction_where_the_card_is_known(monkeypatch):

@@ -26,6 +26,14 @@ def _are_points(value: Any) -> bool:
     return bool(sizes) and sizes == sorted(set(sizes))
 
 
+# Any device is faster. A smaller number is one in GB/s or TFLOP/s.
+LEAST_RATE = 1e6
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and value >= LEAST_RATE
+
+
 class Form(NamedTuple):
     """What a field must hold, in words and as a test."""
 
@@ -35,8 +43,12 @@ class Form(NamedTuple):
 
 TEXT = Form("a text", lambda value: isinstance(value, str))
 FLAG = Form("true or false", lambda value: isinstance(value, bool))
-NUMBER = Form("a number of at least 0", _is_number)
 POSITIVE = Form("a number above 0", lambda value: _is_number(value) and value > 0)
+SHARE = Form("a share from 0 to 1", lambda value: _is_number(value) and value <= 1)
+DELAY = Form("seconds, from 0 to 1", lambda value: _is_number(value) and value <= 1)
+DURATION = Form("seconds, above 0 to 1", lambda value: _is_number(value) and 0 < value <= 1)
+BYTE_RATE = Form(f"bytes per second, at least {LEAST_RATE:.0e}", _is_rate)
+FLOP_RATE = Form(f"FLOPs per second, at least {LEAST_RATE:.0e}", _is_rate)
 OBJECT = Form("an object", lambda value: isinstance(value, dict))
 LIST = Form("a list", lambda value: isinstance(value, list))
 POINTS = Form("pairs of numbers, ascending by the first, such as [[32, 1e-3]]", _are_points)
@@ -45,21 +57,21 @@ LINE = Form(
     lambda value: _are_points(value) and len(value) > 1,
 )
 RATES = Form(
-    "pairs of a width and a rate above 0, ascending by the width, such as [[64, 2e14]]",
-    lambda value: _are_points(value) and min(rate for _, rate in value) > 0,
+    "pairs of a width and FLOPs per second, ascending by the width, such as [[64, 2e14]]",
+    lambda value: _are_points(value) and all(_is_rate(rate) for _, rate in value),
 )
 
 # The fields of each object in the file. "?" after a name: it may be missing.
 CARD = {
     "device_kind": TEXT,
     "memory": POSITIVE,
-    "copy_rate": POSITIVE,
-    "matrix_rate?": POSITIVE,
-    "kernel_seconds?": POSITIVE,
+    "copy_rate": BYTE_RATE,
+    "matrix_rate?": FLOP_RATE,
+    "kernel_seconds?": DURATION,
     "product_rates?": RATES,
-    "gap": NUMBER,
-    "hidden_share": NUMBER,
-    "hidden_gathers?": NUMBER,
+    "gap": DELAY,
+    "hidden_share": SHARE,
+    "hidden_gathers?": SHARE,
     "spans": OBJECT,
     "steps?": LIST,
     "sources": OBJECT,

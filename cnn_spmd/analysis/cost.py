@@ -187,12 +187,20 @@ def predict(
     one_device_seconds: the step of one device that holds all weights, at the same batch per device.
     moves: rows of communication.closed_form. mesh: devices by mesh axis; they fill one host after
     another.
-    Raises UserError where the card has no times of a span of the mesh.
+    Raises UserError where the card has no times of a span of the mesh, and where its copy rate says
+    that the update alone takes longer than the step.
     """
     whole, own, ready = (
         count * weights.update_bytes / card.copy_rate
         for count in (weights.network, weights.updated, weights.ready)
     )
+    if whole > one_device_seconds:
+        raise UserError(
+            f"card {card.name}: at copy_rate={card.copy_rate:g} bytes per second the update of all "
+            f"weights takes {1e3 * whole:.3f} ms, more than the whole step of one device, "
+            f"{1e3 * one_device_seconds:.3f} ms: correct copy_rate or steps, or measure both with "
+            "python -m cnn_spmd.calibrate"
+        )
     total = exposed = sums = 0.0
     for move in combined(moves):
         devices = group(mesh, move["axes"])

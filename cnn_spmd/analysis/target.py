@@ -1,7 +1,7 @@
 """Describe GPUs that are not in this machine, for dry runs to compile for.
 
 XLA's compiler needs a description of the card, not the card. It comes with jax[cuda12]
-(requirements.txt). Training does not use this module.
+(pip install -e '.[cuda12]'). Training does not use this module.
 """
 
 from collections.abc import Sequence
@@ -44,17 +44,18 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 }
 
 
-def parse(text: str, cards: Sequence[str] = tuple(CARDS)) -> tuple[str, int, int]:
+def parse(text: str, cards: Sequence[str] = tuple(CARDS), advice: str = "") -> tuple[str, int, int]:
     """Return the card, the hosts and the GPUs per host of CARD:HOSTSxGPUS, such as h100:64x8.
 
-    Raises UserError for another spelling, and for a card that is not one of `cards`.
+    Raises UserError for another spelling, and for a card that is not one of `cards`. advice: what
+    the message adds for other cards.
     """
     card, _, topology = text.partition(":")
     sizes = mesh.sizes_in(topology, 2)
     if card not in cards or not sizes:
         raise UserError(
             f"--target={text}: expected CARD:HOSTSxGPUS with a card of {', '.join(cards)}, such as "
-            f"h100:64x8, and at most {mesh.MOST_DEVICES} GPUs"
+            f"h100:64x8, and at most {mesh.MOST_DEVICES} GPUs{advice}"
         )
     return card, *sizes
 
@@ -80,7 +81,7 @@ def devices(text: str) -> list[jax.Device]:
         if count <= MOST_CPU_DEVICES:
             simulate = f", or compile for the CPU with --cpu_devices={count}"
         raise UserError(
-            f"--target={text}: there is no compiler for it ({reason}): install requirements.txt"
-            f"{simulate}"
+            f"--target={text}: there is no compiler for it ({reason}): "
+            f"pip install -e '.[cuda12]'{simulate}"
         ) from None
     return list(description.devices)

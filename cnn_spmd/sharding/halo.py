@@ -94,7 +94,8 @@ class Halo(NamedTuple):
         raise UserError(
             f"{name}: windows of {self.windows.size} rows on maps of {self.windows.rows} rows read "
             f"more rows than the neighbours hold on {self.devices} devices along mesh axis {axis} "
-            f"{where}: expected {' or '.join(works)} devices along {axis}"
+            f"{where}: expected {' or '.join(works)} devices along {axis}, or more than "
+            f"{self.windows.count}, which split examples instead of rows"
         )
 
     def even(self, x_NHWC: jax.Array) -> jax.Array:

@@ -30,10 +30,11 @@ STEP_FIELDS = {
 
 
 class OneDeviceStep(NamedTuple):
-    """A step of one device, and whether it was measured or is estimated."""
+    """A step of one device, whether it is estimated, and in words where it comes from."""
 
     seconds: float
     is_estimated: bool
+    origin: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,27 +142,48 @@ def one_device_step(card: Card, setup: Any) -> OneDeviceStep:
     Raises UserError where the card has neither.
     """
     batch = setup.config.batch_size / setup.place.mesh.size
-    if (seconds := measured_step(card, setup, batch)) is not None:
-        return OneDeviceStep(seconds, is_estimated=False)
-    return OneDeviceStep(estimated_step(card, setup, math.ceil(batch)), is_estimated=True)
+    if measured := measured_step(card, setup, batch):
+        return measured
+    origin = (
+        "ESTIMATED from the card's rates, as it has no measured step of this network; "
+        f"{cost.ESTIMATES_WITHIN}"
+    )
+    seconds = estimated_step(card, setup, math.ceil(batch))
+    return OneDeviceStep(seconds, is_estimated=True, origin=origin)
 
 
-def measured_step(card: Card, setup: Any, batch: float) -> float | None:
-    """Return the seconds of a step of one device on `batch` examples, by the card's calibration.
+def measured_step(card: Card, setup: Any, batch: float) -> OneDeviceStep | None:
+    """Return the step of one device on `batch` examples, by the card's calibration.
 
-    Between the batches that were measured the time is linear; beyond them it goes on so. None where
-    the card has no step of this network.
+    Between the batches that were measured the time is linear; beyond them it goes on so. A single
+    measured batch is scaled. None where the card has no step of this network.
     """
     wanted = network_of(setup)
     for step in card.steps:
         if all(step[name] == value for name, value in wanted.items()):
             batches, seconds = np.transpose(step["points"])
-            if len(batches) == 1:
-                return float(seconds[0] * batch / batches[0])
-            inner = np.clip(np.searchsorted(batches, batch), 1, len(batches) - 1)
-            slope = (seconds[inner] - seconds[inner - 1]) / (batches[inner] - batches[inner - 1])
-            return float(seconds[inner] + (batch - batches[inner]) * slope)
+            found = float(_on_the_line(batch, batches, seconds))
+            return OneDeviceStep(found, False, _origin(batch, batches))
     return None
+
+
+def _on_the_line(batch: float, batches: np.ndarray, seconds: np.ndarray) -> float:
+    """Return the seconds at `batch` on the line through the measured points."""
+    if len(batches) == 1:
+        return seconds[0] * batch / batches[0]
+    inner = np.clip(np.searchsorted(batches, batch), 1, len(batches) - 1)
+    slope = (seconds[inner] - seconds[inner - 1]) / (batches[inner] - batches[inner - 1])
+    return seconds[inner] + (batch - batches[inner]) * slope
+
+
+def _origin(batch: float, batches: np.ndarray) -> str:
+    """Say how the step at `batch` follows from steps measured at `batches`."""
+    least, most = batches[0], batches[-1]
+    if least <= batch <= most:
+        return "from measured steps of this network on one device"
+    if len(batches) == 1:
+        return f"scaled from a step measured on {least:,g} images on one device"
+    return f"extrapolated from steps measured on {least:,g} to {most:,g} images on one device"
 
 
 def network_of(setup: Any) -> dict[str, Any]:
@@ -180,8 +202,8 @@ def estimated_step(card: Card, setup: Any, batch: int) -> float:
         fields = ", ".join(f"{name}={value}" for name, value in network_of(setup).items())
         raise UserError(
             f"card {card.name}: has no measured step of {fields}, and neither kernel_seconds nor "
-            "product_rates to estimate one: measure them with python -m cnn_spmd.calibrate, and "
-            "give its file as --card"
+            "product_rates to estimate one: run python -m cnn_spmd.calibrate mine.json on such a "
+            "GPU, and give --card mine.json"
         )
     return roofline.seconds(roofline.kernels_of(trace_step(setup, batch)), card)
 
