@@ -9,7 +9,7 @@ import pytest
 from report_runs import a_run, change, row_of, write_run, write_sweep, written
 
 from cnn_spmd.report import __main__ as report
-from cnn_spmd.report import setting_charts, settings, write
+from cnn_spmd.report import best_runs, setting_charts, settings, write
 from cnn_spmd.training import provenance
 
 RATES, DROPOUTS, SEEDS = (0.003, 0.03, 0.3), (0.0, 0.5), (0, 1)
@@ -69,6 +69,9 @@ def accuracy_of(combo):
 THREE = {"optimizer.learning_rate": RATES, "model.dropout": DROPOUTS, "seed": SEEDS}
 
 
+ALONE = "a single run tells nothing about significance"
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Check each picture; return their labels."""
@@ -102,14 +105,17 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
         "0.003, 0.03, 0.3, 1",
     ]
     assert "Best test accuracy: learning_rate=0.03, dropout=0.5, 91.50 ± 0.71 % (n = 2)" in page
-    # The means at dropout 0 and 0.5 are 1 % apart, twice the standard error of 0.71 %.
-    near = (
-        "learning_rate=0.03, dropout=0, 90.50 ± 0.71 % (n = 2): at most two standard errors of the "
-        "difference apart"
-    )
-    tried = "dropout is the largest value tried"
-    missing = "learning_rate=1, dropout=0"
-    assert f"; {tried}; not distinguishable from {near}; not completed: {missing}.</p>" in page
+    # The means are 1 % apart, and the standard error of the difference is 0.71 %: t = 1.41 with 2
+    # degrees of freedom. Of the third, 9 % lower, it is 12.7.
+    assert (
+        "; dropout is the largest value tried; 1.00 points above the next, learning_rate=0.03, "
+        "dropout=0, 90.50 ± 0.71 % (n = 2): not distinguishable (p = 0.29 by Welch&#x27;s t-test); "
+        "not completed: learning_rate=1, dropout=0.</p>\n<p>± is one sample standard deviation"
+    ) in page
+    assert page.count("sample standard deviation") == 1
+    # Columns of numbers have their names above the numbers; the others are to the left.
+    assert '<th class="n">images/s</th>' in page
+    assert "<th>run</th>" in page
     best = "python launch.py optimizer.learning_rate=0.03,model.dropout=0.5,seed=1"
     in_page = " ".join(f"<span>{word}</span>" for word in best.split())
     assert f"<pre><code>{in_page}\n" in page
@@ -250,7 +256,11 @@ def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     markdown, page, rows, _ = written(capsys, folder)
     assert "| optimizer.learning_rate | 0.1, 0.3, 1 |" in markdown
-    said = "learning_rate=1, 85.00 ± 0.00 % (n = 2); it is the largest value tried"
+    said = (
+        "learning_rate=1, 85.00 ± 0.00 % (n = 2); it is the largest value tried; 28.00 points "
+        "above the next, learning_rate=0.3, 57.00 ± 0.00 % (n = 2): the runs of each are alike, "
+        "so no test of significance applies"
+    )
     assert f"Best validation accuracy: {said}." in markdown
     assert "test accuracy" not in page.lower()
     assert "training to" not in page
@@ -260,7 +270,7 @@ def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
     assert not any("speedup" in row for row in rows)
     assert write.write_report([folder], 0.1)
     printed = capsys.readouterr()
-    assert printed.out == f"Best validation accuracy: {said}\n"
+    assert printed.out == f"Best validation accuracy: {said}\n{best_runs.DEVIATION}\n"
     assert "no run has two evaluations with their seconds" in printed.err
 
 
@@ -300,7 +310,10 @@ def test_runs_of_several_experiments_and_a_sweep_have_a_joint_table(tmp_path, ca
     markdown = written(capsys, folder, *runs)[0]
     lines = markdown.splitlines()
     at = lines.index("## All given, on digits")
-    assert lines[at + 2] == "Best of all on digits: a, 50.00 % (n = 1)."
+    assert lines[at + 2] == (
+        "Best of all on digits: a, 50.00 % (n = 1); 0.00 points above the next, b, 50.00 % (n = 1)"
+        f": {ALONE}."
+    )
     assert [line.split(" | ")[:3] for line in lines[at + 6 : at + 10]] == [
         ["| a", "one", "optimizer.learning_rate=0.2"],
         ["| b", "other", "optimizer.learning_rate=0.4"],
@@ -327,14 +340,16 @@ def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
     (tmp_path / "report.md").touch()
     assert report.main([str(tmp_path / "report.md"), str(folder)]) == 0
     printed = capsys.readouterr()
-    *said, _, _, _, _ = printed.out.splitlines()
+    *said, _, _, _ = printed.out.splitlines()
+    next_b = f"0.00 points above the next, b, 50.00 % (n = 1): {ALONE}"
     assert f"warning: {tmp_path}/report.md: is left out, as it is a file\n" in printed.err
     assert said == [
         "s: Best test accuracy: learning_rate=0.1, 90.00 % (n = 1); it is the smallest value tried;"
         " not completed: learning_rate=0.1 (1 of 2 runs) and learning_rate=0.3 (2 of 2 runs)",
-        "a, b: Best test accuracy: a, 50.00 % (n = 1)",
+        f"a, b: Best test accuracy: a, 50.00 % (n = 1); {next_b}",
         "c: Test accuracy: 50.00 % (n = 1)",
-        "Best of all on digits: s, learning_rate=0.1, 90.00 % (n = 1)",
+        "Best of all on digits: s, learning_rate=0.1, 90.00 % (n = 1); 40.00 points above the "
+        f"next, a, 50.00 % (n = 1): {ALONE}",
     ]
     markdown = (folder / "report.md").read_text()
     assert markdown.startswith("# cnn_spmd: alexnet on digits, npz\n")
@@ -354,3 +369,31 @@ def test_a_diverged_mean_stands_at_the_edge_of_the_axis(tmp_path, capsys, drawn)
     assert drawn
     assert ">10.0 (below)</text>" in page
     assert "The axis begins at 91: triangles at its edge stand for lower means." in page
+
+
+def test_one_rule_says_what_is_significant_in_a_sweep_and_across_sweeps(tmp_path, capsys):
+    """The test is Welch's; it needs a spread. A folder without runs does not count."""
+    best, near, nearer = [0.98, 0.99, 0.97], [0.955, 0.97, 0.97], [0.96, 0.985, 0.97]
+    far, alike = [0.8, 0.81, 0.79], [0.7, 0.7]
+    for name, accuracies in (("one", [near, best, far, nearer]), ("two", [far, far])):
+        fields = {"optimizer.learning_rate": range(len(accuracies)), "seed": (0, 1, 2)}
+        a_learning_sweep(
+            tmp_path / name,
+            fields,
+            lambda combo, of=accuracies: of[combo["optimizer.learning_rate"]][combo["seed"]],
+        )
+    (tmp_path / "no_run").mkdir()
+    assert report.main([str(tmp_path / name) for name in ("one", "no_run", "two")]) == 0
+    one, two, both, deviation, count, *_ = capsys.readouterr().out.splitlines()
+    said = (
+        "98.00 ± 1.00 % (n = 3); 0.83 points above the next, {0}learning_rate=3, 97.17 ± 1.26 % "
+        "(n = 3): not distinguishable (p = 0.42 by Welch's t-test); also not distinguishable from "
+        "the best: {0}learning_rate=0"
+    )
+    assert one.endswith(said.format(""))
+    assert both.endswith(said.format("one, "))
+    assert two.endswith("(n = 3): not distinguishable (p = 1 by Welch's t-test)")
+    assert deviation == best_runs.DEVIATION
+    assert count == "One report on 18 runs, in the first folder:"
+    assert best_runs.verdict(best, far) == "distinguishable (p < 0.001 by Welch's t-test)"
+    assert best_runs.verdict(best, alike).startswith("distinguishable")

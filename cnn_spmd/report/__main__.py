@@ -78,12 +78,9 @@ def draw_and_write(arguments: argparse.Namespace) -> None:
             experiment.load_file(arguments.config)
         for folder in folders:
             drawn += pictures.draw_pictures(folder, arguments.data_dir)
-    paths = write_report(folders, arguments.target_error)
-    if drawn:
-        print(*drawn, sep="\n")
-    if len(folders) > 1:
-        print(f"One report on all {len(folders)} folders, in the first:")
-    print(*paths, sep="\n")
+    for path in drawn:
+        print(path)
+    print(*write_report(folders, arguments.target_error), sep="\n")
 
 
 if __name__ == "__main__":

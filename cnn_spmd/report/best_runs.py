@@ -1,7 +1,6 @@
 """Say what varied among runs, and which were best: of one sweep, and of all that were given."""
 
 import collections
-import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from cnn_spmd.report.settings import Combination, Overview
 from cnn_spmd.report.text import Block, Commands, Heading, Paragraph, Table
 
 BEST = 5  # combinations of a sweep; of all sweeps given, twice as many
+SIGNIFICANT = 0.05  # two combinations are distinguishable where p is below this usual level
+DEVIATION = "± is one sample standard deviation over the n runs."
 
 
 # ---- One sweep
@@ -64,8 +65,8 @@ def differences(runs: Sequence[dict], overview: Overview) -> Table:
 def answer(sweep: dict, overview: Overview) -> str:
     """Return "Best test accuracy: learning_rate=0.1, 96.11 ± 0.39 % (n = 2)"; "" for no answer.
 
-    It also says which numbers are at the edge of what a sweep tried, what may be as good, and what
-    is not completed.
+    It also says which numbers are at the edge of what a sweep tried, how far the next combination
+    is below, and what is not completed.
     """
     ranked = settings.ranked(overview)
     if not ranked:
@@ -78,15 +79,8 @@ def answer(sweep: dict, overview: Overview) -> str:
         parts = [f"{overview.metric_name[0].upper()}{overview.metric_name[1:]}: {shown}"]
     if not sweep.get("is_of_lone_runs"):
         parts.append(settings.at_edges(best, overview))
-    near = [
-        f"{name_of(sweep, overview, each)}, {metric_text(overview.metric, each)}"
-        for each in as_good(ranked, overview.metric)
-    ]
-    if near:
-        parts.append(
-            f"not distinguishable from {captions.names_text(near, ' or ')}: at most two standard "
-            "errors of the difference apart"
-        )
+    named = [(name_of(sweep, overview, each), each) for each in ranked]
+    parts.append(beside_others(named, overview.metric))
     unfinished = []
     for each in overview.combinations:
         missing = sum(run["status"] not in ("completed", "refused") for run in each.runs)
@@ -118,21 +112,59 @@ def metric_text(metric: str, combination: Combination) -> str:
     return f"{shown} (n = {len(numbers)})"
 
 
-def as_good(ranked: Sequence[Combination], metric: str) -> list[Combination]:
-    """Return the combinations whose mean is close to that of the first.
+def beside_others(ranked: Sequence[tuple[str, Combination]], metric: str) -> str:
+    """Say how far the best is above the next, and which others are not distinguishable from it.
 
-    The difference is at most two standard errors of it. A single run has none, so it is left out.
+    ranked: name and combination, the best first. Returns "" where there is no other.
     """
-    several = [each for each in ranked if len(each.numbers(metric)) > 1]
-    if several[:1] != list(ranked[:1]):
-        return []
-    best, *others = [each.numbers(metric) for each in several]
-    near = []
-    for each, numbers in zip(several[1:], others, strict=True):
-        errors = [statistics.variance(own) / len(own) for own in (best, numbers)]
-        if statistics.mean(best) - statistics.mean(numbers) <= 2 * math.sqrt(sum(errors)):
-            near.append(each)
-    return near
+    if len(ranked) < 2:
+        return ""
+    best, following, *further = [each.numbers(metric) for _, each in ranked]
+    gap = statistics.mean(best) - statistics.mean(following)
+    if metric == settings.SPEED:
+        above = f"{text.throughput([gap])} images/s"
+    else:
+        above = f"{compare.factor_of(metric) * gap:.2f} points"
+    name, combination = ranked[1]
+    said = (
+        f"{above} above the next, {name}, {metric_text(metric, combination)}: "
+        f"{verdict(best, following)}"
+    )
+    chances = [p_value(best, numbers) for numbers in further]
+    near = [
+        name
+        for (name, _), p in zip(ranked[2:], chances, strict=True)
+        if p is not None and p >= SIGNIFICANT
+    ]
+    if near:
+        said += f"; also not distinguishable from the best: {captions.names_text(near, ' or ')}"
+    return said
+
+
+def verdict(best: Sequence[float], other: Sequence[float]) -> str:
+    """Say whether the numbers of two combinations are distinguishable."""
+    if min(len(best), len(other)) == 1:
+        return "a single run tells nothing about significance"
+    p = p_value(best, other)
+    if p is None:
+        return "the runs of each are alike, so no test of significance applies"
+    shown = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    said = "distinguishable" if p < SIGNIFICANT else "not distinguishable"
+    return f"{said} ({shown} by Welch's t-test)"
+
+
+def p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Return p of Welch's t-test, two-sided; None for a single run, and without any spread."""
+    if min(len(one), len(other)) < 2 or len({*one}) == len({*other}) == 1:
+        return None
+    from scipy import stats  # takes half a second, and launch.py imports this module
+
+    sizes = [
+        size
+        for numbers in (one, other)
+        for size in (statistics.mean(numbers), statistics.stdev(numbers), len(numbers))
+    ]
+    return float(stats.ttest_ind_from_stats(*sizes, equal_var=False).pvalue)
 
 
 def best_blocks(sweep: dict, overview: Overview) -> list[Block]:
@@ -198,6 +230,13 @@ class Given(NamedTuple):
             return ", ".join(run["name"] for run in self.combination.runs)
         return self.sweep["title"]
 
+    @property
+    def name(self) -> str:
+        """Return the origin; of a sweep, the settings follow."""
+        if self.sweep.get("is_of_lone_runs") or not self.combination.values:
+            return self.origin
+        return f"{self.origin}, {name_of(self.sweep, self.overview, self.combination)}"
+
 
 def given_by_data(sweeps: Sequence[dict]) -> dict[str, list[Given]]:
     """Return the combinations by data set (compare.by_data) that several sweeps share, best first.
@@ -229,13 +268,12 @@ def main_metric_of(found: Sequence[Given]) -> str:
 
 
 def best_given(data: str, ranked: Sequence[Given]) -> str:
-    """Return "Best of all on digits: a, 99.17 % (n = 1)"; a sweep has its settings, too."""
-    best = ranked[0]
-    where = best.origin
-    if not best.sweep.get("is_of_lone_runs") and best.combination.values:
-        where += f", {name_of(best.sweep, best.overview, best.combination)}"
-    shown = metric_text(main_metric_of(ranked), best.combination)
-    return f"Best of all on {data}: {where}, {shown}"
+    """Return "Best of all on digits: a, 99.17 % (n = 1)", and what beside_others says of it."""
+    metric = main_metric_of(ranked)
+    named = [(each.name, each.combination) for each in ranked]
+    name, best = named[0]
+    parts = [f"Best of all on {data}: {name}, {metric_text(metric, best)}"]
+    return "; ".join(filter(None, [*parts, beside_others(named, metric)]))
 
 
 def all_given_blocks(sweeps: Sequence[dict]) -> list[Block]:

@@ -21,7 +21,7 @@ from cnn_spmd.report import (
     setting_charts,
     settings,
 )
-from cnn_spmd.report.text import Block, Chart, Heading, Table
+from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
 
 
 def report_blocks(
@@ -41,7 +41,11 @@ def report_blocks(
     if notes:
         blocks.append(Table(["warnings"], [[note] for note in notes]))
     blocks += best_runs.all_given_blocks(sweeps)
-    return blocks + [block for sweep in sweeps for block in sweep_blocks(sweep, target_error)]
+    blocks += [block for sweep in sweeps for block in sweep_blocks(sweep, target_error)]
+    first = next((i for i, block in enumerate(blocks, 1) if "±" in str(block)), None)
+    if first:
+        blocks.insert(first, Paragraph(best_runs.DEVIATION))
+    return blocks
 
 
 def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:

@@ -36,7 +36,7 @@ table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabul
 th, td { padding: .25rem .45rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line) }
 th { border-bottom: 2px solid var(--edge); vertical-align: bottom }
-td { white-space: nowrap } td.n { text-align: right }
+td { white-space: nowrap } .n { text-align: right }
 td.long { min-width: 16rem; white-space: normal; overflow-wrap: anywhere }
 .facts { overflow-wrap: anywhere }
 .facts td + td { white-space: normal; min-width: 0; text-align: left }
@@ -114,9 +114,13 @@ def block_as_html(block: Block) -> str:
 
 def table_as_html(table: Table) -> str:
     """Return a table that scrolls sideways where the page is too narrow for it."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    numbers = [holds_numbers(column) for column in zip(*table.rows, strict=True)]
+    head = "".join(
+        f"<th{kind_of(is_number)}>{html.escape(cell)}</th>"
+        for cell, is_number in zip(table.header, numbers, strict=True)
+    )
     body = "\n".join(
-        f"<tr>{''.join(map(cell_as_html, row, table.header))}</tr>" for row in table.rows
+        f"<tr>{''.join(map(cell_as_html, row, table.header, numbers))}</tr>" for row in table.rows
     )
     start = f'<table class="rows"><thead><tr>{head}</tr></thead>'
     if not any(table.header):
@@ -124,18 +128,26 @@ def table_as_html(table: Table) -> str:
     return f'<div class="scroll">{start}\n<tbody>{body}</tbody></table></div>'
 
 
+def holds_numbers(column: Sequence[str]) -> bool:
+    """Return whether all cells of a column are numbers, except the empty ones."""
+    return all(re.match(r"(-?[\d,.]+(e[+-]?\d+)?( [(±]|$)|$)", cell) for cell in column)
+
+
+def kind_of(is_number: bool) -> str:
+    """Return the attribute of a cell that puts it to the right where it is of numbers."""
+    return ' class="n"' * is_number
+
+
 def command_as_html(command: str) -> str:
     """Return a command that breaks between its words only: a browser would break within "--"."""
     return " ".join(f"<span>{word}</span>" for word in html.escape(command).split(" "))
 
 
-def cell_as_html(text: str, column: str) -> str:
+def cell_as_html(text: str, column: str, is_number: bool) -> str:
     """Return a cell: numbers to the right, long texts and commands with line breaks."""
-    kind = ""
+    kind = kind_of(is_number)
     shown = html.escape(text)
-    if re.match(r"-?[\d,.]+( [(±]|$)", text):
-        kind = ' class="n"'
-    elif len(text) > 50:
+    if len(text) > 50:
         kind = ' class="long"'
     if text.startswith("python "):
         shown = f"<code>{command_as_html(text)}</code>"

@@ -10,8 +10,7 @@ from cnn_spmd.training import runfiles
 
 # Column of comparison_row -> what it means.
 LEGEND = {
-    "n": "n is the number of runs that differ in nothing but their seed; mean ± one sample standard"
-    " deviation.",
+    "n": "n is the number of runs that differ in nothing but their seed.",
     "speedup": "Speedup is the throughput relative to the run on mesh 1x1 with the same batch and"
     " settings, of the same scheme where there is one. Efficiency is the speedup divided by the"
     " number of devices.",

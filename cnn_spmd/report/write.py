@@ -16,7 +16,8 @@ def write_report(
 
     target_error: the error to which steps and seconds are counted; None: chosen from the runs
     (batch_scaling.measure, settings.target_accuracy). Prints the best setting of each sweep, and of
-    all on each data set. Prints on stderr which runs are unfinished and which files are damaged.
+    all on each data set, and on how many runs the report is. Prints on stderr which runs are
+    unfinished and which files are damaged.
     Returns the paths of the three files. Raises UserError for bad input, for a folder that cannot
     be written, and for a target where no run was evaluated.
     """
@@ -45,11 +46,19 @@ def write_report(
                 temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"{folders[0] / name}: cannot be written: {error.strerror}") from error
+    lines = []
     for sweep in sweeps:
         if said := best_runs.answer(sweep, settings.overview(sweep["runs"], target_error)):
-            print(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
+            lines.append(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
     for data, found in best_runs.given_by_data(sweeps).items():
-        print(best_runs.best_given(data, found))
+        lines.append(best_runs.best_given(data, found))
+    if "±" in "".join(lines):
+        lines.append(best_runs.DEVIATION)
+    if len(folders) > 1:
+        count = sum(len(sweep["runs"]) for sweep in sweeps)
+        lines.append(f"One report on {count} run{'s' * (count != 1)}, in the first folder:")
+    for line in lines:
+        print(line)
     return [folders[0] / name for name in contents]
 
 
