@@ -19,7 +19,6 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
 import jax
 import ml_collections
@@ -191,17 +190,9 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     return values.config
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(message)
-
-
-def parser() -> Parser:
+def parser() -> environment.Parser:
     """Return the parser of the command line, which leaves --config.FIELD=VALUE alone."""
-    made = Parser(
+    made = environment.Parser(
         prog="python -m cnn_spmd.calibrate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

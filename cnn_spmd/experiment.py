@@ -189,15 +189,24 @@ def parse_flags(
             raise flags.Error("--flagfile=: is empty, expected a file of flags")
         rest = values(argv, known_only)
         if values.config is None:
-            raise flags.Error(
-                "--config is missing: give an experiment, such as --config "
-                "experiments/alexnet_cifar.py"
-            )
+            raise flags.Error(_missing_config(values))
         configs.check_types(values.config)
         configs.keep_given(values.config, given_fields(values))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_text_of(error, argv)) from None
     return rest
+
+
+def _missing_config(values: flags.FlagValues) -> str:
+    """Say what can take the place of --config, by launch.py's other flags."""
+    said = "--config is missing: give an experiment, such as --config experiments/alexnet_cifar.py"
+    given = values.flag_values_dict()
+    if given.get("evaluate"):  # with --workdir, launch.py takes the config that is there
+        return f"{said}; or test what was trained: --workdir RUN --evaluate"
+    saved = pathlib.Path(given.get("workdir") or "") / "config.json"
+    if given.get("workdir") and saved.is_file():
+        said += f", or that of the run: --config {saved}; --evaluate would test that run"
+    return said
 
 
 def given_fields(values: flags.FlagValues) -> set[str]:

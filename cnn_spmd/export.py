@@ -181,9 +181,9 @@ def commands(adds: str | None) -> list[str]:
     ]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> environment.Parser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
+    made = environment.Parser(
         prog="python -m cnn_spmd.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -202,8 +202,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
-    arguments = parser().parse_args(argv)
-    return environment.exit_code_of(lambda: export_and_print(arguments))
+    return environment.exit_code_of(lambda: export_and_print(parser().parse_args(argv)))
 
 
 def export_and_print(arguments: argparse.Namespace) -> None:

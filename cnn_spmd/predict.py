@@ -120,9 +120,9 @@ def as_text(predictions: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> environment.Parser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
+    made = environment.Parser(
         prog="python -m cnn_spmd.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -139,8 +139,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
-    arguments = parser().parse_args(argv)
-    return environment.exit_code_of(lambda: print_predictions(arguments))
+    return environment.exit_code_of(lambda: print_predictions(parser().parse_args(argv)))
 
 
 def print_predictions(arguments: argparse.Namespace) -> None:

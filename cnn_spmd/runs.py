@@ -58,9 +58,9 @@ SUBJECT = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> environment.Parser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
+    made = environment.Parser(
         prog="python -m cnn_spmd.runs",
         description="List the runs below folders: status, what differs, the best accuracy over "
         "all evaluations, and megabytes on disk. Runs of one data set stand together, the most "
@@ -249,8 +249,7 @@ def print_runs(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
-    arguments = parser().parse_args(argv)
-    return environment.exit_code_of(lambda: print_runs(arguments))
+    return environment.exit_code_of(lambda: print_runs(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -166,10 +166,15 @@ def losses(workdir):
             [*SMALL, "--mesh", "1x1,2x1", "--sweep", "model.dropout=0.0,0.5", "--dry_run"],
             "--sweep=model.dropout: model.name=simple_cnn",
         ),
+        (["--evaluate"], "experiments/alexnet_cifar.py; or test what was trained: --workdir RUN"),
+        (["--workdir=DIR"], ", or that of the run: --config DIR/config.json; --evaluate would"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
-    """What a process does, without its surroundings: the next test has these."""
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys, tmp_path):
+    """What a process does, without its surroundings: the next test has these. DIR is a run."""
+    (tmp_path / "config.json").touch()
+    arguments = [argument.replace("DIR", str(tmp_path)) for argument in arguments]
+    message = message.replace("DIR", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])
     monkeypatch.setattr(launch, "set_up_jax", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)

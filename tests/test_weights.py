@@ -325,6 +325,7 @@ def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, c
         evaluate.refuse_changes(["mesh.data", "seed"])
     bad = tmp_path / "bad.png"
     bad.write_text("no image")
+    meant = f"did you mean the weights file {exported}?"
     commands = (
         (
             export,
@@ -342,6 +343,18 @@ def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, c
         (predict, [exported, "nope.png"], "nope.png: cannot be read (No such file or directory): "),
         (predict, [exported, bad, "--config", "a.py"], "--config=a.py: no such experiment"),
         (predict, ["w.pt", bad], "w.pt: is a pickle, which could run any code"),
+        (
+            predict,
+            [exported.with_suffix(""), bad],
+            f"{exported.with_suffix('')}: does not exist, expected the folder of a run; {meant}",
+        ),
+        (
+            predict,
+            [exported.with_suffix(".md"), bad],
+            f"{exported.with_suffix('.md')}: holds no run (no config.json); {meant}",
+        ),
+        (predict, [exported], "the following arguments are required: IMAGE; see --help"),
+        (export, [run], "the following arguments are required: --to; see --help"),
     )
     for module, arguments, message in commands:
         assert module.main([*map(str, arguments)]) == 2

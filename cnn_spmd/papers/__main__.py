@@ -15,9 +15,9 @@ from cnn_spmd.papers import beside, pages, summaries
 from cnn_spmd.training import environment
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code, as environment.exit_code_of."""
-    parser = argparse.ArgumentParser(
+def parser() -> environment.Parser:
+    """Return the parser of the command line."""
+    made = environment.Parser(
         prog="python -m cnn_spmd.papers",
         description=(
             "Print the pages of results/, made from results/data: every published figure beside "
@@ -25,37 +25,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             "the published figures that these runs are about, beside what they measured."
         ),
     )
-    parser.add_argument(
+    made.add_argument(
         "runs",
         nargs="*",
         type=pathlib.Path,
         metavar="RUN",
         help="the folder of a run or of a sweep, or a summary.json",
     )
-    parser.add_argument(
+    made.add_argument(
         "--beside",
         default="",
         metavar="NAME",
         help="show the test errors of RUN, of any network, beside a published one, such as 11pct",
     )
-    parser.add_argument(
+    made.add_argument(
         "--write",
         action="store_true",
         help="write the pages, their pictures and README's headline table instead",
     )
-    parser.add_argument(
+    made.add_argument(
         "--depth_plot", type=pathlib.Path, metavar="FILE.svg", help="also draw accuracy by depth"
     )
-    arguments = parser.parse_args(argv)
-    if arguments.runs and (arguments.write or arguments.depth_plot):
-        parser.error("RUN: expected neither --write nor --depth_plot with it")
-    if arguments.beside and not arguments.runs:
-        parser.error("--beside: expected a RUN with it")
-    return environment.exit_code_of(lambda: print_or_write(arguments))
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code, as environment.exit_code_of."""
+    return environment.exit_code_of(lambda: print_or_write(parser().parse_args(argv)))
 
 
 def print_or_write(arguments: argparse.Namespace) -> None:
     """Do what the arguments say. Raises UserError for bad input."""
+    if arguments.runs and (arguments.write or arguments.depth_plot):
+        raise UserError("RUN: expected neither --write nor --depth_plot with it")
+    if arguments.beside and not arguments.runs:
+        raise UserError("--beside: expected a RUN with it")
     if arguments.depth_plot:
         draw_depth(arguments.depth_plot)
     if arguments.runs:

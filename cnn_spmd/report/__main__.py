@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from cnn_spmd import experiment
+from cnn_spmd.errors import UserError
 from cnn_spmd.report.write import write_report
 from cnn_spmd.training import environment
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> environment.Parser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
+    made = environment.Parser(
         prog="python -m cnn_spmd.report",
         description=(
             "Write report.md, report.csv and report.html (tables and charts, no network needed) on "
@@ -57,19 +58,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2: bad input, 130: Ctrl-C."""
-    command = parser()
-    arguments = command.parse_args(argv)
+    return environment.exit_code_of(lambda: draw_and_write(parser().parse_args(argv)))
+
+
+def refuse(arguments: argparse.Namespace) -> None:
+    """Raise UserError for options that cannot work."""
     for option in ("data_dir", "config"):
         if getattr(arguments, option) is not None and not arguments.pictures:
-            command.error(f"--{option}: expected --pictures with it")
+            raise UserError(f"--{option}: expected --pictures with it")
     target = arguments.target_error
     if target is not None and not 0 < target < 1:
-        command.error(f"--target_error={target:g}: expected a share between 0 and 1, such as 0.1")
-    return environment.exit_code_of(lambda: draw_and_write(arguments))
+        raise UserError(f"--target_error={target:g}: expected a share between 0 and 1, such as 0.1")
 
 
 def draw_and_write(arguments: argparse.Namespace) -> None:
     """Draw the pictures that are asked for, and write a report on the folders given."""
+    refuse(arguments)
     folders, drawn = arguments.folders, []
     if arguments.pictures:
         from cnn_spmd.report import pictures  # imports jax, which a report does not need

@@ -4,6 +4,7 @@ Streams may be closed and pipes full. Environment variables may change a run's n
 that jax refuses them. The home directory may be missing. Libraries print the same warning twice.
 """
 
+import argparse
 import atexit
 import errno
 import io
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
@@ -97,6 +99,14 @@ def print_plain_lines() -> None:
     flags.FLAGS.mark_as_parsed()  # absl has a line of its own for commands without absl's flags
     absl_logging.get_absl_handler().setFormatter(_PlainFormatter())
     absl_logging.use_absl_handler()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are of one line, by exit_code_of."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message}; see --help")
 
 
 def exit_code_of(command: Callable[[], None]) -> int:

@@ -83,9 +83,19 @@ def refuse_no_run(folder: pathlib.Path) -> None:
     """Raise UserError unless a folder holds a run."""
     refuse_pickle(folder)
     if not folder.exists():
-        raise UserError(f"{folder}: does not exist, expected the folder of a run")
+        raise UserError(
+            f"{folder}: does not exist, expected the folder of a run{file_beside(folder)}"
+        )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no run (no config.json){runfiles.instead_of(folder)}")
+        said = runfiles.instead_of(folder) or file_beside(folder)
+        raise UserError(f"{folder}: holds no run (no config.json){said}")
+
+
+def file_beside(path: pathlib.Path) -> str:
+    """Return the end of the error for a path that is no run: it names a weights file like it."""
+    likely = (pathlib.Path(f"{path}{SUFFIX}"), path.parent / f"{path.stem}{SUFFIX}")
+    found = next((file for file in likely if file.is_file()), None)
+    return f"; did you mean the weights file {found}?" if found else ""
 
 
 def read_about(path: pathlib.Path) -> dict:
