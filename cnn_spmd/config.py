@@ -485,17 +485,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"experiment={config.experiment}: expected letters, digits and _.+- only, such as "
             "alexnet_cifar"
         )
-    for name, field in SCHEMA.items():
-        value = get(config, name)
-        if field.choices and value not in field.choices:
-            raise unknown(name, value, field.choices)
-        if field.low is None:
-            continue
-        if not isinstance(field.default, dict):
-            _check_range(name, value, field)
-            continue
-        for key, each in value.items():
-            _check_range(f"{name}.{key}", each, field)
+    for name in SCHEMA:
+        validate_field(config, name)
     if not config.epochs and not config.steps:
         raise UserError("epochs=0, steps=0: expected a positive number in one of them")
     _refuse_several_warmups(config.optimizer)
@@ -507,6 +498,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
         needed = (sizes.train_examples + sizes.test_examples) * sizes.image_size**2 * 3
         refuse_beyond(machine_memory(), needed, fields)
+
+
+def validate_field(config: ml_collections.ConfigDict, name: str) -> None:
+    """Raise UserError where a field of SCHEMA is outside its own range, whatever the others are."""
+    field, value = SCHEMA[name], get(config, name)
+    if field.choices and value not in field.choices:
+        raise unknown(name, value, field.choices)
+    if field.low is None:
+        return
+    if not isinstance(field.default, dict):
+        _check_range(name, value, field)
+        return
+    for key, each in value.items():
+        _check_range(f"{name}.{key}", each, field)
 
 
 def _refuse_several_warmups(settings: ml_collections.ConfigDict) -> None:

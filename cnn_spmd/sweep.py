@@ -125,7 +125,7 @@ def _number(text: str) -> int | float | str:
 
 
 def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devices: int) -> None:
-    """Raise UserError for an unknown swept field or name, or a field that nothing uses.
+    """Raise UserError for an unknown swept field, value or name, or a field that nothing uses.
 
     Where some combinations use it, `plan` refuses the others one by one.
     """
@@ -133,6 +133,8 @@ def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devic
     for field in swept:
         try:
             configs.refuse_unknown(field)
+            for value in dict.fromkeys(settings[field] for settings in combos):
+                _refuse_value(field, value, shared)
         except UserError as error:
             raise UserError(f"--sweep={error}") from None
     reasons: dict[str, list[str]] = {field: [] for field in swept}
@@ -150,6 +152,16 @@ def refuse_fields(combos: Sequence[dict[str, str]], shared: Sequence[str], devic
     for field, found in reasons.items():
         if found and all(found):
             raise UserError(f"--sweep={field}: {found[0]}")
+
+
+def _refuse_value(field: str, value: str, shared: Sequence[str]) -> None:
+    """Raise UserError for a swept value of a wrong type, or outside the range of its field."""
+    argument = f"--config.{field}={value}"
+    try:
+        config, _ = experiment.parse_arguments([*shared, argument])
+    except UserError as error:
+        raise UserError(f"{field}={value}: {str(error).removeprefix(f'{argument}: ')}") from None
+    configs.validate_field(config, field if field in configs.SCHEMA else field.rpartition(".")[0])
 
 
 # ---- Plan: each combination as a command, checked

@@ -126,7 +126,7 @@ def reasons(rows: Sequence[dict]) -> Iterator[str]:
 
 
 class Screen:
-    """Show a sweep in progress; at the end its table, and why runs are not completed.
+    """Show why runs are refused, a sweep in progress, its table, and why runs are not completed.
 
     On a terminal this is a live table, otherwise plain lines. rows: all of the sweep. to_do: those
     that are to run.
@@ -145,7 +145,9 @@ class Screen:
         statuses = [row["status"] for row in self.rows]
         counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
         parts = ", ".join(f"{count} {status}" for status, count in counts.items())
-        print(f"A sweep of {runs_text(len(self.rows))}: {parts}", flush=True)
+        refused = [row for row in self.rows if row["status"] == "refused"]
+        early = reasons(refused) if self._to_do else ()  # otherwise the table follows at once
+        print(f"A sweep of {runs_text(len(self.rows))}: {parts}", *early, sep="\n", flush=True)
         if self._live:
             self._live.start()
         return self

@@ -131,6 +131,10 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
         ("optimizer.lr=1,2", '--sweep=optimizer.lr: no such .* mean "optimizer.learning_rate"'),
         ("model.levers=(),1", "--sweep=model.levers: no such field, set model.fast to True"),
         ("dense_updates=each,sum", "--sweep=dense_updates: has no effect with dense_microbatch=0"),
+        ("seed=0,x", "--sweep=seed=x: expected an integer$"),
+        ("model.dropout=0.5,1.5", "--sweep=model.dropout=1.5: expected from 0.0 to below 1.0$"),
+        ("dtype=auto,float", "--sweep=dtype=float: unknown, expected one of auto, float32, bf"),
+        ("optimizer.layer_rates.fc1=1,2", "--sweep=optimizer.layer_rates.fc1=1: no such .* 'fc1'"),
     ],
 )
 def test_a_sweep_over_what_nothing_uses_is_refused(monkeypatch, swept, message):
@@ -692,7 +696,10 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
     ]
     out, _ = finished(start(*arguments), code=1)  # not every combination worked
     assert "2 of 3 runs are completed" in out
-    assert out.count("mesh.data=3, mesh.model=1: needs 3 devices, but there are 2") == 1
+    # Before the first run, and after the table.
+    refused = "Run 3 refused: mesh.data=3, mesh.model=1: needs 3 devices, but there are 2: "
+    assert out.count(refused) == 2
+    assert out.index(refused) < out.index("1 of 2: run 1")
     runs = json.loads((tmp_path / "s/sweep.json").read_text())["runs"]
     page = (tmp_path / "s/report.html").read_text()
     for run in runs[:2]:
