@@ -762,13 +762,20 @@ def evaluated_split(config: ml_collections.ConfigDict) -> str:
 
 
 def shown_data(config: ml_collections.ConfigDict, name: str) -> str:
-    """Return what messages call a data set: class folders and npz files by their own names.
+    """Return what messages call a data set (own_name); name: of the Dataset."""
+    return own_name(config.data.name, config.data.dir, name)
 
-    name: of the Dataset, which holds a digest for these two.
+
+def own_name(kind: str, place: str, name: str) -> str:
+    """Return the name of class folders and npz files by their place, of other data `name`.
+
+    kind, place: data.name and data.dir. name: of the Dataset, which holds a digest for these two. A
+    folder that is called train has its parent's name.
     """
-    if config.data.name not in ("folder", "npz"):
+    if kind not in ("folder", "npz") or not place:  # a weights file does not know the place
         return name
-    return expanded("data.dir", config.data.dir).absolute().name
+    path = pathlib.Path(place).absolute()
+    return path.parent.name if path.name == "train" else path.name
 
 
 def refuse_changes(where: str, old: dict, new: dict) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from cnn_spmd import plain_table
-from cnn_spmd.config import MESH_AXES
+from cnn_spmd.config import MESH_AXES, own_name
 from cnn_spmd.errors import UserError
 from cnn_spmd.report import compare, flat_runs, load
 from cnn_spmd.training import environment
@@ -178,8 +178,9 @@ def place_of(run: dict) -> tuple[str, float]:
 
 
 def data_of(run: dict) -> str:
-    """Return the name of a run's data set."""
-    return run.get("dataset") or run.get("config.data.name") or ""
+    """Return the name of a run's data set, as reports have it (config.own_name)."""
+    kind = run.get("config.data.name", "")
+    return own_name(kind, run.get("config.data.dir", ""), run.get("dataset") or kind)
 
 
 def accuracy_of(run: dict) -> str:

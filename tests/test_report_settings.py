@@ -9,7 +9,7 @@ import pytest
 from report_runs import a_run, change, row_of, write_run, write_sweep, written
 
 from cnn_spmd.report import __main__ as report
-from cnn_spmd.report import best_runs, setting_charts, settings, write
+from cnn_spmd.report import best_runs, compare, setting_charts, settings, write
 from cnn_spmd.training import provenance
 
 RATES, DROPOUTS, SEEDS = (0.003, 0.03, 0.3), (0.0, 0.5), (0, 1)
@@ -311,8 +311,8 @@ def test_runs_of_several_experiments_and_a_sweep_have_a_joint_table(tmp_path, ca
     lines = markdown.splitlines()
     at = lines.index("## All given, on digits")
     assert lines[at + 2] == (
-        "Best of all on digits: a, 50.00 % (n = 1); 0.00 points above the next, b, 50.00 % (n = 1)"
-        f": {ALONE}."
+        "Best of all on digits: a, 50.00 % (n = 1); 0.00 points above the best of the others, b, "
+        f"50.00 % (n = 1): {ALONE}."
     )
     assert [line.split(" | ")[:3] for line in lines[at + 6 : at + 10]] == [
         ["| a", "one", "optimizer.learning_rate=0.2"],
@@ -349,7 +349,7 @@ def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
         f"a, b: Best test accuracy: a, 50.00 % (n = 1); {next_b}",
         "c: Test accuracy: 50.00 % (n = 1)",
         "Best of all on digits: s, learning_rate=0.1, 90.00 % (n = 1); 40.00 points above the "
-        f"next, a, 50.00 % (n = 1): {ALONE}",
+        f"best of the others, a, 50.00 % (n = 1): {ALONE}",
     ]
     markdown = (folder / "report.md").read_text()
     assert markdown.startswith("# cnn_spmd: alexnet on digits, npz\n")
@@ -375,7 +375,7 @@ def test_one_rule_says_what_is_significant_in_a_sweep_and_across_sweeps(tmp_path
     """The test is Welch's; it needs a spread. A folder without runs does not count."""
     best, near, nearer = [0.98, 0.99, 0.97], [0.955, 0.97, 0.97], [0.96, 0.985, 0.97]
     far, alike = [0.8, 0.81, 0.79], [0.7, 0.7]
-    for name, accuracies in (("one", [near, best, far, nearer]), ("two", [far, far])):
+    for name, accuracies in (("one", [near, best, far, nearer]), ("two", [far, nearer])):
         fields = {"optimizer.learning_rate": range(len(accuracies)), "seed": (0, 1, 2)}
         a_learning_sweep(
             tmp_path / name,
@@ -385,15 +385,37 @@ def test_one_rule_says_what_is_significant_in_a_sweep_and_across_sweeps(tmp_path
     (tmp_path / "no_run").mkdir()
     assert report.main([str(tmp_path / name) for name in ("one", "no_run", "two")]) == 0
     one, two, both, deviation, count, *_ = capsys.readouterr().out.splitlines()
-    said = (
-        "98.00 ± 1.00 % (n = 3); 0.83 points above the next, {0}learning_rate=3, 97.17 ± 1.26 % "
-        "(n = 3): not distinguishable (p = 0.42 by Welch's t-test); also not distinguishable from "
-        "the best: {0}learning_rate=0"
+    shown = "learning_rate=1, 98.00 ± 1.00 % (n = 3); 0.83 points above "
+    near = "97.17 ± 1.26 % (n = 3): not distinguishable (p = 0.42 by Welch's t-test)"
+    assert one == (
+        f"one: Best test accuracy: {shown}the next, learning_rate=3, {near}; also not "
+        "distinguishable from the best: learning_rate=0"
     )
-    assert one.endswith(said.format(""))
-    assert both.endswith(said.format("one, "))
-    assert two.endswith("(n = 3): not distinguishable (p = 1 by Welch's t-test)")
+    assert two.endswith("80.00 ± 1.00 % (n = 3): distinguishable (p < 0.001 by Welch's t-test)")
+    assert both == (
+        f"Best of all on digits: one, {shown}the best of the others, two, learning_rate=1, {near}"
+    )
     assert deviation == best_runs.DEVIATION
     assert count == "One report on 18 runs, in the first folder:"
-    assert best_runs.verdict(best, far) == "distinguishable (p < 0.001 by Welch's t-test)"
     assert best_runs.verdict(best, alike).startswith("distinguishable")
+
+
+def test_images_of_ones_own_are_called_by_their_place():
+    """One data set in two places is one; two of one name have the names with their digests."""
+
+    def names(*runs):
+        made = [
+            dict(
+                figures=dict(dataset=f"{kind}-{digest}"),
+                config={"data.name": kind, "data.dir": place},
+                digest=digest,
+            )
+            for kind, place, digest in runs
+        ]
+        return {name: len(group) for name, group in compare.by_data(made).items()}
+
+    same = [("folder", "/x/photos", "1"), ("folder", "/y/mine/train", "1")]
+    assert names(*same, ("npz", "/x/shapes.npz", "2")) == {"photos": 2, "shapes.npz": 1}
+    other = ("folder", "/z/photos/train", "2")
+    assert names(*same, other) == {"folder-1": 2, "folder-2": 1}
+    assert names(other, ("folder", "", "3")) == {"photos": 1, "folder-3": 1}

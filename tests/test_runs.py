@@ -103,7 +103,8 @@ def test_runs_of_several_folders_have_their_data_and_a_line_each(folder, capsys,
     write_run(folder / name, [0.6], learning_rate=1.0, batch_size=64)
     path = folder / name / "summary.json"
     summary = json.loads(path.read_text())
-    path.write_text(json.dumps(summary | dict(dataset="npz-01234567", data_digest="0123456789")))
+    summary["config"]["data"] = dict(name="folder", dir="/x/pets/train")
+    path.write_text(json.dumps(summary | dict(dataset="folder-01234567", data_digest="0123456789")))
     for seed in (1, 2):  # of more values than the batch size, which stands before it
         write_run(folder / f"more/{seed}", [], seed=seed)
     (folder / "empty").mkdir()
@@ -117,9 +118,10 @@ def test_runs_of_several_folders_have_their_data_and_a_line_each(folder, capsys,
         ["run", "data", "learning_rate", "batch_size"],
         ["runs/s/01-learning_rate=0.1", "digits", "0.1", "512"],
         ["runs/s/02-learning_rate=0.01", "digits", "0.01", "512"],
-        [f"runs/{name}", "npz-01234567", "1", "64"],
+        [f"runs/{name}", "pets", "1", "64"],
     ]
     assert "data_digest" not in " ".join(lines)
+    summary["config"]["data"] = dict(name="digits")
     path.write_text(json.dumps(summary | dict(data_digest="f" * 16)))
     other = folder / "s/01-learning_rate=0.1/summary.json"
     other.write_text(json.dumps(json.loads(other.read_text()) | dict(data_digest="e" * 16)))

@@ -112,23 +112,26 @@ def metric_text(metric: str, combination: Combination) -> str:
     return f"{shown} (n = {len(numbers)})"
 
 
-def beside_others(ranked: Sequence[tuple[str, Combination]], metric: str) -> str:
+def beside_others(
+    ranked: Sequence[tuple[str, Combination]], metric: str, following: str = "the next"
+) -> str:
     """Say how far the best is above the next, and which others are not distinguishable from it.
 
-    ranked: name and combination, the best first. Returns "" where there is no other.
+    ranked: name and combination, the best first. following: what to call the second. Returns ""
+    where there is no other.
     """
     if len(ranked) < 2:
         return ""
-    best, following, *further = [each.numbers(metric) for _, each in ranked]
-    gap = statistics.mean(best) - statistics.mean(following)
+    best, second, *further = [each.numbers(metric) for _, each in ranked]
+    gap = statistics.mean(best) - statistics.mean(second)
     if metric == settings.SPEED:
         above = f"{text.throughput([gap])} images/s"
     else:
         above = f"{compare.factor_of(metric) * gap:.2f} points"
     name, combination = ranked[1]
     said = (
-        f"{above} above the next, {name}, {metric_text(metric, combination)}: "
-        f"{verdict(best, following)}"
+        f"{above} above {following}, {name}, {metric_text(metric, combination)}: "
+        f"{verdict(best, second)}"
     )
     chances = [p_value(best, numbers) for numbers in further]
     near = [
@@ -268,12 +271,18 @@ def main_metric_of(found: Sequence[Given]) -> str:
 
 
 def best_given(data: str, ranked: Sequence[Given]) -> str:
-    """Return "Best of all on digits: a, 99.17 % (n = 1)", and what beside_others says of it."""
-    metric = main_metric_of(ranked)
-    named = [(each.name, each.combination) for each in ranked]
-    name, best = named[0]
-    parts = [f"Best of all on {data}: {name}, {metric_text(metric, best)}"]
-    return "; ".join(filter(None, [*parts, beside_others(named, metric)]))
+    """Return "Best of all on digits: a, 99.17 % (n = 1)", and what beside_others says of it.
+
+    Further settings of the best one's own sweep are left out: the sweep's own answer names them.
+    """
+    metric, best = main_metric_of(ranked), ranked[0]
+    others = [each for each in ranked if each.origin != best.origin]
+    named = [(each.name, each.combination) for each in (best, *others)]
+    parts = [
+        f"Best of all on {data}: {best.name}, {metric_text(metric, best.combination)}",
+        beside_others(named, metric, "the best of the others"),
+    ]
+    return "; ".join(filter(None, parts))
 
 
 def all_given_blocks(sweeps: Sequence[dict]) -> list[Block]:

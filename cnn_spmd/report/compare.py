@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cnn_spmd.config import complete, flat
+from cnn_spmd.config import complete, flat, own_name
 from cnn_spmd.training import runfiles
 
 # Fields of a config that change no number, not even the speed, or that have columns of their own.
@@ -158,18 +158,29 @@ def split_of(configs: Iterable[dict]) -> str:
     return " or ".join(sorted(splits)) or "test"
 
 
+def data_name(run: dict) -> str:
+    """Return the name of a run's data set; of class folders and npz files, that of their place."""
+    name, config = run["figures"].get("dataset") or "", run["config"]
+    kind = config.get("data.name") or ""
+    return own_name(kind, config.get("data.dir") or "", name or kind)
+
+
 def by_data(runs: Sequence[dict]) -> dict[str, list[dict]]:
-    """Return the runs whose accuracies compare, by the name of their images.
+    """Return the runs whose accuracies compare, by the name of their images (data_name).
 
     These have one data set, one digest and one split. A run without a digest compares where all
-    others of its data set have the same digest.
+    others of its data set have the same digest. Where two data sets have one name, that of the
+    Dataset, which has a digest in it, is used.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for run in runs:
         data = run["figures"].get("dataset") or run["config"].get("data.name") or "unknown data"
         groups.setdefault((data, split_of([run["config"]])), []).append(run)
+    names = [(data_name(members[0]), split) for (_, split), members in groups.items()]
     named: dict[str, list[dict]] = {}
     for (data, split), members in groups.items():
+        name = data_name(members[0])
+        data = name if name and names.count((name, split)) == 1 else data
         data += "" if split == "test" else f", {split} images"
         several = len({run["digest"] for run in members} - {None}) > 1
         for run in members:

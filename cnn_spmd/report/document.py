@@ -32,11 +32,11 @@ def report_blocks(
     target_error: as batch_scaling.measure takes it.
     """
     runs = [run for sweep in sweeps for run in sweep["runs"]]
-    networks, data = (
-        dict.fromkeys(run["figures"].get(figure) or run["config"].get(field) for run in runs)
-        for figure, field in (("model", "model.name"), ("dataset", "data.name"))
-    )
-    named = [captions.names_text([*filter(None, names)]) for names in (networks, data)]
+    networks = [run["figures"].get("model") or run["config"].get("model.name") for run in runs]
+    data = map(compare.data_name, runs)
+    named = [
+        captions.names_text(list(dict.fromkeys(filter(None, names)))) for names in (networks, data)
+    ]
     blocks: list[Block] = [Heading(1, f"cnn_spmd: {' on '.join(filter(None, named))}")]
     if notes:
         blocks.append(Table(["warnings"], [[note] for note in notes]))
