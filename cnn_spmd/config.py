@@ -501,7 +501,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def validate_field(config: ml_collections.ConfigDict, name: str) -> None:
-    """Raise UserError where a field of SCHEMA is outside its own range, whatever the others are."""
+    """Raise UserError where one field of SCHEMA is outside its own range."""
     field, value = SCHEMA[name], get(config, name)
     if field.choices and value not in field.choices:
         raise unknown(name, value, field.choices)
@@ -767,10 +767,10 @@ def shown_data(config: ml_collections.ConfigDict, name: str) -> str:
 
 
 def own_name(kind: str, place: str, name: str) -> str:
-    """Return the name of class folders and npz files by their place, of other data `name`.
+    """Return what a data set is called: class folders and npz files by their place.
 
-    kind, place: data.name and data.dir. name: of the Dataset, which holds a digest for these two. A
-    folder that is called train has its parent's name.
+    kind, place: data.name and data.dir. name: of the Dataset, which holds a digest for these two;
+    other data sets are called by it. A folder that is called train has its parent's name.
     """
     if kind not in ("folder", "npz") or not place:  # a weights file does not know the place
         return name

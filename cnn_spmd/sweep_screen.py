@@ -126,7 +126,9 @@ def reasons(rows: Sequence[dict]) -> Iterator[str]:
 
 
 class Screen:
-    """Show why runs are refused, a sweep in progress, its table, and why runs are not completed.
+    """Show a sweep in progress; at the end its table, and why runs are not completed.
+
+    Why runs are refused stands before the first run, too.
 
     On a terminal this is a live table, otherwise plain lines. rows: all of the sweep. to_do: those
     that are to run.

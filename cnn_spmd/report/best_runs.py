@@ -115,10 +115,10 @@ def metric_text(metric: str, combination: Combination) -> str:
 def beside_others(
     ranked: Sequence[tuple[str, Combination]], metric: str, following: str = "the next"
 ) -> str:
-    """Say how far the best is above the next, and which others are not distinguishable from it.
+    """Say how far the best is above the next, and whether that is significant.
 
-    ranked: name and combination, the best first. following: what to call the second. Returns ""
-    where there is no other.
+    Names the others that are not distinguishable from the best, too. ranked: name and combination,
+    the best first. following: what to call the second. Returns "" where there is no other.
     """
     if len(ranked) < 2:
         return ""
@@ -157,7 +157,7 @@ def verdict(best: Sequence[float], other: Sequence[float]) -> str:
 
 
 def p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Return p of Welch's t-test, two-sided; None for a single run, and without any spread."""
+    """Return p of Welch's two-sided t-test; None for a single run or no spread."""
     if min(len(one), len(other)) < 2 or len({*one}) == len({*other}) == 1:
         return None
     from scipy import stats  # takes half a second, and launch.py imports this module
@@ -276,7 +276,11 @@ def best_given(data: str, ranked: Sequence[Given]) -> str:
     Further settings of the best one's own sweep are left out: the sweep's own answer names them.
     """
     metric, best = main_metric_of(ranked), ranked[0]
-    others = [each for each in ranked if each.origin != best.origin]
+    others = [
+        each
+        for each in ranked[1:]
+        if each.sweep is not best.sweep or best.sweep.get("is_of_lone_runs")
+    ]
     named = [(each.name, each.combination) for each in (best, *others)]
     parts = [
         f"Best of all on {data}: {best.name}, {metric_text(metric, best.combination)}",

@@ -159,7 +159,7 @@ def split_of(configs: Iterable[dict]) -> str:
 
 
 def data_name(run: dict) -> str:
-    """Return the name of a run's data set; of class folders and npz files, that of their place."""
+    """Return the name of a run's data set, as config.own_name; "" where it is not known."""
     name, config = run["figures"].get("dataset") or "", run["config"]
     kind = config.get("data.name") or ""
     return own_name(kind, config.get("data.dir") or "", name or kind)
