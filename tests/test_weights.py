@@ -281,7 +281,8 @@ BAD_START = {
     "none.safetensors": "none.safetensors: does not exist, expected a weights file",
     "w.npz": "w.npz: expected a file whose name ends in .safetensors",
     "damaged.safetensors": "damaged.safetensors: cannot be read as safetensors (Safetensor",
-    "flipped.safetensors": "flipped.safetensors: is damaged: its arrays are not those that were",
+    "flipped.safetensors": "flipped.safetensors: is damaged: it does not hold what was written",
+    "text.safetensors": "text.safetensors: is damaged: it does not hold what was written",
     "lacks.safetensors": "lacks.safetensors: lacks conv1.bias and 1 more, expected the arrays",
     "more.safetensors": "more.safetensors: holds what the network lacks: norm1.mean, expected",
     "shape.safetensors": "shape.safetensors: conv1.bias is of shape (31,), expected (32,)",
@@ -306,6 +307,7 @@ def test_other_weights_are_refused_before_anything_is_compiled(
     (tmp_path / "flipped.safetensors").write_bytes(
         content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
     )
+    (tmp_path / "text.safetensors").write_bytes(content.replace(b"simple_cnn", b"simple_cnm", 1))
     config.init_from = str(tmp_path / name)
     with pytest.raises(UserError) as refused:
         loop.train(config, tmp_path / "run")

@@ -23,7 +23,7 @@ from cnn_spmd.training import runfiles
 
 SUFFIX = ".safetensors"
 ABOUT = "cnn_spmd"  # the name of our text in a file's metadata
-DIGEST = "cnn_spmd_sha256"  # of the arrays; the format itself has no checksum
+DIGEST = "cnn_spmd_sha256"  # of our text and the arrays; the format itself has no checksum
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 # Our layers, and the same layers of torchvision.models.alexnet.
@@ -47,11 +47,11 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     layouts. Raises UserError for a file that is missing, damaged or no safetensors.
     """
     with _opened(path) as file:
-        about, written = _about(file), (file.metadata() or {}).get(DIGEST)
+        about, metadata = _about(file), file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if written and written != _digest(arrays):
+    if DIGEST in metadata and metadata[DIGEST] != _digest(metadata.get(ABOUT, ""), arrays):
         raise UserError(
-            f"{path}: is damaged: its arrays are not those that were written; copy it anew"
+            f"{path}: is damaged: it does not hold what was written, expected an intact copy"
         )
     names = {f"{layer}.{kind}" for layer in TORCHVISION.values() for kind in ("weight", "bias")}
     return from_torchvision(arrays) if arrays.keys() == names else arrays, about
@@ -112,7 +112,7 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], about: dict) -> 
     # PyTorch's libraries ask for a "format"; arrays are the same in every format.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     text = json.dumps(about, allow_nan=False)
-    metadata = {"format": "pt", ABOUT: text, DIGEST: _digest(contiguous)}
+    metadata = {"format": "pt", ABOUT: text, DIGEST: _digest(text, contiguous)}
     with runfiles.atomic_write(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(contiguous, metadata))
 
@@ -177,9 +177,9 @@ def _opened(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: cannot be read as safetensors ({one_line(error)})") from error
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of arrays and their names, in hexadecimal."""
-    digest = hashlib.sha256()
+def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of a text, arrays and their names, in hexadecimal."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         digest.update(name.encode())
         digest.update(arrays[name].tobytes())
