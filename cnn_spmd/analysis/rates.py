@@ -111,8 +111,7 @@ def copy_rate(sizes: Sizes) -> float:
 def kernel_seconds(sizes: Sizes) -> float:
     """Return what a kernel takes besides its work: one of a chain of tiny ones.
 
-    A program repeats the chain CHAINS times. With a single chain, a slow host would take longer to
-    launch the program than the GPU to run it.
+    A program repeats the chain CHAINS times, so that the time to launch it hardly counts.
     """
 
     def chain(_: jax.Array, x: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ from cnn_spmd.papers.layout import HEAD, commands, joined
 from cnn_spmd.report.text import markdown_table
 
 DEVICES = "devices.svg"
-PREDICTED = "predicted_milliseconds"
 
 
 def page() -> str:
@@ -88,7 +87,9 @@ def sweep_predictions() -> list[str]:
 def shipped_card_errors(predictions: Sequence[dict]) -> str:
     """Return what the errors of most rows are, with this and with the card's step of one GPU."""
     rows = [row for row in predictions if row["parallelism"] not in ("model", "spatial")]
-    by_card = [row | {PREDICTED: row["by_shipped_card_milliseconds"]} for row in rows]
+    by_card = [
+        row | dict(predicted_milliseconds=row["by_shipped_card_milliseconds"]) for row in rows
+    ]
     return (
         f"Without `model` and `spatial`: {_small(errors_text(rows))}. A plan has the card's step "
         "of one GPU instead, which is from an older sweep, and shorter. With it: "

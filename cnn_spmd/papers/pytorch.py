@@ -31,9 +31,9 @@ def page() -> str:
         """PyTorch's rate is that of its fastest mode measured. On the H100, and with DDP in most
         rows on several GPUs, only plain torch.compile was measured; its host is the limit at 32
         images per GPU and, with DDP, at 128. On one H200 CUDA graphs (`graphs`, its mode
-        reduce-overhead) were measured, too. On two H200s at 128 images, so was the whole step of
-        DDP in one CUDA graph, with gradients sent as bfloat16 (`capture-bf16`). max-autotune is
-        not measured: it searches for minutes. Nor is FSDP2.""",
+        reduce-overhead) were measured, too. On two H200s at 128 images, the whole step of DDP in
+        one CUDA graph was measured, with gradients sent as bfloat16 (`capture-bf16`).
+        max-autotune, which searches for minutes, and FSDP2 are not measured.""",
         """The other two-GPU rows were measured before fc2's sums were scattered in
         hybrid_alternating. The two batches on one H200 were timed at the same time, each on a card
         of its own. The rows on four GPUs, and that of 128 images on two, are of three timings over
