@@ -47,9 +47,9 @@ class Clock:
         self._since = end.result()
         self.chunks.append((steps, seconds))
         if self.startup_seconds is None:
-            self.startup_seconds = startup.process_seconds()
             startup.add_stage("the first chunk", seconds)
             self.startup = startup.take_stages()
+            self.startup_seconds = startup.process_seconds()  # after them, so that no stage ends later
         return seconds
 
     @property
