@@ -81,5 +81,5 @@ def kernel_rows(run: dict) -> list[dict[str, str]]:
             "times per step": f"{kernel['count']:,g}",
             "communication": "yes" if kernel["communication"] else "",
         }
-        for number, kernel in enumerate(profile["top"][:KERNELS])
+        for number, kernel in enumerate(profile.get("top", [])[:KERNELS])
     ]
