@@ -4,7 +4,6 @@ import numpy as np
 
 from cnn_spmd.report import batch_scaling, captions, compare, plots
 from cnn_spmd.report.batch_scaling import LEAST, Batch, Knee, Scaling, noise_scale
-from cnn_spmd.report.canvas import Figure
 from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
 
 HEADER = [
@@ -75,8 +74,7 @@ def draw_steps(steps: dict[int, int], knee: Knee | None, noise: float | None) ->
 
     steps: batch size -> steps, smallest batch first.
     """
-    fig = Figure(figsize=(plots.WIDTH, 3.6))
-    axes = fig.add_subplot(xlabel="batch size", ylabel="steps to the target")
+    axes = plots.new_axes(3.6, xlabel="batch size", ylabel="steps to the target")
     sizes = list(steps)
     ideal = [steps[sizes[0]] * sizes[0] / size for size in sizes]
     axes.plot(sizes, ideal, "--", color="#444444", linewidth=1, label="perfect scaling")
@@ -91,7 +89,7 @@ def draw_steps(steps: dict[int, int], knee: Knee | None, noise: float | None) ->
     look = dict(color="#0072B2", markersize=5, label="best run")
     axes.plot(sizes, list(steps.values()), "o" if knee else "o-", **look)
     plots.set_log2_scales(axes)
-    return plots.svg_with_legend(fig, axes, "Steps to the target")
+    return plots.svg_with_legend(axes, "Steps to the target")
 
 
 def row_of(scaling: Scaling, batch: Batch) -> list[str]:

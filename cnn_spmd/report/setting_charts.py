@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnn_spmd.report import captions, compare, plots, settings
-from cnn_spmd.report.canvas import Axes, Figure, ticker
+from cnn_spmd.report.canvas import Axes, ticker
 from cnn_spmd.report.settings import SPEED, Combination, Overview, Setting
 from cnn_spmd.report.text import Chart
 from cnn_spmd.training import runfiles
@@ -137,48 +137,39 @@ def lines_against(
 
 
 def draw_against(
-    setting: Setting,
-    lines: Sequence[Line],
-    metric: str,
-    summary: bool,
-    floor: float | None = None,
+    setting: Setting, lines: Sequence[Line], metric: str, summary: bool, floor: float | None
 ) -> str:
     """Return a metric against the values of a setting, one line per combination.
 
     summary: the last line stands for all others, which are grey; otherwise each has a colour.
     floor: as of floor_of.
     """
-    fig = Figure(figsize=(plots.WIDTH, 3.0))
-    axes = fig.add_subplot()
+    name = textwrap.shorten(" and ".join([setting.name, *setting.along]), 50, placeholder=" …")
+    axes = plots.new_axes(3.0, xlabel=name, ylabel=metric)
     numeric = all(map(settings.is_number, setting.values))
-    for number, line in enumerate(lines):
-        colour, marker = plots.LOOKS[number % len(plots.LOOKS)]
-        if summary:
-            colour, marker = (
-                plots.LOOKS[0] if line is lines[-1] else (plots.GREY, "" if numeric else ".")
-            )
-        label = line.label if not summary or line in (lines[0], lines[-1]) else None
+    at = setting.values if numeric else range(len(setting.values))
+    places = dict(zip(map(str, setting.values), at, strict=True))
+    looks = plots.LOOKS
+    if summary:
+        looks = [(plots.GREY, "" if numeric else ".")] * (len(lines) - 1) + [plots.LOOKS[0]]
+    for number, (line, (colour, marker)) in enumerate(zip(lines, looks, strict=False)):
         # Names have no order that a line could join, but room for markers side by side.
         offset = 0 if numeric or summary else (number - (len(lines) - 1) / 2) * 0.6 / len(lines)
-        places = setting.values if numeric else [n + offset for n in range(len(setting.values))]
         look = dict(color=colour, marker=marker, markersize=5, linestyle="-" if numeric else "")
-        draw_line(axes, dict(zip(map(str, setting.values), places, strict=True)), line, look, label)
-    name = textwrap.shorten(" and ".join([setting.name, *setting.along]), 50, placeholder=" …")
-    axes.set(xlabel=name, ylabel=metric)
+        if not summary or line in (lines[0], lines[-1]):
+            look["label"] = line.label
+        draw_line(axes, {value: place + offset for value, place in places.items()}, line, look)
     if numeric:
         set_scale(axes, setting.values)
     else:
-        name_places(axes, range(len(setting.values)), setting.values)
-        axes.set_xlim(-0.5, len(setting.values) - 0.5)
+        name_places(axes, at, setting.values)
+        axes.set_xlim(-0.5, len(at) - 0.5)
     if floor is not None:
-        places = setting.values if numeric else range(len(setting.values))
-        mark_below(axes, floor, dict(zip(map(str, setting.values), places, strict=True)), lines)
-    return plots.svg_with_legend(fig, axes, f"{metric} against {setting.name}")
+        mark_below(axes, floor, places, lines)
+    return plots.svg_with_legend(axes, f"{metric} against {setting.name}")
 
 
-def draw_line(
-    axes: Axes, places: Mapping[str, float], line: Line, look: dict, label: str | None
-) -> None:
+def draw_line(axes: Axes, places: Mapping[str, float], line: Line, look: dict) -> None:
     """Draw the means of a line, and bars from the lowest to the highest run.
 
     places: text of a value -> where it stands.
@@ -189,7 +180,7 @@ def draw_line(
     below = [mean - min(own) for mean, own in zip(means, numbers, strict=True)]
     above = [max(own) - mean for mean, own in zip(means, numbers, strict=True)]
     spread = None if look["color"] == plots.GREY else [below, above]
-    axes.errorbar(x, means, yerr=spread, elinewidth=1, capsize=2, label=label, **look)
+    axes.errorbar(x, means, yerr=spread, elinewidth=1, capsize=2, **look)
 
 
 def mark_below(
@@ -289,8 +280,8 @@ def draw_heat_map(
     cells = np.array(
         [[means.get((str(x), str(y)), np.nan) for x in across.values] for y in down.values]
     )
-    fig = Figure(figsize=(plots.WIDTH, 1.1 + 0.36 * len(down.values)))
-    axes = fig.add_subplot(title=metric, xlabel=across.label, ylabel=down.label)
+    height = 1.1 + 0.36 * len(down.values)
+    axes = plots.new_axes(height, title=metric, xlabel=across.label, ylabel=down.label)
     drawn = axes.pcolormesh(np.ma.masked_invalid(cells), cmap="cividis", edgecolors="none")
     axes.grid(visible=False)
     axes.set_ylim(len(down.values), 0)
@@ -312,4 +303,4 @@ def draw_heat_map(
     name_places(axes, np.arange(len(across.values)) + 0.5, across.values)
     axes.set_yticks(np.arange(len(down.values)) + 0.5, list(map(value_text, down.values)))
     axes.tick_params(length=0)
-    return plots.svg(fig, f"{metric} by {across.name} and {down.name}")
+    return plots.svg(axes.figure, f"{metric} by {across.name} and {down.name}")
