@@ -164,7 +164,7 @@ def test_settings_that_vary_and_those_that_change_with_them():
     of_speed = [each for each in found if each.name == "seed"] + [
         settings.Setting("parallelism", "parallelism", ["data", "fsdp"], [])
     ]
-    assert settings.main_metric(runs, of_speed) == settings.SPEED
+    assert settings.main_metric(runs, of_speed) == compare.SPEED
 
 
 def test_a_scale_is_logarithmic_where_the_values_are():

@@ -14,7 +14,8 @@ import numpy as np
 
 from cnn_spmd.report import captions, compare, plots, settings
 from cnn_spmd.report.canvas import Axes, ticker
-from cnn_spmd.report.settings import SPEED, Combination, Overview, Setting
+from cnn_spmd.report.compare import SPEED
+from cnn_spmd.report.settings import Combination, Overview, Setting
 from cnn_spmd.report.text import Chart
 from cnn_spmd.training import runfiles
 
@@ -56,7 +57,7 @@ def metric_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
 def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> Chart:
     """Return the chart of one metric; without pictures where it would say nothing."""
     found, combos = overview.settings, overview.combinations
-    label = "images/s" if metric == SPEED else compare.metric_label(metric, overview.split)
+    label = compare.metric_label(metric, overview.split)
     pictures, floor = [], floor_of(combos, metric)
     summary = "the best mean" if higher_is_better(metric) else "the mean"
     many = False

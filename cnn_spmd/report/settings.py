@@ -9,14 +9,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cnn_spmd.report import batch_scaling, compare
+from cnn_spmd.report import batch_scaling, captions, compare
+from cnn_spmd.report.compare import SPEED
 
 # Settings that change the speed, and what is learned at most through rounding or the batch: a
 # sweep of batch_per_device is about speed, one of batch_size is not.
 OF_SPEED = (*compare.NOT_THE_RECIPE, "mesh", "parallelism", "batch_per_device", "device_kind")
 MOST_NAMED = 2  # settings that a label has room to name
 MOST_VALUES = 12  # of a setting, or of a fact, that are named
-SPEED = "images_per_second"
 
 
 class Setting(NamedTuple):
@@ -41,18 +41,19 @@ class Combination(NamedTuple):
     def having(self, metric: str) -> list[dict]:
         """Return the completed runs that have a metric."""
         completed = [run for run in self.runs if run["status"] == "completed"]
-        return [run for run in completed if metric_of(run, metric) is not None]
+        return [run for run in completed if compare.numbers([run], metric)]
 
     def numbers(self, metric: str) -> list[float]:
         """Return a metric of each completed run that has it."""
-        return [metric_of(run, metric) for run in self.having(metric)]
+        return compare.numbers(self.having(metric), metric)
 
 
 class Overview(NamedTuple):
-    """What varies among runs, and what they are ranked by.
+    """What varies among the runs of a sweep, and what they are ranked by.
 
     metric: "accuracy" or SPEED. target: the accuracy to which seconds are counted; None where there
-    is none. split: of the evaluations, as of compare.split_of.
+    is none. split: of the evaluations, as of compare.split_of. is_of_lone_runs: as the sweep has it
+    (load.sweep_of_lone_runs).
     """
 
     settings: list[Setting]
@@ -60,6 +61,7 @@ class Overview(NamedTuple):
     metric: str
     target: float | None
     split: str
+    is_of_lone_runs: bool
 
     @property
     def metric_name(self) -> str:
@@ -72,14 +74,27 @@ class Overview(NamedTuple):
         values = combination.values.items()
         return {labels[name]: compare.value_text(value) for name, value in values}
 
+    def name_of(self, combination: Combination) -> str:
+        """Return what sets a combination apart: the names of lone runs, or a sweep's settings."""
+        if self.is_of_lone_runs:
+            return captions.names_text([run["name"] for run in combination.runs])
+        labelled = self.labelled(combination).items()
+        return ", ".join(f"{label}={value}" for label, value in labelled if value)
 
-def overview(runs: Sequence[dict], target_error: float | None) -> Overview:
-    """Return the overview of runs; target_error: as target_accuracy takes it."""
+
+def overview(sweep: dict, target_error: float | None) -> Overview:
+    """Return the overview of a sweep; target_error: as target_accuracy takes it."""
+    runs = sweep["runs"]
     found = varied(runs)
     combos = combinations(runs, found)
-    target = target_accuracy(combos, target_error)
-    split = compare.split_of(run["config"] for run in runs)
-    return Overview(found, combos, main_metric(runs, found), target, split)
+    return Overview(
+        found,
+        combos,
+        main_metric(runs, found),
+        target_accuracy(combos, target_error),
+        compare.split_of(run["config"] for run in runs),
+        sweep.get("is_of_lone_runs", False),
+    )
 
 
 def varied(runs: Sequence[dict]) -> list[Setting]:
@@ -178,13 +193,6 @@ def values_text(values: Sequence) -> str:
 # ---- Metrics
 
 
-def metric_of(run: dict, metric: str) -> float | None:
-    """Return images/s, or a metric of the last evaluation; None where it is not known."""
-    if metric == SPEED:
-        return run["figures"].get(SPEED)
-    return (run["figures"].get("eval") or {}).get(metric)
-
-
 def are_random(runs: Sequence[dict]) -> bool:
     """Return whether the images of all runs are random, where that is known.
 
@@ -207,8 +215,9 @@ def main_metric(runs: Sequence[dict], settings: Sequence[Setting]) -> str:
     """
     others = [each.name for each in settings if each.name != "seed"]
     about_speed = others and all(name.startswith(OF_SPEED) for name in others)
-    evaluated = any(metric_of(run, "accuracy") is not None for run in runs)
-    return SPEED if about_speed or not evaluated or are_random(runs) else "accuracy"
+    if about_speed or not compare.numbers(runs, "accuracy") or are_random(runs):
+        return SPEED
+    return "accuracy"
 
 
 def ranked(overview: Overview) -> list[Combination]:
