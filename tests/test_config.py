@@ -205,7 +205,7 @@ def test_reports_ignore_a_field_that_the_schema_no_longer_has(tmp_path, config):
         saved["model"]["levers"] = levers
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(saved))
-    (sweep,) = load.sweeps_of_lone_runs([tmp_path / "a", tmp_path / "b"], [])
+    (sweep,) = load.sweeps_of_lone_runs({tmp_path / name: name for name in "ab"}, [])
     assert [run["settings"].keys() for run in sweep["runs"]] == [{"parallelism", "batch_size"}] * 2
 
 
