@@ -77,13 +77,12 @@ def command_as_html(command: str) -> str:
 
 def cell_as_html(text: str, column: str, is_number: bool) -> str:
     """Return a cell: numbers to the right, long texts and commands with line breaks."""
-    kind = kind_of(is_number)
+    is_long = len(text) > 50
+    kind = ' class="long"' if is_long else kind_of(is_number)
     shown = html.escape(text)
-    if len(text) > 50:
-        kind = ' class="long"'
     if text.startswith("python "):
         shown = f"<code>{command_as_html(text)}</code>"
-    elif " " not in text and kind == ' class="long"':
+    elif is_long and " " not in text:
         shown = shown.replace(",", ",<wbr>")  # a run's name
     data = f' data-column="{html.escape(column)}"' if column else ""
     return f"<td{data}{kind}>{shown}</td>"

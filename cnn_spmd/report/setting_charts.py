@@ -58,19 +58,17 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
     """Return the chart of one metric; without pictures where it would say nothing."""
     found, combos = overview.settings, overview.combinations
     label = compare.metric_label(metric, overview.split)
-    pictures, floor = [], floor_of(combos, metric)
+    pictures, floor, any_grey = [], floor_of(combos, metric), False
     summary = "the best mean" if higher_is_better(metric) else "the mean"
-    many = False
     for setting in shown:
         lines = lines_against(setting, found, combos, metric)
-        if len(lines) > len(plots.LOOKS):
-            many = True
+        if grey := len(lines) > len(plots.LOOKS):
+            any_grey = True
             means = summaries([setting.name], combos, metric)
             lines = [line._replace(label="other settings") for line in lines]
             lines.append(Line(summary, {value: [mean] for (value,), mean in means.items()}))
         if lines:
-            several = len(lines) > len(plots.LOOKS)
-            pictures.append(draw_against(setting, lines, label, several, floor))
+            pictures.append(draw_against(setting, lines, label, grey, floor))
     for across, down in itertools.combinations(shown, 2):
         means = summaries([across.name, down.name], combos, metric)
         # A map with more holes than cells compares nothing.
@@ -79,7 +77,7 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
     caption = metric_caption(metric, combos)
     if floor is not None:
         caption += f" The axis begins at {floor:.0f}: triangles at its edge stand for lower means."
-    if many:
+    if any_grey:
         caption += " Grey: each combination of the other settings."
     if len(shown) > 2:
         caption += f" A cell of two settings has {summary} over the others."
@@ -138,11 +136,11 @@ def lines_against(
 
 
 def draw_against(
-    setting: Setting, lines: Sequence[Line], metric: str, summary: bool, floor: float | None
+    setting: Setting, lines: Sequence[Line], metric: str, grey: bool, floor: float | None
 ) -> str:
     """Return a metric against the values of a setting, one line per combination.
 
-    summary: the last line stands for all others, which are grey; otherwise each has a colour.
+    grey: all lines are grey except the last, which stands for all; otherwise each has a colour.
     floor: as of floor_of.
     """
     name = textwrap.shorten(" and ".join([setting.name, *setting.along]), 50, placeholder=" …")
@@ -151,13 +149,13 @@ def draw_against(
     at = setting.values if numeric else range(len(setting.values))
     places = dict(zip(map(str, setting.values), at, strict=True))
     looks = plots.LOOKS
-    if summary:
+    if grey:
         looks = [(plots.GREY, "" if numeric else ".")] * (len(lines) - 1) + [plots.LOOKS[0]]
     for number, (line, (colour, marker)) in enumerate(zip(lines, looks, strict=False)):
         # Names have no order that a line could join, but room for markers side by side.
-        offset = 0 if numeric or summary else (number - (len(lines) - 1) / 2) * 0.6 / len(lines)
+        offset = 0 if numeric or grey else (number - (len(lines) - 1) / 2) * 0.6 / len(lines)
         look = dict(color=colour, marker=marker, markersize=5, linestyle="-" if numeric else "")
-        if not summary or line in (lines[0], lines[-1]):
+        if not grey or line in (lines[0], lines[-1]):
             look["label"] = line.label
         draw_line(axes, {value: place + offset for value, place in places.items()}, line, look)
     if numeric:

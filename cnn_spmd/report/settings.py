@@ -103,24 +103,24 @@ def varied(runs: Sequence[dict]) -> list[Setting]:
     Settings that change together are one, named after the first.
     """
     names = dict.fromkeys(["mesh", *(name for run in runs for name in run["settings"])])
-    found: dict[Any, tuple[str, list, list[str]]] = {}
+    found: dict[Any, Setting] = {}
     for name in names:
         values = [value_of(run, name) for run in runs]
         texts = list(map(str, values))
-        known = {
-            text: value for text, value in zip(texts, values, strict=True) if value is not None
-        }
+        known = dict(zip(texts, values, strict=True))
+        known.pop("None", None)
         if len(known) < 2:
             continue
         pattern = "seed" if name == "seed" else tuple(map(texts.index, texts))
         if pattern in found:
-            found[pattern][2].append(name)
+            found[pattern].along.append(name)
         else:
-            found[pattern] = (name, ordered(known.values()), [])
-    short = [name.removesuffix(".name").rsplit(".", 1)[-1] for name, *_ in found.values()]
+            short = name.removesuffix(".name").rsplit(".", 1)[-1]
+            found[pattern] = Setting(name, short, ordered(known.values()), [])
+    labels = [each.label for each in found.values()]
     return [
-        Setting(name, label if short.count(label) == 1 else name, values, along)
-        for label, (name, values, along) in zip(short, found.values(), strict=True)
+        each if labels.count(each.label) == 1 else each._replace(label=each.name)
+        for each in found.values()
     ]
 
 
@@ -283,8 +283,8 @@ def target_accuracy(found: Sequence[Combination], target_error: float | None) ->
     reached = []
     for combination in found:
         runs = filter(is_evaluated, combination.runs)
-        if shares := [share for run in runs for _, share in timed_evaluations(run)]:
-            reached.append(max(shares))
+        shares = [share for run in runs for _, share in timed_evaluations(run)]
+        reached += [max(shares)] if shares else []
     if target_error is not None and reached:
         return round(1 - target_error, 9)
     if len(reached) < 2:
