@@ -30,9 +30,7 @@ def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
     if overview.is_of_lone_runs:
         blocks = [Paragraph(f"{said} They differ in:"), differences(runs, overview)]
     else:
-        rows = [
-            [setting_text(each), settings.values_text(each.values)] for each in overview.settings
-        ]
+        rows = [[setting_text(each), settings.list_text(each.values)] for each in overview.settings]
         blocks = [Paragraph(f"{said} What varies:"), Table(["setting", "values"], rows)]
     if best := answer(overview):
         blocks.append(Paragraph(f"{best}."))
@@ -41,7 +39,7 @@ def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
 
 def setting_text(setting: settings.Setting) -> str:
     """Return a setting's name, and the settings that change with it."""
-    along = f" (with it: {settings.values_text(setting.along)})" if setting.along else ""
+    along = f" (with it: {settings.list_text(setting.along)})" if setting.along else ""
     return setting.name + along
 
 
@@ -121,9 +119,7 @@ def beside_others(
     )
     chances = [p_value(best, numbers) for numbers in further]
     near = [
-        name
-        for (name, _), p in zip(ranked[2:], chances, strict=True)
-        if p is not None and p >= SIGNIFICANT
+        name for (name, _), p in zip(ranked[2:], chances, strict=True) if (p or 0) >= SIGNIFICANT
     ]
     if near:
         said += f"; also not distinguishable from the best: {captions.names_text(near, ' or ')}"
@@ -148,12 +144,8 @@ def p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
         return None
     from scipy import stats  # takes half a second, and launch.py imports this module
 
-    sizes = [
-        size
-        for numbers in (one, other)
-        for size in (statistics.mean(numbers), statistics.stdev(numbers), len(numbers))
-    ]
-    return float(stats.ttest_ind_from_stats(*sizes, equal_var=False).pvalue)
+    first, second = ((statistics.mean(n), statistics.stdev(n), len(n)) for n in (one, other))
+    return float(stats.ttest_ind_from_stats(*first, *second, equal_var=False).pvalue)
 
 
 def best_blocks(overview: Overview) -> list[Block]:
@@ -185,7 +177,7 @@ def best_row(combination: Combination, overview: Overview) -> dict[str, str]:
     """Return a combination's cells by column; lone runs have a table of their settings."""
     runs = combination.having(overview.metric)
     metrics = [] if overview.metric == SPEED else ["accuracy", "loss"]
-    row = {} if overview.is_of_lone_runs else overview.labelled(combination)
+    row = {} if overview.is_of_lone_runs else overview.labelled(combination.values)
     row |= {"n": str(len(runs))}
     row |= run_tables.result_cells(runs, metrics, overview.split, overview.target)
     return row | dict(run=overview.name_of(combination) if overview.is_of_lone_runs else "")

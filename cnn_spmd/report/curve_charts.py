@@ -140,22 +140,22 @@ def looks_of(overview: Overview) -> Looks:
 
     With more combinations than plots.LOOKS, the best have colours, and the others are grey.
     """
-    found, best = overview.settings, settings.ranked(overview)
+    best = settings.ranked(overview)
     order = [*best, *(each for each in overview.combinations if each not in best)]
     colours = [dict(color=colour, marker=marker) for colour, marker in plots.LOOKS]
     coloured = len(order) if len(order) <= len(colours) else len(colours) - 1
     others, grey = len(order) - coloured, dict(color=plots.GREY)
     looks = [*colours[:coloured], *[grey] * others]
-    seeds = [str(seed) for each in found if each.name == "seed" for seed in each.values]
+    seeds = [str(seed) for each in overview.settings if each.name == "seed" for seed in each.values]
     # Where one combination is drawn, its seeds have colours; more seeds than looks are alike.
     of_seeds = colours if len(order) == 1 else [dict(linestyle=style) for style in SEED_LINES]
     of_seed = dict(zip(seeds, of_seeds, strict=False)) if len(seeds) <= len(of_seeds) else {}
     legend: dict[str, dict] = {}
     if len(order) > 1:
-        if names := settings.names_of_label(order[0].values, found):
+        if names := overview.legend_title(order[0].values):
             legend[f"{names}:"] = dict(linestyle="none")
         for combination, look in zip(order[:coloured], looks, strict=False):
-            legend[settings.label_of(combination.values, found)] = look
+            legend[overview.legend_text(combination.values)] = look
     if others:
         legend[f"{others} others"] = grey
     legend |= {f"seed {seed}": dict(color="#777777") | look for seed, look in of_seed.items()}

@@ -56,12 +56,12 @@ def metric_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
 
 def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> Chart:
     """Return the chart of one metric; without pictures where it would say nothing."""
-    found, combos = overview.settings, overview.combinations
+    combos = overview.combinations
     label = compare.metric_label(metric, overview.split)
     pictures, floor, any_grey = [], floor_of(combos, metric), False
     summary = "the best mean" if higher_is_better(metric) else "the mean"
     for setting in shown:
-        lines = lines_against(setting, found, combos, metric)
+        lines = lines_against(setting, overview, metric)
         if grey := len(lines) > len(plots.LOOKS):
             any_grey = True
             means = summaries([setting.name], combos, metric)
@@ -118,20 +118,17 @@ def floor_of(combos: Sequence[Combination], metric: str) -> float | None:
 # ---- Against one setting
 
 
-def lines_against(
-    setting: Setting, found: Sequence[Setting], combos: Sequence[Combination], metric: str
-) -> list[Line]:
+def lines_against(setting: Setting, overview: Overview, metric: str) -> list[Line]:
     """Return a line per combination of the other settings, if it has two points."""
     lines: dict[tuple, Line] = {}
-    for combination in combos:
+    for combination in overview.combinations:
         numbers = [compare.factor_of(metric) * number for number in combination.numbers(metric)]
-        if numbers and combination.values[setting.name] is not None:
-            others = {
-                name: value for name, value in combination.values.items() if name != setting.name
-            }
-            label = settings.label_of(others, found)
-            line = lines.setdefault(tuple(map(str, others.values())), Line(label, {}))
-            line.values[str(combination.values[setting.name])] = numbers
+        others = dict(combination.values)
+        value = others.pop(setting.name)
+        if numbers and value is not None:
+            new = Line(overview.legend_text(others), {})
+            line = lines.setdefault(tuple(map(str, others.values())), new)
+            line.values[str(value)] = numbers
     return [line for line in lines.values() if len(line.values) > 1]
 
 

@@ -15,7 +15,7 @@ from cnn_spmd.report.compare import SPEED
 # Settings that change the speed, and what is learned at most through rounding or the batch: a
 # sweep of batch_per_device is about speed, one of batch_size is not.
 OF_SPEED = (*compare.NOT_THE_RECIPE, "mesh", "parallelism", "batch_per_device", "device_kind")
-MOST_NAMED = 2  # settings that a label has room to name
+MOST_NAMED = 2  # settings that a line of a legend has room to name
 MOST_VALUES = 12  # of a setting, or of a fact, that are named
 
 
@@ -68,18 +68,31 @@ class Overview(NamedTuple):
         """Return what the runs are ranked by in words: "test accuracy" or "images/s"."""
         return "images/s" if self.metric == SPEED else f"{self.split} accuracy"
 
-    def labelled(self, combination: Combination) -> dict[str, str]:
-        """Return label -> text of the value, for each setting of a combination."""
+    def labelled(self, values: dict[str, Any]) -> dict[str, str]:
+        """Return label -> text of the value, for the values of settings by name."""
         labels = {each.name: each.label for each in self.settings}
-        values = combination.values.items()
-        return {labels[name]: compare.value_text(value) for name, value in values}
+        return {labels[name]: compare.value_text(value) for name, value in values.items()}
+
+    def values_text(self, values: dict[str, Any]) -> str:
+        """Return "mesh=4x2, learning_rate=0.1" for the values of settings by name."""
+        labelled = self.labelled(values).items()
+        return ", ".join(f"{label}={value}" for label, value in labelled if value)
 
     def name_of(self, combination: Combination) -> str:
         """Return what sets a combination apart: the names of lone runs, or a sweep's settings."""
         if self.is_of_lone_runs:
             return captions.names_text([run["name"] for run in combination.runs])
-        labelled = self.labelled(combination).items()
-        return ", ".join(f"{label}={value}" for label, value in labelled if value)
+        return self.values_text(combination.values)
+
+    def legend_title(self, values: dict[str, Any]) -> str:
+        """Return the labels of settings, joined, where a legend has no room for each in a line."""
+        return ", ".join(self.labelled(values)) if len(values) > MOST_NAMED else ""
+
+    def legend_text(self, values: dict[str, Any]) -> str:
+        """Return the values of settings as a line of a legend; without what legend_title has."""
+        if self.legend_title(values):
+            return ", ".join(self.labelled(values).values())
+        return self.values_text(values)
 
 
 def overview(sweep: dict, target_error: float | None) -> Overview:
@@ -160,29 +173,7 @@ def combinations(runs: Sequence[dict], settings: Sequence[Setting]) -> list[Comb
     return list(found.values())
 
 
-def label_of(values: dict[str, Any], settings: Sequence[Setting]) -> str:
-    """Return "4x2 hybrid, learning_rate 0.1" for a combination's values.
-
-    With many settings, the label has the values only (names_of_label).
-    """
-    labels = {each.name: each.label for each in settings}
-    places, others = [], []
-    for name, value in values.items():
-        if name in ("mesh", "parallelism"):
-            places.append(str(value))
-        else:
-            shown = compare.value_text(value)
-            others.append(shown if names_of_label(values, settings) else f"{labels[name]} {shown}")
-    return ", ".join(filter(None, [" ".join(places), *others]))
-
-
-def names_of_label(values: dict[str, Any], settings: Sequence[Setting]) -> str:
-    """Return the names that label_of leaves out, joined by commas; "" for none."""
-    named = [each.label for each in settings if each.name in values]
-    return ", ".join(named) if len(named) > MOST_NAMED else ""
-
-
-def values_text(values: Sequence) -> str:
+def list_text(values: Sequence) -> str:
     """Return values joined by commas; of many, the first and the last."""
     texts = list(map(compare.value_text, values))
     if len(texts) > MOST_VALUES:
