@@ -33,19 +33,13 @@ def section(sweep: dict, target_error: float | None) -> list[Block]:
         return []
     split = compare.split_of(run["config"] for run in sweep["runs"])
     goal = f"{split} error of {100 * (1 - scaling.target):.4g} %"
-    charts = [steps_chart(sweep, scaling, goal)] if scaling.steps else []
-    return [*charts, *blocks(scaling, goal)]
-
-
-def blocks(scaling: Scaling, goal: str) -> list[Block]:
-    """Return table, target, knee, noise scale and legend; goal: "test error of 9 %"."""
-    target = f"Target: a {goal}, {scaling.reason}."
-    texts = [target, knee_text(scaling), noise_text(scaling)]
+    texts = [f"Target: a {goal}, {scaling.reason}.", knee_text(scaling), noise_text(scaling)]
     hit = [batch for batch in scaling.batches if batch.reached]
     early = [f"{batch.size:,}" for batch in hit if not batch.reached[0].before]
     if early:
         texts.append(f"The first evaluation already reached it, at batch {', '.join(early)}.")
     return [
+        *([steps_chart(sweep, scaling, goal)] if scaling.steps else []),
         Heading(3, "Steps to a target against batch size"),
         Table(HEADER, [row_of(scaling, batch) for batch in scaling.batches]),
         *map(Paragraph, [*texts, LEGEND]),
@@ -53,7 +47,7 @@ def blocks(scaling: Scaling, goal: str) -> list[Block]:
 
 
 def steps_chart(sweep: dict, scaling: Scaling, goal: str) -> Chart:
-    """Return the chart of steps to the target by batch size; goal: as for blocks."""
+    """Return the chart of steps to the target by batch size; goal: "test error of 9 %"."""
     knee = scaling.knee if scaling.knee_is_measured else None
     _, noise = scaling.noise or (0, None)
     counts = {len(batch.runs) for batch in scaling.batches}

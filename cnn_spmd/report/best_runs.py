@@ -30,17 +30,14 @@ def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
     if overview.is_of_lone_runs:
         blocks = [Paragraph(f"{said} They differ in:"), differences(runs, overview)]
     else:
-        rows = [[setting_text(each), settings.list_text(each.values)] for each in overview.settings]
+        rows = []
+        for each in overview.settings:
+            along = f" (with it: {settings.list_text(each.along)})" if each.along else ""
+            rows.append([each.name + along, settings.list_text(each.values)])
         blocks = [Paragraph(f"{said} What varies:"), Table(["setting", "values"], rows)]
     if best := answer(overview):
         blocks.append(Paragraph(f"{best}."))
     return blocks
-
-
-def setting_text(setting: settings.Setting) -> str:
-    """Return a setting's name, and the settings that change with it."""
-    along = f" (with it: {settings.list_text(setting.along)})" if setting.along else ""
-    return setting.name + along
 
 
 def differences(runs: Sequence[dict], overview: Overview) -> Table:

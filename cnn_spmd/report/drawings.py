@@ -41,16 +41,13 @@ def filter_grid(filters_KHWC: np.ndarray, towers: int) -> Figure:
 
 def filter_block(filters_KHWC: np.ndarray) -> np.ndarray:
     """Return one image [H, W, 3] of all filters, with white gaps between them."""
-    side = filters_KHWC.shape[1]
-    pitch = side + GAP
-    rows = -(-len(filters_KHWC) // FILTERS_PER_ROW)
-    shape = (rows * pitch - GAP, FILTERS_PER_ROW * pitch - GAP, 3)
-    block = np.ones(shape, np.float32)
-    for number, pixels in enumerate(filters_KHWC):
-        row, column = divmod(number, FILTERS_PER_ROW)
-        top, left = row * pitch, column * pitch
-        block[top : top + side, left : left + side] = pixels
-    return block
+    count, height, width, _ = filters_KHWC.shape
+    rows = -(-count // FILTERS_PER_ROW)
+    missing = rows * FILTERS_PER_ROW - count
+    gaps = ((0, missing), (0, GAP), (0, GAP), (0, 0))
+    padded = np.pad(filters_KHWC, gaps, constant_values=1)
+    grid = padded.reshape(rows, FILTERS_PER_ROW, height + GAP, width + GAP, 3)
+    return grid.swapaxes(1, 2).reshape(rows * (height + GAP), -1, 3)[:-GAP, :-GAP]
 
 
 def blank_grid(rows: int, row_height: float, ratios: Sequence[float]) -> tuple[Figure, np.ndarray]:
