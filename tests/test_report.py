@@ -206,10 +206,7 @@ def test_a_fixed_batch_compares_with_the_same_batch_and_scheme(tmp_path):
     for run in runs:
         run["settings"].pop("batch_per_device")
         run["figures"]["batch_size"] = run["settings"]["batch_size"]
-    gains = {
-        (group["mesh"], group["panel"]): compare.group_speedups(group)
-        for group in compare.groups_of(runs)
-    }
+    gains = {(group.mesh, group.panel): group.speedups() for group in compare.groups_of(runs)}
     assert gains == {
         ((1, 1), "batch 512"): [1.0],
         ((2, 1), "batch 512"): [3.0],

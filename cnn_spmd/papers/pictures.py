@@ -95,7 +95,7 @@ def draw_speeds(predictions: Sequence[dict], axes: Axes, batches: str) -> None:
     """Draw images/s per GPU, relative to the fastest scheme on one GPU."""
     own = [row for row in predictions if row["batches"] == batches]
     alone = max(per_device(row) for row in own if row["devices"] == 1)
-    for scheme in plots.schemes_of(own):
+    for scheme in plots.in_order(row["parallelism"] for row in own):
         same = [row for row in own if row["parallelism"] == scheme]
         speeds = [per_device(row) / alone for row in same]
         colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)

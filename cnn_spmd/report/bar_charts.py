@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cnn_spmd.report import captions, compare, plots
+from cnn_spmd.report.compare import Group
 from cnn_spmd.report.text import Chart
 
 UNSPLIT = "step, not split"
@@ -51,11 +52,11 @@ class Bars(NamedTuple):
     marks: list[float | None]
 
 
-def bar_charts(sweep: dict, groups: list[dict]) -> list[Chart]:
+def bar_charts(sweep: dict, groups: list[Group]) -> list[Chart]:
     """Return the charts of step time, bytes moved and memory, without those of no group."""
-    timed = [group for group in groups if compare.average(group, "images_per_second")]
-    read = [group for group in groups if group["runs"][0]["figures"]["collectives"] is not None]
-    unread = [run["name"] for group in groups if group not in read for run in group["runs"]]
+    timed = [group for group in groups if group.average("images_per_second")]
+    read = [group for group in groups if group.figures["collectives"] is not None]
+    unread = [run["name"] for group in groups if group not in read for run in group.runs]
     compiled = captions.compiled_caption(sweep, groups)
     moved_caption = f"{MOVED_CAPTION} {compiled}"
     if unread:
@@ -72,14 +73,14 @@ def bar_charts(sweep: dict, groups: list[dict]) -> list[Chart]:
     return [chart for chart in made if chart.pictures]
 
 
-def draw_panels(groups: list[dict], bars_of: Callable[[list[dict]], Bars]) -> list[str]:
+def draw_panels(groups: list[Group], bars_of: Callable[[list[Group]], Bars]) -> list[str]:
     """Return a picture per panel, with a bar per group."""
     return [draw_bars(panel, bars_of(panel)) for panel in compare.panels_of(groups)]
 
 
-def draw_bars(groups: list[dict], shown: Bars) -> str:
+def draw_bars(groups: list[Group], shown: Bars) -> str:
     """Return horizontal stacked bars, one per group, with their sums at the ends."""
-    title = plots.panel_title(groups[0]["panel"])
+    title = plots.panel_title(groups[0].panel)
     axes = plots.new_axes(1.3 + 0.22 * len(groups), title=title, xlabel=shown.unit)
     rows = list(range(len(groups)))
     ends = [0.0] * len(groups)
@@ -100,7 +101,7 @@ def draw_bars(groups: list[dict], shown: Bars) -> str:
         place = (mark if hidden else end, row)
         digits = 1 if end >= 10 else 2
         axes.annotate(f"{end:,.{digits}f}", place, (4, 0), va="center", **plots.LABEL)
-    names = [f"{compare.mesh_name(group['mesh'])} {group['parallelism']}" for group in groups]
+    names = [f"{compare.mesh_name(group.mesh)} {group.parallelism}" for group in groups]
     axes.set_yticks(rows, names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -111,14 +112,14 @@ def draw_bars(groups: list[dict], shown: Bars) -> str:
 # ---- Step time
 
 
-def step_parts(group: dict) -> dict[str, float]:
+def step_parts(group: Group) -> dict[str, float]:
     """Return the parts of a group's step in ms, as profiled; without a profile it is one part."""
     compute, communication, exposed, idle = (
-        compare.average(group, "profile", f"{name}_milliseconds")
+        group.average("profile", f"{name}_milliseconds")
         for name in ("compute", "communication", "exposed", "idle")
     )
     if None in (compute, communication, exposed, idle):
-        return {UNSPLIT: compare.average(group, "step_milliseconds", "median")}
+        return {UNSPLIT: group.average("step_milliseconds", "median")}
     hidden = communication - exposed
     return {
         "computing": max(0.0, compute - hidden),
@@ -128,20 +129,20 @@ def step_parts(group: dict) -> dict[str, float]:
     }
 
 
-def split_caption(groups: Sequence[dict]) -> str:
+def split_caption(groups: Sequence[Group]) -> str:
     """Return how the groups' steps were split."""
-    steps = sorted({int(n) for group in groups for n in compare.values(group, "profile", "steps")})
+    steps = sorted({int(n) for group in groups for n in group.values("profile", "steps")})
     said = [PROFILED.format(" or ".join(map(str, steps)))] if steps else []
     if any(UNSPLIT in step_parts(group) for group in groups):
         said.append(NOT_SPLIT)
     return " ".join(said)
 
 
-def step_bars(groups: list[dict]) -> Bars:
+def step_bars(groups: list[Group]) -> Bars:
     """Return the step time, split; ticks: the step time without the profiler."""
     parts = list(map(step_parts, groups))
     medians = [
-        None if UNSPLIT in split else compare.average(group, "step_milliseconds", "median")
+        None if UNSPLIT in split else group.average("step_milliseconds", "median")
         for group, split in zip(groups, parts, strict=True)
     ]
     return Bars("ms per step", parts, "without profiler", medians)
@@ -150,23 +151,23 @@ def step_bars(groups: list[dict]) -> Bars:
 # ---- Bytes and memory
 
 
-def moved_bars(groups: list[dict]) -> Bars:
+def moved_bars(groups: list[Group]) -> Bars:
     """Return the ring bytes by operation; ticks: the closed form."""
     parts = []
     for group in groups:
         sizes: dict[str, float] = {}
-        for row in group["runs"][0]["figures"]["collectives"]:
+        for row in group.figures["collectives"]:
             sizes[row["operation"]] = sizes.get(row["operation"], 0.0) + row["ring_bytes"] / 1e6
         parts.append(sizes)
     theory = megabytes(groups, "closed_form_ring_bytes")
     return Bars("MB sent per device and step", parts, "closed form", theory)
 
 
-def held_bars(groups: list[dict]) -> Bars:
+def held_bars(groups: list[Group]) -> Bars:
     """Return the bytes of parameters and optimizer; ticks: the program's peak."""
     parts = [
         {
-            name: (compare.average(group, "bytes_per_device", name) or 0.0) / 1e6
+            name: (group.average("bytes_per_device", name) or 0.0) / 1e6
             for name in ("parameters", "optimizer")
         }
         for group in groups
@@ -174,7 +175,7 @@ def held_bars(groups: list[dict]) -> Bars:
     return Bars("MB per device", parts, "peak", megabytes(groups, "peak_bytes"))
 
 
-def megabytes(groups: Sequence[dict], name: str) -> list[float | None]:
+def megabytes(groups: Sequence[Group], name: str) -> list[float | None]:
     """Return the mean of a figure of each group in MB; None where it is not known."""
-    sizes = [compare.average(group, name) for group in groups]
+    sizes = [group.average(name) for group in groups]
     return [None if size is None else size / 1e6 for size in sizes]

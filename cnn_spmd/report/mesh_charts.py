@@ -9,6 +9,7 @@ import numpy as np
 from cnn_spmd.papers import published
 from cnn_spmd.report import bar_charts, captions, compare, plots, settings
 from cnn_spmd.report.canvas import Axes, ticker
+from cnn_spmd.report.compare import Group
 from cnn_spmd.report.text import Chart
 
 
@@ -19,13 +20,13 @@ def mesh_charts(sweep: dict) -> list[Chart]:
     """
     runs, dropped = without_learning(sweep["runs"])
     groups = compare.groups_of(runs)
-    vary = len({(group["mesh"], group["parallelism"]) for group in groups}) > 1
-    if not vary and all(group["devices"] == 1 for group in groups):
+    vary = len({(group.mesh, group.parallelism) for group in groups}) > 1
+    if not vary and all(group.devices == 1 for group in groups):
         return []
     drawn = []
     if vary:
         drawn.append(throughput_chart(sweep, groups))
-    if vary and any(map(compare.group_speedups, groups)):
+    if vary and any(group.speedups() for group in groups):
         drawn.append(speedup_chart(sweep, groups))
     drawn += bar_charts.bar_charts(sweep, groups)
     if vary and any(map(predicted_and_measured, groups)):
@@ -58,7 +59,7 @@ def without_learning(runs: Sequence[dict]) -> tuple[list[dict], list[str]]:
 # ---- Throughput
 
 
-def throughput_chart(sweep: dict, groups: list[dict]) -> Chart:
+def throughput_chart(sweep: dict, groups: list[Group]) -> Chart:
     """Return the chart of images/s by mesh."""
     caption = (
         "Images/s over the steady chunks; error bars reach from the 10th to the 90th percentile of "
@@ -68,33 +69,33 @@ def throughput_chart(sweep: dict, groups: list[dict]) -> Chart:
     return Chart("Throughput", list(map(draw_throughput, compare.panels_of(groups))), caption)
 
 
-def without_base(groups: Sequence[dict]) -> str:
+def without_base(groups: Sequence[Group]) -> str:
     """Return which panels have no one-device run; "" for none."""
     alone = [
-        panel[0]["panel"]
+        panel[0].panel
         for panel in compare.panels_of(groups)
-        if not any(map(compare.group_speedups, panel))
+        if not any(group.speedups() for group in panel)
     ]
     if not alone:
         return ""
     return f" There is no one-device run, so no ideal and no speedup, with: {'; '.join(alone)}."
 
 
-def draw_throughput(groups: list[dict]) -> str:
+def draw_throughput(groups: list[Group]) -> str:
     """Return images/s by mesh, one marker per scheme."""
-    title = plots.panel_title(groups[0]["panel"])
+    title = plots.panel_title(groups[0].panel)
     axes = plots.new_axes(3.2, title=title, xlabel="mesh, data x model", ylabel="images/s")
-    meshes = list(dict.fromkeys(group["mesh"] for group in groups))
+    meshes = list(dict.fromkeys(group.mesh for group in groups))
     draw_ideal(axes, groups, meshes)
-    schemes = plots.schemes_of(groups)
+    schemes = plots.in_order(group.parallelism for group in groups)
     for number, scheme in enumerate(schemes):
         offset = (number - (len(schemes) - 1) / 2) * 0.7 / len(schemes)
-        members = [group for group in groups if group["parallelism"] == scheme]
-        timed = [group for group in members if compare.values(group, "images_per_second")]
-        rates = [compare.average(group, "images_per_second") for group in timed]
+        members = [group for group in groups if group.parallelism == scheme]
+        timed = [group for group in members if group.values("images_per_second")]
+        rates = [group.average("images_per_second") for group in timed]
         colour, marker, _ = plots.SCHEMES.get(scheme, plots.OTHER)
         axes.errorbar(
-            [meshes.index(group["mesh"]) + offset for group in timed],
+            [meshes.index(group.mesh) + offset for group in timed],
             rates,
             yerr=error_bars(timed, rates),
             fmt=marker,
@@ -112,24 +113,22 @@ def draw_throughput(groups: list[dict]) -> str:
     return plots.svg_with_legend(axes, "Throughput")
 
 
-def draw_ideal(axes: Axes, groups: Sequence[dict], meshes: Sequence[tuple[int, ...]]) -> None:
+def draw_ideal(axes: Axes, groups: Sequence[Group], meshes: Sequence[tuple[int, ...]]) -> None:
     """Draw the fastest one-device run's rate times the devices, on each mesh."""
-    one_device = [group for group in groups if group["devices"] == 1]
-    fastest = max(
-        (compare.average(group, "images_per_second") or 0 for group in one_device), default=0
-    )
+    one_device = [group for group in groups if group.devices == 1]
+    fastest = max((group.average("images_per_second") or 0 for group in one_device), default=0)
     if fastest:
         ideal = [fastest * math.prod(mesh) for mesh in meshes]
         places = np.arange(len(meshes))
         axes.hlines(ideal, places - 0.42, places + 0.42, "#777777", "dashed", label="ideal")
 
 
-def error_bars(groups: Sequence[dict], rates: Sequence[float]) -> list[list[float]]:
+def error_bars(groups: Sequence[Group], rates: Sequence[float]) -> list[list[float]]:
     """Return how far below and above `rates` the p90 and p10 step times lie."""
     below, above = [], []
     for group, rate in zip(groups, rates, strict=True):
-        slow, fast = (compare.average(group, "step_milliseconds", name) for name in ("p90", "p10"))
-        images = 1e3 * group["runs"][0]["figures"]["batch_size"]
+        slow, fast = (group.average("step_milliseconds", name) for name in ("p90", "p10"))
+        images = 1e3 * group.figures["batch_size"]
         below.append(max(0.0, rate - images / slow) if slow else 0.0)
         above.append(max(0.0, images / fast - rate) if fast else 0.0)
     return [below, above]
@@ -138,11 +137,11 @@ def error_bars(groups: Sequence[dict], rates: Sequence[float]) -> list[list[floa
 # ---- Speedup
 
 
-def speedup_chart(sweep: dict, groups: list[dict]) -> Chart:
+def speedup_chart(sweep: dict, groups: list[Group]) -> Chart:
     """Return the chart of speedups beside the published ones."""
     curves = comparable_curves(sweep, groups)
     panels = compare.panels_of(groups)
-    scaled = [panel for panel in panels if any(map(compare.group_speedups, panel))]
+    scaled = [panel for panel in panels if any(group.speedups() for group in panel)]
     caption = (
         "Throughput relative to the one-device run with the same settings, both scales "
         "logarithmic; a line joins each scheme's fastest meshes."
@@ -151,9 +150,9 @@ def speedup_chart(sweep: dict, groups: list[dict]) -> Chart:
     return Chart("Speedup", [draw_speedup(panel, curves) for panel in scaled], caption)
 
 
-def comparable_curves(sweep: dict, groups: Sequence[dict]) -> dict[str, dict]:
+def comparable_curves(sweep: dict, groups: Sequence[Group]) -> dict[str, dict]:
     """Return letter -> published curve; {} unless this is AlexNet on real devices."""
-    models = {model for group in groups for model in compare.values(group, "model")}
+    models = {model for group in groups for model in group.values("model")}
     simulated = (sweep["hardware"] or {}).get("device_kind") == "cpu"
     if simulated or not all(model.startswith("alexnet") for model in models):
         return {}
@@ -175,16 +174,16 @@ def curves_caption(curves: dict[str, dict]) -> str:
     )
 
 
-def draw_speedup(groups: list[dict], curves: dict[str, dict]) -> str:
+def draw_speedup(groups: list[Group], curves: dict[str, dict]) -> str:
     """Return speedup by devices, one line per scheme; published curves behind."""
-    title = plots.panel_title(groups[0]["panel"])
+    title = plots.panel_title(groups[0].panel)
     axes = plots.new_axes(3.6, title=title, xlabel="devices", ylabel="speedup")
-    scaled = [group for group in groups if compare.group_speedups(group)]
-    most = max(2, *(group["devices"] for group in scaled))
+    scaled = [group for group in groups if group.speedups()]
+    most = max(2, *(group.devices for group in scaled))
     ends = draw_published(axes, curves, most)
     axes.plot([1, most], [1, most], "--", color="#444444", linewidth=1, label="ideal")
-    for scheme in plots.schemes_of(scaled):
-        draw_scheme(axes, scheme, [group for group in scaled if group["parallelism"] == scheme])
+    for scheme in plots.in_order(group.parallelism for group in scaled):
+        draw_scheme(axes, scheme, [group for group in scaled if group.parallelism == scheme])
     plots.set_log2_scales(axes)
     axes.set_xlim(0.93, most * (1.3 if curves else 1.08))
     write_letters(axes, ends)
@@ -203,13 +202,13 @@ def draw_published(axes: Axes, curves: dict[str, dict], most: int) -> list[tuple
     return ends
 
 
-def draw_scheme(axes: Axes, scheme: str, groups: Sequence[dict]) -> None:
+def draw_scheme(axes: Axes, scheme: str, groups: Sequence[Group]) -> None:
     """Draw a scheme's speedups, and a line through the best on each number of devices."""
     gains = []
     best: dict[int, float] = {}
     for group in groups:
-        speedups = compare.group_speedups(group)
-        devices, gain = group["devices"], sum(speedups) / len(speedups)
+        speedups = group.speedups()
+        devices, gain = group.devices, sum(speedups) / len(speedups)
         gains.append((devices, gain))
         best[devices] = max(gain, best.get(devices, gain))
     colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)
@@ -231,12 +230,12 @@ def write_letters(axes: Axes, ends: Sequence[tuple]) -> None:
 # ---- Predictions
 
 
-def prediction_chart(sweep: dict, groups: list[dict]) -> Chart:
+def prediction_chart(sweep: dict, groups: list[Group]) -> Chart:
     """Return the chart of predicted steps beside measured ones."""
     found: dict[str, list[tuple[float, float]]] = {}
     for group in groups:
         if pair := predicted_and_measured(group):
-            found.setdefault(group["parallelism"], []).append(pair)
+            found.setdefault(group.parallelism, []).append(pair)
     errors = [
         abs(predicted / measured - 1) for own in found.values() for predicted, measured in own
     ]
@@ -248,10 +247,10 @@ def prediction_chart(sweep: dict, groups: list[dict]) -> Chart:
     return Chart("Predicted and measured steps", [draw_predictions(found)], caption)
 
 
-def predicted_and_measured(group: dict) -> tuple[float, float] | None:
+def predicted_and_measured(group: Group) -> tuple[float, float] | None:
     """Return a group's predicted and measured milliseconds per step, None without both."""
-    predicted = compare.average(group, "predicted_milliseconds")
-    measured = compare.average(group, "step_milliseconds", "median")
+    predicted = group.average("predicted_milliseconds")
+    measured = group.average("step_milliseconds", "median")
     return (predicted, measured) if predicted and measured else None
 
 

@@ -10,7 +10,7 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from cnn_spmd.report.canvas import Axes, Figure, matplotlib, ticker
 
@@ -113,9 +113,9 @@ def panel_title(panel: str) -> str:
     return textwrap.fill(textwrap.shorten(panel, 100, placeholder=" …"), 56)
 
 
-def schemes_of(groups: Sequence[dict]) -> list[str]:
-    """Return the schemes of groups, those that a config defines last."""
-    found = {group["parallelism"] for group in groups}
+def in_order(schemes: Iterable[str]) -> list[str]:
+    """Return each scheme once, those that a config defines last."""
+    found = set(schemes)
     return [scheme for scheme in SCHEMES if scheme in found] + sorted(found - SCHEMES.keys())
 
 

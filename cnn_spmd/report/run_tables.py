@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from cnn_spmd.report import compare, settings, text
+from cnn_spmd.report.compare import Group
 from cnn_spmd.report.settings import Overview
 from cnn_spmd.report.text import Block, Heading, Paragraph
 from cnn_spmd.training import runfiles
@@ -64,71 +65,69 @@ def metric_text(name: str, numbers: Sequence[float]) -> str:
 # ---- Runs compared
 
 
-def comparison_blocks(groups: Sequence[dict], overview: Overview) -> list[Block]:
+def comparison_blocks(groups: Sequence[Group], overview: Overview) -> list[Block]:
     """Return the table of groups, and the panels that have no one-device run."""
     if not groups:
         return []
-    metrics = runfiles.registered_metrics(run["figures"] for each in groups for run in each["runs"])
+    metrics = runfiles.registered_metrics(run["figures"] for each in groups for run in each.runs)
     rows = [comparison_row(group, overview.split, metrics, overview.target) for group in groups]
-    one_device = all(group["devices"] == 1 for group in groups)
+    one_device = all(group.devices == 1 for group in groups)
     if one_device:
         rows = [row | dict.fromkeys(OF_MESHES, "") for row in rows]
     table = text.table_of(rows)
     legend = " ".join(said for column, said in LEGEND.items() if column in table.header)
     blocks = [Heading(3, "Runs compared"), table, Paragraph(legend)]
-    alone = dict.fromkeys(group["panel"] for group in groups if group["base"] is None)
+    alone = dict.fromkeys(group.panel for group in groups if group.base is None)
     if alone and not one_device:
         blocks.append(Paragraph(f"No one-device run, so no speedup: {'; '.join(alone)}."))
     return blocks
 
 
 def comparison_row(
-    group: dict, split: str = "test", metrics: Sequence[str] = (), target: float | None = None
+    group: Group, split: str = "test", metrics: Sequence[str] = (), target: float | None = None
 ) -> dict[str, str]:
     """Return a group's cells by column.
 
     split, target: as of settings.Overview. metrics: the names of the registered ones.
     """
-    gains = compare.group_speedups(group)
+    gains = group.speedups()
     ring, theory = moved_bytes(group)
     return {
-        "mesh": compare.mesh_name(group["mesh"]),
-        "parallelism": group["parallelism"],
-        "batch and settings": group["panel"],
-        "n": str(len(group["runs"])),
-        **result_cells(group["runs"], ["accuracy", *metrics], split, target),
+        "mesh": compare.mesh_name(group.mesh),
+        "parallelism": group.parallelism,
+        "batch and settings": group.panel,
+        "n": str(len(group.runs)),
+        **result_cells(group.runs, ["accuracy", *metrics], split, target),
         "step, ms (p10 to p90)": step_text(group),
-        "predicted, ms": text.optional(compare.average(group, "predicted_milliseconds"), 3),
+        "predicted, ms": text.optional(group.average("predicted_milliseconds"), 3),
         "speedup": text.mean_and_deviation(gains, 2),
-        "efficiency, %": f"{100 * statistics.mean(gains) / group['devices']:.1f}" if gains else "",
+        "efficiency, %": f"{100 * statistics.mean(gains) / group.devices:.1f}" if gains else "",
         "parameters and optimizer, MB per device": f"{held_bytes(group) / 1e6:,.1f}",
         "ring MB per step": text.optional(ring, 1, 1e-6),
         "theory": text.optional(theory, 1, 1e-6),
-        "hidden, %": text.optional(compare.average(group, "hidden_share"), 0, 100),
+        "hidden, %": text.optional(group.average("hidden_share"), 0, 100),
     }
 
 
-def step_text(group: dict) -> str:
+def step_text(group: Group) -> str:
     """Return the median, 10th and 90th percentile of a group's step time, in ms."""
     names = ("median", "p10", "p90")
-    times = {name: compare.average(group, "step_milliseconds", name) for name in names}
+    times = {name: group.average("step_milliseconds", name) for name in names}
     if None in times.values():
         return ""
     return "{median:,.3f} ({p10:,.3f} to {p90:,.3f})".format(**times)
 
 
-def held_bytes(group: dict) -> float:
+def held_bytes(group: Group) -> float:
     """Return the bytes of parameters and optimizer state per device."""
-    sizes = [run["figures"]["bytes_per_device"].values() for run in group["runs"]]
+    sizes = [run["figures"]["bytes_per_device"].values() for run in group.runs]
     return statistics.mean(sum(size or 0 for size in row) for row in sizes)
 
 
-def moved_bytes(group: dict) -> tuple[float | None, float | None]:
+def moved_bytes(group: Group) -> tuple[float | None, float | None]:
     """Return the ring bytes per device and step, as compiled and by the closed form."""
-    ring, theory = (
-        compare.average(group, name) for name in ("ring_bytes", "closed_form_ring_bytes")
-    )
-    micro_batches = any(run["figures"].get("dense_microbatch", 1) for run in group["runs"])
+    ring, theory = (group.average(name) for name in ("ring_bytes", "closed_form_ring_bytes"))
+    micro_batches = any(run["figures"].get("dense_microbatch", 1) for run in group.runs)
     # Older runs, which have no closed form for the variable batch, counted one micro-batch only.
     return (None if theory is None and micro_batches else ring), theory
 
