@@ -98,8 +98,7 @@ def draw_speeds(predictions: Sequence[dict], axes: Axes, batches: str) -> None:
     for scheme in plots.in_order(row["parallelism"] for row in own):
         same = [row for row in own if row["parallelism"] == scheme]
         speeds = [per_device(row) / alone for row in same]
-        colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)
-        look = dict(color=colour, marker=marker, linestyle=line, markersize=4)
+        look = dict(markersize=4, **plots.look_of(scheme))
         axes.plot([row["devices"] for row in same], speeds, label=scheme, **look)
     axes.set_xlabel("GPUs")
     axes.set_ylabel("images/s per GPU, relative")

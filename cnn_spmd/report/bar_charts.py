@@ -53,7 +53,7 @@ class Bars(NamedTuple):
 
 
 def bar_charts(sweep: dict, groups: list[Group]) -> list[Chart]:
-    """Return the charts of step time, bytes moved and memory, without those of no group."""
+    """Return the charts of step time, bytes moved and memory; one of no group has no pictures."""
     timed = [group for group in groups if group.average("images_per_second")]
     read = [group for group in groups if group.figures["collectives"] is not None]
     unread = [run["name"] for group in groups if group not in read for run in group.runs]
@@ -61,7 +61,7 @@ def bar_charts(sweep: dict, groups: list[Group]) -> list[Chart]:
     moved_caption = f"{MOVED_CAPTION} {compiled}"
     if unread:
         moved_caption += f" Without a report on the program: {captions.names_text(unread)}."
-    made = [
+    return [
         Chart(
             "Step time",
             draw_panels(timed, step_bars),
@@ -70,7 +70,6 @@ def bar_charts(sweep: dict, groups: list[Group]) -> list[Chart]:
         Chart("Bytes moved by collectives", draw_panels(read, moved_bars), moved_caption),
         Chart("Memory per device", draw_panels(groups, held_bars), f"{HELD_CAPTION} {compiled}"),
     ]
-    return [chart for chart in made if chart.pictures]
 
 
 def draw_panels(groups: list[Group], bars_of: Callable[[list[Group]], Bars]) -> list[str]:

@@ -23,12 +23,9 @@ def mesh_charts(sweep: dict) -> list[Chart]:
     vary = len({(group.mesh, group.parallelism) for group in groups}) > 1
     if not vary and all(group.devices == 1 for group in groups):
         return []
-    drawn = []
+    drawn = bar_charts.bar_charts(sweep, groups)
     if vary:
-        drawn.append(throughput_chart(sweep, groups))
-    if vary and any(group.speedups() for group in groups):
-        drawn.append(speedup_chart(sweep, groups))
-    drawn += bar_charts.bar_charts(sweep, groups)
+        drawn = [throughput_chart(sweep, groups), speedup_chart(sweep, groups), *drawn]
     if vary and any(map(predicted_and_measured, groups)):
         drawn.append(prediction_chart(sweep, groups))
     drawn = [chart for chart in drawn if chart.pictures]
@@ -71,11 +68,7 @@ def throughput_chart(sweep: dict, groups: list[Group]) -> Chart:
 
 def without_base(groups: Sequence[Group]) -> str:
     """Return which panels have no one-device run; "" for none."""
-    alone = [
-        panel[0].panel
-        for panel in compare.panels_of(groups)
-        if not any(group.speedups() for group in panel)
-    ]
+    alone = dict.fromkeys(group.panel for group in groups if group.base is None)
     if not alone:
         return ""
     return f" There is no one-device run, so no ideal and no speedup, with: {'; '.join(alone)}."
@@ -92,19 +85,10 @@ def draw_throughput(groups: list[Group]) -> str:
         offset = (number - (len(schemes) - 1) / 2) * 0.7 / len(schemes)
         members = [group for group in groups if group.parallelism == scheme]
         timed = [group for group in members if group.values("images_per_second")]
+        places = [meshes.index(group.mesh) + offset for group in timed]
         rates = [group.average("images_per_second") for group in timed]
-        colour, marker, _ = plots.SCHEMES.get(scheme, plots.OTHER)
-        axes.errorbar(
-            [meshes.index(group.mesh) + offset for group in timed],
-            rates,
-            yerr=error_bars(timed, rates),
-            fmt=marker,
-            color=colour,
-            markersize=5,
-            elinewidth=1,
-            capsize=2,
-            label=scheme,
-        )
+        look = plots.look_of(scheme) | dict(linestyle="none", markersize=5, elinewidth=1, capsize=2)
+        axes.errorbar(places, rates, yerr=error_bars(timed, rates), label=scheme, **look)
     axes.set_xticks(range(len(meshes)), list(map(compare.mesh_name, meshes)))
     axes.set_xlim(-0.5, len(meshes) - 0.5)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
@@ -140,14 +124,13 @@ def error_bars(groups: Sequence[Group], rates: Sequence[float]) -> list[list[flo
 def speedup_chart(sweep: dict, groups: list[Group]) -> Chart:
     """Return the chart of speedups beside the published ones."""
     curves = comparable_curves(sweep, groups)
-    panels = compare.panels_of(groups)
-    scaled = [panel for panel in panels if any(group.speedups() for group in panel)]
+    panels = compare.panels_of([group for group in groups if group.speedups()])
     caption = (
         "Throughput relative to the one-device run with the same settings, both scales "
         "logarithmic; a line joins each scheme's fastest meshes."
         f"{without_base(groups)}{curves_caption(curves)} {captions.timed_caption(sweep, groups)}"
     )
-    return Chart("Speedup", [draw_speedup(panel, curves) for panel in scaled], caption)
+    return Chart("Speedup", [draw_speedup(panel, curves) for panel in panels], caption)
 
 
 def comparable_curves(sweep: dict, groups: Sequence[Group]) -> dict[str, dict]:
@@ -178,12 +161,16 @@ def draw_speedup(groups: list[Group], curves: dict[str, dict]) -> str:
     """Return speedup by devices, one line per scheme; published curves behind."""
     title = plots.panel_title(groups[0].panel)
     axes = plots.new_axes(3.6, title=title, xlabel="devices", ylabel="speedup")
-    scaled = [group for group in groups if group.speedups()]
-    most = max(2, *(group.devices for group in scaled))
+    most = max(2, *(group.devices for group in groups))
     ends = draw_published(axes, curves, most)
     axes.plot([1, most], [1, most], "--", color="#444444", linewidth=1, label="ideal")
-    for scheme in plots.in_order(group.parallelism for group in scaled):
-        draw_scheme(axes, scheme, [group for group in scaled if group.parallelism == scheme])
+    for scheme in plots.in_order(group.parallelism for group in groups):
+        same = [group for group in groups if group.parallelism == scheme]
+        gains = sorted((group.devices, statistics.mean(group.speedups())) for group in same)
+        best = dict(gains)  # of each number of devices, the last is the best
+        look = dict(markersize=5, **plots.look_of(scheme))
+        axes.plot(*zip(*gains, strict=True), **look | dict(linestyle="none"))
+        axes.plot(list(best), list(best.values()), label=scheme, **look)
     plots.set_log2_scales(axes)
     axes.set_xlim(0.93, most * (1.3 if curves else 1.08))
     write_letters(axes, ends)
@@ -194,27 +181,10 @@ def draw_published(axes: Axes, curves: dict[str, dict], most: int) -> list[tuple
     """Draw the curves up to `most` GPUs; return GPUs, speedup, letter of their ends."""
     ends = []
     for letter, curve in curves.items():
-        points = {
-            gpus: gain for gpus, gain in published.curve_speedups(curve).items() if gpus <= most
-        }
-        axes.plot(list(points), list(points.values()), color="#aaaaaa", linewidth=0.8)
-        ends.append((max(points), points[max(points)], letter))
+        points = [point for point in published.curve_speedups(curve).items() if point[0] <= most]
+        axes.plot(*zip(*points, strict=True), color="#aaaaaa", linewidth=0.8)
+        ends.append((*points[-1], letter))
     return ends
-
-
-def draw_scheme(axes: Axes, scheme: str, groups: Sequence[Group]) -> None:
-    """Draw a scheme's speedups, and a line through the best on each number of devices."""
-    gains = []
-    best: dict[int, float] = {}
-    for group in groups:
-        speedups = group.speedups()
-        devices, gain = group.devices, sum(speedups) / len(speedups)
-        gains.append((devices, gain))
-        best[devices] = max(gain, best.get(devices, gain))
-    colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)
-    axes.plot(*zip(*gains, strict=True), marker, color=colour, markersize=5)
-    look = dict(marker=marker, color=colour, linestyle=line, markersize=5, label=scheme)
-    axes.plot(*zip(*sorted(best.items()), strict=True), **look)
 
 
 def write_letters(axes: Axes, ends: Sequence[tuple]) -> None:
@@ -262,8 +232,8 @@ def draw_predictions(found: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     axes = plots.new_axes(3.6, xlabel="measured step, ms", ylabel="predicted step, ms")
     for scheme, pairs in found.items():
         predicted, measured = zip(*pairs, strict=True)
-        colour, marker, _ = plots.SCHEMES.get(scheme, plots.OTHER)
-        axes.plot(measured, predicted, marker, color=colour, markersize=5, alpha=0.7, label=scheme)
+        look = plots.look_of(scheme) | dict(linestyle="none", markersize=5, alpha=0.7)
+        axes.plot(measured, predicted, label=scheme, **look)
     times = np.concatenate([*found.values()])
     ends = [0.9 * times.min(), 1.1 * times.max()]
     axes.plot(ends, ends, "--", color="#444444", linewidth=1, label="equal")

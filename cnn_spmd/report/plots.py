@@ -119,6 +119,11 @@ def in_order(schemes: Iterable[str]) -> list[str]:
     return [scheme for scheme in SCHEMES if scheme in found] + sorted(found - SCHEMES.keys())
 
 
+def look_of(scheme: str) -> dict:
+    """Return the colour, marker and line style of a scheme, as matplotlib takes them."""
+    return dict(zip(("color", "marker", "linestyle"), SCHEMES.get(scheme, OTHER), strict=True))
+
+
 def set_log2_scales(axes: Axes) -> None:
     """Make both scales logarithmic, with numbers such as 1,024 at powers of two."""
     for scale_axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
