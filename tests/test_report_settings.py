@@ -159,8 +159,7 @@ def test_settings_that_vary_and_those_that_change_with_them():
     ]
     combos = settings.combinations(runs, found)
     assert [len(combination.runs) for combination in combos] == [1, 1, 1, 1]
-    overview = settings.Overview(found, combos, "accuracy", None, "test", False)
-    assert overview.legend_text(combos[0].values) == "epochs=10, name=b"
+    assert settings.legend_text(combos[0].values) == "epochs=10, name=b"
     assert settings.main_metric(runs, found) == "accuracy"
     of_speed = [each for each in found if each.name == "seed"] + [
         settings.Setting("parallelism", "parallelism", ["data", "fsdp"], [])

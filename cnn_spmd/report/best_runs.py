@@ -174,10 +174,13 @@ def best_row(combination: Combination, overview: Overview) -> dict[str, str]:
     """Return a combination's cells by column; lone runs have a table of their settings."""
     runs = combination.having(overview.metric)
     metrics = [] if overview.metric == SPEED else ["accuracy", "loss"]
-    row = {} if overview.is_of_lone_runs else overview.labelled(combination.values)
-    row |= {"n": str(len(runs))}
-    row |= run_tables.result_cells(runs, metrics, overview.split, overview.target)
-    return row | dict(run=overview.name_of(combination) if overview.is_of_lone_runs else "")
+    alone, values = overview.is_of_lone_runs, combination.values.items()
+    return {
+        **({} if alone else {label: compare.value_text(value) for label, value in values}),
+        "n": str(len(runs)),
+        **run_tables.result_cells(runs, metrics, overview.split, overview.target),
+        "run": overview.name_of(combination) if alone else "",
+    }
 
 
 # ---- All sweeps

@@ -152,10 +152,10 @@ def looks_of(overview: Overview) -> Looks:
     of_seed = dict(zip(seeds, of_seeds, strict=False)) if len(seeds) <= len(of_seeds) else {}
     legend: dict[str, dict] = {}
     if len(order) > 1:
-        if names := overview.legend_title(order[0].values):
+        if names := settings.legend_title(order[0].values):
             legend[f"{names}:"] = dict(linestyle="none")
         for combination, look in zip(order[:coloured], looks, strict=False):
-            legend[overview.legend_text(combination.values)] = look
+            legend[settings.legend_text(combination.values)] = look
     if others:
         legend[f"{others} others"] = grey
     legend |= {f"seed {seed}": dict(color="#777777") | look for seed, look in of_seed.items()}

@@ -61,16 +61,16 @@ def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> C
     pictures, floor, any_grey = [], floor_of(combos, metric), False
     summary = "the best mean" if higher_is_better(metric) else "the mean"
     for setting in shown:
-        lines = lines_against(setting, overview, metric)
+        lines = lines_against(setting, combos, metric)
         if grey := len(lines) > len(plots.LOOKS):
             any_grey = True
-            means = summaries([setting.name], combos, metric)
+            means = summaries([setting], combos, metric)
             lines = [line._replace(label="other settings") for line in lines]
             lines.append(Line(summary, {value: [mean] for (value,), mean in means.items()}))
         if lines:
             pictures.append(draw_against(setting, lines, label, grey, floor))
     for across, down in itertools.combinations(shown, 2):
-        means = summaries([across.name, down.name], combos, metric)
+        means = summaries([across, down], combos, metric)
         # A map with more holes than cells compares nothing.
         if 2 * len(means) > len(across.values) * len(down.values):
             pictures.append(draw_heat_map(across, down, means, label))
@@ -118,15 +118,15 @@ def floor_of(combos: Sequence[Combination], metric: str) -> float | None:
 # ---- Against one setting
 
 
-def lines_against(setting: Setting, overview: Overview, metric: str) -> list[Line]:
+def lines_against(setting: Setting, combos: Sequence[Combination], metric: str) -> list[Line]:
     """Return a line per combination of the other settings, if it has two points."""
     lines: dict[tuple, Line] = {}
-    for combination in overview.combinations:
+    for combination in combos:
         numbers = [compare.factor_of(metric) * number for number in combination.numbers(metric)]
         others = dict(combination.values)
-        value = others.pop(setting.name)
+        value = others.pop(setting.label)
         if numbers and value is not None:
-            new = Line(overview.legend_text(others), {})
+            new = Line(settings.legend_text(others), {})
             line = lines.setdefault(tuple(map(str, others.values())), new)
             line.values[str(value)] = numbers
     return [line for line in lines.values() if len(line.values) > 1]
@@ -242,7 +242,7 @@ def value_text(value: Any) -> str:
 
 
 def summaries(
-    names: Sequence[str], combos: Sequence[Combination], metric: str
+    shown: Sequence[Setting], combos: Sequence[Combination], metric: str
 ) -> dict[tuple[str, ...], float]:
     """Return one number for all combinations with the same values of these settings.
 
@@ -252,7 +252,7 @@ def summaries(
     found: dict[tuple[str, ...], list[float]] = {}
     for combination in combos:
         if numbers := combination.numbers(metric):
-            key = tuple(str(combination.values[name]) for name in names)
+            key = tuple(str(combination.values[each.label]) for each in shown)
             found.setdefault(key, []).append(compare.factor_of(metric) * statistics.mean(numbers))
     choose = max if higher_is_better(metric) else statistics.mean
     return {key: choose(means) for key, means in found.items()}

@@ -6,7 +6,7 @@ every setting but the seed. Runs are those of load.load_sweeps.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cnn_spmd.report import batch_scaling, captions, compare
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """The runs that differ in nothing but their seed; values: by the settings' names."""
+    """The runs that differ in nothing but their seed; values: by the settings' labels."""
 
     values: dict[str, Any]
     runs: list[dict]
@@ -68,31 +68,11 @@ class Overview(NamedTuple):
         """Return what the runs are ranked by in words: "test accuracy" or "images/s"."""
         return "images/s" if self.metric == SPEED else f"{self.split} accuracy"
 
-    def labelled(self, values: dict[str, Any]) -> dict[str, str]:
-        """Return label -> text of the value, for the values of settings by name."""
-        labels = {each.name: each.label for each in self.settings}
-        return {labels[name]: compare.value_text(value) for name, value in values.items()}
-
-    def values_text(self, values: dict[str, Any]) -> str:
-        """Return "mesh=4x2, learning_rate=0.1" for the values of settings by name."""
-        labelled = self.labelled(values).items()
-        return ", ".join(f"{label}={value}" for label, value in labelled if value)
-
     def name_of(self, combination: Combination) -> str:
         """Return what sets a combination apart: the names of lone runs, or a sweep's settings."""
         if self.is_of_lone_runs:
             return captions.names_text([run["name"] for run in combination.runs])
-        return self.values_text(combination.values)
-
-    def legend_title(self, values: dict[str, Any]) -> str:
-        """Return the labels of settings, joined, where a legend has no room for each in a line."""
-        return ", ".join(self.labelled(values)) if len(values) > MOST_NAMED else ""
-
-    def legend_text(self, values: dict[str, Any]) -> str:
-        """Return the values of settings as a line of a legend; without what legend_title has."""
-        if self.legend_title(values):
-            return ", ".join(self.labelled(values).values())
-        return self.values_text(values)
+        return values_text(combination.values)
 
 
 def overview(sweep: dict, target_error: float | None) -> Overview:
@@ -168,9 +148,27 @@ def combinations(runs: Sequence[dict], settings: Sequence[Setting]) -> list[Comb
     """Return the combinations of the settings' values that runs have, as they come."""
     found: dict[tuple, Combination] = {}
     for run in runs:
-        values = {each.name: value_of(run, each.name) for each in settings if each.name != "seed"}
+        values = {each.label: value_of(run, each.name) for each in settings if each.name != "seed"}
         found.setdefault(tuple(map(str, values.values())), Combination(values, [])).runs.append(run)
     return list(found.values())
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """Return "mesh=4x2, learning_rate=0.1" for a combination's values."""
+    texts = {label: compare.value_text(value) for label, value in values.items()}
+    return ", ".join(f"{label}={text}" for label, text in texts.items() if text)
+
+
+def legend_title(values: Mapping[str, Any]) -> str:
+    """Return the labels of settings, joined, where a legend has no room for each in a line."""
+    return ", ".join(values) if len(values) > MOST_NAMED else ""
+
+
+def legend_text(values: Mapping[str, Any]) -> str:
+    """Return a combination's values as a line of a legend; without what legend_title has."""
+    if legend_title(values):
+        return ", ".join(map(compare.value_text, values.values()))
+    return values_text(values)
 
 
 def list_text(values: Sequence) -> str:
@@ -232,7 +230,7 @@ def at_edges(combination: Combination, overview: Overview) -> str:
         is_tuned = each.name not in ("seed", "data.validation")
         if not is_tuned or not all(map(is_number, each.values)):
             continue
-        value = combination.values[each.name]
+        value = combination.values[each.label]
         for word, edge in (("smallest", each.values[0]), ("largest", each.values[-1])):
             if value == edge:
                 said.append((each.label, word))
