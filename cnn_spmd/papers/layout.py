@@ -1,10 +1,17 @@
-"""Lay out the pages of results/ as Markdown."""
+"""Lay out the pages of results/ as Markdown.
 
+The text of a page is its template in results/templates, with names in braces for what is made from
+results/data: tables, numbers, and whole sections that are there only with their data.
+"""
+
+import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cnn_spmd.papers.summaries import DATA
+from cnn_spmd.report.text import markdown_table
 
+TEMPLATES = DATA.parent / "templates"
 COMMAND = "python -m cnn_spmd.papers --write"
 HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
 HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
@@ -16,6 +23,18 @@ ROUNDED = """Runs in bfloat16 whose file lists the fast form `cast_once` were ma
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 
+def filled_in(template: str, **fields: object) -> str:
+    """Return the text of a template with its fields filled in and its prose wrapped.
+
+    template: the name of a file in results/templates. Besides `fields`, it may name head,
+    about_data and seeds.
+    """
+    text = (TEMPLATES / template).read_text()
+    fields |= dict(head=HEAD, about_data=about_data(), seeds=SEEDS)
+    return joined(*text.format(**fields).split("\n\n"))
+
+
+@functools.cache
 def about_data() -> str:
     """Return what all pages say of the files in results/data."""
     texts = (path.read_text() for path in DATA.rglob("*.json"))
@@ -23,9 +42,15 @@ def about_data() -> str:
     return f"{HARDWARE} {ROUNDED}" if is_rounded else HARDWARE
 
 
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows, which are cells by column, as a Markdown table."""
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def joined(*parts: str) -> str:
     """Return the parts of a page with blank lines between, prose wrapped."""
-    return "\n\n".join(part if is_laid_out(part) else filled(part) for part in parts if part) + "\n"
+    found = filter(None, map(str.strip, parts))
+    return "\n\n".join(part if is_laid_out(part) else filled(part) for part in found) + "\n"
 
 
 def filled(text: str) -> str:
@@ -35,8 +60,8 @@ def filled(text: str) -> str:
 
 
 def is_laid_out(part: str) -> bool:
-    """Return whether a part's line breaks matter: a heading, table, picture or HTML."""
-    return part.startswith(("#", "|", "!", "<"))
+    """Return whether a part's line breaks matter: a heading, table, picture, HTML or code."""
+    return part.startswith(("#", "|", "!", "<", "```"))
 
 
 def commands(text: str, *lines: str) -> str:

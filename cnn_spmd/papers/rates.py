@@ -4,9 +4,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from cnn_spmd.papers import large_batches
-from cnn_spmd.papers.layout import HEAD, about_data, commands, joined
+from cnn_spmd.papers.layout import commands, filled_in, joined, table
 from cnn_spmd.papers.summaries import DATA
-from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
 
 # Batch and learning rate -> errors in %, of one network and rule; None where a run diverged.
@@ -19,30 +18,11 @@ def page() -> str:
         runfiles.read_json(DATA / "rates" / f"{name}.json")["runs"]
         for name in ("claims_2012_relu_tanh", "deeper_cifar")
     )
-    sweep = "python launch.py --config experiments/"
-    return joined(
-        "# Learning rates that were tried",
-        HEAD,
-        about_data(),
-        "## ReLU and tanh",
-        """Epochs to 25% training error on CIFAR-10, one seed on one H100; -: not within 20 epochs.
-        relu was then run at 0.02, and tanh at 0.03, between the two rates that tie.""",
-        rates_table(claims, "claims_2012_", epochs_text),
-        commands(
-            "The same for :tanh.",
-            f"{sweep}claims_2012_cifar.py:relu --config.epochs=20"
-            " --sweep optimizer.learning_rate=.005,.01,.02,.05,.1",
-        ),
-        "## Networks of different depth",
-        """Test accuracy in % on CIFAR-10, one H200; one value per seed. All networks were then run
-        at 0.25, the best rate from one_convolution on.""",
-        rates_table(deeper, "deeper_", lambda run: f"{100 * run['eval']['accuracy']:.2f}"),
-        commands(
-            "The same for the other networks.",
-            f"{sweep}deeper_cifar.py:vgg_16 --config.seed=9"
-            " --sweep optimizer.learning_rate=.05,.1,.25",
-        ),
-        *search_section(load_search()),
+    return filled_in(
+        "rates.md",
+        relu_tanh=rates_table(claims, "claims_2012_", epochs_text),
+        deeper=rates_table(deeper, "deeper_", lambda run: f"{100 * run['eval']['accuracy']:.2f}"),
+        large_batches=search_section(load_search()),
     )
 
 
@@ -59,11 +39,13 @@ def rates_table(runs: Sequence[dict], prefix: str, value_of: Callable[[dict], st
         name = run["experiment"].removeprefix(prefix)
         cells.setdefault((name, large_batches.rate_of(run)), []).append(value_of(run))
     rates = sorted({rate for _, rate in cells})
-    rows = [
-        [name, *("; ".join(cells.get((name, rate), [])) for rate in rates)]
-        for name in dict.fromkeys(name for name, _ in cells)
-    ]
-    return markdown_table(["variant", *(f"rate {rate:g}" for rate in rates)], rows)
+    return table(
+        [
+            {"variant": name}
+            | {f"rate {rate:g}": "; ".join(cells.get((name, rate), [])) for rate in rates}
+            for name in dict.fromkeys(name for name, _ in cells)
+        ]
+    )
 
 
 # ---- Large batches
@@ -99,33 +81,32 @@ def best_rates(runs: Iterable[dict]) -> large_batches.BestRates:
     }
 
 
-def search_section(runs: Sequence[dict]) -> list[str]:
-    """Return the section on the search; [] without runs."""
+def search_section(runs: Sequence[dict]) -> str:
+    """Return the section on the search; "" without runs."""
     if not runs:
-        return []
+        return ""
     held_out = max(run["config"]["data"]["validation"] for run in runs)
-    epochs, seeds = max(run["epochs"] for run in runs), len({run["seed"] for run in runs})
-    machines = large_batches.machines_of(runs)
-    parts = [
-        "## Large batches",
-        f"""Error in % on {held_out:,} images of CIFAR-10 that are held out of training, after
-        {epochs:g} epochs on {machines}; n is {seeds}. The rate is that of batch 128: at batch B it
-        is multiplied by B / 128 for linear, and by (B / 128)^0.75 for lars and larc. The best of
-        each row is bold. Diverged: the loss or the weights became infinite or NaN.
-        [batches.md](batches.md) has the runs at the best rates.""",
-    ]
-    lines = []
+    epochs = max(run["epochs"] for run in runs)
+    parts, lines = [], []
     for experiment, batches in sorted(by_rate(runs).items()):
         parts += [f"### {large_batches.names_of(experiment)[1]}", search_table(batches)]
         variant = experiment.removeprefix(large_batches.CIFAR)
         sizes = ",".join(map(str, sorted(batches)))
         rates = ",".join(f"{rate:g}" for rate in rates_of(batches))
         lines.append(
-            f"{large_batches.LAUNCH}:{variant} --config.epochs={epochs:g}"
-            f" --config.data.validation={held_out}"
+            f"python launch.py --config experiments/large_batch_cifar.py:{variant}"
+            f" --config.epochs={epochs:g} --config.data.validation={held_out}"
             f" --sweep batch_size={sizes} --sweep optimizer.learning_rate={rates}"
         )
-    return [*parts, commands("A sweep per network and rule.", *lines)]
+    return filled_in(
+        "large_batches_rates.md",
+        held_out=held_out,
+        epochs=epochs,
+        machines=large_batches.machines_of(runs),
+        n=len({run["seed"] for run in runs}),
+        searches=joined(*parts),
+        commands=commands("A sweep per network and rule.", *lines),
+    )
 
 
 def rates_of(batches: Search) -> list[float]:
@@ -135,15 +116,15 @@ def rates_of(batches: Search) -> list[float]:
 
 def search_table(batches: Search) -> str:
     """Return errors by batch and learning rate, the best of each row bold."""
-    rates, rows = rates_of(batches), []
+    rows = []
     for batch, errors in sorted(batches.items()):
         best = best_rate(errors)
-        cells = {rate: large_batches.errors_text(own) for rate, own in errors.items()}
-        if best is not None:
-            cells[best] = f"**{cells[best]}**"
-        found = (cells.get(rate, "") for rate in rates)
-        rows.append([f"{batch:,}", *found, best_text(best, sorted(errors))])
-    return markdown_table(["batch", *(f"rate {rate:g}" for rate in rates), "best rate"], rows)
+        row = {"batch": f"{batch:,}"}
+        for rate in rates_of(batches):
+            cell = large_batches.errors_text(errors[rate]) if rate in errors else ""
+            row[f"rate {rate:g}"] = f"**{cell}**" if rate == best else cell
+        rows.append(row | {"best rate": best_text(best, sorted(errors))})
+    return table(rows)
 
 
 def best_text(best: float | None, tried: Sequence[float]) -> str:

@@ -24,9 +24,14 @@ NEEDED = ("experiment", "seed", "dataset", "device_kind", "devices", "mesh", "ep
 def load_results(folder: pathlib.Path = DATA) -> list[dict]:
     """Return all runs in `folder`, its claims/ and, with their speedup, its sweeps/."""
     runs = load_single_runs(folder)
-    for path in sorted((folder / "sweeps").glob("*.json")):
-        runs += scaled_runs(runfiles.read_json(path))
+    for sweep in load_folder(folder / "sweeps"):
+        runs += scaled_runs(sweep)
     return runs
+
+
+def load_folder(folder: pathlib.Path) -> list[dict]:
+    """Return the JSON files in a folder, in the order of their names."""
+    return [runfiles.read_json(path) for path in sorted(folder.glob("*.json"))]
 
 
 def load_single_runs(folder: pathlib.Path = DATA) -> list[dict]:
