@@ -516,7 +516,7 @@ def test_the_headline_table_fits_readme():
 def test_the_headline_goes_between_readmes_markers():
     readme = f"a\n{headline.BEGIN}old\ntable\n{headline.END}\nb\n"
     table = headline.headline_table()
-    assert headline.with_headline(readme) == f"a\n{headline.BEGIN}{table}\n{headline.END}\nb\n"
+    assert headline.with_headline(readme) == f"a\n{headline.BEGIN}{table}{headline.END}\nb\n"
     assert headline.with_headline("no markers") == "no markers"
 
 
