@@ -30,12 +30,13 @@ from cnn_spmd import plan
 from cnn_spmd.analysis import cost
 from cnn_spmd.analysis.cost import Card
 from cnn_spmd.data.dataset import Dataset, blank_arrays
+from cnn_spmd.papers import predictions
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 from cnn_spmd.training.prediction import Prediction, predict
 from cnn_spmd.training.provenance import provenance
 from experiments.alexnet_cifar import get_config
 
-DATA = pathlib.Path(__file__).resolve().parent.parent / "results" / "data"
 SWEEPS = {
     "alexnet-224-2xh200": "h200",
     "alexnet-224-2xh200-schemes": "h200",
@@ -57,10 +58,7 @@ def main() -> None:
         card = with_steps(cost.load(card_name), runs)
         rows = [beside(run, card, cost.load(card_name)) for run in runs if run["mesh"] != "1x1"]
         write(name, card, rows, sweep=name)
-        errors = [
-            abs(row["predicted_milliseconds"] / row["measured_milliseconds"] - 1) for row in rows
-        ]
-        print(f"{name}: median error {statistics.median(errors):.2%}, worst {max(errors):.2%}")
+        print(f"{name}: median error {predictions.errors_text(rows)}")
     arrays = blank_arrays(dict(train=128 * DEVICES[-1], test=64), SIDE)
     data = Dataset(name="synthetic", class_names=tuple(map(str, range(CLASSES))), **arrays)
     card = cost.load("h100")
