@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from cnn_spmd.papers import published, summaries
-from cnn_spmd.papers.layout import filled_in, table
+from cnn_spmd.papers.layout import filled_in, grid, table
 from cnn_spmd.report import batch_scaling, compare, text
 from cnn_spmd.report.text import mean_and_deviation
 
@@ -54,14 +54,14 @@ def errors_of(runs: Sequence[dict]) -> Errors:
 
 def errors_table(errors: Errors, setting_name: str) -> str:
     """Return errors by data, setting and batch, a column for each batch."""
-    batches = sorted({batch for *_, batch in errors})
-    rows = []
-    for data, setting in dict.fromkeys((data, setting) for data, setting, _ in errors):
-        found = {f"batch {batch}": errors.get((data, setting, batch), []) for batch in batches}
-        counts = dict.fromkeys(str(len(own)) for own in found.values() if own)
-        cells = {name: errors_text(own) for name, own in found.items()}
-        rows.append({"data": data, setting_name: setting, "n": "/".join(counts), **cells})
-    return table(rows)
+    counts = collections.defaultdict(list)
+    for data, setting, batch in sorted(errors, key=lambda key: key[2]):
+        counts[data, setting].append(str(len(errors[data, setting, batch])))
+    cells = {
+        (data, setting, "/".join(dict.fromkeys(counts[data, setting])), batch): errors_text(own)
+        for (data, setting, batch), own in errors.items()
+    }
+    return grid(["data", setting_name, "n"], "batch {}", cells)
 
 
 def errors_text(errors: Sequence[float | None]) -> str:

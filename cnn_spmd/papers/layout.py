@@ -47,6 +47,18 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
+def grid(names: Sequence[str], column: str, cells: Mapping[tuple, str]) -> str:
+    """Return texts as a Markdown table: the last part of a key is the column, the rest the row.
+
+    names: the titles of the row's parts. column: the format of the other titles, such as
+    "batch {}". A cell without a text is empty.
+    """
+    columns = sorted({key[-1] for key in cells})
+    rows = dict.fromkeys(key[:-1] for key in cells)
+    texts = [[*row, *(cells.get((*row, each), "") for each in columns)] for row in rows]
+    return markdown_table([*names, *map(column.format, columns)], texts)
+
+
 def joined(*parts: str) -> str:
     """Return the parts of a page with blank lines between, prose wrapped."""
     found = filter(None, map(str.strip, parts))

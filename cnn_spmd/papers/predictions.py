@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cnn_spmd.papers import published
-from cnn_spmd.papers.layout import filled_in, table
+from cnn_spmd.papers.layout import filled_in, grid, table
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
@@ -20,7 +20,6 @@ SCHEMES, FOUR_GPUS = "alexnet-224-2xh200-schemes", "alexnet-224-4xh200"
 SWEEPS = ("ahead-2xh200", SCHEMES, "alexnet-224-2xh200", FOUR_GPUS)
 # Files of papers' curves -> the name of the paper's system.
 SYSTEMS = {"optcnn": "OptCNN", "flexflow": "FlexFlow", "tensorflow": "TensorFlow"}
-GPUS = (2, 4, 8, 16)
 
 
 def page() -> str:
@@ -65,25 +64,24 @@ def percent(predicted: float, measured: float) -> str:
     return f"{100 * (predicted / measured - 1):+.1f}"
 
 
+def milliseconds(row: dict, digits: int) -> str:
+    """Return measured and predicted milliseconds, and the error; or those predicted alone."""
+    predicted, measured = row["predicted_milliseconds"], row.get("measured_milliseconds")
+    if measured is None:
+        return f"{predicted:.{digits}f}"
+    return f"{measured:.{digits}f}, {predicted:.{digits}f} ({percent(predicted, measured)} %)"
+
+
 # ---- Our sweeps
 
 
 def predictions_table(predictions: Sequence[dict]) -> str:
-    """Return measured and predicted milliseconds by mesh, scheme and batch.
-
-    What is not measured has its prediction alone.
-    """
-    batches = sorted({row["batch_per_device"] for row in predictions})
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for row in predictions:
-        predicted = row["predicted_milliseconds"]
-        text = f"{predicted:.3f}"
-        if measured := row.get("measured_milliseconds"):
-            text = f"{measured:.3f}, {text} ({percent(predicted, measured)} %)"
-        mesh, scheme = row["mesh"], row["parallelism"]
-        cells = {"mesh": mesh, "scheme": scheme} | {f"{batch} per GPU": "" for batch in batches}
-        rows.setdefault((mesh, scheme), cells)[f"{row['batch_per_device']} per GPU"] = text
-    return table(list(rows.values()))
+    """Return measured and predicted milliseconds by mesh, scheme and batch."""
+    cells = {
+        (row["mesh"], row["parallelism"], row["batch_per_device"]): milliseconds(row, 3)
+        for row in predictions
+    }
+    return grid(["mesh", "scheme"], "{} per GPU", cells)
 
 
 def prediction_errors(predictions: Sequence[dict]) -> str:
@@ -218,24 +216,13 @@ def one_weird_trick_table() -> str:
 
 
 def curves_table() -> str:
-    """Return a row per curve: by number of GPUs measured, predicted and error."""
-    rows = []
+    """Return measured and predicted milliseconds of the papers' curves by number of GPUs."""
+    cells = {}
     for name, system in SYSTEMS.items():
-        predictions = load_predictions(name)
-        for scheme in dict.fromkeys(row["parallelism"] for row in predictions):
-            same = {row["devices"]: row for row in predictions if row["parallelism"] == scheme}
-            row = {"system": system, "scheme": scheme}
-            row["batch per GPU"] = str(same[GPUS[0]]["batch_per_device"])
-            rows.append(row | {f"{gpus} GPUs": curve_cell(same.get(gpus)) for gpus in GPUS})
-    return table(rows)
-
-
-def curve_cell(row: dict | None) -> str:
-    """Return milliseconds measured and predicted, and the error; "" for no row."""
-    if row is None:
-        return ""
-    measured, predicted = row["measured_milliseconds"], row["predicted_milliseconds"]
-    return f"{measured:.0f}, {predicted:.0f} ({percent(predicted, measured)} %)"
+        for row in load_predictions(name):
+            batch = str(row["batch_per_device"])
+            cells[system, row["parallelism"], batch, row["devices"]] = milliseconds(row, 0)
+    return grid(["system", "scheme", "batch per GPU"], "{} GPUs", cells)
 
 
 def paleo_errors() -> list[str]:

@@ -1,10 +1,11 @@
 """Make results/rates.md: the learning rates that were tried."""
 
+import collections
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from cnn_spmd.papers import large_batches
-from cnn_spmd.papers.layout import commands, filled_in, joined, table
+from cnn_spmd.papers.layout import commands, filled_in, grid, joined, table
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 
@@ -34,18 +35,12 @@ def epochs_text(run: dict) -> str:
 
 def rates_table(runs: Sequence[dict], prefix: str, value_of: Callable[[dict], str]) -> str:
     """Return a value by experiment (without its prefix) and learning rate."""
-    cells: dict[tuple[str, float], list[str]] = {}
+    values = collections.defaultdict(list)
     for run in runs:
         name = run["experiment"].removeprefix(prefix)
-        cells.setdefault((name, large_batches.rate_of(run)), []).append(value_of(run))
-    rates = sorted({rate for _, rate in cells})
-    return table(
-        [
-            {"variant": name}
-            | {f"rate {rate:g}": "; ".join(cells.get((name, rate), [])) for rate in rates}
-            for name in dict.fromkeys(name for name, _ in cells)
-        ]
-    )
+        values[name, large_batches.rate_of(run)].append(value_of(run))
+    cells = {key: "; ".join(own) for key, own in values.items()}
+    return grid(["variant"], "rate {:g}", cells)
 
 
 # ---- Large batches
