@@ -151,7 +151,6 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", MOST_DEVICES)
     code = provenance()  # asked first: the files make the checkout differ from its commit
-    FOLDER.mkdir(parents=True, exist_ok=True)
     dgx1 = cost.load("p100")
     nodes = with_one_link_per_node(dgx1)
     for name, content in (

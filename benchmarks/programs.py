@@ -91,22 +91,19 @@ def config_of(case: Case) -> ml_collections.ConfigDict:
     """Return the config of a case."""
     config = get_config()
     data, model = case.mesh
+    batch_size = max(1024, 16 * data * model)
+    images = dict(
+        image_size=case.image_size, classes=CLASSES[case.image_size], train_examples=batch_size
+    )
     config.update(
         dict(
-            batch_size=max(1024, 16 * data * model),
+            batch_size=batch_size,
             parallelism=case.parallelism,
             dtype="float32",
             collectives_in_flight=case.in_flight,
             mesh=dict(data=data, model=model),
             model=dict(name=case.model),
-        )
-    )
-    config.data.name = "synthetic"
-    config.data.synthetic.update(
-        dict(
-            image_size=case.image_size,
-            classes=CLASSES[case.image_size],
-            train_examples=config.batch_size,
+            data=dict(name="synthetic", synthetic=images),
         )
     )
     return config
@@ -117,7 +114,6 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     # Asked first: the files that are written make the checkout differ from its commit.
     code = provenance()
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for case in cases():
         devices = None
         if case.compiler != "cpu":

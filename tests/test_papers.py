@@ -453,9 +453,9 @@ def test_the_search_of_rates_for_large_batches():
     diverged = run(1024, 0.4, 0.9, status="non-finite", epochs=2.0)
     runs = [run(1024, 0.2, 0.5), run(1024, 0.1, 0.75), diverged, run(128, 0.2, 0.75)]
     runs += [run(128, 0.4, 0.8), run(128, 0.1, 0.7), run(8192, 0.1, 0.1, status="non-finite")]
-    assert not rates.search_section([])
-    _, text, title, table, closed = rates.search_section(runs).split("\n\n", 4)
-    assert "Error in % on 5,000 images" in text
+    fields = rates.search_fields(runs)
+    assert (fields["held_out"], fields["epochs"], fields["machines"]) == (5000, 30.0, "1 x H200")
+    title, table = fields["searches"].split("\n\n")
     assert title == "### AlexNet-BN, lars"
     assert table.splitlines() == [
         "| batch | rate 0.1 | rate 0.2 | rate 0.4 | best rate |",
@@ -464,7 +464,7 @@ def test_the_search_of_rates_for_large_batches():
         "| 1,024 | **25.00** | 50.00 | diverged | 0.1, the smallest tried |",
         "| 8,192 | diverged |  |  | none |",
     ]
-    command = " ".join(closed.replace("\\\n", "").split())
+    command = " ".join(fields["commands"].replace("\\\n", "").split())
     assert (
         ":lars_bn --config.epochs=30 --config.data.validation=5000 --sweep"
         " batch_size=128,1024,8192 --sweep optimizer.learning_rate=0.1,0.2,0.4 ```" in command

@@ -106,9 +106,7 @@ def section(runs: Sequence[dict], best: BestRates) -> str:
 
 
 def rates_text(runs: Sequence[dict], best: BestRates) -> str:
-    """Say whether runs have the best rates of a search; "" without a search."""
-    if not best:
-        return ""
+    """Say whether runs have the best rates of the search."""
     others = {
         f"{', '.join(names_of(run['experiment']))} at batch {run['batch_size']:,}"
         for run in runs

@@ -23,7 +23,7 @@ def page() -> str:
         "rates.md",
         relu_tanh=rates_table(claims, "claims_2012_", epochs_text),
         deeper=rates_table(deeper, "deeper_", lambda run: f"{100 * run['eval']['accuracy']:.2f}"),
-        large_batches=search_section(load_search()),
+        **search_fields(load_search()),
     )
 
 
@@ -47,9 +47,8 @@ def rates_table(runs: Sequence[dict], prefix: str, value_of: Callable[[dict], st
 
 
 def load_search() -> list[dict]:
-    """Return the runs of the search; [] where it is not made."""
-    path = DATA / "rates" / "large_batch_cifar.json"
-    return runfiles.read_json(path)["runs"] if path.exists() else []
+    """Return the runs of the search for the rates of large batches."""
+    return runfiles.read_json(DATA / "rates" / "large_batch_cifar.json")["runs"]
 
 
 def by_rate(runs: Iterable[dict]) -> dict[str, Search]:
@@ -76,10 +75,8 @@ def best_rates(runs: Iterable[dict]) -> large_batches.BestRates:
     }
 
 
-def search_section(runs: Sequence[dict]) -> str:
-    """Return the section on the search; "" without runs."""
-    if not runs:
-        return ""
+def search_fields(runs: Sequence[dict]) -> dict[str, object]:
+    """Return what the page's template names of the search."""
     held_out = max(run["config"]["data"]["validation"] for run in runs)
     epochs = max(run["epochs"] for run in runs)
     parts, lines = [], []
@@ -93,8 +90,7 @@ def search_section(runs: Sequence[dict]) -> str:
             f" --config.epochs={epochs:g} --config.data.validation={held_out}"
             f" --sweep batch_size={sizes} --sweep optimizer.learning_rate={rates}"
         )
-    return filled_in(
-        "large_batches_rates.md",
+    return dict(
         held_out=held_out,
         epochs=epochs,
         machines=large_batches.machines_of(runs),
