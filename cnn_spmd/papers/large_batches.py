@@ -97,7 +97,6 @@ def section(runs: Sequence[dict], best: BestRates) -> str:
         machines=machines_of(runs),
         rates=rates_text(runs, best),
         imagenette="" if has_imagenette else "Imagenette was not run in these batches.",
-        picture=PICTURE,
         margin=MARGIN,
         guessing=GUESSING,
         claims=claims_table(errors),

@@ -45,7 +45,6 @@ def page() -> str:
         estimates={name: estimates_table(rows) for name, rows in of_one_gpu.items()},
         estimate_errors={name: estimate_errors(rows) for name, rows in of_one_gpu.items()},
         devices=devices_table(load_predictions("devices")),
-        picture=DEVICES,
         one_weird_trick=one_weird_trick_table(),
         published=published,
         paleo_errors=", ".join(paleo_errors()),

@@ -9,8 +9,8 @@ from cnn_spmd.papers.layout import commands, filled_in, grid, joined, table
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 
-# Batch and learning rate -> errors in %, of one network and rule; None where a run diverged.
-Search = dict[int, dict[float, list[float | None]]]
+# Learning rate that was tried -> errors in %, of one network, rule and batch; None where a run diverged.
+Tried = dict[float, list[float | None]]
 
 
 def page() -> str:
@@ -51,16 +51,16 @@ def load_search() -> list[dict]:
     return runfiles.read_json(DATA / "rates" / "large_batch_cifar.json")["runs"]
 
 
-def by_rate(runs: Iterable[dict]) -> dict[str, Search]:
-    """Return the errors of a search by experiment, batch and learning rate."""
-    found: dict[str, Search] = {}
+def by_rate(runs: Iterable[dict]) -> dict[tuple[str, int], Tried]:
+    """Return the errors of a search by experiment and batch, and then by learning rate."""
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in runs:
-        errors = found.setdefault(run["experiment"], {}).setdefault(run["batch_size"], {})
-        errors.setdefault(large_batches.rate_of(run), []).append(large_batches.error_of(run))
+        errors = found[run["experiment"], run["batch_size"]]
+        errors[large_batches.rate_of(run)].append(large_batches.error_of(run))
     return found
 
 
-def best_rate(errors: dict[float, list[float | None]]) -> float | None:
+def best_rate(errors: Tried) -> float | None:
     """Return the rate of the lowest mean error, of rates with which no run diverged."""
     means = {rate: statistics.mean(own) for rate, own in errors.items() if None not in own}
     return min(means, key=means.get, default=None)
@@ -68,11 +68,7 @@ def best_rate(errors: dict[float, list[float | None]]) -> float | None:
 
 def best_rates(runs: Iterable[dict]) -> large_batches.BestRates:
     """Return the best rate of each experiment and batch of a search."""
-    return {
-        (experiment, batch): best_rate(errors)
-        for experiment, batches in by_rate(runs).items()
-        for batch, errors in batches.items()
-    }
+    return {key: best_rate(errors) for key, errors in by_rate(runs).items()}
 
 
 def search_fields(runs: Sequence[dict]) -> dict[str, object]:
@@ -80,10 +76,12 @@ def search_fields(runs: Sequence[dict]) -> dict[str, object]:
     held_out = max(run["config"]["data"]["validation"] for run in runs)
     epochs = max(run["epochs"] for run in runs)
     parts, lines = [], []
-    for experiment, batches in sorted(by_rate(runs).items()):
+    found = sorted(by_rate(runs).items())
+    for experiment in dict.fromkeys(experiment for (experiment, _), _ in found):
+        batches = {batch: errors for (name, batch), errors in found if name == experiment}
         parts += [f"### {large_batches.names_of(experiment)[1]}", search_table(batches)]
         variant = experiment.removeprefix(large_batches.CIFAR)
-        sizes = ",".join(map(str, sorted(batches)))
+        sizes = ",".join(map(str, batches))
         rates = ",".join(f"{rate:g}" for rate in rates_of(batches))
         lines.append(
             f"python launch.py --config experiments/large_batch_cifar.py:{variant}"
@@ -100,15 +98,15 @@ def search_fields(runs: Sequence[dict]) -> dict[str, object]:
     )
 
 
-def rates_of(batches: Search) -> list[float]:
+def rates_of(batches: dict[int, Tried]) -> list[float]:
     """Return the rates that any batch was tried with."""
     return sorted({rate for errors in batches.values() for rate in errors})
 
 
-def search_table(batches: Search) -> str:
+def search_table(batches: dict[int, Tried]) -> str:
     """Return errors by batch and learning rate, the best of each row bold."""
     rows = []
-    for batch, errors in sorted(batches.items()):
+    for batch, errors in batches.items():
         best = best_rate(errors)
         row = {"batch": f"{batch:,}"}
         for rate in rates_of(batches):
