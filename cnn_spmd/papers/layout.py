@@ -36,7 +36,7 @@ def filled_in(template: str, **fields: object) -> str:
 
 @functools.cache
 def about_data() -> str:
-    """Return what all pages say of the files in results/data."""
+    """Return what pages with runs say of the files in results/data."""
     texts = (path.read_text() for path in DATA.rglob("*.json"))
     is_rounded = any('"cast_once"' in text and '"bfloat16"' in text for text in texts)
     return f"{HARDWARE} {ROUNDED}" if is_rounded else HARDWARE

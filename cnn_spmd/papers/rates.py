@@ -9,7 +9,7 @@ from cnn_spmd.papers.layout import commands, filled_in, grid, joined, table
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 
-# Learning rate that was tried -> errors in %, of one network, rule and batch; None where a run diverged.
+# Learning rate -> errors in %, of one network, rule and batch; None where a run diverged.
 Tried = dict[float, list[float | None]]
 
 
