@@ -13,7 +13,7 @@ from cnn_spmd.report.text import markdown_table
 
 TEMPLATES = DATA.parent / "templates"
 COMMAND = "python -m cnn_spmd.papers --write"
-HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
+HEAD = f"Generated from [data/](data) and [templates/](templates) by `{COMMAND}`; do not edit."
 HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
     config, commit, versions, hardware and seed."""
 # Such runs lost the low 16 bits of each weight of a small layer at every step.
