@@ -1,7 +1,7 @@
 """Lay out the pages of results/ as Markdown.
 
-The text of a page is its template in results/templates, with names in braces for what is made from
-results/data: tables, numbers, and whole sections that are there only with their data.
+The text of a page is its template in results/templates. Names in braces stand for what is made
+from results/data: tables, numbers, and sections that are there only with their data.
 """
 
 import functools
@@ -48,10 +48,10 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def grid(names: Sequence[str], column: str, cells: Mapping[tuple, str]) -> str:
-    """Return texts as a Markdown table: the last part of a key is the column, the rest the row.
+    """Return texts as a Markdown table, by the row and the column in their keys.
 
-    names: the titles of the row's parts. column: the format of the other titles, such as
-    "batch {}". A cell without a text is empty.
+    The last part of a key is the column, the others are the row and its first cells. names: their
+    titles. column: the format of the other titles, such as "batch {}". Other cells are empty.
     """
     columns = sorted({key[-1] for key in cells})
     rows = dict.fromkeys(key[:-1] for key in cells)
@@ -72,7 +72,7 @@ def filled(text: str) -> str:
 
 
 def is_laid_out(part: str) -> bool:
-    """Return whether a part's line breaks matter: a heading, table, picture, HTML or code."""
+    """Return whether line breaks matter: a heading, table, picture, HTML or code."""
     return part.startswith(("#", "|", "!", "<", "```"))
 
 

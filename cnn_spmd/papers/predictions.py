@@ -64,7 +64,7 @@ def percent(predicted: float, measured: float) -> str:
 
 
 def milliseconds(row: dict, digits: int) -> str:
-    """Return measured and predicted milliseconds, and the error; or those predicted alone."""
+    """Return milliseconds, measured and predicted, and the error; or predicted alone."""
     predicted, measured = row["predicted_milliseconds"], row.get("measured_milliseconds")
     if measured is None:
         return f"{predicted:.{digits}f}"
@@ -102,7 +102,7 @@ def prediction_errors(predictions: Sequence[dict]) -> str:
 
 
 def shipped_card_errors(predictions: Sequence[dict]) -> str:
-    """Return what the errors of most rows are, with this and with the card's step of one GPU."""
+    """Return the errors of most rows, with this and with the card's step of one GPU."""
     rows = [row for row in predictions if row["parallelism"] not in ("model", "spatial")]
     by_card = [
         row | dict(predicted_milliseconds=row["by_shipped_card_milliseconds"]) for row in rows
@@ -215,7 +215,7 @@ def one_weird_trick_table() -> str:
 
 
 def curves_table() -> str:
-    """Return measured and predicted milliseconds of the papers' curves by number of GPUs."""
+    """Return the papers' curves, measured and predicted, by number of GPUs."""
     cells = {}
     for name, system in SYSTEMS.items():
         for row in load_predictions(name):

@@ -52,7 +52,7 @@ def load_search() -> list[dict]:
 
 
 def by_rate(runs: Iterable[dict]) -> dict[tuple[str, int], Tried]:
-    """Return the errors of a search by experiment and batch, and then by learning rate."""
+    """Return the errors of a search by experiment and batch, then by learning rate."""
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in runs:
         errors = found[run["experiment"], run["batch_size"]]
