@@ -142,13 +142,12 @@ def looks_of(overview: Overview) -> Looks:
     """
     best = settings.ranked(overview)
     order = [*best, *(each for each in overview.combinations if each not in best)]
-    colours = [dict(color=colour, marker=marker) for colour, marker in plots.LOOKS]
-    coloured = len(order) if len(order) <= len(colours) else len(colours) - 1
+    coloured = len(order) if len(order) <= len(plots.LOOKS) else len(plots.LOOKS) - 1
     others, grey = len(order) - coloured, dict(color=plots.GREY)
-    looks = [*colours[:coloured], *[grey] * others]
+    looks = [*plots.LOOKS[:coloured], *[grey] * others]
     seeds = [str(seed) for each in overview.settings if each.name == "seed" for seed in each.values]
     # Where one combination is drawn, its seeds have colours; more seeds than looks are alike.
-    of_seeds = colours if len(order) == 1 else [dict(linestyle=style) for style in SEED_LINES]
+    of_seeds = plots.LOOKS if len(order) == 1 else [dict(linestyle=line) for line in SEED_LINES]
     of_seed = dict(zip(seeds, of_seeds, strict=False)) if len(seeds) <= len(of_seeds) else {}
     legend: dict[str, dict] = {}
     if len(order) > 1:

@@ -47,16 +47,16 @@ SCHEMES = {
     "fsdp": ("#7F7F7F", "d", (0, (1, 1))),
 }
 OTHER = ("#222222", "P", (0, (1, 3)))
-# Colour and marker of each combination of settings, or of each seed.
+# Of each combination of settings, or of each seed.
 LOOKS = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#E69F00", "v"),
-    ("#56B4E9", "X"),
-    ("#8C564B", "h"),
-    ("#7F7F7F", "d"),
+    dict(color="#0072B2", marker="o"),
+    dict(color="#D55E00", marker="s"),
+    dict(color="#009E73", marker="^"),
+    dict(color="#CC79A7", marker="D"),
+    dict(color="#E69F00", marker="v"),
+    dict(color="#56B4E9", marker="X"),
+    dict(color="#8C564B", marker="h"),
+    dict(color="#7F7F7F", marker="d"),
 )
 GREY = "#aaaaaa"
 LABEL = dict(textcoords="offset points", fontsize=8)

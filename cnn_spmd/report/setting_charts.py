@@ -147,11 +147,12 @@ def draw_against(
     places = dict(zip(map(str, setting.values), at, strict=True))
     looks = plots.LOOKS
     if grey:
-        looks = [(plots.GREY, "" if numeric else ".")] * (len(lines) - 1) + [plots.LOOKS[0]]
-    for number, (line, (colour, marker)) in enumerate(zip(lines, looks, strict=False)):
+        others = dict(color=plots.GREY, marker="" if numeric else ".")
+        looks = [others] * (len(lines) - 1) + [plots.LOOKS[0]]
+    for number, (line, look) in enumerate(zip(lines, looks, strict=False)):
         # Names have no order that a line could join, but room for markers side by side.
         offset = 0 if numeric or grey else (number - (len(lines) - 1) / 2) * 0.6 / len(lines)
-        look = dict(color=colour, marker=marker, markersize=5, linestyle="-" if numeric else "")
+        look = look | dict(markersize=5, linestyle="-" if numeric else "")
         if not grey or line in (lines[0], lines[-1]):
             look["label"] = line.label
         draw_line(axes, {value: place + offset for value, place in places.items()}, line, look)
