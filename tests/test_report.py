@@ -38,6 +38,7 @@ from cnn_spmd.report import (
     mesh_charts,
     plots,
     run_tables,
+    settings,
     write_report,
 )
 from cnn_spmd.report import page as page_of_report
@@ -183,11 +184,12 @@ def test_predicted_steps_have_a_column_and_a_chart():
 
 def test_runs_that_differ_in_what_they_learn_share_a_point():
     runs = [
-        a_run(mesh, settings={"optimizer.learning_rate": rate})
+        a_run(mesh, settings={"optimizer.learning_rate": rate}) | dict(config={}, metrics=[])
         for mesh in ("1x1", "2x1")
         for rate in (0.1, 0.2)
     ]
-    for chart in mesh_charts.mesh_charts(dict(runs=runs, hardware={}, devices=2)):
+    sweep = dict(runs=runs, hardware={}, devices=2)
+    for chart in mesh_charts.mesh_charts(sweep, settings.overview(sweep, None)):
         assert len(chart.pictures) == 1, chart.title
         assert "n = 1 run (seeds) per point" in chart.caption
         said = "differ in optimizer.learning_rate only, the first counts." in chart.caption

@@ -59,7 +59,7 @@ def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
             Heading(3, "Settings"),
             facts.facts_table(sweep, overview),
             *setting_charts.metric_charts(runs, overview),
-            *mesh_charts.mesh_charts(sweep),
+            *mesh_charts.mesh_charts(sweep, overview),
             *curve_charts.curve_charts(runs, overview),
             *run_tables.comparison_blocks(compare.groups_of(runs), overview),
             *batch_scaling_section.section(sweep, target_error),

@@ -10,15 +10,22 @@ from cnn_spmd.papers import published
 from cnn_spmd.report import bar_charts, captions, compare, plots, settings
 from cnn_spmd.report.canvas import Axes, ticker
 from cnn_spmd.report.compare import Group
+from cnn_spmd.report.settings import Overview
 from cnn_spmd.report.text import Chart
 
 
-def mesh_charts(sweep: dict) -> list[Chart]:
+def mesh_charts(sweep: dict, overview: Overview) -> list[Chart]:
     """Return the charts of speed, bytes and memory by mesh and scheme.
 
-    Speeds are compared where meshes or schemes vary. One device alone has no chart.
+    Speeds are compared where meshes or schemes vary. One device alone has no chart. Runs that
+    differ only in what they learn share a point, and the first of each seed stands for it.
     """
-    runs, dropped = without_learning(sweep["runs"])
+    varied = [name for each in overview.settings for name in (each.name, *each.along)]
+    of_learning = list(filter(settings.is_of_learning, varied))
+    runs = []
+    for run in sweep["runs"]:
+        kept = {name: v for name, v in run["settings"].items() if name not in of_learning}
+        runs.append(run | dict(settings=kept))
     groups = compare.groups_of(runs)
     vary = len({(group.mesh, group.parallelism) for group in groups}) > 1
     if not vary and all(group.devices == 1 for group in groups):
@@ -29,28 +36,10 @@ def mesh_charts(sweep: dict) -> list[Chart]:
     if vary and any(map(predicted_and_measured, groups)):
         drawn.append(prediction_chart(sweep, groups))
     drawn = [chart for chart in drawn if chart.pictures]
-    if dropped:
-        text = f" Where runs differ in {', '.join(dropped)} only, the first counts."
+    if of_learning:
+        text = f" Where runs differ in {', '.join(of_learning)} only, the first counts."
         drawn[0] = drawn[0]._replace(caption=drawn[0].caption + text)
     return drawn
-
-
-def without_learning(runs: Sequence[dict]) -> tuple[list[dict], list[str]]:
-    """Return runs without the settings that change only what is learned.
-
-    So runs that differ in nothing else share a point, and the first of each seed stands for it.
-    Also return the names of those settings that vary.
-    """
-    kept, values = [], {}
-    for run in runs:
-        own = {}
-        for name, value in run["settings"].items():
-            if settings.is_of_learning(name):
-                values.setdefault(name, set()).add(str(value))
-            else:
-                own[name] = value
-        kept.append(run | dict(settings=own))
-    return kept, [name for name, found in values.items() if len(found) > 1]
 
 
 # ---- Throughput

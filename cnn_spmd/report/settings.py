@@ -230,13 +230,10 @@ def at_edges(combination: Combination, overview: Overview) -> str:
         is_tuned = each.name not in ("seed", "data.validation")
         if not is_tuned or not all(map(is_number, each.values)):
             continue
-        value = combination.values[each.label]
-        for word, edge in (("smallest", each.values[0]), ("largest", each.values[-1])):
-            if value == edge:
-                said.append((each.label, word))
-    if len(said) == len(combination.values) == 1:
-        return f"it is the {said[0][1]} value tried"
-    return ", ".join(f"{label} is the {word} value tried" for label, word in said)
+        edges = {each.values[0]: "smallest", each.values[-1]: "largest"}
+        if word := edges.get(combination.values[each.label]):
+            said.append(f"{each.label} is the {word} value tried")
+    return ", ".join(said)
 
 
 # ---- Time to an accuracy
