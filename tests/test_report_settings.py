@@ -258,8 +258,8 @@ def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
     assert "| optimizer.learning_rate | 0.1, 0.3, 1 |" in markdown
     said = (
         "learning_rate=1, 85.00 ± 0.00 % (n = 2); learning_rate is the largest value tried; "
-        "28.00 points above the next, learning_rate=0.3, 57.00 ± 0.00 % (n = 2): the runs of each are alike, "
-        "so no test of significance applies"
+        "28.00 points above the next, learning_rate=0.3, 57.00 ± 0.00 % (n = 2): the runs of each "
+        "are alike, so no test of significance applies"
     )
     assert f"Best validation accuracy: {said}." in markdown
     assert "test accuracy" not in page.lower()
@@ -345,7 +345,8 @@ def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
     assert f"warning: {tmp_path}/report.md: is left out, as it is a file\n" in printed.err
     assert said == [
         "s: Best test accuracy: learning_rate=0.1, 90.00 % (n = 1); "
-        "learning_rate is the smallest value tried; not completed: learning_rate=0.1 (1 of 2 runs) and learning_rate=0.3 (2 of 2 runs)",
+        "learning_rate is the smallest value tried; not completed: learning_rate=0.1 (1 of 2 runs) "
+        "and learning_rate=0.3 (2 of 2 runs)",
         f"a, b: Best test accuracy: a, 50.00 % (n = 1); {next_b}",
         "c: Test accuracy: 50.00 % (n = 1)",
         "Best of all on digits: s, learning_rate=0.1, 90.00 % (n = 1); 40.00 points above the "
