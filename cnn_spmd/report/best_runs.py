@@ -67,7 +67,7 @@ def answer(overview: Overview) -> str:
     if not ranked:
         return ""
     best, named = overview.metric_name, [(overview.name_of(each), each) for each in ranked]
-    shown = metric_text(overview.metric, ranked[0])
+    shown = result_text(overview.metric, ranked[0])
     if ranked[0].values:
         parts = [f"Best {best}: {overview.name_of(ranked[0])}, {shown}"]
     else:
@@ -88,7 +88,7 @@ def answer(overview: Overview) -> str:
     return "; ".join(filter(None, parts))
 
 
-def metric_text(metric: str, combination: Combination) -> str:
+def result_text(metric: str, combination: Combination) -> str:
     """Return "96.11 ± 0.39 % (n = 2)" for a combination, or images/s without a unit."""
     numbers = combination.numbers(metric)
     unit = "" if metric == SPEED else " %"
@@ -111,7 +111,7 @@ def beside_others(
     above = f"{run_tables.metric_text(metric, [gap])} {unit}"
     name, combination = ranked[1]
     said = (
-        f"{above} above {following}, {name}, {metric_text(metric, combination)}: "
+        f"{above} above {following}, {name}, {result_text(metric, combination)}: "
         f"{verdict(best, second)}"
     )
     chances = [p_value(best, numbers) for numbers in further]
@@ -255,7 +255,7 @@ def best_given(data: str, ranked: Sequence[Given]) -> str:
     ]
     named = [(each.name, each.combination) for each in (best, *others)]
     parts = [
-        f"Best of all on {data}: {best.name}, {metric_text(metric, best.combination)}",
+        f"Best of all on {data}: {best.name}, {result_text(metric, best.combination)}",
         beside_others(named, metric, "the best of the others"),
     ]
     return "; ".join(filter(None, parts))
