@@ -164,13 +164,8 @@ def moved_bars(groups: list[Group]) -> Bars:
 
 def held_bars(groups: list[Group]) -> Bars:
     """Return the bytes of parameters and optimizer; ticks: the program's peak."""
-    parts = [
-        {
-            name: (group.average("bytes_per_device", name) or 0.0) / 1e6
-            for name in ("parameters", "optimizer")
-        }
-        for group in groups
-    ]
+    sizes = [group.figures["bytes_per_device"] for group in groups]
+    parts = [{name: (size or 0.0) / 1e6 for name, size in own.items()} for own in sizes]
     return Bars("MB per device", parts, "peak", megabytes(groups, "peak_bytes"))
 
 

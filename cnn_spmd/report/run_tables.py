@@ -92,6 +92,7 @@ def comparison_row(
     """
     gains = group.speedups()
     ring, theory = moved_bytes(group)
+    held = sum(size or 0 for size in group.figures["bytes_per_device"].values())
     return {
         "mesh": compare.mesh_name(group.mesh),
         "parallelism": group.parallelism,
@@ -102,7 +103,7 @@ def comparison_row(
         "predicted, ms": text.optional(group.average("predicted_milliseconds"), 3),
         "speedup": text.mean_and_deviation(gains, 2),
         "efficiency, %": f"{100 * statistics.mean(gains) / group.devices:.1f}" if gains else "",
-        "parameters and optimizer, MB per device": f"{held_bytes(group) / 1e6:,.1f}",
+        "parameters and optimizer, MB per device": f"{held / 1e6:,.1f}",
         "ring MB per step": text.optional(ring, 1, 1e-6),
         "theory": text.optional(theory, 1, 1e-6),
         "hidden, %": text.optional(group.average("hidden_share"), 0, 100),
@@ -116,12 +117,6 @@ def step_text(group: Group) -> str:
     if None in times.values():
         return ""
     return "{median:,.3f} ({p10:,.3f} to {p90:,.3f})".format(**times)
-
-
-def held_bytes(group: Group) -> float:
-    """Return the bytes of parameters and optimizer state per device."""
-    sizes = [run["figures"]["bytes_per_device"].values() for run in group.runs]
-    return statistics.mean(sum(size or 0 for size in row) for row in sizes)
 
 
 def moved_bytes(group: Group) -> tuple[float | None, float | None]:
