@@ -155,7 +155,6 @@ def best_blocks(overview: Overview) -> list[Block]:
     if len(ranked) > BEST:
         title += f" ({BEST} of {len(ranked)} shown)"
     blocks = [Heading(3, title), text.table_of([best_row(each, overview) for each in best])]
-    # max takes the first of equals.
     runs = [
         max(each.having(overview.metric), key=lambda run: compare.numbers([run], overview.metric))
         for each in best
@@ -195,8 +194,8 @@ class Given(NamedTuple):
 
     @property
     def run(self) -> dict:
-        """Return a run that stands for the combination."""
-        return self.combination.runs[0]
+        """Return the completed run that stands for the combination."""
+        return self.combination.completed[0]
 
     @property
     def origin(self) -> str:
@@ -223,9 +222,9 @@ def given_by_data(sweeps: Sequence[dict]) -> dict[str, list[Given]]:
     for sweep in sweeps:
         overview = settings.overview(sweep, None)
         for combination in overview.combinations:
-            done = [run for run in combination.runs if run["status"] == "completed"]
-            given |= {id(run): Given(sweep["title"], overview, combination) for run in done[:1]}
-            completed += done[:1]
+            for run in combination.completed[:1]:
+                given[id(run)] = Given(sweep["title"], overview, combination)
+                completed.append(run)
     shared = {}
     for data, runs in compare.by_data(completed).items():
         found = [given[id(run)] for run in runs]

@@ -38,10 +38,14 @@ class Combination(NamedTuple):
     values: dict[str, Any]
     runs: list[dict]
 
+    @property
+    def completed(self) -> list[dict]:
+        """Return the completed runs."""
+        return [run for run in self.runs if run["status"] == "completed"]
+
     def having(self, metric: str) -> list[dict]:
         """Return the completed runs that have a metric."""
-        completed = [run for run in self.runs if run["status"] == "completed"]
-        return [run for run in completed if compare.numbers([run], metric)]
+        return [run for run in self.completed if compare.numbers([run], metric)]
 
     def numbers(self, metric: str) -> list[float]:
         """Return a metric of each completed run that has it."""
