@@ -53,7 +53,7 @@ class Bars(NamedTuple):
 
 
 def bar_charts(sweep: dict, groups: list[Group]) -> list[Chart]:
-    """Return the charts of step time, bytes moved and memory; one of no group has no pictures."""
+    """Return the charts of step time, bytes moved and memory, of the groups that have them."""
     timed = [group for group in groups if group.average("images_per_second")]
     read = [group for group in groups if group.figures["collectives"] is not None]
     unread = [run["name"] for group in groups if group not in read for run in group.runs]

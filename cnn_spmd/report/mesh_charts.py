@@ -20,11 +20,10 @@ def mesh_charts(sweep: dict, overview: Overview) -> list[Chart]:
     Speeds are compared where meshes or schemes vary. One device alone has no chart. Runs that
     differ only in what they learn share a point, and the first of each seed stands for it.
     """
-    varied = [name for each in overview.settings for name in (each.name, *each.along)]
-    of_learning = list(filter(settings.is_of_learning, varied))
     runs = []
     for run in sweep["runs"]:
-        kept = {name: v for name, v in run["settings"].items() if name not in of_learning}
+        own = run["settings"].items()
+        kept = {name: value for name, value in own if not settings.is_of_learning(name)}
         runs.append(run | dict(settings=kept))
     groups = compare.groups_of(runs)
     vary = len({(group.mesh, group.parallelism) for group in groups}) > 1
@@ -36,7 +35,8 @@ def mesh_charts(sweep: dict, overview: Overview) -> list[Chart]:
     if vary and any(map(predicted_and_measured, groups)):
         drawn.append(prediction_chart(sweep, groups))
     drawn = [chart for chart in drawn if chart.pictures]
-    if of_learning:
+    varied = [name for each in overview.settings for name in (each.name, *each.along)]
+    if of_learning := list(filter(settings.is_of_learning, varied)):
         text = f" Where runs differ in {', '.join(of_learning)} only, the first counts."
         drawn[0] = drawn[0]._replace(caption=drawn[0].caption + text)
     return drawn

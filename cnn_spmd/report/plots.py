@@ -47,7 +47,7 @@ SCHEMES = {
     "fsdp": ("#7F7F7F", "d", (0, (1, 1))),
 }
 OTHER = ("#222222", "P", (0, (1, 3)))
-# Of each combination of settings, or of each seed.
+# Looks of combinations of settings, or of seeds.
 LOOKS = (
     dict(color="#0072B2", marker="o"),
     dict(color="#D55E00", marker="s"),

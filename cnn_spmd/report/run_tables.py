@@ -1,4 +1,4 @@
-"""Make the tables of runs: compared by mesh, scheme and settings, all of them, and profiles."""
+"""Make the tables of runs: those that compare by mesh and scheme, all runs, and profiles."""
 
 import statistics
 from collections.abc import Sequence

@@ -164,12 +164,12 @@ def values_text(values: Mapping[str, Any]) -> str:
 
 
 def legend_title(values: Mapping[str, Any]) -> str:
-    """Return the labels of settings, joined, where a legend has no room for each in a line."""
+    """Return the labels of settings, joined, where a line of a legend has no room for them."""
     return ", ".join(values) if len(values) > MOST_NAMED else ""
 
 
 def legend_text(values: Mapping[str, Any]) -> str:
-    """Return a combination's values as a line of a legend; without what legend_title has."""
+    """Return a combination's values as a line of a legend, without labels that legend_title has."""
     if legend_title(values):
         return ", ".join(map(compare.value_text, values.values()))
     return values_text(values)
