@@ -152,9 +152,9 @@ def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> 
         return config_flags.DEFINE_config_file(
             "config",
             None,
-            "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run. Its "
-            "fields are set with "
-            "--config.FIELD=VALUE; docs/config.md has them all.",
+            "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run, or "
+            "a weights file. Its fields are set with --config.FIELD=VALUE; docs/config.md has them "
+            "all.",
             flag_values=values,
             sys_argv=argv,
         )

@@ -41,8 +41,7 @@ def export(
 
     source: the folder of a run, or a weights file. form: one of FORMS. out: the file to write; None
     stands for that of FORMS in the folder of the run, or of the source file. data_dir: where the
-    run's data set is now, if it has moved. adds: the experiment that adds the network or the data
-    set.
+    run's data set is now, if it has moved. adds: the experiment that adds what the run needs.
     Raises UserError for a network that `form` cannot hold, and as restore.on_one_device.
     """
     is_file = weights.is_file(source)
@@ -171,7 +170,7 @@ def commands(adds: str | None) -> list[str]:
     option = f" --config {adds}" if adds else ""
     again = "train again" if adds else "train it again, with the same config"
     return [
-        *([f"{adds} adds the network or the data set: give its path.", ""] if adds else []),
+        *([f"{adds} adds what the network needs: give its path.", ""] if adds else []),
         "```bash",
         f"# Test it; classify images; {again}.",
         f"python launch.py --workdir FILE --evaluate{option}",
