@@ -258,4 +258,10 @@ def _text_of(error: Exception, argv: Sequence[str]) -> str:
                     configs.refuse_unknown(name.removeprefix("config."), value)
                 except UserError as refused:
                     return f"--config.{refused}"
+            section, _, entry = name.rpartition(".")
+            if text.endswith(f": {entry!r}"):  # of a dict whose names are the user's
+                text = (
+                    f"--{name}={value}: {section} has no {entry} yet, expected all its entries: "
+                    f"--{section}='{{\"{entry}\": {value}}}'"
+                )
     return " ".join(text.split())
