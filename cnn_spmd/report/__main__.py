@@ -1,7 +1,7 @@
 """Write reports on runs and sweeps: `python -m cnn_spmd.report RUN_OR_SWEEP...`.
 
-report.md, report.csv and report.html go into the folder given. Of several folders, the
-first that holds a run gets them.
+report.md, report.csv and report.html go into the folder given. Of several folders, the first that
+holds a run gets them.
 `--pictures RUN` first draws what the run learned (pictures.py).
 """
 
