@@ -275,7 +275,7 @@ def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", runs))
     assert "exposed communication and idle time. Of a CPU." in markdown
     assert "measured by a profile of 20 steps" in page
-    assert "Marked (model), not measured" in page  # the run without a profile
+    assert "Grey bars are not split" in page  # the run without a profile
     expected = [
         runs[1]["name"],
         "20",
@@ -396,7 +396,7 @@ def test_error_bars_are_the_percentiles_of_the_step_time():
 def test_no_point_is_cut_off(monkeypatch):
     seen = []
 
-    def keep_limits(fig, axes, label):
+    def keep_limits(axes, label):
         seen.append(axes.get_ylim())
 
     monkeypatch.setattr(plots, "svg_with_legend", keep_limits)
@@ -409,14 +409,12 @@ def test_no_point_is_cut_off(monkeypatch):
 
 def test_step_time_split():
     def split(**more):
-        return bar_charts.step_split(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
+        return bar_charts.step_parts(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
 
-    kind, parts = split(profile=PROFILE)
-    assert (kind, list(parts.values())) == ("profile", [2.125, 0.625, 0.875, 0.375])
+    parts = split(profile=PROFILE)
+    assert list(parts.values()) == [2.125, 0.625, 0.875, 0.375]
     assert sum(parts.values()) == PROFILE["step_milliseconds"]
-    kind, parts = split(ring_bytes=450_000_000)  # a millisecond over NVLink
-    assert (kind, list(parts.values())) == ("model", [1.0, 255.0])
-    assert split(device_kind="cpu") == split(processes=2) == ("", {"step, not split": 256.0})
+    assert split() == {"step, not split": 256.0}
 
 
 def test_on_a_cpu_nothing_is_split_and_papers_do_not_compare(tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     for text in (
         "Training loss, nats, with label smoothing 0.1",
         "Test loss, nats, without label smoothing",
-        "learning_rate 0.03, dropout 0.5",
+        "learning_rate=0.03, dropout=0.5",
         "seed 1",
     ):
         assert f">{text}</text>" in page
@@ -159,12 +159,13 @@ def test_settings_that_vary_and_those_that_change_with_them():
     ]
     combos = settings.combinations(runs, found)
     assert [len(combination.runs) for combination in combos] == [1, 1, 1, 1]
-    assert settings.label_of(combos[0].values, found) == "epochs 10, name b"
+    overview = settings.Overview(found, combos, "accuracy", None, "test", False)
+    assert overview.legend_text(combos[0].values) == "epochs=10, name=b"
     assert settings.main_metric(runs, found) == "accuracy"
     of_speed = [each for each in found if each.name == "seed"] + [
         settings.Setting("parallelism", "parallelism", ["data", "fsdp"], [])
     ]
-    assert settings.main_metric(runs, of_speed) == settings.SPEED
+    assert settings.main_metric(runs, of_speed) == compare.SPEED
 
 
 def test_a_scale_is_logarithmic_where_the_values_are():

@@ -76,17 +76,14 @@ def refuse(arguments: argparse.Namespace) -> None:
 def draw_and_write(arguments: argparse.Namespace) -> None:
     """Draw the pictures that are asked for, and write a report on the folders given."""
     refuse(arguments)
-    folders, drawn = arguments.folders, []
     if arguments.pictures:
         from cnn_spmd.report import pictures  # imports jax, which a report does not need
 
         if arguments.config:
             experiment.load_file(arguments.config)
-        for folder in folders:
-            drawn += pictures.draw_pictures(folder, arguments.data_dir)
-    for path in drawn:
-        print(path)
-    print(*write_report(folders, arguments.target_error), sep="\n")
+        for folder in arguments.folders:
+            print(*pictures.draw_pictures(folder, arguments.data_dir), sep="\n")
+    print(*write_report(arguments.folders, arguments.target_error), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ MOST_NAMES = 6  # of runs in a caption
 
 def timed_caption(sweep: dict, groups: list[dict]) -> str:
     """Return hardware, number of runs and what is left out, for a chart of times."""
-    left_out = left_out_text(sweep["runs"])
     return (
         f"{compare.hardware_of(sweep)}; {count_text(groups)}. Left out: first chunks (warm-up), "
-        f"compilation, evaluation, checkpoints{left_out}."
+        f"compilation, evaluation, checkpoints{left_out_text(sweep['runs'])}."
     )
 
 
 def compiled_caption(sweep: dict, groups: list[dict]) -> str:
     """Return the same, for a chart of what a compiled program holds or moves."""
     count = count_text(groups, chunks=False)
-    left_out = left_out_text(sweep["runs"])
     return (
         f"From the step as compiled for {compare.hardware_of(sweep)}; {count}. "
-        f"Left out: evaluation{left_out}."
+        f"Left out: evaluation{left_out_text(sweep['runs'])}."
     )
 
 

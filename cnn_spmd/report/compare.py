@@ -34,6 +34,8 @@ NOT_THE_RECIPE = (
     "data.resident",
 )
 
+SPEED = "images_per_second"
+
 
 def recipe(run: dict) -> str:
     """Return what two runs (summary.json) must share to be averaged."""
@@ -139,8 +141,17 @@ def group_speedups(group: dict) -> list[float]:
     return [rate / base for rate in values(group, "images_per_second")]
 
 
-def metric_label(name: str, split: str = "test") -> str:
+def numbers(runs: Sequence[dict], metric: str) -> list[float]:
+    """Return SPEED, or a metric of the last evaluation, of each run that has it."""
+    # Older sweeps have accuracy and loss outside `eval` only.
+    found = (run["figures"] | (run["figures"].get("eval") or {}) for run in runs)
+    return [figures[metric] for figures in found if figures.get(metric) is not None]
+
+
+def metric_label(name: str, split: str) -> str:
     """Return the header of a metric's column, or the label of its axis; split: as of split_of."""
+    if name == SPEED:
+        return "images/s"
     return f"{split} {name}, %" if name in runfiles.SHARES else f"{split} {name}"
 
 

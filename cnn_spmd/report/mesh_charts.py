@@ -2,11 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from cnn_spmd.papers import published
 from cnn_spmd.report import bar_charts, captions, compare, plots, settings
-from cnn_spmd.report.canvas import Axes, Figure, ticker
+from cnn_spmd.report.canvas import Axes, ticker
 from cnn_spmd.report.text import Chart
 
 
@@ -80,8 +82,8 @@ def without_base(groups: Sequence[dict]) -> str:
 
 def draw_throughput(groups: list[dict]) -> str:
     """Return images/s by mesh, one marker per scheme."""
-    fig = Figure(figsize=(plots.WIDTH, 3.2))
-    axes = fig.add_subplot(title=plots.panel_title(groups[0]["panel"]), ylabel="images/s")
+    title = plots.panel_title(groups[0]["panel"])
+    axes = plots.new_axes(3.2, title=title, xlabel="mesh, data x model", ylabel="images/s")
     meshes = list(dict.fromkeys(group["mesh"] for group in groups))
     draw_ideal(axes, groups, meshes)
     schemes = plots.schemes_of(groups)
@@ -105,22 +107,21 @@ def draw_throughput(groups: list[dict]) -> str:
     axes.set_xticks(range(len(meshes)), list(map(compare.mesh_name, meshes)))
     axes.set_xlim(-0.5, len(meshes) - 0.5)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-    axes.set_xlabel("mesh, data x model")
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
-    return plots.svg_with_legend(fig, axes, "Throughput")
+    return plots.svg_with_legend(axes, "Throughput")
 
 
 def draw_ideal(axes: Axes, groups: Sequence[dict], meshes: Sequence[tuple[int, ...]]) -> None:
     """Draw the fastest one-device run's rate times the devices, on each mesh."""
     one_device = [group for group in groups if group["devices"] == 1]
-    rates = [compare.average(group, "images_per_second") for group in one_device]
-    rates = [rate for rate in rates if rate]
-    if rates:
-        ideal = [max(rates) * math.prod(mesh) for mesh in meshes]
-        left = [place - 0.42 for place in range(len(meshes))]
-        right = [place + 0.42 for place in range(len(meshes))]
-        axes.hlines(ideal, left, right, "#777777", "dashed", label="ideal")
+    fastest = max(
+        (compare.average(group, "images_per_second") or 0 for group in one_device), default=0
+    )
+    if fastest:
+        ideal = [fastest * math.prod(mesh) for mesh in meshes]
+        places = np.arange(len(meshes))
+        axes.hlines(ideal, places - 0.42, places + 0.42, "#777777", "dashed", label="ideal")
 
 
 def error_bars(groups: Sequence[dict], rates: Sequence[float]) -> list[list[float]]:
@@ -176,9 +177,8 @@ def curves_caption(curves: dict[str, dict]) -> str:
 
 def draw_speedup(groups: list[dict], curves: dict[str, dict]) -> str:
     """Return speedup by devices, one line per scheme; published curves behind."""
-    fig = Figure(figsize=(plots.WIDTH, 3.6))
     title = plots.panel_title(groups[0]["panel"])
-    axes = fig.add_subplot(title=title, xlabel="devices", ylabel="speedup")
+    axes = plots.new_axes(3.6, title=title, xlabel="devices", ylabel="speedup")
     scaled = [group for group in groups if compare.group_speedups(group)]
     most = max(2, *(group["devices"] for group in scaled))
     ends = draw_published(axes, curves, most)
@@ -188,7 +188,7 @@ def draw_speedup(groups: list[dict], curves: dict[str, dict]) -> str:
     plots.set_log2_scales(axes)
     axes.set_xlim(0.93, most * (1.3 if curves else 1.08))
     write_letters(axes, ends)
-    return plots.svg_with_legend(fig, axes, "Speedup")
+    return plots.svg_with_legend(axes, "Speedup")
 
 
 def draw_published(axes: Axes, curves: dict[str, dict], most: int) -> list[tuple]:
@@ -233,14 +233,19 @@ def write_letters(axes: Axes, ends: Sequence[tuple]) -> None:
 
 def prediction_chart(sweep: dict, groups: list[dict]) -> Chart:
     """Return the chart of predicted steps beside measured ones."""
-    pairs = [predicted_and_measured(group) for group in groups]
-    errors = [abs(predicted / measured - 1) for predicted, measured in filter(None, pairs)]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for group in groups:
+        if pair := predicted_and_measured(group):
+            found.setdefault(group["parallelism"], []).append(pair)
+    errors = [
+        abs(predicted / measured - 1) for own in found.values() for predicted, measured in own
+    ]
     caption = (
         "Each point is a mesh and a scheme. On the line, the predicted step (docs/planning.md) is "
         f"the measured median. Median error {statistics.median(errors):.1%}, worst "
         f"{max(errors):.1%}. {captions.timed_caption(sweep, groups)}"
     )
-    return Chart("Predicted and measured steps", [draw_predictions(groups, pairs)], caption)
+    return Chart("Predicted and measured steps", [draw_predictions(found)], caption)
 
 
 def predicted_and_measured(group: dict) -> tuple[float, float] | None:
@@ -250,23 +255,17 @@ def predicted_and_measured(group: dict) -> tuple[float, float] | None:
     return (predicted, measured) if predicted and measured else None
 
 
-def draw_predictions(groups: Sequence[dict], pairs: Sequence[tuple[float, float] | None]) -> str:
+def draw_predictions(found: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Return predicted over measured milliseconds per step, with the line of equal ones.
 
-    pairs: predicted and measured, for each group; None where there are not both.
+    found: scheme -> predicted and measured, for each mesh.
     """
-    fig = Figure(figsize=(plots.WIDTH, 3.6))
-    axes = fig.add_subplot(xlabel="measured step, ms", ylabel="predicted step, ms")
-    for scheme in plots.schemes_of(groups):
-        own = [
-            pair
-            for group, pair in zip(groups, pairs, strict=True)
-            if pair and group["parallelism"] == scheme
-        ]
-        if own:
-            predicted, measured = zip(*own, strict=True)
-            axes.plot(measured, predicted, "o", markersize=5, alpha=0.7, label=scheme)
-    ends = [time for pair in pairs if pair for time in pair]
-    ends = [0.9 * min(ends), 1.1 * max(ends)]
+    axes = plots.new_axes(3.6, xlabel="measured step, ms", ylabel="predicted step, ms")
+    for scheme, pairs in found.items():
+        predicted, measured = zip(*pairs, strict=True)
+        colour, marker, _ = plots.SCHEMES.get(scheme, plots.OTHER)
+        axes.plot(measured, predicted, marker, color=colour, markersize=5, alpha=0.7, label=scheme)
+    times = np.concatenate([*found.values()])
+    ends = [0.9 * times.min(), 1.1 * times.max()]
     axes.plot(ends, ends, "--", color="#444444", linewidth=1, label="equal")
-    return plots.svg_with_legend(fig, axes, "Predicted and measured steps")
+    return plots.svg_with_legend(axes, "Predicted and measured steps")

@@ -71,6 +71,11 @@ def style() -> Iterator[None]:
         yield
 
 
+def new_axes(height: float, **labels: str) -> Axes:
+    """Return the axes of a new picture; height: in inches. labels: title, xlabel, ylabel."""
+    return Figure(figsize=(WIDTH, height)).add_subplot(**labels)
+
+
 def svg(fig: Figure, label: str) -> str:
     """Return the picture as an <svg> element that scales, for use within a page."""
     buffer = io.StringIO()
@@ -87,8 +92,9 @@ def svg(fig: Figure, label: str) -> str:
     return re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", svg_text, count=1)
 
 
-def svg_with_legend(fig: Figure, axes: Axes, label: str) -> str:
-    """Return the picture with the legend of `axes` below it."""
+def svg_with_legend(axes: Axes, label: str) -> str:
+    """Return the picture that `axes` is a part of, with the legend of `axes` below it."""
+    fig = axes.figure
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         labels = [textwrap.shorten(label, 60, placeholder=" …") for label in labels]
@@ -118,24 +124,3 @@ def set_log2_scales(axes: Axes) -> None:
     for scale_axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         set_scale("log", base=2)
         scale_axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-
-
-def depth(networks: Sequence[tuple[str, int, list[float]]]) -> str:
-    """Return test accuracy by depth, one dot per run.
-
-    networks: label, layers with weights, accuracies in %.
-    """
-    fig = Figure(figsize=(WIDTH, 3.2))
-    axes = fig.add_subplot(xlabel="layers with weights", ylabel="test accuracy, %")
-    for name, layers, accuracies in networks:
-        x = [layers] * len(accuracies)
-        axes.plot(x, accuracies, "o", color="#0072B2", markersize=5, alpha=0.7)
-        rivals = [max(other) for _, depth, other in networks if depth == layers]
-        # Two networks may have one depth: the better one's label is above its dots.
-        above = min(rivals) < max(accuracies)
-        place = (layers, max(accuracies) if above else min(accuracies))
-        align = dict(va="bottom" if above else "top")
-        axes.annotate(name, place, xytext=(4, 4 if above else -4), **align, **LABEL)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.margins(x=0.2, y=0.2)
-    return svg(fig, "Test accuracy by depth")

@@ -49,7 +49,7 @@ def write_report(
             raise UserError(f"{home / name}: cannot be written: {error.strerror}") from error
     lines = []
     for sweep in sweeps:
-        if said := best_runs.answer(sweep, settings.overview(sweep["runs"], target_error)):
+        if said := best_runs.answer(settings.overview(sweep, target_error)):
             lines.append(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
     for data, found in best_runs.given_by_data(sweeps).items():
         lines.append(best_runs.best_given(data, found))
