@@ -660,7 +660,7 @@ def take_saved_config(argv: list[str]) -> None:
         early(argv, known_only=True)
     if not (early.is_parsed() and early.evaluate and early.workdir):
         return
-    source = pathlib.Path(early.workdir).expanduser()
+    source = configs.expanded("--workdir", early.workdir)
     weights.read_saved(source)  # for its errors
     saved = source if weights.is_file(source) else source / "config.json"
     if early.config is not None:
