@@ -185,7 +185,7 @@ def test_a_run_from_before_a_field_resumes(config, tmp_path, new_field, capsys):
     config.epochs = 2
     summary = loop.train(config, tmp_path)
     assert (summary["status"], summary["steps"]) == ("completed", 8)
-    assert f"Resumed {tmp_path} at step 4 on mesh 1x1.\n" in capsys.readouterr().out
+    assert f"Resumed {tmp_path} at step 4 on mesh 1x1, steps 4 -> 8" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["model"]["news"] == 0.5
     config.model.news = 0.7
     with pytest.raises(UserError, match=r"\(model\.news: 0\.5 -> 0\.7\)"):
