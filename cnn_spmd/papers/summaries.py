@@ -74,7 +74,7 @@ def load_given(paths: Sequence[pathlib.Path]) -> tuple[list[dict], list[str]]:
     runs, unfinished, folders = [], [], []
     for given in distinct(path.parent if path.name == "summary.json" else path for path in paths):
         if (given / "sweep.json").exists():
-            sweep = load.load_sweep(given, given.name, notes=[])
+            sweep = load.load_sweep(given, notes=[])
             folders += [given / run["name"] for run in sweep["runs"]]
             for run in scaled_runs(sweep):
                 runs.append(run | dict(folders=[given / name for name in run["names"]]))
