@@ -198,7 +198,7 @@ def parser() -> environment.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("out", metavar="OUT.json", type=pathlib.Path, help="may be an older card")
+    made.add_argument("out", metavar="OUT.json", type=pathlib.Path, help="replaced if it is a card")
     made.add_argument(
         "--config",
         metavar="E",

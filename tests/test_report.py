@@ -663,6 +663,18 @@ def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
     assert all(b"run\\udcff" in path.read_bytes() for path in paths)
 
 
+def test_files_that_no_report_wrote_are_kept(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    names = ("report.md", "report.csv", "report.html")
+    for name in names:
+        (run / name).write_text("somebody's own")
+    for _ in range(2):  # the second report replaces the first one
+        assert report.main([str(run)]) == 0
+    assert {path.name for path in run.glob("*.old*")} == {f"{name}.old" for name in names}
+    assert (run / "report.md.old").read_text() == "somebody's own"
+    assert (run / "report.md").read_text().startswith("# cnn_spmd")
+
+
 def test_a_report_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     """This holds, too, where a FIFO has its name or that of the temporary file."""
     run = write_run(tmp_path / "run")

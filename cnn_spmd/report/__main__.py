@@ -45,7 +45,7 @@ def parser() -> environment.Parser:
     made.add_argument(
         "--config",
         metavar="E",
-        help="with --pictures: the experiment, where it adds a network or data set",
+        help="with --pictures: the experiment, where the run needs what it adds",
     )
     made.add_argument(
         "--target_error",
