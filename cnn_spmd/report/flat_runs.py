@@ -17,7 +17,7 @@ def load_runs(folder: str | os.PathLike) -> list[dict]:
 
     Keys:
       folder: the run's folder, relative to `folder`; "." is `folder` itself.
-      status: completed, interrupted, failed or running; "unfinished" where summary.json is missing
+      status: that of summary.json (docs/running.md); "unfinished" where summary.json is missing
         or damaged.
       reason: why a run is unfinished; only unfinished runs have it.
       config.*: the config as it was resolved, such as config.optimizer.learning_rate.
