@@ -487,7 +487,7 @@ def take_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset
     best = found.predictions[0]
     config.mesh.update(mesh.parse(best.mesh))
     config.parallelism = best.parallelism
-    say(plan.why(found.predictions))
+    say(plan.why(found))
 
 
 def train(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> int:

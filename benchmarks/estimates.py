@@ -12,7 +12,6 @@ are measured steps of programs that have changed much since, and of runs that sh
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from typing import NamedTuple
@@ -25,10 +24,10 @@ from scipy import optimize
 
 import cnn_spmd
 from cnn_spmd.analysis import cost, roofline
-from cnn_spmd.training import prediction
+from cnn_spmd.papers import predictions
+from cnn_spmd.papers.summaries import DATA
+from cnn_spmd.training import prediction, runfiles
 from cnn_spmd.training.provenance import provenance
-
-DATA = pathlib.Path(__file__).resolve().parent.parent / "results" / "data"
 
 
 class Row(NamedTuple):
@@ -119,12 +118,10 @@ def main() -> None:
                 predicted_milliseconds=round(1e3 * seconds, 4),
             )
         )
-        error = found[-1]["predicted_milliseconds"] / found[-1]["measured_milliseconds"] - 1
-        print(f"{row.experiment} {row.batch} {row.card}: {error:+.1%}")
+    print(predictions.estimates_table(found))
     cards = {name: dataclasses.asdict(cost.load(name)) for name in ("h100", "h200")}
     results = dict(predictions=found, cards=cards, **code)
-    path = DATA / "predictions" / "estimates.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    runfiles.write_json(DATA / "predictions" / "estimates.json", results)
 
 
 def program_of(row: Row) -> object:
@@ -155,7 +152,7 @@ def program_of(row: Row) -> object:
 
 def measured(row: Row) -> float:
     """Return the milliseconds of the row's file."""
-    found = json.loads((DATA / row.file).read_text())
+    found = runfiles.read_json(DATA / row.file)
     if row.file == SWEEP:
         times = [
             run["figures"]["step_milliseconds"]["median"]

@@ -17,7 +17,6 @@ dense layer travel in one weird trick:
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,11 +28,12 @@ import jax
 from cnn_spmd.analysis import cost
 from cnn_spmd.analysis.cost import Card, Links
 from cnn_spmd.papers import published
-from cnn_spmd.training import build, prediction, program_report
+from cnn_spmd.papers.summaries import DATA
+from cnn_spmd.training import build, prediction, program_report, runfiles
 from cnn_spmd.training.provenance import provenance
 from experiments.owt_imagenet import get_config
 
-FOLDER = pathlib.Path(__file__).parent.parent / "results" / "data" / "predictions"
+FOLDER = DATA / "predictions"
 MOST_DEVICES = 16
 
 # OptCNN's and FlexFlow's cluster: one 100 Gb/s InfiniBand per node of four GPUs, in bytes/s.
@@ -151,7 +151,6 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", MOST_DEVICES)
     code = provenance()  # asked first: the files make the checkout differ from its commit
-    FOLDER.mkdir(parents=True, exist_ok=True)
     dgx1 = cost.load("p100")
     nodes = with_one_link_per_node(dgx1)
     for name, content in (
@@ -160,7 +159,7 @@ def main() -> None:
         ("flexflow", curves(published.FLEXFLOW, nodes, GPUS_PER_NODE)),
         ("tensorflow", curves(published.TENSORFLOW, dgx1, GPUS_PER_HOST)),
     ):
-        (FOLDER / f"{name}.json").write_text(json.dumps(content | code, indent=1) + "\n")
+        runfiles.write_json(FOLDER / f"{name}.json", content | code)
 
 
 if __name__ == "__main__":

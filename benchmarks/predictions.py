@@ -30,17 +30,14 @@ from cnn_spmd import plan
 from cnn_spmd.analysis import cost
 from cnn_spmd.analysis.cost import Card
 from cnn_spmd.data.dataset import Dataset, blank_arrays
+from cnn_spmd.papers import predictions
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 from cnn_spmd.training.prediction import Prediction, predict
 from cnn_spmd.training.provenance import provenance
 from experiments.alexnet_cifar import get_config
 
-DATA = pathlib.Path(__file__).resolve().parent.parent / "results" / "data"
-SWEEPS = {
-    "alexnet-224-2xh200": "h200",
-    "alexnet-224-2xh200-schemes": "h200",
-    "alexnet-224-4xh200": "h200",
-}
+SWEEPS = ("alexnet-224-2xh200", "alexnet-224-2xh200-schemes", "alexnet-224-4xh200")
 GPUS_PER_HOST = 8
 DEVICES = [2**power for power in range(10)]
 # Batches by name: the global batch for a number of devices.
@@ -52,26 +49,22 @@ def main() -> None:
     """Write all files, and print the errors of the sweeps' predictions."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES[-1])
-    for name, card_name in SWEEPS.items():
+    h100, h200 = cost.load("h100"), cost.load("h200")
+    for name in SWEEPS:
         runs = runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]
-        card = with_steps(cost.load(card_name), runs)
-        rows = [beside(run, card, cost.load(card_name)) for run in runs if run["mesh"] != "1x1"]
+        card = with_steps(h200, runs)
+        rows = [beside(run, card, h200) for run in runs if run["mesh"] != "1x1"]
         write(name, card, rows, sweep=name)
-        errors = [
-            abs(row["predicted_milliseconds"] / row["measured_milliseconds"] - 1) for row in rows
-        ]
-        print(f"{name}: median error {statistics.median(errors):.2%}, worst {max(errors):.2%}")
+        print(f"{name}: median error {predictions.errors_text(rows)}")
     arrays = blank_arrays(dict(train=128 * DEVICES[-1], test=64), SIDE)
     data = Dataset(name="synthetic", class_names=tuple(map(str, range(CLASSES))), **arrays)
-    card = cost.load("h100")
-    write("devices", card, list(best_of_each_scheme(data, card)))
-    card = cost.load("h200")
+    write("devices", h100, list(best_of_each_scheme(data, h100)))
     rows = [
         dict(devices=4, batch_per_device=batch) | found.as_json()
         for batch in (32, 128, 512)
-        for found in planned(data, card, 4, batch * 4)
+        for found in planned(data, h200, 4, batch * 4)
     ]
-    write("unmeasured", card, rows)
+    write("unmeasured", h200, rows)
 
 
 def write(name: str, card: Card, rows: list[dict], **fields: str) -> None:

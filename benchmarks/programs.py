@@ -10,7 +10,6 @@ mesh or a network refuses is left out, with a line that says why.
 """
 
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -28,12 +27,14 @@ import ml_collections
 
 from cnn_spmd.analysis import target
 from cnn_spmd.errors import UserError
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.sharding.table import TABLE
+from cnn_spmd.training import runfiles
 from cnn_spmd.training.dry_run import dry_run
 from cnn_spmd.training.provenance import provenance
 from experiments.alexnet_cifar import get_config
 
-FOLDER = pathlib.Path(__file__).parent.parent / "results" / "data" / "programs"
+FOLDER = DATA / "programs"
 # Image size -> classes.
 CLASSES = {32: 10, 224: 1000}
 # Devices -> meshes. A row that only splits over all devices at once takes Nx1 instead.
@@ -90,22 +91,19 @@ def config_of(case: Case) -> ml_collections.ConfigDict:
     """Return the config of a case."""
     config = get_config()
     data, model = case.mesh
+    batch_size = max(1024, 16 * data * model)
+    images = dict(
+        image_size=case.image_size, classes=CLASSES[case.image_size], train_examples=batch_size
+    )
     config.update(
         dict(
-            batch_size=max(1024, 16 * data * model),
+            batch_size=batch_size,
             parallelism=case.parallelism,
             dtype="float32",
             collectives_in_flight=case.in_flight,
             mesh=dict(data=data, model=model),
             model=dict(name=case.model),
-        )
-    )
-    config.data.name = "synthetic"
-    config.data.synthetic.update(
-        dict(
-            image_size=case.image_size,
-            classes=CLASSES[case.image_size],
-            train_examples=config.batch_size,
+            data=dict(name="synthetic", synthetic=images),
         )
     )
     return config
@@ -116,7 +114,6 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     # Asked first: the files that are written make the checkout differ from its commit.
     code = provenance()
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for case in cases():
         devices = None
         if case.compiler != "cpu":
@@ -130,7 +127,7 @@ def main() -> None:
         for name in ("placement", "activations", "closed_form"):
             del report[name]
         report |= dict(image_size=case.image_size, in_flight=case.in_flight, **code)
-        (FOLDER / f"{case.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        runfiles.write_json(FOLDER / f"{case.name}.json", report)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 Needs NVIDIA GPUs, and torch (pip install torch) or --skip_peer. It first measures the card's own
 bfloat16 matrix rate and copy bandwidth. Then, for each batch, it runs ours.py on each mesh and
 peer.py in each mode, each in a process of its own. It prints a table and writes one JSON file with
-both sides, their ratio, versions and hardware. When a process fails, its reason is recorded and the
-others still run.
+both sides, their ratio, versions and hardware. When a process fails, its reason is printed and
+recorded, and the others still run. The table has the batches that both sides could time.
 
 Exit codes: 0 done; 1 a batch has no time of ours; 2 bad input, or no GPU.
 """
@@ -25,13 +25,19 @@ import subprocess
 import sys
 from typing import NamedTuple, NoReturn
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from cnn_spmd.papers.pytorch import fastest, speed_table
+from cnn_spmd.papers.summaries import DATA
+from cnn_spmd.sharding.table import TABLE
+from cnn_spmd.training import runfiles
+from cnn_spmd.training.provenance import provenance
+
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 # A training step of AlexNet at 224x224 has 714,188,480 multiply-adds per image forward. The
 # gradients of the weights and of the inputs take as many each. The first convolution (70,276,800)
 # needs no gradient of its input. A multiply-add is 2 FLOP.
 FLOP_PER_IMAGE = 2 * (3 * 714_188_480 - 70_276_800)
-SIDES = ("ours", "peer")
 LIMIT = 600  # seconds after which a process is ended; PyTorch's max-autotune takes minutes
 
 
@@ -101,38 +107,6 @@ def timed(command: list[str], matrix_rate: float) -> dict:
     )
 
 
-def best(rows: list[dict], gpus: int) -> dict | None:
-    """Return the fastest row on `gpus` GPUs; None where there is none.
-
-    With several GPUs, our side also has a row on one GPU, which does not count.
-    """
-    return max(
-        (row for row in rows if row.get("gpus") == gpus),
-        key=lambda row: row["images_per_second"],
-        default=None,
-    )
-
-
-def table(batches: list[dict], gpus: int) -> str:
-    """Return a line per batch with the best of both sides, then a line per failure."""
-    lines, failed = [f"batch/GPU  {'ours':<38}{'PyTorch':<32}ratio"], []
-    for row in batches:
-        line = f"{row['batch_per_gpu']:>9}  "
-        for side, width in zip(SIDES, (38, 32), strict=True):
-            top = best(row[side], gpus)
-            text = "-"
-            if top:
-                text = f"{top['images_per_second']:,} {top['matrix_share']:.0%} {top['name']}"
-            line += f"{text:<{width}}"
-            failed += [
-                f"{row['batch_per_gpu']:>9}  {measured['name']}: {measured['error']}"
-                for measured in row[side]
-                if "error" in measured
-            ]
-        lines.append(line + str(row["ratio"] or "-"))
-    return "\n".join(lines + failed)
-
-
 def refuse(reason: object) -> NoReturn:
     """Print why the input is refused, and exit."""
     print(f"error: {reason}", file=sys.stderr)
@@ -174,8 +148,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def our_cases(args: argparse.Namespace) -> list[Case]:
     """Return what --meshes asks for; refuse what it cannot mean."""
-    from cnn_spmd.sharding.table import TABLE
-
     n, found, used = args.gpus, [], set()
     default = "1x1:hybrid"
     if n > 1:
@@ -244,8 +216,6 @@ def check_hardware(args: argparse.Namespace) -> dict:
 
 def describe(args: argparse.Namespace, hardware: dict) -> dict:
     """Return the result before anything is measured: where it comes from."""
-    from cnn_spmd.training.provenance import provenance
-
     wheels = {
         wheel.name: wheel.version
         for wheel in importlib.metadata.distributions()
@@ -268,8 +238,6 @@ def measure(
     args: argparse.Namespace, cases: list[Case], result: dict, output: pathlib.Path
 ) -> None:
     """Run each case for each batch; `result` and its file grow with each measurement."""
-    from cnn_spmd.training import runfiles
-
     matrix_rate = result["hardware"]["matrix_flop_per_second"]
     for batch in args.batches.split(","):
         row = dict(batch_per_gpu=int(batch), ours=[], peer=[], ratio=None)
@@ -278,7 +246,7 @@ def measure(
             measured = timed([*command, f"--batch={batch}"], matrix_rate)
             result["peer_versions"] = measured.pop("versions", result["peer_versions"])
             row[side].append(dict(name=name) | measured)
-            ours, peer = (best(row[side], args.gpus) for side in SIDES)
+            ours, peer = (fastest(row[each], args.gpus) for each in ("ours", "peer"))
             if ours and peer:
                 row["ratio"] = round(ours["images_per_second"] / peer["images_per_second"], 3)
             runfiles.write_json(output, result)
@@ -303,13 +271,12 @@ def main() -> int:
         refuse(f"--batches={args.batches}: expected positive numbers joined by commas")
     hardware = check_hardware(args)
     slug = re.sub(r"\W+", "-", hardware["device_kind"].lower())
-    folder = HERE.parent / "results" / "data" / "speed"
-    output = args.output or folder / f"{slug}-x{args.gpus}.json"
+    output = args.output or DATA / "speed" / f"{slug}-x{args.gpus}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     result = describe(args, hardware)
     measure(args, cases, result, output)
-    print(table(result["batches"], args.gpus), output, sep="\n")
-    return int(not all(best(row["ours"], args.gpus) for row in result["batches"]))
+    print(speed_table([result]), output, sep="\n")
+    return int(not all(fastest(row["ours"], args.gpus) for row in result["batches"]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ JSON file with all repeats and the medians, after each measurement.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
@@ -92,7 +91,7 @@ class Bench:
         summary = workdir / "summary.json"
         if not summary.exists():
             return dict(seconds=seconds) | sweep_figures(workdir)
-        return dict(seconds=seconds) | figures_of(json.loads(summary.read_text()))
+        return dict(seconds=seconds) | figures_of(runfiles.read_json(summary))
 
     def record(self, name: str, row: dict) -> None:
         """Add a measurement, and write the file."""
@@ -136,7 +135,7 @@ def figures_of(summary: dict) -> dict:
 
 def sweep_figures(folder: pathlib.Path) -> dict:
     """Return what sweep.json says of each run's seconds."""
-    sweep = json.loads((folder / "sweep.json").read_text())
+    sweep = runfiles.read_json(folder / "sweep.json")
     runs = sweep["runs"]
     hardware = sweep["hardware"]
     return dict(

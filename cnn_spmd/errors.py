@@ -18,6 +18,10 @@ class UserError(ValueError):
         super().__init__(str(message).replace("\n", r"\n"))
 
 
+class UnevenBatch(UserError):
+    """A batch that does not divide by the devices over which a scheme splits it."""
+
+
 class UnknownName(UserError):
     """A name that is unknown, as long as no experiment adds it.
 

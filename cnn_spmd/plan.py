@@ -22,7 +22,7 @@ from cnn_spmd.analysis import cost, program
 from cnn_spmd.analysis.cost import Card
 from cnn_spmd.config import AUTO, IMAGE_SIZE
 from cnn_spmd.data.dataset import Dataset, Unread, blank_arrays
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UnevenBatch, UserError
 from cnn_spmd.sharding import mesh as meshes
 from cnn_spmd.sharding.table import ALL, TABLE
 from cnn_spmd.training import build
@@ -40,12 +40,14 @@ class Plan(NamedTuple):
     """What the planner found.
 
     title: for whom. predictions: the fastest first, and those that do not fit in memory last.
-    refused: "MESH SCHEME" -> why it has no prediction.
+    refused: "MESH SCHEME" -> why it has no prediction. is_limited: whether some are refused because
+    the global batch does not divide.
     """
 
     title: str
     predictions: list[Prediction]
     refused: dict[str, str]
+    is_limited: bool = False
 
 
 def plan(
@@ -91,7 +93,7 @@ def plan(
             alone = alone or one_device_step(card, setup)
             found.append(predict(setup, card, gpus_per_host, alone))
         except UserError as error:
-            is_of_batch = uneven and "_batch=" in str(error) and "does not divide" in str(error)
+            is_of_batch = uneven and isinstance(error, UnevenBatch)
             refused[f"{name} {scheme}"] = uneven if is_of_batch else str(error)
     if not found:
         reason, *others = dict.fromkeys(refused.values())
@@ -100,12 +102,13 @@ def plan(
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
         raise _nothing_fits(found, card)
+    is_limited = uneven in refused.values()
     title = [
-        *[uneven] * (uneven in refused.values()),
+        *[uneven] * is_limited,
         *_title(setup, card, len(devices), gpus_per_host),
         f"Computing: {alone.origin}",
     ]
-    return Plan("\n".join(map(_wrapped, title)), found, refused)
+    return Plan("\n".join(map(_wrapped, title)), found, refused, is_limited)
 
 
 def stand_in(data: ml_collections.ConfigDict) -> Dataset | None:
@@ -227,7 +230,7 @@ def as_text(plan: Plan) -> Iterator[str]:
         yield f"  and {more} slower rows; --config.parallelism=NAME shows those of one scheme"
     if repeated:
         yield _wrapped(_repetitions(repeated))
-    yield _wrapped(why(plan.predictions))
+    yield _wrapped(why(plan))
     yield from _flags(plan.predictions[0])
     yield from _left_out(plan.refused)
 
@@ -277,10 +280,18 @@ def _several(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
-def why(predictions: Sequence[Prediction]) -> str:
-    """Say what makes the first prediction faster than `data`, and which scheme comes next."""
-    best = predictions[0]
-    text = f"Fastest: {best.mesh} {best.parallelism}, {1e3 * best.terms.step:.3f} ms"
+def why(plan: Plan) -> str:
+    """Say what makes the first prediction faster than `data`, and which scheme comes next.
+
+    Where the batch leaves few meshes and schemes, say among how many it is the fastest.
+    """
+    predictions = plan.predictions
+    best, count = predictions[0], len(predictions)
+    first = "Fastest"
+    if plan.is_limited:
+        first = f"Fastest of the {count} choices" if count > 1 else "The only choice"
+        first += f" that batch_size={best.batch_size} leaves"
+    text = f"{first}: {best.mesh} {best.parallelism}, {1e3 * best.terms.step:.3f} ms"
     data = next((found for found in predictions if found.parallelism == "data"), best)
     if data is not best:
         saved = {

@@ -3,10 +3,12 @@
 RUN is a --workdir of launch.py, whose newest checkpoint is taken, or a weights file of
 `python -m cnn_spmd.export`. An image becomes what the run's evaluation sees: the central square,
 rescaled to the size of the run's images, cropped and normalised as the config says. Its five most
-probable classes are printed, or as many as there are. A line warns of an image that is far too
-light or dark, and says whether --invert or cutting out the object mends that. It also says where
-white was put behind a transparent image. --json has the line as `warning`. A run's folder needs
-the run's data set, as the training images normalise; a weights file does not.
+probable classes are printed, or as many as there are. The first line says on which images the
+network was trained, and its classes: it knows no others. A line warns of an image that is far too
+light or dark, and says whether --invert or cutting out the object mends that. It also warns of
+colours that the network never saw, and says where white was put behind a transparent image. --json
+has the line as `warning`. A run's folder needs the run's data set, as the training images
+normalise; a weights file does not.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import contextlib
 import json
 import pathlib
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import jax
@@ -22,7 +25,8 @@ import numpy as np
 from cnn_spmd import experiment
 from cnn_spmd.data import square
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import environment, restore, terminal
+from cnn_spmd.training import environment, restore, terminal, weights
+from cnn_spmd.training.setup import Setup
 
 CLASSES = 5  # shown of each image
 # A quarter of the values of a pixel. An image whose mean pixel is this far from the mean by which
@@ -31,6 +35,11 @@ FAR = 64
 # An image may be mostly empty where its mean pixel is this many times nearer to black or white than
 # the mean by which the run normalises: its object fills less than a third of it.
 EMPTY = 3
+# A pixel is coloured where its channels differ by more than this. JPEG's rounding gives less.
+COLOURED = 16
+# The mean pixel of grey training images has equal channels, up to the rounding of float32.
+GREY = 0.01
+LONGEST_CLASSES = 80  # characters of the names of the classes
 
 
 def predict(
@@ -45,12 +54,20 @@ def predict(
     has moved. invert: turn dark on light into light on dark. Each entry has the image's path, in
     `classes` dicts with `class` (its name), `index` and `probability`, and in `warning` what was
     said of the image, or None.
-    Raises UserError for an image that cannot be read, and as restore.on_one_device.
+    Raises UserError for an image that cannot be read or is a network, and as
+    restore.on_one_device.
     """
+    for image in images:
+        if weights.is_file(image) or (image / "config.json").exists():
+            raise UserError(
+                f"{image}: is a network, expected an image: predict takes one network, here "
+                f"{source}"
+            )
     with restore.locked(source):
         setup, state, *_ = restore.on_one_device(source, data_dir)
     side, names = setup.data.train_images.shape[1], setup.data.class_names
     decoded = [decode(image, side) for image in images]
+    terminal.say(f"{source}: {trained_on(setup)}")
     usual = np.mean(setup.functions.preprocessing.mean)
     scores = jax.jit(setup.functions.scores)
     found = []
@@ -62,6 +79,8 @@ def predict(
             said.append("nothing is on it: all its pixels are alike")
         else:
             said += warnings_of_brightness(pixels_HWC.mean(), usual, invert)
+        if is_grey(setup) and np.ptp(pixels_HWC, axis=-1).max() > COLOURED:
+            said.append("it is in colour, but the network was trained on grey images")
         warning = "; ".join(said) or None
         if warning:
             terminal.say(f"warning: {image}: {warning}")
@@ -73,6 +92,22 @@ def predict(
         ]
         found.append(dict(image=str(image), classes=classes, warning=warning))
     return found
+
+
+def trained_on(setup: Setup) -> str:
+    """Say on which images a network was trained, and which classes it knows."""
+    side, names = setup.data.train_images.shape[1], setup.data.class_names
+    classes = textwrap.shorten(", ".join(names), LONGEST_CLASSES, placeholder=" ...")
+    colours = "grey images" if is_grey(setup) else "images"
+    return (
+        f"trained on {setup.shown_data}, {colours} of {side}x{side} pixels; it knows {len(names)} "
+        f"classes: {classes}"
+    )
+
+
+def is_grey(setup: Setup) -> bool:
+    """Return whether the training images are grey; False where their mean pixel is not known."""
+    return bool(np.ptp(setup.functions.preprocessing.mean, axis=-1).max() < GREY)
 
 
 def decode(image: pathlib.Path, side: int) -> tuple[np.ndarray, bool]:

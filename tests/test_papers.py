@@ -311,26 +311,25 @@ def test_pictures_are_what_the_results_say():
         assert not picture.exists()
 
 
-def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
-    assert not depth.residual_section(summaries.load_single_runs(tmp_path))
+def test_the_residual_table_with_some_runs_and_with_all(tmp_path):
     size = dict(param_count=269_722, images_per_second=1e4, steps=64_000, batch_size=128)
     write(tmp_path, "resnet_cifar_20", accuracy=0.91, **size)
     write(tmp_path, "resnet_cifar_20", seed=1, accuracy=0.93, **size)
     write(tmp_path, "resnet_20", **size)  # another experiment
-    table = depth.residual_section(summaries.load_single_runs(tmp_path))[2]
+    table = depth.residual_table(summaries.load_single_runs(tmp_path))
     first = (
         "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 819 ± 0 | 10,000 ± 0 |"
     )
     assert table.splitlines()[2:] == [first]
     write(tmp_path, "resnet_cifar_20_alone", **size | dict(images_per_second=2e4, steps=3000))
-    table = depth.residual_section(summaries.load_single_runs(tmp_path))[2]
+    table = depth.residual_table(summaries.load_single_runs(tmp_path))
     first = "| ResNet-20 | 269,722 | 0.27 | 1 x H100 | 2 | 8.75 | 8.00 ± 1.41 | 410 | 20,000 |"
     assert table.splitlines()[2:] == [first]
     for layers in (110, 32, 44, 56):
         write(tmp_path, f"resnet_cifar_{layers}", **size)
     for layers in (56, 44, 32, 20):
         write(tmp_path, f"resnet_cifar_plain_{layers}", accuracy=0.9 - layers / 1e3, **size)
-    rows = depth.residual_section(summaries.load_single_runs(tmp_path))[2].splitlines()[2:]
+    rows = depth.residual_table(summaries.load_single_runs(tmp_path)).splitlines()[2:]
     assert rows[0] == first
     assert rows[4].startswith("| ResNet-110 | 269,722 | 1.7 | 1 x H100 | 1 | 6.61 | 25.00 |")
     assert rows[8].startswith("| plain-56 | 269,722 |  | 1 x H100 | 1 |  | 15.60 |")
@@ -343,7 +342,7 @@ def test_the_residual_section_without_runs_with_some_and_with_all(tmp_path):
 
 
 def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
-    assert not large_batches.results_section(summaries.load_single_runs(tmp_path), {})
+    assert not large_batches.section(summaries.load_single_runs(tmp_path), {})
 
     def add(variant, batch, accuracy, rate=1, **more):
         config = dict(batch_size=batch, optimizer=dict(learning_rate=rate))
@@ -354,7 +353,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     add("cifar_linear", 8192, 0.5, rate=2)
     runs = summaries.load_single_runs(tmp_path)
     best = rates.best_rates(runs)
-    section = large_batches.results_section(runs, best)
+    section = large_batches.section(runs, best).split("\n\n")
     assert section[2].splitlines() == [
         "| data | network, rule | n | batch 128 | batch 8192 |",
         "|---|---|---|---|---|",
@@ -373,14 +372,15 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     early = dict(seed=1, status="non-finite", eval=None, epochs=3.0, config=config)
     add("cifar_linear", 8192, 0.0, **early)
     runs = summaries.load_single_runs(tmp_path)
-    section = large_batches.results_section(runs, best)
+    section = large_batches.section(runs, best).split("\n\n")
     assert section[2].splitlines()[2:] == [
         "| CIFAR-10 | AlexNet, linear | 3/2 | 37.50 ± 12.50 |  |  | 50.00; 1 diverged |",
         "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |",
         "| CIFAR-10 | AlexNet-BN, lars | 1 |  |  | 12.50 |  |",
         "| Imagenette | AlexNet, lars | 1 |  | 25.00 |  |  |",
     ]
-    assert f"{best_rates}, except CIFAR-10, AlexNet, linear at batch 128; " in section[3]
+    excepted = f"{best_rates}, except CIFAR-10, AlexNet, linear at batch 128; "
+    assert excepted in " ".join(section[3].split())
     assert "Imagenette was not run in these batches." not in section
     assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
         ["12.8", "diverged", "0", "", "1 x H100"],
@@ -406,7 +406,7 @@ def test_what_is_claimed_of_large_batches_on_known_errors():
             ("AlexNet, lars", 8192, [11.1, 11.1]),
         )
     }
-    table = large_batches.claims_paragraphs(errors)[-1]
+    table = large_batches.claims_table(errors)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert [row[0].removeprefix("linear: batch ") for row in rows[:3]] == [
         "4,096 costs accuracy",
@@ -432,13 +432,13 @@ def test_steps_to_a_target_of_large_batches():
         noise = dict(step=40, split="noise", trace=30.0, gradient_norm2=0.01)
         run = dict(experiment="large_batch_cifar_lars", seed=0, model="a", dataset="cifar10")
         runs.append(run | dict(batch_size=batch, status="completed", metrics=[*metrics, noise]))
-    table = large_batches.steps_paragraphs(runs)[-1]
-    assert table.splitlines()[2] == (
+    section = large_batches.steps_section(runs)
+    assert section.splitlines()[-1] == (
         "| CIFAR-10, AlexNet, lars | 20 | 20 | 20 | 20 | - | 3,000 (batch 128) |"
     )
-    assert not large_batches.steps_paragraphs(runs[:2])
+    assert not large_batches.steps_section(runs[:2])
     runs[0].pop("metrics")
-    assert not large_batches.steps_paragraphs(runs)
+    assert not large_batches.steps_section(runs)
 
 
 def test_the_search_of_rates_for_large_batches():
@@ -453,9 +453,9 @@ def test_the_search_of_rates_for_large_batches():
     diverged = run(1024, 0.4, 0.9, status="non-finite", epochs=2.0)
     runs = [run(1024, 0.2, 0.5), run(1024, 0.1, 0.75), diverged, run(128, 0.2, 0.75)]
     runs += [run(128, 0.4, 0.8), run(128, 0.1, 0.7), run(8192, 0.1, 0.1, status="non-finite")]
-    assert not rates.search_section([])
-    _, text, title, table, closed = rates.search_section(runs)
-    assert "Error in % on 5,000 images" in text
+    fields = rates.search_fields(runs)
+    assert (fields["held_out"], fields["epochs"], fields["machines"]) == (5000, 30.0, "1 x H200")
+    title, table = fields["searches"].split("\n\n")
     assert title == "### AlexNet-BN, lars"
     assert table.splitlines() == [
         "| batch | rate 0.1 | rate 0.2 | rate 0.4 | best rate |",
@@ -464,7 +464,7 @@ def test_the_search_of_rates_for_large_batches():
         "| 1,024 | **25.00** | 50.00 | diverged | 0.1, the smallest tried |",
         "| 8,192 | diverged |  |  | none |",
     ]
-    command = " ".join(closed.replace("\\\n", "").split())
+    command = " ".join(fields["commands"].replace("\\\n", "").split())
     assert (
         ":lars_bn --config.epochs=30 --config.data.validation=5000 --sweep"
         " batch_size=128,1024,8192 --sweep optimizer.learning_rate=0.1,0.2,0.4 ```" in command
@@ -516,7 +516,7 @@ def test_the_headline_table_fits_readme():
 def test_the_headline_goes_between_readmes_markers():
     readme = f"a\n{headline.BEGIN}old\ntable\n{headline.END}\nb\n"
     table = headline.headline_table()
-    assert headline.with_headline(readme) == f"a\n{headline.BEGIN}{table}\n{headline.END}\nb\n"
+    assert headline.with_headline(readme) == f"a\n{headline.BEGIN}{table}{headline.END}\nb\n"
     assert headline.with_headline("no markers") == "no markers"
 
 

@@ -186,7 +186,7 @@ def test_rows_of_the_planners_own(data):
 def test_one_mesh_and_one_scheme(data):
     found = plan.plan(config_of(parallelism="hybrid"), data, CARD, 4, "2x2")
     assert [(each.mesh, each.parallelism) for each in found.predictions] == [("2x2", "hybrid")]
-    assert plan.why(found.predictions).startswith("Fastest: 2x2 hybrid, ")
+    assert plan.why(found).startswith("Fastest: 2x2 hybrid, ")
 
 
 def test_what_cannot_be_planned_is_refused(data):
@@ -205,12 +205,14 @@ def test_what_cannot_be_planned_is_refused(data):
 
 
 def test_a_batch_that_does_not_divide_is_named_once_before_the_table(data):
-    lines = [*plan.as_text(plan.plan(config_of(batch_size=18), data, CARD, 4))]
+    found = plan.plan(config_of(batch_size=18), data, CARD, 4)
+    lines = [*plan.as_text(found)]
     uneven = "batch_size=18: does not divide by 4 devices; 16 or 20 would"
     assert lines[0].startswith(f"{uneven}\n")
     assert [line for line in lines[1:] if uneven in line] == [
         f"Left out: 4x1 data and 22 more: {uneven}"
     ]
+    assert plan.why(found).startswith("Fastest of the 2 choices that batch_size=18 leaves: ")
 
 
 def test_a_report_has_a_prediction_where_the_card_is_known(monkeypatch):

@@ -98,14 +98,17 @@ def test_a_sweeps_numbers_are_in_all_three_files(tmp_path, capsys):
 
 def test_a_report_names_network_and_data(tmp_path, capsys):
     runs = [
-        a_run(),
+        a_run(dataset="folder-1a2b"),
         a_run("8x1", seed=1, dataset="digits", fallback="cifar10"),
         a_run("4x2", status="failed"),
     ]
-    markdown, page, *_ = written(capsys, write_sweep(tmp_path / "s", runs))
+    sweep = write_sweep(tmp_path / "s", runs)
+    config = dict(data=dict(name="folder", dir="/home/me/photos"))
+    (sweep / runs[0]["name"] / "config.json").write_text(json.dumps(config))
+    markdown, page, *_ = written(capsys, sweep)
     assert row_of(page, "network") == ["network", "alexnet, 1,000 parameters"]
-    assert row_of(page, "data") == ["data", "synthetic; digits, which stands in for cifar10"]
-    assert "| data | synthetic; digits, which stands in for cifar10 |" in markdown
+    assert row_of(page, "data") == ["data", "photos; digits, which stands in for cifar10"]
+    assert "| data | photos; digits, which stands in for cifar10 |" in markdown
 
 
 @pytest.mark.usefixtures("drawn")

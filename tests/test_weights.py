@@ -128,9 +128,13 @@ def test_predictions_are_those_of_the_evaluation(run, exported, tmp_path, capsys
     for path, image in zip(paths, data.test_images, strict=False):
         Image.fromarray(image).save(path)
     by_run = predict.predict(run, paths)
+    capsys.readouterr()
     monkeypatch.setattr(registry, "find", lambda _: pytest.fail("looks for the data set"))
     assert predict.main([str(exported), *map(str, paths), "--json"]) == 0
-    by_file = json.loads(capsys.readouterr().out)
+    out, error = capsys.readouterr()
+    by_file = json.loads(out)
+    said = "trained on digits, grey images of 32x32 pixels; it knows 10 classes: 0, 1, 2, 3, 4, 5,"
+    assert f"{exported}: {said}" in error
     assert [row["image"] for row in by_file] == [str(path) for path in paths]
     best = [row["classes"][0] for row in by_file]
     right = sum(
@@ -186,8 +190,8 @@ def test_inverted_images_are_named(exported, tmp_path, capsys):
     assert found[dark][0]["classes"] == found[light][1]["classes"]
 
 
-def test_a_mostly_empty_image_and_a_transparent_one_are_named(exported, tmp_path, capsys):
-    """A small digit, black on white; and a digit, black on a transparent ground."""
+def test_empty_transparent_and_coloured_images_are_named(exported, tmp_path, capsys):
+    """A small digit, black on white; a digit, black on a transparent ground; and red alone."""
     digit = 255 - digits.load_digits(None).test_images[0]
     small, clear = tmp_path / "small.png", tmp_path / "clear.png"
     Image.fromarray(np.pad(digit, ((80, 88), (84, 84), (0, 0)), constant_values=255)).save(small)
@@ -206,6 +210,9 @@ def test_a_mostly_empty_image_and_a_transparent_one_are_named(exported, tmp_path
     Image.fromarray(np.concatenate([255 + 0 * digit, alpha], -1)).save(clear)  # white strokes
     (found,) = predict.predict(exported, [clear])
     assert found["warning"].endswith("; nothing is on it: all its pixels are alike")
+    Image.new("RGB", (50, 40), "red").save(small)
+    (found,) = predict.predict(exported, [small])
+    assert found["warning"].endswith("it is in colour, but the network was trained on grey images")
 
 
 def test_a_network_of_an_experiment_names_the_experiment(run, exported, tmp_path, monkeypatch):
@@ -347,6 +354,8 @@ def test_what_cannot_be_exported_or_asked_is_one_line(run, exported, tmp_path, c
             f"{run.parent}: holds no run (no config.json); give one of th",
         ),
         (predict, [exported, bad], f"{bad}: cannot be read (is no JPEG, PNG or WebP image): give"),
+        (predict, [exported, bad, run], f"{run}: is a network, expected an image: predict takes"),
+        (predict, [exported, exported], f"{exported}: is a network, expected an image: predict"),
         (predict, [exported, "nope.png"], "nope.png: cannot be read (No such file or directory): "),
         (predict, [exported, bad, "--config", "a.py"], "--config=a.py: no such experiment"),
         (predict, ["w.pt", bad], "w.pt: is a pickle, which could run any code"),

@@ -3,7 +3,7 @@
 JAX traces a train step without a GPU, and lists its operations. XLA joins element-wise operations
 into kernels (fusions); this module guesses which. A product (a convolution or a matrix product) and
 a kernel of our own (Pallas) are a kernel each. All else is joined as long as it need not be stored.
-These arrays are stored:
+A sum of many elements takes a second kernel. These arrays are stored:
 
   - what a product or a kernel of our own takes and returns, and what the program returns;
   - a sum or a maximum over an array;
@@ -75,6 +75,10 @@ SCALAR_KERNELS = 8
 
 SMALL = 2**16  # bytes up to which an array may be computed again
 
+# XLA for GPUs sums more elements than this in two kernels, the second over partial sums. Its
+# programs for an H100 do so for sums over 5,408 rows, and not for those over 2,048.
+SUMMED_AT_ONCE = 4096
+
 
 class Kernel(NamedTuple):
     """What a kernel does.
@@ -102,7 +106,7 @@ class Efficiency(NamedTuple):
 
 
 # benchmarks/estimates.py fits these to measured steps of H100s and H200s.
-EFFICIENCY = Efficiency(kernel=2.45, copy=0.864, float32=0.335)
+EFFICIENCY = Efficiency(kernel=2.14, copy=0.839, float32=0.298)
 
 
 def seconds(kernels: Sequence[Kernel], card: Card, efficiency: Efficiency = EFFICIENCY) -> float:
@@ -257,6 +261,8 @@ class _Fusion:
         for operation in self.operations:
             if operation.name in PRODUCTS + ALONE:
                 kernels.append(_kernel(operation))
+            elif operation.name in REDUCTIONS and _summed(operation) > SUMMED_AT_ONCE:
+                kernels.append(Kernel(operation.outputs[0].bytes))
             if _is_alone(operation):
                 before = [array for each in operation.inputs for array in self._sources(each)]
                 for output in operation.outputs:
@@ -371,6 +377,12 @@ def _is_reduced(array: Array) -> bool:
 
 def _is_product(array: Array) -> bool:
     return array.source is not None and array.source.name in PRODUCTS
+
+
+def _summed(operation: Operation) -> float:
+    """Return over how many elements a reduction goes for each one that it returns."""
+    (whole, *_), (part, *_) = operation.inputs, operation.outputs
+    return math.prod(whole.shape) / max(math.prod(part.shape), 1)
 
 
 def _behind(array: Array) -> Array:

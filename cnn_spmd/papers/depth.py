@@ -4,10 +4,10 @@ import collections
 from collections.abc import Sequence
 
 from cnn_spmd.papers import published, summaries
-from cnn_spmd.papers.layout import HEAD, SEEDS, about_data, commands, joined
+from cnn_spmd.papers.layout import filled_in, table
 from cnn_spmd.papers.summaries import ALONE, DATA
 from cnn_spmd.report import compare
-from cnn_spmd.report.text import markdown_table, mean_and_deviation
+from cnn_spmd.report.text import mean_and_deviation
 
 # Network of experiments/deeper_cifar.py -> layers with weights, how many are convolutions.
 DEEPER = {
@@ -25,46 +25,11 @@ SERIES = {"resnet_cifar": "ResNet", "resnet_cifar_plain": "plain"}
 
 def page() -> str:
     """Return the page on accuracy by depth."""
-    return joined(
-        "# The deeper the better?",
-        HEAD,
-        """Networks of 2 to 16 layers with weights on CIFAR-10, all under the recipe of AlexNet
-        (`experiments/deeper_cifar.py`), on one H200. From one_convolution on, all end in two
-        hidden dense layers of 4096. [rates.md](rates.md) has the learning rates that were
-        tried.""",
-        depth_table(summaries.load_summaries(DATA / "claims")),
-        f"{SEEDS} {about_data()}",
-        "![Test accuracy by depth](depth.svg)",
-        f"""Why convolutions: a neuron that sees a whole image has {32 * 32 * 3:,}
-        weights at 32x32x3 and {200 * 200 * 3:,} at 200x200x3. A 3x3 filter has 27,
-        at any size.""",
-        commands(
-            "One run per network, here vgg_16; --config.seed=N for the seeds.",
-            "python launch.py --config experiments/deeper_cifar.py:vgg_16",
-        ),
-        *residual_section(summaries.load_single_runs()),
+    return filled_in(
+        "depth.md",
+        depths=depth_table(summaries.load_summaries(DATA / "claims")),
+        residual=residual_table(summaries.load_single_runs()),
     )
-
-
-def residual_section(runs: Sequence[dict]) -> list[str]:
-    """Return the section on residual and plain networks; [] without such runs."""
-    table = residual_table(runs)
-    if not table:
-        return []
-    return [
-        "## Residual and plain networks",
-        """CIFAR-10 under the recipe of He et al. 2015 (`experiments/resnet_cifar.py`). Published
-        are table 6's test errors and parameters; for 110 layers, the mean of five runs. For the
-        plain networks the paper has a plot only, in which the error grows with depth. The training
-        time is that of all steps at these images/s. Runs that shared a GPU have the images/s of a
-        short run alone.""",
-        table,
-        commands(
-            "One run per network; --config.seed=N for the seeds.",
-            "python launch.py --config experiments/resnet_cifar.py:20",
-            "python launch.py --config experiments/resnet_cifar.py:plain_20",
-        ),
-    ]
 
 
 def runs_by_depth(runs: Sequence[dict]) -> dict[str, list[dict]]:
@@ -79,18 +44,25 @@ def runs_by_depth(runs: Sequence[dict]) -> dict[str, list[dict]]:
 
 def depth_table(runs: Sequence[dict]) -> str:
     """Return accuracy by depth, a row for each network of experiments/deeper_cifar.py."""
-    rows = []
-    for name, same in runs_by_depth(runs).items():
-        layers, convolutions = DEEPER[name]
-        size = f"{same[0]['param_count']:,}"
-        accuracy = mean_and_deviation([100 * run["eval"]["accuracy"] for run in same], 2)
-        rows.append([name, str(layers), str(convolutions), size, str(len(same)), accuracy])
-    header = ["network", "layers with weights", "convolutions", "parameters", "n"]
-    return markdown_table([*header, "test accuracy, %"], rows)
+    return table(
+        [
+            {
+                "network": name,
+                "layers with weights": str(DEEPER[name][0]),
+                "convolutions": str(DEEPER[name][1]),
+                "parameters": f"{same[0]['param_count']:,}",
+                "n": str(len(same)),
+                "test accuracy, %": mean_and_deviation(
+                    [100 * run["eval"]["accuracy"] for run in same], 2
+                ),
+            }
+            for name, same in runs_by_depth(runs).items()
+        ]
+    )
 
 
 def residual_table(runs: Sequence[dict]) -> str:
-    """Return error and speed of the residual and the plain networks; "" without runs.
+    """Return error and speed of the residual and the plain networks.
 
     Runs that shared a GPU say nothing of its speed: then a short run alone does, of an experiment
     whose name ends in ALONE.
@@ -105,24 +77,23 @@ def residual_table(runs: Sequence[dict]) -> str:
     rows = []
     for (series, layers, machine, _), same in sorted(groups.items()):
         error, millions = "", ""
+        if series == "resnet_cifar":
+            error, millions = map(str, published.RESIDUAL_NETWORKS[layers])
         timed = [alone[name]] if (name := same[0]["experiment"] + ALONE) in alone else same
         rates = [run["images_per_second"] for run in timed]
         images = same[0]["steps"] * same[0]["batch_size"]
-        if series == "resnet_cifar":
-            error, millions = map(str, published.RESIDUAL_NETWORKS[layers])
+        errors = [100 * (1 - run["eval"]["accuracy"]) for run in same]
         rows.append(
-            [
-                f"{SERIES[series]}-{layers}",
-                f"{same[0]['param_count']:,}",
-                millions,
-                machine,
-                str(len(same)),
-                error,
-                mean_and_deviation([100 * (1 - run["eval"]["accuracy"]) for run in same], 2),
-                mean_and_deviation([images / rate for rate in rates], 0),
-                mean_and_deviation(rates, 0),
-            ]
+            {
+                "network": f"{SERIES[series]}-{layers}",
+                "parameters": f"{same[0]['param_count']:,}",
+                "published, M": millions,
+                "hardware": machine,
+                "n": str(len(same)),
+                "published error, %": error,
+                "error, %": mean_and_deviation(errors, 2),
+                "train, s": mean_and_deviation([images / rate for rate in rates], 0),
+                "images/s": mean_and_deviation(rates, 0),
+            }
         )
-    header = ["network", "parameters", "published, M", "hardware", "n", "published error, %"]
-    header += ["error, %", "train, s", "images/s"]
-    return markdown_table(header, rows) if rows else ""
+    return table(rows)

@@ -10,14 +10,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from cnn_spmd.papers import published, summaries
-from cnn_spmd.papers.layout import commands
-from cnn_spmd.report import batch_scaling, compare
-from cnn_spmd.report.text import markdown_table, mean_and_deviation
+from cnn_spmd.papers.layout import filled_in, grid, table
+from cnn_spmd.report import batch_scaling, compare, text
+from cnn_spmd.report.text import mean_and_deviation
 
 PICTURE = "large_batches.svg"
 EXPERIMENTS = "large_batch_"  # begins their names: large_batch_cifar_lars_bn, ...
 CIFAR = f"{EXPERIMENTS}cifar_"
-LAUNCH = "python launch.py --config experiments/large_batch_cifar.py"
 # Part of an experiment's name -> the name of its data in the table.
 DATA_NAMES = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
 MARGIN = 0.5  # points that a batch may add and still costs nothing: our choice, no paper has one
@@ -55,14 +54,14 @@ def errors_of(runs: Sequence[dict]) -> Errors:
 
 def errors_table(errors: Errors, setting_name: str) -> str:
     """Return errors by data, setting and batch, a column for each batch."""
-    batches = sorted({batch for *_, batch in errors})
-    rows = []
-    for data, setting in dict.fromkeys((data, setting) for data, setting, _ in errors):
-        found = [errors.get((data, setting, batch), []) for batch in batches]
-        counts = dict.fromkeys(str(len(row)) for row in found if row)
-        rows.append([data, setting, "/".join(counts), *map(errors_text, found)])
-    header = ["data", setting_name, "n", *(f"batch {batch}" for batch in batches)]
-    return markdown_table(header, rows)
+    counts = collections.defaultdict(list)
+    for data, setting, batch in sorted(errors, key=lambda key: key[2]):
+        counts[data, setting].append(str(len(errors[data, setting, batch])))
+    cells = {
+        (data, setting, "/".join(dict.fromkeys(counts[data, setting])), batch): errors_text(own)
+        for (data, setting, batch), own in errors.items()
+    }
+    return grid(["data", setting_name, "n"], "batch {}", cells)
 
 
 def errors_text(errors: Sequence[float | None]) -> str:
@@ -84,38 +83,29 @@ def machines_of(runs: Iterable[dict]) -> str:
     return ", ".join(sorted({compare.machine(run) for run in runs}))
 
 
-def results_section(runs: Sequence[dict], best: BestRates) -> list[str]:
-    """Return the section on the runs at the best rates of a search; [] without runs."""
+def section(runs: Sequence[dict], best: BestRates) -> str:
+    """Return the section on the runs at the best rates of a search; "" without runs."""
     runs = of_large_batches(runs)
     errors = errors_of(runs)
     if not errors:
-        return []
+        return ""
     has_imagenette = DATA_NAMES["imagenette"] in {data for data, *_ in errors}
-    return [
-        "## Batches of up to 8,192",
-        f"""Test error in % after {max(run["epochs"] for run in runs):g} epochs
-        (`experiments/large_batch_cifar.py`). AlexNet has response norms, AlexNet-BN batch norm.
-        linear is momentum SGD, whose rate grows with the batch; lars and larc have a rate for each
-        parameter.""",
-        errors_table(errors, "network, rule"),
-        f"Measured on {machines_of(runs)}. {rates_text(runs, best)}",
-        "" if has_imagenette else "Imagenette was not run in these batches.",
-        f"![Test error by batch size]({PICTURE})",
-        *claims_paragraphs(errors),
-        *steps_paragraphs(runs),
-        commands(
-            """The same for the other variants. --config.optimizer.learning_rate sets the rate of
-            batch 128.""",
-            f"{LAUNCH}:lars --sweep batch_size=128,1024,4096,8192 --sweep seed=0,1,2"
-            " --config.eval.every_epochs=1 --noise_scale 5",
-        ),
-    ]
+    return filled_in(
+        "large_batches.md",
+        epochs=max(run["epochs"] for run in runs),
+        errors=errors_table(errors, "network, rule"),
+        machines=machines_of(runs),
+        rates=rates_text(runs, best),
+        imagenette="" if has_imagenette else "Imagenette was not run in these batches.",
+        margin=MARGIN,
+        guessing=GUESSING,
+        claims=claims_table(errors),
+        steps=steps_section(runs),
+    )
 
 
 def rates_text(runs: Sequence[dict], best: BestRates) -> str:
-    """Say whether runs have the best rates of a search; "" without a search."""
-    if not best:
-        return ""
+    """Say whether runs have the best rates of the search."""
     others = {
         f"{', '.join(names_of(run['experiment']))} at batch {run['batch_size']:,}"
         for run in runs
@@ -128,26 +118,12 @@ def rates_text(runs: Sequence[dict], best: BestRates) -> str:
 # ---- What You et al. claim
 
 
-def claims_paragraphs(errors: Errors) -> list[str]:
+def claims_table(errors: Errors) -> str:
     """Return what published.LARGE_BATCHES claims, and whether it holds on CIFAR-10."""
-    header = ["claim", "published, ImageNet", "points here, ± standard error", "holds here"]
-    rows = [
-        claim_row(variant, batch, words, errors)
-        for variant, batch, words, _ in published.LARGE_BATCHES
-    ]
-    return [
-        "### What You et al. claim",
-        f"""You et al. 2017 (arXiv 1708.03888) train AlexNet on ImageNet. Published is how much
-        accuracy a batch costs, compared with a batch of 256 or more; here it is compared with 128.
-        For batch norm, the points here are by how much less the batch costs. A cost of at most
-        {MARGIN} point counts as none, which is our choice. A result that lies within two standard
-        errors of {MARGIN} is not certain. A run that diverged counts as one that guesses
-        ({GUESSING:g}%).""",
-        markdown_table(header, rows),
-    ]
+    return table([claim_row(*row[:3], errors) for row in published.LARGE_BATCHES])
 
 
-def claim_row(variant: str, batch: int, words: str, errors: Errors) -> list[str]:
+def claim_row(variant: str, batch: int, words: str, errors: Errors) -> dict[str, str]:
     """Return the cells of a row of published.LARGE_BATCHES."""
     rule, *bn = variant.split("_")
     costs = words != published.NO_LOSS
@@ -161,7 +137,9 @@ def claim_row(variant: str, batch: int, words: str, errors: Errors) -> list[str]
     for (name, size), sign in signs.items():
         own = errors.get((*names_of(f"{CIFAR}{name}"), size), [])
         terms.append([sign * (GUESSING if error is None else error) for error in own])
-    return [claim, words, *verdict(terms, costs)]
+    points, holds = verdict(terms, costs)
+    cells = {"claim": claim, "published, ImageNet": words}
+    return cells | {"points here, ± standard error": points, "holds here": holds}
 
 
 def verdict(terms: Sequence[Sequence[float]], costs: bool) -> tuple[str, str]:
@@ -184,34 +162,26 @@ def verdict(terms: Sequence[Sequence[float]], costs: bool) -> tuple[str, str]:
 # ---- Steps to a target, and the noise scale
 
 
-def steps_paragraphs(runs: Sequence[dict]) -> list[str]:
-    """Return the steps to a target error and the noise scale; [] without metrics."""
+def steps_section(runs: Sequence[dict]) -> str:
+    """Return the section on steps to a target and the noise scale; "" without metrics."""
     scalings = {}
     for experiment in sorted({run["experiment"] for run in runs}):
         own = [run for run in runs if run["experiment"] == experiment and "metrics" in run]
         if scaling := batch_scaling.measure(dict(runs=list(map(as_swept, own)))):
             scalings[experiment] = scaling
     if not scalings:
-        return []
+        return ""
     batches = sorted({batch.size for scaling in scalings.values() for batch in scaling.batches})
     rows = []
     for experiment, scaling in scalings.items():
-        steps = (f"{scaling.steps[batch]:,}" if batch in scaling.steps else "" for batch in batches)
-        knee = f"{scaling.knee.batch:,.0f}" if scaling.knee_is_measured else "-"
+        row = {"data, network, rule": ", ".join(names_of(experiment))}
+        row["target, %"] = f"{100 * (1 - scaling.target):.4g}"
+        for batch in batches:
+            row[f"batch {batch}"] = text.optional(scaling.steps.get(batch), 0)
+        row["knee"] = f"{scaling.knee.batch:,.0f}" if scaling.knee_is_measured else "-"
         noise = "{1:,.0f} (batch {0:,})".format(*scaling.noise) if scaling.noise else "-"
-        target = f"{100 * (1 - scaling.target):.4g}"
-        rows.append([", ".join(names_of(experiment)), target, *steps, knee, noise])
-    header = ["data, network, rule", "target, %", *(f"batch {batch}" for batch in batches)]
-    return [
-        "### Steps to a target error",
-        """The target is the lowest test error that every batch reaches, in whole percent. The run
-        that reaches it in the fewest steps counts. The rate decays until the end of a run, which
-        ties the steps to its length. At the knee, a batch size, a run needs twice the fewest
-        possible steps (`cnn_spmd/report/batch_scaling.py`); "-": it is not among these batches. The
-        noise scale, in images (McCandlish et al. 2018), predicts the knee's order of magnitude. It
-        was measured near the target, in the runs of the batch in parentheses.""",
-        markdown_table([*header, "knee", "noise scale"], rows),
-    ]
+        rows.append(row | {"noise scale": noise})
+    return filled_in("large_batches_steps.md", steps=table(rows))
 
 
 def as_swept(run: dict) -> dict:

@@ -1,12 +1,19 @@
-"""Lay out the pages of results/ as Markdown."""
+"""Lay out the pages of results/ as Markdown.
 
+The text of a page is its template in results/templates. Names in braces stand for what is made
+from results/data: tables, numbers, and sections that are there only with their data.
+"""
+
+import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cnn_spmd.papers.summaries import DATA
+from cnn_spmd.report.text import markdown_table
 
+TEMPLATES = DATA.parent / "templates"
 COMMAND = "python -m cnn_spmd.papers --write"
-HEAD = f"Generated from [data/](data) by `{COMMAND}`; do not edit."
+HEAD = f"Generated from [data/](data) and [templates/](templates) by `{COMMAND}`; do not edit."
 HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
     config, commit, versions, hardware and seed."""
 # Such runs lost the low 16 bits of each weight of a small layer at every step.
@@ -16,16 +23,46 @@ ROUNDED = """Runs in bfloat16 whose file lists the fast form `cast_once` were ma
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 
+def filled_in(template: str, **fields: object) -> str:
+    """Return the text of a template with its fields filled in and its prose wrapped.
+
+    template: the name of a file in results/templates. Besides `fields`, it may name head,
+    about_data and seeds.
+    """
+    text = (TEMPLATES / template).read_text()
+    fields |= dict(head=HEAD, about_data=about_data(), seeds=SEEDS)
+    return joined(*text.format(**fields).split("\n\n"))
+
+
+@functools.cache
 def about_data() -> str:
-    """Return what all pages say of the files in results/data."""
+    """Return what pages with runs say of the files in results/data."""
     texts = (path.read_text() for path in DATA.rglob("*.json"))
     is_rounded = any('"cast_once"' in text and '"bfloat16"' in text for text in texts)
     return f"{HARDWARE} {ROUNDED}" if is_rounded else HARDWARE
 
 
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows, which are cells by column, as a Markdown table."""
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def grid(names: Sequence[str], column: str, cells: Mapping[tuple, str]) -> str:
+    """Return texts as a Markdown table, by the row and the column in their keys.
+
+    The last part of a key is the column, the others are the row and its first cells. names: their
+    titles. column: the format of the other titles, such as "batch {}". Other cells are empty.
+    """
+    columns = sorted({key[-1] for key in cells})
+    rows = dict.fromkeys(key[:-1] for key in cells)
+    texts = [[*row, *(cells.get((*row, each), "") for each in columns)] for row in rows]
+    return markdown_table([*names, *map(column.format, columns)], texts)
+
+
 def joined(*parts: str) -> str:
     """Return the parts of a page with blank lines between, prose wrapped."""
-    return "\n\n".join(part if is_laid_out(part) else filled(part) for part in parts if part) + "\n"
+    found = filter(None, map(str.strip, parts))
+    return "\n\n".join(part if is_laid_out(part) else filled(part) for part in found) + "\n"
 
 
 def filled(text: str) -> str:
@@ -35,8 +72,8 @@ def filled(text: str) -> str:
 
 
 def is_laid_out(part: str) -> bool:
-    """Return whether a part's line breaks matter: a heading, table, picture or HTML."""
-    return part.startswith(("#", "|", "!", "<"))
+    """Return whether line breaks matter: a heading, table, picture, HTML or code."""
+    return part.startswith(("#", "|", "!", "<", "```"))
 
 
 def commands(text: str, *lines: str) -> str:

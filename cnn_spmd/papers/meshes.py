@@ -1,11 +1,11 @@
 """Make results/meshes.md: sweeps over meshes and schemes."""
 
+import pathlib
 from collections.abc import Sequence
 
-from cnn_spmd.papers.layout import HEAD, commands, joined
+from cnn_spmd.papers.layout import commands, filled_in, joined, table
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare, run_tables
-from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
 
 ACCURACY = "test accuracy, %"
@@ -25,31 +25,24 @@ SWEEP_COLUMNS = {
 
 def page() -> str:
     """Return the page of sweeps over meshes and schemes."""
-    parts = [
-        "# Meshes and schemes",
-        HEAD,
-        """Each section is one sweep, or a few with the same settings. Speedup is relative to the
-        one-device run of the same sweep, batch and scheme. Ring MB is what a device sends per step
-        if each collective runs as a ring. MB per device are parameters and optimizer state. The
-        first chunk of each run is left out; a chunk on a GPU has 20 steps. n is the number of
-        seeds. Synthetic data are random 224x224 images of 1,000 classes, in bfloat16. The digits
-        ran 12 steps in float32, which amplify rounding: hence the small differences in
-        accuracy.""",
-    ]
-    for path in sorted((DATA / "sweeps").glob("*.json")):
-        sweep = runfiles.read_json(path)
-        dataset = next(run["figures"]["dataset"] for run in sweep["runs"] if run["figures"])
-        title = f"{sweep['experiment']}, {dataset}, {compare.hardware_of(sweep)}"
-        parts.append(f"## {title}")
-        for panel, table in sweep_tables(sweep).items():
-            parts += [f"{panel[0].upper()}{panel[1:]}:", table]
-        parts += unfinished_runs(sweep)
-        picture = f"{path.stem}.png"
-        if (DATA.parent / picture).exists():
-            parts.append(f"Charts of this sweep: [{picture}]({picture}).")
-        hardware = sweep["hardware"]
-        source = f"Commit {hardware['commit']}, jax {hardware['versions']['jax']}."
-        parts.append(commands(source, *sweep.get("commands", [sweep_command(sweep)])))
+    sections = map(sweep_section, sorted((DATA / "sweeps").glob("*.json")))
+    return filled_in("meshes.md", sweeps="\n".join(sections))
+
+
+def sweep_section(path: pathlib.Path) -> str:
+    """Return the section on the sweep in a file."""
+    sweep = runfiles.read_json(path)
+    dataset = next(run["figures"]["dataset"] for run in sweep["runs"] if run["figures"])
+    parts = [f"## {sweep['experiment']}, {dataset}, {compare.hardware_of(sweep)}"]
+    for panel, rows in sweep_tables(sweep).items():
+        parts += [f"{panel[0].upper()}{panel[1:]}:", rows]
+    parts += unfinished_runs(sweep)
+    picture = f"{path.stem}.png"
+    if (DATA.parent / picture).exists():
+        parts.append(f"Charts of this sweep: [{picture}]({picture}).")
+    hardware = sweep["hardware"]
+    source = f"Commit {hardware['commit']}, jax {hardware['versions']['jax']}."
+    parts.append(commands(source, *sweep.get("commands", [sweep_command(sweep)])))
     return joined(*parts)
 
 
@@ -78,11 +71,8 @@ def sweep_table(groups: Sequence[dict]) -> str:
     columns = dict(SWEEP_COLUMNS)
     if groups[0]["runs"][0]["figures"]["dataset"] == "synthetic":
         columns.pop(ACCURACY)
-    rows = []
-    for group in groups:
-        row = run_tables.comparison_row(group)
-        rows.append([row[name] for name in columns.values()])
-    return markdown_table(list(columns), rows)
+    rows = map(run_tables.comparison_row, groups)
+    return table([{name: row[of] for name, of in columns.items()} for row in rows])
 
 
 def sweep_command(sweep: dict) -> str:

@@ -1,7 +1,8 @@
 """Make the pages of results/ from results/data.
 
 `python -m cnn_spmd.papers --write` writes them; a test holds that they are up to date. A page is
-made by the module of its name; papers.md by beside.py.
+made by the module of its name; papers.md by beside.py. The text of a page is its template in
+results/templates (layout.py).
 
 results/data/rates/*.json have the summaries of runs by which learning rates were chosen;
 programs/, speed/, predictions/, startup/ and streaming/ what the scripts in benchmarks/ wrote. All
@@ -27,7 +28,6 @@ from cnn_spmd.papers import (
     startup,
     summaries,
 )
-from cnn_spmd.papers.history import load_predictions
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 
@@ -65,7 +65,9 @@ def write_pages() -> list[pathlib.Path]:
     texts = {RESULTS / name: make() for name, make in PAGES.items()}
     runs = summaries.load_single_runs()
     texts[RESULTS / "depth.svg"] = pictures.accuracy_by_depth(runs)
-    texts[RESULTS / predictions.DEVICES] = pictures.speed_by_devices(load_predictions("devices"))
+    texts[RESULTS / predictions.DEVICES] = pictures.speed_by_devices(
+        predictions.load_predictions("devices")
+    )
     if large_batches.errors_of(runs):
         texts[RESULTS / large_batches.PICTURE] = pictures.error_by_batch(runs)
     texts[readme] = headline.with_headline(readme.read_text())

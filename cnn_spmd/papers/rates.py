@@ -1,16 +1,16 @@
 """Make results/rates.md: the learning rates that were tried."""
 
+import collections
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from cnn_spmd.papers import large_batches
-from cnn_spmd.papers.layout import HEAD, about_data, commands, joined
+from cnn_spmd.papers.layout import commands, filled_in, grid, joined, table
 from cnn_spmd.papers.summaries import DATA
-from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
 
-# Batch and learning rate -> errors in %, of one network and rule; None where a run diverged.
-Search = dict[int, dict[float, list[float | None]]]
+# Learning rate -> errors in %, of one network, rule and batch; None where a run diverged.
+Tried = dict[float, list[float | None]]
 
 
 def page() -> str:
@@ -19,30 +19,11 @@ def page() -> str:
         runfiles.read_json(DATA / "rates" / f"{name}.json")["runs"]
         for name in ("claims_2012_relu_tanh", "deeper_cifar")
     )
-    sweep = "python launch.py --config experiments/"
-    return joined(
-        "# Learning rates that were tried",
-        HEAD,
-        about_data(),
-        "## ReLU and tanh",
-        """Epochs to 25% training error on CIFAR-10, one seed on one H100; -: not within 20 epochs.
-        relu was then run at 0.02, and tanh at 0.03, between the two rates that tie.""",
-        rates_table(claims, "claims_2012_", epochs_text),
-        commands(
-            "The same for :tanh.",
-            f"{sweep}claims_2012_cifar.py:relu --config.epochs=20"
-            " --sweep optimizer.learning_rate=.005,.01,.02,.05,.1",
-        ),
-        "## Networks of different depth",
-        """Test accuracy in % on CIFAR-10, one H200; one value per seed. All networks were then run
-        at 0.25, the best rate from one_convolution on.""",
-        rates_table(deeper, "deeper_", lambda run: f"{100 * run['eval']['accuracy']:.2f}"),
-        commands(
-            "The same for the other networks.",
-            f"{sweep}deeper_cifar.py:vgg_16 --config.seed=9"
-            " --sweep optimizer.learning_rate=.05,.1,.25",
-        ),
-        *search_section(load_search()),
+    return filled_in(
+        "rates.md",
+        relu_tanh=rates_table(claims, "claims_2012_", epochs_text),
+        deeper=rates_table(deeper, "deeper_", lambda run: f"{100 * run['eval']['accuracy']:.2f}"),
+        **search_fields(load_search()),
     )
 
 
@@ -54,37 +35,32 @@ def epochs_text(run: dict) -> str:
 
 def rates_table(runs: Sequence[dict], prefix: str, value_of: Callable[[dict], str]) -> str:
     """Return a value by experiment (without its prefix) and learning rate."""
-    cells: dict[tuple[str, float], list[str]] = {}
+    values = collections.defaultdict(list)
     for run in runs:
         name = run["experiment"].removeprefix(prefix)
-        cells.setdefault((name, large_batches.rate_of(run)), []).append(value_of(run))
-    rates = sorted({rate for _, rate in cells})
-    rows = [
-        [name, *("; ".join(cells.get((name, rate), [])) for rate in rates)]
-        for name in dict.fromkeys(name for name, _ in cells)
-    ]
-    return markdown_table(["variant", *(f"rate {rate:g}" for rate in rates)], rows)
+        values[name, large_batches.rate_of(run)].append(value_of(run))
+    cells = {key: "; ".join(own) for key, own in values.items()}
+    return grid(["variant"], "rate {:g}", cells)
 
 
 # ---- Large batches
 
 
 def load_search() -> list[dict]:
-    """Return the runs of the search; [] where it is not made."""
-    path = DATA / "rates" / "large_batch_cifar.json"
-    return runfiles.read_json(path)["runs"] if path.exists() else []
+    """Return the runs of the search for the rates of large batches."""
+    return runfiles.read_json(DATA / "rates" / "large_batch_cifar.json")["runs"]
 
 
-def by_rate(runs: Iterable[dict]) -> dict[str, Search]:
-    """Return the errors of a search by experiment, batch and learning rate."""
-    found: dict[str, Search] = {}
+def by_rate(runs: Iterable[dict]) -> dict[tuple[str, int], Tried]:
+    """Return the errors of a search by experiment and batch, then by learning rate."""
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in runs:
-        errors = found.setdefault(run["experiment"], {}).setdefault(run["batch_size"], {})
-        errors.setdefault(large_batches.rate_of(run), []).append(large_batches.error_of(run))
+        errors = found[run["experiment"], run["batch_size"]]
+        errors[large_batches.rate_of(run)].append(large_batches.error_of(run))
     return found
 
 
-def best_rate(errors: dict[float, list[float | None]]) -> float | None:
+def best_rate(errors: Tried) -> float | None:
     """Return the rate of the lowest mean error, of rates with which no run diverged."""
     means = {rate: statistics.mean(own) for rate, own in errors.items() if None not in own}
     return min(means, key=means.get, default=None)
@@ -92,58 +68,52 @@ def best_rate(errors: dict[float, list[float | None]]) -> float | None:
 
 def best_rates(runs: Iterable[dict]) -> large_batches.BestRates:
     """Return the best rate of each experiment and batch of a search."""
-    return {
-        (experiment, batch): best_rate(errors)
-        for experiment, batches in by_rate(runs).items()
-        for batch, errors in batches.items()
-    }
+    return {key: best_rate(errors) for key, errors in by_rate(runs).items()}
 
 
-def search_section(runs: Sequence[dict]) -> list[str]:
-    """Return the section on the search; [] without runs."""
-    if not runs:
-        return []
+def search_fields(runs: Sequence[dict]) -> dict[str, object]:
+    """Return what the page's template names of the search."""
     held_out = max(run["config"]["data"]["validation"] for run in runs)
-    epochs, seeds = max(run["epochs"] for run in runs), len({run["seed"] for run in runs})
-    machines = large_batches.machines_of(runs)
-    parts = [
-        "## Large batches",
-        f"""Error in % on {held_out:,} images of CIFAR-10 that are held out of training, after
-        {epochs:g} epochs on {machines}; n is {seeds}. The rate is that of batch 128: at batch B it
-        is multiplied by B / 128 for linear, and by (B / 128)^0.75 for lars and larc. The best of
-        each row is bold. Diverged: the loss or the weights became infinite or NaN.
-        [batches.md](batches.md) has the runs at the best rates.""",
-    ]
-    lines = []
-    for experiment, batches in sorted(by_rate(runs).items()):
+    epochs = max(run["epochs"] for run in runs)
+    parts, lines = [], []
+    found = sorted(by_rate(runs).items())
+    for experiment in dict.fromkeys(experiment for (experiment, _), _ in found):
+        batches = {batch: errors for (name, batch), errors in found if name == experiment}
         parts += [f"### {large_batches.names_of(experiment)[1]}", search_table(batches)]
         variant = experiment.removeprefix(large_batches.CIFAR)
-        sizes = ",".join(map(str, sorted(batches)))
+        sizes = ",".join(map(str, batches))
         rates = ",".join(f"{rate:g}" for rate in rates_of(batches))
         lines.append(
-            f"{large_batches.LAUNCH}:{variant} --config.epochs={epochs:g}"
-            f" --config.data.validation={held_out}"
+            f"python launch.py --config experiments/large_batch_cifar.py:{variant}"
+            f" --config.epochs={epochs:g} --config.data.validation={held_out}"
             f" --sweep batch_size={sizes} --sweep optimizer.learning_rate={rates}"
         )
-    return [*parts, commands("A sweep per network and rule.", *lines)]
+    return dict(
+        held_out=held_out,
+        epochs=epochs,
+        machines=large_batches.machines_of(runs),
+        n=len({run["seed"] for run in runs}),
+        searches=joined(*parts),
+        commands=commands("A sweep per network and rule.", *lines),
+    )
 
 
-def rates_of(batches: Search) -> list[float]:
+def rates_of(batches: dict[int, Tried]) -> list[float]:
     """Return the rates that any batch was tried with."""
     return sorted({rate for errors in batches.values() for rate in errors})
 
 
-def search_table(batches: Search) -> str:
+def search_table(batches: dict[int, Tried]) -> str:
     """Return errors by batch and learning rate, the best of each row bold."""
-    rates, rows = rates_of(batches), []
-    for batch, errors in sorted(batches.items()):
+    rows = []
+    for batch, errors in batches.items():
         best = best_rate(errors)
-        cells = {rate: large_batches.errors_text(own) for rate, own in errors.items()}
-        if best is not None:
-            cells[best] = f"**{cells[best]}**"
-        found = (cells.get(rate, "") for rate in rates)
-        rows.append([f"{batch:,}", *found, best_text(best, sorted(errors))])
-    return markdown_table(["batch", *(f"rate {rate:g}" for rate in rates), "best rate"], rows)
+        row = {"batch": f"{batch:,}"}
+        for rate in rates_of(batches):
+            cell = large_batches.errors_text(errors[rate]) if rate in errors else ""
+            row[f"rate {rate:g}"] = f"**{cell}**" if rate == best else cell
+        rows.append(row | {"best rate": best_text(best, sorted(errors))})
+    return table(rows)
 
 
 def best_text(best: float | None, tried: Sequence[float]) -> str:

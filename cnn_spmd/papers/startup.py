@@ -3,52 +3,28 @@
 import statistics
 from collections.abc import Sequence
 
-from cnn_spmd.papers.layout import HEAD, about_data, commands, joined
-from cnn_spmd.papers.summaries import DATA
-from cnn_spmd.report.text import markdown_table
+from cnn_spmd.papers.layout import filled_in, table
+from cnn_spmd.papers.summaries import DATA, load_folder
 from cnn_spmd.training import runfiles
 
 
 def page() -> str:
     """Return the page on what a user waits for."""
-    measured = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
-    return joined(
-        "# From the command to the result",
-        HEAD,
-        """`python launch.py --config experiments/alexnet_cifar.py` on CIFAR-10, which is unpacked
-        already. The first step is the end of the first chunk (97 steps), after the start of the
-        process. Caches are those of XLA's programs and kernels; result and sweep found theirs
-        filled. All commands ran one after another on one machine.""",
-        waiting_table(),
-        f"""A run of the sweep took {run_overhead(measured):.1f} s beyond its
-        steps (median). The 12 runs are 4 learning rates x 3 seeds. {about_data()}""",
-        "## Where the time goes",
-        """Seconds after the command. Stages overlap: threads read the data, start the device, take
-        its memory, compile and copy, while Python imports and traces.
-        [running](../docs/running.md) says what each stage is.""",
-        stages_table(measured),
-        "## Streamed images",
-        """AlexNet in bfloat16 on images of 256x256, cropped to 224x224: either all images are on
-        the device, or the host streams those of each chunk. Medians of three.""",
-        streaming_table(),
-        commands(
-            "DIR holds the folder cifar-10-batches-bin.",
-            "python benchmarks/startup.py --data_dir DIR",
-            "python benchmarks/streaming.py",
-        ),
+    h200 = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
+    return filled_in(
+        "startup.md",
+        waiting=waiting_table(),
+        run_overhead=run_overhead(h200),
+        stages=stages_table(h200),
+        streaming=streaming_table(),
     )
-
-
-def load(kind: str) -> list[dict]:
-    """Return the files of a folder of results/data, in the order of their names."""
-    return [runfiles.read_json(path) for path in sorted((DATA / kind).glob("*.json"))]
 
 
 def waiting_table() -> str:
     """Return what a user waits for, one row per device and measurement; seconds."""
     rows = []
-    for measured in load("startup"):
-        repeats, device = measured["repeats"], measured["hardware"]["device_kind"]
+    for measured in load_folder(DATA / "startup"):
+        repeats = measured["repeats"]
         result = f"the result, {100 * repeats['result'][0]['accuracy']:.2f}% test accuracy"
         sweep = f"a sweep of {repeats['sweep'][0]['runs']} runs of 100 steps"
         cached = "first step, programs in the cache"
@@ -58,19 +34,30 @@ def waiting_table() -> str:
             (result, "warm_result_seconds", "result", "seconds"),
             (sweep, "sweep_12_runs_seconds", "sweep", "seconds"),
         ):
-            values = ", ".join(f"{run[field]:.1f}" for run in repeats[kind])
-            rows.append([device, what, f"{measured[median]:.1f}", values])
-    return markdown_table(["device", "from the command to", "seconds, median", "repeats"], rows)
+            rows.append(
+                {
+                    "device": measured["hardware"]["device_kind"],
+                    "from the command to": what,
+                    "seconds, median": f"{measured[median]:.1f}",
+                    "repeats": ", ".join(f"{run[field]:.1f}" for run in repeats[kind]),
+                }
+            )
+    return table(rows)
 
 
 def stages_table(measured: dict) -> str:
     """Return when the stages before the first step begin and end; medians, in seconds."""
-    spans = {name: stage_spans(measured["repeats"][name]) for name in ("cold", "warm")}
-    rows = [
-        [stage, *(f"{begin:.1f} to {end:.1f}" for begin, end in (cold, spans["warm"][stage]))]
-        for stage, cold in spans["cold"].items()
-    ]
-    return markdown_table(["stage", "empty caches", "programs in the cache"], rows)
+    cold, warm = (stage_spans(measured["repeats"][name]) for name in ("cold", "warm"))
+    return table(
+        [
+            {
+                "stage": stage,
+                "empty caches": "{:.1f} to {:.1f}".format(*cold[stage]),
+                "programs in the cache": "{:.1f} to {:.1f}".format(*warm[stage]),
+            }
+            for stage in cold
+        ]
+    )
 
 
 def stage_spans(runs: Sequence[dict]) -> dict[str, tuple[float, float]]:
@@ -99,14 +86,18 @@ def run_overhead(measured: dict) -> float:
 def streaming_table() -> str:
     """Return images per second, resident and streamed."""
     rows = []
-    for measured in load("streaming"):
-        device = measured["hardware"]["device_kind"]
+    for measured in load_folder(DATA / "streaming"):
         for row in measured["streaming"]:
             resident, streamed = (
-                row["resident_images_per_second"],
-                row["streamed_images_per_second"],
+                row[f"{side}_images_per_second"] for side in ("resident", "streamed")
             )
-            cells = [device, str(row["batch_size"]), f"{resident:,}", f"{streamed:,}"]
-            rows.append([*cells, f"{100 * streamed / resident:.1f}"])
-    header = ["device", "batch", "resident images/s", "streamed images/s", "%"]
-    return markdown_table(header, rows)
+            rows.append(
+                {
+                    "device": measured["hardware"]["device_kind"],
+                    "batch": str(row["batch_size"]),
+                    "resident images/s": f"{resident:,}",
+                    "streamed images/s": f"{streamed:,}",
+                    "%": f"{100 * streamed / resident:.1f}",
+                }
+            )
+    return table(rows)

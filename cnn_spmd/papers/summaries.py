@@ -24,9 +24,14 @@ NEEDED = ("experiment", "seed", "dataset", "device_kind", "devices", "mesh", "ep
 def load_results(folder: pathlib.Path = DATA) -> list[dict]:
     """Return all runs in `folder`, its claims/ and, with their speedup, its sweeps/."""
     runs = load_single_runs(folder)
-    for path in sorted((folder / "sweeps").glob("*.json")):
-        runs += scaled_runs(runfiles.read_json(path))
+    for sweep in load_folder(folder / "sweeps"):
+        runs += scaled_runs(sweep)
     return runs
+
+
+def load_folder(folder: pathlib.Path) -> list[dict]:
+    """Return the JSON files in a folder, in the order of their names."""
+    return [runfiles.read_json(path) for path in sorted(folder.glob("*.json"))]
 
 
 def load_single_runs(folder: pathlib.Path = DATA) -> list[dict]:
@@ -69,7 +74,7 @@ def load_given(paths: Sequence[pathlib.Path]) -> tuple[list[dict], list[str]]:
     runs, unfinished, folders = [], [], []
     for given in distinct(path.parent if path.name == "summary.json" else path for path in paths):
         if (given / "sweep.json").exists():
-            sweep = load.load_sweep(given, notes=[])
+            sweep = load.load_sweep(given, given.name, notes=[])
             folders += [given / run["name"] for run in sweep["runs"]]
             for run in scaled_runs(sweep):
                 runs.append(run | dict(folders=[given / name for name in run["names"]]))

@@ -1,6 +1,7 @@
 """Write reports on runs and sweeps: `python -m cnn_spmd.report RUN_OR_SWEEP...`.
 
-report.md, report.csv and report.html go into the folder given, or into the first of several.
+report.md, report.csv and report.html go into the folder given. Of several folders, the first that
+holds a run gets them.
 `--pictures RUN` first draws what the run learned (pictures.py).
 """
 
@@ -21,7 +22,8 @@ def parser() -> environment.Parser:
         prog="python -m cnn_spmd.report",
         description=(
             "Write report.md, report.csv and report.html (tables and charts, no network needed) on "
-            "runs and sweeps into the folder given, or into the first of several."
+            "runs and sweeps into the folder given. Of several folders, the first that holds a run "
+            "gets them."
         ),
     )
     made.add_argument(

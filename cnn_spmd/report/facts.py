@@ -65,17 +65,17 @@ def recipe_facts(sweep: dict, overview: Overview) -> dict[str, str]:
 
 
 def distinct_texts(runs: Sequence[dict], text_of: Callable[[dict], str]) -> list[str]:
-    """Return the distinct texts that text_of makes of the runs' figures."""
-    texts = dict.fromkeys(text_of(run["figures"]) for run in runs if run["figures"])
+    """Return the distinct texts that text_of makes of the runs that have figures."""
+    texts = dict.fromkeys(text_of(run) for run in runs if run["figures"])
     return list(filter(None, texts))
 
 
-def network_text(figures: dict) -> str:
+def network_text(run: dict) -> str:
     """Return the network's name and size."""
-    return f"{figures['model']}, {figures['param_count']:,} parameters"
+    return f"{run['figures']['model']}, {run['figures']['param_count']:,} parameters"
 
 
-def data_text(figures: dict) -> str:
+def data_text(run: dict) -> str:
     """Return the data set's name, and that of the data set that it stands in for."""
-    fallback = figures.get("fallback")  # older sweeps lack it
-    return figures["dataset"] + (f", which stands in for {fallback}" if fallback else "")
+    fallback = run["figures"].get("fallback")  # older sweeps lack it
+    return compare.data_name(run) + (f", which stands in for {fallback}" if fallback else "")

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cnn_spmd.config import MESH_AXES, complete, flat
@@ -16,38 +16,57 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
     """Return the sweeps in `folders`, and the lone runs as further ones.
 
     A sweep has the form of sweep.json; each run also gets `metrics`, `pictures` and `digest`, that
-    of its data. notes gets a line for each unfinished run and each damaged file, and for accuracies
-    that do not compare. A folder that neither is nor holds a sweep or a run is left out, with a
-    line in notes; UserError where no other is given.
+    of its data. Sweeps and lone runs are called by their folders (distinct_names). notes gets a
+    line for each unfinished run and each damaged file, and for accuracies that do not compare. A
+    folder that neither is nor holds a sweep or a run is left out, with a line in notes; UserError
+    where no other is given.
     """
-    sweeps, alone, absent = [], [], []
-    for folder in dict.fromkeys(path for given in folders for path in sweeps_and_runs(given)):
+    found: dict[pathlib.Path, None] = {}
+    absent = []
+    for folder in dict.fromkeys(folders):
         if not folder.is_dir():
             raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}")
-        if (folder / "sweep.json").exists():
-            sweeps.append(load_sweep(folder, notes))
-        elif (folder / "config.json").exists() or (folder / "summary.json").exists():
-            alone.append(folder)
-        else:
+        paths = sweeps_and_runs(folder)
+        found |= dict.fromkeys(paths)
+        if not paths:
             said = "holds neither a sweep (sweep.json) nor a run (config.json, summary.json)"
             absent.append(f"{folder}: {said}")
-    if absent and not sweeps + alone:
+    if absent and not found:
         raise UserError("; ".join(absent))
     notes += (f"{said}; it is left out" for said in absent)
+    sweeps, alone = [], {}
+    for folder, name in distinct_names(list(found)).items():
+        if (folder / "sweep.json").exists():
+            sweeps.append(load_sweep(folder, name, notes))
+        else:
+            alone[folder] = name
     return sweeps + sweeps_of_lone_runs(alone, notes)
 
 
 def sweeps_and_runs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the sweeps and the lone runs in a folder or below; `folder` itself where none is."""
+    """Return the sweeps and the lone runs in a folder or below; [folder] where it is one itself."""
     names = ("sweep.json", "config.json", "summary.json")
     if any((folder / name).exists() for name in names):
         return [folder]
     found = {path.parent for name in names for path in folder.rglob(name)}
-    return [path for path in sorted(found) if not found.intersection(path.parents)] or [folder]
+    return [path for path in sorted(found) if not found.intersection(path.parents)]
 
 
-def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
-    """Return sweep.json, with the runs' configs and the figures that it lacks."""
+def distinct_names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
+    """Return what each folder is called: the shortest end of its path that no other path has."""
+    paths = {folder: folder.resolve().parts for folder in folders}
+    names = {}
+    for folder, parts in paths.items():
+        others = [other for other in paths.values() if other != parts]
+        size = 1
+        while any(other[-size:] == parts[-size:] for other in others):
+            size += 1
+        names[folder] = str(pathlib.Path(*parts[-size:]))
+    return names
+
+
+def load_sweep(folder: pathlib.Path, title: str, notes: list[str]) -> dict:
+    """Return sweep.json with a title, the runs' configs, and the figures that it lacks."""
     path = folder / "sweep.json"
     sweep = runfiles.read_json(path)
     if {"experiment", "devices", "hardware", "runs"} - sweep.keys():
@@ -71,16 +90,12 @@ def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
         )
     elif len(data := compare.by_data([run for run in runs if run["figures"]])) > 1:
         notes.append(f"{path}: the data varies: accuracies do not compare: {', '.join(data)}")
-    return sweep | dict(title=folder.resolve().name, runs=runs)
+    return sweep | dict(title=title, runs=runs)
 
 
-def sweeps_of_lone_runs(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]:
-    """Return run folders as sweeps, one for each set of images (compare.by_data)."""
-    names = [folder.resolve().name for folder in folders]
-    loaded = []
-    for folder, name in zip(folders, names, strict=True):
-        name = name if names.count(name) == 1 else str(folder)
-        loaded.append(load_lone_run(folder, name, notes))
+def sweeps_of_lone_runs(names: Mapping[pathlib.Path, str], notes: list[str]) -> list[dict]:
+    """Return runs as sweeps, one for each set of images (compare.by_data); names: by folder."""
+    loaded = [load_lone_run(folder, name, notes) for folder, name in names.items()]
     summaries = {run["name"]: summary for run, summary in loaded}
     return [
         sweep_of_lone_runs([(run, summaries[run["name"]]) for run in runs])

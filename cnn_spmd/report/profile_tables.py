@@ -18,7 +18,7 @@ def share_blocks(runs: Sequence[dict]) -> list[Block]:
     if not rows:
         return []
     notes = facts.distinct_texts(
-        profiled(runs), lambda figures: figures["profile"].get("note") or ""
+        profiled(runs), lambda run: run["figures"]["profile"].get("note") or ""
     )
     return [
         Heading(3, "Computing and communicating, by profile"),

@@ -15,7 +15,7 @@ MARKS = {"report.md": "# cnn_spmd", "report.csv": "folder,name,", "report.html":
 def write_report(
     folders: Sequence[pathlib.Path], target_error: float | None = None
 ) -> list[pathlib.Path]:
-    """Write report.md, report.csv and report.html on all `folders` into the first.
+    """Write report.md, report.csv and report.html on all `folders` into the first with a run.
 
     target_error: the error to which steps and seconds are counted; None: chosen from the runs
     (batch_scaling.measure, settings.target_accuracy). A file of another origin that has one of the
@@ -31,6 +31,7 @@ def write_report(
         folders = [path for path in folders if path not in files] or folders
         notes += [f"{path}: is left out, as it is a file" for path in files]
     sweeps = load.load_sweeps(folders, notes)
+    home = next(filter(load.sweeps_and_runs, folders))
     if target_error is not None:
         check_target(target_error, [run for sweep in sweeps for run in sweep["runs"]], notes)
     for note in notes:
@@ -45,12 +46,12 @@ def write_report(
     }
     for name, content in contents.items():
         try:
-            runfiles.set_foreign_aside(folders[0] / name, MARKS[name])
-            with runfiles.atomic_write(folders[0] / name) as temporary:
+            runfiles.set_foreign_aside(home / name, MARKS[name])
+            with runfiles.atomic_write(home / name) as temporary:
                 # The names of folders need not be valid UTF-8.
                 temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise UserError(f"{folders[0] / name}: cannot be written: {error.strerror}") from error
+            raise UserError(f"{home / name}: cannot be written: {error.strerror}") from error
     lines = []
     for sweep in sweeps:
         if said := best_runs.answer(sweep, settings.overview(sweep["runs"], target_error)):
@@ -61,10 +62,10 @@ def write_report(
         lines.append(best_runs.DEVIATION)
     if len(folders) > 1:
         count = sum(len(sweep["runs"]) for sweep in sweeps)
-        lines.append(f"One report on {count} run{'s' * (count != 1)}, in the first folder:")
+        lines.append(f"One report on {count} run{'s' * (count != 1)}, in {home}:")
     for line in lines:
         print(line)
-    return [folders[0] / name for name in contents]
+    return [home / name for name in contents]
 
 
 def check_target(target_error: float, runs: Sequence[dict], notes: list[str]) -> None:

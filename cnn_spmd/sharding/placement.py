@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cnn_spmd.errors import UserError, unknown
+from cnn_spmd.errors import UnevenBatch, UserError, unknown
 from cnn_spmd.sharding import at_rest, local, own_rows
 from cnn_spmd.sharding.halo import Windows
 from cnn_spmd.sharding.table import LOGICAL_AXES, MAY_BE_UNEVEN, MAY_REPLICATE, TABLE
@@ -105,8 +105,9 @@ class Placement:
         even: rows of maps must divide too, as shard_map needs.
 
         Raises UserError, naming the array, its shape and the axis, where a size does not divide by
-        its mesh axes. (jax.lax.with_sharding_constraint would replicate the array in silence.)
-        Raises it too where one mesh axis splits two dimensions.
+        its mesh axes; UnevenBatch where that is a batch. (jax.lax.with_sharding_constraint would
+        replicate the array in silence.) Raises UserError too where one mesh axis splits two
+        dimensions.
         """
         if len(axes) != len(shape):
             raise UserError(
@@ -138,10 +139,11 @@ class Placement:
             return tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes
         if axis in MAY_REPLICATE:
             return None
-        raise UserError(
+        is_batch = axis.endswith("batch")
+        raise (UnevenBatch if is_batch else UserError)(
             f"{name} {shape}: {axis}={size} does not divide by the {shards} devices of mesh axis "
             f"{'+'.join(_as_tuple(mesh_axes))} {self.where}: change the mesh or "
-            f"the {'batch' if axis.endswith('batch') else 'parallelism'}"
+            f"the {'batch' if is_batch else 'parallelism'}"
         )
 
     def sharding(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> NamedSharding:

@@ -49,7 +49,7 @@ class Clock:
         if self.startup_seconds is None:
             startup.add_stage("the first chunk", seconds)
             self.startup = startup.take_stages()
-            self.startup_seconds = startup.process_seconds()  # after them, so that no stage ends later
+            self.startup_seconds = startup.process_seconds()  # last: no stage ends later
         return seconds
 
     @property
