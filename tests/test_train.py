@@ -31,6 +31,7 @@ from cnn_spmd.training import (
     evaluate,
     interrupt,
     loop,
+    one_checkpoint,
     optim,
     runfiles,
     startup,
@@ -249,7 +250,9 @@ def test_a_signal_where_a_run_evaluates_costs_no_evaluation(config, tmp_path, mo
         assert loop.train(config, tmp_path)["status"] == "interrupted"
     assert lines(tmp_path, "eval") == []
     assert loop.train(config, tmp_path)["steps"] == 8
-    assert [row["step"] for row in rows(tmp_path, "eval")] == [4]
+    (row,) = rows(tmp_path, "eval")
+    saved = one_checkpoint.Checkpoint(tmp_path / "checkpoints/4")
+    assert (row["step"], row["accuracy"]) == (4, saved.accuracy())
 
 
 def test_a_complete_run_whose_last_checkpoint_is_broken_makes_it_again(config, tmp_path):

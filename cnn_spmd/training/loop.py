@@ -8,7 +8,7 @@ host launches one call for many steps, and logs a chunk while the devices work o
   then measures the gradient's noise, too.
 - It saves a checkpoint every `checkpoint.every_epochs` epochs, and after its last step.
 - A signal (SIGTERM, Ctrl-C, SIGHUP) ends it after the chunks that are launched, at most two: it
-  saves, and the same command resumes.
+  saves, and the same command resumes. An evaluation that is due there is left to that command.
 - A loss that is not finite ends it. So does a parameter or a model state that is not finite; they
   are tested before each save, and never saved.
 - A run starts from its seed, or from the weights of the file `init_from`.
@@ -151,6 +151,7 @@ class Run:
         # A signal ended the earlier command here, or this step was its last one.
         if self.step in self.timetable.evaluations and not is_evaluated:
             self.evaluation = self.evaluate("eval")
+            self.checkpoints.record_accuracy(self.step, self.evaluation["accuracy"])
         for stop in self.timetable.stops:
             self.run_until(stop)
             if self.step == self.timetable.last:  # complete, even if a signal came
