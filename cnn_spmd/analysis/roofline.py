@@ -26,48 +26,24 @@ from jax.extend import core
 
 from cnn_spmd.analysis.cost import Card
 
-# Operations that call another program: its operations take their place.
-CALLS = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat",
-    "remat2",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "shard_map",
-)
-PRODUCTS = ("dot_general", "conv_general_dilated")
-# These are a kernel by themselves. A loop counts as one run of it.
-ALONE = ("pallas_call", "select_and_scatter_add", "scatter", "scatter-add", "sort", "scan", "while")
-BARRIER = "optimization_barrier"  # XLA stores what goes through it
-REDUCTIONS = (
-    "reduce_sum",
-    "reduce_max",
-    "reduce_min",
-    "reduce_and",
-    "reduce_or",
-    "argmax",
-    "argmin",
-)
-# These move nothing: they change the shape only, or a product reads its operand in another order.
-FREE = (
-    "reshape",
-    "squeeze",
-    "expand_dims",
-    "rev",
-    "sharding_constraint",
-    "reshard",
-    "copy",
-    "stop_gradient",
-)
-# These read only the part of their operand that they return.
-SLICES = ("slice", "dynamic_slice", "gather")
-# These take long, so that XLA does not compute them again for each kernel that needs them.
-SLOW = ("exp", "exp2", "log", "tanh", "logistic", "pow", "erf_inv", "random_bits")
-WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+# What becomes of JAX's operations, by their names; XLA joins all others.
+_KINDS = {
+    # They call another program: its operations take their place.
+    "call": "jit closed_call remat2 custom_jvp_call custom_vjp_call shard_map",
+    "product": "dot_general conv_general_dilated",
+    # They are a kernel by themselves. A loop counts as one run of it.
+    "alone": "pallas_call select_and_scatter_add scatter scatter-add sort scan while",
+    "barrier": "optimization_barrier",  # XLA stores what goes through it
+    "reduction": "reduce_sum reduce_max reduce_min reduce_and reduce_or argmax argmin",
+    # They move nothing: they only change the shape, or a product reads its operand reordered.
+    "free": "reshape squeeze expand_dims rev sharding_constraint reshard copy stop_gradient",
+    # They read only the part of their operand that they return.
+    "slice": "slice dynamic_slice gather",
+    # They take long, so that XLA does not compute them again for each kernel that needs them.
+    "slow": "exp exp2 log tanh logistic pow erf_inv random_bits "
+    "reduce_window_sum reduce_window_max reduce_window_min",
+}
+KINDS = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
 # Kernels of a step that this module does not see: those of the loop over steps, and of random keys.
 # XLA's programs for an H100 have at least this many more.
@@ -157,6 +133,16 @@ class Operation:
     inputs: list[Array]
     outputs: list[Array] = dataclasses.field(default_factory=list)
 
+    @property
+    def kind(self) -> str:
+        """Return the kind in KINDS; "" for an operation that XLA joins with others."""
+        return KINDS.get(self.name, "")
+
+    @property
+    def is_alone(self) -> bool:
+        """Return whether XLA joins the operation with no other."""
+        return self.kind in ("product", "alone", "barrier")
+
 
 def read(program: Any) -> tuple[list[Operation], list[Array]]:
     """Return the operations that a program needs, in order and each once, and its results."""
@@ -187,7 +173,7 @@ def _inline(program: Any, arguments: Sequence[Array], into: list[Operation]) -> 
 
     for equation in jaxpr.eqns:
         name, params, inputs = equation.primitive.name, equation.params, arrays(equation.invars)
-        if name in CALLS:
+        if KINDS.get(name) == "call":
             called = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
             outputs = _inline(called, inputs, into)
         elif name == "cond":
@@ -228,7 +214,7 @@ def _without_repetitions(
     for operation in operations:
         operation.inputs = [same.get(array, array) for array in operation.inputs]
         inputs = tuple(array.literal or array for array in operation.inputs)
-        params = operation if operation.name in ALONE else str(operation.params)
+        params = operation if operation.kind == "alone" else str(operation.params)
         before = first.setdefault((operation.name, params, inputs), operation)
         same |= dict(zip(operation.outputs, before.outputs, strict=True))
     return list(first.values()), [same.get(array, array) for array in results]
@@ -259,11 +245,11 @@ class _Fusion:
         self.needs.clear()  # they were found while fewer arrays were stored
         kernels = []
         for operation in self.operations:
-            if operation.name in PRODUCTS + ALONE:
+            if operation.kind in ("product", "alone"):
                 kernels.append(_kernel(operation))
-            elif operation.name in REDUCTIONS and _summed(operation) > SUMMED_AT_ONCE:
+            elif operation.kind == "reduction" and _summed(operation) > SUMMED_AT_ONCE:
                 kernels.append(Kernel(operation.outputs[0].bytes))
-            if _is_alone(operation):
+            if operation.is_alone:
                 before = [array for each in operation.inputs for array in self._sources(each)]
                 for output in operation.outputs:
                     self.levels[output] = 1 + self._level(before)
@@ -280,9 +266,9 @@ class _Fusion:
         """Give a stored array to the kernel that makes it: that of another one, or a new one."""
         needs = self._needs(output)
         level = self._level(needs)
-        reduces = _is_reduced(output)
+        reduces = _kind(output) == "reduction"
         largest = max(needs, key=lambda array: array.bytes, default=output)
-        if not reduces and _is_product(largest) and largest not in self.with_epilogue:
+        if not reduces and _kind(largest) == "product" and largest not in self.with_epilogue:
             others = sum(needs.values()) - needs[largest]
             if others < largest.bytes / 4 and output.bytes <= largest.bytes:
                 self.with_epilogue.add(largest)  # cuDNN and cuBLAS add a bias and apply a ReLU
@@ -294,7 +280,7 @@ class _Fusion:
         at_hand = [
             array
             for array in needs
-            if not _is_reduced(array) and (reduces or array.shape == output.shape)
+            if _kind(array) != "reduction" and (reduces or array.shape == output.shape)
         ]
         keys = [
             key
@@ -312,42 +298,42 @@ class _Fusion:
 
     def _is_there(self, array: Array, key: tuple[Array, int]) -> bool:
         """Return whether the kernel `key` has an array at hand, or earlier kernels make it."""
-        at_hand = self.made_by.get(array) == key and not _is_reduced(array)
+        at_hand = self.made_by.get(array) == key and _kind(array) != "reduction"
         return at_hand or self._level([array]) <= key[1]
 
     def _store(self) -> None:
         """Find the arrays that are stored."""
         users: Counter[Array] = Counter()
         for operation in self.operations:
-            if operation.name not in FREE:
+            if operation.kind != "free":
                 users.update({_behind(array) for array in operation.inputs})
-            if _is_alone(operation):
+            if operation.is_alone:
                 self._keep(operation.inputs)
-            if operation.name in REDUCTIONS:
+            if operation.kind == "reduction":
                 self._keep(operation.outputs)
         self._keep(self.results)
         for operation in self.operations:
-            if _is_alone(operation) or operation.name in FREE:
+            if operation.is_alone or operation.kind == "free":
                 continue
             for output in operation.outputs:
                 more = users[output] - 1
                 if more < 1 or output in self.stored:
                     continue
                 again = sum(self._needs(output).values())
-                is_slow = operation.name in SLOW + WINDOWS
+                is_slow = operation.kind == "slow"
                 is_large = output.bytes > SMALL and more * again > (more + 2) * output.bytes
                 if is_slow or is_large:
                     self.stored.add(output)
 
     def _keep(self, arrays: Iterable[Array]) -> None:
         for array in map(_behind, arrays):
-            if array.source and not _is_alone(array.source):
+            if array.source and not array.source.is_alone:
                 self.stored.add(array)
 
     def _sources(self, array: Array) -> dict[Array, float]:
         """Return the stored arrays that an array is read from, and the bytes read of each."""
         array = _behind(array)
-        if array.source is None or _is_alone(array.source) or array in self.stored:
+        if array.source is None or array.source.is_alone or array in self.stored:
             return {array: array.bytes}
         return self._needs(array)
 
@@ -357,7 +343,7 @@ class _Fusion:
             found: dict[Array, float] = {}
             for each in array.source.inputs:
                 for source, size in self._sources(each).items():
-                    if array.source.name in SLICES:
+                    if array.source.kind == "slice":
                         size = min(size, array.bytes)
                     found[source] = max(size, found.get(source, 0.0))
             self.needs[array] = found
@@ -367,16 +353,9 @@ class _Fusion:
         return max((self.levels.get(array, 0) for array in arrays), default=0)
 
 
-def _is_alone(operation: Operation) -> bool:
-    return operation.name in PRODUCTS + ALONE or operation.name == BARRIER
-
-
-def _is_reduced(array: Array) -> bool:
-    return array.source is not None and array.source.name in REDUCTIONS
-
-
-def _is_product(array: Array) -> bool:
-    return array.source is not None and array.source.name in PRODUCTS
+def _kind(array: Array) -> str:
+    """Return the kind of the operation that makes an array."""
+    return array.source.kind if array.source else ""
 
 
 def _summed(operation: Operation) -> float:
@@ -386,8 +365,8 @@ def _summed(operation: Operation) -> float:
 
 
 def _behind(array: Array) -> Array:
-    """Return the array that operations of FREE only give another shape."""
-    while array.source and array.source.name in FREE:
+    """Return the array that "free" operations only give another shape."""
+    while _kind(array) == "free":
         array = array.source.inputs[0]
     return array
 
@@ -395,7 +374,7 @@ def _behind(array: Array) -> Array:
 def _kernel(operation: Operation) -> Kernel:
     """Return the kernel of an operation that is one by itself."""
     moved = sum(array.bytes for array in itertools.chain(operation.inputs, operation.outputs))
-    if operation.name not in PRODUCTS:
+    if operation.kind != "product":
         return Kernel(moved)
     left, right = (array.shape for array in operation.inputs)
     if operation.name == "dot_general":
