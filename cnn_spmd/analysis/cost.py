@@ -79,7 +79,8 @@ class Links:
     """What collectives cost between GPUs of one span: inside a host, or across hosts.
 
     collectives: operation -> points (ring bytes, seconds), ascending. Between points the time is
-    linear; beyond the last it goes on with the last slope.
+    linear; beyond the last it goes on with the last slope. Fewer bytes than the first point's take
+    as long as those.
     """
 
     collectives: dict[str, list[tuple[float, float]]]
@@ -92,12 +93,7 @@ class Links:
         points = next(
             self.collectives[name] for name in LIKE[operation] if name in self.collectives
         )
-        sizes, times = zip(*points, strict=True)
-        size = ring_bytes / lanes
-        if size <= sizes[-1]:
-            return float(np.interp(size, sizes, times))
-        slope = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
-        return times[-1] + (size - sizes[-1]) * slope
+        return on_the_line(max(ring_bytes / lanes, points[0][0]), points)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +142,17 @@ class Card(Rates):
     hidden_gathers: float = 0.0
     spans: dict[str, Links]
     steps: Sequence[dict] = ()
+
+
+def on_the_line(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """Return y at x on the line through points (x, y), ascending by x.
+
+    Beyond the first and the last point the line goes on with its slope there.
+    """
+    xs, ys = np.transpose(points)
+    inner = np.clip(np.searchsorted(xs, x), 1, len(xs) - 1)
+    slope = (ys[inner] - ys[inner - 1]) / (xs[inner] - xs[inner - 1])
+    return float(ys[inner] + (x - xs[inner]) * slope)
 
 
 def names() -> list[str]:

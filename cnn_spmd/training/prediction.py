@@ -161,22 +161,14 @@ def measured_step(card: Card, setup: Any, batch: float) -> OneDeviceStep | None:
     wanted = network_of(setup)
     for step in card.steps:
         if all(step[name] == value for name, value in wanted.items()):
-            batches, seconds = np.transpose(step["points"])
-            found = float(_on_the_line(batch, batches, seconds))
-            return OneDeviceStep(found, False, _origin(batch, batches))
+            points = step["points"]
+            line = points if len(points) > 1 else [(0.0, 0.0), *points]
+            origin = _origin(batch, [size for size, _ in points])
+            return OneDeviceStep(cost.on_the_line(batch, line), False, origin)
     return None
 
 
-def _on_the_line(batch: float, batches: np.ndarray, seconds: np.ndarray) -> float:
-    """Return the seconds at `batch` on the line through the measured points."""
-    if len(batches) == 1:
-        return seconds[0] * batch / batches[0]
-    inner = np.clip(np.searchsorted(batches, batch), 1, len(batches) - 1)
-    slope = (seconds[inner] - seconds[inner - 1]) / (batches[inner] - batches[inner - 1])
-    return seconds[inner] + (batch - batches[inner]) * slope
-
-
-def _origin(batch: float, batches: np.ndarray) -> str:
+def _origin(batch: float, batches: Sequence[float]) -> str:
     """Say how the step at `batch` follows from steps measured at `batches`."""
     least, most = batches[0], batches[-1]
     if least <= batch <= most:
