@@ -38,7 +38,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, one_line
 from cnn_spmd.training import cluster
 from cnn_spmd.training.one_checkpoint import (
     BROKEN,
@@ -46,7 +46,6 @@ from cnn_spmd.training.one_checkpoint import (
     Checkpoint,
     Rejected,
     arrays_by_name,
-    first_line,
     orbax,
 )
 
@@ -290,7 +289,7 @@ class Checkpoints:
             self._remove_leftovers()
         return SaveError(
             f"{self.directory}: the checkpoint of step {step} cannot be saved "
-            f"({first_line(error)}); {self.last_good()}"
+            f"({one_line(error)}); {self.last_good()}"
         )
 
     # ---- The folder

@@ -18,7 +18,7 @@ import uuid
 from typing import Any
 
 from cnn_spmd.config import flat
-from cnn_spmd.errors import UserError
+from cnn_spmd.errors import UserError, one_line
 from cnn_spmd.training import cluster_env, peers
 
 SHARED_DISK_SECONDS = 5  # how late a network disk may show a new file to other hosts
@@ -40,7 +40,7 @@ def join(seconds: int = 120) -> None:
     seconds = int(os.environ.get("JAX_INITIALIZATION_TIMEOUT", seconds))
     import jax
 
-    peers.prepare_to_join()
+    peers.end_aborts_in_one_line()
     try:
         jax.distributed.initialize(
             **membership,
@@ -50,7 +50,7 @@ def join(seconds: int = 120) -> None:
     except Exception as error:
         hint = f"expected srun or mpirun to start it, or {cluster_env.COORDINATOR}=host:port"
         raise UserError(
-            f"cannot join the cluster of {name}={os.environ[name]}: {_one_line(error)} ({hint})"
+            f"cannot join the cluster of {name}={os.environ[name]}: {one_line(error)} ({hint})"
         ) from None
     peers.watch()
 
@@ -80,10 +80,7 @@ def exchange(value: Any) -> list:
 
 def agree(values: dict) -> None:
     """Raise UserError for the first field in which a process differs from process 0."""
-    cluster = peers.record()
-    if cluster.client is None:
-        return
-    first, *others = map(flat, exchange(dict(processes=cluster.num_processes) | values))
+    first, *others = map(flat, exchange(dict(processes=peers.record().num_processes) | values))
     for i, other in enumerate(others, 1):
         for field in first | other:
             ours = first.get(field, "absent")
@@ -158,7 +155,7 @@ def crash(error: Exception) -> None:
     if peers.is_peer_trouble(str(error)):
         time.sleep(peers.VERDICT_SECONDS)
     traceback.print_exception(error)
-    fail(f"error: {type(error).__name__}: {_one_line(error)}", 1)
+    fail(f"error: {one_line(error)}", 1)
 
 
 def _is_named() -> bool:
@@ -183,7 +180,3 @@ def _wait_for(key: str) -> str:
         except Exception as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -69,9 +69,14 @@ def read(
     kept = {name: wanted[name] for name in wanted if name not in fresh}
     try:
         refuse_others(path, used, kept)
-    except UserError:
-        refuse_other_network(path, about, network)
-        raise
+    except UserError as error:
+        held = about["config"]["model"]["name"] if about else network
+        if held == network:
+            raise
+        raise UserError(
+            f"init_from={path}: the file holds {held}, but the config has model.name={network}: "
+            f"set --config.model.name={held}"
+        ) from error
     text = f"Started from {path}: it sets {len(used)} of the network's {len(wanted)} arrays."
     if fresh:
         text += f" {OUTPUT} is left at its fresh initialization: {classes}."
@@ -84,16 +89,6 @@ def read(
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = dict(file=str(path), sha256=digest, fresh_layers=[OUTPUT] if fresh else [])
     return Start(used, record, text)
-
-
-def refuse_other_network(path: pathlib.Path, about: dict, network: str) -> None:
-    """Raise UserError where a file says that it holds another network; about: of weights.read."""
-    held = about["config"]["model"]["name"] if about else network
-    if held != network:
-        raise UserError(
-            f"init_from={path}: the file holds {held}, but the config has model.name={network}: "
-            f"set --config.model.name={held}"
-        )
 
 
 def refuse_others(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from cnn_spmd.errors import one_line
 from cnn_spmd.training import runfiles
 
 MANIFEST = "SHA256.json"
@@ -122,7 +123,7 @@ class Checkpoint:
         except Rejected:
             raise
         except Exception as error:  # of many kinds, for files that are cut, missing or misshapen
-            raise Rejected(f"does not load ({first_line(error)})") from error
+            raise Rejected(f"does not load ({one_line(error)})") from error
         if (step := int(loaded[".step"])) != int(self.path.name):
             raise Rejected(f"holds step {step}")
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
@@ -164,8 +165,3 @@ def _check_names(wanted: Set[str], saved: Set[str]) -> None:
         if names:
             shown = ", ".join(sorted(names)[:2]) + (", ..." if len(names) > 2 else "")
             raise Rejected(f"{problem}: {shown}")
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's type and the first line of its text."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"

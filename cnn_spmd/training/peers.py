@@ -7,7 +7,7 @@ nothing. So the end comes from elsewhere:
   process (`_watch`) reads it there.
 - A process that is killed, or loses its network, sends no more heartbeats. jax's C++ code notices,
   prints a page of text and calls abort(). It does the same if a process never joins the cluster.
-  A handler of the signal SIGABRT (`_end_aborts_in_one_line`) turns that into one line.
+  A handler of the signal SIGABRT (`end_aborts_in_one_line`) turns that into one line.
 """
 
 import contextlib
@@ -44,11 +44,6 @@ def record() -> Any:
     from jax._src import distributed
 
     return distributed.global_state
-
-
-def prepare_to_join() -> None:
-    """Prepare for an abort in C++ code; call it before jax.distributed.initialize."""
-    _end_aborts_in_one_line(_hide_native_output(), time.monotonic())
 
 
 def watch() -> None:
@@ -129,16 +124,16 @@ def _hide_native_output() -> BinaryIO:
     return output
 
 
-def _end_aborts_in_one_line(output: BinaryIO, since: float) -> None:
+def end_aborts_in_one_line() -> None:
     """Make abort() in C++ code end this process with one line and a plain exit code.
 
+    Call it before jax.distributed.initialize: the line says how long the join took by then.
     A handler set by Python's signal module would never run: Python calls it in the main thread once
     the C++ code returns, and abort() does not return. So C's signal() gets a C function, by ctypes.
     jax's client could also call Python back instead of aborting, but jaxlib fails to convert
     the callback's argument (std::bad_cast).
-
-    output: where C++ code prints; since: time.monotonic() when the join began.
     """
+    output, since = _hide_native_output(), time.monotonic()
 
     def printed() -> str:
         size = os.fstat(output.fileno()).st_size

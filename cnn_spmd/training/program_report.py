@@ -15,6 +15,9 @@ from cnn_spmd.sharding.placement import axes_of, is_weight, named_variables
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.step import StepFunctions
 
+# Fields of a report that are null where they are not known.
+UNKNOWN = ("closed_form", "closed_form_not_covered", "communication", "closed_form_ring_bytes")
+
 
 def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
     """Report what a compiled program of n steps holds and moves per step, JSON-ready.
@@ -38,11 +41,7 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
         placement=[],
         activations=[],
         bytes_per_device=dict(parameters=None, optimizer=None),
-        closed_form=None,
-        closed_form_not_covered=None,
-        communication=None,
-        closed_form_ring_bytes=None,
-        compile_seconds=None,
+        **dict.fromkeys(UNKNOWN),
         compiler_options=setup.compiler_options,
         **program.compiler_of(setup.place.mesh),
         **program.UNKNOWN,

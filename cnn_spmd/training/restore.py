@@ -19,7 +19,7 @@ import numpy as np
 from cnn_spmd import config as configs
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import VALIDATION, Dataset, Unread, blank_arrays
-from cnn_spmd.errors import IF_ADDED, UnknownName, UserError
+from cnn_spmd.errors import IF_ADDED, UnknownName, UserError, one_line
 from cnn_spmd.training import build, runfiles, weights, workdir
 from cnn_spmd.training.checkpoint import Checkpoints
 from cnn_spmd.training.one_checkpoint import Checkpoint
@@ -85,14 +85,13 @@ def on_one_device(source: pathlib.Path, data_dir: str | None = None) -> Restored
     try:
         config = config_on_one_device(saved, data_dir)
         if weights.is_file(source):
-            about = weights.read_about(source)
-            setup = prepare(source, without_data(config), saved, stand_in(about))
-            setup = normalised(setup, about)
+            setup = prepare_without_data(source, config, saved)
         else:
             setup = prepare(source, config, saved)
     except (AttributeError, KeyError, TypeError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{source}: is damaged or of another version ({said})") from error
+        raise UserError(
+            f"{source}: is damaged or of another version ({one_line(error)})"
+        ) from error
     except UnknownName as error:
         raise naming_experiment(error, source) from error
     except UserError as error:
@@ -203,13 +202,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ---- A weights file without its data set
+def prepare_without_data(
+    source: pathlib.Path, config: ml_collections.ConfigDict, saved: dict
+) -> build.Setup:
+    """Return the Setup of a weights file, with one black image in the place of its data set.
 
-
-def stand_in(about: dict) -> Dataset:
-    """Return one black image, as a data set in the place of the file's own."""
-    saved = about["config"]
-    return Dataset(
+    Nothing in its config asks for more images. It normalises as the file says.
+    """
+    about = weights.read_about(source)
+    config.update(dict(batch_size=1, dense_microbatch=0, noise_scale=0))
+    config.data.update(dict(validation=0, held_out=0, held_out_steps=0))
+    black = Dataset(
         name=saved["dataset"],
         **blank_arrays(dict(train=1, test=1), about["image_size"]),
         class_names=tuple(about["class_names"]),
@@ -217,17 +220,7 @@ def stand_in(about: dict) -> Dataset:
         files=saved.get("data_files", ""),
         digest=saved.get("data_digest", ""),
     )
-
-
-def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Return a config in which nothing asks for more than one image."""
-    config.update(dict(batch_size=1, dense_microbatch=0, noise_scale=0))
-    config.data.update(dict(validation=0, held_out=0, held_out_steps=0))
-    return config
-
-
-def normalised(setup: build.Setup, about: dict) -> build.Setup:
-    """Return a setup that normalises as the file says, not as `stand_in` would."""
+    setup = prepare(source, config, saved, black)
     mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))
     old = setup.functions.preprocessing
     return with_preprocessing(setup, dataclasses.replace(old, mean=mean, std=std))
