@@ -32,6 +32,13 @@ class Field(NamedTuple):
     choices: tuple[str, ...] = ()
     item: Any = None  # a value of the type of each entry of a tuple or dict
 
+    @property
+    def range(self) -> str:
+        """Return the range of its numbers in words."""
+        if self.below is not None:
+            return f"from {self.low} to below {self.below}"
+        return f"at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
+
 
 MESH_AXES = ("data", "model")  # a further axis needs a row of the placement table that uses it
 
@@ -45,16 +52,10 @@ SCHEMA = {
     "epochs": Field(40, "passes over the training images", low=0, high=10**7),
     "steps": Field(0, "steps to train, instead of epochs; 0: as epochs says", low=0, high=10**7),
     "steps_per_call": Field(
-        0,
-        "steps of a chunk, which is one compiled call; 0: up to 100 on a GPU, 1 on a CPU",
-        low=0,
-        high=10**5,
+        0, "steps of a chunk (one compiled call); 0: up to 100, on a CPU 1", low=0, high=10**5
     ),
     "collectives_in_flight": Field(
-        1,
-        "collectives that may be under way at once, on several GPUs; XLA's own limit is 1",
-        low=1,
-        high=1000,
+        1, "collectives that may be under way at once, on GPUs; XLA's default: 1", low=1, high=1000
     ),
     "dtype": Field(
         "auto",
@@ -63,14 +64,10 @@ SCHEMA = {
     ),
     "profile": Field(0, "steps, at least, to trace after the last one", low=0, high=1000),
     "noise_scale": Field(
-        0,
-        "batches by which each evaluation measures the noise scale; at most an epoch; 0: none",
-        low=0,
-        high=10**6,
+        0, "batches, up to an epoch, that measure the noise scale; 0: none", low=0, high=10**6
     ),
     "card": Field(
-        "",
-        "calibration that predicts the step, such as h200, or a file; empty: that of the devices",
+        "", "calibration that predicts the step: h200, or a file; empty: that of the devices"
     ),
     # Where arrays live: cnn_spmd/sharding/table.py.
     **{
@@ -95,8 +92,7 @@ SCHEMA = {
     ),
     "model.fast": Field(True, "fast forms of layers and gradients; False: the plain forms"),
     "init_from": Field(
-        "",
-        "weights to start from: a file of cnn_spmd.export, or torchvision's AlexNet; empty: none",
+        "", "weights to start from, by cnn_spmd.export or torchvision's AlexNet; empty: none"
     ),
     "dense_microbatch": Field(
         0, "examples that the dense layers see at a time (variable batch); 0: the batch", low=0
@@ -116,7 +112,7 @@ SCHEMA = {
     ),
     "data.image_size": Field(
         0,
-        "side of photographs, of their central square; 0: what tfds:NAME or npz has, or 256",
+        "side of photographs (central square); 0: as tfds or npz has it, or 256",
         low=0,
         high=4096,
     ),
@@ -127,16 +123,12 @@ SCHEMA = {
         choices=("channel", "pixel_mean", "torchvision"),
     ),
     "data.crop": Field(
-        0,
-        "side of the random crop that the network sees; 0: the image's, or what fits the network",
-        low=0,
+        0, "side of the random crop that the network sees; 0: all, or what fits the network", low=0
     ),
     "data.crop_pad": Field(0, "reflected pixels around an image before it is cropped", low=0),
     "data.flip": Field(True, "mirror training images at random, where the data set allows it"),
     "data.colour_noise": Field(
-        0.0,
-        "noise along the principal axes of colour, in standard deviations (AlexNet 2012: 0.1)",
-        low=0.0,
+        0.0, "noise along the principal axes of colour, in deviations (AlexNet 2012: 0.1)", low=0.0
     ),
     "data.held_out": Field(0, "last training images that the first steps leave out", low=0),
     "data.held_out_steps": Field(0, "steps that leave out data.held_out images", low=0),
@@ -189,9 +181,7 @@ SCHEMA = {
         2.0, "decay=polynomial: the rate falls as (1 - t) ** power, t from 0 to 1", low=0.0
     ),
     "optimizer.stages": Field(
-        (),
-        "decay=staged: shares of the steps at which the rate falls, such as (0.25, 0.5)",
-        item=0.0,
+        (), "decay=staged: shares of the steps where the rate falls, such as (0.25, 0.5)", item=0.0
     ),
     "optimizer.stage_factor": Field(
         0.1, "decay=staged: what the rate is multiplied by at each stage", low=0.0, high=1.0
@@ -205,15 +195,10 @@ SCHEMA = {
     ),
     "optimizer.nesterov": Field(False, "Nesterov's form of momentum"),
     "optimizer.beta2": Field(
-        0.999,
-        "adamw, muon: share of the last mean square that the next one keeps",
-        low=0.0,
-        below=1.0,
+        0.999, "adamw, muon: share of the last mean square that the next keeps", low=0.0, below=1.0
     ),
     "optimizer.trust": Field(
-        0.001,
-        "lars, larc: eta of the local rate, which is about eta times norm(w) / norm(g)",
-        low=0.0,
+        0.001, "lars, larc: eta of the local rate, about eta times norm(w) / norm(g)", low=0.0
     ),
     "optimizer.weight_decay": Field(5e-4, "decay of kernels", low=0.0),
     "optimizer.decay_all": Field(False, "decay biases and the scales of batch norms, too"),
@@ -289,7 +274,8 @@ MAY_DIFFER = (
 # What a run's config.json says of its data beside the config; a resumed run has the same.
 DATA_FIELDS = ("dataset", "fallback", "data_files", "data_digest")
 
-# Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another.
+# Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another:
+# the last one gets its value, one before it becomes 0.
 FALLBACK_FIELDS = {
     "fallback_batch_size": ("batch_size",),
     "fallback_epochs": ("steps", "epochs"),
@@ -424,11 +410,11 @@ def _sections() -> set[str]:
 
 def check_types(config: ml_collections.ConfigDict) -> None:
     """Raise UserError for the first field that is unknown, missing or of a wrong type."""
-    _check_section("", config.to_dict())
-    present = config.to_dict()
+    values = config.to_dict()
+    _check_section("", values)
     for field in SCHEMA:
         try:
-            get(present, field)
+            get(values, field)
         except KeyError:
             raise UserError(f"{field}: missing, expected a value as in docs/config.md") from None
 
@@ -525,14 +511,10 @@ def _refuse_several_warmups(settings: ml_collections.ConfigDict) -> None:
 def _check_range(name: str, value: float, field: Field) -> None:
     """Raise UserError for a number outside the range of its field."""
     high = LARGEST[type(field.low)] if field.high is None else field.high
-    if field.low <= value <= high and (field.below is None or value < field.below):
-        return  # written so that NaN is refused
-    expected = f"from {field.low} to {high}"
-    if field.below is not None:
-        expected = f"from {field.low} to below {field.below}"
-    elif field.high is None:
-        expected = f"at least {field.low} and at most {high}"
-    raise UserError(f"{name}={value}: expected {expected}")
+    # Written so that NaN is refused.
+    if not (field.low <= value <= high and (field.below is None or value < field.below)):
+        end = f" and at most {high}" if field.high is field.below is None else ""
+        raise UserError(f"{name}={value}: expected {field.range}{end}")
 
 
 def expanded(field: str, path: str) -> pathlib.Path:
@@ -667,13 +649,9 @@ def image_bytes_per_device(resident: str, data: Any, devices: int) -> int:
 
 def _take_fallback(config: ml_collections.ConfigDict, name: str) -> None:
     """Give a config the fallback's name, and the nonzero values of data.fallback_*."""
-    if config.data.fallback_epochs:
-        config.epochs = config.data.fallback_epochs
-        config.steps = 0
-    if config.data.fallback_batch_size:
-        config.batch_size = config.data.fallback_batch_size
-    if config.data.fallback_learning_rate:
-        config.optimizer.learning_rate = config.data.fallback_learning_rate
+    for fallback, (*others, field) in FALLBACK_FIELDS.items():
+        if value := config.data[fallback]:
+            config.update_from_flattened_dict({field: value} | dict.fromkeys(others, 0))
     config.data.name = name
 
 
@@ -859,13 +837,7 @@ def _values(field: Field) -> str:
     if field.choices:
         return ", ".join(f"`{choice}`" for choice in field.choices)
     kind = TYPES[type(field.default)][1]
-    if field.low is None:
-        return kind
-    if field.below is not None:
-        return f"{kind}, from {field.low} to below {field.below}"
-    if field.high is not None:
-        return f"{kind}, from {field.low} to {field.high}"
-    return f"{kind}, at least {field.low}"
+    return kind if field.low is None else f"{kind}, {field.range}"
 
 
 if __name__ == "__main__":
