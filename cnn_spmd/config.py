@@ -317,14 +317,9 @@ def complete(saved: dict) -> dict:
     A field that it lacks has its default; what is no field (any more) is left out. Values are as
     JSON reads them back: tuples are lists. Raises UserError as `fill`.
     """
-    nested: dict = {}
-    for name, value in saved.items():
-        _put(nested, name.split("."), value)
+    nested = _nested(copy.deepcopy(saved))
     fill(nested)
-    found: dict = {}
-    for name in SCHEMA:
-        _put(found, name.split("."), get(nested, name))
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(_nested({name: get(nested, name) for name in SCHEMA})))
 
 
 def from_saved(saved: dict) -> ml_collections.ConfigDict:
@@ -332,21 +327,24 @@ def from_saved(saved: dict) -> ml_collections.ConfigDict:
 
     saved: as for `complete`.
     """
-    config = ml_collections.ConfigDict(complete(saved))
+    completed = complete(saved)
+    values = {name: get(completed, name) for name in SCHEMA}
     for name, field in SCHEMA.items():
-        if isinstance(field.default, tuple):
-            section, _, last = name.rpartition(".")
-            at = get(config, section) if section else config
-            with at.ignore_type():  # JSON reads tuples as lists
-                at[last] = tuple(at[last])
-    return config
+        if isinstance(field.default, tuple):  # JSON reads tuples as lists
+            values[name] = tuple(values[name])
+    return ml_collections.ConfigDict(_nested(values))
 
 
-def _put(tree: dict, path: list[str], value: Any) -> None:
-    """Set tree[path[0]][path[1]]... to a copy of a value."""
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = copy.deepcopy(value)
+def _nested(values: dict) -> dict:
+    """Return values with dotted names as nested dicts."""
+    found: dict = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        at = found
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[last] = value
+    return found
 
 
 def get(config: Any, field: str) -> Any:
@@ -400,12 +398,8 @@ def is_entry(field: str) -> bool:
 
 def _sections() -> set[str]:
     """Return the names of the dicts that hold fields, such as data and data.synthetic."""
-    found = set()
-    for name in SCHEMA:
-        while "." in name:
-            name = name.rpartition(".")[0]
-            found.add(name)
-    return found
+    parts = [name.split(".") for name in SCHEMA]
+    return {".".join(each[:depth]) for each in parts for depth in range(1, len(each))}
 
 
 def check_types(config: ml_collections.ConfigDict) -> None:

@@ -88,15 +88,9 @@ def _check_step_between(layer: Layer, following: Layer) -> None:
     before, after = layer.output, following.input
     where = f"from {before.name} to {after.name}"
     gathered, exchanged = set(before.batch) - after.axes, exchanged_axes(before, after)
-    changes = [
-        gathered,
-        set(before.height) - after.axes,
-        set(before.features) - after.axes,
-        set(after.batch) - before.axes,
-        set(after.height) - before.axes,
-        set(after.features) - before.axes,
-        exchanged,
-    ]
+    changes = [exchanged]
+    for old, new in ((before, after), (after, before)):
+        changes += [{*axes} - new.axes for axes in (old.batch, old.height, old.features)]
     in_turn = following.is_dense and not layer.is_dense and gathered and exchanged
     if sum(map(bool, changes)) > (2 if in_turn else 1):
         raise NotCovered(f"{where}: the layout changes in several ways at once")

@@ -130,11 +130,7 @@ class Checkpoint:
 
     def set_aside(self, reason: str) -> None:
         """Rename the folder to broken-<step>, with a warning that says why."""
-        aside = self.path.with_name(f"{BROKEN}{self.path.name}")
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = self.path.with_name(f"{BROKEN}{self.path.name}-{number}")
+        aside = runfiles.free_name(self.path.with_name(f"{BROKEN}{self.path.name}"))
         self.path.rename(aside)
         logging.warning("Checkpoint %s %s. It is set aside as %s.", self.path, reason, aside.name)
 

@@ -71,24 +71,9 @@ FIELDS = {
 }
 # The fields of summary.json that sweep.json repeats.
 COPIED = (
-    "model",
-    "mesh",
-    "parallelism",
-    "batch_size",
-    "dataset",
-    "fallback",
-    "seed",
-    "dtype",
-    "steps",
-    "images_per_second",
-    "step_milliseconds",
-    "train_seconds",
-    "compile_seconds",
-    "param_count",
-    "bytes_per_device",
-    "collectives",
-    "device_kind",
-    "processes",
+    "model mesh parallelism batch_size dataset fallback seed dtype steps images_per_second "
+    "step_milliseconds train_seconds compile_seconds param_count bytes_per_device collectives "
+    "device_kind processes"
 )
 
 
@@ -122,9 +107,13 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def free_old_name(path: pathlib.Path) -> pathlib.Path:
     """Return the first unused name of NAME.old, NAME.old-2, NAME.old-3, ..."""
-    numbered = (f"{path.name}.old-{n}" for n in itertools.count(2))
-    names = itertools.chain([f"{path.name}.old"], numbered)
-    return next(old for name in names if not (old := path.with_name(name)).exists())
+    return free_name(path.with_name(f"{path.name}.old"))
+
+
+def free_name(path: pathlib.Path) -> pathlib.Path:
+    """Return a path, or the first that does not exist of NAME-2, NAME-3, ..."""
+    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
 def set_foreign_aside(path: pathlib.Path, mark: str) -> None:
@@ -269,7 +258,7 @@ def figures_of(folder: pathlib.Path) -> dict:
     profile = read_checked("profile.json") if (folder / "profile.json").exists() else None
     try:
         evaluation = summary["eval"] or dict(accuracy=None, loss=None)
-        return {name: summary[name] for name in COPIED} | dict(
+        return {name: summary[name] for name in COPIED.split()} | dict(
             epochs=summary.get("epochs"),
             steady_calls=summary.get("steady_calls"),
             accuracy=evaluation["accuracy"],
