@@ -210,14 +210,8 @@ def closed_form(
 def _row(mesh: Mesh, move: Move) -> dict:
     axes = [axis for axis in mesh.axis_names if axis in move.axes]
     payload = round(move.bytes)
-    return dict(
-        what=move.what,
-        operation=move.operation,
-        axes=axes,
-        phase=move.phase,
-        bytes=payload,
-        ring_bytes=ring_bytes(move.operation, payload, count_devices(mesh, axes)),
-    )
+    sent = ring_bytes(move.operation, payload, count_devices(mesh, axes))
+    return move._asdict() | dict(axes=axes, bytes=payload, ring_bytes=sent)
 
 
 def count_devices(mesh: Mesh, axes: Sequence[str] | set[str]) -> int:

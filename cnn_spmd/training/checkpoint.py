@@ -51,7 +51,6 @@ from cnn_spmd.training.one_checkpoint import (
 
 SAVING = "saving-"
 REMOVING = "removing-"
-ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # the end of the name that Orbax writes to at first
 
 
 def _save_async(path: pathlib.Path, named: dict[str, jax.Array]) -> Any:
@@ -172,11 +171,10 @@ class Checkpoints:
 
     def _set_aside_unused(self, used: int, rejected: dict[int, str]) -> None:
         """Set aside the rejected steps, and the newer ones that were passed over."""
-        passed_over = [step for step in self._steps() if step > used and step not in rejected]
-        for step in passed_over:
-            self._checkpoint(step).set_aside(f"has no {MANIFEST}, and an older checkpoint has one")
-        for step, reason in rejected.items():
-            self._checkpoint(step).set_aside(reason)
+        passed_over = [step for step in self._steps() if step > used]
+        reason = f"has no {MANIFEST}, and an older checkpoint has one"
+        for step, why in (dict.fromkeys(passed_over, reason) | rejected).items():
+            self._checkpoint(step).set_aside(why)
 
     # ---- Save
 
@@ -300,7 +298,7 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Return the steps, newest first. Raises UserError if one is a file."""
         steps = []
-        for path in self._entries():
+        for path in self.directory.glob("[0-9]*"):
             if not path.name.isdecimal() or path.name != str(int(path.name)):
                 continue
             if not path.is_dir():
@@ -310,12 +308,9 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """Remove what a kill or a failed save left behind."""
-        for path in self._entries():
-            if path.name.startswith((SAVING, REMOVING)) or path.name.endswith(ORBAX_TEMPORARY):
+        for path in [*self.directory.glob("*")]:
+            if path.name.startswith((SAVING, REMOVING)):
                 shutil.rmtree(path, ignore_errors=True)
-
-    def _entries(self) -> list[pathlib.Path]:
-        return list(self.directory.iterdir()) if self.directory.is_dir() else []
 
 
 def _empty(array: Any) -> np.ndarray:

@@ -4,7 +4,6 @@ The step is 0, and the optimizer and the seed are as without a file. Where the f
 another number of classes, the output layer is left as it is initialized from the seed.
 """
 
-import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from cnn_spmd import config as configs
 from cnn_spmd.data.feed import put
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import name_of
-from cnn_spmd.training import weights
+from cnn_spmd.training import runfiles, weights
 from cnn_spmd.training.step import TrainState
 
 OUTPUT = "fc3"  # the output layer, in every network
@@ -85,9 +84,8 @@ def read(
             f" {OUTPUT} is kept, although the file's classes ({known[0]}, ...) have other names "
             f"than the data set's ({class_names[0]}, ...)."
         )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    record = dict(file=str(path), sha256=digest, fresh_layers=[OUTPUT] if fresh else [])
+    fresh_layers = [OUTPUT] if fresh else []
+    record = dict(file=str(path), sha256=runfiles.sha256(path), fresh_layers=fresh_layers)
     return Start(used, record, text)
 
 

@@ -31,13 +31,12 @@ from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.training import build, cluster, initial, prediction, resume
 from cnn_spmd.training.checkpoint import Checkpoints, SaveError
 from cnn_spmd.training.interrupt import Interrupt
-from cnn_spmd.training.log import Log
+from cnn_spmd.training.log import Log, about_run
 from cnn_spmd.training.noise_scale import NoiseScale
 from cnn_spmd.training.profiling import profile_chunks
 from cnn_spmd.training.programs import Programs, compile_programs
 from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
-from cnn_spmd.training.summary import about_run
 from cnn_spmd.training.terminal import say
 from cnn_spmd.training.timetable import Chunk, Timetable, make_timetable
 from cnn_spmd.training.workdir import LOCK, has_checkpoint, locked_run, write_run_file

@@ -1,7 +1,6 @@
 """Verify and load one checkpoint: Orbax's files, and a manifest of their checksums."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Set
@@ -46,13 +45,12 @@ class Checkpoint:
         for path in paths:
             runfiles.flush_to_disk(path)
         files = {
-            str(path.relative_to(self.path)): _sha256(path)
+            str(path.relative_to(self.path)): runfiles.sha256(path)
             for path in paths
             if not path.name.startswith(MANIFEST)
         }
         manifest = dict(run=run, step=step, accuracy=accuracy, files=files)
-        with runfiles.atomic_write(self.path / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1))
+        runfiles.write_json(self.path / MANIFEST, manifest)
 
     def has_manifest(self) -> bool:
         """Return whether the checkpoint has a manifest, readable or not."""
@@ -106,7 +104,7 @@ class Checkpoint:
                 continue
             if not (self.path / name).is_file():
                 raise Rejected(f"is damaged: {name} is missing")
-            if _sha256(self.path / name) != digest:
+            if runfiles.sha256(self.path / name) != digest:
                 raise Rejected(f"is damaged: {name} is changed")
         return True
 
@@ -145,11 +143,6 @@ def arrays_by_name(state: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_names(wanted: Set[str], saved: Set[str]) -> None:

@@ -130,8 +130,7 @@ def weights_of(setup: Any, moves: Sequence[dict]) -> cost.Weights:
         count = updates * program.bytes_per_device(weight) / cost.WEIGHT_BYTES
         updated += count
         ready += 0.0 if name in summed else count
-    itemsize = jnp.dtype(config.dtype).itemsize
-    update_bytes = cost.update_bytes(itemsize, state_bytes)
+    update_bytes = cost.update_bytes(setup.itemsize, state_bytes)
     in_turn = "gather_again" in setup.place.row
     return cost.Weights(of_network, updated, ready, update_bytes, in_turn)
 
@@ -227,11 +226,10 @@ def memory_of(setup: Any) -> int:
     data set that stays on the device: where they do not fit, data.resident=auto streams them.
     """
     abstract, place = setup.functions.abstract_state, setup.place
-    itemsize = jnp.dtype(setup.config.dtype).itemsize
-    layers = layout.layers_of(place, setup.activations, setup.variables, itemsize)
+    layers = layout.layers_of(place, setup.activations, setup.variables, setup.itemsize)
     in_use = [sum(weight.bytes for weight in layer.weights.values()) for layer in layers]
     activations = sum(
-        place.report(*activation, itemsize)["bytes_per_device"] for activation in setup.activations
+        place.report(*each, setup.itemsize)["bytes_per_device"] for each in setup.activations
     )
     at_rest = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
     weights = max(in_use) if place.row.get("gather_again") else sum(in_use)

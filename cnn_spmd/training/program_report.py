@@ -1,7 +1,7 @@
 """Report on a compiled train step: what a device holds, and what moves."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,20 +15,17 @@ from cnn_spmd.sharding.placement import axes_of, is_weight, named_variables
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.step import StepFunctions
 
-# Fields of a report that are null where they are not known.
-UNKNOWN = ("closed_form", "closed_form_not_covered", "communication", "closed_form_ring_bytes")
-
 
 def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
     """Report what a compiled program of n steps holds and moves per step, JSON-ready.
 
-    setup: a Setup. An error in the report never ends a run: what is not known is then null or
-    empty, and `error`, which is absent otherwise, says why.
+    setup: a Setup. An error while the program is read never ends a run: what is not known is then
+    null or empty, and `error`, which is absent otherwise, says why.
     """
-    config, abstract = setup.config, setup.functions.abstract_state
+    config, place, abstract = setup.config, setup.place, setup.functions.abstract_state
     report = dict(
         parallelism=config.parallelism,
-        devices=setup.place.mesh.size,
+        devices=place.mesh.size,
         model=config.model.name,
         batch_size=config.batch_size,
         dtype=config.dtype,
@@ -38,50 +35,40 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
         image_bytes_per_device=setup.image_bytes_per_device,
         streamed_bytes_per_device=setup.streamed_bytes_per_device,
         param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
-        placement=[],
-        activations=[],
-        bytes_per_device=dict(parameters=None, optimizer=None),
-        **dict.fromkeys(UNKNOWN),
+        placement=[
+            place.report(name, axes_of(x), x.shape, x.dtype.itemsize, weight=is_weight(x))
+            for name, x in setup.variables
+        ],
+        activations=[place.report(*each, setup.itemsize) for each in setup.activations],
+        bytes_per_device=dict(
+            parameters=program.bytes_per_device(abstract.params),
+            optimizer=program.bytes_per_device(abstract.optimizer),
+        ),
         compiler_options=setup.compiler_options,
-        **program.compiler_of(setup.place.mesh),
+        **program.compiler_of(place.mesh),
         **program.UNKNOWN,
+        **_beside_theory(None, None, None),
     )
+    if held := program.bytes_per_device(abstract.model_state):
+        report["model_state_bytes_per_device"] = held
     try:
-        for fields in _fields(setup, compiled, n):
-            report |= fields
+        report |= program.report(compiled, place.mesh, n)
+        collectives = report["collectives"]
+        report |= _beside_theory(collectives, *theory_of(setup, collectives))
     except Exception as error:
         report["error"] = " ".join(f"{type(error).__name__}: {error}".split())
     return report
 
 
-def _fields(setup: Any, compiled: jax.stages.Compiled, n: int) -> Iterator[dict]:
-    """Yield the fields of the report, so that an error leaves those before it."""
-    config, place, functions = setup.config, setup.place, setup.functions
-    abstract = functions.abstract_state
-    itemsize = jnp.dtype(config.dtype).itemsize
-    yield dict(
-        placement=[
-            place.report(
-                name, axes_of(leaf), leaf.shape, leaf.dtype.itemsize, weight=is_weight(leaf)
-            )
-            for name, leaf in setup.variables
-        ],
-        activations=[place.report(*activation, itemsize) for activation in setup.activations],
-        bytes_per_device=dict(
-            parameters=program.bytes_per_device(abstract.params),
-            optimizer=program.bytes_per_device(abstract.optimizer),
-        ),
-    )
-    if held := program.bytes_per_device(abstract.model_state):
-        yield dict(model_state_bytes_per_device=held)
-    found = program.report(compiled, place.mesh, n)
-    yield found
-    collectives = found["collectives"]
-    theory, reason = theory_of(setup, collectives)
-    yield dict(
+def _beside_theory(
+    collectives: list[dict] | None, theory: list[dict] | None, reason: str | None
+) -> dict:
+    """Return the fields on the closed form; reason: why it does not cover the run."""
+    known = collectives is not None
+    return dict(
         closed_form=theory,
         closed_form_not_covered=reason,
-        communication=communication.compare(collectives, theory),
+        communication=communication.compare(collectives, theory) if known else None,
         closed_form_ring_bytes=None if theory is None else sum(row["ring_bytes"] for row in theory),
     )
 
@@ -104,9 +91,8 @@ def theory_of(setup: Any, compiled: Sequence[dict] = ()) -> tuple[list[dict] | N
     updates = micro_batches if microbatch.updates_each(functions.microbatch) else 1
     feed, _ = setup.feeds
     exchanged = feed.exchanged_bytes if isinstance(feed, Sharded) else 0
-    itemsize = jnp.dtype(config.dtype).itemsize
     rows = communication.closed_form(
-        place, activations, variables, itemsize, updates, exchanged, micro_batches
+        place, activations, variables, setup.itemsize, updates, exchanged, micro_batches
     )
     return rows, None
 

@@ -4,6 +4,7 @@ This module imports neither jax nor TensorFlow Datasets, so that reports can use
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -151,6 +152,12 @@ def read_bytes(path: pathlib.Path) -> bytes:
         missing = isinstance(error, FileNotFoundError)
         remedy = "" if missing else ", expected a readable file"
         raise UserError(f"{path}: {error.strerror}{remedy}") from error
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def instead_of(folder: pathlib.Path) -> str:

@@ -248,6 +248,11 @@ class Setup:
         return self.config.data.crop or self.data.train_images.shape[1]
 
     @property
+    def itemsize(self) -> int:
+        """Return the bytes of a number of the compute dtype."""
+        return jnp.dtype(self.config.dtype).itemsize
+
+    @property
     def data_fields(self) -> dict:
         """Return what each file of a run says of its data.
 
