@@ -4,11 +4,9 @@ No pickle is loaded. Shapes: N images, H = W = 32 rows and columns, C = 3 channe
 Format: https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version".
 """
 
-import concurrent.futures
 import gzip
 import hashlib
 import io
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -129,16 +127,11 @@ def read(source: Path) -> dict[str, np.ndarray]:
                 "CIFAR-10"
             )
     arrays = {}
-
-    def copy_images(name: str, images_NHWC: np.ndarray) -> None:
-        images_NHWC[:] = records[name][:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for split, names in FILES.items():
-            images = arrays[f"{split}_images"] = np.empty((examples()[split], *SHAPE_HWC), np.uint8)
-            list(pool.map(copy_images, names, np.split(images, len(names))))
-            labels = [records[name][:, 0] for name in names]
-            arrays[f"{split}_labels"] = np.concatenate(labels, dtype=np.int32)
+    for split, names in FILES.items():
+        rows = np.concatenate([records[name] for name in names])
+        images_NCHW = rows[:, 1:].reshape(-1, 3, 32, 32)
+        arrays[f"{split}_images"] = np.ascontiguousarray(images_NCHW.transpose(0, 2, 3, 1))
+        arrays[f"{split}_labels"] = rows[:, 0].astype(np.int32)
     return arrays
 
 

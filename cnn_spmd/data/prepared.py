@@ -208,13 +208,9 @@ def publish(part: Path, folder: Path) -> None:
     try:
         os.replace(part, folder)
     except OSError:
-        if not folder.is_dir():
-            raise
-        if read_folder(folder) is not None:  # another process was first
-            shutil.rmtree(part)
-            return
-        shutil.rmtree(folder)
-        os.replace(part, folder)
+        if read_folder(folder) is None:  # otherwise another process was first
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
 
 
 def accept(found: Prepared, source: Source, folder: Path, skip_bad: int) -> Prepared:
@@ -269,20 +265,13 @@ def refuse_lost_class(source: Source, states: dict[str, np.ndarray], skip_bad: i
 def read_folder(folder: Path, warn: bool = False) -> Prepared | None:
     """Return what is prepared in `folder`, or None where that is nothing.
 
-    A damaged folder counts as nothing. warn: log what is damaged. A folder that an older version
-    wrote without a digest gets one.
+    A damaged folder counts as nothing. warn: log what is damaged.
     """
     if not folder.is_dir():
         return None
     try:
         arrays = read_arrays(folder)
-        try:
-            found = Prepared(arrays, **json.loads((folder / INFO).read_text()))
-        except FileNotFoundError:
-            found = with_digest(arrays)
-            with contextlib.suppress(OSError):
-                write_info(folder, found.digest, found.skipped)
-            return found
+        found = Prepared(arrays, **json.loads((folder / INFO).read_text()))
         is_small = sum(array.nbytes for array in arrays.values()) <= CHECKED_BYTES
         if is_small and found.digest != digest.of_arrays(arrays):
             raise ValueError("its pixels or labels are not those that were prepared")
@@ -307,7 +296,5 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def write_info(folder: Path, arrays_digest: str, skipped: Sequence[str]) -> None:
-    """Write INFO, all or nothing."""
-    part = folder / f"{INFO}.{os.getpid()}.part"
-    part.write_text(json.dumps(dict(digest=arrays_digest, skipped=skipped)))
-    os.replace(part, folder / INFO)
+    """Write INFO of a folder that is not published yet."""
+    (folder / INFO).write_text(json.dumps(dict(digest=arrays_digest, skipped=skipped)))
