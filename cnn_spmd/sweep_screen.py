@@ -265,17 +265,17 @@ def show_dry_run(rows: Iterable[dict], count: int) -> list[dict]:
         notes.append("theory MB: sent per step by the closed form.")
     if "ms" in header.split():
         notes.append("ms: the step as predicted.")
-    if any(row["report"] and program.sends_twice(row["report"]) for row in done):
+    if any("report" in row and program.sends_twice(row["report"]) for row in done):
         notes += textwrap.wrap(program.NO_REDUCE_SCATTER, page.width)
     print(*lines, *notes, *reasons(done), sep="\n")
     return done
 
 
 def report_columns(rows: Sequence[dict]) -> dict[str, list[str]]:
-    """Return the cells of a dry run's columns, in MB per device; `report` may be None."""
+    """Return the cells of a dry run's columns, in MB per device; refused rows have no `report`."""
     columns: dict[str, list[str]] = {}
     for row in rows:
-        report = row["report"]
+        report = row.get("report")
         held = program.held_by_device(report) if report else None
         state = held and sum(held.values()) - held["images"] - held["temporary"]
         totals, prediction = (report or {}).get("totals"), (report or {}).get("prediction")

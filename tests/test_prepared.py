@@ -51,7 +51,7 @@ def decoded(monkeypatch) -> list[str]:
     """The files that are decoded, in their order."""
     files = []
 
-    def note(file: Path, size: int, decode=square.decode) -> np.ndarray:
+    def note(file: str, size: int, decode=square.decode) -> np.ndarray:
         files.append("/".join(file.split("/")[-3:]))
         return decode(file, size)
 
