@@ -3,6 +3,7 @@
 The command line, a sweep, or overrides in Python set fields by hand.
 """
 
+import functools
 import inspect
 import os
 import pathlib
@@ -147,22 +148,18 @@ def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> 
 
     argv: as sys.argv, which None stands for.
     """
-
-    def define(argv: Sequence[str] | None) -> flags.FlagHolder:
-        return config_flags.DEFINE_config_file(
-            "config",
-            None,
-            "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run. Its "
-            "fields are set with "
-            "--config.FIELD=VALUE; docs/config.md has them all.",
-            flag_values=values,
-            sys_argv=argv,
-        )
-
+    define = functools.partial(
+        config_flags.DEFINE_config_file,
+        "config",
+        None,
+        "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run. Its "
+        "fields are set with --config.FIELD=VALUE; docs/config.md has them all.",
+        flag_values=values,
+    )
     try:
-        holder = define(argv)
+        holder = define(sys_argv=argv)
     except (flags.Error, ValueError):  # a --flagfile that cannot be read; parse_flags says so
-        holder = define([""])
+        holder = define(sys_argv=[""])
     values["config"].parser = Experiments()
     return holder
 

@@ -141,21 +141,14 @@ def page_text(name: str, about: dict) -> str:
         "commit": hardware["commit"],
     }
     table = [f"| {field} | {'unknown' if x is None else x} |" for field, x in rows.items()]
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            "Written by `python -m cnn_spmd.export`, from what the file itself says. FILE stands",
-            "for its path.",
-            "",
-            "| what | value |",
-            "|---|---|",
-            *table,
-            "",
-            *commands(about.get("adds")),
-            "",
-        ]
-    )
+    head = f"""# {name}
+
+Written by `python -m cnn_spmd.export`, from what the file itself says. FILE stands
+for its path.
+
+| what | value |
+|---|---|"""
+    return "\n".join([head, *table, "", *commands(about.get("adds")), ""])
 
 
 def images_text(about: dict) -> str:

@@ -17,7 +17,8 @@ import ml_collections
 from cnn_spmd import config as configs
 from cnn_spmd import experiment
 from cnn_spmd.analysis import program
-from cnn_spmd.data import dataset, registry
+from cnn_spmd.data import registry
+from cnn_spmd.data.dataset import Dataset, Found
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
 from cnn_spmd.training import build, unused
@@ -197,10 +198,10 @@ def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> It
     It is pending, or refused with the reason why it cannot work on `devices`.
     """
 
-    def find(config: ml_collections.ConfigDict) -> dataset.Dataset:
+    def find(config: ml_collections.ConfigDict) -> Dataset:
         return registry.load(config.data, functools.partial(build.prepare, config, devices))
 
-    def check(config: ml_collections.ConfigDict, data: dataset.Dataset) -> dict:
+    def check(config: ml_collections.ConfigDict, data: Dataset) -> dict:
         build.prepare(config, devices, data)
         return dict(status="pending")
 
@@ -211,7 +212,7 @@ def dry_run(
     combos: Sequence[dict],
     shared: Sequence[str],
     devices: Sequence,
-    find: Callable[[ml_collections.ConfigDict], dataset.Dataset | dataset.Unread],
+    find: Callable[[ml_collections.ConfigDict], Found],
 ) -> Iterator[dict]:
     """Yield a row per combination, with the `report` on its compiled train step.
 
@@ -219,9 +220,7 @@ def dry_run(
     compiled (the memory of the devices is not known), or refused with the reason.
     """
 
-    def compile_and_report(
-        config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread
-    ) -> dict:
+    def compile_and_report(config: ml_collections.ConfigDict, data: Found) -> dict:
         report = build.prepare(config, devices, data.preview).report()
         status = {True: "fits", False: "does not fit", None: "compiled"}[program.fits(report)]
         return dict(status=status, reason=report.get("error", ""), report=report)
@@ -233,15 +232,15 @@ def _rows(
     combos: Sequence[dict],
     shared: Sequence[str],
     devices: int,
-    find: Callable[[ml_collections.ConfigDict], dataset.Dataset | dataset.Unread],
-    work: Callable[[ml_collections.ConfigDict, dataset.Dataset | dataset.Unread], dict],
+    find: Callable[[ml_collections.ConfigDict], Found],
+    work: Callable[[ml_collections.ConfigDict, Found], dict],
 ) -> Iterator[dict]:
     """Yield a row per combination: refused with the reason, or with the fields that work returns.
 
     find: returns the data set of a config, once for equal fields of data. work: gets a config and
     its data set, once for configs that differ only in their seed.
     """
-    datasets: dict[str, dataset.Dataset | dataset.Unread] = {}
+    datasets: dict[str, Found] = {}
     done: dict[str, dict] = {}
     for number, settings in enumerate(combos, 1):
         swept = {field: _number(value) for field, value in settings.items() if field != "mesh"}

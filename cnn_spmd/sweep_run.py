@@ -91,23 +91,22 @@ def _refuse_another_sweep(folder: pathlib.Path, old: dict, same: dict) -> None:
     """
     for field, now in same.items():
         before = old.get(field, now)
+        # Show only what differs; arguments may also differ in their order alone.
         if field == "config":
             before, now = (configs.flat(configs.complete(each)) for each in (before, now))
-        if before == now:
-            continue
-        if field == "config":
             names = sorted(before.keys() | now.keys())
             differ = [name for name in names if before.get(name) != now.get(name)]
             before, now = ({name: each.get(name) for name in differ} for each in (before, now))
-        elif field == "arguments" and set(before) != set(now):  # show those that differ
+        elif field == "arguments" and set(before) != set(now):
             before, now = (
                 [argument for argument in before if argument not in now],
                 [argument for argument in now if argument not in before],
             )
-        raise UserError(
-            f"--workdir={folder}: holds a sweep with other {field} ({before}, now {now}): give the "
-            "same or another --workdir"
-        )
+        if before != now:
+            raise UserError(
+                f"--workdir={folder}: holds a sweep with other {field} ({before}, now {now}): give "
+                "the same or another --workdir"
+            )
 
 
 def _take_earlier(rows: list[dict], old: list[dict], folder: pathlib.Path) -> list[dict]:

@@ -36,18 +36,8 @@ OTHER_VERSIONS = {
 }
 RECORD_BYTES = 1 + 32 * 32 * 3
 DIGEST = digest.CIFAR10  # of all its pixels and labels, by data/digest.py
-CLASS_NAMES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+CLASS_NAMES = tuple(CLASSES.split())
 
 
 def find(data_dir: str) -> Path:

@@ -147,6 +147,9 @@ class Unread:
     read: Callable[[], Dataset]
 
 
+Found = Dataset | Unread
+
+
 def blank_arrays(examples: dict[str, int], side: int) -> dict[str, np.ndarray]:
     """Return zeros in the place of a data set's arrays; they take no memory.
 
