@@ -94,14 +94,13 @@ class Resident(Feed):
 
     def shapes(self, *shape: int) -> tuple[DeviceData, jax.ShapeDtypeStruct]:
         """Return shapes, dtypes and shardings of the split and of the indices."""
-        data = DeviceData(
-            *(
-                jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.place.replicated)
-                for array in (self.images, self.labels)
-            )
-        )
+        everywhere = self.place.replicated
+        data = [
+            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere)
+            for array in (self.images, self.labels)
+        ]
         sharding = self.sharding("conv_batch", shape)
-        return data, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        return DeviceData(*data), jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
     def calls(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[DeviceData, jax.Array]]:
         """Yield the split, and the indices of each call."""
