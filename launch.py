@@ -119,9 +119,7 @@ PLAN = flags.DEFINE_bool(
     "and why, and stop; compiles nothing.",
 )
 PLAN_ROWS = flags.DEFINE_bool(
-    "plan_rows",
-    False,
-    "With --plan: also try rows that split each dense layer in every way.",
+    "plan_rows", False, "With --plan: also try rows that split each dense layer in every way."
 )
 CARD = flags.DEFINE_string(
     "card",

@@ -74,8 +74,7 @@ def measure(
     fields["steps"] = [*steps, *others]
     sources["steps"] = here + (f"; other networks: {sources['steps']}" if others else "")
     return fields | dict(
-        sources=sources,
-        measured=provenance() | dict(devices=len(devices), started=started),
+        sources=sources, measured=provenance() | dict(devices=len(devices), started=started)
     )
 
 
