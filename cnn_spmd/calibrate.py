@@ -66,11 +66,9 @@ def measure(
             fields["spans"]["host"] = links
             sources["host"] = here + (f"; {', '.join(kept)}: as before" if kept else "")
     steps = list(map(one_device.measure, networks))
-    others = [
-        other
-        for other in fields["steps"]
-        if not any(is_same_network(other, step) for step in steps)
-    ]
+    # A step is of a network, whatever its batches.
+    networks_now = [step | dict(points=()) for step in steps]
+    others = [other for other in fields["steps"] if other | dict(points=()) not in networks_now]
     fields["steps"] = [*steps, *others]
     sources["steps"] = here + (f"; other networks: {sources['steps']}" if others else "")
     return fields | dict(
@@ -165,11 +163,6 @@ def host_links(
             f"{1e3 * long:.3f} ms for {high / 1e6:.2f} MB"
         )
     return links, kept
-
-
-def is_same_network(one: dict, other: dict) -> bool:
-    """Return whether two measured steps are of the same network, whatever their batches."""
-    return one | dict(points=()) == other | dict(points=())
 
 
 # ---- The program

@@ -105,14 +105,13 @@ def refuse_unlike_torchvision(setup: Setup) -> None:
     """Raise UserError for a network that is not torchvision's AlexNet."""
     config, side = setup.config, setup.image_size
     for field, value, expected in (
-        ("model.name", config.model.name, "alexnet"),
-        ("model.width", config.model.width, 4096),
-        ("images of", f"{side}x{side}", "224x224"),
+        ("model.name=", config.model.name, "alexnet"),
+        ("model.width=", config.model.width, 4096),
+        ("images of ", f"{side}x{side}", "224x224"),
     ):
         if value != expected:
-            joined = " " if field.endswith("of") else "="
             raise UserError(
-                f"--to=torchvision: the run has {field}{joined}{value}, expected {expected}, as "
+                f"--to=torchvision: the run has {field}{value}, expected {expected}, as "
                 "torchvision.models.alexnet has it"
             )
 
