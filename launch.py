@@ -158,13 +158,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         cluster.fail("Interrupted outside of the training loop: nothing to save.", INTERRUPTED)
         return INTERRUPTED
-    except OSError as error:
+    except Exception as error:
         if line := advice(error):
             cluster.fail(f"error: {line}", CRASHED)
             return CRASHED
-        cluster.crash(error)
-        raise
-    except Exception as error:
         cluster.crash(error)
         raise
 
@@ -179,8 +176,10 @@ def explained(error: UserError) -> UserError:
     return restore.naming_experiment(error, source) if source else error
 
 
-def advice(error: OSError) -> str:
+def advice(error: Exception) -> str:
     """Say what to do about a full disk or a file that fails; empty for other errors."""
+    if not isinstance(error, OSError):
+        return ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"--workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same "

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from absl import logging
 
 from cnn_spmd.data import digest
 from cnn_spmd.errors import UserError
@@ -80,21 +79,12 @@ def examples() -> dict[str, int]:
 def fingerprint(archive: Path) -> str:
     """Return a name for an archive's content.
 
-    It is "official", or "local-" and 12 hexadecimal digits of the SHA-256. Logs a warning where it
-    is not the official one. Raises UserError where it cannot be read.
+    It is "official", or "local-" and 12 hexadecimal digits of the SHA-256. Raises UserError where
+    it cannot be read.
     """
     with open_file(archive, archive) as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    if sha256 == ARCHIVE_SHA256:
-        return "official"
-    logging.warning(
-        "data.dir: %s is not the official archive: its sha256 is %s, the official one %s. "
-        "Using it all the same.",
-        archive,
-        sha256,
-        ARCHIVE_SHA256,
-    )
-    return f"local-{sha256[:12]}"
+    return "official" if sha256 == ARCHIVE_SHA256 else f"local-{sha256[:12]}"
 
 
 def read(source: Path) -> dict[str, np.ndarray]:

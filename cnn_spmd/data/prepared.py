@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import hashlib
 import io
-import itertools
 import json
 import os
 import shutil
@@ -286,11 +285,10 @@ def read_folder(folder: Path, warn: bool = False) -> Prepared | None:
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """Map the images and read the labels. Raises NumPy's errors and ValueError."""
     arrays = {}
-    for split, kind in itertools.product(("train", "test"), ("images", "labels")):
-        path = folder / f"{split}_{kind}.npy"
-        arrays[path.stem] = np.load(path, mmap_mode="r" if kind == "images" else None)
     for split in ("train", "test"):
-        if len(arrays[f"{split}_images"]) != len(arrays[f"{split}_labels"]):
+        images = arrays[f"{split}_images"] = np.load(folder / f"{split}_images.npy", mmap_mode="r")
+        labels = arrays[f"{split}_labels"] = np.load(folder / f"{split}_labels.npy")
+        if len(images) != len(labels):
             raise ValueError(f"{split} images and labels differ in number")
     return arrays
 
