@@ -175,11 +175,7 @@ def commands(adds: str | None) -> list[str]:
 
 def parser() -> environment.Parser:
     """Return the parser of the command line."""
-    made = environment.Parser(
-        prog="python -m cnn_spmd.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = environment.Parser("export", __doc__)
     made.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run or a weights file")
     made.add_argument("--to", required=True, choices=FORMS, help="names and layouts of the arrays")
     made.add_argument(

@@ -35,8 +35,8 @@ SUBJECT = "model.name data.name optimizer.learning_rate batch_size data_digest e
 def parser() -> environment.Parser:
     """Return the parser of the command line."""
     made = environment.Parser(
-        prog="python -m cnn_spmd.runs",
-        description="List the runs below folders: status, what differs, the best accuracy over "
+        "runs",
+        "List the runs below folders: status, what differs, the best accuracy over "
         "all evaluations, and megabytes on disk. Runs of one data set stand together, the most "
         "accurate first.",
     )
