@@ -59,16 +59,14 @@ def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None
     section, _, last = field.rpartition(".")
     if configs.is_entry(field):
         configs.check_value(section, {last: value})
-        kind = type(configs.SCHEMA[section].item)
+        value = type(configs.SCHEMA[section].item)(value)
     elif field in configs.SCHEMA:
         configs.check_value(field, value)
-        kind = type(configs.SCHEMA[field].default)
     else:
         example = next(name for name in configs.SCHEMA if name.startswith(f"{field}."))
         raise UserError(f"{field}: is a section, expected a field such as {example}")
-    at = configs.get(config, section) if section else config
-    with at.ignore_type():  # an integer may stand for a float, and a list for a tuple
-        at[last] = kind(value)
+    # ConfigDict makes an integer a float, and a list a tuple, where the field is one.
+    (configs.get(config, section) if section else config)[last] = value
 
 
 def load_file(text: str) -> ml_collections.ConfigDict:

@@ -81,8 +81,10 @@ class Dataset(Provenance):
         last = slice(total - examples, None), slice(total - examples)
         is_held_out = np.zeros(total, bool)
         is_held_out[np.arange(examples) * total // examples % total] = True
+        classes = len(np.unique(self.train_labels))
         for held_out, rest in (last, (is_held_out, ~is_held_out)):
-            if examples < total and not self.fallback and self._has_all_classes(held_out, rest):
+            counts = {len(np.unique(self.train_labels[part])) for part in (held_out, rest)}
+            if examples < total and not self.fallback and counts == {classes}:
                 return dataclasses.replace(
                     self,
                     name=f"{self.name}{VALIDATION}",
@@ -95,11 +97,6 @@ class Dataset(Provenance):
             f"data.validation={examples}: {self.name} has {total} training images, expected all "
             f"its classes among {examples} of them and among the others, and no fallback"
         )
-
-    def _has_all_classes(self, *parts: slice | np.ndarray) -> bool:
-        """Return whether each part of the training images has all their classes."""
-        classes = np.unique(self.train_labels)
-        return all(len(np.unique(self.train_labels[part])) == len(classes) for part in parts)
 
     def check(self) -> None:
         """Raise UserError for arrays of another form and for labels without a class."""

@@ -104,7 +104,7 @@ def may_use_tfds(data: ml_collections.ConfigDict) -> bool:
     """
     if data.name == "cifar10":
         return not cifar10.is_here(data.dir)
-    if data.name in DATASETS and DATASETS[data.name] is not photographs.load:
+    if DATASETS.get(data.name, photographs.load) is not photographs.load:
         return False
     return not photographs.is_in_folders(data.name, data.dir)
 
