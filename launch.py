@@ -629,8 +629,8 @@ def parse(argv: list[str]) -> list[str]:
 def take_saved_config(argv: list[str]) -> None:
     """Let --evaluate read the config of what --workdir holds.
 
-    argv: sys.argv, which changes. An experiment that --config names is run all the same, as it may
-    add a network or a data set; a line says that its config does not count.
+    argv: sys.argv, which changes. An experiment that --config names is run all the same, as the run
+    may need what it adds; a line says that its config does not count.
     """
     early = flags.FlagValues()  # --config.FIELD can be parsed only once there is a --config
     early.set_gnu_getopt()
@@ -641,7 +641,7 @@ def take_saved_config(argv: list[str]) -> None:
         early(argv, known_only=True)
     if not (early.is_parsed() and early.evaluate and early.workdir):
         return
-    source = pathlib.Path(early.workdir).expanduser()
+    source = configs.expanded("--workdir", early.workdir)
     weights.read_saved(source)  # for its errors
     saved = source if weights.is_file(source) else source / "config.json"
     if early.config is not None:

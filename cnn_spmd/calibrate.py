@@ -185,7 +185,7 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 def parser() -> environment.Parser:
     """Return the parser of the command line, which leaves --config.FIELD=VALUE alone."""
     made = environment.Parser("calibrate", __doc__, allow_abbrev=False)
-    made.add_argument("out", metavar="OUT.json", type=pathlib.Path, help="may be an older card")
+    made.add_argument("out", metavar="OUT.json", type=pathlib.Path, help="replaced if it is a card")
     made.add_argument(
         "--config",
         metavar="E",

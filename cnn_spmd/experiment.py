@@ -150,8 +150,8 @@ def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> 
         config_flags.DEFINE_config_file,
         "config",
         None,
-        "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run. Its "
-        "fields are set with --config.FIELD=VALUE; docs/config.md has them all.",
+        "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run, or a "
+        "weights file. Its fields are set with --config.FIELD=VALUE; docs/config.md has them all.",
         flag_values=values,
     )
     try:
@@ -253,4 +253,10 @@ def _text_of(error: Exception, argv: Sequence[str]) -> str:
                     configs.refuse_unknown(name.removeprefix("config."), value)
                 except UserError as refused:
                     return f"--config.{refused}"
+            section, _, entry = name.rpartition(".")
+            if text.endswith(f": {entry!r}"):  # of a dict whose names are the user's
+                text = (
+                    f"--{name}={value}: {section} has no {entry} yet, expected all its entries: "
+                    f"--{section}='{{\"{entry}\": {value}}}'"
+                )
     return " ".join(text.split())

@@ -28,6 +28,8 @@ from cnn_spmd.training.build import Setup
 FORMS = {"safetensors": "weights.safetensors", "torchvision": "torchvision.safetensors"}
 # What the images of a data set look like, where other pictures may well look otherwise.
 LOOKS = {"digits": "light strokes on black that fill the frame"}
+# Stands at the top of each page that we write.
+WRITTEN_BY = "Written by `python -m cnn_spmd.export`"
 
 
 def export(
@@ -41,8 +43,8 @@ def export(
 
     source: the folder of a run, or a weights file. form: one of FORMS. out: the file to write; None
     stands for that of FORMS in the folder of the run, or of the source file. data_dir: where the
-    run's data set is now, if it has moved. adds: the experiment that adds the network or the data
-    set.
+    run's data set is now, if it has moved. adds: the experiment that adds what the run needs. Files
+    of another origin that have one of the names are kept as NAME.old.
     Raises UserError for a network that `form` cannot hold, and as restore.on_one_device.
     """
     is_file = weights.is_file(source)
@@ -63,6 +65,8 @@ def export(
     page = out.with_suffix(".md")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        runfiles.set_foreign_aside(out, f'"{weights.ABOUT}"')
+        runfiles.set_foreign_aside(page, WRITTEN_BY)
         weights.write(out, arrays, about)
         with runfiles.atomic_write(page) as temporary:
             temporary.write_text(page_text(out.name, about))
@@ -142,7 +146,7 @@ def page_text(name: str, about: dict) -> str:
     table = [f"| {field} | {'unknown' if x is None else x} |" for field, x in rows.items()]
     head = f"""# {name}
 
-Written by `python -m cnn_spmd.export`, from what the file itself says. FILE stands
+{WRITTEN_BY}, from what the file itself says. FILE stands
 for its path.
 
 | what | value |
@@ -163,7 +167,7 @@ def commands(adds: str | None) -> list[str]:
     option = f" --config {adds}" if adds else ""
     again = "train again" if adds else "train it again, with the same config"
     return [
-        *([f"{adds} adds the network or the data set: give its path.", ""] if adds else []),
+        *([f"{adds} adds what the network needs: give its path.", ""] if adds else []),
         "```bash",
         f"# Test it; classify images; {again}.",
         f"python launch.py --workdir FILE --evaluate{option}",

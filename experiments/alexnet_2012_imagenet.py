@@ -10,7 +10,7 @@
 
 ImageNet comes from class folders, or from TFDS (imagenet2012, prepared from the two archives that
 https://image-net.org gives to registered users). It takes 262 GB once prepared, and is streamed
-from disk.
+from disk where the devices cannot hold it.
 
 The paper (Krizhevsky, Sutskever, Hinton, NIPS 2012) reports, on ILSVRC-2012's validation images
 with ten crops:

@@ -21,8 +21,8 @@ alexnet_cifar.py with fewer epochs, a lower rate and no clipping: no claim is ab
 was measured: results/papers.md, which `python -m cnn_spmd.papers` prints.
 
 The learning rates of relu and tanh are the fastest of `--sweep
-optimizer.learning_rate=.005,.01,.02,.05,.1 --config.epochs=20` (results/rates/). For tanh two rates
-tie; it takes one between them.
+optimizer.learning_rate=.005,.01,.02,.05,.1 --config.epochs=20` (results/rates.md). For tanh two
+rates tie; it takes one between them.
 """
 
 import ml_collections

@@ -16,8 +16,8 @@ in two hidden dense layers of 4096. Accuracies, measured here: results/depth.md,
 by `python -m cnn_spmd.papers --depth_plot FILE.svg`.
 
 The recipe is that of alexnet_cifar.py for every network. Its learning rate is the best of .05, .1
-and .25 from one_convolution on; for the two shallow networks .1 is better (results/rates/). Clipped
-gradients let even 16 layers start at that rate, without batch norm.
+and .25 from one_convolution on; for the two shallow networks .1 is better (results/rates.md).
+Clipped gradients let even 16 layers start at that rate, without batch norm.
 
 Why convolutions at all: a neuron that sees a whole image of 32x32x3 has 3,072 weights, and 120,000
 for 200x200x3. A map of simple_cnn's convolution has 27, at any size.

@@ -1,6 +1,7 @@
 """The schema: defaults, the fields of older runs, load_config, docs/config.md."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT
@@ -77,6 +78,9 @@ def test_entries_of_dicts_can_be_set_and_swept():
     assert config.optimizer.layer_rates.fc3 == 0.1
     combos = [{"optimizer.layer_rates.fc3": value} for value in ("0.1", "0.2")]
     sweep.refuse_fields(combos, ["--config", path], 1)
+    remedy = "all its entries: --config.optimizer.layer_rates='{\"fc1\": 2}'"
+    with pytest.raises(UserError, match=re.escape(remedy)):
+        experiment.parse_arguments(["--config", path, "--config.optimizer.layer_rates.fc1=2"])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_a_run_from_before_a_field_resumes(config, tmp_path, new_field, capsys):
     config.epochs = 2
     summary = loop.train(config, tmp_path)
     assert (summary["status"], summary["steps"]) == ("completed", 8)
-    assert f"Resumed {tmp_path} at step 4 on mesh 1x1.\n" in capsys.readouterr().out
+    assert f"Resumed {tmp_path} at step 4 on mesh 1x1, steps 4 -> 8" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["model"]["news"] == 0.5
     config.model.news = 0.7
     with pytest.raises(UserError, match=r"\(model\.news: 0\.5 -> 0\.7\)"):
@@ -205,7 +209,7 @@ def test_reports_ignore_a_field_that_the_schema_no_longer_has(tmp_path, config):
         saved["model"]["levers"] = levers
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(saved))
-    (sweep,) = load.sweeps_of_lone_runs([tmp_path / "a", tmp_path / "b"], [])
+    (sweep,) = load.sweeps_of_lone_runs({tmp_path / name: name for name in "ab"}, [])
     assert [run["settings"].keys() for run in sweep["runs"]] == [{"parallelism", "batch_size"}] * 2
 
 

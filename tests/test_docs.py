@@ -85,11 +85,22 @@ def test_code_fits_a_page(path):
             assert max(map(len, block.splitlines())) <= 96, block
 
 
+def anchors(path):
+    """Return what GitHub calls the headings of a page in links."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (?:\[(.*)\]\(.*\)|(.*))$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", "".join(each)).lower().replace(" ", "-") for each in headings}
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_links_lead_to_files(path):
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
-        if "://" not in link:
-            assert (path.parent / link).exists(), link
+def test_links_lead_to_files_and_headings(path):
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 # ---- Content

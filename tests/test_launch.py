@@ -166,6 +166,7 @@ def losses(workdir):
             [*SMALL, "--mesh", "1x1,2x1", "--sweep", "model.dropout=0.0,0.5", "--dry_run"],
             "--sweep=model.dropout: model.name=simple_cnn",
         ),
+        (["--evaluate", "--workdir=~no-user/a"], "--workdir=~no-user/a: has no such home folder"),
         (["--evaluate"], "experiments/alexnet_cifar.py; or test what was trained: --workdir RUN"),
         (["--workdir=DIR"], ", or that of the run: --config DIR/config.json; --evaluate would"),
     ],

@@ -739,7 +739,9 @@ def test_a_wide_report_is_folded():
             note="",
         )
     ]
-    lines = program.as_text(a_report(activations=rows)).splitlines()
+    terms = dict.fromkeys(("computing", "update", "communication", "exposed"), 123.4)
+    predicted = dict(predicted_milliseconds=246.8, card="h100", terms=terms, estimated=True)
+    lines = program.as_text(a_report(activations=rows, prediction=predicted)).splitlines()
     assert max(map(len, lines)) <= 100
     at = lines.index("Where each activation lives, MB per device")
     assert lines[at + 2].endswith("8000.000")

@@ -38,6 +38,7 @@ from cnn_spmd.report import (
     mesh_charts,
     plots,
     run_tables,
+    settings,
     write_report,
 )
 from cnn_spmd.report import page as page_of_report
@@ -183,11 +184,12 @@ def test_predicted_steps_have_a_column_and_a_chart():
 
 def test_runs_that_differ_in_what_they_learn_share_a_point():
     runs = [
-        a_run(mesh, settings={"optimizer.learning_rate": rate})
+        a_run(mesh, settings={"optimizer.learning_rate": rate}) | dict(config={}, metrics=[])
         for mesh in ("1x1", "2x1")
         for rate in (0.1, 0.2)
     ]
-    for chart in mesh_charts.mesh_charts(dict(runs=runs, hardware={}, devices=2)):
+    sweep = dict(runs=runs, hardware={}, devices=2)
+    for chart in mesh_charts.mesh_charts(sweep, settings.overview(sweep, None)):
         assert len(chart.pictures) == 1, chart.title
         assert "n = 1 run (seeds) per point" in chart.caption
         said = "differ in optimizer.learning_rate only, the first counts." in chart.caption
@@ -206,10 +208,7 @@ def test_a_fixed_batch_compares_with_the_same_batch_and_scheme(tmp_path):
     for run in runs:
         run["settings"].pop("batch_per_device")
         run["figures"]["batch_size"] = run["settings"]["batch_size"]
-    gains = {
-        (group["mesh"], group["panel"]): compare.group_speedups(group)
-        for group in compare.groups_of(runs)
-    }
+    gains = {(group.mesh, group.panel): group.speedups() for group in compare.groups_of(runs)}
     assert gains == {
         ((1, 1), "batch 512"): [1.0],
         ((2, 1), "batch 512"): [3.0],
@@ -275,7 +274,7 @@ def test_a_profile_is_split_and_its_kernels_are_listed(tmp_path, capsys):
     markdown, page, rows, _ = written(capsys, write_sweep(tmp_path / "s", runs))
     assert "exposed communication and idle time. Of a CPU." in markdown
     assert "measured by a profile of 20 steps" in page
-    assert "Marked (model), not measured" in page  # the run without a profile
+    assert "Grey bars are not split" in page  # the run without a profile
     expected = [
         runs[1]["name"],
         "20",
@@ -396,7 +395,7 @@ def test_error_bars_are_the_percentiles_of_the_step_time():
 def test_no_point_is_cut_off(monkeypatch):
     seen = []
 
-    def keep_limits(fig, axes, label):
+    def keep_limits(axes, label):
         seen.append(axes.get_ylim())
 
     monkeypatch.setattr(plots, "svg_with_legend", keep_limits)
@@ -409,14 +408,12 @@ def test_no_point_is_cut_off(monkeypatch):
 
 def test_step_time_split():
     def split(**more):
-        return bar_charts.step_split(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
+        return bar_charts.step_parts(compare.groups_of([a_run("4x2", 4000.0, **more)])[0])
 
-    kind, parts = split(profile=PROFILE)
-    assert (kind, list(parts.values())) == ("profile", [2.125, 0.625, 0.875, 0.375])
+    parts = split(profile=PROFILE)
+    assert list(parts.values()) == [2.125, 0.625, 0.875, 0.375]
     assert sum(parts.values()) == PROFILE["step_milliseconds"]
-    kind, parts = split(ring_bytes=450_000_000)  # a millisecond over NVLink
-    assert (kind, list(parts.values())) == ("model", [1.0, 255.0])
-    assert split(device_kind="cpu") == split(processes=2) == ("", {"step, not split": 256.0})
+    assert split() == {"step, not split": 256.0}
 
 
 def test_on_a_cpu_nothing_is_split_and_papers_do_not_compare(tmp_path, capsys):
@@ -664,6 +661,18 @@ def test_metrics_of_another_kind_are_left_out(tmp_path, capsys):
 def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
     paths = write_report([write_run(tmp_path / os.fsdecode(b"run\xff"))])
     assert all(b"run\\udcff" in path.read_bytes() for path in paths)
+
+
+def test_files_that_no_report_wrote_are_kept(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    names = ("report.md", "report.csv", "report.html")
+    for name in names:
+        (run / name).write_text("somebody's own")
+    for _ in range(2):  # the second report replaces the first one
+        assert report.main([str(run)]) == 0
+    assert {path.name for path in run.glob("*.old*")} == {f"{name}.old" for name in names}
+    assert (run / "report.md.old").read_text() == "somebody's own"
+    assert (run / "report.md").read_text().startswith("# cnn_spmd")
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):

@@ -129,7 +129,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     for text in (
         "Training loss, nats, with label smoothing 0.1",
         "Test loss, nats, without label smoothing",
-        "learning_rate 0.03, dropout 0.5",
+        "learning_rate=0.03, dropout=0.5",
         "seed 1",
     ):
         assert f">{text}</text>" in page
@@ -159,12 +159,12 @@ def test_settings_that_vary_and_those_that_change_with_them():
     ]
     combos = settings.combinations(runs, found)
     assert [len(combination.runs) for combination in combos] == [1, 1, 1, 1]
-    assert settings.label_of(combos[0].values, found) == "epochs 10, name b"
+    assert settings.legend_text(combos[0].values) == "epochs=10, name=b"
     assert settings.main_metric(runs, found) == "accuracy"
     of_speed = [each for each in found if each.name == "seed"] + [
         settings.Setting("parallelism", "parallelism", ["data", "fsdp"], [])
     ]
-    assert settings.main_metric(runs, of_speed) == settings.SPEED
+    assert settings.main_metric(runs, of_speed) == compare.SPEED
 
 
 def test_a_scale_is_logarithmic_where_the_values_are():
@@ -257,9 +257,9 @@ def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
     markdown, page, rows, _ = written(capsys, folder)
     assert "| optimizer.learning_rate | 0.1, 0.3, 1 |" in markdown
     said = (
-        "learning_rate=1, 85.00 ± 0.00 % (n = 2); it is the largest value tried; 28.00 points "
-        "above the next, learning_rate=0.3, 57.00 ± 0.00 % (n = 2): the runs of each are alike, "
-        "so no test of significance applies"
+        "learning_rate=1, 85.00 ± 0.00 % (n = 2); learning_rate is the largest value tried; "
+        "28.00 points above the next, learning_rate=0.3, 57.00 ± 0.00 % (n = 2): the runs of each "
+        "are alike, so no test of significance applies"
     )
     assert f"Best validation accuracy: {said}." in markdown
     assert "test accuracy" not in page.lower()
@@ -344,8 +344,9 @@ def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):
     next_b = f"0.00 points above the next, b, 50.00 % (n = 1): {ALONE}"
     assert f"warning: {tmp_path}/report.md: is left out, as it is a file\n" in printed.err
     assert said == [
-        "s: Best test accuracy: learning_rate=0.1, 90.00 % (n = 1); it is the smallest value tried;"
-        " not completed: learning_rate=0.1 (1 of 2 runs) and learning_rate=0.3 (2 of 2 runs)",
+        "s: Best test accuracy: learning_rate=0.1, 90.00 % (n = 1); "
+        "learning_rate is the smallest value tried; not completed: learning_rate=0.1 (1 of 2 runs) "
+        "and learning_rate=0.3 (2 of 2 runs)",
         f"a, b: Best test accuracy: a, 50.00 % (n = 1); {next_b}",
         "c: Test accuracy: 50.00 % (n = 1)",
         "Best of all on digits: s, learning_rate=0.1, 90.00 % (n = 1); 40.00 points above the "

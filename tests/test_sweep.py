@@ -271,7 +271,7 @@ def test_a_seed_counts_once():
     (group,) = compare.groups_of(
         [run(0, 1.0, {}), run(0, 2.0, dict(seed=0)), run(1, None, {}), run(1, 4.0, dict(seed=1))]
     )
-    assert compare.values(group, "images_per_second") == [
+    assert group.values("images_per_second") == [
         1.0,
         4.0,
     ]  # not the one that had no step left

@@ -24,7 +24,17 @@ from cnn_spmd import experiment
 from cnn_spmd.data import order, registry, statistics
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import build, checkpoint, clock, evaluate, loop, optim, runfiles, startup
+from cnn_spmd.training import (
+    build,
+    checkpoint,
+    clock,
+    evaluate,
+    interrupt,
+    loop,
+    optim,
+    runfiles,
+    startup,
+)
 from cnn_spmd.training.dry_run import dry_run
 
 
@@ -226,10 +236,28 @@ def test_a_finished_run_is_left_alone_and_can_grow(config, tmp_path, capsys):
     assert "Nothing to do" in capsys.readouterr().out
     config.epochs = 3
     assert loop.train(config, tmp_path)["steps"] == 12
+    assert "at step 8 on mesh 1x1, steps 8 -> 12." in capsys.readouterr().out
     assert [row["step"] for row in rows(tmp_path, "final")] == [12]
+    assert [row["step"] for row in rows(tmp_path, "eval")] == [4, 8]
     config.epochs = 1
     with pytest.raises(UserError, match=r"steps=4: .* is at step 12 already"):
         loop.train(config, tmp_path)
+
+
+def test_a_signal_where_a_run_evaluates_costs_no_evaluation(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt.Interrupt, "requested", lambda _: len(lines(tmp_path, "train")) > 2)
+        assert loop.train(config, tmp_path)["status"] == "interrupted"
+    assert lines(tmp_path, "eval") == []
+    assert loop.train(config, tmp_path)["steps"] == 8
+    assert [row["step"] for row in rows(tmp_path, "eval")] == [4]
+
+
+def test_a_complete_run_whose_last_checkpoint_is_broken_makes_it_again(config, tmp_path):
+    first = loop.train(config, tmp_path)
+    (tmp_path / "checkpoints/8").rename(tmp_path / "checkpoints/broken-8")
+    assert loop.train(config, tmp_path)["eval"] == first["eval"]
+    assert saved_steps(tmp_path) == {4, 8}
 
 
 def test_metrics_without_their_seconds_do_not_end_a_run(config, tmp_path):
@@ -445,7 +473,9 @@ def test_refusals_and_dry_runs_leave_a_run_as_it_is(config, tmp_path, monkeypatc
         dry_run(config, tmp_path)
     loop.train(config, tmp_path)  # complete: nothing to do
     config.epochs = 1
-    with pytest.raises(UserError, match="may grow, not shrink: give more steps or another --"):
+    with pytest.raises(
+        UserError, match="at step 8 already: give at least these steps or another --"
+    ):
         loop.train(config, tmp_path)
     config.eval.views = "one"
     with pytest.raises(UserError, match=r"eval\.views: mirrored -> one"):

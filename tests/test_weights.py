@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -90,10 +91,14 @@ def test_commands_after_training_run(run, start, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("cat.jpg", "dog.png"):
         Image.new("RGB", (50, 40)).save(name)
+    for name in ("a.md", "a.safetensors"):
+        pathlib.Path(name).write_text("somebody's own")
     for module, name in ((predict, "predict"), (export, "export")):
         (command,) = commands(f"python -m cnn_spmd.{name} runs/a")
         assert module.main(shlex.split(command)[3:]) == 0
         assert re.search(r"^cat.jpg|^a.safetensors", capsys.readouterr().out)
+    for name in ("a.md.old", "a.safetensors.old"):
+        assert pathlib.Path(name).read_text() == "somebody's own"
     (begin,) = [line for line in commands("python launch.py") if "init_from" in line]
     config, _ = experiment.parse_arguments(small(begin, tmp_path))
     build.prepare(config).init()

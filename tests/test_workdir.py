@@ -12,6 +12,7 @@ from run_helpers import stop_after
 
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import loop
+from cnn_spmd.training import workdir as workdirs
 
 
 def test_workdirs_that_are_refused(config, tmp_path):
@@ -48,6 +49,13 @@ def test_two_runs_in_one_workdir(config, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is using it"):
             loop.train(config, tmp_path)
+
+
+def test_a_lock_that_another_run_removes_protects_nothing(tmp_path, monkeypatch):
+    """A run that checks its folder and leaves removes the lock, which this one has opened."""
+    monkeypatch.setattr(fcntl, "flock", lambda lock, _: os.unlink(lock.name))
+    with pytest.raises(UserError, match="another run is using it"), workdirs.locked(tmp_path / "a"):
+        pass
 
 
 def test_a_damaged_summary_is_made_anew(config, tmp_path):

@@ -315,7 +315,7 @@ def _prediction(prediction: dict | None) -> Iterator[str]:
     if prediction:
         terms = ", ".join(f"{name} {time:.3f}" for name, time in prediction["terms"].items())
         origin = ", computing estimated" if prediction["estimated"] else ""
-        yield (
+        yield from _wrapped(
             f"Predicted step: {prediction['predicted_milliseconds']:.3f} ms by the calibration of "
             f"{prediction['card']} ({terms}{origin})"
         )

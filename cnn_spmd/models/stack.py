@@ -327,7 +327,7 @@ class Stack(nnx.Module):
             if maps.side < 1:
                 raise UserError(
                     f"model.name={name}: images of {image_size}x{image_size} are too small for its "
-                    "pools"
+                    "pools, expected larger ones: set --config.data.image_size for photographs"
                 )
 
         features, self.hidden = maps.side**2 * maps.channels, ()

@@ -58,18 +58,18 @@ def unfinished_runs(sweep: dict) -> list[str]:
 def sweep_tables(sweep: dict) -> dict[str, str]:
     """Return one table per batch: a row for each mesh and scheme, seeds averaged."""
 
-    def batch_per_device(panel: list[dict]) -> int:
-        return panel[0]["runs"][0]["figures"]["batch_size"] // panel[0]["devices"]
+    def batch_per_device(panel: list[compare.Group]) -> int:
+        return panel[0].figures["batch_size"] // panel[0].devices
 
     panels = compare.panels_of(compare.groups_of(sweep["runs"]))
     panels.sort(key=batch_per_device)
-    return {panel[0]["panel"]: sweep_table(panel) for panel in panels}
+    return {panel[0].panel: sweep_table(panel) for panel in panels}
 
 
-def sweep_table(groups: Sequence[dict]) -> str:
+def sweep_table(groups: Sequence[compare.Group]) -> str:
     """Return the table of one panel; accuracies where the data are no random images."""
     columns = dict(SWEEP_COLUMNS)
-    if groups[0]["runs"][0]["figures"]["dataset"] == "synthetic":
+    if groups[0].figures["dataset"] == "synthetic":
         columns.pop(ACCURACY)
     rows = map(run_tables.comparison_row, groups)
     return table([{name: row[of] for name, of in columns.items()} for row in rows])

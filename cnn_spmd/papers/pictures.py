@@ -18,14 +18,29 @@ NETWORKS = {"AlexNet": "-", "AlexNet-BN": "--"}
 
 
 def accuracy_by_depth(runs: Sequence[dict]) -> str:
-    """Return the accuracies of depth.depth_table as a picture."""
-    networks = []
-    for name, same in depth.runs_by_depth(runs).items():
-        label = f"{name}\n{same[0]['param_count'] / 1e6:.1f} M"
-        accuracies = [100 * run["eval"]["accuracy"] for run in same]
-        networks.append((label, depth.DEEPER[name][0], accuracies))
+    """Return the accuracies of depth.depth_table as a picture, one dot per run."""
+    by_network = depth.runs_by_depth(runs)
+    accuracies = {
+        name: [100 * run["eval"]["accuracy"] for run in same] for name, same in by_network.items()
+    }
     with plots.style():
-        return plots.depth(networks)
+        axes = plots.new_axes(3.2, xlabel="layers with weights", ylabel="test accuracy, %")
+        for name, own in accuracies.items():
+            layers, *_ = depth.DEEPER[name]
+            axes.plot([layers] * len(own), own, "o", color="#0072B2", markersize=5, alpha=0.7)
+            rivals = [max(accuracies[n]) for n in accuracies if depth.DEEPER[n][0] == layers]
+            # Two networks may have one depth: the better one's label is above its dots.
+            above = min(rivals) < max(own)
+            axes.annotate(
+                f"{name}\n{by_network[name][0]['param_count'] / 1e6:.1f} M",
+                (layers, max(own) if above else min(own)),
+                xytext=(4, 4 if above else -4),
+                va="bottom" if above else "top",
+                **plots.LABEL,
+            )
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.margins(x=0.2, y=0.2)
+        return plots.svg(axes.figure, "Test accuracy by depth")
 
 
 def error_by_batch(runs: Sequence[dict]) -> str:
@@ -52,7 +67,7 @@ def stacked(names: Collection[str], draw: Callable[[Axes, str], None], label: st
             axes.set_xscale("log", base=2)
             draw(axes, name)
             axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-        return plots.svg_with_legend(fig, column[0], label)
+        return plots.svg_with_legend(column[0], label)
 
 
 def draw_errors(errors: large_batches.Errors, axes: Axes, data: str) -> None:
@@ -80,11 +95,10 @@ def draw_speeds(predictions: Sequence[dict], axes: Axes, batches: str) -> None:
     """Draw images/s per GPU, relative to the fastest scheme on one GPU."""
     own = [row for row in predictions if row["batches"] == batches]
     alone = max(per_device(row) for row in own if row["devices"] == 1)
-    for scheme in plots.schemes_of(own):
+    for scheme in plots.in_order(row["parallelism"] for row in own):
         same = [row for row in own if row["parallelism"] == scheme]
         speeds = [per_device(row) / alone for row in same]
-        colour, marker, line = plots.SCHEMES.get(scheme, plots.OTHER)
-        look = dict(color=colour, marker=marker, linestyle=line, markersize=4)
+        look = dict(markersize=4, **plots.look_of(scheme))
         axes.plot([row["devices"] for row in same], speeds, label=scheme, **look)
     axes.set_xlabel("GPUs")
     axes.set_ylabel("images/s per GPU, relative")

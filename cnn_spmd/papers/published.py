@@ -41,10 +41,6 @@ CURVES = [
 # Our scheme for the name that the curves use.
 SCHEMES = {"data": "data", "one weird trick": "hybrid"}
 
-# device_kind -> bytes/s that a device can send: NVLink 4, 18 links of 25 GB/s each way (datasheets
-# of H100 and H200 SXM).
-LINKS = {"NVIDIA H100 80GB HBM3": 450e9, "NVIDIA H200": 450e9}
-
 
 def curve_throughputs(curve: dict) -> dict[int, float]:
     """Return number of GPUs -> images/s of all; of OWT, relative to one GPU."""

@@ -74,7 +74,7 @@ def load_given(paths: Sequence[pathlib.Path]) -> tuple[list[dict], list[str]]:
     runs, unfinished, folders = [], [], []
     for given in distinct(path.parent if path.name == "summary.json" else path for path in paths):
         if (given / "sweep.json").exists():
-            sweep = load.load_sweep(given, given.name, notes=[])
+            sweep = load.load_sweep(given, notes=[])
             folders += [given / run["name"] for run in sweep["runs"]]
             for run in scaled_runs(sweep):
                 runs.append(run | dict(folders=[given / name for name in run["names"]]))
@@ -132,21 +132,21 @@ def scaled_runs(sweep: dict) -> list[dict]:
         scaled_run(run, speedup, group, sweep)
         for group in compare.groups_of(sweep["runs"])
         # There is no speedup where the panel has no one-device run.
-        for run, speedup in zip(group["runs"], compare.group_speedups(group), strict=False)
+        for run, speedup in zip(group.runs, group.speedups(), strict=False)
     ]
 
 
-def scaled_run(run: dict, speedup: float, group: dict, sweep: dict) -> dict:
+def scaled_run(run: dict, speedup: float, group: compare.Group, sweep: dict) -> dict:
     """Return a sweep's run in the form of a summary, with its speedup and command.
 
     names: its own name, and those of the one-device runs that its speedup is relative to.
     """
-    figures, devices = run["figures"], group["devices"]
+    figures, devices = run["figures"], group.devices
     # Older sweeps say it only by the name of their experiment.
     variable = figures.get("dense_microbatch", "variable" in sweep["experiment"])
     return figures | dict(
         devices=devices,
-        names=[member["name"] for member in (run, *group["base"]["runs"])],
+        names=[member["name"] for member in (run, *group.base.runs)],
         host_cores=sweep["hardware"]["host_cores"],
         speedup=speedup,
         command=command_with_base(run["command"], figures["batch_size"], devices),

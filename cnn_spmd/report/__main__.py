@@ -43,7 +43,7 @@ def parser() -> environment.Parser:
     made.add_argument(
         "--config",
         metavar="E",
-        help="with --pictures: the experiment, where it adds a network or data set",
+        help="with --pictures: the experiment, where the run needs what it adds",
     )
     made.add_argument(
         "--target_error",
@@ -74,17 +74,14 @@ def refuse(arguments: argparse.Namespace) -> None:
 def draw_and_write(arguments: argparse.Namespace) -> None:
     """Draw the pictures that are asked for, and write a report on the folders given."""
     refuse(arguments)
-    folders, drawn = arguments.folders, []
     if arguments.pictures:
         from cnn_spmd.report import pictures  # imports jax, which a report does not need
 
         if arguments.config:
             experiment.load_file(arguments.config)
-        for folder in folders:
-            drawn += pictures.draw_pictures(folder, arguments.data_dir)
-    for path in drawn:
-        print(path)
-    print(*write_report(folders, arguments.target_error), sep="\n")
+        for folder in arguments.folders:
+            print(*pictures.draw_pictures(folder, arguments.data_dir), sep="\n")
+    print(*write_report(arguments.folders, arguments.target_error), sep="\n")
 
 
 if __name__ == "__main__":

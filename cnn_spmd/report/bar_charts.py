@@ -3,37 +3,32 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from cnn_spmd.papers import published
 from cnn_spmd.report import captions, compare, plots
-from cnn_spmd.report.canvas import Axes, Figure
+from cnn_spmd.report.compare import Group
 from cnn_spmd.report.text import Chart
 
-# Part of a step -> colour, hatch.
-STEP_PARTS = {
+UNSPLIT = "step, not split"
+# Part of a bar -> colour, hatch. The parts of a bar are stacked in this order.
+LOOKS = {
     "computing": ("#56B4E9", ""),
     "computing + communicating": ("#0072B2", "////"),
     "communicating, exposed": ("#D55E00", "xxxx"),
     "idle": ("#ffffff", ""),
-    "communicating (model)": ("#E69F00", "\\\\\\\\"),
-    "rest of the step (model)": ("#cfe8f7", ""),
-    "step, not split": ("#bbbbbb", ""),
-}
-OPERATIONS = {
+    UNSPLIT: ("#bbbbbb", ""),
     "all-reduce": ("#0072B2", ""),
     "all-gather": ("#E69F00", "////"),
     "reduce-scatter": ("#009E73", "xxxx"),
     "all-to-all": ("#CC79A7", "...."),
     "collective-permute": ("#56B4E9", "\\\\\\\\"),
+    "parameters": ("#0072B2", ""),
+    "optimizer": ("#E69F00", "////"),
 }
-HELD_PARTS = {"parameters": ("#0072B2", ""), "optimizer": ("#E69F00", "////")}
-SPLIT_CAPTIONS = {
-    "profile": "Split as measured by a profile of {steps} steps, mean over the devices; the tick is"
-    " the median step without the profiler.",
-    "model": "Marked (model), not measured: communication is the ring bytes at the link's datasheet"
-    " speed (NVLink, 450 GB/s each way), and the rest is what is left of the measured median step.",
-    "": "Grey bars are not split: there is no profile, and no known speed of a link between the"
-    " devices.",
-}
+OTHER = ("#ffffff", "++++")
+PROFILED = (
+    "Split as measured by a profile of {} steps, mean over the devices; the tick is the median step"
+    " without the profiler."
+)
+NOT_SPLIT = "Grey bars are not split: there is no profile."
 MOVED_CAPTION = (
     "What the collectives of a step send from each device if each runs as a ring, in MB of 1e6"
     " bytes; the tick is the closed form (Gholami et al. 2018)."
@@ -47,26 +42,26 @@ HELD_CAPTION = (
 class Bars(NamedTuple):
     """Stacked bars, one per group.
 
-    parts: name -> colour, hatch, and one length per group. marks: where a tick stands on each bar;
-    None for no tick.
+    parts: one dict per bar, name (a key of LOOKS) -> length. marks: where a tick stands on each
+    bar; None for no tick.
     """
 
     unit: str
-    parts: dict[str, tuple[str, str, list[float]]]
+    parts: list[dict[str, float]]
     mark_name: str
     marks: list[float | None]
 
 
-def bar_charts(sweep: dict, groups: list[dict]) -> list[Chart]:
-    """Return the charts of step time, bytes moved and memory, without those of no group."""
-    timed = [group for group in groups if compare.average(group, "images_per_second")]
-    read = [group for group in groups if group["runs"][0]["figures"]["collectives"] is not None]
-    unread = [run["name"] for group in groups if group not in read for run in group["runs"]]
+def bar_charts(sweep: dict, groups: list[Group]) -> list[Chart]:
+    """Return the charts of step time, bytes moved and memory, of the groups that have them."""
+    timed = [group for group in groups if group.average("images_per_second")]
+    read = [group for group in groups if group.figures["collectives"] is not None]
+    unread = [run["name"] for group in groups if group not in read for run in group.runs]
     compiled = captions.compiled_caption(sweep, groups)
     moved_caption = f"{MOVED_CAPTION} {compiled}"
     if unread:
         moved_caption += f" Without a report on the program: {captions.names_text(unread)}."
-    made = [
+    return [
         Chart(
             "Step time",
             draw_panels(timed, step_bars),
@@ -75,26 +70,29 @@ def bar_charts(sweep: dict, groups: list[dict]) -> list[Chart]:
         Chart("Bytes moved by collectives", draw_panels(read, moved_bars), moved_caption),
         Chart("Memory per device", draw_panels(groups, held_bars), f"{HELD_CAPTION} {compiled}"),
     ]
-    return [chart for chart in made if chart.pictures]
 
 
-def draw_panels(groups: list[dict], bars_of: Callable[[list[dict]], Bars]) -> list[str]:
+def draw_panels(groups: list[Group], bars_of: Callable[[list[Group]], Bars]) -> list[str]:
     """Return a picture per panel, with a bar per group."""
     return [draw_bars(panel, bars_of(panel)) for panel in compare.panels_of(groups)]
 
 
-def draw_bars(groups: list[dict], shown: Bars) -> str:
+def draw_bars(groups: list[Group], shown: Bars) -> str:
     """Return horizontal stacked bars, one per group, with their sums at the ends."""
-    fig = Figure(figsize=(plots.WIDTH, 1.3 + 0.22 * len(groups)))
-    axes = fig.add_subplot(title=plots.panel_title(groups[0]["panel"]), xlabel=shown.unit)
+    title = plots.panel_title(groups[0].panel)
+    axes = plots.new_axes(1.3 + 0.22 * len(groups), title=title, xlabel=shown.unit)
     rows = list(range(len(groups)))
     ends = [0.0] * len(groups)
-    edge = dict(edgecolor="#333333", linewidth=0.5)
-    for name, (colour, hatch, widths) in shown.parts.items():
-        if any(widths):
-            axes.barh(rows, widths, 0.7, ends, label=name, color=colour, hatch=hatch, **edge)
-            ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    draw_marks(axes, shown)
+    found = {name for parts in shown.parts for name, length in parts.items() if length}
+    for name in [*filter(found.__contains__, LOOKS), *sorted(found - LOOKS.keys())]:
+        colour, hatch = LOOKS.get(name, OTHER)
+        lengths = [parts.get(name, 0.0) for parts in shown.parts]
+        look = dict(color=colour, hatch=hatch, edgecolor="#333333", linewidth=0.5)
+        axes.barh(rows, lengths, 0.7, ends, label=name, **look)
+        ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+    if set(shown.marks) != {None}:
+        look = dict(color="black", markersize=11, markeredgewidth=1.6)
+        axes.plot(shown.marks, rows, "|", label=shown.mark_name, **look)
     longest = max([*ends, *(mark or 0 for mark in shown.marks)]) or 1
     for row, (end, mark) in enumerate(zip(ends, shown.marks, strict=True)):
         # A mark just behind the end would be written over.
@@ -102,69 +100,49 @@ def draw_bars(groups: list[dict], shown: Bars) -> str:
         place = (mark if hidden else end, row)
         digits = 1 if end >= 10 else 2
         axes.annotate(f"{end:,.{digits}f}", place, (4, 0), va="center", **plots.LABEL)
-    names = [f"{compare.mesh_name(group['mesh'])} {group['parallelism']}" for group in groups]
+    names = [f"{compare.mesh_name(group.mesh)} {group.parallelism}" for group in groups]
     axes.set_yticks(rows, names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 1.2 * longest)
-    return plots.svg_with_legend(fig, axes, shown.unit)
-
-
-def draw_marks(axes: Axes, shown: Bars) -> None:
-    """Draw the ticks on the bars."""
-    marked = [(mark, row) for row, mark in enumerate(shown.marks) if mark is not None]
-    if marked:
-        look = dict(color="black", markersize=11, markeredgewidth=1.6, label=shown.mark_name)
-        axes.plot(*zip(*marked, strict=True), "|", **look)
+    return plots.svg_with_legend(axes, shown.unit)
 
 
 # ---- Step time
 
 
-def step_split(group: dict) -> tuple[str, dict[str, float]]:
-    """Return how a group's step was split, and its parts in ms.
-
-    The first value is a key of SPLIT_CAPTIONS.
-    """
+def step_parts(group: Group) -> dict[str, float]:
+    """Return the parts of a group's step in ms, as profiled; without a profile it is one part."""
     compute, communication, exposed, idle = (
-        compare.average(group, "profile", f"{name}_milliseconds")
+        group.average("profile", f"{name}_milliseconds")
         for name in ("compute", "communication", "exposed", "idle")
     )
-    if None not in (compute, communication, exposed, idle):
-        hidden = communication - exposed
-        parts = (compute - hidden, hidden, exposed, idle)
-        return "profile", dict(zip(STEP_PARTS, parts, strict=False))
-    figures = group["runs"][0]["figures"]
-    step = compare.average(group, "step_milliseconds", "median")
-    link = published.LINKS.get(figures["device_kind"])
-    ring = compare.average(group, "ring_bytes")
-    if link is None or ring is None or figures.get("processes", 1) > 1:
-        return "", {"step, not split": step}
-    communication = min(step, 1e3 * ring / link)
-    return "model", {
-        "communicating (model)": communication,
-        "rest of the step (model)": step - communication,
+    if None in (compute, communication, exposed, idle):
+        return {UNSPLIT: group.average("step_milliseconds", "median")}
+    hidden = communication - exposed
+    return {
+        "computing": max(0.0, compute - hidden),
+        "computing + communicating": max(0.0, hidden),
+        "communicating, exposed": exposed,
+        "idle": idle,
     }
 
 
-def split_caption(groups: Sequence[dict]) -> str:
-    """Return the captions of the ways in which the groups' steps were split."""
-    kinds = {step_split(group)[0] for group in groups}
-    steps = sorted({int(n) for group in groups for n in compare.values(group, "profile", "steps")})
-    said = [caption for kind, caption in SPLIT_CAPTIONS.items() if kind in kinds]
-    return " ".join(said).format(steps=" or ".join(map(str, steps)))
+def split_caption(groups: Sequence[Group]) -> str:
+    """Return how the groups' steps were split."""
+    steps = sorted({int(n) for group in groups for n in group.values("profile", "steps")})
+    said = [PROFILED.format(" or ".join(map(str, steps)))] if steps else []
+    if any(UNSPLIT in step_parts(group) for group in groups):
+        said.append(NOT_SPLIT)
+    return " ".join(said)
 
 
-def step_bars(groups: list[dict]) -> Bars:
+def step_bars(groups: list[Group]) -> Bars:
     """Return the step time, split; ticks: the step time without the profiler."""
-    splits = [step_split(group) for group in groups]
-    parts = {
-        part: (*look, [max(0.0, split.get(part, 0.0)) for _, split in splits])
-        for part, look in STEP_PARTS.items()
-    }
+    parts = list(map(step_parts, groups))
     medians = [
-        compare.average(group, "step_milliseconds", "median") if kind == "profile" else None
-        for group, (kind, _) in zip(groups, splits, strict=True)
+        None if UNSPLIT in split else group.average("step_milliseconds", "median")
+        for group, split in zip(groups, parts, strict=True)
     ]
     return Bars("ms per step", parts, "without profiler", medians)
 
@@ -172,32 +150,26 @@ def step_bars(groups: list[dict]) -> Bars:
 # ---- Bytes and memory
 
 
-def moved_bars(groups: list[dict]) -> Bars:
+def moved_bars(groups: list[Group]) -> Bars:
     """Return the ring bytes by operation; ticks: the closed form."""
-    programs = [group["runs"][0]["figures"]["collectives"] for group in groups]
-    found = {row["operation"] for collectives in programs for row in collectives}
-    looks = OPERATIONS | dict.fromkeys(sorted(found - OPERATIONS.keys()), ("#ffffff", "++++"))
-    parts = {}
-    for name, look in looks.items():
-        sizes = [
-            sum(row["ring_bytes"] for row in collectives if row["operation"] == name) / 1e6
-            for collectives in programs
-        ]
-        parts[name] = (*look, sizes)
+    parts = []
+    for group in groups:
+        sizes: dict[str, float] = {}
+        for row in group.figures["collectives"]:
+            sizes[row["operation"]] = sizes.get(row["operation"], 0.0) + row["ring_bytes"] / 1e6
+        parts.append(sizes)
     theory = megabytes(groups, "closed_form_ring_bytes")
     return Bars("MB sent per device and step", parts, "closed form", theory)
 
 
-def held_bars(groups: list[dict]) -> Bars:
+def held_bars(groups: list[Group]) -> Bars:
     """Return the bytes of parameters and optimizer; ticks: the program's peak."""
-    parts = {
-        name: (*look, [size or 0.0 for size in megabytes(groups, "bytes_per_device", name)])
-        for name, look in HELD_PARTS.items()
-    }
+    sizes = [group.figures["bytes_per_device"] for group in groups]
+    parts = [{name: (size or 0.0) / 1e6 for name, size in own.items()} for own in sizes]
     return Bars("MB per device", parts, "peak", megabytes(groups, "peak_bytes"))
 
 
-def megabytes(groups: Sequence[dict], *path: str) -> list[float | None]:
+def megabytes(groups: Sequence[Group], name: str) -> list[float | None]:
     """Return the mean of a figure of each group in MB; None where it is not known."""
-    sizes = [compare.average(group, *path) for group in groups]
+    sizes = [group.average(name) for group in groups]
     return [None if size is None else size / 1e6 for size in sizes]

@@ -4,7 +4,6 @@ import numpy as np
 
 from cnn_spmd.report import batch_scaling, captions, compare, plots
 from cnn_spmd.report.batch_scaling import LEAST, Batch, Knee, Scaling, noise_scale
-from cnn_spmd.report.canvas import Figure
 from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
 
 HEADER = [
@@ -34,19 +33,13 @@ def section(sweep: dict, target_error: float | None) -> list[Block]:
         return []
     split = compare.split_of(run["config"] for run in sweep["runs"])
     goal = f"{split} error of {100 * (1 - scaling.target):.4g} %"
-    charts = [steps_chart(sweep, scaling, goal)] if scaling.steps else []
-    return [*charts, *blocks(scaling, goal)]
-
-
-def blocks(scaling: Scaling, goal: str) -> list[Block]:
-    """Return table, target, knee, noise scale and legend; goal: "test error of 9 %"."""
-    target = f"Target: a {goal}, {scaling.reason}."
-    texts = [target, knee_text(scaling), noise_text(scaling)]
+    texts = [f"Target: a {goal}, {scaling.reason}.", knee_text(scaling), noise_text(scaling)]
     hit = [batch for batch in scaling.batches if batch.reached]
     early = [f"{batch.size:,}" for batch in hit if not batch.reached[0].before]
     if early:
         texts.append(f"The first evaluation already reached it, at batch {', '.join(early)}.")
     return [
+        *([steps_chart(sweep, scaling, goal)] if scaling.steps else []),
         Heading(3, "Steps to a target against batch size"),
         Table(HEADER, [row_of(scaling, batch) for batch in scaling.batches]),
         *map(Paragraph, [*texts, LEGEND]),
@@ -54,7 +47,7 @@ def blocks(scaling: Scaling, goal: str) -> list[Block]:
 
 
 def steps_chart(sweep: dict, scaling: Scaling, goal: str) -> Chart:
-    """Return the chart of steps to the target by batch size; goal: as for blocks."""
+    """Return the chart of steps to the target by batch size; goal: "test error of 9 %"."""
     knee = scaling.knee if scaling.knee_is_measured else None
     _, noise = scaling.noise or (0, None)
     counts = {len(batch.runs) for batch in scaling.batches}
@@ -75,8 +68,7 @@ def draw_steps(steps: dict[int, int], knee: Knee | None, noise: float | None) ->
 
     steps: batch size -> steps, smallest batch first.
     """
-    fig = Figure(figsize=(plots.WIDTH, 3.6))
-    axes = fig.add_subplot(xlabel="batch size", ylabel="steps to the target")
+    axes = plots.new_axes(3.6, xlabel="batch size", ylabel="steps to the target")
     sizes = list(steps)
     ideal = [steps[sizes[0]] * sizes[0] / size for size in sizes]
     axes.plot(sizes, ideal, "--", color="#444444", linewidth=1, label="perfect scaling")
@@ -91,7 +83,7 @@ def draw_steps(steps: dict[int, int], knee: Knee | None, noise: float | None) ->
     look = dict(color="#0072B2", markersize=5, label="best run")
     axes.plot(sizes, list(steps.values()), "o" if knee else "o-", **look)
     plots.set_log2_scales(axes)
-    return plots.svg_with_legend(fig, axes, "Steps to the target")
+    return plots.svg_with_legend(axes, "Steps to the target")
 
 
 def row_of(scaling: Scaling, batch: Batch) -> list[str]:

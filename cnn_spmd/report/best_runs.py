@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cnn_spmd import plain_table
 from cnn_spmd.report import captions, compare, facts, load, run_tables, settings, text
+from cnn_spmd.report.compare import SPEED
 from cnn_spmd.report.settings import Combination, Overview
 from cnn_spmd.report.text import Block, Commands, Heading, Paragraph, Table
 
@@ -19,30 +20,24 @@ DEVIATION = "± is one sample standard deviation over the n runs."
 # ---- One sweep
 
 
-def asked_blocks(sweep: dict, overview: Overview) -> list[Block]:
+def asked_blocks(runs: Sequence[dict], overview: Overview) -> list[Block]:
     """Return how the runs ended, what varies, and the best ones."""
-    runs = sweep["runs"]
     counts = collections.Counter(run["status"] for run in runs)
     ended = ", ".join(f"{count} {status}" for status, count in counts.items())
     said = f"{len(runs)} run{'s' * (len(runs) != 1)}: {ended}."
     if not overview.settings:
         return [Paragraph(said)]
-    if sweep.get("is_of_lone_runs"):
+    if overview.is_of_lone_runs:
         blocks = [Paragraph(f"{said} They differ in:"), differences(runs, overview)]
     else:
-        rows = [
-            [setting_text(each), settings.values_text(each.values)] for each in overview.settings
-        ]
+        rows = []
+        for each in overview.settings:
+            along = f" (with it: {settings.list_text(each.along)})" if each.along else ""
+            rows.append([each.name + along, settings.list_text(each.values)])
         blocks = [Paragraph(f"{said} What varies:"), Table(["setting", "values"], rows)]
-    if best := answer(sweep, overview):
+    if best := answer(overview):
         blocks.append(Paragraph(f"{best}."))
     return blocks
-
-
-def setting_text(setting: settings.Setting) -> str:
-    """Return a setting's name, and the settings that change with it."""
-    along = f" (with it: {settings.values_text(setting.along)})" if setting.along else ""
-    return setting.name + along
 
 
 def differences(runs: Sequence[dict], overview: Overview) -> Table:
@@ -62,7 +57,7 @@ def differences(runs: Sequence[dict], overview: Overview) -> Table:
     return Table(header, list(map(list, rows)))
 
 
-def answer(sweep: dict, overview: Overview) -> str:
+def answer(overview: Overview) -> str:
     """Return "Best test accuracy: learning_rate=0.1, 96.11 ± 0.39 % (n = 2)"; "" for no answer.
 
     It also says which numbers are at the edge of what a sweep tried, how far the next combination
@@ -71,22 +66,21 @@ def answer(sweep: dict, overview: Overview) -> str:
     ranked = settings.ranked(overview)
     if not ranked:
         return ""
-    best = ranked[0]
-    shown = metric_text(overview.metric, best)
-    if best.values:
-        parts = [f"Best {overview.metric_name}: {name_of(sweep, overview, best)}, {shown}"]
+    best, named = overview.metric_name, [(overview.name_of(each), each) for each in ranked]
+    shown = result_text(overview.metric, ranked[0])
+    if ranked[0].values:
+        parts = [f"Best {best}: {overview.name_of(ranked[0])}, {shown}"]
     else:
-        parts = [f"{overview.metric_name[0].upper()}{overview.metric_name[1:]}: {shown}"]
-    if not sweep.get("is_of_lone_runs"):
-        parts.append(settings.at_edges(best, overview))
-    named = [(name_of(sweep, overview, each), each) for each in ranked]
+        parts = [f"{best[0].upper()}{best[1:]}: {shown}"]
+    if not overview.is_of_lone_runs:
+        parts.append(settings.at_edges(ranked[0], overview))
     parts.append(beside_others(named, overview.metric))
     unfinished = []
     for each in overview.combinations:
         missing = sum(run["status"] not in ("completed", "refused") for run in each.runs)
         if missing:
             counted = f"{missing} of {len(each.runs)} runs"
-            name = name_of(sweep, overview, each)
+            name = overview.name_of(each)
             several = len(each.runs) > 1
             unfinished.append(f"{name} ({counted})" if name and several else name or counted)
     if unfinished:
@@ -94,22 +88,11 @@ def answer(sweep: dict, overview: Overview) -> str:
     return "; ".join(filter(None, parts))
 
 
-def name_of(sweep: dict, overview: Overview, combination: Combination) -> str:
-    """Return what sets a combination apart: the names of lone runs, or a sweep's settings."""
-    if sweep.get("is_of_lone_runs"):
-        return captions.names_text([run["name"] for run in combination.runs])
-    labelled = overview.labelled(combination).items()
-    return ", ".join(f"{name}={value}" for name, value in labelled if value)
-
-
-def metric_text(metric: str, combination: Combination) -> str:
+def result_text(metric: str, combination: Combination) -> str:
     """Return "96.11 ± 0.39 % (n = 2)" for a combination, or images/s without a unit."""
     numbers = combination.numbers(metric)
-    if metric == settings.SPEED:
-        shown = text.throughput(numbers)
-    else:
-        shown = f"{run_tables.metric_text('accuracy', numbers)} %"
-    return f"{shown} (n = {len(numbers)})"
+    unit = "" if metric == SPEED else " %"
+    return f"{run_tables.metric_text(metric, numbers)}{unit} (n = {len(numbers)})"
 
 
 def beside_others(
@@ -124,20 +107,16 @@ def beside_others(
         return ""
     best, second, *further = [each.numbers(metric) for _, each in ranked]
     gap = statistics.mean(best) - statistics.mean(second)
-    if metric == settings.SPEED:
-        above = f"{text.throughput([gap])} images/s"
-    else:
-        above = f"{compare.factor_of(metric) * gap:.2f} points"
+    unit = "images/s" if metric == SPEED else "points"
+    above = f"{run_tables.metric_text(metric, [gap])} {unit}"
     name, combination = ranked[1]
     said = (
-        f"{above} above {following}, {name}, {metric_text(metric, combination)}: "
+        f"{above} above {following}, {name}, {result_text(metric, combination)}: "
         f"{verdict(best, second)}"
     )
     chances = [p_value(best, numbers) for numbers in further]
     near = [
-        name
-        for (name, _), p in zip(ranked[2:], chances, strict=True)
-        if p is not None and p >= SIGNIFICANT
+        name for (name, _), p in zip(ranked[2:], chances, strict=True) if (p or 0) >= SIGNIFICANT
     ]
     if near:
         said += f"; also not distinguishable from the best: {captions.names_text(near, ' or ')}"
@@ -162,15 +141,11 @@ def p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
         return None
     from scipy import stats  # takes half a second, and launch.py imports this module
 
-    sizes = [
-        size
-        for numbers in (one, other)
-        for size in (statistics.mean(numbers), statistics.stdev(numbers), len(numbers))
-    ]
-    return float(stats.ttest_ind_from_stats(*sizes, equal_var=False).pvalue)
+    first, second = ((statistics.mean(n), statistics.stdev(n), len(n)) for n in (one, other))
+    return float(stats.ttest_ind_from_stats(*first, *second, equal_var=False).pvalue)
 
 
-def best_blocks(sweep: dict, overview: Overview) -> list[Block]:
+def best_blocks(overview: Overview) -> list[Block]:
     """Return the best combinations with their commands; [] where none has a metric."""
     ranked = settings.ranked(overview)
     best = ranked[:BEST]
@@ -179,66 +154,62 @@ def best_blocks(sweep: dict, overview: Overview) -> list[Block]:
     title = f"Best runs, by {overview.metric_name}" if overview.settings else "The run"
     if len(ranked) > BEST:
         title += f" ({BEST} of {len(ranked)} shown)"
-    rows = [best_row(sweep, combination, overview) for combination in best]
-    blocks = [Heading(3, title), text.table_of(rows)]
-    commands = [best_run(combination, overview.metric)["command"] for combination in best]
-    if any(commands):
+    blocks = [Heading(3, title), text.table_of([best_row(each, overview) for each in best])]
+    runs = [
+        max(each.having(overview.metric), key=lambda run: compare.numbers([run], overview.metric))
+        for each in best
+    ]
+    if any(run["command"] for run in runs):
         said = "The commands of these rows, in the same order"
         if any(len(combination.runs) > 1 for combination in best):
             said += ", each that of the best of the seeds"
         # A sweep adds this flag to each run; a single run does not need it.
-        short = [re.sub(r" --config\.data\.fallback=(?=\s|$)", "", each) for each in commands]
+        short = [re.sub(r" --config\.data\.fallback=(?=\s|$)", "", run["command"]) for run in runs]
         blocks += [Paragraph(f"{said}:"), Commands(list(filter(None, short)))]
     return blocks
 
 
-def best_run(combination: Combination, metric: str) -> dict:
-    """Return the run of a combination that is best by a metric."""
-    return max(combination.having(metric), key=lambda run: settings.metric_of(run, metric))
-
-
-def best_row(sweep: dict, combination: Combination, overview: Overview) -> dict[str, str]:
-    """Return a combination's cells by column."""
-    is_of_lone_runs = sweep.get("is_of_lone_runs")  # whose settings have a table of their own
-    row = {} if is_of_lone_runs else overview.labelled(combination)
-    row["n"] = str(len(combination.having(overview.metric)))
-    if overview.metric != settings.SPEED:
-        for name in ("accuracy", "loss"):
-            label = compare.metric_label(name, overview.split)
-            row[label] = run_tables.metric_text(name, combination.numbers(name))
-    row |= run_tables.target_cell(combination.having(overview.metric), overview.target)
-    row["images/s"] = text.throughput(combination.numbers(settings.SPEED))
-    return row | dict(run=name_of(sweep, overview, combination) if is_of_lone_runs else "")
+def best_row(combination: Combination, overview: Overview) -> dict[str, str]:
+    """Return a combination's cells by column; lone runs have a table of their settings."""
+    runs = combination.having(overview.metric)
+    metrics = [] if overview.metric == SPEED else ["accuracy", "loss"]
+    alone, values = overview.is_of_lone_runs, combination.values.items()
+    return {
+        **({} if alone else {label: compare.value_text(value) for label, value in values}),
+        "n": str(len(runs)),
+        **run_tables.result_cells(runs, metrics, overview.split, overview.target),
+        "run": overview.name_of(combination) if alone else "",
+    }
 
 
 # ---- All sweeps
 
 
 class Given(NamedTuple):
-    """A combination and its sweep."""
+    """A combination of a sweep with this title."""
 
-    sweep: dict
+    title: str
     overview: Overview
     combination: Combination
 
     @property
     def run(self) -> dict:
-        """Return a run that stands for the combination."""
-        return self.combination.runs[0]
+        """Return the completed run that stands for the combination."""
+        return self.combination.completed[0]
 
     @property
     def origin(self) -> str:
         """Return the name of the sweep, or those of lone runs."""
-        if self.sweep.get("is_of_lone_runs"):
+        if self.overview.is_of_lone_runs:
             return ", ".join(run["name"] for run in self.combination.runs)
-        return self.sweep["title"]
+        return self.title
 
     @property
     def name(self) -> str:
         """Return the origin; of a sweep, the settings follow."""
-        if self.sweep.get("is_of_lone_runs") or not self.combination.values:
+        if self.overview.is_of_lone_runs or not self.combination.values:
             return self.origin
-        return f"{self.origin}, {name_of(self.sweep, self.overview, self.combination)}"
+        return f"{self.origin}, {self.overview.name_of(self.combination)}"
 
 
 def given_by_data(sweeps: Sequence[dict]) -> dict[str, list[Given]]:
@@ -249,15 +220,15 @@ def given_by_data(sweeps: Sequence[dict]) -> dict[str, list[Given]]:
     given: dict[int, Given] = {}
     completed = []
     for sweep in sweeps:
-        overview = settings.overview(sweep["runs"], None)
+        overview = settings.overview(sweep, None)
         for combination in overview.combinations:
-            done = [run for run in combination.runs if run["status"] == "completed"]
-            given |= {id(run): Given(sweep, overview, combination) for run in done[:1]}
-            completed += done[:1]
+            for run in combination.completed[:1]:
+                given[id(run)] = Given(sweep["title"], overview, combination)
+                completed.append(run)
     shared = {}
     for data, runs in compare.by_data(completed).items():
         found = [given[id(run)] for run in runs]
-        if len({id(each.sweep) for each in found}) > 1:
+        if len({id(each.overview) for each in found}) > 1:
             metric = main_metric_of(found)
             ranked = [each for each in found if each.combination.numbers(metric)]
             ranked.sort(key=lambda each: -statistics.mean(each.combination.numbers(metric)))
@@ -279,11 +250,11 @@ def best_given(data: str, ranked: Sequence[Given]) -> str:
     others = [
         each
         for each in ranked[1:]
-        if each.sweep is not best.sweep or best.sweep.get("is_of_lone_runs")
+        if each.overview is not best.overview or best.overview.is_of_lone_runs
     ]
     named = [(each.name, each.combination) for each in (best, *others)]
     parts = [
-        f"Best of all on {data}: {best.name}, {metric_text(metric, best.combination)}",
+        f"Best of all on {data}: {best.name}, {result_text(metric, best.combination)}",
         beside_others(named, metric, "the best of the others"),
     ]
     return "; ".join(filter(None, parts))
@@ -311,27 +282,26 @@ def all_given_table(shown: Sequence[Given]) -> Table:
 
     Settings are the fields that were swept or set by flags, where they differ.
     """
-    runs = [run for given in shown for run in given.combination.runs]
     metric = main_metric_of(shown)
-    accuracy = compare.metric_label("accuracy", compare.split_of(run["config"] for run in runs))
+    metrics = [] if metric == SPEED else ["accuracy"]
+    split = " or ".join(sorted({each.overview.split for each in shown}))
     names = names_that_differ(shown)
     rows = []
     for given in shown:
+        runs = given.combination.having(metric)
         values = {name: settings.value_of(given.run, name) for name in names}
         known = [
             f"{name}={compare.value_text(value)}"
             for name, value in values.items()
             if value not in (None, "")
         ]
-        accuracies = [] if metric == settings.SPEED else given.combination.numbers("accuracy")
         rows.append(
             {
                 "from": given.origin,
                 "experiment": given.run["config"].get("experiment", ""),
                 "settings": ", ".join(known),
-                "n": str(len(given.combination.having(metric))),
-                accuracy: run_tables.metric_text("accuracy", accuracies),
-                "images/s": text.throughput(given.combination.numbers(settings.SPEED)),
+                "n": str(len(runs)),
+                **run_tables.result_cells(runs, metrics, split),
             }
         )
     return text.table_of(rows)

@@ -3,37 +3,36 @@
 from collections.abc import Sequence
 
 from cnn_spmd.report import compare
+from cnn_spmd.report.compare import Group
 
 MOST_NAMES = 6  # of runs in a caption
 
 
-def timed_caption(sweep: dict, groups: list[dict]) -> str:
+def timed_caption(sweep: dict, groups: list[Group]) -> str:
     """Return hardware, number of runs and what is left out, for a chart of times."""
-    left_out = left_out_text(sweep["runs"])
     return (
         f"{compare.hardware_of(sweep)}; {count_text(groups)}. Left out: first chunks (warm-up), "
-        f"compilation, evaluation, checkpoints{left_out}."
+        f"compilation, evaluation, checkpoints{left_out_text(sweep['runs'])}."
     )
 
 
-def compiled_caption(sweep: dict, groups: list[dict]) -> str:
+def compiled_caption(sweep: dict, groups: list[Group]) -> str:
     """Return the same, for a chart of what a compiled program holds or moves."""
     count = count_text(groups, chunks=False)
-    left_out = left_out_text(sweep["runs"])
     return (
         f"From the step as compiled for {compare.hardware_of(sweep)}; {count}. "
-        f"Left out: evaluation{left_out}."
+        f"Left out: evaluation{left_out_text(sweep['runs'])}."
     )
 
 
-def count_text(groups: Sequence[dict], chunks: bool = True) -> str:
+def count_text(groups: Sequence[Group], chunks: bool = True) -> str:
     """Return how many runs, and steady chunks of each, a point stands for."""
-    sizes = {len(group["runs"]) for group in groups}
+    sizes = {len(group.runs) for group in groups}
     if not sizes:
         return "n = 0"
     counted = f"n = {range_text(sizes)} run{'s' * (sizes != {1})} (seeds) per point"
     counted += ", averaged" * (max(sizes) > 1)
-    steady = {n for group in groups for n in compare.values(group, "steady_calls")}
+    steady = {n for group in groups for n in group.values("steady_calls")}
     if chunks and steady:
         counted += f", each over {range_text(steady)} steady chunk{'s' * (steady != {1})}"
     return counted

@@ -5,6 +5,7 @@ A run is an entry of sweep.json: name, mesh, settings (the swept fields), status
 is the groups that differ in nothing but mesh and scheme: one chart compares the groups of a panel.
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,7 @@ NOT_THE_RECIPE = (
     "model.fast",
     "data.resident",
 )
+SPEED = "images_per_second"  # the metric of runs that are ranked by their speed
 
 
 def recipe(run: dict) -> str:
@@ -58,12 +60,75 @@ def panel_of(run: dict) -> str:
     return ", ".join([batch, *others])
 
 
-def panels_of(groups: Sequence[dict]) -> list[list[dict]]:
-    """Return the groups by panel."""
-    panels: dict[str, list[dict]] = {}
-    for group in groups:
-        panels.setdefault(group["panel"], []).append(group)
-    return list(panels.values())
+@dataclasses.dataclass(eq=False)
+class Group:
+    """The completed runs that differ in nothing but their seed; a seed counts once.
+
+    mesh: its sizes. base: the one-device group of the panel, of the same scheme where there is one;
+    None where the panel has no one-device run.
+    """
+
+    panel: str
+    mesh: tuple[int, ...]
+    parallelism: str
+    runs: list[dict] = dataclasses.field(default_factory=list)
+    base: "Group | None" = None
+
+    @property
+    def devices(self) -> int:
+        """Return the number of devices of the mesh."""
+        return math.prod(self.mesh)
+
+    @property
+    def figures(self) -> dict:
+        """Return the figures of the first run, for what all runs share."""
+        return self.runs[0]["figures"]
+
+    def values(self, *path: str) -> list[float]:
+        """Return a figure of each run that has it.
+
+        path: its names, such as "step_milliseconds", "median".
+        """
+        found = [run["figures"] for run in self.runs]
+        for name in path:
+            found = [value.get(name) for value in found if value is not None]
+        return [value for value in found if value is not None]
+
+    def average(self, *path: str) -> float | None:
+        """Return the mean of a figure over the runs; None where no run has it."""
+        return statistics.mean(found) if (found := self.values(*path)) else None
+
+    def speedups(self) -> list[float]:
+        """Return each run's throughput relative to the base's mean; [] without a base."""
+        return [rate / self.base.average(SPEED) for rate in self.values(SPEED)] if self.base else []
+
+
+def groups_of(runs: list[dict]) -> list[Group]:
+    """Return the groups of the completed runs.
+
+    Their order is by panel (as they come), devices, mesh and scheme. Of runs of one seed, the first
+    that has a speed counts.
+    """
+    groups: dict[tuple, Group] = {}
+    completed = [run for run in runs if run["status"] == "completed" and run["figures"]]
+    for run in sorted(completed, key=lambda run: not run["figures"][SPEED]):
+        key = group_key(run)
+        group = groups.setdefault(key, Group(*key))
+        if run["figures"]["seed"] not in group.values("seed"):
+            group.runs.append(run)
+    panels = list(dict.fromkeys(map(panel_of, completed)))
+
+    def place(group: Group) -> tuple:
+        sizes = [-size for size in group.mesh]
+        return panels.index(group.panel), group.devices, sizes, group.parallelism
+
+    ordered = sorted(groups.values(), key=place)
+    for group in ordered:
+        bases = [each for each in ordered if each.panel == group.panel and each.devices == 1]
+        timed = [each for each in bases if each.values(SPEED)]
+        same_scheme = [each for each in timed if each.parallelism == group.parallelism]
+        group.base = next(iter(same_scheme + timed), None)
+    return ordered
 
 
 def group_key(run: dict) -> tuple[str, tuple[int, ...], str]:
@@ -72,75 +137,25 @@ def group_key(run: dict) -> tuple[str, tuple[int, ...], str]:
     return panel_of(run), mesh, run["figures"]["parallelism"]
 
 
-def groups_of(runs: list[dict]) -> list[dict]:
-    """Return the groups of the completed runs.
-
-    Their order is by panel (as they come), devices, mesh and scheme. A seed counts once, by the
-    first run that has a speed. Keys of a group: panel, mesh (its sizes), devices, parallelism,
-    runs, and base. base is the one-device group of the panel, of the same scheme where there is
-    one; None where the panel has no one-device run.
-    """
-    groups: dict[tuple, dict] = {}
-    completed = [run for run in runs if run["status"] == "completed" and run["figures"]]
-    for run in sorted(completed, key=lambda run: not run["figures"]["images_per_second"]):
-        panel, mesh, scheme = key = group_key(run)
-        devices = math.prod(mesh)
-        empty = dict(panel=panel, mesh=mesh, devices=devices, parallelism=scheme, runs=[])
-        group = groups.setdefault(key, empty)
-        if run["figures"]["seed"] not in values(group, "seed"):
-            group["runs"].append(run)
-    panels = list(dict.fromkeys(map(panel_of, completed)))
-
-    def place(group: dict) -> tuple:
-        return (
-            panels.index(group["panel"]),
-            group["devices"],
-            [-size for size in group["mesh"]],
-            group["parallelism"],
-        )
-
-    ordered = sorted(groups.values(), key=place)
-    for group in ordered:
-        group["base"] = base_of(group, ordered)
-    return ordered
+def panels_of(groups: Sequence[Group]) -> list[list[Group]]:
+    """Return the groups by panel."""
+    panels: dict[str, list[Group]] = {}
+    for group in groups:
+        panels.setdefault(group.panel, []).append(group)
+    return list(panels.values())
 
 
-def base_of(group: dict, groups: list[dict]) -> dict | None:
-    """Return the one-device group that a group's speedup is relative to."""
-    bases = [
-        other for other in groups if other["panel"] == group["panel"] and other["devices"] == 1
-    ]
-    timed = [other for other in bases if values(other, "images_per_second")]
-    timed.sort(key=lambda other: other["parallelism"] != group["parallelism"])
-    return timed[0] if timed else None
+def numbers(runs: Sequence[dict], metric: str) -> list[float]:
+    """Return SPEED, or a metric of the last evaluation, of each run that has it."""
+    # Older sweeps have accuracy and loss outside `eval` only.
+    found = (run["figures"] | (run["figures"].get("eval") or {}) for run in runs)
+    return [figures[metric] for figures in found if figures.get(metric) is not None]
 
 
-def values(group: dict, *path: str) -> list[float]:
-    """Return a figure of each run that has it.
-
-    path: its names, such as "step_milliseconds", "median".
-    """
-    found = [run["figures"] for run in group["runs"]]
-    for name in path:
-        found = [value.get(name) for value in found if value is not None]
-    return [value for value in found if value is not None]
-
-
-def average(group: dict, *path: str) -> float | None:
-    """Return the mean of a figure over a group's runs; None where no run has it."""
-    return statistics.mean(found) if (found := values(group, *path)) else None
-
-
-def group_speedups(group: dict) -> list[float]:
-    """Return each run's throughput relative to the base's mean; [] without a base."""
-    if group["base"] is None:
-        return []
-    base = average(group["base"], "images_per_second")
-    return [rate / base for rate in values(group, "images_per_second")]
-
-
-def metric_label(name: str, split: str = "test") -> str:
+def metric_label(name: str, split: str) -> str:
     """Return the header of a metric's column, or the label of its axis; split: as of split_of."""
+    if name == SPEED:
+        return "images/s"
     return f"{split} {name}, %" if name in runfiles.SHARES else f"{split} {name}"
 
 

@@ -5,10 +5,11 @@ Each combination of settings has a colour and a marker, each seed a line style.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from cnn_spmd.report import captions, compare, plots, settings
 from cnn_spmd.report.canvas import Figure, ticker
-from cnn_spmd.report.settings import Combination, Overview, Setting
+from cnn_spmd.report.settings import Overview
 from cnn_spmd.report.text import Chart
 from cnn_spmd.training import runfiles
 
@@ -31,7 +32,7 @@ def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
         registered = runfiles.registered_metrics(run["figures"] for run in runs)
         names += ["accuracy", *(name for name in registered if name not in runfiles.SHARES)]
         splits = list(SPLITS)
-    pictures, looks, clipped = [], Looks(overview), False
+    pictures, looks, clipped = [], looks_of(overview), False
     for name in names:
         parts = {
             curve_title(runs, name, split, overview.split): [
@@ -42,9 +43,9 @@ def curve_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
         # One point is no curve.
         parts = {title: curves for title, curves in parts.items() if max(map(len, curves)) > 1}
         if parts:
-            tops = [loss_bound(curves) for curves in parts.values()] if name == "loss" else []
-            clipped = clipped or any(tops)
-            pictures.append(draw_curves(parts, looks, "step", tops=tops))
+            tops = {title: loss_bound(parts[title]) for title in parts if name == "loss"}
+            clipped = clipped or any(tops.values())
+            pictures.append(draw_curves(parts, looks, "step", tops))
     if not pictures:
         return []
     caption = "One line per run, finished or not."
@@ -103,87 +104,79 @@ def curve_title(runs: Sequence[dict], name: str, split: str, evaluated: str) -> 
 
 def time_charts(runs: Sequence[dict], looks: "Looks", overview: Overview) -> list[Chart]:
     """Return the chart of the accuracy by seconds; [] for one combination alone."""
-    if settings.are_random(runs) or len(looks.order) < 2:
+    if settings.are_random(runs) or len(overview.combinations) < 2:
         return []
-    curves = [accuracy_by_time(run) for run, _ in looks.drawn]
-    if max(map(len, curves)) < 2:
+    curves = [
+        [(seconds, 100 * share) for seconds, share in settings.timed_evaluations(run)]
+        for run, _ in looks.drawn
+    ]
+    if not any(curves):
         return []
     title = compare.metric_label("accuracy", overview.split.capitalize())
     caption, goal = "Without compilation, evaluation and checkpoints.", None
     if overview.target is not None:
         goal = 100 * overview.target
         caption += f" Dashed: {goal:.4g} %; the tables have the seconds to it."
-    picture = draw_curves({title: curves}, looks, "seconds of training", goal)
+    picture = draw_curves({title: curves}, looks, "seconds of training", {}, goal)
     return [Chart("Time to an accuracy", [picture], caption)]
-
-
-def accuracy_by_time(run: dict) -> Points:
-    """Return seconds of training and accuracy in % of each evaluation."""
-    return [(seconds, 100 * share) for seconds, share in settings.timed_evaluations(run)]
 
 
 # ---- Looks
 
 
-class Looks:
-    """Choose the look of each run's curve, and name the looks in a legend.
+class Looks(NamedTuple):
+    """How curves look.
 
-    With more combinations than plots.LOOKS, the best have colours, and the others are grey. `drawn`
-    has each run with its look; those of the best combination are last, so that they are on top.
+    drawn: each run with its look; those of the best combination are last, so that they are on top.
+    legend: label -> look, of the coloured combinations, the others, and the seeds.
     """
 
-    def __init__(self, overview: Overview):
-        found, best = overview.settings, settings.ranked(overview)
-        self.order = [*best, *(each for each in overview.combinations if each not in best)]
-        several = len(self.order) > len(plots.LOOKS)
-        self.coloured = self.order[: len(plots.LOOKS) - 1] if several else self.order
-        seeds = [str(seed) for each in found if each.name == "seed" for seed in each.values]
-        # Where one combination is drawn, its seeds have colours; more seeds than looks are alike.
-        looks = [dict(linestyle=style) for style in SEED_LINES]
-        if len(self.order) == 1:
-            looks = [dict(color=colour, marker=mark) for colour, mark in plots.LOOKS]
-        self.seeds = dict(zip(seeds, looks, strict=False)) if len(seeds) <= len(looks) else {}
-        self.legend = self.legend_of(found)
-        self.drawn = [
-            (run, self.look(combination, run))
-            for combination in reversed(self.order)
-            for run in combination.runs
-        ]
+    drawn: list[tuple[dict, dict]]
+    legend: dict[str, dict]
 
-    def legend_of(self, found: Sequence[Setting]) -> dict[str, dict]:
-        """Return label -> look, for the coloured combinations, the others, and the seeds."""
-        legend: dict[str, dict] = {}
-        if len(self.order) > 1:
-            if names := settings.names_of_label(self.order[0].values, found):
-                legend[f"{names}:"] = dict(linestyle="none")
-            for combination in self.coloured:
-                legend[settings.label_of(combination.values, found)] = self.look(combination)
-        if others := len(self.order) - len(self.coloured):
-            legend[f"{others} others"] = dict(color=plots.GREY)
-        for seed, look in self.seeds.items():
-            legend[f"seed {seed}"] = dict(color="#777777") | look
-        return legend
 
-    def look(self, combination: Combination, run: dict | None = None) -> dict:
-        """Return the look of a combination, or of one of its runs."""
-        seed = str(settings.value_of(run, "seed")) if run else None
-        for known, (colour, marker) in zip(self.coloured, plots.LOOKS, strict=False):
-            if known is combination:
-                return dict(color=colour, marker=marker) | self.seeds.get(seed, {})
-        return dict(color=plots.GREY) | self.seeds.get(seed, {})
+def looks_of(overview: Overview) -> Looks:
+    """Choose the look of each run's curve: a colour per combination, a line style per seed.
+
+    With more combinations than plots.LOOKS, the best have colours, and the others are grey.
+    """
+    best = settings.ranked(overview)
+    order = [*best, *(each for each in overview.combinations if each not in best)]
+    coloured = len(order) if len(order) <= len(plots.LOOKS) else len(plots.LOOKS) - 1
+    others, grey = len(order) - coloured, dict(color=plots.GREY)
+    looks = [*plots.LOOKS[:coloured], *[grey] * others]
+    seeds = [str(seed) for each in overview.settings if each.name == "seed" for seed in each.values]
+    # Where one combination is drawn, its seeds have colours; more seeds than looks are alike.
+    of_seeds = plots.LOOKS if len(order) == 1 else [dict(linestyle=line) for line in SEED_LINES]
+    of_seed = dict(zip(seeds, of_seeds, strict=False)) if len(seeds) <= len(of_seeds) else {}
+    legend: dict[str, dict] = {}
+    if len(order) > 1:
+        if names := settings.legend_title(order[0].values):
+            legend[f"{names}:"] = dict(linestyle="none")
+        for combination, look in zip(order[:coloured], looks, strict=False):
+            legend[settings.legend_text(combination.values)] = look
+    if others:
+        legend[f"{others} others"] = grey
+    legend |= {f"seed {seed}": dict(color="#777777") | look for seed, look in of_seed.items()}
+    drawn = [
+        (run, look | of_seed.get(str(settings.value_of(run, "seed")), {}))
+        for combination, look in reversed([*zip(order, looks, strict=True)])
+        for run in combination.runs
+    ]
+    return Looks(drawn, legend)
 
 
 def draw_curves(
     parts: Mapping[str, Sequence[Points]],
     looks: Looks,
     xlabel: str,
+    tops: Mapping[str, float | None],
     target: float | None = None,
-    tops: Sequence[float | None] = (),
 ) -> str:
     """Return one part per title, one above the other.
 
-    parts: title -> the points of each run in looks.drawn. target: where a dashed line stands in the
-    last part. tops: where the vertical axis of each part ends; None: above all.
+    parts: title -> the points of each run in looks.drawn. tops: title -> where the vertical axis
+    ends, if not above all points. target: where a dashed line stands in the last part.
     """
     fig = Figure(figsize=(plots.WIDTH, 0.9 + 1.75 * len(parts)))
     column = fig.subplots(len(parts), sharex=True, squeeze=False)[:, 0]
@@ -194,13 +187,12 @@ def draw_curves(
                 # Many markers would hide the line.
                 marked = {} if len(curve) <= MOST_MARKED else dict(marker="")
                 axes.plot(*zip(*curve, strict=True), **CURVE | look | marked)
-    for axes, top in zip(column, tops, strict=False):
-        if top is not None:
-            axes.set_ylim(0, top)
+        if tops.get(title) is not None:
+            axes.set_ylim(0, tops[title])
     if target is not None:
         column[-1].axhline(target, color="#444444", linestyle="--", linewidth=1)
     column[-1].set_xlabel(xlabel)
     column[-1].xaxis.set_major_locator(ticker.MaxNLocator(6, integer=xlabel == "step"))
     for label, look in looks.legend.items():
         column[0].plot([], [], label=label, **CURVE | look)
-    return plots.svg_with_legend(fig, column[0], ", ".join(parts))
+    return plots.svg_with_legend(column[0], ", ".join(parts))

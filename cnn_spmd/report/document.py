@@ -16,7 +16,6 @@ from cnn_spmd.report import (
     facts,
     mesh_charts,
     plots,
-    profile_tables,
     run_tables,
     setting_charts,
     settings,
@@ -51,23 +50,22 @@ def report_blocks(
 def sweep_blocks(sweep: dict, target_error: float | None) -> list[Block]:
     """Return the blocks of one sweep: what was asked, the best runs, charts, tables."""
     runs = sweep["runs"]
-    overview = settings.overview(runs, target_error)
+    overview = settings.overview(sweep, target_error)
     with plots.style():
         return [
             Heading(2, sweep["title"]),
-            *best_runs.asked_blocks(sweep, overview),
-            *best_runs.best_blocks(sweep, overview),
+            *best_runs.asked_blocks(runs, overview),
+            *best_runs.best_blocks(overview),
             Heading(3, "Settings"),
             facts.facts_table(sweep, overview),
             *setting_charts.metric_charts(runs, overview),
-            *mesh_charts.mesh_charts(sweep),
+            *mesh_charts.mesh_charts(sweep, overview),
             *curve_charts.curve_charts(runs, overview),
             *run_tables.comparison_blocks(compare.groups_of(runs), overview),
             *batch_scaling_section.section(sweep, target_error),
-            *profile_tables.share_blocks(runs),
-            Heading(3, "All runs"),
-            run_tables.runs_table(runs, overview),
-            *profile_tables.kernel_blocks(runs),
+            *run_tables.share_blocks(runs),
+            *run_tables.runs_blocks(runs, overview),
+            *run_tables.kernel_blocks(runs),
             *(chart for run in runs for chart in picture_charts(run)),
         ]
 

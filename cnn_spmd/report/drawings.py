@@ -15,6 +15,7 @@ from cnn_spmd.report.canvas import Axes, Figure, FontProperties, TextPath
 TOP_CLASSES = 5  # per image, as in the paper's figure 4
 FILTERS_PER_ROW = 16
 GAP = 6  # pixels between two filters
+MOST_LETTERS = 64  # more do not fit above an image or on a bar
 # Two of plots.SCHEMES' colours, light enough for black letters.
 RIGHT = "#E69F00"
 WRONG = "#56B4E9"
@@ -40,16 +41,13 @@ def filter_grid(filters_KHWC: np.ndarray, towers: int) -> Figure:
 
 def filter_block(filters_KHWC: np.ndarray) -> np.ndarray:
     """Return one image [H, W, 3] of all filters, with white gaps between them."""
-    side = filters_KHWC.shape[1]
-    pitch = side + GAP
-    rows = -(-len(filters_KHWC) // FILTERS_PER_ROW)
-    shape = (rows * pitch - GAP, FILTERS_PER_ROW * pitch - GAP, 3)
-    block = np.ones(shape, np.float32)
-    for number, pixels in enumerate(filters_KHWC):
-        row, column = divmod(number, FILTERS_PER_ROW)
-        top, left = row * pitch, column * pitch
-        block[top : top + side, left : left + side] = pixels
-    return block
+    count, height, width, _ = filters_KHWC.shape
+    rows = -(-count // FILTERS_PER_ROW)
+    missing = rows * FILTERS_PER_ROW - count
+    gaps = ((0, missing), (0, GAP), (0, GAP), (0, 0))
+    padded = np.pad(filters_KHWC, gaps, constant_values=1)
+    grid = padded.reshape(rows, FILTERS_PER_ROW, height + GAP, width + GAP, 3)
+    return grid.swapaxes(1, 2).reshape(rows * (height + GAP), -1, 3)[:-GAP, :-GAP]
 
 
 def blank_grid(rows: int, row_height: float, ratios: Sequence[float]) -> tuple[Figure, np.ndarray]:
@@ -110,17 +108,13 @@ def show_image(axes: Axes, image_HWC: np.ndarray, label: str, share: float, **st
 def shortened(text: str, share: float, *, fontsize: float, weight: str = "normal", **_) -> str:
     """Return the text, cut so that it fits into this share of a picture's width."""
     room = share * 72 * plots.WIDTH  # points
-    # A name can be very long: measure only a beginning that is longer than the room.
-    longest = 16
-    while longest < len(text) and text_width(text[:longest], fontsize, weight) <= room:
-        longest *= 2
-    if text_width(text[:longest], fontsize, weight) <= room:
+    if len(text) <= MOST_LETTERS and text_width(text, fontsize, weight) <= room:
         return text
 
     def width_of(length: int) -> float:
         return text_width(f"{text[:length]}…", fontsize, weight)
 
-    kept = bisect.bisect_right(range(1, min(longest, len(text))), room, key=width_of)
+    kept = bisect.bisect_right(range(1, min(MOST_LETTERS, len(text))), room, key=width_of)
     return f"{text[:kept]}…"
 
 

@@ -1,7 +1,5 @@
 """Make the table of what a sweep's runs are: network, data, recipe, hardware, command."""
 
-from collections.abc import Callable, Sequence
-
 from cnn_spmd.report import compare, settings
 from cnn_spmd.report.settings import Overview
 from cnn_spmd.report.text import Table
@@ -23,9 +21,12 @@ def facts_table(sweep: dict, overview: Overview) -> Table:
 
     Those of lone runs stand in a table of their own (best_runs.differences).
     """
-    runs = sweep["runs"]
-    networks, experiment = distinct_texts(runs, network_text), sweep["experiment"]
-    if sweep.get("is_of_lone_runs"):
+    begun = [run for run in sweep["runs"] if run["figures"]]
+    networks = dict.fromkeys(
+        f"{run['figures']['model']}, {run['figures']['param_count']:,} parameters" for run in begun
+    )
+    experiment = sweep["experiment"]
+    if overview.is_of_lone_runs:
         networks = networks if len(networks) == 1 else []
         experiment = "" if ", " in experiment else experiment
     hardware = sweep["hardware"] or {}
@@ -33,8 +34,8 @@ def facts_table(sweep: dict, overview: Overview) -> Table:
     facts = {
         "experiment": experiment,
         "network": "; ".join(networks),
-        "data": "; ".join(distinct_texts(runs, data_text)),
-        **recipe_facts(sweep, overview),
+        "data": "; ".join(dict.fromkeys(map(data_text, begun))),
+        **recipe_facts(sweep["runs"], overview),
         "hardware": compare.hardware_of(sweep),
         "command": sweep.get("command"),
         "started": sweep.get("started"),
@@ -44,7 +45,7 @@ def facts_table(sweep: dict, overview: Overview) -> Table:
     return Table(["", ""], [[name, fact] for name, fact in facts.items() if fact])
 
 
-def recipe_facts(sweep: dict, overview: Overview) -> dict[str, str]:
+def recipe_facts(runs: list[dict], overview: Overview) -> dict[str, str]:
     """Return the values of the fields in RECIPE, except what varies.
 
     A number that follows from what a sweep varies has its range.
@@ -52,30 +53,17 @@ def recipe_facts(sweep: dict, overview: Overview) -> dict[str, str]:
     varied = {name for each in overview.settings for name in (each.name, *each.along)}
     facts = {}
     for label, name in RECIPE.items():
-        values = [settings.value_of(run, name) for run in sweep["runs"]]
-        known = settings.ordered(
-            dict.fromkeys(value for value in values if value not in (None, ""))
-        )
+        values = dict.fromkeys(settings.value_of(run, name) for run in runs)
+        known = settings.ordered([value for value in values if value not in (None, "")])
         if len(known) == 1 and known[0]:
             facts[label] = compare.value_text(known[0])
-        elif len(known) > 1 and name not in varied and not sweep.get("is_of_lone_runs"):
+        elif len(known) > 1 and name not in varied and not overview.is_of_lone_runs:
             first, *_, last = map(compare.value_text, known)
             facts[label] = f"{first} to {last}" if all(map(settings.is_number, known)) else ""
     return facts
 
 
-def distinct_texts(runs: Sequence[dict], text_of: Callable[[dict], str]) -> list[str]:
-    """Return the distinct texts that text_of makes of the runs that have figures."""
-    texts = dict.fromkeys(text_of(run) for run in runs if run["figures"])
-    return list(filter(None, texts))
-
-
-def network_text(run: dict) -> str:
-    """Return the network's name and size."""
-    return f"{run['figures']['model']}, {run['figures']['param_count']:,} parameters"
-
-
 def data_text(run: dict) -> str:
-    """Return the data set's name, and that of the data set that it stands in for."""
+    """Return the name of a run's data set, and that of the data set that it stands in for."""
     fallback = run["figures"].get("fallback")  # older sweeps lack it
     return compare.data_name(run) + (f", which stands in for {fallback}" if fallback else "")

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cnn_spmd.config import MESH_AXES, complete, flat
 from cnn_spmd.errors import UserError
@@ -37,7 +36,7 @@ def load_sweeps(folders: Sequence[pathlib.Path], notes: list[str]) -> list[dict]
     sweeps, alone = [], {}
     for folder, name in distinct_names(list(found)).items():
         if (folder / "sweep.json").exists():
-            sweeps.append(load_sweep(folder, name, notes))
+            sweeps.append(load_sweep(folder, notes) | dict(title=name))
         else:
             alone[folder] = name
     return sweeps + sweeps_of_lone_runs(alone, notes)
@@ -65,8 +64,8 @@ def distinct_names(folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
     return names
 
 
-def load_sweep(folder: pathlib.Path, title: str, notes: list[str]) -> dict:
-    """Return sweep.json with a title, the runs' configs, and the figures that it lacks."""
+def load_sweep(folder: pathlib.Path, notes: list[str]) -> dict:
+    """Return sweep.json, with the runs' configs and the figures that it lacks."""
     path = folder / "sweep.json"
     sweep = runfiles.read_json(path)
     if {"experiment", "devices", "hardware", "runs"} - sweep.keys():
@@ -78,7 +77,7 @@ def load_sweep(folder: pathlib.Path, title: str, notes: list[str]) -> dict:
         run = empty | {name: value for name, value in entry.items() if value is not None}
         if run["status"] in ("running", "completed") and not run["figures"]:
             run |= load_outcome(folder / run["name"], notes)
-        config = load_config_fields(folder / run["name"], [])  # refused runs have no folder
+        config = load_config(folder / run["name"], [])  # refused runs have no folder
         run["config"] = (sweep.get("config") or {}) | config
         if run["config"].get("steps"):  # they decide; the figures have the epochs that were done
             run["config"].pop("epochs", None)
@@ -90,42 +89,35 @@ def load_sweep(folder: pathlib.Path, title: str, notes: list[str]) -> dict:
         )
     elif len(data := compare.by_data([run for run in runs if run["figures"]])) > 1:
         notes.append(f"{path}: the data varies: accuracies do not compare: {', '.join(data)}")
-    return sweep | dict(title=title, runs=runs)
+    return sweep | dict(runs=runs)
 
 
 def sweeps_of_lone_runs(names: Mapping[pathlib.Path, str], notes: list[str]) -> list[dict]:
     """Return runs as sweeps, one for each set of images (compare.by_data); names: by folder."""
-    loaded = [load_lone_run(folder, name, notes) for folder, name in names.items()]
-    summaries = {run["name"]: summary for run, summary in loaded}
-    return [
-        sweep_of_lone_runs([(run, summaries[run["name"]]) for run in runs])
-        for runs in compare.by_data([run for run, _ in loaded]).values()
-    ]
+    runs = [load_lone_run(folder, name, notes) for folder, name in names.items()]
+    return [sweep_of_lone_runs(same) for same in compare.by_data(runs).values()]
 
 
-def load_lone_run(folder: pathlib.Path, name: str, notes: list[str]) -> tuple[dict, dict]:
-    """Return a run as an entry of sweep.json without settings, and its summary.
+def load_lone_run(folder: pathlib.Path, name: str, notes: list[str]) -> dict:
+    """Return a run as an entry of sweep.json without settings, and with its `summary`.
 
     The summary of an unfinished run is {}.
     """
     run = dict(name=name, seconds=None) | load_outcome(folder, notes)
     summary = runfiles.read_json(folder / "summary.json") if run["figures"] else {}
-    config = flat(complete(summary["config"])) if summary else load_config_fields(folder, notes)
+    run["config"] = flat(complete(summary["config"])) if summary else load_config(folder, notes)
     run["command"] = summary.get("command") or ""  # older runs lack it
-    run["config"] = config
-    run["mesh"] = mesh_of_run(run["figures"].get("mesh"), config)
-    return run | load_curves_and_pictures(folder, notes), summary
+    run["mesh"] = mesh_of_run(run["figures"].get("mesh"), run["config"])
+    return run | dict(summary=summary) | load_curves_and_pictures(folder, notes)
 
 
-def sweep_of_lone_runs(loaded: Sequence[tuple[dict, dict]]) -> dict:
+def sweep_of_lone_runs(runs: list[dict]) -> dict:
     """Return runs (load_lone_run) as one sweep; its settings are the fields that differ."""
-    runs = [run for run, _ in loaded]
-    summaries = [summary for _, summary in loaded if summary]
-    fields = [compared_fields(run["config"], summary) for run, summary in loaded]
-    implied = implied_by_experiment(runs, fields)
+    fields = [compared_fields(run["config"], run["summary"]) for run in runs]
+    differ = differing_fields(fields) - implied_by_experiment(runs, fields)
     for run, own in zip(runs, fields, strict=True):
-        differ = differing_fields(own, fields)
-        run["settings"] = {name: value for name, value in differ.items() if name not in implied}
+        run["settings"] = {name: value for name, value in own.items() if name in differ}
+    summaries = [run["summary"] for run in runs if run["summary"]]
     where = [{key: summary.get(key) for key in runfiles.HARDWARE} for summary in summaries]
     started = sorted(str(summary["started"]) for summary in summaries)
     return dict(
@@ -139,7 +131,7 @@ def sweep_of_lone_runs(loaded: Sequence[tuple[dict, dict]]) -> dict:
     )
 
 
-def load_config_fields(folder: pathlib.Path, notes: list[str]) -> dict:
+def load_config(folder: pathlib.Path, notes: list[str]) -> dict:
     """Return the flat config of an unfinished run; {} and a note where it is damaged."""
     try:
         return flat(complete(runfiles.read_json(folder / "config.json")))
@@ -171,36 +163,35 @@ def compared_fields(config: dict, summary: dict) -> dict:
     return fields
 
 
-def differing_fields(own: dict, others: Sequence[dict]) -> dict:
-    """Return the fields in which a run differs from another; scheme and batch always."""
-    shown = {}
-    for field, value in own.items():
-        differs = any(field in other and value != other[field] for other in others)
-        if differs or field in ("parallelism", "batch_size"):
-            shown[field] = value
-    return shown
+def differing_fields(fields: Sequence[dict]) -> set[str]:
+    """Return the fields in which two runs differ; scheme and batch always.
+
+    fields: of each run (compared_fields). A field that a run lacks does not differ from others.
+    """
+    differ = {"parallelism", "batch_size"}
+    for name in {name for own in fields for name in own}:
+        values = [own[name] for own in fields if name in own]
+        if any(value != values[0] for value in values):
+            differ.add(name)
+    return differ
 
 
 def implied_by_experiment(runs: Sequence[dict], fields: Sequence[dict]) -> set[str]:
     """Return the fields that the name of the experiment stands for; none if all runs share it.
 
-    These have one value per experiment, and no run's command sets them. fields: of each run
-    (compared_fields).
+    These have one value per experiment, and no run's command sets them. fields: as of
+    differing_fields.
     """
     if len({own.get("experiment") for own in fields}) < 2:
         return set()
-    values: dict[str, dict[Any, set[str]]] = {}
-    for own in fields:
-        for name, value in own.items():
-            by_experiment = values.setdefault(name, {})
-            by_experiment.setdefault(own.get("experiment"), set()).add(str(value))
     by_hand = {name for run in runs for name in set_by_hand(run["command"])}
     kept = {"experiment", "parallelism", "batch_size", "seed", "device_kind", "data_digest"}
-    return {
-        name
-        for name, found in values.items()
-        if name not in by_hand | kept and all(len(own) == 1 for own in found.values())
-    }
+    implied = set()
+    for name in {name for own in fields for name in own} - by_hand - kept:
+        found = {(own.get("experiment"), str(own[name])) for own in fields if name in own}
+        if len(found) == len({experiment for experiment, _ in found}):
+            implied.add(name)
+    return implied
 
 
 def set_by_hand(command: str) -> list[str]:

@@ -54,29 +54,28 @@ def draw_pictures(folder: pathlib.Path, data_dir: str | None = None) -> list[pat
         near = neighbours(setup, state, compared_T)
         kernel_name, filters_KHWC = first_layer(setup, state.params)
         towers = getattr(setup.functions.model(state.params, state.model_state), "towers", 1)
+        captions = {
+            "filters.png": filters_caption(kernel_name, filters_KHWC.shape, towers),
+            "top5.png": predictions_caption(predicted, split),
+            "neighbours.png": neighbours_caption(near, split),
+        }
+        source = f"{setup.config.model.name} after step {int(state.step)}, {setup.data.name}."
+        numbers = dict(
+            step=int(state.step),
+            filters=len(filters_KHWC),
+            predictions=predicted,
+            neighbours=near,
+            pictures=[
+                dict(file=name, title=title, caption=f"{caption} {source}")
+                for name, (title, caption) in captions.items()
+            ],
+        )
         with plots.style():
             pictures = {
                 "filters.png": drawings.filter_grid(filters_KHWC[:FILTERS], towers),
                 "top5.png": drawings.prediction_bars(setup.data, predicted),
                 "neighbours.png": drawings.neighbour_rows(setup.data, near),
             }
-            captions = {
-                "filters.png": filters_caption(kernel_name, filters_KHWC.shape, towers),
-                "top5.png": predictions_caption(predicted, split),
-                "neighbours.png": neighbours_caption(near, split),
-            }
-            source = f"{setup.config.model.name} after step {int(state.step)}, {setup.data.name}."
-            rows = [
-                dict(file=name, title=title, caption=f"{caption} {source}")
-                for name, (title, caption) in captions.items()
-            ]
-            numbers = dict(
-                step=int(state.step),
-                filters=len(filters_KHWC),
-                predictions=predicted,
-                neighbours=near,
-                pictures=rows,
-            )
             write_pictures(folder, pictures, numbers)
     return [folder / name for name in pictures]
 

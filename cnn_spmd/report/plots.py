@@ -10,7 +10,7 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from cnn_spmd.report.canvas import Axes, Figure, matplotlib, ticker
 
@@ -47,16 +47,16 @@ SCHEMES = {
     "fsdp": ("#7F7F7F", "d", (0, (1, 1))),
 }
 OTHER = ("#222222", "P", (0, (1, 3)))
-# Colour and marker of each combination of settings, or of each seed.
+# Looks of combinations of settings, or of seeds.
 LOOKS = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#E69F00", "v"),
-    ("#56B4E9", "X"),
-    ("#8C564B", "h"),
-    ("#7F7F7F", "d"),
+    dict(color="#0072B2", marker="o"),
+    dict(color="#D55E00", marker="s"),
+    dict(color="#009E73", marker="^"),
+    dict(color="#CC79A7", marker="D"),
+    dict(color="#E69F00", marker="v"),
+    dict(color="#56B4E9", marker="X"),
+    dict(color="#8C564B", marker="h"),
+    dict(color="#7F7F7F", marker="d"),
 )
 GREY = "#aaaaaa"
 LABEL = dict(textcoords="offset points", fontsize=8)
@@ -69,6 +69,11 @@ def style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
         yield
+
+
+def new_axes(height: float, **labels: str) -> Axes:
+    """Return the axes of a new picture; height: in inches. labels: title, xlabel, ylabel."""
+    return Figure(figsize=(WIDTH, height)).add_subplot(**labels)
 
 
 def svg(fig: Figure, label: str) -> str:
@@ -87,8 +92,9 @@ def svg(fig: Figure, label: str) -> str:
     return re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", svg_text, count=1)
 
 
-def svg_with_legend(fig: Figure, axes: Axes, label: str) -> str:
-    """Return the picture with the legend of `axes` below it."""
+def svg_with_legend(axes: Axes, label: str) -> str:
+    """Return the picture that `axes` is a part of, with the legend of `axes` below it."""
+    fig = axes.figure
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         labels = [textwrap.shorten(label, 60, placeholder=" …") for label in labels]
@@ -107,10 +113,15 @@ def panel_title(panel: str) -> str:
     return textwrap.fill(textwrap.shorten(panel, 100, placeholder=" …"), 56)
 
 
-def schemes_of(groups: Sequence[dict]) -> list[str]:
-    """Return the schemes of groups, those that a config defines last."""
-    found = {group["parallelism"] for group in groups}
+def in_order(schemes: Iterable[str]) -> list[str]:
+    """Return each scheme once, those that a config defines last."""
+    found = set(schemes)
     return [scheme for scheme in SCHEMES if scheme in found] + sorted(found - SCHEMES.keys())
+
+
+def look_of(scheme: str) -> dict:
+    """Return the colour, marker and line style of a scheme, as matplotlib takes them."""
+    return dict(zip(("color", "marker", "linestyle"), SCHEMES.get(scheme, OTHER), strict=True))
 
 
 def set_log2_scales(axes: Axes) -> None:
@@ -118,24 +129,3 @@ def set_log2_scales(axes: Axes) -> None:
     for scale_axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         set_scale("log", base=2)
         scale_axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-
-
-def depth(networks: Sequence[tuple[str, int, list[float]]]) -> str:
-    """Return test accuracy by depth, one dot per run.
-
-    networks: label, layers with weights, accuracies in %.
-    """
-    fig = Figure(figsize=(WIDTH, 3.2))
-    axes = fig.add_subplot(xlabel="layers with weights", ylabel="test accuracy, %")
-    for name, layers, accuracies in networks:
-        x = [layers] * len(accuracies)
-        axes.plot(x, accuracies, "o", color="#0072B2", markersize=5, alpha=0.7)
-        rivals = [max(other) for _, depth, other in networks if depth == layers]
-        # Two networks may have one depth: the better one's label is above its dots.
-        above = min(rivals) < max(accuracies)
-        place = (layers, max(accuracies) if above else min(accuracies))
-        align = dict(va="bottom" if above else "top")
-        axes.annotate(name, place, xytext=(4, 4 if above else -4), **align, **LABEL)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.margins(x=0.2, y=0.2)
-    return svg(fig, "Test accuracy by depth")

@@ -21,10 +21,8 @@ def as_csv(sweeps: Sequence[dict]) -> str:
 
 def csv_rows(sweep: dict) -> list[dict]:
     """Return the fields of each run of a sweep; speedups where its meshes vary."""
-    groups = {
-        compare.group_key(group["runs"][0]): group for group in compare.groups_of(sweep["runs"])
-    }
-    meshes_vary = len({group["mesh"] for group in groups.values()}) > 1
+    groups = {compare.group_key(group.runs[0]): group for group in compare.groups_of(sweep["runs"])}
+    meshes_vary = len({group.mesh for group in groups.values()}) > 1
     rows = []
     for run in sweep["runs"]:
         row = dict(folder=sweep["title"])
@@ -33,9 +31,9 @@ def csv_rows(sweep: dict) -> list[dict]:
         rate = run["figures"].get("images_per_second")
         if run["status"] == "completed" and rate and meshes_vary:
             group = groups[compare.group_key(run)]
-            if group["base"] is not None:
-                row["speedup"] = rate / compare.average(group["base"], "images_per_second")
-                row["efficiency"] = row["speedup"] / group["devices"]
+            if group.base is not None:
+                row["speedup"] = rate / group.base.average("images_per_second")
+                row["efficiency"] = row["speedup"] / group.devices
         rows.append(row)
     return rows
 

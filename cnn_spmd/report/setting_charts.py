@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnn_spmd.report import captions, compare, plots, settings
-from cnn_spmd.report.canvas import Axes, Figure, ticker
-from cnn_spmd.report.settings import SPEED, Combination, Overview, Setting
+from cnn_spmd.report.canvas import Axes, ticker
+from cnn_spmd.report.compare import SPEED
+from cnn_spmd.report.settings import Combination, Overview, Setting
 from cnn_spmd.report.text import Chart
 from cnn_spmd.training import runfiles
 
@@ -55,30 +56,28 @@ def metric_charts(runs: Sequence[dict], overview: Overview) -> list[Chart]:
 
 def metric_chart(metric: str, shown: Sequence[Setting], overview: Overview) -> Chart:
     """Return the chart of one metric; without pictures where it would say nothing."""
-    found, combos = overview.settings, overview.combinations
-    label = "images/s" if metric == SPEED else compare.metric_label(metric, overview.split)
-    pictures, floor = [], floor_of(combos, metric)
+    combos = overview.combinations
+    label = compare.metric_label(metric, overview.split)
+    pictures, floor, any_grey = [], floor_of(combos, metric), False
     summary = "the best mean" if higher_is_better(metric) else "the mean"
-    many = False
     for setting in shown:
-        lines = lines_against(setting, found, combos, metric)
-        if len(lines) > len(plots.LOOKS):
-            many = True
-            means = summaries([setting.name], combos, metric)
+        lines = lines_against(setting, combos, metric)
+        if grey := len(lines) > len(plots.LOOKS):
+            any_grey = True
+            means = summaries([setting], combos, metric)
             lines = [line._replace(label="other settings") for line in lines]
             lines.append(Line(summary, {value: [mean] for (value,), mean in means.items()}))
         if lines:
-            several = len(lines) > len(plots.LOOKS)
-            pictures.append(draw_against(setting, lines, label, several, floor))
+            pictures.append(draw_against(setting, lines, label, grey, floor))
     for across, down in itertools.combinations(shown, 2):
-        means = summaries([across.name, down.name], combos, metric)
+        means = summaries([across, down], combos, metric)
         # A map with more holes than cells compares nothing.
         if 2 * len(means) > len(across.values) * len(down.values):
             pictures.append(draw_heat_map(across, down, means, label))
     caption = metric_caption(metric, combos)
     if floor is not None:
         caption += f" The axis begins at {floor:.0f}: triangles at its edge stand for lower means."
-    if many:
+    if any_grey:
         caption += " Grey: each combination of the other settings."
     if len(shown) > 2:
         caption += f" A cell of two settings has {summary} over the others."
@@ -119,66 +118,55 @@ def floor_of(combos: Sequence[Combination], metric: str) -> float | None:
 # ---- Against one setting
 
 
-def lines_against(
-    setting: Setting, found: Sequence[Setting], combos: Sequence[Combination], metric: str
-) -> list[Line]:
+def lines_against(setting: Setting, combos: Sequence[Combination], metric: str) -> list[Line]:
     """Return a line per combination of the other settings, if it has two points."""
     lines: dict[tuple, Line] = {}
     for combination in combos:
         numbers = [compare.factor_of(metric) * number for number in combination.numbers(metric)]
-        if numbers and combination.values[setting.name] is not None:
-            others = {
-                name: value for name, value in combination.values.items() if name != setting.name
-            }
-            label = settings.label_of(others, found)
-            line = lines.setdefault(tuple(map(str, others.values())), Line(label, {}))
-            line.values[str(combination.values[setting.name])] = numbers
+        others = dict(combination.values)
+        value = others.pop(setting.label)
+        if numbers and value is not None:
+            new = Line(settings.legend_text(others), {})
+            line = lines.setdefault(tuple(map(str, others.values())), new)
+            line.values[str(value)] = numbers
     return [line for line in lines.values() if len(line.values) > 1]
 
 
 def draw_against(
-    setting: Setting,
-    lines: Sequence[Line],
-    metric: str,
-    summary: bool,
-    floor: float | None = None,
+    setting: Setting, lines: Sequence[Line], metric: str, grey: bool, floor: float | None
 ) -> str:
     """Return a metric against the values of a setting, one line per combination.
 
-    summary: the last line stands for all others, which are grey; otherwise each has a colour.
+    grey: all lines are grey except the last, which stands for all; otherwise each has a colour.
     floor: as of floor_of.
     """
-    fig = Figure(figsize=(plots.WIDTH, 3.0))
-    axes = fig.add_subplot()
-    numeric = all(map(settings.is_number, setting.values))
-    for number, line in enumerate(lines):
-        colour, marker = plots.LOOKS[number % len(plots.LOOKS)]
-        if summary:
-            colour, marker = (
-                plots.LOOKS[0] if line is lines[-1] else (plots.GREY, "" if numeric else ".")
-            )
-        label = line.label if not summary or line in (lines[0], lines[-1]) else None
-        # Names have no order that a line could join, but room for markers side by side.
-        offset = 0 if numeric or summary else (number - (len(lines) - 1) / 2) * 0.6 / len(lines)
-        places = setting.values if numeric else [n + offset for n in range(len(setting.values))]
-        look = dict(color=colour, marker=marker, markersize=5, linestyle="-" if numeric else "")
-        draw_line(axes, dict(zip(map(str, setting.values), places, strict=True)), line, look, label)
     name = textwrap.shorten(" and ".join([setting.name, *setting.along]), 50, placeholder=" …")
-    axes.set(xlabel=name, ylabel=metric)
+    axes = plots.new_axes(3.0, xlabel=name, ylabel=metric)
+    numeric = all(map(settings.is_number, setting.values))
+    at = setting.values if numeric else range(len(setting.values))
+    places = dict(zip(map(str, setting.values), at, strict=True))
+    looks = plots.LOOKS
+    if grey:
+        others = dict(color=plots.GREY, marker="" if numeric else ".")
+        looks = [others] * (len(lines) - 1) + [plots.LOOKS[0]]
+    for number, (line, look) in enumerate(zip(lines, looks, strict=False)):
+        # Names have no order that a line could join, but room for markers side by side.
+        offset = 0 if numeric or grey else (number - (len(lines) - 1) / 2) * 0.6 / len(lines)
+        look = look | dict(markersize=5, linestyle="-" if numeric else "")
+        if not grey or line in (lines[0], lines[-1]):
+            look["label"] = line.label
+        draw_line(axes, {value: place + offset for value, place in places.items()}, line, look)
     if numeric:
         set_scale(axes, setting.values)
     else:
-        name_places(axes, range(len(setting.values)), setting.values)
-        axes.set_xlim(-0.5, len(setting.values) - 0.5)
+        name_places(axes, at, setting.values)
+        axes.set_xlim(-0.5, len(at) - 0.5)
     if floor is not None:
-        places = setting.values if numeric else range(len(setting.values))
-        mark_below(axes, floor, dict(zip(map(str, setting.values), places, strict=True)), lines)
-    return plots.svg_with_legend(fig, axes, f"{metric} against {setting.name}")
+        mark_below(axes, floor, places, lines)
+    return plots.svg_with_legend(axes, f"{metric} against {setting.name}")
 
 
-def draw_line(
-    axes: Axes, places: Mapping[str, float], line: Line, look: dict, label: str | None
-) -> None:
+def draw_line(axes: Axes, places: Mapping[str, float], line: Line, look: dict) -> None:
     """Draw the means of a line, and bars from the lowest to the highest run.
 
     places: text of a value -> where it stands.
@@ -189,7 +177,7 @@ def draw_line(
     below = [mean - min(own) for mean, own in zip(means, numbers, strict=True)]
     above = [max(own) - mean for mean, own in zip(means, numbers, strict=True)]
     spread = None if look["color"] == plots.GREY else [below, above]
-    axes.errorbar(x, means, yerr=spread, elinewidth=1, capsize=2, label=label, **look)
+    axes.errorbar(x, means, yerr=spread, elinewidth=1, capsize=2, **look)
 
 
 def mark_below(
@@ -255,7 +243,7 @@ def value_text(value: Any) -> str:
 
 
 def summaries(
-    names: Sequence[str], combos: Sequence[Combination], metric: str
+    shown: Sequence[Setting], combos: Sequence[Combination], metric: str
 ) -> dict[tuple[str, ...], float]:
     """Return one number for all combinations with the same values of these settings.
 
@@ -265,7 +253,7 @@ def summaries(
     found: dict[tuple[str, ...], list[float]] = {}
     for combination in combos:
         if numbers := combination.numbers(metric):
-            key = tuple(str(combination.values[name]) for name in names)
+            key = tuple(str(combination.values[each.label]) for each in shown)
             found.setdefault(key, []).append(compare.factor_of(metric) * statistics.mean(numbers))
     choose = max if higher_is_better(metric) else statistics.mean
     return {key: choose(means) for key, means in found.items()}
@@ -289,8 +277,8 @@ def draw_heat_map(
     cells = np.array(
         [[means.get((str(x), str(y)), np.nan) for x in across.values] for y in down.values]
     )
-    fig = Figure(figsize=(plots.WIDTH, 1.1 + 0.36 * len(down.values)))
-    axes = fig.add_subplot(title=metric, xlabel=across.label, ylabel=down.label)
+    height = 1.1 + 0.36 * len(down.values)
+    axes = plots.new_axes(height, title=metric, xlabel=across.label, ylabel=down.label)
     drawn = axes.pcolormesh(np.ma.masked_invalid(cells), cmap="cividis", edgecolors="none")
     axes.grid(visible=False)
     axes.set_ylim(len(down.values), 0)
@@ -312,4 +300,4 @@ def draw_heat_map(
     name_places(axes, np.arange(len(across.values)) + 0.5, across.values)
     axes.set_yticks(np.arange(len(down.values)) + 0.5, list(map(value_text, down.values)))
     axes.tick_params(length=0)
-    return plots.svg(fig, f"{metric} by {across.name} and {down.name}")
+    return plots.svg(axes.figure, f"{metric} by {across.name} and {down.name}")

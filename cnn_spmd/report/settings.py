@@ -6,17 +6,17 @@ every setting but the seed. Runs are those of load.load_sweeps.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cnn_spmd.report import batch_scaling, compare
+from cnn_spmd.report import batch_scaling, captions, compare
+from cnn_spmd.report.compare import SPEED
 
 # Settings that change the speed, and what is learned at most through rounding or the batch: a
 # sweep of batch_per_device is about speed, one of batch_size is not.
 OF_SPEED = (*compare.NOT_THE_RECIPE, "mesh", "parallelism", "batch_per_device", "device_kind")
-MOST_NAMED = 2  # settings that a label has room to name
+MOST_NAMED = 2  # settings that a line of a legend has room to name
 MOST_VALUES = 12  # of a setting, or of a fact, that are named
-SPEED = "images_per_second"
 
 
 class Setting(NamedTuple):
@@ -33,26 +33,31 @@ class Setting(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """The runs that differ in nothing but their seed; values: by the settings' names."""
+    """The runs that differ in nothing but their seed; values: by the settings' labels."""
 
     values: dict[str, Any]
     runs: list[dict]
 
+    @property
+    def completed(self) -> list[dict]:
+        """Return the completed runs."""
+        return [run for run in self.runs if run["status"] == "completed"]
+
     def having(self, metric: str) -> list[dict]:
         """Return the completed runs that have a metric."""
-        completed = [run for run in self.runs if run["status"] == "completed"]
-        return [run for run in completed if metric_of(run, metric) is not None]
+        return [run for run in self.completed if compare.numbers([run], metric)]
 
     def numbers(self, metric: str) -> list[float]:
         """Return a metric of each completed run that has it."""
-        return [metric_of(run, metric) for run in self.having(metric)]
+        return compare.numbers(self.having(metric), metric)
 
 
 class Overview(NamedTuple):
-    """What varies among runs, and what they are ranked by.
+    """What varies among the runs of a sweep, and what they are ranked by.
 
     metric: "accuracy" or SPEED. target: the accuracy to which seconds are counted; None where there
-    is none. split: of the evaluations, as of compare.split_of.
+    is none. split: of the evaluations, as of compare.split_of. is_of_lone_runs: as the sweep has it
+    (load.sweep_of_lone_runs).
     """
 
     settings: list[Setting]
@@ -60,26 +65,33 @@ class Overview(NamedTuple):
     metric: str
     target: float | None
     split: str
+    is_of_lone_runs: bool
 
     @property
     def metric_name(self) -> str:
         """Return what the runs are ranked by in words: "test accuracy" or "images/s"."""
         return "images/s" if self.metric == SPEED else f"{self.split} accuracy"
 
-    def labelled(self, combination: Combination) -> dict[str, str]:
-        """Return label -> text of the value, for each setting of a combination."""
-        labels = {each.name: each.label for each in self.settings}
-        values = combination.values.items()
-        return {labels[name]: compare.value_text(value) for name, value in values}
+    def name_of(self, combination: Combination) -> str:
+        """Return what sets a combination apart: the names of lone runs, or a sweep's settings."""
+        if self.is_of_lone_runs:
+            return captions.names_text([run["name"] for run in combination.runs])
+        return values_text(combination.values)
 
 
-def overview(runs: Sequence[dict], target_error: float | None) -> Overview:
-    """Return the overview of runs; target_error: as target_accuracy takes it."""
+def overview(sweep: dict, target_error: float | None) -> Overview:
+    """Return the overview of a sweep; target_error: as target_accuracy takes it."""
+    runs = sweep["runs"]
     found = varied(runs)
     combos = combinations(runs, found)
-    target = target_accuracy(combos, target_error)
-    split = compare.split_of(run["config"] for run in runs)
-    return Overview(found, combos, main_metric(runs, found), target, split)
+    return Overview(
+        found,
+        combos,
+        main_metric(runs, found),
+        target_accuracy(combos, target_error),
+        compare.split_of(run["config"] for run in runs),
+        sweep.get("is_of_lone_runs", False),
+    )
 
 
 def varied(runs: Sequence[dict]) -> list[Setting]:
@@ -88,24 +100,24 @@ def varied(runs: Sequence[dict]) -> list[Setting]:
     Settings that change together are one, named after the first.
     """
     names = dict.fromkeys(["mesh", *(name for run in runs for name in run["settings"])])
-    found: dict[Any, tuple[str, list, list[str]]] = {}
+    found: dict[Any, Setting] = {}
     for name in names:
         values = [value_of(run, name) for run in runs]
         texts = list(map(str, values))
-        known = {
-            text: value for text, value in zip(texts, values, strict=True) if value is not None
-        }
+        known = dict(zip(texts, values, strict=True))
+        known.pop("None", None)
         if len(known) < 2:
             continue
         pattern = "seed" if name == "seed" else tuple(map(texts.index, texts))
         if pattern in found:
-            found[pattern][2].append(name)
+            found[pattern].along.append(name)
         else:
-            found[pattern] = (name, ordered(known.values()), [])
-    short = [name.removesuffix(".name").rsplit(".", 1)[-1] for name, *_ in found.values()]
+            short = name.removesuffix(".name").rsplit(".", 1)[-1]
+            found[pattern] = Setting(name, short, ordered(known.values()), [])
+    labels = [each.label for each in found.values()]
     return [
-        Setting(name, label if short.count(label) == 1 else name, values, along)
-        for label, (name, values, along) in zip(short, found.values(), strict=True)
+        each if labels.count(each.label) == 1 else each._replace(label=each.name)
+        for each in found.values()
     ]
 
 
@@ -140,34 +152,30 @@ def combinations(runs: Sequence[dict], settings: Sequence[Setting]) -> list[Comb
     """Return the combinations of the settings' values that runs have, as they come."""
     found: dict[tuple, Combination] = {}
     for run in runs:
-        values = {each.name: value_of(run, each.name) for each in settings if each.name != "seed"}
+        values = {each.label: value_of(run, each.name) for each in settings if each.name != "seed"}
         found.setdefault(tuple(map(str, values.values())), Combination(values, [])).runs.append(run)
     return list(found.values())
 
 
-def label_of(values: dict[str, Any], settings: Sequence[Setting]) -> str:
-    """Return "4x2 hybrid, learning_rate 0.1" for a combination's values.
-
-    With many settings, the label has the values only (names_of_label).
-    """
-    labels = {each.name: each.label for each in settings}
-    places, others = [], []
-    for name, value in values.items():
-        if name in ("mesh", "parallelism"):
-            places.append(str(value))
-        else:
-            shown = compare.value_text(value)
-            others.append(shown if names_of_label(values, settings) else f"{labels[name]} {shown}")
-    return ", ".join(filter(None, [" ".join(places), *others]))
+def values_text(values: Mapping[str, Any]) -> str:
+    """Return "mesh=4x2, learning_rate=0.1" for a combination's values."""
+    texts = {label: compare.value_text(value) for label, value in values.items()}
+    return ", ".join(f"{label}={text}" for label, text in texts.items() if text)
 
 
-def names_of_label(values: dict[str, Any], settings: Sequence[Setting]) -> str:
-    """Return the names that label_of leaves out, joined by commas; "" for none."""
-    named = [each.label for each in settings if each.name in values]
-    return ", ".join(named) if len(named) > MOST_NAMED else ""
+def legend_title(values: Mapping[str, Any]) -> str:
+    """Return the labels of settings, joined, where a line of a legend has no room for them."""
+    return ", ".join(values) if len(values) > MOST_NAMED else ""
 
 
-def values_text(values: Sequence) -> str:
+def legend_text(values: Mapping[str, Any]) -> str:
+    """Return a combination's values as a line of a legend, without labels that legend_title has."""
+    if legend_title(values):
+        return ", ".join(map(compare.value_text, values.values()))
+    return values_text(values)
+
+
+def list_text(values: Sequence) -> str:
     """Return values joined by commas; of many, the first and the last."""
     texts = list(map(compare.value_text, values))
     if len(texts) > MOST_VALUES:
@@ -176,13 +184,6 @@ def values_text(values: Sequence) -> str:
 
 
 # ---- Metrics
-
-
-def metric_of(run: dict, metric: str) -> float | None:
-    """Return images/s, or a metric of the last evaluation; None where it is not known."""
-    if metric == SPEED:
-        return run["figures"].get(SPEED)
-    return (run["figures"].get("eval") or {}).get(metric)
 
 
 def are_random(runs: Sequence[dict]) -> bool:
@@ -207,8 +208,9 @@ def main_metric(runs: Sequence[dict], settings: Sequence[Setting]) -> str:
     """
     others = [each.name for each in settings if each.name != "seed"]
     about_speed = others and all(name.startswith(OF_SPEED) for name in others)
-    evaluated = any(metric_of(run, "accuracy") is not None for run in runs)
-    return SPEED if about_speed or not evaluated or are_random(runs) else "accuracy"
+    if about_speed or not compare.numbers(runs, "accuracy") or are_random(runs):
+        return SPEED
+    return "accuracy"
 
 
 def ranked(overview: Overview) -> list[Combination]:
@@ -232,13 +234,10 @@ def at_edges(combination: Combination, overview: Overview) -> str:
         is_tuned = each.name not in ("seed", "data.validation")
         if not is_tuned or not all(map(is_number, each.values)):
             continue
-        value = combination.values[each.name]
-        for word, edge in (("smallest", each.values[0]), ("largest", each.values[-1])):
-            if value == edge:
-                said.append((each.label, word))
-    if len(said) == len(combination.values) == 1:
-        return f"it is the {said[0][1]} value tried"
-    return ", ".join(f"{label} is the {word} value tried" for label, word in said)
+        edges = {each.values[0]: "smallest", each.values[-1]: "largest"}
+        if word := edges.get(combination.values[each.label]):
+            said.append(f"{each.label} is the {word} value tried")
+    return ", ".join(said)
 
 
 # ---- Time to an accuracy
@@ -274,8 +273,8 @@ def target_accuracy(found: Sequence[Combination], target_error: float | None) ->
     reached = []
     for combination in found:
         runs = filter(is_evaluated, combination.runs)
-        if shares := [share for run in runs for _, share in timed_evaluations(run)]:
-            reached.append(max(shares))
+        shares = [share for run in runs for _, share in timed_evaluations(run)]
+        reached += [max(shares)] if shares else []
     if target_error is not None and reached:
         return round(1 - target_error, 9)
     if len(reached) < 2:

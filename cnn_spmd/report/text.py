@@ -56,13 +56,6 @@ def mean_and_deviation(numbers: Sequence[float], digits: int) -> str:
     return mean + (f" ± {statistics.stdev(numbers):,.{digits}f}" if len(numbers) > 1 else "")
 
 
-def throughput(images_per_second: Sequence[float]) -> str:
-    """Return images/s as text: whole numbers from 100 on, one decimal below."""
-    return mean_and_deviation(
-        images_per_second, 0 if max(images_per_second, default=0) >= 100 else 1
-    )
-
-
 def optional(value: float | None, digits: int, factor: float = 1.0) -> str:
     """Return factor * value as text; "" for None."""
     return "" if value is None else f"{factor * value:,.{digits}f}"

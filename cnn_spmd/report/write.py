@@ -8,6 +8,9 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.report import best_runs, load, page, run_csv, settings, text
 from cnn_spmd.training import runfiles
 
+# Stands at the top of each file of a report. A file without it is somebody's own.
+MARKS = {"report.md": "# cnn_spmd", "report.csv": "folder,name,", "report.html": "<title>cnn_spmd"}
+
 
 def write_report(
     folders: Sequence[pathlib.Path], target_error: float | None = None
@@ -15,7 +18,8 @@ def write_report(
     """Write report.md, report.csv and report.html on all `folders` into the first with a run.
 
     target_error: the error to which steps and seconds are counted; None: chosen from the runs
-    (batch_scaling.measure, settings.target_accuracy). Prints the best setting of each sweep, and of
+    (batch_scaling.measure, settings.target_accuracy). A file of another origin that has one of the
+    names is kept as NAME.old. Prints the best setting of each sweep, and of
     all on each data set, and on how many runs the report is. Prints on stderr which runs are
     unfinished and which files are damaged.
     Returns the paths of the three files. Raises UserError for bad input, for a folder that cannot
@@ -42,6 +46,7 @@ def write_report(
     }
     for name, content in contents.items():
         try:
+            runfiles.set_foreign_aside(home / name, MARKS[name])
             with runfiles.atomic_write(home / name) as temporary:
                 # The names of folders need not be valid UTF-8.
                 temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
@@ -49,7 +54,7 @@ def write_report(
             raise UserError(f"{home / name}: cannot be written: {error.strerror}") from error
     lines = []
     for sweep in sweeps:
-        if said := best_runs.answer(sweep, settings.overview(sweep["runs"], target_error)):
+        if said := best_runs.answer(settings.overview(sweep, target_error)):
             lines.append(f"{sweep['title']}: {said}" if len(sweeps) > 1 else said)
     for data, found in best_runs.given_by_data(sweeps).items():
         lines.append(best_runs.best_given(data, found))

@@ -54,7 +54,8 @@ class MetricsFile:
     """Write metrics.jsonl, and its curves to the trackers, on process 0 of a cluster.
 
     step: where the run starts. What an earlier command wrote after it is dropped.
-    fields: those that every line has, such as the data set.
+    fields: those that every line has, such as the data set. is_evaluated: whether an earlier
+    command evaluated this step.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, fields: dict):
@@ -65,6 +66,7 @@ class MetricsFile:
             os.replace(path, runfiles.free_old_name(path))
         rows = runfiles.read_metrics_rows(path)
         rows = [row for row in rows if row["step"] <= step and row["split"] != "final"]
+        self.is_evaluated = any(row["step"] == step and row["split"] == "eval" for row in rows)
         seconds = [row.get("train_seconds") for row in rows]
         self.train_seconds = max((s for s in seconds if isinstance(s, int | float)), default=0.0)
         if not self._enabled:
@@ -146,6 +148,11 @@ class Log:
         scale = result.get("noise_scale")
         shown = "unknown, more batches are needed" if scale is None else f"{scale:,.0f} images"
         say(f"step {step}/{self.timetable.last}  noise scale: {shown}")
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Return whether an earlier command evaluated the step at which the run starts."""
+        return self._file.is_evaluated
 
     @property
     def train_seconds(self) -> float:

@@ -147,6 +147,10 @@ class Run:
 
     def run_to_the_end(self) -> str:
         """Run from stop to stop; return "completed", or "interrupted" after a signal."""
+        is_evaluated = cluster.exchange(self.log.is_evaluated)[0]
+        # A signal ended the earlier command here, or this step was its last one.
+        if self.step in self.timetable.evaluations and not is_evaluated:
+            self.evaluation = self.evaluate("eval")
         for stop in self.timetable.stops:
             self.run_until(stop)
             if self.step == self.timetable.last:  # complete, even if a signal came

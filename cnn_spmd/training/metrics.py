@@ -47,7 +47,16 @@ METRICS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 # Other fields of a line of metrics.jsonl, whose names a metric cannot have.
-RESERVED = ("step", "split", "examples", "schema", "dataset", "fallback", "skipped_images")
+RESERVED = (
+    "step",
+    "split",
+    "examples",
+    "schema",
+    "dataset",
+    "fallback",
+    "skipped_images",
+    "test_images_from_train",
+)
 
 
 def check_metric(name: str, values: jax.Array, examples: int) -> None:

@@ -145,7 +145,7 @@ def naming_experiment(error: UnknownName, source: pathlib.Path) -> UserError:
 def experiment_of(source: pathlib.Path) -> str:
     """Return the experiment that the run's command names; "" where the files do not say it.
 
-    A weights file names the experiment that adds its network or data set.
+    A weights file names the experiment that adds what it needs.
     """
     if weights.is_file(source):
         return weights.read_about(source).get("adds", "")
@@ -199,7 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that take the folder of a run or a weights file."""
     parser.add_argument("--data_dir", metavar="PATH", help="where the run's data.dir is now")
     parser.add_argument(
-        "--config", metavar="E", help="the experiment, where it adds a network or data set"
+        "--config", metavar="E", help="the experiment, where the run needs what it adds"
     )
 
 

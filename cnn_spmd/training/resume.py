@@ -12,16 +12,21 @@ from cnn_spmd.training.checkpoint import Checkpoints
 from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
-from cnn_spmd.training.workdir import write_run_file
+from cnn_spmd.training.workdir import has_checkpoint, write_run_file
 
 
 def is_complete(setup: Setup, workdir: pathlib.Path, old_summary: dict) -> bool:
-    """Return, and say, whether the run has no step left to do and has been evaluated."""
+    """Return, and say, whether the run has no step left to do and has been evaluated.
+
+    It has if the checkpoint of its last step was set aside as broken and an older one is there.
+    """
     steps = setup.config.steps
     evaluation = old_summary.get("eval")
     accuracy = evaluation.get("accuracy") if isinstance(evaluation, dict) else None
     done = old_summary.get("status") == "completed" and old_summary.get("steps") == steps
     if not done or not isinstance(accuracy, float):
+        return False
+    if has_checkpoint(workdir) and not (workdir / "checkpoints" / str(steps)).exists():
         return False
     profile = ", and nothing traced: a new --workdir can be." if setup.config.profile else "."
     say(
@@ -53,8 +58,8 @@ def restore(
         )
     if state is not None and int(state.step) > setup.config.steps:
         raise UserError(
-            f"steps={setup.config.steps}: {workdir} is at step {int(state.step)} already; "
-            "the number of steps may grow, not shrink: give more steps or another --workdir"
+            f"steps={setup.config.steps}: {workdir} is at step {int(state.step)} already: "
+            "give at least these steps or another --workdir"
         )
     return checkpoints, state
 
@@ -66,19 +71,23 @@ def write_config(
 
     A run that is stopped from now on can be started again.
     """
-    began = (workdir / "config.json").exists()
+    old = runfiles.read_json(workdir / "config.json", required=False)
     write_run_file(workdir / "config.json", setup.saved_config | dict(run=run_name))
     if jax.process_index() == 0:  # the profile of an earlier command may be that of another mesh
         (workdir / "profile.json").unlink(missing_ok=True)
     metrics = workdir / "metrics.jsonl"
     if start:
-        say(f"Resumed {workdir} at step {start} on {_placement_text(setup, old_summary)}.")
+        steps, old_steps = setup.config.steps, old.get("steps")
+        # The learning rate follows the number of steps.
+        changed = "" if old_steps in (None, steps) else f", steps {old_steps} -> {steps}"
+        placed = _placement_text(setup, old_summary)
+        say(f"Resumed {workdir} at step {start} on {placed}{changed}.")
     elif metrics.exists():
         say(
             f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics "
             f"are kept as {runfiles.free_old_name(metrics).name}."
         )
-    elif began:
+    elif old:
         say(f"{workdir} was begun before and has no checkpoint: starting at step 0.")
 
 

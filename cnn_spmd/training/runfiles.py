@@ -120,6 +120,21 @@ def free_old_name(path: pathlib.Path) -> pathlib.Path:
     return next(old for name in names if not (old := path.with_name(name)).exists())
 
 
+def set_foreign_aside(path: pathlib.Path, mark: str) -> None:
+    """Rename a file that we did not write to NAME.old, with a warning, as we need its name.
+
+    mark: a text in the first kilobyte of the files that we write.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if mark.encode() not in start:
+        old = free_old_name(path)
+        os.replace(path, old)
+        logging.warning("%s was not written by this command: it is kept as %s.", path, old.name)
+
+
 # ---- Read
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -68,6 +69,8 @@ def locked(folder: pathlib.Path, flag: str = "--workdir=") -> Iterator[set[str]]
         if jax.process_index() == 0:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(lock.fileno()).st_nlink:  # another run has just removed it
+                    raise BlockingIOError
             except BlockingIOError:
                 raise UserError(
                     f"{flag}{folder}: another run is using it: wait for it, or give another folder"
