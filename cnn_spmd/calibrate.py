@@ -66,7 +66,7 @@ def measure(
             fields["spans"]["host"] = links
             sources["host"] = here + (f"; {', '.join(kept)}: as before" if kept else "")
     steps = list(map(one_device.measure, networks))
-    # A step is of a network, whatever its batches.
+    # The measured steps of one network differ in nothing but their points (batch, seconds).
     networks_now = [step | dict(points=()) for step in steps]
     others = [other for other in fields["steps"] if other | dict(points=()) not in networks_now]
     fields["steps"] = [*steps, *others]

@@ -36,8 +36,8 @@ def parser() -> environment.Parser:
     """Return the parser of the command line."""
     made = environment.Parser(
         "runs",
-        "List the runs below folders: status, what differs, the best accuracy over "
-        "all evaluations, and megabytes on disk. Runs of one data set stand together, the most "
+        "List the runs below folders: status, what differs, the best accuracy over all "
+        "evaluations, and megabytes on disk. Runs of one data set stand together, the most "
         "accurate first.",
     )
     made.add_argument(

@@ -144,7 +144,7 @@ class Unread:
     read: Callable[[], Dataset]
 
 
-Found = Dataset | Unread
+Found = Dataset | Unread  # what a loader returns
 
 
 def blank_arrays(examples: dict[str, int], side: int) -> dict[str, np.ndarray]:

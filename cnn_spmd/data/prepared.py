@@ -207,7 +207,7 @@ def publish(part: Path, folder: Path) -> None:
     try:
         os.replace(part, folder)
     except OSError:
-        if read_folder(folder) is None:  # otherwise another process was first
+        if read_folder(folder) is None:  # otherwise another process published its own
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
 
