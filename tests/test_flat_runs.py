@@ -74,6 +74,9 @@ def test_load_runs_says_what_is_unfinished(tmp_path):
     assert "ring_bytes" not in damaged
     assert empty.keys() >= {"folder", "status", "reason", "ring_bytes"}
     assert not [name for name in empty if name.startswith("config.")]
+    (running,) = load_runs(write_run(tmp_path / "e", status="running"))
+    assert running["status"] == "running"
+    assert "unless a kill ended it" in running["reason"]
 
 
 def test_load_runs_refuses_a_folder_without_runs(tmp_path):

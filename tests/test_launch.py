@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import importlib
 import json
 import os
 import pathlib
@@ -13,12 +14,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
 import jax
 import pytest
 from conftest import ROOT
+from jax._src import lib
 from PIL import Image
 
 import launch
@@ -737,6 +740,24 @@ def test_a_signal_whose_exception_was_lost_still_stops_the_run(monkeypatch):
         interrupt.handle_early_signal(signal.SIGTERM, None)
     with interrupt.Interrupt() as run, pytest.raises(KeyboardInterrupt):
         run.raise_if_requested()
+
+
+@pytest.mark.parametrize("function", [importlib._bootstrap._get_module_lock, lib._xla_gc_callback])
+def test_an_early_signal_where_an_exception_is_lost_comes_again(function):
+    """After an exception in an import, the thread that finds the data set hung."""
+    came = threading.Event()
+    outside = types.SimpleNamespace(f_code=function.__code__, f_globals={})
+    frame = types.SimpleNamespace(f_globals=vars(interrupt), f_back=outside)
+    handlers = {
+        number: signal.signal(number, lambda *_: came.set())
+        for number in (signal.SIGTERM, signal.SIGALRM)
+    }
+    try:
+        interrupt.handle_early_signal(signal.SIGTERM, frame)
+        assert came.wait(10)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_a_second_signal_stops_at_once():

@@ -1,12 +1,13 @@
 """The files of a run are read where they are missing, cut, damaged or old."""
 
 import json
+import os
 
 import pytest
 from run_helpers import lines, stop_after
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import loop, runfiles
+from cnn_spmd.training import loop, one_checkpoint, runfiles
 from cnn_spmd.training.dry_run import dry_run
 
 FILES = ("config.json", "program.json", "summary.json", "profile.json")
@@ -50,6 +51,18 @@ def test_a_kill_while_a_file_is_written_leaves_the_old_one(tmp_path):
         raise KeyboardInterrupt
     assert runfiles.read_json(path) == dict(a=1)
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_disk_holds_a_file_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    """Otherwise a power cut leaves an empty config.json or manifest, and the run cannot go on."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_ino))
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "arrays").write_text("")
+    one_checkpoint.Checkpoint(tmp_path / "1").write_manifest("run", 1, None)
+    runfiles.write_json(tmp_path / "config.json", {})
+    files = [tmp_path / name for name in ("1/arrays", "1/SHA256.json", "config.json")]
+    assert flushed == [file.stat().st_ino for file in files]
 
 
 def test_every_file_of_a_run_has_a_schema_number(config, tmp_path):

@@ -31,6 +31,7 @@ from cnn_spmd.training import (
     evaluate,
     interrupt,
     loop,
+    one_checkpoint,
     optim,
     runfiles,
     startup,
@@ -168,7 +169,7 @@ def test_resumed_equals_uninterrupted(config, tmp_path, begun_on, resumed_on):
 def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path, capsys):
     """A run goes from whole weights to split ones and back, a step each, and loses nothing.
 
-    It says where it goes on, and from which scheme to which.
+    It says where it goes on, and from which scheme and number of steps to which.
     """
     config.optimizer.update(dict(decay="constant", warmup=0.0))
     config.update(dict(steps=4, epochs=0))
@@ -183,9 +184,9 @@ def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path, capsys):
     assert lines.count("Compiling ...") == 5
     said = [line for line in lines if line.startswith("Resumed")]
     assert [line.partition(" at ")[2] for line in said] == [
-        "step 1 on mesh 8x1 -> 4x2, parallelism data -> sharded_update.",
-        "step 2 on mesh 4x2 -> 2x4, parallelism sharded_update -> fsdp.",
-        "step 3 on mesh 2x4 -> 1x1, parallelism fsdp -> data.",
+        "step 1 on mesh 8x1 -> 4x2, parallelism data -> sharded_update, steps 1 -> 2.",
+        "step 2 on mesh 4x2 -> 2x4, parallelism sharded_update -> fsdp, steps 2 -> 3.",
+        "step 3 on mesh 2x4 -> 1x1, parallelism fsdp -> data, steps 3 -> 4.",
     ]
     whole, parts = saved_state(tmp_path / "whole", 4), saved_state(tmp_path / "parts", 4)
     for name, value in whole.items():
@@ -236,7 +237,6 @@ def test_a_finished_run_is_left_alone_and_can_grow(config, tmp_path, capsys):
     assert "Nothing to do" in capsys.readouterr().out
     config.epochs = 3
     assert loop.train(config, tmp_path)["steps"] == 12
-    assert "at step 8 on mesh 1x1, steps 8 -> 12." in capsys.readouterr().out
     assert [row["step"] for row in rows(tmp_path, "final")] == [12]
     assert [row["step"] for row in rows(tmp_path, "eval")] == [4, 8]
     config.epochs = 1
@@ -250,7 +250,9 @@ def test_a_signal_where_a_run_evaluates_costs_no_evaluation(config, tmp_path, mo
         assert loop.train(config, tmp_path)["status"] == "interrupted"
     assert lines(tmp_path, "eval") == []
     assert loop.train(config, tmp_path)["steps"] == 8
-    assert [row["step"] for row in rows(tmp_path, "eval")] == [4]
+    (row,) = rows(tmp_path, "eval")
+    saved = one_checkpoint.Checkpoint(tmp_path / "checkpoints/4")
+    assert (row["step"], row["accuracy"]) == (4, saved.accuracy())
 
 
 def test_a_complete_run_whose_last_checkpoint_is_broken_makes_it_again(config, tmp_path):

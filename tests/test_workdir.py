@@ -58,6 +58,12 @@ def test_a_lock_that_another_run_removes_protects_nothing(tmp_path, monkeypatch)
         pass
 
 
+def test_a_run_that_was_killed_as_it_wrote_its_first_file_can_begin(tmp_path):
+    (tmp_path / "config.json.tmp").write_text("{")
+    with workdirs.locked_run(tmp_path, {}) as old_summary:
+        assert old_summary == {}
+
+
 def test_a_damaged_summary_is_made_anew(config, tmp_path):
     first = loop.train(config, tmp_path)
     (tmp_path / "summary.json").write_text("[]")

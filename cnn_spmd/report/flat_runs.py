@@ -17,9 +17,9 @@ def load_runs(folder: str | os.PathLike) -> list[dict]:
 
     Keys:
       folder: the run's folder, relative to `folder`; "." is `folder` itself.
-      status: completed, interrupted, failed or running; "unfinished" where summary.json is missing
+      status: that of summary.json (docs/running.md); "unfinished" where summary.json is missing
         or damaged.
-      reason: why a run is unfinished; only unfinished runs have it.
+      reason: why a run is unfinished, or that one may not run any more; no other run has it.
       config.*: the config as it was resolved, such as config.optimizer.learning_rate.
       eval.*: the last evaluation: eval.accuracy (0 to 1), eval.loss (nats), eval.top5 (0 to 1),
         eval.examples, and every further metric of training.metrics.METRICS.
@@ -54,6 +54,8 @@ def load_run(folder: pathlib.Path) -> dict:
         fields = flat(summary | dict(config=complete(summary["config"])))
         for name in ("collectives", "startup"):  # lists of objects
             fields.pop(name, None)
+        if fields.get("status") == "running":
+            fields["reason"] = "unless a kill ended it, which its files do not show"
     except UserError as error:
         fields = dict(status="unfinished", reason=str(error))
         with contextlib.suppress(UserError):

@@ -19,9 +19,9 @@ def write_report(
 
     target_error: the error to which steps and seconds are counted; None: chosen from the runs
     (batch_scaling.measure, settings.target_accuracy). A file of another origin that has one of the
-    names is kept as NAME.old. Prints the best setting of each sweep, and of
-    all on each data set, and on how many runs the report is. Prints on stderr which runs are
-    unfinished and which files are damaged.
+    names is kept as NAME.old. Prints the best setting of each sweep, and of all on each data set,
+    and on how many runs the report is. Prints on stderr which runs are unfinished and which files
+    are damaged.
     Returns the paths of the three files. Raises UserError for bad input, for a folder that cannot
     be written, and for a target where no run was evaluated.
     """

@@ -200,6 +200,11 @@ class Checkpoints:
             {name: _empty(array) for name, array in named.items()},
         )
 
+    def record_accuracy(self, step: int, accuracy: float) -> None:
+        """Add the accuracy to a checkpoint that was saved before it was evaluated."""
+        if self._is_main:
+            self._checkpoint(step).write_manifest(self.run_name, step, accuracy)
+
     def wait(self) -> None:
         """Wait for the last save. Raises SaveError if it failed."""
         if self._pending is None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,16 +16,29 @@ import numpy as np
 # nohup starts a process with SIGHUP ignored; such a process must go on when its terminal closes.
 HANGUP = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *HANGUP)
+IMPORT_CODE = "<frozen importlib"  # begins the file names of Python's own code for imports
+CALLBACK = "_xla_gc_callback"  # of jax; Python calls it often, and swallows what it raises
+AGAIN_SECONDS = 0.01  # how long an early signal waits for these to be left
 SHOW_CURSOR = b"\x1b[?25h"  # the escape sequence of ANSI terminals
 _early_signals: list[int] = []
 
 
-def handle_early_signal(number: int, _) -> None:
+def handle_early_signal(number: int, frame: types.FrameType | None) -> None:
     """Remember a signal that comes before there is a run, and raise KeyboardInterrupt.
 
-    XLA swallows an exception that is raised inside one of its callbacks. The next Interrupt
-    therefore also looks at the remembered signals.
+    An exception inside Python's own import code may leave the import lock held, and other threads
+    would wait for it for ever. One inside a callback of jax is swallowed, with a traceback. There
+    the signal is sent again a moment later. XLA has more callbacks: so the next Interrupt also
+    looks at the remembered signals.
+    frame: what the main thread executes.
     """
+    while frame and frame.f_globals is globals():  # this function may have interrupted itself
+        frame = frame.f_back
+    code = frame and frame.f_code
+    if code and (code.co_filename.startswith(IMPORT_CODE) or code.co_name == CALLBACK):
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+        return
     if number == signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)  # a shell may send it twice
     _early_signals.append(number)

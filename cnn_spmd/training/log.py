@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from cnn_spmd import config as configs
-from cnn_spmd.training import runfiles
+from cnn_spmd.training import cluster, runfiles
 from cnn_spmd.training.clock import Clock
 from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.terminal import Progress, say
@@ -152,7 +152,7 @@ class Log:
     @property
     def is_evaluated(self) -> bool:
         """Return whether an earlier command evaluated the step at which the run starts."""
-        return self._file.is_evaluated
+        return cluster.exchange(self._file.is_evaluated)[0]  # process 0 has the file
 
     @property
     def train_seconds(self) -> float:

@@ -8,7 +8,7 @@ host launches one call for many steps, and logs a chunk while the devices work o
   then measures the gradient's noise, too.
 - It saves a checkpoint every `checkpoint.every_epochs` epochs, and after its last step.
 - A signal (SIGTERM, Ctrl-C, SIGHUP) ends it after the chunks that are launched, at most two: it
-  saves, and the same command resumes.
+  saves, and the same command resumes. An evaluation that is due there is left to that command.
 - A loss that is not finite ends it. So does a parameter or a model state that is not finite; they
   are tested before each save, and never saved.
 - A run starts from its seed, or from the weights of the file `init_from`.
@@ -97,7 +97,6 @@ def train(
                 state = origin.put_into(programs.init(np.uint32(setup.config.seed)))
             origins = dict(started=started, init_from=origin.record)
             run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, origins)
-            run.write_program()
             return run.train()
 
 
@@ -130,7 +129,7 @@ class Run:
     def train(self) -> dict:
         """Go through the timetable; return the summary, which says how the run ended.
 
-        summary.json is written at the beginning and at the end, after an error too.
+        The files of `summary` are written at the beginning and at the end, after an error too.
         """
         status = "failed"
         try:
@@ -147,10 +146,10 @@ class Run:
 
     def run_to_the_end(self) -> str:
         """Run from stop to stop; return "completed", or "interrupted" after a signal."""
-        is_evaluated = cluster.exchange(self.log.is_evaluated)[0]
         # A signal ended the earlier command here, or this step was its last one.
-        if self.step in self.timetable.evaluations and not is_evaluated:
+        if self.step in self.timetable.evaluations and not self.log.is_evaluated:
             self.evaluation = self.evaluate("eval")
+            self.checkpoints.record_accuracy(self.step, self.evaluation["accuracy"])
         for stop in self.timetable.stops:
             self.run_until(stop)
             if self.step == self.timetable.last:  # complete, even if a signal came
@@ -204,12 +203,6 @@ class Run:
         if self.prediction is None and self.programs.report["prediction"] is None:
             self.prediction = self.thread.submit(prediction.of_devices, self.setup)
 
-    def write_program(self) -> None:
-        """Write program.json, unless the workdir is gone."""
-        if self.workdir.exists():
-            report = self.setup.data_fields | self.programs.report
-            write_run_file(self.workdir / "program.json", report)
-
     def record(self, chunk: Chunk, metrics: dict, ended_at: concurrent.futures.Future) -> None:
         """Wait until a chunk ends, and log it.
 
@@ -262,11 +255,10 @@ class Run:
         self.checkpoints.save(self.step, self.state, accuracy)
 
     def summary(self, status: str) -> dict:
-        """Write summary.json, unless the workdir is gone, and return what it holds."""
+        """Write program.json and summary.json, unless the workdir is gone; return the latter."""
         report = self.programs.report
         if self.prediction:
             report["prediction"] = self.prediction.result()
-            self.write_program()
         summary = dict(
             **about_run(self.setup, report, self.step),
             **self.log.speed(),
@@ -275,5 +267,6 @@ class Run:
             status=status,
         )
         if self.workdir.exists():
+            write_run_file(self.workdir / "program.json", self.setup.data_fields | report)
             write_run_file(self.workdir / "summary.json", summary)
         return summary

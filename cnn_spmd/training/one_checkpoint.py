@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Set
 from typing import Any
 
 import jax
 from absl import logging
+
+from cnn_spmd.training import runfiles
 
 MANIFEST = "SHA256.json"
 BROKEN = "broken-"  # begins the name of a checkpoint that was set aside
@@ -36,17 +37,21 @@ class Checkpoint:
     path: pathlib.Path
 
     def write_manifest(self, run: str, step: int, accuracy: float | None) -> None:
-        """Write which run and step this is, its accuracy, and the SHA-256 of each file."""
+        """Write which run and step this is, its accuracy, and the SHA-256 of each file.
+
+        The disk then holds all files: a save deletes older checkpoints next.
+        """
         paths = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+        for path in paths:
+            runfiles.flush_to_disk(path)
         files = {
             str(path.relative_to(self.path)): _sha256(path)
             for path in paths
             if not path.name.startswith(MANIFEST)
         }
         manifest = dict(run=run, step=step, accuracy=accuracy, files=files)
-        temporary = self.path / (MANIFEST + ".tmp")
-        temporary.write_text(json.dumps(manifest, indent=1))
-        os.replace(temporary, self.path / MANIFEST)
+        with runfiles.atomic_write(self.path / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1))
 
     def has_manifest(self) -> bool:
         """Return whether the checkpoint has a manifest, readable or not."""

@@ -18,7 +18,7 @@ from cnn_spmd.training.workdir import has_checkpoint, write_run_file
 def is_complete(setup: Setup, workdir: pathlib.Path, old_summary: dict) -> bool:
     """Return, and say, whether the run has no step left to do and has been evaluated.
 
-    It has if the checkpoint of its last step was set aside as broken and an older one is there.
+    If an older checkpoint is there and that of the last step is not, steps are left to do.
     """
     steps = setup.config.steps
     evaluation = old_summary.get("eval")

@@ -102,9 +102,16 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary.unlink(missing_ok=True)  # a write to a FIFO would never end
     try:
         yield temporary
+        flush_to_disk(temporary)  # otherwise a power cut may leave an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: pathlib.Path) -> None:
+    """Wait until the disk holds what was written to a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -164,7 +164,9 @@ class StepFunctions:
         are those of the network under dropout.
         """
         model = self.model(params, model_state)
-        logits_BC = _at_least_f32(self.classify(model, x_BF, dropout_key))
+        logits_BC = self.classify(model, x_BF, dropout_key)
+        # From bfloat16 to float32; float64, in which tests compute, stays.
+        logits_BC = logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32))
         _refuse_changes(model, model_state)
         one_hot_BC = jax.nn.one_hot(labels_B, logits_BC.shape[-1])
         targets_BC = optax.smooth_labels(one_hot_BC, self.label_smoothing)
@@ -370,8 +372,3 @@ def _refuse_changes(model: nnx.Module, model_state: nnx.State) -> None:
                 f"{name}: is changed by the network's classify, expected features to change it: "
                 "classify may run once per micro-batch"
             )
-
-
-def _at_least_f32(x: jax.Array) -> jax.Array:
-    """Return bfloat16 as float32; tests compute in float64, which stays."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

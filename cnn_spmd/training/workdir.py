@@ -18,8 +18,9 @@ LOCK = ".lock"
 FILES = ("config.json", "program.json", "metrics.jsonl", "summary.json", "profile.json")
 # Orbax writes below a path with one of these without an error, and does not find the files again.
 UNREADABLE = "*?[\\"
-# These may lie in a folder that holds no run and no sweep yet: the lock, and what a dry run wrote.
-BEFORE_A_RUN = {LOCK, "program.json"}
+# These may lie in a folder that holds no run and no sweep yet: the lock, what a dry run wrote, and
+# what a kill leaves of the first file.
+BEFORE_A_RUN = {LOCK, "program.json", "program.json.tmp", "config.json.tmp", "sweep.json.tmp"}
 
 
 def parse(text: str) -> pathlib.Path:
