@@ -47,7 +47,8 @@ from absl import app, flags, logging
 
 from cnn_spmd import config as configs
 from cnn_spmd import experiment, worker
-from cnn_spmd.data import dataset, registry
+from cnn_spmd.data import registry
+from cnn_spmd.data.dataset import Found
 from cnn_spmd.errors import UnknownName, UserError
 from cnn_spmd.report import write
 from cnn_spmd.training import cluster, cluster_env, environment, interrupt, startup, weights
@@ -118,9 +119,7 @@ PLAN = flags.DEFINE_bool(
     "and why, and stop; compiles nothing.",
 )
 PLAN_ROWS = flags.DEFINE_bool(
-    "plan_rows",
-    False,
-    "With --plan: also try rows that split each dense layer in every way.",
+    "plan_rows", False, "With --plan: also try rows that split each dense layer in every way."
 )
 CARD = flags.DEFINE_string(
     "card",
@@ -159,13 +158,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         cluster.fail("Interrupted outside of the training loop: nothing to save.", INTERRUPTED)
         return INTERRUPTED
-    except OSError as error:
+    except Exception as error:
         if line := advice(error):
             cluster.fail(f"error: {line}", CRASHED)
             return CRASHED
-        cluster.crash(error)
-        raise
-    except Exception as error:
         cluster.crash(error)
         raise
 
@@ -180,8 +176,10 @@ def explained(error: UserError) -> UserError:
     return restore.naming_experiment(error, source) if source else error
 
 
-def advice(error: OSError) -> str:
+def advice(error: Exception) -> str:
     """Say what to do about a full disk or a file that fails; empty for other errors."""
+    if not isinstance(error, OSError):
+        return ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"--workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same "
@@ -210,7 +208,7 @@ def launch(argv: list[str]) -> int:
         print(f"Planning {CONFIG.value.experiment} on {where}: seconds to a minute.", flush=True)
     # A thread finds the data set, and reads what is read at once, while Python imports jax.
     early = None
-    if not (is_for_others() or registry.may_use_tfds(CONFIG.value.data)):
+    if not (TARGET.value or registry.may_use_tfds(CONFIG.value.data)):
         early = startup.background("data", registry.find, CONFIG.value.data)
     set_up_jax()
     import_training()
@@ -223,10 +221,7 @@ def launch(argv: list[str]) -> int:
     config = config_of_run()
     if cluster_env.variable(os.environ):
         compare_processes(config)
-    if is_for_others():
-        found = find_sizes(config)
-    else:
-        found = early.result() if early else find_data(config)
+    found = early.result() if early else find_data(config)
     if EVALUATE.value:
         return evaluate(config, found)
     if PLAN.value:
@@ -236,22 +231,15 @@ def launch(argv: list[str]) -> int:
     return report_program(config, found) if DRY_RUN.value else train(config, found)
 
 
-def is_for_others() -> bool:
-    """Return whether the flags ask for a plan or a dry run for GPUs that are not here."""
-    return bool(TARGET.value)
+def find_data(config: ml_collections.ConfigDict) -> Found:
+    """Find the config's data set, as a stage.
 
-
-def find_data(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.Unread:
-    """Find the config's data set, as a stage."""
-    with startup.stage("data"):
-        return registry.find(config.data)
-
-
-def find_sizes(config: ml_collections.ConfigDict) -> dataset.Dataset | dataset.Unread:
-    """Return images in the sizes of the config's data set, for GPUs that are not here.
-
-    Raises UserError where the sizes are not known and the data set is not here.
+    With --target: return images of its sizes, if they are known. Raises UserError where they are
+    not, and the data set is not here.
     """
+    if not TARGET.value:
+        with startup.stage("data"):
+            return registry.find(config.data)
     from cnn_spmd import plan
 
     try:
@@ -319,7 +307,7 @@ def set_up_jax() -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs thirty lines for each save
     environment.prepare()
-    if is_for_others():
+    if TARGET.value:
         environment.simulate(math.prod(planned_gpus()[1:]))
     elif CPU_DEVICES.value:
         environment.simulate(CPU_DEVICES.value)
@@ -407,9 +395,7 @@ def compare_processes(config: ml_collections.ConfigDict) -> None:
     say(cluster.size())
 
 
-def report_program(
-    config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread
-) -> int:
+def report_program(config: ml_collections.ConfigDict, data: Found) -> int:
     """Compile, print the report, and return the exit code."""
     from cnn_spmd.analysis import target
     from cnn_spmd.training import dry_run, workdir
@@ -423,7 +409,7 @@ def report_program(
     return 0
 
 
-def evaluate(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> int:
+def evaluate(config: ml_collections.ConfigDict, data: Found) -> int:
     """Evaluate what was trained, print the result, and return the exit code."""
     from cnn_spmd.training import evaluate, workdir
 
@@ -434,9 +420,7 @@ def evaluate(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.
     return 0
 
 
-def planned(
-    config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread, mesh: str
-) -> Any:
+def planned(config: ml_collections.ConfigDict, data: Found, mesh: str) -> Any:
     """Return the plan for --target, or for the devices that are here."""
     import jax
 
@@ -455,7 +439,7 @@ def planned(
     return plan.plan(config, data, card, gpus_per_host, mesh)
 
 
-def print_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> int:
+def print_plan(config: ml_collections.ConfigDict, data: Found) -> int:
     """Print what a step costs under each scheme on each mesh, and return the exit code."""
     from cnn_spmd import plan
 
@@ -464,8 +448,7 @@ def print_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | datase
             config.placement.update(plan.rows_of_dense_layers())
     if "parallelism" not in experiment.given_fields(flags.FLAGS):
         config.parallelism = configs.AUTO
-    for line in plan.as_text(planned(config, data, configs.AUTO)):
-        print(line)
+    print(*plan.as_text(planned(config, data, configs.AUTO)), sep="\n")
     return 0
 
 
@@ -474,7 +457,7 @@ def is_planned(config: ml_collections.ConfigDict) -> bool:
     return configs.AUTO in (MESH.value, config.parallelism)
 
 
-def take_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> None:
+def take_plan(config: ml_collections.ConfigDict, data: Found) -> None:
     """Set a mesh and a scheme that are "auto" to what the planner finds the fastest."""
     from cnn_spmd import plan
     from cnn_spmd.sharding import mesh
@@ -490,7 +473,7 @@ def take_plan(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset
     say(plan.why(found))
 
 
-def train(config: ml_collections.ConfigDict, data: dataset.Dataset | dataset.Unread) -> int:
+def train(config: ml_collections.ConfigDict, data: Found) -> int:
     """Train or resume the run, print how it ended, and return the exit code."""
     from cnn_spmd.training import checkpoint, loop, workdir
 
@@ -546,11 +529,11 @@ def launch_sweep() -> int:
     This process only plans: it simulates the devices, so that the worker can have the real ones.
     """
     if name := cluster_env.variable(os.environ):  # no other process waits for this one
-        message = (
+        print(
             f"error: {name}={os.environ[name]}: a sweep runs in one process, expected a single "
-            "run, or srun's or mpirun's variables unset"
+            "run, or srun's or mpirun's variables unset",
+            file=sys.stderr,
         )
-        print(message, file=sys.stderr)
         return BAD_INPUT
     with worker.Worker(CPU_DEVICES.value) as runner:
         runner.start()  # it imports jax while this process imports what the plan needs
@@ -616,10 +599,8 @@ def dry_run_sweep() -> int:
 
     devices = target.devices(TARGET.value) if TARGET.value else jax.devices()
     combos, shared = swept(len(devices))
-    find = find_sizes if TARGET.value else find_data
-    rows = sweep_screen.show_dry_run(sweep.dry_run(combos, shared, devices, find), len(combos))
-    wrong = [row for row in rows if row["reason"]]
-    if not wrong:
+    rows = sweep_screen.show_dry_run(sweep.dry_run(combos, shared, devices, find_data), len(combos))
+    if not any(row["reason"] for row in rows):
         return 0
     return BAD_INPUT if all(row["status"] == "refused" for row in rows) else CRASHED
 

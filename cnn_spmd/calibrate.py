@@ -66,16 +66,13 @@ def measure(
             fields["spans"]["host"] = links
             sources["host"] = here + (f"; {', '.join(kept)}: as before" if kept else "")
     steps = list(map(one_device.measure, networks))
-    others = [
-        other
-        for other in fields["steps"]
-        if not any(is_same_network(other, step) for step in steps)
-    ]
+    # The measured steps of one network differ in nothing but their points (batch, seconds).
+    networks_now = [step | dict(points=()) for step in steps]
+    others = [other for other in fields["steps"] if other | dict(points=()) not in networks_now]
     fields["steps"] = [*steps, *others]
     sources["steps"] = here + (f"; other networks: {sources['steps']}" if others else "")
     return fields | dict(
-        sources=sources,
-        measured=provenance() | dict(devices=len(devices), started=started),
+        sources=sources, measured=provenance() | dict(devices=len(devices), started=started)
     )
 
 
@@ -168,11 +165,6 @@ def host_links(
     return links, kept
 
 
-def is_same_network(one: dict, other: dict) -> bool:
-    """Return whether two measured steps are of the same network, whatever their batches."""
-    return one | dict(points=()) == other | dict(points=())
-
-
 # ---- The program
 
 
@@ -192,12 +184,7 @@ def parse_config(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 def parser() -> environment.Parser:
     """Return the parser of the command line, which leaves --config.FIELD=VALUE alone."""
-    made = environment.Parser(
-        prog="python -m cnn_spmd.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = environment.Parser("calibrate", __doc__, allow_abbrev=False)
     made.add_argument("out", metavar="OUT.json", type=pathlib.Path, help="replaced if it is a card")
     made.add_argument(
         "--config",

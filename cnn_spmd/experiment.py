@@ -3,6 +3,7 @@
 The command line, a sweep, or overrides in Python set fields by hand.
 """
 
+import functools
 import inspect
 import os
 import pathlib
@@ -58,16 +59,14 @@ def _override(config: ml_collections.ConfigDict, field: str, value: Any) -> None
     section, _, last = field.rpartition(".")
     if configs.is_entry(field):
         configs.check_value(section, {last: value})
-        kind = type(configs.SCHEMA[section].item)
+        value = type(configs.SCHEMA[section].item)(value)
     elif field in configs.SCHEMA:
         configs.check_value(field, value)
-        kind = type(configs.SCHEMA[field].default)
     else:
         example = next(name for name in configs.SCHEMA if name.startswith(f"{field}."))
         raise UserError(f"{field}: is a section, expected a field such as {example}")
-    at = configs.get(config, section) if section else config
-    with at.ignore_type():  # an integer may stand for a float, and a list for a tuple
-        at[last] = kind(value)
+    # ConfigDict makes an integer a float, and a list a tuple, where the field is one.
+    (configs.get(config, section) if section else config)[last] = value
 
 
 def load_file(text: str) -> ml_collections.ConfigDict:
@@ -147,22 +146,18 @@ def define_flag(values: flags.FlagValues, argv: Sequence[str] | None = None) -> 
 
     argv: as sys.argv, which None stands for.
     """
-
-    def define(argv: Sequence[str] | None) -> flags.FlagHolder:
-        return config_flags.DEFINE_config_file(
-            "config",
-            None,
-            "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run, or "
-            "a weights file. Its fields are set with --config.FIELD=VALUE; docs/config.md has them "
-            "all.",
-            flag_values=values,
-            sys_argv=argv,
-        )
-
+    define = functools.partial(
+        config_flags.DEFINE_config_file,
+        "config",
+        None,
+        "Experiment: experiments/NAME.py, or NAME.py:VARIANT; or the config.json of a run, or a "
+        "weights file. Its fields are set with --config.FIELD=VALUE; docs/config.md has them all.",
+        flag_values=values,
+    )
     try:
-        holder = define(argv)
+        holder = define(sys_argv=argv)
     except (flags.Error, ValueError):  # a --flagfile that cannot be read; parse_flags says so
-        holder = define([""])
+        holder = define(sys_argv=[""])
     values["config"].parser = Experiments()
     return holder
 

@@ -109,14 +109,13 @@ def refuse_unlike_torchvision(setup: Setup) -> None:
     """Raise UserError for a network that is not torchvision's AlexNet."""
     config, side = setup.config, setup.image_size
     for field, value, expected in (
-        ("model.name", config.model.name, "alexnet"),
-        ("model.width", config.model.width, 4096),
-        ("images of", f"{side}x{side}", "224x224"),
+        ("model.name=", config.model.name, "alexnet"),
+        ("model.width=", config.model.width, 4096),
+        ("images of ", f"{side}x{side}", "224x224"),
     ):
         if value != expected:
-            joined = " " if field.endswith("of") else "="
             raise UserError(
-                f"--to=torchvision: the run has {field}{joined}{value}, expected {expected}, as "
+                f"--to=torchvision: the run has {field}{value}, expected {expected}, as "
                 "torchvision.models.alexnet has it"
             )
 
@@ -145,21 +144,14 @@ def page_text(name: str, about: dict) -> str:
         "commit": hardware["commit"],
     }
     table = [f"| {field} | {'unknown' if x is None else x} |" for field, x in rows.items()]
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            f"{WRITTEN_BY}, from what the file itself says. FILE stands",
-            "for its path.",
-            "",
-            "| what | value |",
-            "|---|---|",
-            *table,
-            "",
-            *commands(about.get("adds")),
-            "",
-        ]
-    )
+    head = f"""# {name}
+
+{WRITTEN_BY}, from what the file itself says. FILE stands
+for its path.
+
+| what | value |
+|---|---|"""
+    return "\n".join([head, *table, "", *commands(about.get("adds")), ""])
 
 
 def images_text(about: dict) -> str:
@@ -187,11 +179,7 @@ def commands(adds: str | None) -> list[str]:
 
 def parser() -> environment.Parser:
     """Return the parser of the command line."""
-    made = environment.Parser(
-        prog="python -m cnn_spmd.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = environment.Parser("export", __doc__)
     made.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run or a weights file")
     made.add_argument("--to", required=True, choices=FORMS, help="names and layouts of the arrays")
     made.add_argument(

@@ -30,10 +30,7 @@ def aligned(
     for column, name in enumerate(header):
         is_number = column >= len(header) - numbers
         made.add_column(
-            name,
-            justify="right" if is_number else "left",
-            overflow="fold",
-            no_wrap=is_number,
+            name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number
         )
     for row in (*rows, total) if total else rows:
         made.add_row(*row)

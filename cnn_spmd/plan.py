@@ -21,7 +21,7 @@ import ml_collections
 from cnn_spmd.analysis import cost, program
 from cnn_spmd.analysis.cost import Card
 from cnn_spmd.config import AUTO, IMAGE_SIZE
-from cnn_spmd.data.dataset import Dataset, Unread, blank_arrays
+from cnn_spmd.data.dataset import Dataset, Found, blank_arrays
 from cnn_spmd.errors import UnevenBatch, UserError
 from cnn_spmd.sharding import mesh as meshes
 from cnn_spmd.sharding.table import ALL, TABLE
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 def plan(
     config: ml_collections.ConfigDict,
-    data: Dataset | Unread,
+    data: Found,
     card: Card | None,
     gpus_per_host: int,
     mesh: str = AUTO,

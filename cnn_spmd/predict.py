@@ -157,11 +157,7 @@ def as_text(predictions: list[dict]) -> str:
 
 def parser() -> environment.Parser:
     """Return the parser of the command line."""
-    made = environment.Parser(
-        prog="python -m cnn_spmd.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = environment.Parser("predict", __doc__)
     made.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run or a weights file")
     made.add_argument("images", metavar="IMAGE", nargs="+", type=pathlib.Path)
     made.add_argument(

@@ -23,47 +23,21 @@ from cnn_spmd.training import environment
 
 # The first columns of the CSV; every other field of a run follows.
 FIRST = (
-    "folder",
-    "status",
-    "reason",
-    "experiment",
-    "model",
-    "dataset",
-    "parallelism",
-    "mesh.data",
-    "mesh.model",
-    "batch_size",
-    "config.optimizer.learning_rate",
-    "epochs",
-    "steps",
-    "seed",
-    "best.accuracy",
-    "best.step",
-    "eval.accuracy",
-    "images_per_second",
-    "train_seconds",
-    "bytes_on_disk",
-    "commit",
-    "started",
+    "folder status reason experiment model dataset parallelism mesh.data mesh.model batch_size "
+    "config.optimizer.learning_rate epochs steps seed best.accuracy best.step eval.accuracy "
+    "images_per_second train_seconds bytes_on_disk commit started"
 )
 
-# The fields that say what is trained on what, and how: the first columns.
-SUBJECT = (
-    "model.name",
-    "data.name",
-    "optimizer.learning_rate",
-    "batch_size",
-    "data_digest",
-    "experiment",
-)
+# The fields that say what is trained on what, and how: the first columns of the table.
+SUBJECT = "model.name data.name optimizer.learning_rate batch_size data_digest experiment"
 
 
 def parser() -> environment.Parser:
     """Return the parser of the command line."""
     made = environment.Parser(
-        prog="python -m cnn_spmd.runs",
-        description="List the runs below folders: status, what differs, the best accuracy over "
-        "all evaluations, and megabytes on disk. Runs of one data set stand together, the most "
+        "runs",
+        "List the runs below folders: status, what differs, the best accuracy over all "
+        "evaluations, and megabytes on disk. Runs of one data set stand together, the most "
         "accurate first.",
     )
     made.add_argument(
@@ -86,7 +60,8 @@ def parser() -> environment.Parser:
 def write_csv(runs: Sequence[dict], file: TextIO) -> None:
     """Write the names of all fields, and the values of each run."""
     found = dict.fromkeys(name for run in runs for name in run)
-    names = [*(name for name in FIRST if name in found), *(n for n in found if n not in FIRST)]
+    first = [name for name in FIRST.split() if name in found]
+    names = list(dict.fromkeys([*first, *found]))
     writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(runs)
@@ -125,11 +100,13 @@ def as_table(
     Runs of one data set stand together, the most accurate first. width: None where there is no
     terminal. Each run then has one line, with its whole name.
     """
-    runs = sorted(runs, key=place_of)
+    runs = sorted(runs, key=lambda run: (data_of(run), -run.get("best.accuracy", -1.0)))
     compared = [compared_fields(run) for run in runs]
     differ = differing(compared)
     names = [folders[0].resolve().name if run["folder"] == "." else run["folder"] for run in runs]
-    splits = [split_of(run) for run in runs]
+    kept = [{"data.validation": run.get("config.data.validation")} for run in runs]
+    splits = [compare.split_of([each]) for each in kept]
+    accuracies = [f"{run['best.accuracy']:.2%}" if "best.accuracy" in run else "" for run in runs]
     longest = max(map(len, names))
     room = longest if width is None else min(longest, width // 3)
     first = ["run", *(folded(name, room) for name in names)]
@@ -137,7 +114,7 @@ def as_table(
     last = [
         ["status", *(run["status"] for run in runs)],
         *([["split", *splits]] if len({*splits}) > 1 else []),
-        ["accuracy", *(accuracy_of(run) for run in runs)],
+        ["accuracy", *accuracies],
         ["MB", *(f"{run['bytes_on_disk'] / 1e6:.1f}" for run in runs)],
     ]
     short = plain_table.short_names(differ) | {"model.name": "model", "data.name": "data"}
@@ -172,25 +149,10 @@ def folded(name: str, room: int) -> str:
     return "\n".join(textwrap.fill(line, room) for line in lines if line)
 
 
-def place_of(run: dict) -> tuple[str, float]:
-    """Return the place of a run in the table: by data set, and the best accuracy first."""
-    return data_of(run), -run.get("best.accuracy", -1.0)
-
-
 def data_of(run: dict) -> str:
     """Return the name of a run's data set, as reports have it (config.own_name)."""
     kind = run.get("config.data.name", "")
     return own_name(kind, run.get("config.data.dir", ""), run.get("dataset") or kind)
-
-
-def accuracy_of(run: dict) -> str:
-    """Return the best accuracy of a run, such as "91.76%"; empty where there is none."""
-    return f"{run['best.accuracy']:.2%}" if "best.accuracy" in run else ""
-
-
-def split_of(run: dict) -> str:
-    """Return "test" or "validation": the images on which a run is evaluated."""
-    return compare.split_of([{"data.validation": run.get("config.data.validation")}])
 
 
 def differing(compared: Sequence[dict]) -> list[str]:
@@ -208,9 +170,11 @@ def differing(compared: Sequence[dict]) -> list[str]:
     if len(data) == len({name for name, _ in data}):  # the name says which data it is
         values.pop("data_digest", None)
 
+    first = SUBJECT.split()
+
     def place(field: str) -> tuple:
         last = field != "seed" and field.startswith(compare.NOT_THE_RECIPE)
-        subject = SUBJECT.index(field) if field in SUBJECT else len(SUBJECT)
+        subject = first.index(field) if field in first else len(first)
         return last, subject, -len(values[field])
 
     return sorted((field for field in values if len(values[field]) > 1), key=place)

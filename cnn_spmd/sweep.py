@@ -17,7 +17,8 @@ import ml_collections
 from cnn_spmd import config as configs
 from cnn_spmd import experiment
 from cnn_spmd.analysis import program
-from cnn_spmd.data import dataset, registry
+from cnn_spmd.data import registry
+from cnn_spmd.data.dataset import Dataset, Found
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
 from cnn_spmd.training import build, unused
@@ -192,39 +193,82 @@ def arguments_of(settings: dict[str, str], shared: Sequence[str], devices: int) 
 
 
 def plan(combos: Sequence[dict], shared: Sequence[str], devices: Sequence) -> Iterator[dict]:
-    """Yield a row of sweep.json per combination; `run` gives it a number and a name.
+    """Yield a row of sweep.json per combination; `run` gives it its number and a name.
 
     It is pending, or refused with the reason why it cannot work on `devices`.
     """
-    datasets: dict[str, dataset.Dataset] = {}  # by their config
-    fine: set[str] = set()  # the configs that can work, with seed 0
-    for settings in combos:
+
+    def find(config: ml_collections.ConfigDict) -> Dataset:
+        return registry.load(config.data, functools.partial(build.prepare, config, devices))
+
+    def check(config: ml_collections.ConfigDict, data: Dataset) -> dict:
+        build.prepare(config, devices, data)
+        return dict(status="pending")
+
+    return _rows(combos, shared, len(devices), find, check)
+
+
+def dry_run(
+    combos: Sequence[dict],
+    shared: Sequence[str],
+    devices: Sequence,
+    find: Callable[[ml_collections.ConfigDict], Found],
+) -> Iterator[dict]:
+    """Yield a row per combination, with the `report` on its compiled train step.
+
+    find: returns the data set of a config, or what stands for it. status: fits, "does not fit",
+    compiled (the memory of the devices is not known), or refused with the reason.
+    """
+
+    def compile_and_report(config: ml_collections.ConfigDict, data: Found) -> dict:
+        report = build.prepare(config, devices, data.preview).report()
+        status = {True: "fits", False: "does not fit", None: "compiled"}[program.fits(report)]
+        return dict(status=status, reason=report.get("error", ""), report=report)
+
+    return _rows(combos, shared, len(devices), find, compile_and_report)
+
+
+def _rows(
+    combos: Sequence[dict],
+    shared: Sequence[str],
+    devices: int,
+    find: Callable[[ml_collections.ConfigDict], Found],
+    work: Callable[[ml_collections.ConfigDict, Found], dict],
+) -> Iterator[dict]:
+    """Yield a row per combination: refused with the reason, or with the fields that work returns.
+
+    find: returns the data set of a config, once for equal fields of data. work: gets a config and
+    its data set, once for configs that differ only in their seed.
+    """
+    datasets: dict[str, Found] = {}
+    done: dict[str, dict] = {}
+    for number, settings in enumerate(combos, 1):
+        swept = {field: _number(value) for field, value in settings.items() if field != "mesh"}
         row = dict(
-            number=None,
+            number=number,
             name=None,
             mesh=settings.get("mesh"),
-            settings={
-                field: _number(value) for field, value in settings.items() if field != "mesh"
-            },
-            status="pending",
+            settings=swept,
+            status="refused",
             reason="",
             command="",
             seconds=None,
             figures={},
         )
         try:
-            arguments = arguments_of(settings, shared, len(devices))
+            arguments = arguments_of(settings, shared, devices)
             row["command"] = shlex.join(["python", "launch.py", *arguments])
             config = _config_of(arguments, row["mesh"])
-            if (content := repr(config)) not in fine:
+            if (content := repr(config)) not in done:
                 with contextlib.redirect_stdout(io.StringIO()):  # the run itself will print it
-                    check = functools.partial(build.prepare, config, devices)
                     if (key := repr(config.data)) not in datasets:
-                        datasets[key] = registry.load(config.data, check)
-                    check(datasets[key])
-                fine.add(content)
+                        datasets[key] = find(config)
+                    done[content] = work(config, datasets[key])
+            row.update(done[content])
         except UserError as error:
-            row.update(status="refused", reason=str(error))
+            row["reason"] = str(error)
+        except jax.errors.JaxRuntimeError as error:
+            row["reason"] = " ".join(str(error).split())[:LONGEST_REASON]
         yield row
 
 
@@ -240,41 +284,3 @@ def _config_of(arguments: Sequence[str], shape: str | None) -> ml_collections.Co
     unused.refuse(config, given)
     config.seed = 0
     return config
-
-
-def dry_run(
-    combos: Sequence[dict],
-    shared: Sequence[str],
-    devices: Sequence,
-    find: Callable[[ml_collections.ConfigDict], dataset.Dataset | dataset.Unread],
-) -> Iterator[dict]:
-    """Yield a row per combination, with the `report` on its compiled train step.
-
-    find: returns the data set of a config, or what stands for it. Combinations that differ only in
-    their seed are compiled once. status: fits, "does not fit",
-    compiled (the memory of the devices is not known), or refused with the reason.
-    """
-    datasets: dict[str, dataset.Dataset] = {}
-    reports: dict[str, dict] = {}
-    for number, settings in enumerate(combos, 1):
-        row = dict(
-            number=number,
-            mesh=settings.get("mesh"),
-            settings={field: value for field, value in settings.items() if field != "mesh"},
-            report=None,
-            reason="",
-        )
-        try:
-            config = _config_of(arguments_of(settings, shared, len(devices)), row["mesh"])
-            if (content := repr(config)) not in reports:
-                if (key := repr(config.data)) not in datasets:
-                    datasets[key] = find(config).preview
-                with contextlib.redirect_stdout(io.StringIO()):
-                    reports[content] = build.prepare(config, devices, datasets[key]).report()
-            row["report"] = report = reports[content]
-            row["reason"] = report.get("error", "")
-            status = {True: "fits", False: "does not fit", None: "compiled"}
-            row["status"] = status[program.fits(report)]
-        except (UserError, jax.errors.JaxRuntimeError) as error:
-            row.update(status="refused", reason=" ".join(str(error).split())[:LONGEST_REASON])
-        yield row

@@ -5,6 +5,7 @@ recorded with its reason, and the sweep goes on. sweep.json holds every combinat
 command on the same folder runs those that are not completed yet.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import itertools
@@ -71,7 +72,8 @@ def run(
             started=old["started"] if old else now,
             hardware=old and old["hardware"],
         )
-        return _Sweep(header, rows, earlier, runner, folder).run()
+        all_rows = sorted([*earlier, *rows], key=lambda row: row["number"])
+        return _Sweep(header, rows, all_rows, runner, folder).run()
 
 
 def _read_sweep(folder: pathlib.Path) -> dict | None:
@@ -91,23 +93,22 @@ def _refuse_another_sweep(folder: pathlib.Path, old: dict, same: dict) -> None:
     """
     for field, now in same.items():
         before = old.get(field, now)
+        # Show only what differs; arguments may also differ in their order alone.
         if field == "config":
             before, now = (configs.flat(configs.complete(each)) for each in (before, now))
-        if before == now:
-            continue
-        if field == "config":
             names = sorted(before.keys() | now.keys())
             differ = [name for name in names if before.get(name) != now.get(name)]
             before, now = ({name: each.get(name) for name in differ} for each in (before, now))
-        elif field == "arguments" and set(before) != set(now):  # show those that differ
+        elif field == "arguments" and set(before) != set(now):
             before, now = (
                 [argument for argument in before if argument not in now],
                 [argument for argument in now if argument not in before],
             )
-        raise UserError(
-            f"--workdir={folder}: holds a sweep with other {field} ({before}, now {now}): give the "
-            "same or another --workdir"
-        )
+        if before != now:
+            raise UserError(
+                f"--workdir={folder}: holds a sweep with other {field} ({before}, now {now}): give "
+                "the same or another --workdir"
+            )
 
 
 def _take_earlier(rows: list[dict], old: list[dict], folder: pathlib.Path) -> list[dict]:
@@ -169,25 +170,18 @@ def _safe(value: object) -> str:
     return hashlib.sha256(str(value).encode()).hexdigest()[:8]
 
 
+@dataclasses.dataclass
 class _Sweep:
     """Run the pending rows of a sweep in turn, and keep sweep.json up to date.
 
-    earlier: rows of an earlier command that this one does not name.
+    all_rows: also those of an earlier command that this one does not name.
     """
 
-    def __init__(
-        self,
-        header: dict,
-        rows: list[dict],
-        earlier: list[dict],
-        runner: worker.Worker,
-        folder: pathlib.Path,
-    ):
-        self.header = header
-        self.rows = rows
-        self.runner = runner
-        self.all_rows = sorted([*earlier, *rows], key=lambda row: row["number"])
-        self.folder = folder
+    header: dict
+    rows: list[dict]
+    all_rows: list[dict]
+    runner: worker.Worker
+    folder: pathlib.Path
 
     def run(self) -> dict:
         """Run all that is pending; return what sweep.json holds."""

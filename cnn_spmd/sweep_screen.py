@@ -33,17 +33,11 @@ def differing(rows: Sequence[dict]) -> dict[str, str]:
 
     For a single row, these are all its swept fields.
     """
-    values: dict[str, list[str]] = {}
-    for row in rows:
-        for field, value in swept(row).items():
-            values.setdefault(field, []).append(str(value))
-    lone = len(rows) == 1
-    kept = [
-        field
-        for field, found in values.items()
-        if lone or len({*found}) > 1 or len(found) < len(rows)
-    ]
-    return plain_table.short_names(kept)
+    fields = dict.fromkeys(field for row in rows for field in swept(row))
+    values = {field: {str(swept(row).get(field)) for row in rows} for field in fields}
+    return plain_table.short_names(
+        field for field in fields if len(rows) == 1 or len(values[field]) > 1
+    )
 
 
 def swept(row: dict) -> dict:
@@ -158,8 +152,7 @@ class Screen:
         if self._live:
             self._live.stop()
         lines = self._table(self.rows, f"The sweep of {runs_text(len(self.rows))}")
-        print(*lines, *reasons(self.rows), sep="\n")
-        sys.stdout.flush()
+        print(*lines, *reasons(self.rows), sep="\n", flush=True)
 
     def begin(self, row: dict, folder: pathlib.Path) -> None:
         """Show that a row's run begins in `folder`."""
@@ -265,17 +258,17 @@ def show_dry_run(rows: Iterable[dict], count: int) -> list[dict]:
         notes.append("theory MB: sent per step by the closed form.")
     if "ms" in header.split():
         notes.append("ms: the step as predicted.")
-    if any(row["report"] and program.sends_twice(row["report"]) for row in done):
+    if any("report" in row and program.sends_twice(row["report"]) for row in done):
         notes += textwrap.wrap(program.NO_REDUCE_SCATTER, page.width)
     print(*lines, *notes, *reasons(done), sep="\n")
     return done
 
 
 def report_columns(rows: Sequence[dict]) -> dict[str, list[str]]:
-    """Return the cells of a dry run's columns, in MB per device; `report` may be None."""
+    """Return the cells of a dry run's columns, in MB per device; refused rows have no `report`."""
     columns: dict[str, list[str]] = {}
     for row in rows:
-        report = row["report"]
+        report = row.get("report")
         held = program.held_by_device(report) if report else None
         state = held and sum(held.values()) - held["images"] - held["temporary"]
         totals, prediction = (report or {}).get("totals"), (report or {}).get("prediction")

@@ -90,10 +90,7 @@ class Worker:
         return self._devices
 
     def run(
-        self,
-        arguments: Sequence[str],
-        log: pathlib.Path,
-        tick: Callable[[], object] = lambda: None,
+        self, arguments: Sequence[str], log: pathlib.Path, tick: Callable[[], object] = lambda: None
     ) -> int:
         """Run launch.py with these arguments; return its exit code.
 

@@ -51,8 +51,8 @@ def decoded(monkeypatch) -> list[str]:
     """The files that are decoded, in their order."""
     files = []
 
-    def note(file: Path, size: int, decode=square.decode) -> np.ndarray:
-        files.append("/".join(file.parts[-3:]))
+    def note(file: str, size: int, decode=square.decode) -> np.ndarray:
+        files.append("/".join(file.split("/")[-3:]))
         return decode(file, size)
 
     monkeypatch.setattr(square, "decode", note)
@@ -119,9 +119,6 @@ def test_the_digest_is_stored_beside_the_arrays(pets, tmp_path, monkeypatch):
     first = load(pets, check=seen.append)
     assert seen[0].digest == ""
     assert first.digest == digest.of_arrays(first.arrays)
-    (folder,) = prepared_folders(tmp_path)
-    (folder / "info.json").unlink()  # as in a folder of before there were digests
-    assert load(pets).digest == first.digest
     monkeypatch.setattr(prepared, "CHECKED_BYTES", 0)  # larger ones are not read at each start
     monkeypatch.setattr(digest, "of_arrays", None)
     assert load(pets).digest == first.digest

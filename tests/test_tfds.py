@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import ml_collections
@@ -281,13 +280,6 @@ def test_what_tfds_cannot_give_is_refused_in_one_line(monkeypatch, name, message
     with pytest.raises(UserError, match=rf"^data.name=tfds:{name}: {message}") as refusal:
         load("", f"tfds:{name}")
     assert "\n" not in str(refusal.value)
-
-
-def test_tfds_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    message = "^data.name=tfds:mnist: cannot import tensorflow_datasets .*pip install"
-    with pytest.raises(UserError, match=message):
-        load("", "tfds:mnist")
 
 
 def test_tfds_is_not_imported_beside_other_imports(pets, tmp_path):

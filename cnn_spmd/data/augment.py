@@ -42,12 +42,7 @@ class Preprocessing:
         indices_B: the examples to take; None takes `images_NHWC` as they are.
         """
         images = crop_and_flip(
-            images_NHWC,
-            indices_B,
-            crop_key,
-            side=self.crop,
-            pad=self.crop_pad,
-            flip=self.flip,
+            images_NHWC, indices_B, crop_key, side=self.crop, pad=self.crop_pad, flip=self.flip
         )
         if self.colour_CC is not None:
             noise_BC = colour_noise(colour_key, len(images), self.colour_CC)

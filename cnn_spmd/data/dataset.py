@@ -81,8 +81,10 @@ class Dataset(Provenance):
         last = slice(total - examples, None), slice(total - examples)
         is_held_out = np.zeros(total, bool)
         is_held_out[np.arange(examples) * total // examples % total] = True
+        classes = len(np.unique(self.train_labels))
         for held_out, rest in (last, (is_held_out, ~is_held_out)):
-            if examples < total and not self.fallback and self._has_all_classes(held_out, rest):
+            counts = {len(np.unique(self.train_labels[part])) for part in (held_out, rest)}
+            if examples < total and not self.fallback and counts == {classes}:
                 return dataclasses.replace(
                     self,
                     name=f"{self.name}{VALIDATION}",
@@ -96,47 +98,38 @@ class Dataset(Provenance):
             f"its classes among {examples} of them and among the others, and no fallback"
         )
 
-    def _has_all_classes(self, *parts: slice | np.ndarray) -> bool:
-        """Return whether each part of the training images has all their classes."""
-        classes = np.unique(self.train_labels)
-        return all(len(np.unique(self.train_labels[part])) == len(classes) for part in parts)
-
     def check(self) -> None:
         """Raise UserError for arrays of another form and for labels without a class."""
+        classes = len(self.class_names)
+        if classes < 2:
+            self._refuse("class_names", f"{classes} class", "at least two classes")
         for split in ("train", "test"):
-            self._check_images(f"{split}_images")
-            self._check_labels(f"{split}_labels", len(self.arrays[f"{split}_images"]))
+            shape = getattr(self.arrays[f"{split}_images"], "shape", ())
+            expected = (*shape[:2], *shape[1:2], 3)
+            self._check_array(
+                f"{split}_images", np.uint8, expected, "uint8 [N, H, W, 3] with H = W"
+            )
+            n = shape[0]
+            if not n:
+                self._refuse(f"{split}_images", f"uint8 {shape}", "at least one image")
+            field = f"{split}_labels"
+            self._check_array(field, np.int32, (n,), f"int32 [{n}], one label per image")
+            for label in (self.arrays[field].min(), self.arrays[field].max()):
+                if not 0 <= label < classes:
+                    expected = f"0 to {classes - 1} for {classes} class names"
+                    self._refuse(field, f"label {label}", expected)
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             shapes = f"{self.train_images.shape} and {self.test_images.shape}"
             self._refuse("train_images, test_images", shapes, "images of one size in both")
 
-    def _check_images(self, field: str) -> None:
-        images = getattr(self, field)
-        expected = "uint8 [N, H, W, 3] with H = W"
-        if not isinstance(images, np.ndarray):
-            self._refuse(field, type(images).__name__, f"a NumPy array, {expected}")
-        form = f"{images.dtype} {images.shape}"
-        side = images.shape[1] if images.ndim == 4 else None
-        if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
-            self._refuse(field, form, expected)
-        if not len(images):
-            self._refuse(field, form, "at least one image")
-
-    def _check_labels(self, field: str, examples: int) -> None:
-        labels = getattr(self, field)
-        expected = f"int32 [{examples}], one label per image"
-        if not isinstance(labels, np.ndarray):
-            self._refuse(field, type(labels).__name__, f"a NumPy array, {expected}")
-        if labels.dtype != np.int32 or labels.shape != (examples,):
-            self._refuse(field, f"{labels.dtype} {labels.shape}", expected)
-        classes = len(self.class_names)
-        if classes < 2:
-            self._refuse("class_names", f"{classes} class", "at least two classes")
-        for label in (labels.min(), labels.max()):
-            if not 0 <= label < classes:
-                self._refuse(
-                    field, f"label {label}", f"0 to {classes - 1} for {classes} class names"
-                )
+    def _check_array(
+        self, field: str, dtype: type[np.generic], shape: tuple[int, ...], expected: str
+    ) -> None:
+        array = getattr(self, field)
+        if not isinstance(array, np.ndarray):
+            self._refuse(field, type(array).__name__, f"a NumPy array, {expected}")
+        if array.dtype != dtype or array.shape != shape:
+            self._refuse(field, f"{array.dtype} {array.shape}", expected)
 
     def _refuse(self, field: str, found: str, expected: str) -> None:
         raise UserError(f"data.name={self.name}: {field}: found {found}, expected {expected}")
@@ -149,6 +142,9 @@ class Unread:
     # Zeros in the shapes of what `read` returns; see `blank_arrays`.
     preview: Dataset
     read: Callable[[], Dataset]
+
+
+Found = Dataset | Unread  # what a loader returns
 
 
 def blank_arrays(examples: dict[str, int], side: int) -> dict[str, np.ndarray]:

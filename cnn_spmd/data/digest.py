@@ -46,11 +46,10 @@ def of_arrays(arrays: dict[str, np.ndarray]) -> str:
     are_small = arrays["train_images"][0].nbytes < THREADED_BYTES
     if are_small and (known := KNOWN.get(quick_hash(arrays))):
         return known
-    splits = []
-    for split in ("train", "test"):
-        digests_N = of_images(arrays[f"{split}_images"])
-        splits.append((digests_N, arrays[f"{split}_labels"]))
-    return of_splits(splits)
+    return of_splits(
+        (of_images(arrays[f"{split}_images"]), arrays[f"{split}_labels"])
+        for split in ("train", "test")
+    )
 
 
 def quick_hash(arrays: dict[str, np.ndarray]) -> str:

@@ -67,9 +67,13 @@ class Feed:
     def calls(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[DeviceData, jax.Array | None]]:
         """Yield the data and indices that a program takes, for each call of it.
 
-        indices: the examples that each call sees; int32 [B] or [S, B]. The next call is prepared
-        while the devices run this one.
+        indices: the examples that each call sees; int32 [B] or [S, B]. A thread prepares the next
+        call while the devices run this one.
         """
+        return one_ahead(self.call, indices)
+
+    def call(self, indices: np.ndarray) -> tuple[DeviceData, jax.Array | None]:
+        """Return the data and indices that a program takes, for one call of it."""
         raise NotImplementedError
 
     def sharding(
@@ -94,22 +98,17 @@ class Resident(Feed):
 
     def shapes(self, *shape: int) -> tuple[DeviceData, jax.ShapeDtypeStruct]:
         """Return shapes, dtypes and shardings of the split and of the indices."""
-        data = DeviceData(
-            *(
-                jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.place.replicated)
-                for array in (self.images, self.labels)
-            )
-        )
+        everywhere = self.place.replicated
+        data = [
+            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere)
+            for array in (self.images, self.labels)
+        ]
         sharding = self.sharding("conv_batch", shape)
-        return data, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        return DeviceData(*data), jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
-    def calls(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[DeviceData, jax.Array]]:
-        """Yield the split, and the indices of each call."""
-
-        def call(each: np.ndarray) -> tuple[DeviceData, jax.Array]:
-            return self.data, put(each, self.sharding("conv_batch", each.shape))
-
-        return one_ahead(call, indices)
+    def call(self, indices: np.ndarray) -> tuple[DeviceData, jax.Array]:
+        """Return the split, and the indices of a call."""
+        return self.data, put(indices, self.sharding("conv_batch", indices.shape))
 
 
 def one_ahead(make: Callable, inputs: Iterable) -> Iterator:

@@ -37,22 +37,6 @@ class Folder(NamedTuple):
     others: list[str]  # paths of what is no folder
 
 
-class Images(NamedTuple):
-    """The images of one split, sorted by class and name."""
-
-    paths: list[str]
-    labels: list[int]
-    keys: list[int]  # key_of each
-
-    def to_split(self) -> Split:
-        """Return them as a part of a Source."""
-
-        def read(i: int) -> Photograph:
-            return Photograph(self.paths[i], Path(self.paths[i]), self.labels[i])
-
-        return Split(len(self.paths), read, np.array(self.keys, np.uint64))
-
-
 class Digests:
     """The digests of a data set's files, as Source has them, updated file by file."""
 
@@ -87,12 +71,13 @@ def find_source(root: Path) -> Source:
         names = tuple(os.fsencode(name).decode(errors="replace") for name in classes)
         left_out, splits = [], {}
         for split, folder in folders.items():
-            images, others = list_images(folder.path, classes, split, digests, where)
-            splits[split] = images.to_split()
+            images, keys, others = list_images(folder.path, classes, split, digests, where)
+            splits[split] = Split(len(images), images.__getitem__, np.array(keys, np.uint64))
             left_out += folder.others + others
         is_held_out = "test" not in splits
         if is_held_out:
-            splits = hold_out_photographs(splits["train"], np.take(names, images.labels), where)
+            labels = np.take(names, [image.label for image in images])
+            splits = hold_out_photographs(splits["train"], labels, where)
     except OSError as error:
         raise UserError(
             f"{where}: {error.filename}: {error.strerror}, expected readable folders and files"
@@ -136,16 +121,16 @@ def list_folder(path: Path) -> Folder:
 
 def list_images(
     folder: Path, classes: Sequence[str], split: str, digests: Digests, where: str
-) -> tuple[Images, list[str]]:
-    """Return the images in a split's class folders, and paths of what is no image.
+) -> tuple[list[Photograph], list[int], list[str]]:
+    """Return the images of a split, key_of each, and paths of what is no image.
 
-    Adds the images to `digests`. Raises UserError for a class without images and for an image that
-    is no regular file.
+    The images are sorted by class and name, and added to `digests`. Raises UserError for a class
+    without images and for an image that is no regular file.
     """
-    images, others = Images([], [], []), []
+    images, keys, others = [], [], []
     real_folder = os.path.realpath(folder)
     for label, name in enumerate(classes):
-        before = len(images.paths)
+        before = len(images)
         for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
@@ -156,15 +141,14 @@ def list_images(
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
                 raise UserError(f"{where}: {entry.path}: is no regular file, expected images")
             identity = digests.add(split, real_folder, f"{name}/{entry.name}", status)
-            images.paths.append(entry.path)
-            images.labels.append(label)
-            images.keys.append(key_of(b"%d %b" % (label, identity)))
-        if len(images.paths) == before:
+            images.append(Photograph(entry.path, entry.path, label))
+            keys.append(key_of(b"%d %b" % (label, identity)))
+        if len(images) == before:
             raise UserError(
                 f"{where}: {folder.name}/{name}/ holds no image ({', '.join(SUFFIXES)}), expected "
                 "at least one in each class"
             )
-    return images, others
+    return images, keys, others
 
 
 def refuse_classes(where: str, folders: Sequence[Folder]) -> None:

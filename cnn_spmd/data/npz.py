@@ -104,10 +104,10 @@ def find_names(present: Collection[str], where: str) -> dict[str, tuple[str, str
             if {images, labels} <= present:
                 found[split] = images, labels
     if "train" not in found:
-        whole = [pair for pair in WHOLE if present.issuperset(pair)]
-        if not whole:
-            raise UserError(f"{where}: holds {', '.join(sorted(present)) or 'nothing'}, {EXPECTED}")
-        return dict(train=whole[0])
+        for pair in WHOLE:
+            if present.issuperset(pair):
+                return dict(train=pair)
+        raise UserError(f"{where}: holds {', '.join(sorted(present)) or 'nothing'}, {EXPECTED}")
     tests = [found[split] for split in TESTS if split in found]
     for unused, _ in tests[1:]:
         logging.warning("%s: tests on %s; %s is not used.", where, tests[0][0], unused)

@@ -6,7 +6,7 @@ import ml_collections
 
 from cnn_spmd.config import IMAGE_SIZE
 from cnn_spmd.data import folder, prepared, tfds
-from cnn_spmd.data.dataset import Dataset, Unread
+from cnn_spmd.data.dataset import Dataset, Found, Unread
 from cnn_spmd.data.source import Source
 from cnn_spmd.errors import UserError
 
@@ -14,7 +14,7 @@ from cnn_spmd.errors import UserError
 CLASSES = dict(imagenet2012=1000, imagenette=10)
 
 
-def load(data: ml_collections.ConfigDict) -> Dataset | Unread:
+def load(data: ml_collections.ConfigDict) -> Found:
     """Return the photographs of config.data, decoded if an earlier run did so.
 
     data.name: "folder", one of CLASSES, another name of TFDS, or "tfds:" and any name of TFDS;

@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import hashlib
 import io
-import itertools
 import json
 import os
 import shutil
@@ -208,13 +207,9 @@ def publish(part: Path, folder: Path) -> None:
     try:
         os.replace(part, folder)
     except OSError:
-        if not folder.is_dir():
-            raise
-        if read_folder(folder) is not None:  # another process was first
-            shutil.rmtree(part)
-            return
-        shutil.rmtree(folder)
-        os.replace(part, folder)
+        if read_folder(folder) is None:  # otherwise another process published its own
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
 
 
 def accept(found: Prepared, source: Source, folder: Path, skip_bad: int) -> Prepared:
@@ -269,20 +264,13 @@ def refuse_lost_class(source: Source, states: dict[str, np.ndarray], skip_bad: i
 def read_folder(folder: Path, warn: bool = False) -> Prepared | None:
     """Return what is prepared in `folder`, or None where that is nothing.
 
-    A damaged folder counts as nothing. warn: log what is damaged. A folder that an older version
-    wrote without a digest gets one.
+    A damaged folder counts as nothing. warn: log what is damaged.
     """
     if not folder.is_dir():
         return None
     try:
         arrays = read_arrays(folder)
-        try:
-            found = Prepared(arrays, **json.loads((folder / INFO).read_text()))
-        except FileNotFoundError:
-            found = with_digest(arrays)
-            with contextlib.suppress(OSError):
-                write_info(folder, found.digest, found.skipped)
-            return found
+        found = Prepared(arrays, **json.loads((folder / INFO).read_text()))
         is_small = sum(array.nbytes for array in arrays.values()) <= CHECKED_BYTES
         if is_small and found.digest != digest.of_arrays(arrays):
             raise ValueError("its pixels or labels are not those that were prepared")
@@ -297,17 +285,14 @@ def read_folder(folder: Path, warn: bool = False) -> Prepared | None:
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """Map the images and read the labels. Raises NumPy's errors and ValueError."""
     arrays = {}
-    for split, kind in itertools.product(("train", "test"), ("images", "labels")):
-        path = folder / f"{split}_{kind}.npy"
-        arrays[path.stem] = np.load(path, mmap_mode="r" if kind == "images" else None)
     for split in ("train", "test"):
-        if len(arrays[f"{split}_images"]) != len(arrays[f"{split}_labels"]):
+        images = arrays[f"{split}_images"] = np.load(folder / f"{split}_images.npy", mmap_mode="r")
+        labels = arrays[f"{split}_labels"] = np.load(folder / f"{split}_labels.npy")
+        if len(images) != len(labels):
             raise ValueError(f"{split} images and labels differ in number")
     return arrays
 
 
 def write_info(folder: Path, arrays_digest: str, skipped: Sequence[str]) -> None:
-    """Write INFO, all or nothing."""
-    part = folder / f"{INFO}.{os.getpid()}.part"
-    part.write_text(json.dumps(dict(digest=arrays_digest, skipped=skipped)))
-    os.replace(part, folder / INFO)
+    """Write INFO of a folder that is not published yet."""
+    (folder / INFO).write_text(json.dumps(dict(digest=arrays_digest, skipped=skipped)))

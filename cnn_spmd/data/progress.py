@@ -39,17 +39,16 @@ class Progress:
         """Start at `kept` of `total` images, which an earlier process has decoded."""
         self.total, self.kept, self.new = total, kept, 0
         self._started = self._updated = self._shown = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.completed:,}/{task.total:,} images"),
-                progress.BarColumn(),
-                progress.TextColumn("{task.fields[text]}"),
-                console=console.Console(stderr=True),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=total, completed=kept, text="")
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.completed:,}/{task.total:,} images"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[text]}"),
+            console=console.Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=total, completed=kept, text="")
 
     def update(self, new: int) -> None:
         """Show that `new` more images are decoded, or found to be unreadable."""
@@ -62,16 +61,14 @@ class Progress:
         done = min(self.kept + self.new, self.total)
         eta = (self.total - done) * (self._updated - self._started) / self.new
         text = f"{self._rates()}, ETA {clock_text(eta)}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=text)
-        elif self._updated - self._shown > PLAIN_SECONDS:
+        self._bar.update(self._task, completed=done, text=text)
+        if self._bar.disable and self._updated - self._shown > PLAIN_SECONDS:
             self._shown = self._updated
             print_note(f"prepared {done:,} of {self.total:,} images, {text}")
 
     def close(self) -> None:
         """Remove the bar, and print how many images were decoded, and at which rate."""
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
         if self.new:
             seconds = self._updated - self._started
             print_note(f"prepared {self.new:,} images in {seconds:,.1f} s, {self._rates()}")

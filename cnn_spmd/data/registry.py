@@ -13,14 +13,14 @@ import ml_collections
 from absl import logging
 
 from cnn_spmd.data import cifar10, cifar10_archive, digest, npz, photographs, tfds
-from cnn_spmd.data.dataset import Dataset, Unread
+from cnn_spmd.data.dataset import Dataset, Found, Unread
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
 from cnn_spmd.errors import UnknownName, UserError
 
 BANNER = 80  # columns of a warning: as many as a usual terminal has
 
-Loader = Callable[[ml_collections.ConfigDict], Dataset | Unread]
+Loader = Callable[[ml_collections.ConfigDict], Found]
 
 
 def load(
@@ -33,7 +33,7 @@ def load(
     return read(data, find(data), check)
 
 
-def find(data: ml_collections.ConfigDict) -> Dataset | Unread:
+def find(data: ml_collections.ConfigDict) -> Found:
     """Return the data set that config.data describes, or Unread where reading takes long.
 
     data: a ConfigDict in which the numbers are valid. Raises UserError for an unknown name, for
@@ -45,7 +45,7 @@ def find(data: ml_collections.ConfigDict) -> Dataset | Unread:
 
 def read(
     data: ml_collections.ConfigDict,
-    found: Dataset | Unread,
+    found: Found,
     check: Callable[[Dataset], object] = lambda _: None,
 ) -> Dataset:
     """Return the data set that `find` has found.
@@ -59,9 +59,7 @@ def read(
     return _checked(data, found.read)
 
 
-def _checked(
-    data: ml_collections.ConfigDict, load: Callable[[], Dataset | Unread]
-) -> Dataset | Unread:
+def _checked(data: ml_collections.ConfigDict, load: Callable[[], Found]) -> Found:
     """Return what `load` returns; a Dataset is checked, and gets a digest."""
     try:
         found = load()
@@ -106,7 +104,7 @@ def may_use_tfds(data: ml_collections.ConfigDict) -> bool:
     """
     if data.name == "cifar10":
         return not cifar10.is_here(data.dir)
-    if data.name in DATASETS and DATASETS[data.name] is not photographs.load:
+    if DATASETS.get(data.name, photographs.load) is not photographs.load:
         return False
     return not photographs.is_in_folders(data.name, data.dir)
 

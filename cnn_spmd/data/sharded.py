@@ -19,7 +19,7 @@ chunk, B global batch, b per-device batch, M capacity, H height, W width, C chan
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cnn_spmd.data.feed import DeviceData, Feed, gather, labels_of, one_ahead, put
+from cnn_spmd.data.feed import DeviceData, Feed, gather, labels_of, put
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import Placement
 
@@ -128,7 +128,7 @@ class Sharded(Feed):
         )
         devices = self.place.mesh.size
         *chunk, batch = shape
-        per_device = self._batch_sharding(batch).shard_shape((batch,))
+        per_device = self.sharding("conv_batch", (batch,)).shard_shape((batch,))
         split = self._split(len(chunk))
         plan = Plan(
             abstract(shape, jnp.int32, self.place.replicated),
@@ -137,15 +137,8 @@ class Sharded(Feed):
         )
         return data, plan
 
-    def calls(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[DeviceData, Plan]]:
-        """Yield the data and the plan that a program takes, for each call of it.
-
-        indices: the examples that each call sees; int32 [B] or [S, B]. A thread plans the next call
-        while the devices run this one.
-        """
-        return one_ahead(self._call, indices)
-
-    def _call(self, indices: np.ndarray) -> tuple[DeviceData, Plan]:
+    def call(self, indices: np.ndarray) -> tuple[DeviceData, Plan]:
+        """Return the data and the plan that a program takes, for one call of it."""
         sent_rows, slots = plan_exchange(indices, self._positions(indices), self.capacity)
         split = self._split(indices.ndim - 1)
         plan = Plan(put(indices, self.place.replicated), put(sent_rows, split), put(slots, split))
@@ -160,13 +153,10 @@ class Sharded(Feed):
         mesh = self.place.mesh
         return NamedSharding(mesh, P(*(None,) * dimension, mesh.axis_names))
 
-    def _batch_sharding(self, batch: int) -> NamedSharding:
-        return self.place.sharding(("conv_batch",), (batch,))
-
     def _positions(self, indices: np.ndarray) -> np.ndarray:
         """Return which examples of the global batch each device needs, int [D, b]."""
         batch = indices.shape[-1]
-        parts = self._batch_sharding(batch).devices_indices_map((batch,))
+        parts = self.sharding("conv_batch", (batch,)).devices_indices_map((batch,))
         every_position = np.arange(batch)
         return np.stack([every_position[parts[device]] for device in self.place.mesh.devices.flat])
 

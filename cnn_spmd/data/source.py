@@ -3,7 +3,6 @@
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ class Photograph(NamedTuple):
     """An image in its file."""
 
     name: str  # for messages
-    file: Path | io.BytesIO
+    file: str | io.BytesIO  # a path, or the content
     label: int
 
 

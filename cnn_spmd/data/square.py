@@ -16,7 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def decode(file: Path | io.BytesIO, size: int) -> np.ndarray:
+def decode(file: str | io.BytesIO, size: int) -> np.ndarray:
     """Return `pixels_of` an image in a file. Raises as `opened` and `pixels_of`."""
     with opened(file) as image:
         return pixels_of(image, size)
@@ -41,7 +41,7 @@ def pixels_of(image: Image.Image, size: int) -> np.ndarray:
     return fit(image, size)
 
 
-def opened(file: Path | io.BytesIO) -> Image.Image:
+def opened(file: str | Path | io.BytesIO) -> Image.Image:
     """Return an image whose pixels are not decoded yet.
 
     The content decides what a file is, not its name. Raises ValueError for another format.

@@ -155,14 +155,23 @@ def aliases(sharding: NamedSharding) -> bool:
 
 
 def lock_or_warn(memory: np.ndarray, device: jax.Device) -> bool | None:
-    """Lock the pages of `memory` for copies to GPUs; return whether that was possible.
+    """Lock the pages of `memory`, so that a GPU can read them by itself.
 
-    Return None for a CPU, which copies nothing. A warning says where it was not possible.
+    Return whether that was possible; a warning says why it was not. Return None for a CPU, which
+    copies nothing.
     """
     if device.platform == "cpu":
         return None
     try:
-        lock_pages(memory, device)
+        cuda = cuda_runtime()
+        # Otherwise CUDA would set itself up on the first GPU, which may be another process's.
+        status = cuda.cudaSetDevice(ctypes.c_int(device.local_hardware_id))
+        if not status:
+            address, size = ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes)
+            status = cuda.cudaHostRegister(address, size, ctypes.c_uint(PORTABLE))
+        if status:
+            cuda.cudaGetErrorString.restype = ctypes.c_char_p
+            raise OSError(f"cudaHostRegister: {cuda.cudaGetErrorString(status).decode()}")
     except OSError as error:
         logging.log_first_n(
             logging.WARNING,
@@ -172,22 +181,6 @@ def lock_or_warn(memory: np.ndarray, device: jax.Device) -> bool | None:
         )
         return False
     return True
-
-
-def lock_pages(memory: np.ndarray, device: jax.Device) -> None:
-    """Lock the pages of `memory`, so that a GPU can read them by itself.
-
-    Raises OSError where CUDA refuses.
-    """
-    cuda = cuda_runtime()
-    # Otherwise CUDA would set itself up on the first GPU, which may be another process's.
-    status = cuda.cudaSetDevice(ctypes.c_int(device.local_hardware_id))
-    if not status:
-        address, size = ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes)
-        status = cuda.cudaHostRegister(address, size, ctypes.c_uint(PORTABLE))
-    if status:
-        cuda.cudaGetErrorString.restype = ctypes.c_char_p
-        raise OSError(f"cudaHostRegister: {cuda.cudaGetErrorString(status).decode()}")
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,18 +42,6 @@ MANUAL = {
 def data_directory() -> Path:
     """Return TFDS's data directory, which also holds what we prepare."""
     return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-
-
-def load_tfds(name: str) -> ModuleType:
-    """Import tensorflow_datasets. Raises UserError where it is not installed."""
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise UserError(
-            f"data.name={name}: cannot import tensorflow_datasets ({one_line(error)}), expected it "
-            "installed: pip install tensorflow-datasets"
-        ) from error
-    return tensorflow_datasets
 
 
 def prepared_folder(name: str, root: Path) -> Path | None:
@@ -98,7 +85,8 @@ def find_source(name: str, root: Path) -> Source:
         if name == bare:
             raise UserError(f"data.name={name}: {root / name} holds no prepared data set: {remedy}")
         folder = prepare(name, root, remedy)
-    tensorflow_datasets = load_tfds(name)
+    import tensorflow_datasets
+
     where = f"data.name={name}: {folder}"
     try:
         info = tensorflow_datasets.builder_from_directory(folder).info
@@ -133,7 +121,8 @@ def prepare(name: str, root: Path, remedy: str) -> Path:
     Raises UserError for a name that TFDS does not know, for features that do not fit, both before
     anything is downloaded, and with `remedy` where TFDS cannot download or prepare it.
     """
-    tensorflow_datasets = load_tfds(name)
+    import tensorflow_datasets
+
     builder = find_builder(name, root)
     choose_features(builder.info, f"data.name={name}")
     if not sys.stderr.isatty():
@@ -161,7 +150,8 @@ def prepare(name: str, root: Path, remedy: str) -> Path:
 
 def find_builder(name: str, root: Path) -> Any:
     """Return what TFDS prepares a data set with. Raises UserError for an unknown name."""
-    tensorflow_datasets = load_tfds(name)
+    import tensorflow_datasets
+
     bare = name.removeprefix(PREFIX)
     expected = f"expected {PREFIX} and a name of https://www.tensorflow.org/datasets/catalog"
     if not NAMES.fullmatch(bare):

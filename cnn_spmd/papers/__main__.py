@@ -18,12 +18,10 @@ from cnn_spmd.training import environment
 def parser() -> environment.Parser:
     """Return the parser of the command line."""
     made = environment.Parser(
-        prog="python -m cnn_spmd.papers",
-        description=(
-            "Print the pages of results/, made from results/data: every published figure beside "
-            "what was measured, accuracy by depth, errors by batch size, speeds. With RUN: print "
-            "the published figures that these runs are about, beside what they measured."
-        ),
+        "papers",
+        "Print the pages of results/, made from results/data: every published figure beside "
+        "what was measured, accuracy by depth, errors by batch size, speeds. With RUN: print "
+        "the published figures that these runs are about, beside what they measured.",
     )
     made.add_argument(
         "runs",

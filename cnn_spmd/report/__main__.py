@@ -19,12 +19,10 @@ from cnn_spmd.training import environment
 def parser() -> environment.Parser:
     """Return the parser of the command line."""
     made = environment.Parser(
-        prog="python -m cnn_spmd.report",
-        description=(
-            "Write report.md, report.csv and report.html (tables and charts, no network needed) on "
-            "runs and sweeps into the folder given. Of several folders, the first that holds a run "
-            "gets them."
-        ),
+        "report",
+        "Write report.md, report.csv and report.html (tables and charts, no network needed) on "
+        "runs and sweeps into the folder given. Of several folders, the first that holds a run "
+        "gets them.",
     )
     made.add_argument(
         "folders",

@@ -102,7 +102,18 @@ def print_plain_lines() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are of one line, by exit_code_of."""
+    """The parser of `python -m cnn_spmd.NAME`, whose errors are of one line, by exit_code_of."""
+
+    def __init__(self, name: str, description: str, **settings: object):
+        """description: a text of several lines is shown as it is. settings: as of argparse."""
+        is_laid_out = "\n" in description
+        formatter = argparse.RawDescriptionHelpFormatter if is_laid_out else argparse.HelpFormatter
+        super().__init__(
+            f"python -m cnn_spmd.{name}",
+            description=description,
+            formatter_class=formatter,
+            **settings,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
