@@ -246,24 +246,27 @@ SHARDED_SHARE = 0.6
 RESIDENT_BYTES = 4e9
 CHUNK_BYTES = 1e9
 
-# What a resumed run may change, as its numbers do not depend on it. There are three exceptions: the
-# learning rate follows steps and epochs from there on. data.skip_bad may change, as data_digest
-# shows which images are left out. With model.batch_norm=per_device numbers depend on the mesh.
+# Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another:
+# the last one gets its value, one before it becomes 0.
+FALLBACK_FIELDS = {
+    "fallback_batch_size": ("batch_size",),
+    "fallback_epochs": ("steps", "epochs"),
+    "fallback_learning_rate": ("optimizer.learning_rate",),
+}
+# Fields that say where and how a network computes. A resumed run and an evaluation may change them:
+# their numbers do not depend on them. There is one exception: with model.batch_norm=per_device,
+# training depends on the mesh.
+COMPUTING = ("mesh", "parallelism", "placement", "model.fast", "data.dir", "data.resident")
+# What a resumed run may change beside these. The learning rate follows steps and epochs from there
+# on; data_digest shows which images data.skip_bad leaves out.
 MAY_DIFFER = (
-    "mesh",
-    "model.fast",
-    "parallelism",
-    "placement",
+    *COMPUTING,
     "steps_per_call",
     "collectives_in_flight",
     "eval.every_epochs",
     "checkpoint",
-    "data.dir",
-    "data.resident",
     "data.fallback",
-    "data.fallback_epochs",
-    "data.fallback_batch_size",
-    "data.fallback_learning_rate",
+    *(f"data.{name}" for name in FALLBACK_FIELDS),
     "data.skip_bad",
     "epochs",
     "steps",
@@ -273,14 +276,6 @@ MAY_DIFFER = (
 )
 # What a run's config.json says of its data beside the config; a resumed run has the same.
 DATA_FIELDS = ("dataset", "fallback", "data_files", "data_digest")
-
-# Each of data.fallback_*, and the fields that it replaces on a data set that stands in for another:
-# the last one gets its value, one before it becomes 0.
-FALLBACK_FIELDS = {
-    "fallback_batch_size": ("batch_size",),
-    "fallback_epochs": ("steps", "epochs"),
-    "fallback_learning_rate": ("optimizer.learning_rate",),
-}
 
 # ---- Fields: defaults, types, ranges
 
@@ -394,6 +389,11 @@ def is_entry(field: str) -> bool:
     """Return whether a dotted name is that of an entry of a dict field."""
     parent = SCHEMA.get(field.rpartition(".")[0])
     return parent is not None and isinstance(parent.default, dict)
+
+
+def is_part_of(field: str, names: Collection[str]) -> bool:
+    """Return whether a field is among these fields and sections, or lies in one of them."""
+    return f"{field}.".startswith(tuple(f"{name}." for name in names))
 
 
 def _sections() -> set[str]:
@@ -545,10 +545,8 @@ def keep_given(config: ml_collections.ConfigDict, given: Collection[str]) -> Non
     among them stay.
     """
     for fallback, fields in FALLBACK_FIELDS.items():
-        replaces_given = any(
-            f"{field}.".startswith(f"{name}.") for field in fields for name in given
-        )
-        if replaces_given and not {"data", f"data.{fallback}"} & set(given):
+        replaces_given = any(is_part_of(field, given) for field in fields)
+        if replaces_given and not is_part_of(f"data.{fallback}", given):
             config.data[fallback] = type(config.data[fallback])(0)
 
 
@@ -777,12 +775,9 @@ def refuse_changes(where: str, old: dict, new: dict) -> None:
 def _compared(saved: dict) -> dict[str, Any]:
     """Return what a resumed run must share with this one, by dotted names."""
     fields = flat(complete(saved))
-    fields["data.image_size"] = (
-        fields["data.image_size"] or IMAGE_SIZE
-    )  # of a run without the field
-    for name in list(fields):
-        if f"{name}.".startswith(tuple(f"{free}." for free in MAY_DIFFER)):
-            del fields[name]
+    # Runs from before the field have no number there.
+    fields["data.image_size"] = fields["data.image_size"] or IMAGE_SIZE
+    fields = {name: fields[name] for name in fields if not is_part_of(name, MAY_DIFFER)}
     return fields | {name: saved[name] for name in DATA_FIELDS if name in saved}
 
 

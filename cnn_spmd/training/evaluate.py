@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from cnn_spmd import config as configs
 from cnn_spmd.data import augment, order
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.data.feed import put
@@ -20,20 +21,9 @@ from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
 from cnn_spmd.training.terminal import say
 
-# What an evaluation may change of a run's config.
-MAY_DIFFER = (
-    "mesh",
-    "parallelism",
-    "placement",
-    "model.fast",
-    "batch_size",
-    "dtype",
-    "eval.views",
-    "data.dir",
-    "data.resident",
-    "data.skip_bad",
-    "data.validation",  # to 0: the test split
-)
+# What an evaluation may change of a run's config; data.validation only to 0, the test split.
+OF_EVALUATION = ("batch_size", "dtype", "eval.views", "data.skip_bad", "data.validation")
+MAY_DIFFER = configs.COMPUTING + OF_EVALUATION
 FILE = "evaluations.jsonl"
 
 
@@ -142,7 +132,7 @@ def evaluate_restored(name: str, restored: restore.Restored) -> dict:
 def refuse_changes(given: Collection[str]) -> None:
     """Raise UserError for a field set by hand that belongs to what was trained."""
     for field in given:
-        if not f"{field}.".startswith(tuple(f"{free}." for free in MAY_DIFFER)):
+        if not configs.is_part_of(field, MAY_DIFFER):
             raise UserError(
                 f"--config.{field}: belongs to what was trained, expected one of "
                 f"{', '.join(MAY_DIFFER)} with --evaluate and --workdir"
