@@ -133,8 +133,6 @@ class Checkpoints:
         rejected: steps that cannot be used, and why; this adds those that it finds.
         Raises UserError at the end if there are checkpoints.
         """
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"{self.directory}: is a file, expected a folder: move it away")
         steps = self._steps()
         self._remove_leftovers()
         unverified = []

@@ -19,7 +19,7 @@ from cnn_spmd.training.step import StepFunctions
 def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
     """Report what a compiled program of n steps holds and moves per step, JSON-ready.
 
-    setup: a Setup. An error while the program is read never ends a run: what is not known is then
+    setup: a Setup. An error in the report never ends a run: what is not known is then
     null or empty, and `error`, which is absent otherwise, says why.
     """
     config, place, abstract = setup.config, setup.place, setup.functions.abstract_state
@@ -35,11 +35,8 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
         image_bytes_per_device=setup.image_bytes_per_device,
         streamed_bytes_per_device=setup.streamed_bytes_per_device,
         param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
-        placement=[
-            place.report(name, axes_of(x), x.shape, x.dtype.itemsize, weight=is_weight(x))
-            for name, x in setup.variables
-        ],
-        activations=[place.report(*each, setup.itemsize) for each in setup.activations],
+        placement=[],
+        activations=[],
         bytes_per_device=dict(
             parameters=program.bytes_per_device(abstract.params),
             optimizer=program.bytes_per_device(abstract.optimizer),
@@ -52,6 +49,11 @@ def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
     if held := program.bytes_per_device(abstract.model_state):
         report["model_state_bytes_per_device"] = held
     try:
+        report["placement"] = [
+            place.report(name, axes_of(x), x.shape, x.dtype.itemsize, weight=is_weight(x))
+            for name, x in setup.variables
+        ]
+        report["activations"] = [place.report(*each, setup.itemsize) for each in setup.activations]
         report |= program.report(compiled, place.mesh, n)
         collectives = report["collectives"]
         report |= _beside_theory(collectives, *theory_of(setup, collectives))

@@ -72,9 +72,9 @@ FIELDS = {
 }
 # The fields of summary.json that sweep.json repeats.
 COPIED = (
-    "model mesh parallelism batch_size dataset fallback seed dtype steps images_per_second "
-    "step_milliseconds train_seconds compile_seconds param_count bytes_per_device collectives "
-    "device_kind processes"
+    "model mesh parallelism batch_size dataset fallback seed dtype steps epochs images_per_second "
+    "step_milliseconds steady_calls predicted_milliseconds train_seconds compile_seconds "
+    "param_count bytes_per_device collectives eval device_kind processes"
 )
 
 
@@ -255,7 +255,7 @@ def figures_of(folder: pathlib.Path) -> dict:
     """Return the figures of the run in `folder`, as sweep.json holds them.
 
     They come from summary.json, from program.json, and from profile.json if there is one.
-    Raises UserError for a file that is missing or damaged.
+    Raises UserError for a file that is missing or damaged, and for a field that it lacks.
     """
 
     def read_checked(name: str) -> dict:
@@ -263,24 +263,17 @@ def figures_of(folder: pathlib.Path) -> dict:
 
     summary, program = map(read_checked, ("summary.json", "program.json"))
     profile = read_checked("profile.json") if (folder / "profile.json").exists() else None
-    try:
-        evaluation = summary["eval"] or dict(accuracy=None, loss=None)
-        return {name: summary[name] for name in COPIED.split()} | dict(
-            epochs=summary.get("epochs"),
-            steady_calls=summary.get("steady_calls"),
-            accuracy=evaluation["accuracy"],
-            loss=evaluation["loss"],
-            eval=summary["eval"],
-            peak_bytes=program["memory"]["peak_bytes"],
-            ring_bytes=program["totals"]["ring_bytes"],
-            closed_form_ring_bytes=program["closed_form_ring_bytes"],
-            hidden_share=hidden_share(program),
-            predicted_milliseconds=summary.get("predicted_milliseconds"),
-            dense_microbatch=summary["config"].get("dense_microbatch", 0),
-            profile=profile,
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}: summary.json or program.json lacks {error}") from error
+    evaluation = summary.get("eval") or {}
+    return {name: summary.get(name) for name in COPIED.split()} | dict(
+        accuracy=evaluation.get("accuracy"),
+        loss=evaluation.get("loss"),
+        peak_bytes=program["memory"].get("peak_bytes"),
+        ring_bytes=program["totals"].get("ring_bytes"),
+        closed_form_ring_bytes=program.get("closed_form_ring_bytes"),
+        hidden_share=hidden_share(program),
+        dense_microbatch=summary["config"].get("dense_microbatch", 0),
+        profile=profile,
+    )
 
 
 def hidden_share(program: dict) -> float | None:
