@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from setups import (
-    IMAGE_SIZE,
     narrow,  # noqa: F401  (a fixture)
     setup_of,
 )
@@ -19,7 +18,6 @@ from cnn_spmd.errors import UserError
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement
 from cnn_spmd.sharding.table import TABLE
-from cnn_spmd.training.program_report import layouts_of_activations
 
 
 def own_placement(shape: tuple[int, ...], **row) -> Placement:
@@ -52,7 +50,7 @@ def test_what_to_change_where_a_size_does_not_divide(axis, cause):
 def test_networks_that_do_not_divide(model, parallelism, shape, message):
     with jax.enable_x64(True), pytest.raises(UserError, match=message):
         setup = setup_of(model, parallelism, shape, batch_size=math.prod(shape) * 2)
-        layouts_of_activations(setup.functions, setup.config.batch_size, IMAGE_SIZE[model], 16)
+        setup.activations  # noqa: B018
         setup.functions.abstract_state  # noqa: B018
 
 

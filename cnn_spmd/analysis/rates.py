@@ -220,13 +220,11 @@ def compile_loop(
         return into.at[0].set(work[0]), work
 
     spec = PartitionSpec(AXIS)
-    mapped = jax.shard_map(
-        lambda *arrays: lax.fori_loop(0, sizes.repeats, body, arrays),
-        mesh=mesh,
-        in_specs=(spec, spec),
-        out_specs=(spec, spec),
-        check_vma=False,
-    )
+
+    def loop(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return lax.fori_loop(0, sizes.repeats, body, arrays)
+
+    mapped = jax.shard_map(loop, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     arguments = [
         jax.ShapeDtypeStruct((each * mesh.size,), jnp.float32, sharding=NamedSharding(mesh, spec))
         for each in (elements, sizes.work // 4)

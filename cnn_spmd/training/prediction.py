@@ -87,17 +87,10 @@ def predict(
     if moves is None:
         raise UserError(f"parallelism={config.parallelism}: has no prediction: {reason}")
     alone = alone or one_device_step(card, setup)
-    memory = memory_of(setup)
-    return Prediction(
-        place.mesh_name,
-        config.parallelism,
-        config.batch_size,
-        terms_of(setup, card, moves, alone.seconds, gpus_per_host),
-        alone,
-        sum(move["ring_bytes"] for move in moves),
-        memory,
-        memory <= card.memory,
-    )
+    terms = terms_of(setup, card, moves, alone.seconds, gpus_per_host)
+    sent, memory = sum(move["ring_bytes"] for move in moves), memory_of(setup)
+    asked = place.mesh_name, config.parallelism, config.batch_size
+    return Prediction(*asked, terms, alone, sent, memory, fits=memory <= card.memory)
 
 
 def terms_of(

@@ -13,7 +13,6 @@ from cnn_spmd.data.sharded import Sharded
 from cnn_spmd.errors import UserError
 from cnn_spmd.sharding.placement import axes_of, is_weight, named_variables
 from cnn_spmd.training import microbatch
-from cnn_spmd.training.step import StepFunctions
 
 
 def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
@@ -82,9 +81,8 @@ def theory_of(setup: Any, compiled: Sequence[dict] = ()) -> tuple[list[dict] | N
     """
     config, place, functions = setup.config, setup.place, setup.functions
     activations, variables = setup.activations, setup.variables
-    side, network = setup.image_size, functions.abstract_model
-    images = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.float32)
-    reason = coverage.covers(place, network, images, activations, variables, compiled)
+    network = functions.abstract_model
+    reason = coverage.covers(place, network, _images(setup), activations, variables, compiled)
     if reason is None and config.optimizer.name == "muon":
         reason = _split_by_muon(functions.abstract_state.params)
     if reason is not None:
@@ -107,27 +105,31 @@ def _split_by_muon(params: nnx.State) -> str | None:
     return None
 
 
-def layouts_of_activations(
-    functions: StepFunctions, batch_size: int, image_size: int, classes: int
-) -> list[tuple[str, tuple, tuple]]:
+def layouts_of_activations(setup: Any) -> list[tuple[str, tuple, tuple]]:
     """Return (name, logical axes, shape) of each layer's input and output, in order.
 
-    JAX traces the network with abstract arrays, and `place` records each activation that has a
-    name. Raises UserError where one is not divisible as the scheme asks, and for logits of another
-    shape than [batch, classes].
+    setup: a Setup. JAX traces the network with abstract arrays, and `place` records each activation
+    that has a name. Raises UserError where one is not divisible as the scheme asks, and for logits
+    of another shape than [batch, classes].
     """
     seen = []
     place = dataclasses.replace(
-        functions.place, record=lambda name, axes, x: seen.append((name, axes, x.shape))
+        setup.place, record=lambda name, axes, x: seen.append((name, axes, x.shape))
     )
     logits = nnx.eval_shape(
         lambda model, x: model.classify(model.features(x, place), place),
-        functions.abstract_model,
-        jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32),
+        setup.functions.abstract_model,
+        _images(setup),
     )
-    if logits.shape != (batch_size, classes):
+    expected = setup.config.batch_size, len(setup.data.class_names)
+    if logits.shape != expected:
         raise UserError(
-            f"classify: returns the shape {logits.shape}, expected [batch, classes], "
-            f"({batch_size}, {classes})"
+            f"classify: returns the shape {logits.shape}, expected [batch, classes], {expected}"
         )
     return seen
+
+
+def _images(setup: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape of a batch as the network takes it."""
+    side = setup.image_size
+    return jax.ShapeDtypeStruct((setup.config.batch_size, side, side, 3), jnp.float32)

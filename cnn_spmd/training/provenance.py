@@ -59,11 +59,7 @@ def commit() -> str | None:
         return os.environ["COMMIT"]
     if not shutil.which("git"):
         return None
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        cwd=pathlib.Path(__file__).parent,
-        check=False,
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = pathlib.Path(__file__).parent
+    described = subprocess.run(describe, capture_output=True, text=True, cwd=folder, check=False)
     return described.stdout.strip() or None

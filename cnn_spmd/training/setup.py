@@ -107,10 +107,7 @@ class Setup:
 
         Raises UserError where one is not divisible as the scheme asks.
         """
-        classes = len(self.data.class_names)
-        return program_report.layouts_of_activations(
-            self.functions, self.config.batch_size, self.image_size, classes
-        )
+        return program_report.layouts_of_activations(self)
 
     @functools.cached_property
     def variables(self) -> list[tuple[str, nnx.Variable]]:
@@ -133,15 +130,10 @@ class Setup:
 
     def indices(self, start: int, steps: int) -> np.ndarray:
         """Return which training images the steps from `start` on see, int32 [steps, B]."""
-        config = self.config
+        config, examples = self.config, len(self.data.train_images)
+        held_out = config.data.held_out, config.data.held_out_steps
         return order.train_indices(
-            config.seed,
-            start,
-            steps,
-            config.batch_size,
-            len(self.data.train_images),
-            config.data.held_out,
-            config.data.held_out_steps,
+            config.seed, start, steps, config.batch_size, examples, *held_out
         )
 
     def rates(self, start: int, steps: int) -> np.ndarray:
