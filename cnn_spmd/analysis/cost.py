@@ -233,9 +233,8 @@ def collective_seconds(card: Card, move: Mapping, devices: int, hosts: int) -> f
     Raises UserError where the card has no times of a span.
     """
     lanes = max(1, devices // hosts)
-    spans = {}  # how many devices of the group send at once
-    if hosts == 1 or lanes > 1:
-        spans["host"] = 1
+    # How many devices of the group send at once.
+    spans = {"host": 1} if hosts == 1 or lanes > 1 else {}
     if hosts > 1:
         spans["cluster"] = lanes
     for span in spans:

@@ -296,7 +296,7 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Return the steps, newest first. Raises UserError if one is a file."""
         steps = []
-        for path in self.directory.glob("[0-9]*"):
+        for path in self._entries():
             if not path.name.isdecimal() or path.name != str(int(path.name)):
                 continue
             if not path.is_dir():
@@ -306,9 +306,12 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """Remove what a kill or a failed save left behind."""
-        for path in [*self.directory.glob("*")]:
+        for path in self._entries():
             if path.name.startswith((SAVING, REMOVING)):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _entries(self) -> list[pathlib.Path]:
+        return list(self.directory.iterdir()) if self.directory.is_dir() else []
 
 
 def _empty(array: Any) -> np.ndarray:

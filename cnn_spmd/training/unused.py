@@ -60,12 +60,8 @@ def refuse(config: ml_collections.ConfigDict, given: Collection[str]) -> None:
     off (0, False, empty) is fine, as it is off.
     """
     for field in given:
-        if (
-            field in configs.SCHEMA
-            and configs.get(config, field)
-            and (why := reason(config, field))
-        ):
-            value = configs.get(config, field)
+        value = configs.get(config, field) if field in configs.SCHEMA else None
+        if value and (why := reason(config, field)):
             shown = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
             raise UserError(f"{field}={shown}: {why}")
     if "epochs" in given and "steps" not in given and config.epochs and config.steps:
@@ -82,9 +78,7 @@ def reason(config: ml_collections.ConfigDict, field: str) -> str:
         users = [name for name, fields in uses.items() if field in fields]
         if users and chosen in uses and chosen not in users:
             return f"{by}={chosen} does not use it; those that do: {', '.join(users)}"
-    if field not in NEEDS:
-        return ""
-    value = configs.get(config, NEEDS[field])
-    if value:
-        return ""
-    return f"has no effect with {NEEDS[field]}={value!r}, expected another value there"
+    needed = NEEDS.get(field)
+    if needed and not (value := configs.get(config, needed)):
+        return f"has no effect with {needed}={value!r}, expected another value there"
+    return ""
