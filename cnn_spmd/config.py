@@ -92,7 +92,7 @@ SCHEMA = {
     ),
     "model.fast": Field(True, "fast forms of layers and gradients; False: the plain forms"),
     "init_from": Field(
-        "", "weights to start from, by cnn_spmd.export or torchvision's AlexNet; empty: none"
+        "", "weights to start from: of cnn_spmd.export, or torchvision's AlexNet; empty: none"
     ),
     "dense_microbatch": Field(
         0, "examples that the dense layers see at a time (variable batch); 0: the batch", low=0
@@ -112,7 +112,7 @@ SCHEMA = {
     ),
     "data.image_size": Field(
         0,
-        "side of photographs (central square); 0: as tfds or npz has it, or 256",
+        "side of photographs, of their central square; 0: what tfds:NAME or npz has, or 256",
         low=0,
         high=4096,
     ),
@@ -128,7 +128,7 @@ SCHEMA = {
     "data.crop_pad": Field(0, "reflected pixels around an image before it is cropped", low=0),
     "data.flip": Field(True, "mirror training images at random, where the data set allows it"),
     "data.colour_noise": Field(
-        0.0, "noise along the principal axes of colour, in deviations (AlexNet 2012: 0.1)", low=0.0
+        0.0, "PCA noise on colours, in standard deviations (AlexNet 2012: 0.1)", low=0.0
     ),
     "data.held_out": Field(0, "last training images that the first steps leave out", low=0),
     "data.held_out_steps": Field(0, "steps that leave out data.held_out images", low=0),
@@ -253,9 +253,10 @@ FALLBACK_FIELDS = {
     "fallback_epochs": ("steps", "epochs"),
     "fallback_learning_rate": ("optimizer.learning_rate",),
 }
-# Fields that say where and how a network computes. A resumed run and an evaluation may change them:
-# their numbers do not depend on them. There is one exception: with model.batch_norm=per_device,
-# training depends on the mesh.
+
+# Fields that say where and how a network computes, and not what. A resumed run and an evaluation
+# may change them. One exception: with model.batch_norm=per_device the mesh changes the numbers of
+# training.
 COMPUTING = ("mesh", "parallelism", "placement", "model.fast", "data.dir", "data.resident")
 # What a resumed run may change beside these. The learning rate follows steps and epochs from there
 # on; data_digest shows which images data.skip_bad leaves out.
@@ -507,7 +508,7 @@ def _check_range(name: str, value: float, field: Field) -> None:
     high = LARGEST[type(field.low)] if field.high is None else field.high
     # Written so that NaN is refused.
     if not (field.low <= value <= high and (field.below is None or value < field.below)):
-        end = f" and at most {high}" if field.high is field.below is None else ""
+        end = f" and at most {high}" if field.high is None and field.below is None else ""
         raise UserError(f"{name}={value}: expected {field.range}{end}")
 
 

@@ -127,7 +127,7 @@ def _hide_native_output() -> BinaryIO:
 def end_aborts_in_one_line() -> None:
     """Make abort() in C++ code end this process with one line and a plain exit code.
 
-    Call it before jax.distributed.initialize: the line says how long the join took by then.
+    Call it just before jax.distributed.initialize: the line says how long the join has taken.
     A handler set by Python's signal module would never run: Python calls it in the main thread once
     the C++ code returns, and abort() does not return. So C's signal() gets a C function, by ctypes.
     jax's client could also call Python back instead of aborting, but jaxlib fails to convert

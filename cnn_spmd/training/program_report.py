@@ -18,8 +18,8 @@ from cnn_spmd.training import microbatch
 def report_of(setup: Any, compiled: jax.stages.Compiled, n: int) -> dict:
     """Report what a compiled program of n steps holds and moves per step, JSON-ready.
 
-    setup: a Setup. An error in the report never ends a run: what is not known is then
-    null or empty, and `error`, which is absent otherwise, says why.
+    setup: a Setup. An error in the report never ends a run: what is not known is then null or
+    empty, and `error`, which is absent otherwise, says why.
     """
     config, place, abstract = setup.config, setup.place, setup.functions.abstract_state
     report = dict(
