@@ -66,10 +66,10 @@ def find_elsewhere() -> Path:
 def read(source: Path) -> prepared.Prepared:
     """Return CIFAR-10's arrays, in the archive's order, and their digest.
 
-    source: of `find`. Unpacking the archive and decoding TFDS's images take seconds. So the arrays
-    are kept in TFDS's data directory. Their folder's name is made from the source's content, so
-    that another archive never gets these arrays. They are compared with their digest when they are
-    read again. Raises UserError for a missing, damaged or wrong source.
+    source: of `find`. Unpacking the archive and decoding TFDS's images take seconds. So these
+    arrays are kept in TFDS's data directory, in a folder that the source's content names: another
+    archive never gets them. They are compared with their digest when they are read again. Raises
+    UserError for a missing, damaged or wrong source.
     """
     if source == kept_folder("official"):
         return prepared.keep(source, replace_damaged, "CIFAR-10")

@@ -1,7 +1,8 @@
 """Lay out the pages of results/ as Markdown.
 
-The text of a page is its template in results/templates. Names in braces stand for what is made
-from results/data: tables, numbers, and sections that are there only with their data.
+The text of a page is its template in results/templates. A name in braces is filled in with a table,
+a number or a section that is made from results/data, or with a text that pages share. A section
+without data is empty.
 """
 
 import functools
@@ -16,10 +17,9 @@ COMMAND = "python -m cnn_spmd.papers --write"
 HEAD = f"Generated from [data/](data) and [templates/](templates) by `{COMMAND}`; do not edit."
 HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
     config, commit, versions, hardware and seed."""
-# Such runs lost the low 16 bits of each weight of a small layer at every step.
 ROUNDED = """Runs in bfloat16 whose file lists the fast form `cast_once` were made with a fault
     (since mended): between steps they kept the weights of small layers in bfloat16, not in
-    float32. They are to be made again."""
+    float32. They are to be made again."""  # a weight lost its low 16 bits at every step
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 
@@ -48,10 +48,10 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def grid(names: Sequence[str], column: str, cells: Mapping[tuple, str]) -> str:
-    """Return texts as a Markdown table, by the row and the column in their keys.
+    """Return cells as a Markdown table.
 
-    The last part of a key is the column, the others are the row and its first cells. names: their
-    titles. column: the format of the other titles, such as "batch {}". Other cells are empty.
+    A key is the first cells of its row, and then the column. names: the titles of the first cells.
+    column: the format of the other titles, such as "batch {}". What has no cell is empty.
     """
     columns = sorted({key[-1] for key in cells})
     rows = dict.fromkeys(key[:-1] for key in cells)
@@ -77,12 +77,12 @@ def is_laid_out(part: str) -> bool:
 
 
 def commands(text: str, *lines: str) -> str:
-    """Return a closed block of a text and commands."""
+    """Return a block of a text and commands that a reader opens."""
     return details("Commands" if len(lines) > 1 else "Command", (text, lines))
 
 
 def details(summary: str, *groups: tuple[str, Sequence[str]]) -> str:
-    """Return a closed <details> block: per group a text, and commands in a code fence."""
+    """Return such a <details> block: for each group a text, and commands in a code fence."""
     parts = [f"<details>\n<summary>{summary}</summary>"]
     for text, lines in groups:
         fence = "\n".join(map(wrapped_command, lines))

@@ -1,8 +1,9 @@
 """Compare runs: which differ in nothing but their seed, and their speedups.
 
 A run is an entry of sweep.json: name, mesh, settings (the swept fields), status, reason, figures
-(runfiles.figures_of). A group is the completed runs that differ in nothing but their seed. A panel
-is the groups that differ in nothing but mesh and scheme: one chart compares the groups of a panel.
+(runfiles.figures_of). load.py adds its config and the digest of its data. A group is the completed
+runs that differ in nothing but their seed. A panel is the groups that differ in nothing but mesh
+and scheme: one chart compares the groups of a panel.
 """
 
 import dataclasses
@@ -81,7 +82,7 @@ class Group:
 
     @property
     def figures(self) -> dict:
-        """Return the figures of the first run, for what all runs share."""
+        """Return the figures of the first run, of which only those that all runs share count."""
         return self.runs[0]["figures"]
 
     def values(self, *path: str) -> list[float]:
@@ -118,11 +119,11 @@ def groups_of(runs: list[dict]) -> list[Group]:
             group.runs.append(run)
     panels = list(dict.fromkeys(map(panel_of, completed)))
 
-    def place(group: Group) -> tuple:
+    def order(group: Group) -> tuple:
         sizes = [-size for size in group.mesh]
         return panels.index(group.panel), group.devices, sizes, group.parallelism
 
-    ordered = sorted(groups.values(), key=place)
+    ordered = sorted(groups.values(), key=order)
     for group in ordered:
         bases = [each for each in ordered if each.panel == group.panel and each.devices == 1]
         timed = [each for each in bases if each.values(SPEED)]
@@ -146,7 +147,7 @@ def panels_of(groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def numbers(runs: Sequence[dict], metric: str) -> list[float]:
-    """Return SPEED, or a metric of the last evaluation, of each run that has it."""
+    """Return a metric, SPEED or one of the last evaluation, of each run that has it."""
     # Older sweeps have accuracy and loss outside `eval` only.
     found = (run["figures"] | (run["figures"].get("eval") or {}) for run in runs)
     return [figures[metric] for figures in found if figures.get(metric) is not None]
@@ -183,9 +184,9 @@ def data_name(run: dict) -> str:
 def by_data(runs: Sequence[dict]) -> dict[str, list[dict]]:
     """Return the runs whose accuracies compare, by the name of their images (data_name).
 
-    These have one data set, one digest and one split. A run without a digest compares where all
-    others of its data set have the same digest. Where two data sets have one name, that of the
-    Dataset, which has a digest in it, is used.
+    Their data set, its digest and the split are the same. A run without a digest compares with
+    those of its data set if these have one digest. Where two data sets are called alike, the full
+    name stands, which has the digest in it.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for run in runs:

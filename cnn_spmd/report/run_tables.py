@@ -37,9 +37,9 @@ PROFILE_LEGEND = (
 def result_cells(
     runs: Sequence[dict], metrics: Sequence[str], split: str, target: float | None = None
 ) -> dict[str, str]:
-    """Return metrics, seconds to the target and images/s over runs by column.
+    """Return the runs' metrics, seconds to the target and images/s, as cells by column.
 
-    split, target: as of settings.Overview.
+    split, target: those of settings.Overview.
     """
     cells = {
         compare.metric_label(name, split): metric_text(name, compare.numbers(runs, name))
@@ -111,7 +111,7 @@ def comparison_row(
 
 
 def step_text(group: Group) -> str:
-    """Return the median, 10th and 90th percentile of a group's step time, in ms."""
+    """Return the median, 10th and 90th percentile of a step in ms, each a mean over runs."""
     names = ("median", "p10", "p90")
     times = {name: group.average("step_milliseconds", name) for name in names}
     if None in times.values():
@@ -123,7 +123,8 @@ def moved_bytes(group: Group) -> tuple[float | None, float | None]:
     """Return the ring bytes per device and step, as compiled and by the closed form."""
     ring, theory = (group.average(name) for name in ("ring_bytes", "closed_form_ring_bytes"))
     micro_batches = any(run["figures"].get("dense_microbatch", 1) for run in group.runs)
-    # Older runs, which have no closed form for the variable batch, counted one micro-batch only.
+    # Older runs have no closed form for the variable batch, and counted one micro-batch's bytes
+    # only. Some do not say whether they had it.
     return (None if theory is None and micro_batches else ring), theory
 
 

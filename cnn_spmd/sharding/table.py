@@ -15,7 +15,8 @@ with its weight; model state and metrics are on every device; the data set is to
 streamed or sharded (`data.resident`).
 
 A row says where arrays are used. Its key `at_rest`, a row of the same form, splits weights further
-between steps. Each layer then asks for its whole kernel (sharding/at_rest.py), and XLA gathers it.
+between steps. Each layer then asks for its whole kernel (sharding/at_rest.py). XLA gathers all of
+them as a step starts or, with the key `gather_again`, one layer's after another.
 
 tests/test_schemes.py checks, for every scheme, that it computes what one device computes and moves
 what theory says.
@@ -65,11 +66,11 @@ TABLE: dict[str, dict[str, Any]] = {
         fc3_out="model",
     ),
     # One weird trick (Krizhevsky 2014, section 4, scheme a). The convolutions are data parallel.
-    # The dense layers hold 96% of AlexNet's weights and do 8% of its work at 224x224: their columns
-    # are split. XLA gathers fc1's input along `model`: the devices there hold other examples. It
-    # also gathers fc2's input: they hold other columns of it. fc3's rows are split as fc2's columns
-    # are, so that fc2's output does not move: devices sum a few logits instead. On 4x2, gradients
-    # of convolutions are summed over all 8 devices, those of dense layers over the 4 along `data`.
+    # The dense layers hold 96% of AlexNet's weights and do 8% of its work at 224x224. Their columns
+    # are split. Along `model`, fc1 needs the other devices' examples, and fc2 their columns of its
+    # input: XLA gathers both. fc3's rows are split as fc2's columns are, so that fc2's output does
+    # not move: devices sum a few logits instead. On 4x2, gradients of convolutions are summed over
+    # all 8 devices, those of dense layers over the 4 along `data`.
     "hybrid": dict(
         conv_batch=ALL,
         dense_batch="data",
@@ -113,8 +114,8 @@ TABLE: dict[str, dict[str, Any]] = {
     ),
     # As sharded_update, one layer at a time (ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054;
     # PyTorch's FSDP). A layer's weights are gathered when its input is there, dropped after use,
-    # and gathered again in the backward pass: half more bytes, and no device holds all weights at
-    # once. gather_again=False keeps them from the forward pass.
+    # and gathered again in the backward pass: 1.5 times the bytes, and no device holds all weights
+    # at once. With gather_again=False, the backward pass keeps those of the forward pass.
     "fsdp": dict(
         conv_batch=ALL,
         dense_batch=ALL,
@@ -127,8 +128,8 @@ TABLE: dict[str, dict[str, Any]] = {
     # The dense batch is not split, so no gradient of a dense weight is summed. Each layer sums its
     # outputs along the mesh axis of its rows. Before fc1, devices along `data` give each other
     # features of their examples (Placement.batch_to_features), and XLA then gathers the batch along
-    # `model`. In conv_batch, the last mesh axis changes fastest: the devices along `data` hold
-    # neighbouring examples, so that what a device receives needs no sorting.
+    # `model`. conv_batch is not ALL: so devices along `data` hold examples that follow each other,
+    # and what a device receives needs no sorting.
     "dense_2d": dict(
         conv_batch=("model", "data"),
         fc1_in="data",

@@ -8,7 +8,7 @@ host launches one call for many steps, and logs a chunk while the devices work o
   then measures the gradient's noise, too.
 - It saves a checkpoint every `checkpoint.every_epochs` epochs, and after its last step.
 - A signal (SIGTERM, Ctrl-C, SIGHUP) ends it after the chunks that are launched, at most two: it
-  saves, and the same command resumes. An evaluation that is due there is left to that command.
+  saves, and the same command resumes. If an evaluation was due, the resumed run does it.
 - A loss that is not finite ends it. So does a parameter or a model state that is not finite; they
   are tested before each save, and never saved.
 - A run starts from its seed, or from the weights of the file `init_from`.
@@ -55,12 +55,12 @@ def train(
 
     The summary is what summary.json holds. data: the config's data set, where it is found already.
     Raises UserError for bad input, before anything is compiled; KeyboardInterrupt for a signal
-    before the data are loaded; NonFinite if training diverges; SaveError if a save fails.
+    before the first step; NonFinite if training diverges; SaveError if a save fails.
     """
     workdir = pathlib.Path(workdir)
 
     def refuse_early(setup: Setup) -> None:
-        """Refuse a bad state, folder or init_from before images are read."""
+        """Refuse a state beyond memory, a folder in use, a bad init_from; no image is read yet."""
         build.refuse_beyond_memory(setup)
         with locked_run(workdir, setup.saved_config):
             if not has_checkpoint(workdir):
@@ -145,7 +145,7 @@ class Run:
 
     def run_to_the_end(self) -> str:
         """Run from stop to stop; return "completed", or "interrupted" after a signal."""
-        # A signal ended the earlier command here, or this step was its last one.
+        # The earlier command did not: a signal ended it here, or this was its last step.
         if self.step in self.timetable.evaluations and not self.log.is_evaluated:
             self.evaluation = self.evaluate("eval")
             self.checkpoints.record_accuracy(self.step, self.evaluation["accuracy"])
@@ -194,10 +194,9 @@ class Run:
         self.record(*running)
 
     def predict(self) -> None:
-        """Begin to predict a step in a thread, unless that is done.
+        """Begin to predict a step's time in a thread, unless that is done.
 
-        JAX may have to trace a step for that. Meanwhile the devices work, which the result is
-        compared with.
+        JAX may have to trace a step for that, while the devices train.
         """
         if self.prediction is None and self.programs.report["prediction"] is None:
             self.prediction = self.thread.submit(prediction.of_devices, self.setup)

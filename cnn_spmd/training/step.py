@@ -183,7 +183,7 @@ class StepFunctions:
     ) -> tuple[nnx.State, dict, nnx.State]:
         """Return the gradient of the loss, loss and accuracy [], and the new model state.
 
-        weights: what the layers compute with, where that is not state.params (`weights`).
+        weights: what the layers compute with, from the method `weights`; None: state.params.
         """
         images_BHWC, labels_B, dropout_key = self.batch(state, data, indices_B)
 
@@ -266,10 +266,10 @@ class StepFunctions:
         return state, values
 
     def cast(self, params: nnx.State) -> nnx.State | None:
-        """Return the large kernels in bfloat16, and None for all others; None: layers read params.
+        """Return params with the large arrays in bfloat16, and None in place of the small ones.
 
-        The update then writes both forms of a kernel while it has it at hand. A small array would
-        gain nothing. Carried twice, it would cost a copy per step.
+        None without carry_bf16: layers then read params. The update writes both forms of a large
+        array at once. A small one would gain nothing, and carried twice it would cost a copy.
         """
         if not self.carry_bf16:
             return None
