@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -760,17 +760,19 @@ def refuse_changes(where: str, old: dict, new: dict) -> None:
     if "data_digest" not in before or "data_digest" not in after:
         before.pop("data_digest", None)
         after.pop("data_digest", None)
-    differ = [
-        f"{field}: {before.get(field, 'absent')} -> {after.get(field, 'absent')}"
-        for field in sorted(before.keys() | after.keys())
-        if before.get(field) != after.get(field)
-    ]
-    if differ:
+    if differ := [f"{field}: {a} -> {b}" for field, a, b in differences(before, after)]:
         of_data = " with the same data (data.dir)" * ("data_digest" in "".join(differ))
         raise UserError(
             f"{where}: holds a run with another config ({'; '.join(differ)}): give the "
             f"same config{of_data} or another --workdir"
         )
+
+
+def differences(before: dict, after: dict) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each field that differs, with both values; None is as good as absent."""
+    for field in sorted(before.keys() | after.keys()):
+        if before.get(field) != after.get(field):
+            yield field, before.get(field, "absent"), after.get(field, "absent")
 
 
 def _compared(saved: dict) -> dict[str, Any]:

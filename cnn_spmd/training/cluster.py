@@ -17,7 +17,7 @@ import traceback
 import uuid
 from typing import Any
 
-from cnn_spmd.config import flat
+from cnn_spmd.config import differences, flat
 from cnn_spmd.errors import UserError, one_line
 from cnn_spmd.training import cluster_env, peers
 
@@ -82,14 +82,11 @@ def agree(values: dict) -> None:
     """Raise UserError for the first field in which a process differs from process 0."""
     first, *others = map(flat, exchange(dict(processes=peers.record().num_processes) | values))
     for i, other in enumerate(others, 1):
-        for field in first | other:
-            ours = first.get(field, "absent")
-            theirs = other.get(field, "absent")
-            if ours != theirs:
-                raise UserError(
-                    f"{field}: process 0 has {ours}, process {i} has {theirs}: give all processes "
-                    "the same command, code and data"
-                )
+        for field, ours, theirs in differences(first, other):
+            raise UserError(
+                f"{field}: process 0 has {ours}, process {i} has {theirs}: give all processes the "
+                "same command, code and data"
+            )
 
 
 def same_folder(folder: pathlib.Path, mark: pathlib.Path) -> None:
