@@ -46,11 +46,12 @@ LIKE = {
 
 
 class Weights(NamedTuple):
-    """What a step does with weights; numbers count weights, once per update.
+    """What a step does with weights.
 
-    network: of the whole network. updated: that a device updates. ready: of these, the weights
-    whose gradients are not summed over devices. update_bytes: see `update_bytes` below. in_turn:
-    the scheme gathers and sums the weights of one layer after another (gather_again).
+    network: the weights of the network. updated: the updates of single weights that a device does
+    per step. ready: those of them whose gradient is not summed over devices. update_bytes: see
+    `update_bytes` below. in_turn: the scheme gathers and sums the weights of one layer after
+    another (the key gather_again).
     """
 
     network: float
@@ -65,8 +66,8 @@ class Terms(NamedTuple):
 
     computing: float
     update: float
-    communication: float  # all collectives, each by itself
-    exposed: float  # what the device waits for
+    communication: float  # all collectives, each by itself, without the card's gap
+    exposed: float  # what the device waits for, gaps included
 
     @property
     def step(self) -> float:
@@ -115,9 +116,10 @@ class Rates(Origin):
     """How fast a card computes.
 
     memory: bytes. copy_rate: bytes/s, read plus written, of a large copy. matrix_rate: FLOP/s of a
-    large product, in bfloat16 on GPUs. kernel_seconds: what a kernel takes besides its work.
-    product_rates: points (width, FLOP/s) of products of 2-byte numbers, by the rows or columns of
-    which there are fewer. Without the last two, no step can be estimated (roofline.py).
+    large product, in bfloat16 on GPUs; no prediction needs it. kernel_seconds: what a kernel takes
+    besides its work. product_rates: points (width, FLOP/s) of products of 2-byte numbers; width is
+    their number of rows or of columns, whichever is smaller. Without kernel_seconds and
+    product_rates, no step can be estimated (roofline.py).
     """
 
     memory: float
@@ -131,10 +133,11 @@ class Rates(Origin):
 class Card(Rates):
     """The calibration of a card.
 
-    gap: seconds by which a collective delays the step beside its own time. hidden_share: of the
-    time of weights' gradients' sums, with one collective in flight; hidden_gathers: of the gathers
-    of weights. spans: "host" and "cluster" -> Links; a span that nobody measured is missing. steps:
-    measured steps of one device, each with the network's fields and points (batch, seconds).
+    gap: seconds by which a collective delays the step in addition to its own time. hidden_share:
+    the share of its time that XLA hides of a sum of weights' gradients, with one collective in
+    flight; hidden_gathers: of a gather of weights. spans: "host" and "cluster" -> Links; a span
+    that nobody measured is missing. steps: measured steps of one device, each with the network's
+    fields and points (batch, seconds).
     """
 
     gap: float
@@ -229,11 +232,11 @@ def collective_seconds(card: Card, move: Mapping, devices: int, hosts: int) -> f
     """Return the time of a collective of the closed form over `devices` on `hosts`.
 
     Across hosts, the devices of one host send at once, each through a link of its own. Inside a
-    host the bytes of a ring pass from device to device. The slower of both counts.
+    host the bytes of a ring pass from device to device. The time is that of the slower span.
     Raises UserError where the card has no times of a span.
     """
     lanes = max(1, devices // hosts)
-    # How many devices of the group send at once.
+    # Span -> how many devices of the group send at once.
     spans = {"host": 1} if hosts == 1 or lanes > 1 else {}
     if hosts > 1:
         spans["cluster"] = lanes
@@ -244,7 +247,7 @@ def collective_seconds(card: Card, move: Mapping, devices: int, hosts: int) -> f
                 "measured on several devices, or one of " + ", ".join(names())
             )
     operation, size = move["operation"], move["ring_bytes"]
-    return max(card.spans[span].seconds(operation, size, each) for span, each in spans.items())
+    return max(card.spans[span].seconds(operation, size, lanes) for span, lanes in spans.items())
 
 
 def update_bytes(itemsize: int, state_bytes: float) -> float:

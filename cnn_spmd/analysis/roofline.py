@@ -2,7 +2,7 @@
 
 JAX traces a train step without a GPU, and lists its operations. XLA joins element-wise operations
 into kernels (fusions); this module guesses which. A product (a convolution or a matrix product) and
-a kernel of our own (Pallas) are a kernel each. All else is joined as long as it need not be stored.
+a kernel of our own (Pallas) are a kernel each. All others are joined as long as they need no storing.
 A sum of many elements takes a second kernel. These arrays are stored:
 
   - what a product or a kernel of our own takes and returns, and what the program returns;
@@ -31,7 +31,7 @@ _KINDS = {
     # They call another program: its operations take their place.
     "call": "jit closed_call remat2 custom_jvp_call custom_vjp_call shard_map",
     "product": "dot_general conv_general_dilated",
-    # They are a kernel by themselves. A loop counts as one run of it.
+    # They are a kernel by themselves. Of a loop, only what it takes and returns is seen.
     "alone": "pallas_call select_and_scatter_add scatter scatter-add sort scan while",
     "barrier": "optimization_barrier",  # XLA stores what goes through it
     "reduction": "reduce_sum reduce_max reduce_min reduce_and reduce_or argmax argmin",
@@ -49,7 +49,7 @@ KINDS = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 # XLA's programs for an H100 have at least this many more.
 SCALAR_KERNELS = 8
 
-SMALL = 2**16  # bytes up to which an array may be computed again
+SMALL = 2**16  # bytes up to which an array is computed again, unless that is slow
 
 # XLA for GPUs sums more elements than this in two kernels, the second over partial sums. Its
 # programs for an H100 do so for sums over 5,408 rows, and not for those over 2,048.
@@ -70,10 +70,9 @@ class Kernel(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """What kernels of networks reach of a card's rates, which are those of the best kernels.
+    """Factors on a card's rates, which the kernels of networks do not reach.
 
-    kernel: how many times as long as kernel_seconds a kernel takes besides its work. copy: share of
-    copy_rate. float32: rate of a product of 4-byte numbers, as a share of that of 2-byte numbers.
+    kernel: on kernel_seconds. copy: on copy_rate. float32: on product_rates, for 4-byte numbers.
     """
 
     kernel: float
@@ -214,6 +213,7 @@ def _without_repetitions(
     for operation in operations:
         operation.inputs = [same.get(array, array) for array in operation.inputs]
         inputs = tuple(array.literal or array for array in operation.inputs)
+        # An operation by itself equals no other.
         params = operation if operation.kind == "alone" else str(operation.params)
         before = first.setdefault((operation.name, params, inputs), operation)
         same |= dict(zip(operation.outputs, before.outputs, strict=True))
@@ -231,10 +231,10 @@ class _Fusion:
         self.stored: set[Array] = set()  # of those that joined operations make
         # What an array is computed from: array -> the bytes that are read of it.
         self.needs: dict[Array, dict[Array, float]] = {}
-        # How many kernels come one after another until an array is there.
+        # How many kernels must run one after another until an array is there.
         self.levels: dict[Array, int] = {}
-        # The kernels of joined operations, by an array that each reads and its level: what it
-        # writes, and what it reads.
+        # The kernels of joined operations. (an array that the kernel reads, its level) -> the
+        # arrays that it writes, and the bytes that it reads of each array.
         self.joined: dict[tuple[Array, int], tuple[list[Array], dict[Array, float]]] = {}
         self.made_by: dict[Array, tuple[Array, int]] = {}  # array -> key of `joined`
         self.with_epilogue: set[Array] = set()  # of products' results
@@ -263,7 +263,10 @@ class _Fusion:
         return kernels
 
     def _place(self, output: Array) -> None:
-        """Give a stored array to the kernel that makes it: that of another one, or a new one."""
+        """Choose the kernel that writes a stored array.
+
+        It is the product before it, as its epilogue, or a kernel of `joined`, or a new one.
+        """
         needs = self._needs(output)
         level = self._level(needs)
         reduces = _kind(output) == "reduction"
@@ -319,6 +322,8 @@ class _Fusion:
                 more = users[output] - 1
                 if more < 1 or output in self.stored:
                     continue
+                # Each use but the first reads the inputs again. To store it is to write it once,
+                # and to read it for each use.
                 again = sum(self._needs(output).values())
                 is_slow = operation.kind == "slow"
                 is_large = output.bytes > SMALL and more * again > (more + 2) * output.bytes
@@ -326,6 +331,7 @@ class _Fusion:
                     self.stored.add(output)
 
     def _keep(self, arrays: Iterable[Array]) -> None:
+        """Store arrays; what a product or the like returns is stored anyway."""
         for array in map(_behind, arrays):
             if array.source and not array.source.is_alone:
                 self.stored.add(array)

@@ -27,9 +27,9 @@ def handle_early_signal(number: int, frame: types.FrameType | None) -> None:
     """Remember a signal that comes before there is a run, and raise KeyboardInterrupt.
 
     An exception inside Python's own import code may leave the import lock held, and other threads
-    would wait for it for ever. One inside a callback of jax is swallowed, with a traceback. There
-    the signal is sent again a moment later. XLA has more callbacks: so the next Interrupt also
-    looks at the remembered signals.
+    would wait for it for ever. One inside this callback of jax is swallowed, with a traceback. In
+    these two places the signal is sent again a moment later. Other callbacks may swallow it too:
+    so the next Interrupt also looks at the remembered signals.
     frame: what the main thread executes.
     """
     while frame and frame.f_globals is globals():  # this function may have interrupted itself
@@ -114,7 +114,7 @@ class Interrupt:
     def requested(self) -> bool:
         """Return whether a signal came to this process, or to any process of the cluster.
 
-        All processes of a cluster must call this after the same step, and get the same answer.
+        All processes of a cluster must call this at the same point, and get the same answer.
         """
         # Importing jax takes a second, in which signals must already be handled.
         import jax

@@ -3,8 +3,8 @@
 Krizhevsky 2014 ("One weird trick"), section 4: the convolutions work on the whole batch, the dense
 layers on `dense_microbatch` examples at a time. With dense_updates="each" the dense weights are
 updated after each micro-batch, at 1/n of the learning rate for n micro-batches, which is no longer
-exact SGD. With "sum" the gradients are averaged first, which is plain SGD, except that each
-micro-batch has a dropout mask of its own.
+exact SGD. With "sum" they are updated once per step, with the mean of the micro-batches' gradients.
+That is plain SGD, except that each micro-batch has a dropout mask of its own.
 
 Each device gives every micro-batch its share of examples, so that a micro-batch is gathered from
 all devices: this is the paper's scheme (c), whose communication is spread evenly. In scheme (b) a
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     """How the dense layers see the batch."""
 
     size: int  # examples per micro-batch
-    updates: str  # of the dense layers: "each" micro-batch, or the "sum"
+    updates: str  # of the dense layers: "each" micro-batch, or once per step for the "sum"
 
 
 def updates_each(settings: Settings | None) -> bool:
@@ -130,11 +130,11 @@ class DenseLayers:
         self.dense_weights = None if weights is None else _dense_and_conv(weights)[0]
 
     def train(self, x_BF: jax.Array, labels_B: jax.Array, dropout_key: jax.Array) -> tuple:
-        """Return what the micro-batches make of the dense layers.
+        """Do all micro-batches; return a tuple.
 
-        These are their parameters, optimizer state, sum of gradients, metrics [n], and the gradient
-        of x. With dense_updates="each" there is no sum of gradients (None); with "sum" the
-        parameters and the optimizer's state (None) are as they were.
+        It has the dense parameters, the optimizer's state, the sum of the gradients, the metrics
+        [n] and the gradient of x. With dense_updates="each" the sum is None. With "sum" the
+        parameters are unchanged, and None stands for the optimizer's state.
         """
         place, each = self.functions.place, updates_each(self.functions.microbatch)
         inputs = (
