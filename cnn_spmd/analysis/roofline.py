@@ -2,8 +2,8 @@
 
 JAX traces a train step without a GPU, and lists its operations. XLA joins element-wise operations
 into kernels (fusions); this module guesses which. A product (a convolution or a matrix product) and
-a kernel of our own (Pallas) are a kernel each. All others are joined as long as they need no storing.
-A sum of many elements takes a second kernel. These arrays are stored:
+a kernel of our own (Pallas) are a kernel each. All others are joined, except where an array must be
+stored. A sum of many elements takes a second kernel. These arrays are stored:
 
   - what a product or a kernel of our own takes and returns, and what the program returns;
   - a sum or a maximum over an array;
