@@ -20,7 +20,7 @@ import ml_collections
 
 from cnn_spmd.analysis import cost, program
 from cnn_spmd.analysis.cost import Card
-from cnn_spmd.config import AUTO, IMAGE_SIZE
+from cnn_spmd.config import AUTO, IMAGE_SIZE, JAX_SHARE
 from cnn_spmd.data.dataset import Dataset, Found, blank_arrays
 from cnn_spmd.errors import UnevenBatch, UserError
 from cnn_spmd.sharding import mesh as meshes
@@ -30,6 +30,9 @@ from cnn_spmd.training.prediction import Prediction, one_device_step, predict
 from cnn_spmd.training.setup import Setup
 
 MOST_ROWS = 30  # of a plan's printed table
+# Of a run, in which the most images that a device sends to another one are counted, where devices
+# exchange images. To look through whole runs on ImageNet takes a second for each row.
+SAMPLED_STEPS = 100
 COLUMNS = 100  # of a plan's sentences
 # Data set -> training images, test images, pixels per side, classes. Sources: Krizhevsky 2009;
 # Russakovsky et al. 2015 (their sides differ, and the config's data.image_size scales them).
@@ -89,7 +92,9 @@ def plan(
             levers = () if alone else None
             # What has no effect is the same everywhere, and is said once.
             with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
-                setup = build.prepare(asked, devices, data.preview, levers=levers)
+                memory = JAX_SHARE * card.memory
+                setup = build.prepare(asked, devices, data.preview, levers=levers, memory=memory)
+            setup.config.steps = min(setup.config.steps, SAMPLED_STEPS)
             alone = alone or one_device_step(card, setup)
             found.append(predict(setup, card, gpus_per_host, alone))
         except UserError as error:
@@ -189,6 +194,9 @@ def _title(setup: Setup, card: Card, devices: int, gpus_per_host: int) -> Iterat
         f"Predicted steps of {network} with {images} on {machine}, {setup.config.dtype}, the "
         "fastest first"
     )
+    where = program.WHERE_IMAGES_LIVE[setup.config.data.resident]
+    images = setup.image_bytes_per_device
+    yield f"Images: {where}" + (f", {images / 1e9:.2f} GB per device" if images else "")
     yield "sent, held: per device; held is without the data set's images"
     if hosts > 1:
         yield f"Times across hosts: {card.sources.get('cluster', 'no source')}"
@@ -315,6 +323,6 @@ def why(plan: Plan) -> str:
         )
     estimated = " Computing is estimated." if best.alone.is_estimated else ""
     return (
-        f"{text}.{estimated} Differences below the errors of a prediction say nothing: "
+        f"{text}.{estimated} {cost.ERRORS}. Smaller differences say nothing: "
         "results/predictions.md."
     )

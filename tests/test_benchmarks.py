@@ -173,7 +173,7 @@ def test_programs_are_compiled_for_every_row_of_the_table(monkeypatch):
 
 
 def test_stored_estimates_are_what_the_model_says():
-    """And within what a plan's heading says."""
+    """Their errors, like those of the sweeps' predictions, are within what a plan says."""
     from benchmarks import estimates
 
     path = ROOT / "results/data/predictions/estimates.json"
@@ -185,6 +185,13 @@ def test_stored_estimates_are_what_the_model_says():
     (within,) = re.findall(r"9 of 10 .* within (\d+) %", cost.ESTIMATES_WITHIN)
     errors = predictions.errors_of([row for row in rows if not row["fitted"]])
     assert sum(error <= int(within) / 100 for error in errors) >= 0.9 * len(errors)
+    most, most_split = map(int, re.findall(r"(\d+) %", cost.ERRORS))
+    for name in ("alexnet-224-2xh200-schemes", "alexnet-224-2xh200", "alexnet-224-4xh200"):
+        for row in predictions.load_predictions(name):
+            limit = most_split if row["parallelism"] in ("model", "spatial") else most
+            for key in ("predicted_milliseconds", "by_shipped_card_milliseconds"):
+                error = abs(row[key] / row["measured_milliseconds"] - 1)
+                assert error <= limit / 100, (name, row)
     (row,) = [row for row in estimates.FITTED if row.experiment == "claims_2012_cifar:relu"]
     kernels = estimates.roofline.kernels_of(estimates.program_of(row))
     seconds = estimates.roofline.seconds(kernels, cost.load(row.card))

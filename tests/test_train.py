@@ -180,6 +180,10 @@ def test_a_run_resumes_where_weights_rest_elsewhere(config, tmp_path, capsys):
         config.update(dict(steps=steps, parallelism=parallelism, mesh=mesh))
         summary = loop.train(config, tmp_path / "parts")
         assert (summary["status"], summary["steps"]) == ("completed", steps)
+    assert [(part["step"], part["mesh"], part["parallelism"]) for part in summary["parts"]] == [
+        (step, f"{data}x{model}", parallelism)
+        for step, (parallelism, data, model) in enumerate(homes)
+    ]
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("Compiling ...") == 5
     said = [line for line in lines if line.startswith("Resumed")]

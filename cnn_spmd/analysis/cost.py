@@ -35,6 +35,12 @@ WEIGHT_BYTES = 4  # weights are float32
 # From results/data/predictions/estimates.json, where a GPU's step was estimated and measured.
 ESTIMATES_WITHIN = "on H100s and H200s, 9 of 10 estimates were within 12 % of the measured step"
 
+# From the files of results/data/predictions on sweeps of H200s.
+ERRORS = (
+    "Errors: at most 6 % on 2 and 4 H200s of one host, for model and spatial up to 27 %; across "
+    "hosts unknown"
+)
+
 # Operations without times of their own take those of the first one that a card has.
 LIKE = {
     "collective-permute": ("collective-permute", "all-to-all", "all-gather"),

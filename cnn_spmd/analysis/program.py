@@ -31,7 +31,7 @@ NO_REDUCE_SCATTER = (
     "XLA for CPUs has no reduce-scatter. It makes an all-reduce of the same payload, which sends "
     "twice as much."
 )
-_WHERE_IMAGES_LIVE = dict(  # by data.resident
+WHERE_IMAGES_LIVE = dict(  # by data.resident
     yes="a copy on every device", sharded="split over all devices", no="streamed from the host"
 )
 
@@ -170,7 +170,7 @@ def _summary(report: dict) -> Iterator[str]:
     data = report["dataset"]
     if report["fallback"]:
         data += f" (fallback for {report['fallback']})"
-    data += f", {_WHERE_IMAGES_LIVE[report['data_resident']]}"
+    data += f", {WHERE_IMAGES_LIVE[report['data_resident']]}"
     yield f"mesh {mesh}, {report['devices']} x {compiler['device_kind']}"
     yield f"parallelism {report['parallelism']}, global batch {report['batch_size']}, data {data}"
     yield f"model {report['model']}, {report['param_count']:,} parameters, {report['dtype']}"

@@ -52,7 +52,7 @@ def load_run(folder: pathlib.Path) -> dict:
     try:
         summary = runfiles.read_json(folder / "summary.json")
         fields = flat(summary | dict(config=complete(summary["config"])))
-        for name in ("collectives", "startup"):  # lists of objects
+        for name in ("collectives", "startup", "parts"):  # lists of objects
             fields.pop(name, None)
         if fields.get("status") == "running":
             fields["reason"] = "unless a kill ended it, which its files do not show"

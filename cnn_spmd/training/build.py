@@ -1,6 +1,5 @@
 """Turn a config into a Setup: what is trained, on what data, and where."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from flax import nnx
 
 from cnn_spmd import config as configs
 from cnn_spmd import models
-from cnn_spmd.analysis import program
+from cnn_spmd.analysis import cost, program
 from cnn_spmd.data import registry, statistics, streaming
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset, Unread
@@ -44,6 +43,7 @@ def prepare(
     data: Dataset | Unread | None = None,
     check: Callable[[Setup], object] = lambda _: None,
     levers: Sequence[str] | None = None,
+    memory: float | None = None,
 ) -> Setup:
     """Return the Setup of a config: mesh, data, network and step functions.
 
@@ -51,14 +51,14 @@ def prepare(
     has found it already. check: called with the finished Setup. It is also called once before
     photographs are decoded, with zeros of the same shape, so that a bad config fails in seconds.
     levers: the fast forms to use, instead of all or none as model.fast says (layers/common.py); for
-    benchmarks.
+    benchmarks. memory: bytes that each device can hold, where the devices stand for others.
     Raises UserError for all that is wrong in a config, except for its workdir.
     """
     configs.validate(config)
     sizes = config.mesh.to_dict().values()
     rows = config.placement.to_dict()
     place = Placement(mesh.make(*sizes, devices=devices), config.parallelism, rows)
-    memory = device_memory(place)
+    memory = memory or device_memory(place)
     if devices is None:
         startup.background("memory", reserve_memory, place)
     assemble = functools.partial(_assemble, config, place, memory, levers, check)
@@ -175,12 +175,14 @@ def reserve_memory(place: Placement) -> None:
 
 def device_memory(place: Placement) -> float | None:
     """Return the bytes that each device of the mesh can hold; None where nobody knows."""
-    stats = None
-    with contextlib.suppress(RuntimeError):  # of devices that are not here
-        process = jax.process_index()
-        device = next(d for d in place.mesh.devices.flat if d.process_index == process)
-        stats = device.memory_stats()
-    memory = float((stats or {}).get("bytes_limit", 0))
+    process = jax.process_index()
+    device = next(d for d in place.mesh.devices.flat if d.process_index == process)
+    try:
+        stats = device.memory_stats() or {}
+    except RuntimeError:  # the device is not here, as with --target
+        card = cost.of_device(device.device_kind)
+        stats = dict(bytes_limit=configs.JAX_SHARE * card.memory) if card else {}
+    memory = float(stats.get("bytes_limit", 0))
     return min(cluster.exchange(memory)) or None  # all processes must decide alike
 
 

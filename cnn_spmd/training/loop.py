@@ -94,7 +94,8 @@ def train(
                 if origin.text:
                     say(origin.text)
                 state = origin.put_into(programs.init(np.uint32(setup.config.seed)))
-            origins = dict(started=started, init_from=origin.record)
+            parts = resume.parts(setup, old_summary, start)
+            origins = dict(started=started, init_from=origin.record, parts=parts)
             run = Run(setup, workdir, timetable, programs, checkpoints, state, interrupt, origins)
             return run.train()
 

@@ -216,7 +216,7 @@ def memory_of(setup: Any) -> int:
     These are weights and optimizer state as they lie between steps, the activations that the
     backward pass needs, and the weights in use or their gradients, in the compute dtype. With
     gather_again only the largest layer's weights are there at once. Left out are the images of a
-    data set that stays on the device: where they do not fit, data.resident=auto streams them.
+    data set that stays on the devices: data.resident=auto gives them a share of the memory.
     """
     abstract, place = setup.functions.abstract_state, setup.place
     layers = layout.layers_of(place, setup.activations, setup.variables, setup.itemsize)

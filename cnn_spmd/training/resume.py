@@ -64,6 +64,13 @@ def restore(
     return checkpoints, state
 
 
+def parts(setup: Setup, old_summary: dict, start: int) -> list[dict]:
+    """Return from which step, and where, each command so far trained the run, this one included."""
+    old = old_summary.get("parts")
+    here = dict(step=start, mesh=setup.place.mesh_name, parallelism=setup.config.parallelism)
+    return [*(old if isinstance(old, list) else ()), here]
+
+
 def write_config(
     setup: Setup, workdir: pathlib.Path, old_summary: dict, run_name: str, start: int
 ) -> None:

@@ -41,7 +41,7 @@ FIELDS = {
         "a number": "epochs? images_per_second? train_seconds? compile_seconds? "
         "step_milliseconds.*? eval.accuracy? eval.loss? eval.*? bytes_per_device.*? "
         "collectives.*.ring_bytes config.dense_microbatch?",
-        "a list": "collectives?",
+        "a list": "collectives? parts?",
         "an object": "mesh config versions bytes_per_device eval? step_milliseconds? collectives.*",
     },
     "program.json": {
