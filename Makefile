@@ -1,8 +1,10 @@
-# make train and make test first set up .venv, if it is missing or older than the requirements.
+# make setup, train and test set up .venv, if it is missing or older than the requirements.
 # pip would compile all modules on one core; compileall takes all cores. Some files are templates
 # that no Python can compile.
 EXTRAS := $(shell nvidia-smi >/dev/null 2>&1 && echo dev,cuda12 || echo dev)
 ARGS ?=
+
+setup: .venv/installed
 
 train: .venv/installed
 	.venv/bin/python launch.py --config experiments/alexnet_cifar.py $(ARGS)
@@ -26,4 +28,4 @@ test: .venv/installed
 	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
-.PHONY: train test
+.PHONY: setup train test

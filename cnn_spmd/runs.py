@@ -126,7 +126,8 @@ def as_table(
     header, *rows = zip(first, *shown, *last, strict=True)
     both = " or ".join(sorted({*splits}))
     where = ", ".join(map(str, folders))
-    title = f"{len(runs)} runs in {where}; accuracy: the best on the {both} split"
+    count = f"{len(runs)} run" + "s" * (len(runs) != 1)
+    title = f"{count} in {where}; accuracy: the best on the {both} split"
     yield from plain_table.aligned(title, header, rows, numbers=2, width=width)
     if hidden := [field for field, column in columns.items() if column not in shown]:
         said = f"They also differ in {', '.join(hidden)}: see --csv."

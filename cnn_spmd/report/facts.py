@@ -64,6 +64,9 @@ def recipe_facts(runs: list[dict], overview: Overview) -> dict[str, str]:
 
 
 def data_text(run: dict) -> str:
-    """Return the name of a run's data set, and that of the data set that it stands in for."""
-    fallback = run["figures"].get("fallback")  # older sweeps lack it
-    return compare.data_name(run) + (f", which stands in for {fallback}" if fallback else "")
+    """Return a run's data set, what it stands in for, and how many images were evaluated."""
+    figures = run["figures"]
+    fallback = figures.get("fallback")  # older sweeps lack it
+    text = compare.data_name(run) + (f", which stands in for {fallback}" if fallback else "")
+    count, split = (figures.get("eval") or {}).get("examples"), compare.split_of([run["config"]])
+    return text + (f", {count:,} {split} images" if count else "")
