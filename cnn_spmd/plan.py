@@ -239,6 +239,9 @@ def as_text(plan: Plan) -> Iterator[str]:
     if repeated:
         yield _wrapped(_repetitions(repeated))
     yield _wrapped(why(plan))
+    schemes = {found.parallelism for found in plan.predictions}
+    if len(schemes) > 1 and schemes.isdisjoint(rows_of_dense_layers()):
+        yield "--plan_rows also tries other splits of the dense layers"
     yield from _flags(plan.predictions[0])
     yield from _left_out(plan.refused)
 

@@ -103,6 +103,17 @@ def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
         (row,) = found.predictions
         assert row.batch_size == int(images.split()[0])
         assert max(map(len, lines)) <= plan.COLUMNS
+    # CIFAR-10 takes 184 MB; the devices exchange the images of a data set that they share.
+    sent = []
+    for memory, where in (
+        (1e9, "a copy on every device, 0.18 GB per device"),
+        (3e8, "split over all devices, 0.05 GB per device"),
+        (1e8, "streamed from the host"),
+    ):
+        found = plan.plan(config, black, dataclasses.replace(CARD, memory=memory), 4, "4x1")
+        assert f"Images: {where}" in found.title.splitlines()
+        sent.append(found.predictions[0].ring_bytes)
+    assert sent[0] == sent[2] < sent[1]
 
 
 def test_a_plan_puts_the_fastest_first(data, capsys, monkeypatch):
@@ -179,6 +190,7 @@ def test_rows_of_the_planners_own(data):
         (ours,) = plan.plan(config_of(parallelism=scheme), data, CARD, 4, "2x2").predictions
         assert own.terms == ours.terms
         text = "\n".join(plan.as_text(plan.Plan("title", [own], {})))
+        assert "--plan_rows" not in text
         assert f"--mesh=2x2 --config.parallelism={twin}" in text
         assert f"""--config.placement="{{'{twin}'""" in text
 
