@@ -696,6 +696,7 @@ def test_a_real_sweep_from_the_command_line(start, tmp_path):  # noqa: F811
     ]
     out, _ = finished(start(*arguments), code=1)  # not every combination worked
     assert "2 of 3 runs are completed" in out
+    assert "; the speed of simulated devices is not that of real ones" in out
     # Before the first run, and after the table.
     refused = "Run 3 refused: mesh.data=3, mesh.model=1: needs 3 devices, but there are 2: "
     assert out.count(refused) == 2

@@ -75,6 +75,8 @@ def answer(overview: Overview) -> str:
     if not overview.is_of_lone_runs:
         parts.append(settings.at_edges(ranked[0], overview))
     parts.append(beside_others(named, overview.metric))
+    if overview.metric == SPEED and any(is_simulated(run) for each in ranked for run in each.runs):
+        parts.append("the speed of simulated devices is not that of real ones")
     unfinished = []
     for each in overview.combinations:
         missing = sum(run["status"] not in ("completed", "refused") for run in each.runs)
@@ -86,6 +88,11 @@ def answer(overview: Overview) -> str:
     if unfinished:
         parts.append(f"not completed: {captions.names_text(unfinished, ' and ')}")
     return "; ".join(filter(None, parts))
+
+
+def is_simulated(run: dict) -> bool:
+    """Return whether a run has several devices that are simulated on a CPU."""
+    return (run["figures"] or {}).get("device_kind") == "cpu" and run["mesh"] != "1x1"
 
 
 def result_text(metric: str, combination: Combination) -> str:
