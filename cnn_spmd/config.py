@@ -243,7 +243,7 @@ MOST_CPU_DEVICES = 2048  # of one process: XLA numbers those of another process 
 # a chunk then has at most CHUNK_BYTES of them, or a single step.
 RESIDENT_SHARE = 0.4
 SHARDED_SHARE = 0.6
-JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes by default; the rest is no device memory here
+JAX_SHARE = 0.75  # of a GPU's memory: what JAX takes by default
 RESIDENT_BYTES = 4e9
 CHUNK_BYTES = 1e9
 

@@ -30,8 +30,8 @@ from cnn_spmd.training.prediction import Prediction, one_device_step, predict
 from cnn_spmd.training.setup import Setup
 
 MOST_ROWS = 30  # of a plan's printed table
-# Of a run, in which the most images that a device sends to another one are counted, where devices
-# exchange images. To look through whole runs on ImageNet takes a second for each row.
+# Where devices exchange images, a plan looks through this many steps for the most images that one
+# device sends to another. All steps of a run on ImageNet would take a second for each row.
 SAMPLED_STEPS = 100
 COLUMNS = 100  # of a plan's sentences
 # Data set -> training images, test images, pixels per side, classes. Sources: Krizhevsky 2009;
@@ -74,6 +74,7 @@ def plan(
             "python -m cnn_spmd.calibrate, and give its file as --card, or give one of "
             f"{', '.join(cost.names())}"
         )
+    memory = JAX_SHARE * card.memory
     names = meshes.shapes_over(len(devices)) if mesh == AUTO else [mesh]
     schemes = [config.parallelism]
     if config.parallelism == AUTO:
@@ -92,7 +93,6 @@ def plan(
             levers = () if alone else None
             # What has no effect is the same everywhere, and is said once.
             with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
-                memory = JAX_SHARE * card.memory
                 setup = build.prepare(asked, devices, data.preview, levers=levers, memory=memory)
             setup.config.steps = min(setup.config.steps, SAMPLED_STEPS)
             alone = alone or one_device_step(card, setup)
@@ -195,8 +195,8 @@ def _title(setup: Setup, card: Card, devices: int, gpus_per_host: int) -> Iterat
         "fastest first"
     )
     where = program.WHERE_IMAGES_LIVE[setup.config.data.resident]
-    images = setup.image_bytes_per_device
-    yield f"Images: {where}" + (f", {images / 1e9:.2f} GB per device" if images else "")
+    held = setup.image_bytes_per_device
+    yield f"Images: {where}" + (f", {held / 1e9:.2f} GB per device" if held else "")
     yield "sent, held: per device; held is without the data set's images"
     if hosts > 1:
         yield f"Times across hosts: {card.sources.get('cluster', 'no source')}"
