@@ -13,11 +13,16 @@ RATES = {1.0: "k", 0.5: "sqrt(k)"}
 
 def page() -> str:
     """Return the page on the cost of larger batches."""
-    runs = summaries.load_single_runs()
+    runs, search = summaries.load_single_runs(), rates.load_search()
+    claims = summaries.load_summaries(DATA / "claims")
     return filled_in(
         "batches.md",
-        errors=batch_table(summaries.load_summaries(DATA / "claims"), published_batch_errors()),
-        large_batches=large_batches.section(runs, rates.best_rates(rates.load_search())),
+        errors=batch_table(claims, published_batch_errors()),
+        imagenette_steps=steps_of(claims, "owt_imagenette", 512),
+        cifar_steps=steps_of(runs, "large_batch_cifar_linear", 4096),
+        cost=large_batches.cost(runs, "linear", 4096),
+        cost_with_batch_norm=large_batches.cost(runs, "linear_bn", 4096),
+        large_batches=large_batches.section(runs, rates.best_rates(search), rates.edges(search)),
     )
 
 
@@ -38,6 +43,15 @@ def batch_table(runs: Sequence[dict], paper: dict[tuple[str, int], float]) -> st
             key = (data, f"{rate}, {dense}", run["batch_size"])
             errors.setdefault(key, []).append(100 * (1 - run["eval"]["accuracy"]))
     return large_batches.errors_table(errors, "rate times, dense batch")
+
+
+def steps_of(runs: Sequence[dict], experiment: str, batch: int) -> int:
+    """Return the most steps of the runs of an experiment with a batch."""
+    return max(
+        run["steps"]
+        for run in runs
+        if (run["experiment"], run["batch_size"]) == (experiment, batch)
+    )
 
 
 def published_batch_errors() -> dict[tuple[str, int], float]:

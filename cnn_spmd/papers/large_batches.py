@@ -7,7 +7,7 @@ Errors are in %; a run whose loss or weights became infinite or NaN has none: it
 import collections
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from cnn_spmd.papers import published, summaries
 from cnn_spmd.papers.layout import filled_in, grid, table
@@ -22,8 +22,10 @@ DATA_NAMES = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
 MARGIN = 0.5  # points that a batch may add and still costs nothing: our choice, no paper has one
 GUESSING = 90.0  # the error of a guess among ten classes, at which a diverged run counts
 
-# Experiment and batch -> the best learning rate of a search; None where every run diverged.
-BestRates = dict[tuple[str, int], float | None]
+# Experiment and batch -> the best learning rate of a search; several tie, or all diverged.
+BestRates = dict[tuple[str, int], list[float]]
+# Of a search: each experiment and batch whose best rate is the smallest or the largest tried.
+Edges = Set[tuple[str, int]]
 # Data, "network, rule" and batch -> the errors of its runs; None where one diverged.
 Errors = dict[tuple[str, str, int], list[float | None]]
 
@@ -83,7 +85,7 @@ def machines_of(runs: Iterable[dict]) -> str:
     return ", ".join(sorted({compare.machine(run) for run in runs}))
 
 
-def section(runs: Sequence[dict], best: BestRates) -> str:
+def section(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
     """Return the section on the runs at the best rates of a search; "" without runs."""
     runs = of_large_batches(runs)
     errors = errors_of(runs)
@@ -95,8 +97,9 @@ def section(runs: Sequence[dict], best: BestRates) -> str:
         epochs=max(run["epochs"] for run in runs),
         errors=errors_table(errors, "network, rule"),
         machines=machines_of(runs),
-        rates=rates_text(runs, best),
-        imagenette="" if has_imagenette else "Imagenette was not run in these batches.",
+        rates=rates_text(runs, best, edges),
+        guessed=guessed_text(runs),
+        imagenette="" if has_imagenette else "Imagenette was not run with these rules.",
         margin=MARGIN,
         guessing=GUESSING,
         claims=claims_table(errors),
@@ -104,15 +107,41 @@ def section(runs: Sequence[dict], best: BestRates) -> str:
     )
 
 
-def rates_text(runs: Sequence[dict], best: BestRates) -> str:
-    """Say whether runs have the best rates of the search."""
-    others = {
-        f"{', '.join(names_of(run['experiment']))} at batch {run['batch_size']:,}"
+def cost(runs: Sequence[dict], variant: str, batch: int) -> float:
+    """Return how many points of error a batch adds on CIFAR-10, compared with 128."""
+    errors = errors_of(runs)
+    setting = names_of(f"{CIFAR}{variant}")
+    return statistics.mean(errors[*setting, batch]) - statistics.mean(errors[*setting, 128])
+
+
+def rates_text(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
+    """Say whether runs have the best rates of the search, and where better ones may exist."""
+    others = settings_text(
+        run
         for run in runs
-        if best.get((run["experiment"], run["batch_size"])) != rate_of(run)
+        if rate_of(run) not in best.get((run["experiment"], run["batch_size"]), ())
+    )
+    text = "Learning rates are the best of [rates.md](rates.md#large-batches)"
+    text += f", except {others}." if others else "."
+    unsure = settings_text(run for run in runs if (run["experiment"], run["batch_size"]) in edges)
+    return text + (f" A better rate may lie beyond those tried for {unsure}." if unsure else "")
+
+
+def guessed_text(runs: Iterable[dict]) -> str:
+    """Name the runs that did not diverge but only guess at their end; "" if there are none."""
+    guessed = settings_text(run for run in runs if (error_of(run) or 0) >= GUESSING)
+    return guessed and (
+        f"Runs of {guessed} learn at first, and only guess at their end: with the best rate of the "
+        "search, in whose fewer epochs the rate falls sooner. They are not in the picture."
+    )
+
+
+def settings_text(runs: Iterable[dict]) -> str:
+    """Return each "data, network, rule at batch B" of runs once."""
+    names = {
+        f"{', '.join(names_of(run['experiment']))} at batch {run['batch_size']:,}" for run in runs
     }
-    excepted = f", except {'; '.join(sorted(others))}" if others else ""
-    return f"Learning rates are the best of [rates.md](rates.md#large-batches){excepted}."
+    return "; ".join(sorted(names))
 
 
 # ---- What You et al. claim

@@ -60,15 +60,29 @@ def by_rate(runs: Iterable[dict]) -> dict[tuple[str, int], Tried]:
     return found
 
 
-def best_rate(errors: Tried) -> float | None:
-    """Return the rate of the lowest mean error, of rates with which no run diverged."""
+def best_of(errors: Tried) -> list[float]:
+    """Return the rate of the lowest mean error, of rates with which no run diverged.
+
+    More than one where they tie, none where all diverged.
+    """
     means = {rate: statistics.mean(own) for rate, own in errors.items() if None not in own}
-    return min(means, key=means.get, default=None)
+    return sorted(rate for rate, mean in means.items() if mean == min(means.values()))
 
 
 def best_rates(runs: Iterable[dict]) -> large_batches.BestRates:
-    """Return the best rate of each experiment and batch of a search."""
-    return {key: best_rate(errors) for key, errors in by_rate(runs).items()}
+    """Return the best rates of each experiment and batch of a search."""
+    return {key: best_of(errors) for key, errors in by_rate(runs).items()}
+
+
+def at_edge(errors: Tried) -> str:
+    """Return whether the best rate is the smallest or largest tried, in words; "" if neither."""
+    sides = {(min(errors),): "the smallest tried", (max(errors),): "the largest tried"}
+    return sides.get(tuple(best_of(errors)), "")
+
+
+def edges(runs: Iterable[dict]) -> large_batches.Edges:
+    """Return each experiment and batch of a search whose best rate is at the edge."""
+    return {key for key, errors in by_rate(runs).items() if at_edge(errors)}
 
 
 def search_fields(runs: Sequence[dict]) -> dict[str, object]:
@@ -107,18 +121,11 @@ def search_table(batches: dict[int, Tried]) -> str:
     """Return errors by batch and learning rate, the best of each row bold."""
     rows = []
     for batch, errors in batches.items():
-        best = best_rate(errors)
-        row = {"batch": f"{batch:,}"}
+        best = best_of(errors)
+        row = {"batch / rate": f"{batch:,}"}
         for rate in rates_of(batches):
             cell = large_batches.errors_text(errors[rate]) if rate in errors else ""
-            row[f"rate {rate:g}"] = f"**{cell}**" if rate == best else cell
-        rows.append(row | {"best rate": best_text(best, sorted(errors))})
+            row[f"{rate:g}"] = f"**{cell}**" if rate in best else cell
+        found = " or ".join(f"{rate:g}" for rate in best) or "none"
+        rows.append(row | {"best": ", ".join(filter(None, (found, at_edge(errors))))})
     return table(rows)
-
-
-def best_text(best: float | None, tried: Sequence[float]) -> str:
-    """Return the best rate, and whether it is the smallest or largest tried."""
-    if best is None:
-        return "none"
-    edges = {tried[0]: ", the smallest tried", tried[-1]: ", the largest tried"}
-    return f"{best:g}{edges.get(best, '')}"
