@@ -37,7 +37,12 @@ from cnn_spmd.training.prediction import Prediction, predict
 from cnn_spmd.training.provenance import provenance
 from experiments.alexnet_cifar import get_config
 
-SWEEPS = ("alexnet-224-2xh200", "alexnet-224-2xh200-schemes", "alexnet-224-4xh200")
+SWEEPS = (
+    "alexnet-224-2xh200",
+    "alexnet-224-2xh200-schemes",
+    "alexnet-224-4xh200",
+    "alexnet-224-4xh200-schemes",
+)
 GPUS_PER_HOST = 8
 DEVICES = [2**power for power in range(10)]
 # Batches by name: the global batch for a number of devices.
