@@ -185,10 +185,11 @@ def test_stored_estimates_are_what_the_model_says():
     (within,) = re.findall(r"9 of 10 .* within (\d+) %", cost.ESTIMATES_WITHIN)
     errors = predictions.errors_of([row for row in rows if not row["fitted"]])
     assert sum(error <= int(within) / 100 for error in errors) >= 0.9 * len(errors)
-    most, most_split = map(int, re.findall(r"(\d+) %", cost.ERRORS))
-    for name in ("alexnet-224-2xh200-schemes", "alexnet-224-2xh200", "alexnet-224-4xh200"):
+    most, of_fsdp, of_split = map(int, re.findall(r"(\d+) %", cost.ERRORS))
+    limits = dict(fsdp=of_fsdp, model=of_split, spatial=of_split)
+    for name in (*predictions.ALL_SCHEMES.values(), *predictions.OLDER.values()):
         for row in predictions.load_predictions(name):
-            limit = most_split if row["parallelism"] in ("model", "spatial") else most
+            limit = limits.get(row["parallelism"], most)
             for key in ("predicted_milliseconds", "by_shipped_card_milliseconds"):
                 error = abs(row[key] / row["measured_milliseconds"] - 1)
                 assert error <= limit / 100, (name, row)

@@ -37,8 +37,8 @@ ESTIMATES_WITHIN = "on H100s and H200s, 9 of 10 estimates were within 12 % of th
 
 # From the files of results/data/predictions on sweeps of H200s.
 ERRORS = (
-    "Errors: at most 6 % on 2 and 4 H200s of one host, for model and spatial up to 27 %; across "
-    "hosts unknown"
+    "Errors: at most 6 % on 2 and 4 H200s of one host, for fsdp up to 15 %, for model and spatial "
+    "up to 27 %; across hosts unknown"
 )
 
 # Operations without times of their own take those of the first one that a card has.

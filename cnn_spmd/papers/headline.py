@@ -46,12 +46,16 @@ def accuracy_fields() -> dict[str, object]:
 def papers_fields() -> dict[str, str]:
     """Return the mean errors of NETWORKS, the published ones, and two speedups."""
     figures = {row.name: row for rows in measured.measured_tables().values() for row in rows}
-    own = [figures[f"{name}: test error, %"] for name in NETWORKS]
+    errors = [f"{name}: test error, %" for name in NETWORKS]
+
+    def mean(name: str) -> str:
+        return figures[name].measured.split(" ±")[0]
+
     return dict(
-        errors=", ".join(figure.measured.split(" ±")[0] for figure in own),
-        published_errors=", ".join(figure.published for figure in own),
-        hybrid=figures["one weird trick, batch 32 per GPU, 4 GPUs"].measured,
-        data=figures["data, batch 32 per GPU, 4 GPUs"].measured,
+        errors=", ".join(map(mean, errors)),
+        published_errors=", ".join(figures[name].published for name in errors),
+        hybrid=mean("one weird trick, batch 32 per GPU, 4 GPUs"),
+        data=mean("data, batch 32 per GPU, 4 GPUs"),
     )
 
 

@@ -16,16 +16,23 @@ from cnn_spmd.report.text import markdown_table
 from cnn_spmd.training import runfiles
 
 DEVICES = "devices.svg"
-SCHEMES, FOUR_GPUS = "alexnet-224-2xh200-schemes", "alexnet-224-4xh200"
-SWEEPS = ("ahead-2xh200", SCHEMES, "alexnet-224-2xh200", FOUR_GPUS)
+# Of all schemes, and older ones of three schemes on more meshes.
+ALL_SCHEMES = {gpus: f"alexnet-224-{gpus}xh200-schemes" for gpus in (2, 4)}
+OLDER = {gpus: f"alexnet-224-{gpus}xh200" for gpus in (2, 4)}
+AHEAD = {gpus: f"ahead-{gpus}xh200" for gpus in (2, 4)}
 # Files of papers' curves -> the name of the paper's system.
 SYSTEMS = {"optcnn": "OptCNN", "flexflow": "FlexFlow", "tensorflow": "TensorFlow"}
 
 
 def page() -> str:
     """Return the page of predicted steps beside measured ones."""
-    sweeps = {name: load_predictions(name) for name in SWEEPS}
-    measured = {(row["mesh"], row["parallelism"]) for row in sweeps[FOUR_GPUS]}
+    sweeps = {
+        name: load_predictions(name)
+        for names in (AHEAD, ALL_SCHEMES, OLDER)
+        for name in names.values()
+    }
+    on_four = sweeps[ALL_SCHEMES[4]] + sweeps[OLDER[4]]
+    measured = {(row["mesh"], row["parallelism"]) for row in on_four}
     unmeasured = [
         row
         for row in load_predictions("unmeasured")
@@ -39,7 +46,10 @@ def page() -> str:
         "predictions.md",
         sweeps={name: predictions_table(rows) for name, rows in sweeps.items()},
         sweep_errors={name: prediction_errors(rows) for name, rows in sweeps.items()},
-        shipped_card_errors=shipped_card_errors(sweeps[SCHEMES]),
+        shipped_card_errors=shipped_card_errors(sweeps[ALL_SCHEMES[2]]),
+        four_without_fsdp=errors_text(
+            [row for row in sweeps[ALL_SCHEMES[4]] if row["parallelism"] != "fsdp"]
+        ),
         unmeasured=predictions_table(unmeasured),
         fitted=len(fitted),
         estimates={name: estimates_table(rows) for name, rows in of_one_gpu.items()},
