@@ -743,7 +743,8 @@ def test_the_tables_of_a_sweep(tmp_path):
     """One table per batch, smallest first; accuracies unless the images are random."""
     runs = [*RUNS[:3], a_run(speed=500.0, batch=32), BROKEN[0]]
     sweep = json.loads((write_sweep(tmp_path / "s", runs) / "sweep.json").read_text())
-    made = meshes.sweep_tables(sweep)
+    panels = meshes.sweep_panels(sweep)
+    made = {panel[0].panel: meshes.sweep_table(panel) for panel in panels}
     header = "| mesh | scheme | n | MB per device | images/s | step, ms (p10 to p90) | speedup |"
     assert list(made) == ["batch 32 per device", "batch 128 per device"]
     assert made["batch 32 per device"].splitlines() == [
@@ -760,9 +761,22 @@ def test_the_tables_of_a_sweep(tmp_path):
     assert said == f"{BROKEN[0]['name']}: refused: two towers | need <2> devices"
     for run in sweep["runs"]:
         run["figures"].update(dataset="digits")
-    digits = meshes.sweep_tables(sweep)["batch 128 per device"]
+    digits = meshes.sweep_table(meshes.sweep_panels(sweep)[1])
     assert digits.startswith(f"{header} ring MB per step | test accuracy, % |")
     assert "5.50 ± 0.71 | 24.1 | 50.50 ± 0.71 |" in digits
+
+
+def test_the_fastest_of_a_sweep_of_gpus(tmp_path):
+    """By the median step, on several GPUs; with fewer than three, a reader sees it."""
+    speeds = (("1x1", 1000.0), ("1x2", 2000.0), ("2x2", 3200.0), ("2x1", 4000 / 3))
+    runs = [a_run(mesh, speed) for mesh, speed in speeds]
+    sweep = json.loads((write_sweep(tmp_path / "s", runs) / "sweep.json").read_text())
+    for run in sweep["runs"]:
+        run["figures"].update(device_kind="NVIDIA H200")
+    (panel,) = meshes.sweep_panels(sweep)
+    said = "The shortest step on several GPUs: 1x2 `data`. Next: 2x2 `data` (+25.0 %), 2x1 `data`"
+    assert meshes.fastest_text(panel) == f"{said} (+50.0 %)."
+    assert not meshes.fastest_text(panel[:-1])
 
 
 # ---- Metrics that a user registers

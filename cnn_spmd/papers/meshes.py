@@ -1,7 +1,8 @@
 """Make results/meshes.md: sweeps over meshes and schemes."""
 
+import collections
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cnn_spmd.papers.layout import commands, filled_in, joined, table
 from cnn_spmd.papers.summaries import DATA
@@ -9,6 +10,7 @@ from cnn_spmd.report import compare, run_tables
 from cnn_spmd.training import runfiles
 
 ACCURACY = "test accuracy, %"
+NEXT = 2  # meshes and schemes that are named after the fastest
 # Column -> its name in the report's table (run_tables.comparison_row).
 SWEEP_COLUMNS = {
     "mesh": "mesh",
@@ -25,17 +27,34 @@ SWEEP_COLUMNS = {
 
 def page() -> str:
     """Return the page of sweeps over meshes and schemes."""
-    sections = map(sweep_section, sorted((DATA / "sweeps").glob("*.json")))
-    return filled_in("meshes.md", sweeps="\n".join(sections))
+    paths = sorted((DATA / "sweeps").glob("*.json"))
+    sweeps = map(runfiles.read_json, paths)
+    sections = "\n".join(map(sweep_section, paths))
+    return filled_in("meshes.md", spread=100 * spread(sweeps), sweeps=sections)
+
+
+def spread(sweeps: Iterable[dict]) -> float:
+    """Return by what share the step of one GPU differs between sweeps, at most."""
+    steps = collections.defaultdict(list)
+    for sweep in sweeps:
+        for run in sweep["runs"]:
+            figures = run["figures"]
+            if run["mesh"] == "1x1" and figures and figures["device_kind"] != "cpu":
+                key = sweep["experiment"], figures["model"], figures["batch_size"]
+                steps[key].append(figures["step_milliseconds"]["median"])
+    return max(max(own) / min(own) - 1 for own in steps.values())
 
 
 def sweep_section(path: pathlib.Path) -> str:
     """Return the section on the sweep in a file."""
     sweep = runfiles.read_json(path)
-    dataset = next(run["figures"]["dataset"] for run in sweep["runs"] if run["figures"])
-    parts = [f"## {sweep['experiment']}, {dataset}, {compare.hardware_of(sweep)}"]
-    for panel, rows in sweep_tables(sweep).items():
-        parts += [f"{panel[0].upper()}{panel[1:]}:", rows]
+    figures = next(run["figures"] for run in sweep["runs"] if run["figures"])
+    network = f"{sweep['experiment']}: {figures['model']}, {figures['dataset']}"
+    day = sweep["started"].partition("T")[0]
+    parts = [f"## {network}, {compare.hardware_of(sweep)}, {day}"]
+    for groups in sweep_panels(sweep):
+        panel = groups[0].panel
+        parts += [f"{panel[0].upper()}{panel[1:]}:", sweep_table(groups), fastest_text(groups)]
     parts += unfinished_runs(sweep)
     picture = f"{path.stem}.png"
     if (DATA.parent / picture).exists():
@@ -55,15 +74,29 @@ def unfinished_runs(sweep: dict) -> list[str]:
     ]
 
 
-def sweep_tables(sweep: dict) -> dict[str, str]:
-    """Return one table per batch: a row for each mesh and scheme, seeds averaged."""
+def sweep_panels(sweep: dict) -> list[list[compare.Group]]:
+    """Return a panel per batch: a group for each mesh and scheme, of runs that differ in seed."""
 
     def batch_per_device(panel: list[compare.Group]) -> int:
         return panel[0].figures["batch_size"] // panel[0].devices
 
-    panels = compare.panels_of(compare.groups_of(sweep["runs"]))
-    panels.sort(key=batch_per_device)
-    return {panel[0].panel: sweep_table(panel) for panel in panels}
+    return sorted(compare.panels_of(compare.groups_of(sweep["runs"])), key=batch_per_device)
+
+
+def fastest_text(groups: Sequence[compare.Group]) -> str:
+    """Name the fastest mesh and scheme on several GPUs, and the next ones; "" for fewer than 3."""
+    steps = {
+        f"{compare.mesh_name(group.mesh)} `{group.parallelism}`": group.average(
+            "step_milliseconds", "median"
+        )
+        for group in groups
+        if group.devices > 1 and group.figures["device_kind"] != "cpu"
+    }
+    if len(steps) <= NEXT:
+        return ""
+    first, *others = sorted(steps, key=steps.get)[: NEXT + 1]
+    later = (f"{name} (+{100 * (steps[name] / steps[first] - 1):.1f} %)" for name in others)
+    return f"The shortest step on several GPUs: {first}. Next: {', '.join(later)}."
 
 
 def sweep_table(groups: Sequence[compare.Group]) -> str:

@@ -74,7 +74,7 @@ def draw_errors(errors: large_batches.Errors, axes: Axes, data: str) -> None:
     """Draw the errors on a data set.
 
     A line goes through each setting's means; a dot is a run. Settings without runs on this data set
-    get an empty line, for the legend. A batch at which a run diverged, or only guesses, has no mean.
+    get an empty line, for the legend. A batch at which a run diverged or only guesses has no mean.
     """
     for setting in dict.fromkeys(setting for _, setting, _ in errors):
         network, rule = setting.split(", ")

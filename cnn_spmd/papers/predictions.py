@@ -5,7 +5,7 @@ predicted divided by measured, minus 1.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -13,31 +13,29 @@ from cnn_spmd.papers import published
 from cnn_spmd.papers.layout import filled_in, grid, table
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report.text import markdown_table
+from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import runfiles
 
 DEVICES = "devices.svg"
-# Of all schemes, and older ones of three schemes on more meshes.
+# Sweeps by number of GPUs: of all schemes, and older ones of three schemes, on more meshes.
 ALL_SCHEMES = {gpus: f"alexnet-224-{gpus}xh200-schemes" for gpus in (2, 4)}
 OLDER = {gpus: f"alexnet-224-{gpus}xh200" for gpus in (2, 4)}
+# What was predicted of the sweeps of all schemes before they ran.
 AHEAD = {gpus: f"ahead-{gpus}xh200" for gpus in (2, 4)}
+IN_OLDER = ("data", "hybrid", "hybrid_alternating")  # the schemes of the older sweeps
 # Files of papers' curves -> the name of the paper's system.
 SYSTEMS = {"optcnn": "OptCNN", "flexflow": "FlexFlow", "tensorflow": "TensorFlow"}
 
 
 def page() -> str:
     """Return the page of predicted steps beside measured ones."""
-    sweeps = {
-        name: load_predictions(name)
-        for names in (AHEAD, ALL_SCHEMES, OLDER)
-        for name in names.values()
-    }
-    on_four = sweeps[ALL_SCHEMES[4]] + sweeps[OLDER[4]]
-    measured = {(row["mesh"], row["parallelism"]) for row in on_four}
-    unmeasured = [
-        row
-        for row in load_predictions("unmeasured")
-        if (row["mesh"], row["parallelism"]) not in measured
-    ]
+    names = [*AHEAD.values(), *ALL_SCHEMES.values(), *OLDER.values()]
+    sweeps = {name: distinct(load_predictions(name)) for name in names}
+    on_four = load_predictions(ALL_SCHEMES[4]) + load_predictions(OLDER[4])
+    measured = {place_of(row) for row in on_four}
+    shipped = load_predictions("unmeasured")
+    times = {step_of(row) for row in shipped if place_of(row) in measured}
+    unmeasured = distinct([row for row in shipped if step_of(row) not in times])
     estimates = load_predictions("estimates")
     fitted = [row for row in estimates if row["fitted"]]
     held_out = [row for row in estimates if not row["fitted"]]
@@ -46,10 +44,10 @@ def page() -> str:
         "predictions.md",
         sweeps={name: predictions_table(rows) for name, rows in sweeps.items()},
         sweep_errors={name: prediction_errors(rows) for name, rows in sweeps.items()},
+        new_errors={name: new_errors(sweeps[name]) for name in AHEAD.values()},
+        older_model=older_model_errors(),
         shipped_card_errors=shipped_card_errors(sweeps[ALL_SCHEMES[2]]),
-        four_without_fsdp=errors_text(
-            [row for row in sweeps[ALL_SCHEMES[4]] if row["parallelism"] != "fsdp"]
-        ),
+        fsdp=fsdp_fields(sweeps[ALL_SCHEMES[4]]),
         unmeasured=predictions_table(unmeasured),
         fitted=len(fitted),
         estimates={name: estimates_table(rows) for name, rows in of_one_gpu.items()},
@@ -84,12 +82,28 @@ def milliseconds(row: dict, digits: int) -> str:
 # ---- Our sweeps
 
 
+def place_of(row: dict) -> tuple[str, str]:
+    """Return the mesh and the scheme of a prediction."""
+    return row["mesh"], row["parallelism"]
+
+
+def step_of(row: dict) -> tuple[int, float]:
+    """Return what only predictions of one program share: the batch and the milliseconds."""
+    return row["batch_per_device"], row["predicted_milliseconds"]
+
+
+def distinct(predictions: Iterable[dict]) -> list[dict]:
+    """Return the predictions in the table's order, those of one program once."""
+    order = list(TABLE)
+    first = {}
+    for row in sorted(predictions, key=lambda row: (order.index(row["parallelism"]), row["mesh"])):
+        first.setdefault(step_of(row), row)
+    return list(first.values())
+
+
 def predictions_table(predictions: Sequence[dict]) -> str:
     """Return measured and predicted milliseconds by mesh, scheme and batch."""
-    cells = {
-        (row["mesh"], row["parallelism"], row["batch_per_device"]): milliseconds(row, 3)
-        for row in predictions
-    }
+    cells = {(*place_of(row), row["batch_per_device"]): milliseconds(row, 3) for row in predictions}
     return grid(["mesh", "scheme"], "{} per GPU", cells)
 
 
@@ -105,9 +119,42 @@ def prediction_errors(predictions: Sequence[dict]) -> str:
             f"at {batch} per GPU {chosen['mesh']} {chosen['parallelism']}, "
             + (f"which is {100 * loss:.1f} % slower than the fastest" if loss else "the fastest")
         )
-    count = len(predictions)
     return (
-        f"Median error {errors_text(predictions)}, n = {count}. The plan takes {'; '.join(named)}."
+        f"Median error {errors_text(predictions)}, n = {len(predictions)}. Predicted as the "
+        f"fastest of these rows: {'; '.join(named)}."
+    )
+
+
+def new_errors(predictions: Sequence[dict]) -> str:
+    """Return the errors of the schemes that no older sweep had measured."""
+    rows = [row for row in predictions if row["parallelism"] not in IN_OLDER]
+    return f"median error {errors_text(rows)}, n = {len(rows)}"
+
+
+def older_model_errors() -> dict[str, str]:
+    """Return the errors of what an older model predicted of four GPUs, of all and by scheme."""
+    rows = load_predictions(f"{AHEAD[4]}-older")
+    worst = {
+        scheme: max(errors_of([row for row in rows if row["parallelism"] == scheme]))
+        for scheme in ("fsdp", "sharded_update")
+    }
+    return dict(all=errors_text(rows)) | {
+        scheme: f"{100 * error:.1f}" for scheme, error in worst.items()
+    }
+
+
+def fsdp_fields(predictions: Sequence[dict]) -> dict[str, object]:
+    """Return the errors without fsdp, and its communication in ms, measured and predicted."""
+    rows = [row for row in predictions if row["parallelism"] == "fsdp"]
+    runs = runfiles.read_json(DATA / "sweeps" / f"{ALL_SCHEMES[4]}.json")["runs"]
+    return dict(
+        errors_without=errors_text([row for row in predictions if row not in rows]),
+        predicted=statistics.mean(row["terms"]["communication"] for row in rows),
+        measured=statistics.mean(
+            run["figures"]["profile"]["communication_milliseconds"]
+            for run in runs
+            if run["figures"]["parallelism"] == "fsdp"
+        ),
     )
 
 

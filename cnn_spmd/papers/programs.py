@@ -4,6 +4,7 @@ MB are 1e6 bytes.
 """
 
 import collections
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -96,15 +97,19 @@ def program_key(run: dict) -> tuple:
 def schemes_table(programs: Sequence[dict], sweeps: pathlib.Path = DATA / "sweeps") -> str:
     """Return a row for each scheme, of its program for SIDE_BY_SIDE on GPUs.
 
-    The mesh is one that splits both axes, where there is one. timed: whether a sweep has run the
-    scheme on several GPUs.
+    The mesh is one that splits both axes, where there is one. timed: the most GPUs on which a sweep
+    has run the scheme.
     """
-    timed = set()
+    timed: dict[str, int] = {}
     for sweep in load_folder(sweeps):
         for run in sweep["runs"]:
             figures = run["figures"] or dict(device_kind="cpu")  # {} where it failed
-            if run["mesh"] != "1x1" and figures["device_kind"] != "cpu":
-                timed.add(figures["parallelism"])
+            if figures["device_kind"] != "cpu":
+                scheme, devices = (
+                    figures["parallelism"],
+                    math.prod(map(int, run["mesh"].split("x"))),
+                )
+                timed[scheme] = max(devices, timed.get(scheme, 0))
     found: dict[str, dict[str, str]] = {}
     for run, cells in program_rows(programs):
         shown = all(run[field] == value for field, value in SIDE_BY_SIDE.items())
@@ -116,7 +121,7 @@ def schemes_table(programs: Sequence[dict], sweeps: pathlib.Path = DATA / "sweep
                 "scheme": scheme,
                 "network": run["model"],
                 **{column: cells[column] for column in columns},
-                "timed on GPUs": "yes" if scheme in timed else "no",
+                "timed on": f"{timed[scheme]} GPUs" if scheme in timed else "-",
             }
     return table([found[scheme] for scheme in TABLE if scheme in found])
 
