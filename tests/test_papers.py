@@ -345,29 +345,30 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     assert not large_batches.section(summaries.load_single_runs(tmp_path), {}, set())
 
     def add(variant, batch, accuracy, rate=1, **more):
-        config = dict(batch_size=batch, optimizer=dict(learning_rate=rate))
+        config = dict(batch_size=batch, optimizer=dict(learning_rate=rate, scaling=1.0))
         fields = dict(epochs=100.0, batch_size=batch, config=config) | more
         write(tmp_path, f"large_batch_{variant}", accuracy=accuracy, **fields)
 
     add("cifar_linear", 128, 0.75)
-    add("cifar_linear", 8192, 0.5, rate=2)
+    add("cifar_linear", 8192, 0.5, rate=0.5)
     runs = summaries.load_single_runs(tmp_path)
     best = rates.best_rates(runs)
     section = large_batches.section(runs, best, set()).split("\n\n")
     assert section[2].splitlines() == [
         "| data | network, rule | n | batch 128 | batch 8192 |",
         "|---|---|---|---|---|",
-        "| CIFAR-10 | AlexNet, linear | 1 | 25.00 | 50.00 |",
+        "| CIFAR-10 | AlexNet, SGD | 1 | 25.00 (1) | 50.00 (32) |",
     ]
     best_rates = "Learning rates are the best of [rates.md](rates.md#large-batches)"
     assert section[3] == f"Measured on 1 x H100. {best_rates}."
-    assert "Imagenette was not run with these rules." in section
+    absent = "Imagenette was not run with these rules."
+    assert absent in " ".join("\n".join(section).split())
     for rule in ("larc", "lars"):
         add(f"cifar_{rule}_bn", 1024, 0.875)
     add("imagenette_lars", 512, 0.75, dataset="imagenette")
     # Two rates: each run is compared with the one of its own rate.
-    add("cifar_linear", 128, 0.625, rate=2)
-    config = dict(epochs=100, optimizer=dict(learning_rate=2))
+    add("cifar_linear", 128, 0.625, rate=0.5)
+    config = dict(epochs=100, optimizer=dict(learning_rate=0.5, scaling=1.0))
     add("cifar_linear", 128, 0.5, seed=1)
     early = dict(seed=1, status="non-finite", eval=None, epochs=3.0, config=config)
     add("cifar_linear", 8192, 0.0, **early)
@@ -377,22 +378,22 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     edges = {("large_batch_cifar_lars", 4096), ("large_batch_cifar_lars", 8192)}
     section = large_batches.section(runs, best, edges).split("\n\n")
     assert section[2].splitlines()[2:] == [
-        "| CIFAR-10 | AlexNet, lars | 1 |  |  |  | 90.00 |  |",
-        "| CIFAR-10 | AlexNet, linear | 3/2 | 37.50 ± 12.50 |  |  |  | 50.00; 1 diverged |",
-        "| CIFAR-10 | AlexNet-BN, larc | 1 |  |  | 12.50 |  |  |",
-        "| CIFAR-10 | AlexNet-BN, lars | 1 |  |  | 12.50 |  |  |",
-        "| Imagenette | AlexNet, lars | 1 |  | 25.00 |  |  |  |",
+        "| CIFAR-10 | AlexNet, LARS | 1 |  |  |  | 90.00 (32) |  |",
+        "| CIFAR-10 | AlexNet, SGD | 3/2 | 37.50 ± 12.50 (1) |  |  |  | 50.00; 1 diverged (32) |",
+        "| CIFAR-10 | AlexNet-BN, LARC | 1 |  |  | 12.50 (8) |  |  |",
+        "| CIFAR-10 | AlexNet-BN, LARS | 1 |  |  | 12.50 (8) |  |  |",
+        "| Imagenette | AlexNet, LARS | 1 |  | 25.00 (4) |  |  |  |",
     ]
-    text, unsure = " ".join(section[3].split()), "CIFAR-10, AlexNet, lars at batch 4,096"
-    assert f"{best_rates}, except {unsure}; CIFAR-10, AlexNet, linear at batch 128; " in text
+    text, unsure = " ".join(section[3].split()), "CIFAR-10, AlexNet, LARS at batch 4,096"
+    assert f"{best_rates}, except {unsure}; CIFAR-10, AlexNet, SGD at batch 128; " in text
     assert f"may lie beyond those tried for {unsure}. Runs of {unsure} learn at first" in text
-    assert "Imagenette was not run with these rules." not in section
+    assert absent not in " ".join("\n".join(section).split())
     assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
         ["12.8", "diverged", "0", "", "1 x H100"],
         ["12.8", "12.50 (50.00 - 37.50)", "1", "", "1 x H100"],
     ]
     picture = pictures.error_by_batch(runs)
-    for text in ("AlexNet-BN, larc", "AlexNet, linear", "Imagenette", "8,192"):
+    for text in ("AlexNet-BN, LARC", "AlexNet, SGD", "Imagenette", "8,192"):
         assert f">{text}<" in picture
 
 
@@ -401,25 +402,26 @@ def test_what_is_claimed_of_large_batches_on_known_errors():
     errors = {
         ("CIFAR-10", setting, batch): own
         for setting, batch, own in (
-            ("AlexNet, linear", 128, [10.0, 10.2]),
-            ("AlexNet, linear", 4096, [10.4, 10.9]),
-            ("AlexNet, linear", 8192, [12.0, None]),  # 12 and 90
-            ("AlexNet-BN, linear", 128, [10.0]),
-            ("AlexNet-BN, linear", 8192, [60.0]),
-            ("AlexNet, lars", 128, [10.0, 10.0]),
-            ("AlexNet, lars", 4096, [10.09, 10.11]),
-            ("AlexNet, lars", 8192, [11.1, 11.1]),
+            ("AlexNet, SGD", 128, [10.0, 10.2]),
+            ("AlexNet, SGD", 4096, [10.4, 10.9]),
+            ("AlexNet, SGD", 8192, [12.0, None]),  # 12 and 90
+            ("AlexNet-BN, SGD", 128, [10.0]),
+            ("AlexNet-BN, SGD", 8192, [60.0]),
+            ("AlexNet, LARS", 128, [10.0, 10.0]),
+            ("AlexNet, LARS", 4096, [10.09, 10.11]),
+            ("AlexNet, LARS", 8192, [11.1, 11.1]),
         )
     }
-    table = large_batches.claims_table(errors)
+    edges = {("large_batch_cifar_linear", 4096), ("large_batch_cifar_larc", 8192)}
+    table = large_batches.claims_table(errors, edges)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert [row[0].removeprefix("linear: batch ") for row in rows[:3]] == [
+    assert [row[0].removeprefix("SGD: batch ") for row in rows[:3]] == [
         "4,096 costs accuracy",
         "8,192 costs accuracy",
         "8,192 costs less with batch norm",
     ]
     assert [row[1:] for row in rows] == [
-        ["4.5", "+0.55 ± 0.27", "yes, not certain"],
+        ["4.5", "+0.55 ± 0.27", "yes, not certain, rate at an edge"],
         ["12.8", "+40.90 ± 39.00", "yes, not certain"],
         ["2.2 instead of 14", "-9.10", "no, not certain"],
         ["no loss", "not measured", ""],
@@ -434,15 +436,22 @@ def test_steps_to_a_target_of_large_batches():
     for batch, steps in ((128, 40), (1024, 20), (4096, 20)):
         metrics = [dict(step=step, split="eval", accuracy=0.855 - 1 / step) for step in (20, 40)]
         metrics = [row for row in metrics if row["step"] <= steps]
-        noise = dict(step=40, split="noise", trace=30.0, gradient_norm2=0.01)
+        noise = dict(step=40, split="noise", trace=30.0, gradient_norm2=0.01, batches=5)
         run = dict(experiment="large_batch_cifar_lars", seed=0, model="a", dataset="cifar10")
-        runs.append(run | dict(batch_size=batch, status="completed", metrics=[*metrics, noise]))
+        run |= dict(batch_size=batch, status="completed", eval=dict(accuracy=0.85))
+        runs.append(run | dict(metrics=[*metrics, noise]))
+    other = [*runs[0]["metrics"][:-1], runs[0]["metrics"][-1] | dict(trace=10.0)]
+    runs.append(runs[0] | dict(seed=1, metrics=other))
+    # A run that ends as one that guesses does not count.
+    runs.append(runs[0] | dict(seed=2, batch_size=8192, eval=dict(accuracy=0.1)))
     section = large_batches.steps_section(runs)
     assert section.splitlines()[-1] == (
-        "| CIFAR-10, AlexNet, lars | 20 | 20 | 20 | 20 | - | 3,000 (batch 128) |"
+        "| CIFAR-10, AlexNet, LARS | 20 | 20 | 20 | 20 | - | 0 | 1,000 to 3,000 (batch 128) |"
     )
+    assert "by 5 batches; the range" in " ".join(section.split())
     assert not large_batches.steps_section(runs[:2])
     runs[0].pop("metrics")
+    runs[3].pop("metrics")
     assert not large_batches.steps_section(runs)
 
 
@@ -458,21 +467,21 @@ def test_the_search_of_rates_for_large_batches():
     diverged = run(1024, 0.4, 0.9, status="non-finite", epochs=2.0)
     runs = [run(1024, 0.2, 0.5), run(1024, 0.1, 0.75), diverged, run(128, 0.2, 0.75)]
     runs += [run(128, 0.4, 0.8), run(128, 0.1, 0.7), run(8192, 0.1, 0.1, status="non-finite")]
-    runs += [run(4096, 0.1, 0.5), run(4096, 0.2, 0.5)]
+    runs += [run(4096, 0.1, 0.4), run(4096, 0.2, 0.5), run(4096, 0.4, 0.5)]
     fields = rates.search_fields(runs)
     assert (fields["held_out"], fields["epochs"], fields["machines"]) == (5000, 30.0, "1 x H200")
     title, table = fields["searches"].split("\n\n")
-    assert title == "### AlexNet-BN, lars"
+    assert title == "### AlexNet-BN, LARS"
     assert table.splitlines() == [
         "| batch / rate | 0.1 | 0.2 | 0.4 | best |",
         "|---|---|---|---|---|",
-        "| 128 | 30.00 | 25.00 | **20.00** | 0.4, the largest tried |",
-        "| 1,024 | **25.00** | 50.00 | diverged | 0.1, the smallest tried |",
-        "| 4,096 | **50.00** | **50.00** |  | 0.1 or 0.2 |",
+        "| 128 | 30.00 | 25.00 | **20.00** | 0.4 (largest) |",
+        "| 1,024 | **25.00** | 50.00 | diverged | 0.1 (smallest) |",
+        "| 4,096 | 60.00 | **50.00** | **50.00** | 0.2 or 0.4 (largest) |",
         "| 8,192 | diverged |  |  | none |",
     ]
-    small, large = ("large_batch_cifar_lars_bn", 128), ("large_batch_cifar_lars_bn", 1024)
-    assert rates.edges(runs) == {small, large}
+    at_edges = {(runs[0]["experiment"], batch) for batch in (128, 1024, 4096)}
+    assert rates.edges(runs) == at_edges
     command = " ".join(fields["commands"].replace("\\\n", "").split())
     assert (
         ":lars_bn --config.epochs=30 --config.data.validation=5000 --sweep"
@@ -620,7 +629,8 @@ def test_runs_that_no_paper_has(tmp_path, capsys):
         "About no published figure (no figure is of the experiment mine; --beside NAME chooses "
         f"one): {own}. About no published figure (a figure compares another run with it, which is "
         "not given): "
-        f"{control}. About no published figure (steps=10, published 64000): {short}."
+        f"{control}. About no published figure (steps=10, published 64000; --beside NAME "
+        f"shows it anyway): {short}."
     )
 
 

@@ -7,20 +7,22 @@ Errors are in %; a run whose loss or weights became infinite or NaN has none: it
 import collections
 import math
 import statistics
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from cnn_spmd.papers import published, summaries
-from cnn_spmd.papers.layout import filled_in, grid, table
+from cnn_spmd.papers.layout import fence, filled_in, grid, table
 from cnn_spmd.report import batch_scaling, compare, text
 from cnn_spmd.report.text import mean_and_deviation
 
 PICTURE = "large_batches.svg"
 EXPERIMENTS = "large_batch_"  # begins their names: large_batch_cifar_lars_bn, ...
 CIFAR = f"{EXPERIMENTS}cifar_"
-# Part of an experiment's name -> the name of its data in the table.
+# Parts of an experiment's name -> the names of its data and its rule in the tables.
 DATA_NAMES = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
+RULE_NAMES = {"linear": "SGD", "lars": "LARS", "larc": "LARC"}
 MARGIN = 0.5  # points that a batch may add and still costs nothing: our choice, no paper has one
 GUESSING = 90.0  # the error of a guess among ten classes, at which a diverged run counts
+MISS = 0.1  # the most by which a fit may miss the steps, so that its knee is shown: our choice
 
 # Experiment and batch -> the best learning rate of a search; several tie, or all diverged.
 BestRates = dict[tuple[str, int], list[float]]
@@ -38,7 +40,7 @@ def of_large_batches(runs: Iterable[dict]) -> list[dict]:
 def names_of(experiment: str) -> tuple[str, str]:
     """Return the data, and "network, rule", of an experiment's name."""
     data, rule, *bn = experiment.removeprefix(EXPERIMENTS).split("_")
-    return DATA_NAMES[data], f"{'AlexNet-BN' if bn else 'AlexNet'}, {rule}"
+    return DATA_NAMES[data], f"{'AlexNet-BN' if bn else 'AlexNet'}, {RULE_NAMES[rule]}"
 
 
 def error_of(run: dict) -> float | None:
@@ -54,13 +56,19 @@ def errors_of(runs: Sequence[dict]) -> Errors:
     return dict(sorted(errors.items()))
 
 
-def errors_table(errors: Errors, setting_name: str) -> str:
-    """Return errors by data, setting and batch, a column for each batch."""
+def errors_table(
+    errors: Errors, setting_name: str, rates: Mapping[tuple[str, str, int], float] | None = None
+) -> str:
+    """Return errors by data, setting and batch, a column for each batch.
+
+    rates: the learning rate of a cell, which stands after its errors in parentheses.
+    """
     counts = collections.defaultdict(list)
     for data, setting, batch in sorted(errors, key=lambda key: key[2]):
         counts[data, setting].append(str(len(errors[data, setting, batch])))
     cells = {
         (data, setting, "/".join(dict.fromkeys(counts[data, setting])), batch): errors_text(own)
+        + (f" ({rates[data, setting, batch]:.2g})" if rates else "")
         for (data, setting, batch), own in errors.items()
     }
     return grid(["data", setting_name, "n"], "batch {}", cells)
@@ -80,6 +88,48 @@ def rate_of(run: dict) -> float:
     return run["config"]["optimizer"]["learning_rate"]
 
 
+def actual_rates(runs: Iterable[dict]) -> dict[tuple[str, str, int], float]:
+    """Return the learning rate of runs at their batch, by data, setting and batch."""
+    return {
+        (*names_of(run["experiment"]), run["batch_size"]): rate_of(run)
+        * (run["batch_size"] / 128) ** run["config"]["optimizer"]["scaling"]
+        for run in runs
+    }
+
+
+def settings_of(runs: Iterable[dict]) -> set[tuple[str, int, float]]:
+    """Return each variant, batch and learning rate (of batch 128) of runs on CIFAR-10."""
+    return {
+        (run["experiment"].removeprefix(CIFAR), run["batch_size"], rate_of(run))
+        for run in runs
+        if run["experiment"].startswith(CIFAR)
+    }
+
+
+def command_of(setting: tuple[str, int, float]) -> str:
+    """Return the command that trains a setting of settings_of, with three seeds."""
+    variant, batch, rate = setting
+    return (
+        f"python launch.py --config experiments/large_batch_cifar.py:{variant} "
+        f"--config.batch_size={batch} --config.optimizer.learning_rate={rate:g} "
+        "--sweep seed=0,1,2 --config.eval.every_epochs=1 --noise_scale 5"
+    )
+
+
+def lowest_text(errors: Errors) -> str:
+    """Say which network and rule has the lowest mean error at each batch, on CIFAR-10."""
+    lowest: dict[int, tuple[float, str]] = {}
+    for (data, setting, batch), own in errors.items():
+        if data == DATA_NAMES["cifar"] and None not in own:
+            found = statistics.mean(own), setting
+            lowest[batch] = min(lowest.get(batch, found), found)
+    parts = (
+        f"at {batch:,} images {setting}, {error:.2f} %"
+        for batch, (error, setting) in sorted(lowest.items())
+    )
+    return f"The lowest error is: {'; '.join(parts)}."
+
+
 def machines_of(runs: Iterable[dict]) -> str:
     """Return the hardware of runs in words."""
     return ", ".join(sorted({compare.machine(run) for run in runs}))
@@ -95,15 +145,17 @@ def section(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
     return filled_in(
         "large_batches.md",
         epochs=max(run["epochs"] for run in runs),
-        errors=errors_table(errors, "network, rule"),
+        errors=errors_table(errors, "network, rule", actual_rates(runs)),
+        lowest=lowest_text(errors),
         machines=machines_of(runs),
         rates=rates_text(runs, best, edges),
         guessed=guessed_text(runs),
         imagenette="" if has_imagenette else "Imagenette was not run with these rules.",
         margin=MARGIN,
         guessing=GUESSING,
-        claims=claims_table(errors),
+        claims=claims_table(errors, edges),
         steps=steps_section(runs),
+        commands=fence(*map(command_of, sorted(settings_of(runs)))),
     )
 
 
@@ -131,8 +183,9 @@ def guessed_text(runs: Iterable[dict]) -> str:
     """Name the runs that did not diverge but only guess at their end; "" if there are none."""
     guessed = settings_text(run for run in runs if (error_of(run) or 0) >= GUESSING)
     return guessed and (
-        f"Runs of {guessed} learn at first, and only guess at their end: with the best rate of the "
-        "search, in whose fewer epochs the rate falls sooner. They are not in the picture."
+        f"Runs of {guessed} learn at first, and only guess at their end. Their rate was the best "
+        "of the search, whose runs are shorter, so that the rate falls sooner. They are neither in "
+        "the picture nor among the steps to a target."
     )
 
 
@@ -147,26 +200,28 @@ def settings_text(runs: Iterable[dict]) -> str:
 # ---- What You et al. claim
 
 
-def claims_table(errors: Errors) -> str:
+def claims_table(errors: Errors, edges: Edges) -> str:
     """Return what published.LARGE_BATCHES claims, and whether it holds on CIFAR-10."""
-    return table([claim_row(*row[:3], errors) for row in published.LARGE_BATCHES])
+    return table([claim_row(*row[:3], errors, edges) for row in published.LARGE_BATCHES])
 
 
-def claim_row(variant: str, batch: int, words: str, errors: Errors) -> dict[str, str]:
+def claim_row(variant: str, batch: int, words: str, errors: Errors, edges: Edges) -> dict[str, str]:
     """Return the cells of a row of published.LARGE_BATCHES."""
     rule, *bn = variant.split("_")
     costs = words != published.NO_LOSS
     # What a batch costs is a sum of errors with these signs.
     signs = {(variant, batch): 1, (variant, 128): -1}
-    claim = f"{rule}: batch {batch:,} costs {'accuracy' if costs else 'nothing'}"
+    claim = f"{RULE_NAMES[rule]}: batch {batch:,} costs {'accuracy' if costs else 'nothing'}"
     if bn:
         signs = {(rule, batch): 1, (rule, 128): -1, (variant, batch): -1, (variant, 128): 1}
-        claim = f"{rule}: batch {batch:,} costs less with batch norm"
+        claim = f"{RULE_NAMES[rule]}: batch {batch:,} costs less with batch norm"
     terms = []
     for (name, size), sign in signs.items():
         own = errors.get((*names_of(f"{CIFAR}{name}"), size), [])
         terms.append([sign * (GUESSING if error is None else error) for error in own])
     points, holds = verdict(terms, costs)
+    if holds and any((f"{CIFAR}{name}", size) in edges for name, size in signs):
+        holds += ", rate at an edge"
     cells = {"claim": claim, "published, ImageNet": words}
     return cells | {"points here, ± standard error": points, "holds here": holds}
 
@@ -195,7 +250,13 @@ def steps_section(runs: Sequence[dict]) -> str:
     """Return the section on steps to a target and the noise scale; "" without metrics."""
     scalings = {}
     for experiment in sorted({run["experiment"] for run in runs}):
-        own = [run for run in runs if run["experiment"] == experiment and "metrics" in run]
+        own = [
+            run
+            for run in runs
+            if run["experiment"] == experiment
+            and "metrics" in run
+            and (error_of(run) or 0) < GUESSING
+        ]
         if scaling := batch_scaling.measure(dict(runs=list(map(as_swept, own)))):
             scalings[experiment] = scaling
     if not scalings:
@@ -207,10 +268,30 @@ def steps_section(runs: Sequence[dict]) -> str:
         row["target, %"] = f"{100 * (1 - scaling.target):.4g}"
         for batch in batches:
             row[f"batch {batch}"] = text.optional(scaling.steps.get(batch), 0)
-        row["knee"] = f"{scaling.knee.batch:,.0f}" if scaling.knee_is_measured else "-"
-        noise = "{1:,.0f} (batch {0:,})".format(*scaling.noise) if scaling.noise else "-"
-        rows.append(row | {"noise scale": noise})
-    return filled_in("large_batches_steps.md", steps=table(rows))
+        knee, shown = scaling.knee, scaling.knee_is_measured and scaling.knee.miss <= MISS
+        row["knee"] = f"{knee.batch:,.0f}" if shown else "-"
+        row["miss, %"] = f"{100 * knee.miss:.0f}" if knee else "-"
+        rows.append(row | {"noise scale": noise_text(scaling)})
+    noise_batches = max(row["batches"] for run in runs for row in noise_rows(run))
+    return filled_in(
+        "large_batches_steps.md", steps=table(rows), miss=100 * MISS, noise_batches=noise_batches
+    )
+
+
+def noise_rows(run: dict) -> list[dict]:
+    """Return the measurements of the noise scale of a run."""
+    return [row for row in run.get("metrics", ()) if batch_scaling.is_noise(row)]
+
+
+def noise_text(scaling: batch_scaling.Scaling) -> str:
+    """Return the range over seeds of the noise scale, at the smallest batch that has one."""
+    if not scaling.noise:
+        return "-"
+    size, _ = scaling.noise
+    (batch,) = (each for each in scaling.batches if each.size == size)
+    found = [batch_scaling.noise_scale(batch._replace(reached=[own])) for own in batch.reached]
+    scales = sorted(filter(None, found))
+    return f"{scales[0]:,.0f} to {scales[-1]:,.0f} (batch {size:,})" if scales else "-"
 
 
 def as_swept(run: dict) -> dict:

@@ -85,9 +85,13 @@ def details(summary: str, *groups: tuple[str, Sequence[str]]) -> str:
     """Return such a <details> block: for each group a text, and commands in a code fence."""
     parts = [f"<details>\n<summary>{summary}</summary>"]
     for text, lines in groups:
-        fence = "\n".join(map(wrapped_command, lines))
-        parts.append(filled(text) + f"\n\n```bash\n{fence}\n```")
+        parts.append(f"{filled(text)}\n\n{fence(*lines)}")
     return "\n\n".join([*parts, "</details>"])
+
+
+def fence(*lines: str) -> str:
+    """Return commands in a code fence."""
+    return "\n".join(["```bash", *map(wrapped_command, lines), "```"])
 
 
 def wrapped_command(command: str) -> str:

@@ -1,6 +1,7 @@
 """Set what runs measured beside what papers published."""
 
 import pathlib
+import shlex
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -89,10 +90,17 @@ def measured_rows(figure: PublishedFigure, runs: Sequence[dict]) -> list[Measure
         return [MeasuredRow(*row)]
     rows = []
     for (machine, *_), pairs in sorted(groups.items()):
-        own_command = pairs[0][0].get("command", command)
+        own_command = "; ".join(command_of(run) for run in pairs[0] if "command" in run) or command
         row = (figure.name, published, *measured_cells(figure, pairs), machine, own_command)
         rows.append(MeasuredRow(*row, figure.source))
     return rows
+
+
+def command_of(run: dict) -> str:
+    """Return the command of a run, without where its machine had the data."""
+    where = ("--config.data.dir=", "--config.data.fallback=")
+    words = shlex.split(run["command"])
+    return " ".join(word for word in words if not word.startswith(where))
 
 
 def matches(where: dict, run: dict) -> bool:
@@ -191,7 +199,7 @@ def why_beside_nothing(run: dict) -> str:
         ]
         for where in recipes
     ]
-    return "; ".join(min(differences, key=len))
+    return "; ".join([*min(differences, key=len), "--beside NAME shows it anyway"])
 
 
 def published_errors(name: str) -> list[PublishedFigure]:

@@ -12,8 +12,8 @@ from cnn_spmd.papers import depth, large_batches
 from cnn_spmd.report import plots
 from cnn_spmd.report.canvas import Axes, Figure, ticker
 
-# Rule of experiments/large_batch_cifar.py -> colour and marker. Networks have line styles.
-RULES = {"linear": ("#0072B2", "o"), "lars": ("#D55E00", "s"), "larc": ("#009E73", "^")}
+# Rule of large_batches.RULE_NAMES -> colour and marker. Networks have line styles.
+RULES = {"SGD": ("#0072B2", "o"), "LARS": ("#D55E00", "s"), "LARC": ("#009E73", "^")}
 NETWORKS = {"AlexNet": "-", "AlexNet-BN": "--"}
 
 

@@ -74,15 +74,19 @@ def best_rates(runs: Iterable[dict]) -> large_batches.BestRates:
     return {key: best_of(errors) for key, errors in by_rate(runs).items()}
 
 
-def at_edge(errors: Tried) -> str:
-    """Return whether the best rate is the smallest or largest tried, in words; "" if neither."""
-    sides = {(min(errors),): "the smallest tried", (max(errors),): "the largest tried"}
-    return sides.get(tuple(best_of(errors)), "")
+def at_edge(rate: float, errors: Tried) -> str:
+    """Return " (smallest)" or " (largest)" for such a one of the rates tried, "" for another."""
+    sides = {min(errors): " (smallest)", max(errors): " (largest)"}
+    return sides.get(rate, "")
 
 
 def edges(runs: Iterable[dict]) -> large_batches.Edges:
-    """Return each experiment and batch of a search whose best rate is at the edge."""
-    return {key for key, errors in by_rate(runs).items() if at_edge(errors)}
+    """Return each experiment and batch of a search that has a best rate at the edge."""
+    return {
+        key
+        for key, errors in by_rate(runs).items()
+        if any(at_edge(rate, errors) for rate in best_of(errors))
+    }
 
 
 def search_fields(runs: Sequence[dict]) -> dict[str, object]:
@@ -126,6 +130,6 @@ def search_table(batches: dict[int, Tried]) -> str:
         for rate in rates_of(batches):
             cell = large_batches.errors_text(errors[rate]) if rate in errors else ""
             row[f"{rate:g}"] = f"**{cell}**" if rate in best else cell
-        found = " or ".join(f"{rate:g}" for rate in best) or "none"
-        rows.append(row | {"best": ", ".join(filter(None, (found, at_edge(errors))))})
+        found = " or ".join(f"{rate:g}{at_edge(rate, errors)}" for rate in best)
+        rows.append(row | {"best": found or "none"})
     return table(rows)
