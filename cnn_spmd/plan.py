@@ -64,7 +64,7 @@ def plan(
 
     config: its batch_size is the global batch. Its parallelism is the only scheme to look at, or
     "auto" for all. card: of the devices, None where they have no calibration. mesh: the only mesh,
-    or "auto" for all.
+    or several, joined by commas, or "auto" for all.
     Raises UserError where nothing has a prediction, or nothing fits in memory.
     """
     devices = jax.devices()
@@ -75,7 +75,7 @@ def plan(
             f"{', '.join(cost.names())}"
         )
     memory = card.usable_memory
-    names = meshes.shapes_over(len(devices)) if mesh == AUTO else [mesh]
+    names = meshes.shapes_over(len(devices)) if mesh == AUTO else mesh.split(",")
     schemes = [config.parallelism]
     if config.parallelism == AUTO:
         schemes = list(dict.fromkeys([*TABLE, *config.placement]))

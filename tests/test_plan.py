@@ -201,12 +201,17 @@ def test_one_mesh_and_one_scheme(data):
     assert plan.why(found).startswith("Fastest: 2x2 hybrid, ")
 
 
+def test_several_meshes(data):
+    found = plan.plan(config_of(), data, CARD, 4, "2x2,1x4")
+    assert {each.mesh for each in found.predictions} == {"2x2", "1x4"}
+
+
 def test_what_cannot_be_planned_is_refused(data):
     with pytest.raises(UserError, match="has no calibration"):
         plan.plan(config_of(), data, None, 4)
     small = dataclasses.replace(CARD, memory=1e3)
     with pytest.raises(
-        UserError, match="nothing fits in the 0.0 GB of card that JAX .*: the least"
+        UserError, match=r"nothing fits in the 0\.0 GB of card that JAX .*: the least"
     ):
         plan.plan(config_of(parallelism="data"), data, small, 4, "4x1")
     message = "has no measured step of model=alexnet, width=32, .* and neither kernel_seconds nor"
