@@ -14,7 +14,10 @@ from cnn_spmd.report.text import Block, Commands, Heading, Paragraph, Table
 
 BEST = 5  # combinations of a sweep; of all sweeps given, twice as many
 SIGNIFICANT = 0.05  # two combinations are distinguishable where p is below this usual level
-DEVIATION = "± is one sample standard deviation over the n runs."
+DEVIATION = (
+    "± is one sample standard deviation over n runs with different seeds; of several with one seed, "
+    "the first counts."
+)
 
 
 # ---- One sweep
@@ -168,7 +171,7 @@ def best_blocks(overview: Overview) -> list[Block]:
     ]
     if any(run["command"] for run in runs):
         said = "The commands of these rows, in the same order"
-        if any(len(combination.runs) > 1 for combination in best):
+        if any(len(combination.having(overview.metric)) > 1 for combination in best):
             said += ", each that of the best of the seeds"
         # A sweep adds this flag to each run; a single run does not need it.
         short = [re.sub(r" --config\.data\.fallback=(?=\s|$)", "", run["command"]) for run in runs]
