@@ -100,6 +100,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
         "All runs",
     ]
     assert "13 runs: 12 completed, 1 failed. What varies:" in page
+    assert f"|\n\n{best_runs.ON_TEST}\n\nThe commands" in markdown
     assert row_of(page, "optimizer.learning_rate") == [
         "optimizer.learning_rate",
         "0.003, 0.03, 0.3, 1",
@@ -262,6 +263,7 @@ def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
         "are alike, so no test of significance applies"
     )
     assert f"Best validation accuracy: {said}." in markdown
+    assert best_runs.ON_TEST not in markdown
     assert "test accuracy" not in page.lower()
     assert "training to" not in page
     assert "Higher losses are cut off." in page
@@ -340,7 +342,7 @@ def test_a_second_run_of_a_seed_does_not_count(tmp_path, capsys):
         change(runs[-1] / "summary.json", **more)
     markdown = written(capsys, *runs)[0]
     said = (
-        f"Best test accuracy: a, b, c, 60.00 ± 14.14 % (n = 2); 20.00 points above the next, d, e,"
+        "Best test accuracy: a, b, c, 60.00 ± 14.14 % (n = 2); 20.00 points above the next, d, e,"
     )
     assert f"{said} 40.00 % (n = 1): {ALONE}." in markdown
 

@@ -14,8 +14,12 @@ from cnn_spmd.report.text import Block, Commands, Heading, Paragraph, Table
 
 BEST = 5  # combinations of a sweep; of all sweeps given, twice as many
 SIGNIFICANT = 0.05  # two combinations are distinguishable where p is below this usual level
+ON_TEST = (
+    "The runs have no validation images (data.validation): the best setting is chosen on the test "
+    "split, so its accuracy there is partly luck."
+)
 DEVIATION = (
-    "± is one sample standard deviation over n runs with different seeds; of several with one seed, "
+    "± is one sample standard deviation over n runs of different seeds; of several with one seed, "
     "the first counts."
 )
 
@@ -165,6 +169,8 @@ def best_blocks(overview: Overview) -> list[Block]:
     if len(ranked) > BEST:
         title += f" ({BEST} of {len(ranked)} shown)"
     blocks = [Heading(3, title), text.table_of([best_row(each, overview) for each in best])]
+    if len(ranked) > 1 and overview.metric_name == "test accuracy":
+        blocks.append(Paragraph(ON_TEST))
     runs = [
         max(each.having(overview.metric), key=lambda run: compare.numbers([run], overview.metric))
         for each in best
