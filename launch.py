@@ -60,7 +60,7 @@ MESH = flags.DEFINE_string(
     None,
     "Mesh shape DATAxMODEL, such as 4x2; sets config.mesh. Several, joined by commas, are "
     "a sweep; 'all' is 1x1 and every shape of all the devices, 'auto' the one that the plan finds "
-    "the fastest (as --config.parallelism=auto for the scheme).",
+    "the fastest (as --config.parallelism=auto for the scheme). With --plan: the meshes to show.",
 )
 SWEEP = flags.DEFINE_multi_string(
     "sweep",
@@ -115,8 +115,8 @@ DRY_RUN = flags.DEFINE_bool(
 PLAN = flags.DEFINE_bool(
     "plan",
     False,
-    "Predict a step under each scheme on each mesh over all devices, print which is the fastest "
-    "and why, and stop; compiles nothing.",
+    "Predict a step under each scheme on each mesh over all devices, or on those of --mesh, print "
+    "which is the fastest and why, and stop; compiles nothing.",
 )
 PLAN_ROWS = flags.DEFINE_bool(
     "plan_rows", False, "With --plan: also try rows that split each dense layer in every way."
@@ -274,11 +274,10 @@ def refuse_flags(argv: list[str]) -> None:
             f"--batch_per_device={BATCH_PER_DEVICE.value}: expected --config.batch_size, the "
             "global batch, with --plan"
         )
-    if PLAN.value and (DRY_RUN.value or MESH.value or WORKDIR.value):
-        raise UserError("--plan: expected no --dry_run, --mesh or --workdir with it")
-    if is_sweep() and (PLAN.value or EVALUATE.value):
-        name = "plan" if PLAN.value else "evaluate"
-        raise UserError(f"--{name}: expected a single mesh with it, and no --sweep")
+    if PLAN.value and (DRY_RUN.value or SWEEP.value or WORKDIR.value):
+        raise UserError("--plan: expected no --dry_run, --sweep or --workdir with it")
+    if is_sweep() and EVALUATE.value:
+        raise UserError("--evaluate: expected a single mesh with it, and no --sweep")
     if is_sweep() and DRY_RUN.value and WORKDIR.value:
         raise UserError(
             f"--workdir={WORKDIR.value}: a dry run of a sweep writes no file, expected no "
@@ -370,7 +369,7 @@ def config_of_run() -> ml_collections.ConfigDict:
     if MESH.value is not None:
         if any(field.startswith("mesh.") for field in experiment.given_fields(flags.FLAGS)):
             raise UserError(f"--mesh={MESH.value}: config.mesh is given too, expected one of them")
-        if MESH.value != configs.AUTO:
+        if MESH.value != configs.AUTO and not PLAN.value:
             config.mesh.update(mesh.parse(MESH.value))
     config.profile = PROFILE.value or config.profile
     config.noise_scale = NOISE_SCALE.value or config.noise_scale
@@ -448,8 +447,29 @@ def print_plan(config: ml_collections.ConfigDict, data: Found) -> int:
             config.placement.update(plan.rows_of_dense_layers())
     if "parallelism" not in experiment.given_fields(flags.FLAGS):
         config.parallelism = configs.AUTO
-    print(*plan.as_text(planned(config, data, configs.AUTO)), sep="\n")
+    print(*plan.as_text(planned(config, data, planned_meshes())), sep="\n")
     return 0
+
+
+def planned_meshes() -> str:
+    """Return the meshes of --mesh that a plan shows, joined by commas; "auto" for all.
+
+    Raises UserError for a mesh that does not take all devices.
+    """
+    import jax
+
+    from cnn_spmd.sharding import mesh
+
+    if MESH.value in (None, configs.AUTO, "all"):
+        return configs.AUTO
+    shapes, devices = MESH.value.lower().split(","), len(jax.devices())
+    for shape in shapes:
+        if math.prod(mesh.parse(shape).values()) != devices:
+            raise UserError(
+                f"--mesh={MESH.value}: {shape} does not take all {devices} devices, expected "
+                f"shapes of {', '.join(mesh.shapes_over(devices))} with --plan"
+            )
+    return ",".join(dict.fromkeys(shapes))
 
 
 def is_planned(config: ml_collections.ConfigDict) -> bool:
@@ -519,7 +539,7 @@ def default_workdir(name: str) -> str:
 def is_sweep() -> bool:
     """Return whether the flags name several runs."""
     meshes = MESH.value or ""
-    several_meshes = "," in meshes or meshes == "all"
+    several_meshes = ("," in meshes or meshes == "all") and not PLAN.value
     return bool(SWEEP.value) or BATCH_PER_DEVICE.value is not None or several_meshes
 
 

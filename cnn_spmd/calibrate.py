@@ -98,14 +98,16 @@ def not_measured(devices: Sequence[jax.Device]) -> tuple[dict, dict[str, str]]:
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     fields = dict(
         device_kind=kind,
-        memory=limit or configs.machine_memory() // len(devices),
+        memory=limit / configs.JAX_SHARE if limit else configs.machine_memory() // len(devices),
         gap=0,
         hidden_share=0,
         spans={},
         steps=[],
     )
     sources = dict(
-        memory="what JAX may use of it" if limit else "a device's share of the host's memory",
+        memory="what JAX may use of it / 0.75"
+        if limit
+        else "a device's share of the host's memory",
         gap="not measured, taken as 0",
         hidden_share="not measured, taken as 0",
         host="not measured: there is one device",

@@ -20,7 +20,7 @@ import ml_collections
 
 from cnn_spmd.analysis import cost, program
 from cnn_spmd.analysis.cost import Card
-from cnn_spmd.config import AUTO, IMAGE_SIZE, JAX_SHARE
+from cnn_spmd.config import AUTO, IMAGE_SIZE
 from cnn_spmd.data.dataset import Dataset, Found, blank_arrays
 from cnn_spmd.errors import UnevenBatch, UserError
 from cnn_spmd.sharding import mesh as meshes
@@ -64,7 +64,7 @@ def plan(
 
     config: its batch_size is the global batch. Its parallelism is the only scheme to look at, or
     "auto" for all. card: of the devices, None where they have no calibration. mesh: the only mesh,
-    or "auto" for all.
+    or several, joined by commas, or "auto" for all.
     Raises UserError where nothing has a prediction, or nothing fits in memory.
     """
     devices = jax.devices()
@@ -74,8 +74,8 @@ def plan(
             "python -m cnn_spmd.calibrate, and give its file as --card, or give one of "
             f"{', '.join(cost.names())}"
         )
-    memory = JAX_SHARE * card.memory
-    names = meshes.shapes_over(len(devices)) if mesh == AUTO else [mesh]
+    memory = card.usable_memory
+    names = meshes.shapes_over(len(devices)) if mesh == AUTO else mesh.split(",")
     schemes = [config.parallelism]
     if config.parallelism == AUTO:
         schemes = list(dict.fromkeys([*TABLE, *config.placement]))
@@ -142,7 +142,8 @@ def _nothing_fits(found: Sequence[Prediction], card: Card) -> UserError:
     """Return the error where each mesh and scheme needs more memory than the card has."""
     least = min(found, key=lambda each: each.memory)
     return UserError(
-        f"--plan: nothing fits in the {card.memory / 1e9:.0f} GB of {card.device_kind}: the "
+        f"--plan: nothing fits in the {card.usable_memory / 1e9:.1f} GB of {card.device_kind} that "
+        "JAX takes by default: the "
         f"least is {least.memory / 1e9:.1f} GB per device ({least.mesh} {least.parallelism}), "
         "expected more devices, or a smaller batch_size or model.width"
     )

@@ -165,6 +165,25 @@ def test_a_broken_step_is_set_aside(tmp_path, state, warnings, damage, reason):
     assert restored(tmp_path, state) == 2  # and is not looked at again
 
 
+def test_read_only_restoring_changes_nothing(tmp_path, state, warnings):
+    """Broken, half-written and unverified checkpoints stay as they are."""
+    saved(tmp_path, state, [1, 2, 3])
+    flip_bytes(tmp_path / "3")
+    (tmp_path / "2" / checkpoint.MANIFEST).unlink()
+    (tmp_path / f"{checkpoint.SAVING}4").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1, "mine", read_only=True)
+    assert int(checkpoints.restore(state).step) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    said = "\n".join(warnings)
+    assert re.search(r"3 is damaged: .* is changed\. Checkpoint 1 is used\.", said)
+    assert re.search(r"2 has no .*\. Checkpoint 1 is used\.", said)
+    shutil.rmtree(tmp_path / "1")
+    before = sorted(tmp_path.rglob("*"))
+    assert int(checkpoints.restore(state).step) == 2
+    assert sorted(tmp_path.rglob("*")) == before  # no manifest is written
+
+
 # Orbax leaves reads behind that nobody awaits.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def errors(processes, code, seconds=60):
         dict(SLURM_NTASKS="1", SLURM_PROCID="0"),
         dict(SLURM_NTASKS=""),
         dict(OMPI_COMM_WORLD_SIZE="1"),
+        dict(PMI_SIZE="1", PMI_RANK="0"),
     ],
 )
 def test_one_process_is_no_cluster(variables):
@@ -141,6 +142,10 @@ def test_one_process_is_no_cluster(variables):
         (SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1x2"), "SLURM_STEP_TASKS_PER_NODE=1x2: expected"),
         (SLURM | dict(SLURM_GPUS_PER_TASK="many"), "SLURM_GPUS_PER_TASK=many"),
         (dict(OMPI_COMM_WORLD_SIZE="2.5"), "OMPI_COMM_WORLD_SIZE=2.5"),
+        (
+            dict(SLURM_NTASKS="1", PMI_SIZE="4", PMI_RANK="0"),
+            "PMI_SIZE=4: .* expected JAX_COORDINATOR_ADDRESS=.* JAX_NUM_PROCESSES and JAX_PROCESS",
+        ),
         (MPI | dict(OMPI_COMM_WORLD_RANK="4"), "OMPI_COMM_WORLD_RANK=4"),
         (MPI | dict(OMPI_COMM_WORLD_LOCAL_RANK="2"), "OMPI_COMM_WORLD_LOCAL_RANK=2"),
         (dict(JAX_COORDINATOR_ADDRESS="h:1"), "JAX_NUM_PROCESSES is not set"),

@@ -13,6 +13,7 @@ from cnn_spmd.layers import batch_norm
 from cnn_spmd.models import stack
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement, axes_of, named_variables
+from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training.dry_run import dry_run
 
 BATCH, CLASSES = 64, 16
@@ -66,6 +67,15 @@ def test_a_row_that_is_covered_moves_what_theory_says(config, monkeypatch, row):
     for moved in report["communication"]:
         expected = pytest.approx(moved["closed_form_bytes"], rel=0.02, abs=logits + 500)
         assert moved["compiled_bytes"] == expected, moved
+
+
+def test_images_of_more_rows_than_the_maps_of_conv1(config, monkeypatch):
+    """8 devices hold 2 rows of each image, and cannot split the 4 rows of conv1's maps."""
+    net = (stack.Conv(8, 5, strides=4), *NET[-3:])
+    monkeypatch.setattr("test_communication.NET", net)
+    report = report_of(config, monkeypatch, TABLE["spatial"], (1, 8))
+    moved = {row["kind"]: row for row in report["communication"]}["all-to-all"]
+    assert moved["compiled_bytes"] == moved["closed_form_bytes"] == BATCH * 2 * 16 * 3 * 4
 
 
 # What XLA compiles for each of these differs from what the rules would say.

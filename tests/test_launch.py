@@ -26,7 +26,7 @@ from PIL import Image
 
 import launch
 from cnn_spmd import config as configs
-from cnn_spmd import experiment, sweep_run, sweep_screen
+from cnn_spmd import experiment, plan, sweep_run, sweep_screen
 from cnn_spmd.analysis import program
 from cnn_spmd.analysis import target as targets
 from cnn_spmd.data import folder, prepared
@@ -474,6 +474,30 @@ def test_a_plan_with_a_card_takes_any_name_as_target(config, monkeypatch):
                 continue
             with pytest.raises(UserError, match=message):
                 launch.planned_gpus()
+
+
+def test_a_plan_shows_the_meshes_that_are_asked_for(config, monkeypatch):
+    shown = []
+    monkeypatch.setattr(launch.environment, "simulate", lambda _: None)
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 8)
+    monkeypatch.setattr(launch, "planned", lambda _, data, meshes: shown.append(meshes))
+    monkeypatch.setattr(plan, "as_text", lambda _: [])
+    for given, meshes in (
+        (None, "auto"),
+        ("all", "auto"),
+        ("4x2", "4x2"),
+        ("4X2,8x1,4x2", "4x2,8x1"),
+        ("4x2,2x2", "--mesh=4x2,2x2: 2x2 does not take all 8 devices, expected shapes of 8x1, 4x2"),
+        ("4x2,", "--mesh=: expected DATAxMODEL"),
+    ):
+        with monkeypatch.context() as patch:
+            give_flags(patch, CONFIG=config, TARGET="h100:1x8", PLAN=True, MESH=given)
+            if meshes.startswith("--"):
+                with pytest.raises(UserError, match=f"^{meshes}"):
+                    launch.launch(["launch.py"])
+            else:
+                assert launch.launch(["launch.py"]) == 0
+                assert shown.pop() == meshes
 
 
 def test_what_is_for_other_machines_looks_for_no_data(config, monkeypatch, capsys):

@@ -201,11 +201,18 @@ def test_one_mesh_and_one_scheme(data):
     assert plan.why(found).startswith("Fastest: 2x2 hybrid, ")
 
 
+def test_several_meshes(data):
+    found = plan.plan(config_of(), data, CARD, 4, "2x2,1x4")
+    assert {each.mesh for each in found.predictions} == {"2x2", "1x4"}
+
+
 def test_what_cannot_be_planned_is_refused(data):
     with pytest.raises(UserError, match="has no calibration"):
         plan.plan(config_of(), data, None, 4)
     small = dataclasses.replace(CARD, memory=1e3)
-    with pytest.raises(UserError, match="nothing fits in the 0 GB of card: the least is"):
+    with pytest.raises(
+        UserError, match=r"nothing fits in the 0\.0 GB of card that JAX .*: the least"
+    ):
         plan.plan(config_of(parallelism="data"), data, small, 4, "4x1")
     message = "has no measured step of model=alexnet, width=32, .* and neither kernel_seconds nor"
     with pytest.raises(UserError, match=message):
@@ -214,6 +221,18 @@ def test_what_cannot_be_planned_is_refused(data):
         UserError, match=r"4 devices: batch_size=18: does not divide by 4 devices; 16 or 20 would$"
     ):
         plan.plan(config_of(parallelism="data", batch_size=18), data, CARD, 4, "4x1")
+
+
+def test_a_plan_and_a_report_count_with_the_memory_that_jax_takes(data, monkeypatch):
+    """It is three quarters of a card's."""
+    config = config_of(parallelism="data", **{"mesh.data": 4, "mesh.model": 1})
+    (row,) = plan.plan(config, data, CARD, 4, "4x1").predictions
+    setup = cnn_spmd.prepare(config, jax.devices())
+    for share, fits in ((0.74, True), (0.76, False)):
+        card = dataclasses.replace(CARD, memory=row.memory / share)
+        assert prediction.predict(setup, card, 4).fits is fits
+        monkeypatch.setattr(prediction.cost, "of_device", lambda kind, card=card: card)
+        assert setup.report()["device_memory_bytes"] == 0.75 * card.memory
 
 
 def test_a_batch_that_does_not_divide_is_named_once_before_the_table(data):

@@ -100,6 +100,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
         "All runs",
     ]
     assert "13 runs: 12 completed, 1 failed. What varies:" in page
+    assert f"|\n\n{best_runs.ON_TEST}\n\nThe commands" in markdown
     assert row_of(page, "optimizer.learning_rate") == [
         "optimizer.learning_rate",
         "0.003, 0.03, 0.3, 1",
@@ -134,7 +135,7 @@ def test_a_sweep_of_rate_dropout_and_seed_opens_with_its_answer(tmp_path, capsys
     ):
         assert f">{text}</text>" in page
     assert "speedup" not in page  # of one device
-    assert "Left out, not completed or not measured: 1 of the runs." in page
+    assert "not measured, or a second run of a seed): 1 of the runs." in page
     assert "Left out, without metrics: optimizer.learning_rate=1.0," in page
 
 
@@ -262,6 +263,7 @@ def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
         "are alike, so no test of significance applies"
     )
     assert f"Best validation accuracy: {said}." in markdown
+    assert best_runs.ON_TEST not in markdown
     assert "test accuracy" not in page.lower()
     assert "training to" not in page
     assert "Higher losses are cut off." in page
@@ -323,6 +325,26 @@ def test_runs_of_several_experiments_and_a_sweep_have_a_joint_table(tmp_path, ca
     start = lines.index("| run | experiment | learning_rate | label_smoothing |")
     assert lines[start + 2 : start + 4] == ["| a | one | 0.2 | 0.1 |", "| b | other | 0.4 | 0 |"]
     assert "| learning rate |" not in markdown[markdown.index("## a, b") :]
+
+
+def test_a_second_run_of_a_seed_does_not_count(tmp_path, capsys):
+    """It is a repeat; n, the mean and the test of significance are over seeds."""
+    runs = []
+    for name, rate, seed, accuracy in (
+        ("a", 0.2, 0, 0.5),
+        ("b", 0.2, 0, 0.9),
+        ("c", 0.2, 1, 0.7),
+        ("d", 0.1, 0, 0.4),
+        ("e", 0.1, 0, 0.4),
+    ):
+        runs.append(write_run(tmp_path / name, rate=rate, seed=seed))
+        more = dict(dataset="digits", seed=seed, eval=dict(accuracy=accuracy, loss=1.0))
+        change(runs[-1] / "summary.json", **more)
+    markdown = written(capsys, *runs)[0]
+    said = (
+        "Best test accuracy: a, b, c, 60.00 ± 14.14 % (n = 2); 20.00 points above the next, d, e,"
+    )
+    assert f"{said} 40.00 % (n = 1): {ALONE}." in markdown
 
 
 def test_a_folder_of_runs_and_sweeps_ranks_what_compares(tmp_path, capsys):

@@ -170,6 +170,19 @@ def test_a_run_on_validation_images_is_tested_on_the_test_split(config, tmp_path
         evaluated(tmp_path, **{"data.validation": 100})
 
 
+def test_evaluation_leaves_a_damaged_checkpoint_where_it_is(config, tmp_path):
+    config.epochs = 2
+    config.checkpoint.every_epochs = 1
+    loop.train(config, tmp_path)
+    older, newest = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    (tmp_path / "checkpoints" / str(newest) / "SHA256.json").write_text("{")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert evaluated(tmp_path)["step"] == older
+    after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert after.pop(tmp_path / evaluate.FILE)
+    assert after == before
+
+
 def test_inverted_images_are_named(exported, tmp_path, capsys):
     image = digits.load_digits(None).test_images[0]
     paths = [tmp_path / name for name in ("light.png", "dark.png")]

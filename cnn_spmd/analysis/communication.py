@@ -29,7 +29,8 @@ dense_2d splits each kernel over both mesh axes, and no dense batch. Pc and Pr c
 its columns lie on `data` (3), and where its rows do (sum_output).
 
 Where the data set is sharded (data/sharded.py), each of D devices sends M images to each device:
-exchange_images counts (D-1) M images.
+exchange_images counts (D-1) M images. Where the height of images is split, and conv1's maps have
+too few rows for that, give_whole_images counts an all-to-all of the images, forward.
 
 When each device keeps only its shard of a sum, XLA can use a reduce-scatter, at half the cost of an
 all-reduce. Gholami et al. ignore this; here it counts. One such sum is that of a gradient whose
@@ -152,6 +153,17 @@ def exchange_halos(halos: Sequence[Activation], first: str) -> Iterator[Move]:
             yield Move(halo.name, "collective-permute", set(halo.height), "backward", halo.bytes)
 
 
+def give_whole_images(place: Placement, first: Layer, shape: tuple[int, ...]) -> Iterator[Move]:
+    """Trade rows of images for examples, where images have enough rows, and conv1's maps too few.
+
+    shape: of the images, which move as float32. They need no gradient.
+    """
+    if first.input.is_map:
+        images = activation_of(place, "images", place.map_axes(shape[1], None), shape, itemsize=4)
+        moves = move_between_layers(place.mesh, images, first.input)
+        yield from (move for move in moves if move.phase == "forward")
+
+
 def exchange_images(mesh: Mesh, image_bytes: int) -> Iterator[Move]:
     """Send each device the images of its batch, where the data set is sharded."""
     if image_bytes:
@@ -197,6 +209,7 @@ def closed_form(
         moves += sum_output(place.mesh, layer)
         moves += sum_statistics(layer)
         before = layer.output
+    moves += give_whole_images(place, layers[0], activations[0][2])
     halos = [activation_of(place, *each, itemsize) for each in activations if is_halo(each[0])]
     moves += exchange_halos(halos, layers[0].name)
     for number, layer in enumerate(layers):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cnn_spmd.analysis import card_file
+from cnn_spmd.config import JAX_SHARE
 from cnn_spmd.errors import UserError
 
 CARDS = pathlib.Path(__file__).parent / "cards"
@@ -133,6 +134,11 @@ class Rates(Origin):
     matrix_rate: float | None = None
     kernel_seconds: float | None = None
     product_rates: Sequence[tuple[float, float]] = ()
+
+    @property
+    def usable_memory(self) -> float:
+        """Return the bytes that JAX takes of the memory by default."""
+        return JAX_SHARE * self.memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

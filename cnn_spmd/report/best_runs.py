@@ -14,7 +14,14 @@ from cnn_spmd.report.text import Block, Commands, Heading, Paragraph, Table
 
 BEST = 5  # combinations of a sweep; of all sweeps given, twice as many
 SIGNIFICANT = 0.05  # two combinations are distinguishable where p is below this usual level
-DEVIATION = "± is one sample standard deviation over the n runs."
+ON_TEST = (
+    "The runs have no validation images (data.validation): the best setting is chosen on the test "
+    "split, so its accuracy there is partly luck."
+)
+DEVIATION = (
+    "± is one sample standard deviation over n runs of different seeds; of several with one seed, "
+    "the first counts."
+)
 
 
 # ---- One sweep
@@ -162,13 +169,15 @@ def best_blocks(overview: Overview) -> list[Block]:
     if len(ranked) > BEST:
         title += f" ({BEST} of {len(ranked)} shown)"
     blocks = [Heading(3, title), text.table_of([best_row(each, overview) for each in best])]
+    if len(ranked) > 1 and overview.metric_name == "test accuracy":
+        blocks.append(Paragraph(ON_TEST))
     runs = [
         max(each.having(overview.metric), key=lambda run: compare.numbers([run], overview.metric))
         for each in best
     ]
     if any(run["command"] for run in runs):
         said = "The commands of these rows, in the same order"
-        if any(len(combination.runs) > 1 for combination in best):
+        if any(len(combination.having(overview.metric)) > 1 for combination in best):
             said += ", each that of the best of the seeds"
         # A sweep adds this flag to each run; a single run does not need it.
         short = [re.sub(r" --config\.data\.fallback=(?=\s|$)", "", run["command"]) for run in runs]

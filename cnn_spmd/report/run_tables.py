@@ -11,7 +11,7 @@ from cnn_spmd.training import runfiles
 
 # Column of comparison_row -> what it means.
 LEGEND = {
-    "n": "n is the number of runs that differ in nothing but their seed.",
+    "n": "n is the number of runs that differ in nothing but their seed; a seed counts once.",
     "speedup": "Speedup is the throughput relative to the run on mesh 1x1 with the same batch and"
     " settings, of the same scheme where there is one. Efficiency is the speedup divided by the"
     " number of devices.",

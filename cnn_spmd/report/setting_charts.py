@@ -95,7 +95,8 @@ def metric_caption(metric: str, combos: Sequence[Combination]) -> str:
             "reach from the lowest to the highest run."
         )
     if missing := sum(len(each.runs) - len(each.numbers(metric)) for each in combos):
-        caption += f" Left out, not completed or not measured: {missing} of the runs."
+        reasons = "not completed, not measured, or a second run of a seed"
+        caption += f" Left out ({reasons}): {missing} of the runs."
     return caption
 
 

@@ -44,11 +44,15 @@ class Combination(NamedTuple):
         return [run for run in self.runs if run["status"] == "completed"]
 
     def having(self, metric: str) -> list[dict]:
-        """Return the completed runs that have a metric."""
-        return [run for run in self.completed if compare.numbers([run], metric)]
+        """Return the completed runs that have a metric; of several with one seed, the first."""
+        found: dict[Any, dict] = {}
+        for run in self.completed:
+            if compare.numbers([run], metric):
+                found.setdefault(value_of(run, "seed"), run)
+        return list(found.values())
 
     def numbers(self, metric: str) -> list[float]:
-        """Return a metric of each completed run that has it."""
+        """Return a metric of each of these runs."""
         return compare.numbers(self.having(metric), metric)
 
 

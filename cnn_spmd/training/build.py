@@ -181,7 +181,7 @@ def device_memory(place: Placement) -> float | None:
         stats = device.memory_stats() or {}
     except RuntimeError:  # the device is not here, as with --target
         card = cost.of_device(device.device_kind)
-        stats = dict(bytes_limit=configs.JAX_SHARE * card.memory) if card else {}
+        stats = dict(bytes_limit=card.usable_memory) if card else {}
     memory = float(stats.get("bytes_limit", 0))
     return min(cluster.exchange(memory)) or None  # all processes must decide alike
 

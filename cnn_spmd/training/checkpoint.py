@@ -24,7 +24,8 @@ Restoring tries, in this order:
 If there are checkpoints and none can be used, restoring raises UserError and renames nothing: a
 run never starts over in silence. If one is used, each checkpoint that was rejected is set aside,
 and so is each newer one without a manifest. Otherwise these would count among the last `keep`, and
-the next saves would push out good checkpoints.
+the next saves would push out good checkpoints. Commands that save nothing, such as an evaluation,
+restore in the same order, and only warn of these.
 """
 
 import concurrent.futures
@@ -81,12 +82,14 @@ class Checkpoints:
 
     directory: the folder that holds them. keep: how many of the newest are kept, beside the best.
     run: the name that config.json has for the run; checkpoints of another run are rejected.
+    read_only: whether restoring leaves the folder as it is.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int, run: str):
+    def __init__(self, directory: pathlib.Path, keep: int, run: str, read_only: bool = False):
         self.directory = directory
         self.keep = keep
         self.run_name = run
+        self.read_only = read_only
         self._is_main = jax.process_index() == 0
         self._was_read_back = False  # whether a checkpoint of this command was
         self._pending: _Pending | None = None
@@ -116,7 +119,7 @@ class Checkpoints:
                 continue
             if self._is_main:
                 self._set_aside_unused(step, rejected)
-                if not checkpoint.has_manifest():
+                if not (self.read_only or checkpoint.has_manifest()):
                     checkpoint.write_manifest(self.run_name, step, None)
             return state
         return None
@@ -134,7 +137,8 @@ class Checkpoints:
         Raises UserError at the end if there are checkpoints.
         """
         steps = self._steps()
-        self._remove_leftovers()
+        if not self.read_only:
+            self._remove_leftovers()
         unverified = []
         for step in steps:
             try:
@@ -168,11 +172,18 @@ class Checkpoints:
             )
 
     def _set_aside_unused(self, used: int, rejected: dict[int, str]) -> None:
-        """Set aside the rejected steps, and the newer ones that were passed over."""
+        """Set aside the rejected steps, and the newer ones that were passed over.
+
+        If the folder is to be left as it is, only warn of them.
+        """
         passed_over = [step for step in self._steps() if step > used]
         reason = f"has no {MANIFEST}, and an older checkpoint has one"
         for step, why in (dict.fromkeys(passed_over, reason) | rejected).items():
-            self._checkpoint(step).set_aside(why)
+            if self.read_only:
+                path = self.directory / str(step)
+                logging.warning("Checkpoint %s %s. Checkpoint %d is used.", path, why, used)
+            else:
+                self._checkpoint(step).set_aside(why)
 
     # ---- Save
 

@@ -17,6 +17,7 @@ BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
 JAX = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 SLURM = ("SLURM_NTASKS", "SLURM_PROCID")
+PMI_SIZE = "PMI_SIZE"  # MPICH's and Intel MPI's mpirun set it; jax knows neither
 LARGEST_INT = 2**31 - 1
 LARGEST_PORT = 2**16 - 1
 
@@ -26,7 +27,8 @@ def variable(env: Mapping[str, str]) -> str:
     for name in (*JAX, COORDINATOR):
         if name in env:
             return name
-    for count_name, _ in (MPI, SLURM):  # both launchers set these for a single process, too
+    # Launchers set these for a single process, too. Slurm's srun may set PMI_SIZE as well.
+    for count_name in (MPI[0], SLURM[0], PMI_SIZE):
         if env.get(count_name) and number(env, count_name, 1) > 1:
             return count_name
     return ""
@@ -38,6 +40,12 @@ def membership(env: Mapping[str, str]) -> dict:
     jax finds an address that is None by itself.
     Raises UserError, which names the variable, for a bad value.
     """
+    if variable(env) == PMI_SIZE:
+        raise UserError(
+            f"{PMI_SIZE}={env[PMI_SIZE]}: one of several processes of an mpirun that jax does not "
+            f"know (MPICH, Intel MPI), expected {COORDINATOR}=host:port of process 0, {JAX[0]} and "
+            f"{JAX[1]} with it, or, for a run alone, {PMI_SIZE} unset"
+        )
     count_name, id_name = _launcher(env)
     _check_address(env, COORDINATOR, needed=count_name == JAX[0])
     _check_address(env, BIND_ADDRESS, needed=False)

@@ -90,7 +90,7 @@ def predict(
     terms = terms_of(setup, card, moves, alone.seconds, gpus_per_host)
     sent, memory = sum(move["ring_bytes"] for move in moves), memory_of(setup)
     asked = place.mesh_name, config.parallelism, config.batch_size
-    return Prediction(*asked, terms, alone, sent, memory, fits=memory <= card.memory)
+    return Prediction(*asked, terms, alone, sent, memory, fits=memory <= card.usable_memory)
 
 
 def terms_of(

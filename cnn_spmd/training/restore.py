@@ -115,7 +115,7 @@ def prepare(
 
 
 def newest(source: pathlib.Path, setup: build.Setup, saved: dict) -> Restored:
-    """Return the newest usable state, with its setup."""
+    """Return the newest usable state, with its setup; change nothing in the folder."""
     if weights.is_file(source):
         about = weights.read_about(source)
         initial_state = setup.functions.jit_init()(np.uint32(setup.config.seed))
@@ -124,7 +124,7 @@ def newest(source: pathlib.Path, setup: build.Setup, saved: dict) -> Restored:
     state = None
     if has_checkpoint(source):
         directory, run = source.resolve() / "checkpoints", saved.get("run", "")
-        checkpoints = Checkpoints(directory, setup.config.checkpoint.keep, run)
+        checkpoints = Checkpoints(directory, setup.config.checkpoint.keep, run, read_only=True)
         state = checkpoints.restore(setup.functions.abstract_state)
         checkpoints.close()
     if state is None:

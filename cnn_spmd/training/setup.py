@@ -97,7 +97,7 @@ class Setup:
         kind = self.place.mesh.devices.flat[0].device_kind
         card = prediction.card_of(self.config, kind)
         # A card of the config may stand for other devices than these.
-        memory = self.memory or (card.memory if card else None)
+        memory = self.memory or (card.usable_memory if card else None)
         more = dict(device_memory_bytes=memory, prediction=prediction.of_devices(self, estimate))
         return program_report.report_of(self, compiled, n) | more
 
