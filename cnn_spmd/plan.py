@@ -199,8 +199,9 @@ def _title(setup: Setup, card: Card, devices: int, gpus_per_host: int) -> Iterat
     held = setup.image_bytes_per_device
     yield f"Images: {where}" + (f", {held / 1e9:.2f} GB per device" if held else "")
     yield "sent, held: per device; held is without the data set's images"
-    if hosts > 1:
-        yield f"Times across hosts: {card.sources.get('cluster', 'no source')}"
+    spans = {"host": "in a host"} | ({"cluster": "across hosts"} if hosts > 1 else {})
+    for span, where in spans.items():
+        yield f"Card {card.name}, collectives {where}: {card.sources.get(span, 'no source')}"
 
 
 def as_text(plan: Plan) -> Iterator[str]:
@@ -327,6 +328,6 @@ def why(plan: Plan) -> str:
         )
     estimated = " Computing is estimated." if best.alone.is_estimated else ""
     return (
-        f"{text}.{estimated} {cost.ERRORS}. Smaller differences say nothing: "
-        "results/predictions.md."
+        f"{text}.{estimated} {cost.ERRORS}. Schemes within a few percent of each other may change "
+        "places: results/predictions.md."
     )

@@ -38,8 +38,8 @@ ESTIMATES_WITHIN = "on H100s and H200s, 9 of 10 estimates were within 12 % of th
 
 # From the files of results/data/predictions on sweeps of H200s.
 ERRORS = (
-    "Errors: at most 6 % on 2 and 4 H200s of one host, for fsdp up to 15 %, for model and spatial "
-    "up to 27 %; across hosts unknown"
+    "Errors for AlexNet at 224 pixels on 2 and 4 H200s of one host: at most 6 %, for fsdp up to "
+    "15 %, for model and spatial up to 27 %. For other networks, cards and hosts they are unknown"
 )
 
 # Operations without times of their own take those of the first one that a card has.
@@ -182,8 +182,9 @@ def load(name: str) -> Card:
     """
     path = CARDS / f"{name}.json" if name in names() else pathlib.Path(name)
     if not path.is_file():
+        reason = "no such file" if path.suffix or path.parent.name else "no calibration"
         raise UserError(
-            f"--card={name}: no calibration, expected one of {', '.join(names())} or a file of "
+            f"--card={name}: {reason}, expected one of {', '.join(names())} or a file of "
             "python -m cnn_spmd.calibrate"
         )
     fields = card_file.read(path)
