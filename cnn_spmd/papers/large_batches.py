@@ -49,9 +49,9 @@ def error_of(run: dict) -> float | None:
 
 
 def errors_of(runs: Sequence[dict]) -> Errors:
-    """Return the errors of the runs of large batches, in the order of the table."""
+    """Return the errors of the runs of large batches, in the order of the table and of seeds."""
     errors = collections.defaultdict(list)
-    for run in of_large_batches(runs):
+    for run in sorted(of_large_batches(runs), key=lambda run: run["seed"]):
         errors[*names_of(run["experiment"]), run["batch_size"]].append(error_of(run))
     return dict(sorted(errors.items()))
 
@@ -227,18 +227,19 @@ def claim_row(variant: str, batch: int, words: str, errors: Errors, edges: Edges
 
 
 def verdict(terms: Sequence[Sequence[float]], costs: bool) -> tuple[str, str]:
-    """Return the sum of the terms' means ± its standard error, and if a claim holds.
+    """Return the mean of the terms' sums by seed ± its standard error, and if a claim holds.
 
     terms: the errors of each group of runs, with the group's sign. costs: whether the claim is that
-    the sum is above MARGIN; otherwise, that it is not.
+    the mean is above MARGIN; otherwise, that it is not.
     """
-    if not all(terms):
+    sums = [sum(errors) for errors in zip(*terms, strict=False)]
+    if not sums:
         return "not measured", ""
-    points = sum(map(statistics.mean, terms))
+    points = statistics.mean(sums)
     holds = "yes" if (points > MARGIN) == costs else "no"
-    if min(map(len, terms)) == 1:  # no deviation is known
+    if len(sums) == 1:  # no deviation is known
         return f"{points:+.2f}", f"{holds}, not certain"
-    error = math.sqrt(sum(statistics.variance(term) / len(term) for term in terms))
+    error = statistics.stdev(sums) / math.sqrt(len(sums))
     certain = abs(points - MARGIN) > 2 * error
     return f"{points:+.2f} ± {error:.2f}", holds if certain else f"{holds}, not certain"
 
