@@ -603,7 +603,7 @@ def _resolve_warmup(config: ml_collections.ConfigDict, per_epoch: int) -> None:
         given = "warmup_epochs" if settings.warmup_epochs else "warmup_steps"
         raise UserError(
             f"optimizer.{given}={settings[given]}: makes a warm-up of {settings.warmup_steps} "
-            f"steps, longer than the run ({config.steps}): lower it, or train longer"
+            f"steps, expected at most the run's {config.steps}: lower it, or train longer"
         )
     settings.warmup_epochs = 0.0  # warmup_steps says it from here on
 

@@ -196,7 +196,7 @@ def test_the_warmup_in_steps_and_epochs(given, steps):
 
 @pytest.mark.parametrize(("name", "value"), [("steps", 11), ("epochs", 2.75)])
 def test_a_warmup_longer_than_the_run_is_refused(name, value):
-    expected = rf"optimizer\.warmup_{name}={value}: .* of 11 steps, expected at most the run's 10$"
+    expected = rf"optimizer\.warmup_{name}={value}: .* of 11 steps, expected at most the run's 10:"
     with pytest.raises(UserError, match=expected):
         setup_of("simple_cnn", "data", (1, 1), optimizer={f"warmup_{name}": value})
 

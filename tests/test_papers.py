@@ -550,7 +550,7 @@ def test_writing_changes_only_what_is_out_of_date(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pages, "RESULTS", results)
     made = dict.fromkeys(pages.PAGES, lambda: "page")
     monkeypatch.setattr(pages, "PAGES", made)
-    run = dict(eval=dict(accuracy=0.75), param_count=1000, batch_size=128)
+    run = dict(eval=dict(accuracy=0.75), param_count=1000, batch_size=128, seed=0)
     runs = [run | dict(experiment="deeper_vgg_11")]
     monkeypatch.setattr(summaries, "load_single_runs", lambda folder=None: [*runs])
     assert command.main(["--write"]) == 0
