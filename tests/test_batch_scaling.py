@@ -127,6 +127,9 @@ def test_only_sweeps_of_three_batch_sizes_have_steps_to_a_target(tmp_path, capsy
         [a_scaling_run(size, 500, dataset="synthetic") for size in sizes],
     ):
         assert batch_scaling.measure(dict(runs=others)) is None
+    (said,) = batch_scaling_section.section(dict(runs=runs[:2]), None)
+    assert said.text == "The steps to a target need 3 batch sizes; this sweep has 2."
+    assert not batch_scaling_section.section(dict(runs=runs[:1]), None)
     folder = write_sweep(tmp_path / "s", RUNS)
     assert "Steps to a target" not in written(capsys, folder)[0]
     assert report.main([str(folder), "--target_error", "0.1"]) == 2

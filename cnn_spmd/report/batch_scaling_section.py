@@ -27,10 +27,16 @@ LEGEND = (
 
 
 def section(sweep: dict, target_error: float | None) -> list[Block]:
-    """Return the section of a sweep; [] where it has none (batch_scaling.measure)."""
+    """Return the section of a sweep; [] where it has none (batch_scaling.measure).
+
+    A sweep of too few batch sizes has a sentence instead.
+    """
     scaling = batch_scaling.measure(sweep, target_error)
     if scaling is None:
-        return []
+        evaluated = [run for run in sweep["runs"] if batch_scaling.evaluations(run)]
+        sizes = {run["settings"].get("batch_size") for run in evaluated} - {None}
+        few = f"The steps to a target need {LEAST} batch sizes; this sweep has {len(sizes)}."
+        return [Paragraph(few)] if 1 < len(sizes) < LEAST else []
     split = compare.split_of(run["config"] for run in sweep["runs"])
     goal = f"{split} error of {100 * (1 - scaling.target):.4g} %"
     texts = [f"Target: a {goal}, {scaling.reason}.", knee_text(scaling), noise_text(scaling)]
