@@ -8,9 +8,9 @@
   ... --config.eval.every_epochs=1 --noise_scale 5
                                           for the steps to a target error, and the noise scale
 
-A variant is some of a rule, bn and imagenette, in this order, with "_" between them:
+A variant names some of: a rule, bn, imagenette; in this order, with "_" between them:
 
-  linear      momentum SGD; the rate grows with the batch (also without a rule)
+  linear      momentum SGD; the rate grows with the batch (the default)
   lars        a local rate per parameter, eta |w| / (|g| + decay |w|), times the rate
   larc        the same local rate, but at most the rate: min(rate, local)
   bn          AlexNet-BN (batch norm on the inputs of conv2 to conv5) instead of AlexNet 2012,
@@ -36,9 +36,9 @@ epochs, here it takes 5 for every batch; and the local rate is the paper's, not 
 
 The rates are published ones, too. linear: 0.01 for AlexNet at 128 (owt_imagenet.py), 0.08 for
 AlexNet-BN at 512. lars and larc: 2 at 1K, 10 at 8K and 16 at 16K, nearly a power of 0.75 of the
-batch. They are for ImageNet, whose epochs have 25 times as many steps. On CIFAR-10 other rates are
-the best. So search them for each batch, on images that are held out of training. results/rates.md
-has such a search, results/batches.md the command of each cell. For example:
+batch. They are for ImageNet, whose epochs have 25 times as many steps. On CIFAR-10 the best rate is
+mostly another one. So search it for each batch, on images that are held out of training.
+results/rates.md has this search, results/batches.md the command of each cell. For example:
 
   ... --config.epochs=30 --config.data.validation=5000 --sweep batch_size=128,1024,4096,8192
       --sweep optimizer.learning_rate=0.1,0.4,1.6,6.4

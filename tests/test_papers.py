@@ -360,7 +360,8 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
         "| CIFAR-10 | AlexNet, SGD | 1 | 25.00 (1) | 50.00 (32) |",
     ]
     best_rates = "Learning rates are the best of [rates.md](rates.md#large-batches)"
-    assert section[3] == f"Measured on 1 x H100. {best_rates}."
+    mended = "These runs do not have the fault named above."
+    assert " ".join(section[3].split()) == f"Measured on 1 x H100. {mended} {best_rates}."
     absent = "Imagenette was not run with these rules."
     assert absent in " ".join("\n".join(section).split())
     for rule in ("larc", "lars"):
@@ -448,7 +449,7 @@ def test_steps_to_a_target_of_large_batches():
     assert section.splitlines()[-1] == (
         "| CIFAR-10, AlexNet, LARS | 20 | 20 | 20 | 20 | - | 0 | 1,000 to 3,000 (batch 128) |"
     )
-    assert "by 5 batches; the range" in " ".join(section.split())
+    assert "from 5 batches; the range" in " ".join(section.split())
     assert not large_batches.steps_section(runs[:2])
     runs[0].pop("metrics")
     runs[3].pop("metrics")

@@ -54,13 +54,17 @@ def papers_fields() -> dict[str, str]:
 
 
 def speedups() -> dict[str, str]:
-    """Return how many times as fast four H200s are, at 32 images per GPU, by mesh and scheme."""
+    """Return how many times as fast four H200s are, by mesh and scheme.
+
+    That is at the smallest batch, and at the largest in parentheses.
+    """
     sweep = runfiles.read_json(DATA / "sweeps" / f"{predictions.ALL_SCHEMES[4]}.json")
-    smallest, *_ = meshes.sweep_panels(sweep)
-    return {
-        f"{compare.mesh_name(group.mesh)} {group.parallelism}": f"{group.speedups()[0]:.2f}"
-        for group in smallest
-    }
+    panels = meshes.sweep_panels(sweep)
+    smallest, largest = (
+        {f"{compare.mesh_name(group.mesh)} {group.parallelism}": group.speedups() for group in own}
+        for own in (panels[0], panels[-1])
+    )
+    return {name: f"{own[0]:.2f} ({largest[name][0]:.2f})" for name, own in smallest.items()}
 
 
 def speed_fields() -> dict[str, float]:

@@ -124,10 +124,11 @@ def lowest_text(errors: Errors) -> str:
             found = statistics.mean(own), setting
             lowest[batch] = min(lowest.get(batch, found), found)
     parts = (
-        f"at {batch:,} images {setting}, {error:.2f} %"
-        for batch, (error, setting) in sorted(lowest.items())
+        f"at {batch:,} images {errors_text(errors[DATA_NAMES['cifar'], setting, batch])} % with "
+        f"{setting}"
+        for batch, (_, setting) in sorted(lowest.items())
     )
-    return f"The lowest error is: {'; '.join(parts)}."
+    return f"The lowest errors: {'; '.join(parts)}."
 
 
 def machines_of(runs: Iterable[dict]) -> str:
@@ -148,6 +149,7 @@ def section(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
         errors=errors_table(errors, "network, rule", actual_rates(runs)),
         lowest=lowest_text(errors),
         machines=machines_of(runs),
+        mended="" if "cast_once" in str(runs) else "These runs do not have the fault named above.",
         rates=rates_text(runs, best, edges),
         guessed=guessed_text(runs),
         imagenette="" if has_imagenette else "Imagenette was not run with these rules.",

@@ -45,7 +45,8 @@ def page() -> str:
         sweeps={name: predictions_table(rows) for name, rows in sweeps.items()},
         sweep_errors={name: prediction_errors(rows) for name, rows in sweeps.items()},
         new_errors={name: new_errors(sweeps[name]) for name in AHEAD.values()},
-        older_model=older_model_errors(),
+        older_model=errors_by_scheme(load_predictions(f"{AHEAD[4]}-older")),
+        ahead_model=errors_by_scheme(sweeps[AHEAD[4]]),
         shipped_card_errors=shipped_card_errors(sweeps[ALL_SCHEMES[2]]),
         fsdp=fsdp_fields(sweeps[ALL_SCHEMES[4]]),
         unmeasured=predictions_table(unmeasured),
@@ -131,16 +132,13 @@ def new_errors(predictions: Sequence[dict]) -> str:
     return f"median error {errors_text(rows)}, n = {len(rows)}"
 
 
-def older_model_errors() -> dict[str, str]:
-    """Return the errors of what an older model predicted of four GPUs, of all and by scheme."""
-    rows = load_predictions(f"{AHEAD[4]}-older")
-    worst = {
-        scheme: max(errors_of([row for row in rows if row["parallelism"] == scheme]))
-        for scheme in ("fsdp", "sharded_update")
-    }
-    return dict(all=errors_text(rows)) | {
-        scheme: f"{100 * error:.1f}" for scheme, error in worst.items()
-    }
+def errors_by_scheme(rows: Sequence[dict]) -> dict[str, str]:
+    """Return the errors of all predictions in words, and the worst by scheme in %."""
+    errors = {"all": errors_text(rows)}
+    for scheme in {row["parallelism"] for row in rows}:
+        own = errors_of([row for row in rows if row["parallelism"] == scheme])
+        errors[scheme] = f"{100 * max(own):.1f}"
+    return errors
 
 
 def fsdp_fields(predictions: Sequence[dict]) -> dict[str, object]:
