@@ -63,8 +63,7 @@ def plan(
     """Predict a step on each mesh over all of JAX's devices, under each scheme.
 
     config: its batch_size is the global batch. Its parallelism is the only scheme to look at, or
-    "auto" for all. card: of the devices, None where they have no calibration. mesh: the only mesh,
-    or several, joined by commas, or "auto" for all.
+    "auto" for all. card: None where the devices have none. mesh: those to look at, or "auto".
     Raises UserError where nothing has a prediction, or nothing fits in memory.
     """
     devices = jax.devices()
