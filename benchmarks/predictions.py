@@ -37,12 +37,6 @@ from cnn_spmd.training.prediction import Prediction, predict
 from cnn_spmd.training.provenance import provenance
 from experiments.alexnet_cifar import get_config
 
-SWEEPS = (
-    "alexnet-224-2xh200",
-    "alexnet-224-2xh200-schemes",
-    "alexnet-224-4xh200",
-    "alexnet-224-4xh200-schemes",
-)
 GPUS_PER_HOST = 8
 DEVICES = [2**power for power in range(10)]
 # Batches by name: the global batch for a number of devices.
@@ -55,7 +49,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES[-1])
     h100, h200 = cost.load("h100"), cost.load("h200")
-    for name in SWEEPS:
+    for name in (*predictions.OLDER.values(), *predictions.ALL_SCHEMES.values()):
         runs = runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]
         card = with_steps(h200, runs)
         rows = [beside(run, card, h200) for run in runs if run["mesh"] != "1x1"]

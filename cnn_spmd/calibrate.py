@@ -76,6 +76,9 @@ def measure(
     )
 
 
+HOST_MEMORY = "a device's share of the host's memory"
+
+
 def not_measured(devices: Sequence[jax.Device]) -> tuple[dict, dict[str, str]]:
     """Return what is known of such devices before anything is measured, and its sources.
 
@@ -105,9 +108,7 @@ def not_measured(devices: Sequence[jax.Device]) -> tuple[dict, dict[str, str]]:
         steps=[],
     )
     sources = dict(
-        memory="what JAX may use of it / 0.75"
-        if limit
-        else "a device's share of the host's memory",
+        memory=f"what JAX may use of it / {configs.JAX_SHARE}" if limit else HOST_MEMORY,
         gap="not measured, taken as 0",
         hidden_share="not measured, taken as 0",
         host="not measured: there is one device",

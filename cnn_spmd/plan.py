@@ -63,7 +63,8 @@ def plan(
     """Predict a step on each mesh over all of JAX's devices, under each scheme.
 
     config: its batch_size is the global batch. Its parallelism is the only scheme to look at, or
-    "auto" for all. card: None where the devices have none. mesh: those to look at, or "auto".
+    "auto" for all. card: None where the devices have none. mesh: the meshes to look at, joined by
+    commas, or "auto" for all.
     Raises UserError where nothing has a prediction, or nothing fits in memory.
     """
     devices = jax.devices()
@@ -142,9 +143,8 @@ def _nothing_fits(found: Sequence[Prediction], card: Card) -> UserError:
     least = min(found, key=lambda each: each.memory)
     return UserError(
         f"--plan: nothing fits in the {card.usable_memory / 1e9:.1f} GB of {card.device_kind} that "
-        "JAX takes by default: the "
-        f"least is {least.memory / 1e9:.1f} GB per device ({least.mesh} {least.parallelism}), "
-        "expected more devices, or a smaller batch_size or model.width"
+        f"JAX takes by default: the least is {least.memory / 1e9:.1f} GB per device ({least.mesh} "
+        f"{least.parallelism}), expected more devices, or a smaller batch_size or model.width"
     )
 
 

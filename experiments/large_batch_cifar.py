@@ -24,10 +24,9 @@ in % (You, Gitman, Ginsburg 2017, arXiv 1708.03888, as quoted in github.com/lcy-
   AlexNet, linear               57.6    53.1    44.8
 
 Linear scaling of AlexNet diverges above the rate for a batch of 2K. With batch norm, the gap at 8K
-falls from 14 points to 2.2 without LARS. With LARS nothing is lost up to 8K (abstract).
-results/batches.md has what was measured on CIFAR-10, and whether these claims hold there.
-
-(The gap of 14 is the paper's own figure; the table gives 12.8.)
+falls from 14 points to 2.2 without LARS (14 is the paper's own figure; the table gives 12.8). With
+LARS nothing is lost up to 8K (abstract). results/batches.md has what was measured on CIFAR-10, and
+whether these claims hold there.
 
 The recipe is that of the authors' files (nvcaffe, models/alexnet_bn): momentum 0.9, weight decay
 5e-4, dropout 0.5, polynomial decay of power 2, eta 0.001. What differs: their warm-up takes 4 to 10

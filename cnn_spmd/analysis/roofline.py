@@ -31,7 +31,7 @@ _KINDS = {
     # They call another program: its operations take their place.
     "call": "jit closed_call remat2 custom_jvp_call custom_vjp_call shard_map",
     "product": "dot_general conv_general_dilated",
-    # They are a kernel by themselves. Of a loop, only what it takes and returns is seen.
+    # They are a kernel by themselves. Only what a loop takes and returns is seen.
     "alone": "pallas_call select_and_scatter_add scatter scatter-add sort scan while",
     "barrier": "optimization_barrier",  # XLA stores what goes through it
     "reduction": "reduce_sum reduce_max reduce_min reduce_and reduce_or argmax argmin",

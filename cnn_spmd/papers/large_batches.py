@@ -5,12 +5,13 @@ Errors are in %; a run whose loss or weights became infinite or NaN has none: it
 """
 
 import collections
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-from cnn_spmd.papers import published, summaries
-from cnn_spmd.papers.layout import fence, filled_in, grid, table
+from cnn_spmd.papers import measured, published, summaries
+from cnn_spmd.papers.layout import fence, filled_in, grid, is_rounded, table
 from cnn_spmd.report import batch_scaling, compare, text
 from cnn_spmd.report.text import mean_and_deviation
 
@@ -22,11 +23,12 @@ DATA_NAMES = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
 RULE_NAMES = {"linear": "SGD", "lars": "LARS", "larc": "LARC"}
 MARGIN = 0.5  # points that a batch may add and still costs nothing: our choice, no paper has one
 GUESSING = 90.0  # the error of a guess among ten classes, at which a diverged run counts
+NOT_ROUNDED = "These runs do not have the fault named above."
 MISS = 0.1  # the most by which a fit may miss the steps, so that its knee is shown: our choice
 
 # Experiment and batch -> the best learning rate of a search; several tie, or all diverged.
 BestRates = dict[tuple[str, int], list[float]]
-# Of a search: each experiment and batch whose best rate is the smallest or the largest tried.
+# Each experiment and batch of a search whose best rate is the smallest or the largest tried.
 Edges = Set[tuple[str, int]]
 # Data, "network, rule" and batch -> the errors of its runs; None where one diverged.
 Errors = dict[tuple[str, str, int], list[float | None]]
@@ -46,6 +48,11 @@ def names_of(experiment: str) -> tuple[str, str]:
 def error_of(run: dict) -> float | None:
     """Return the error of a run's last evaluation; None where it diverged."""
     return None if summaries.diverged(run) else 100 * (1 - run["eval"]["accuracy"])
+
+
+def only_guesses(error: float | None) -> bool:
+    """Return whether the error of a run that did not diverge is that of a guess."""
+    return error is not None and error >= GUESSING
 
 
 def errors_of(runs: Sequence[dict]) -> Errors:
@@ -97,23 +104,13 @@ def actual_rates(runs: Iterable[dict]) -> dict[tuple[str, str, int], float]:
     }
 
 
-def settings_of(runs: Iterable[dict]) -> set[tuple[str, int, float]]:
-    """Return each variant, batch and learning rate (of batch 128) of runs on CIFAR-10."""
-    return {
-        (run["experiment"].removeprefix(CIFAR), run["batch_size"], rate_of(run))
-        for run in runs
-        if run["experiment"].startswith(CIFAR)
-    }
-
-
-def command_of(setting: tuple[str, int, float]) -> str:
-    """Return the command that trains a setting of settings_of, with three seeds."""
-    variant, batch, rate = setting
-    return (
-        f"python launch.py --config experiments/large_batch_cifar.py:{variant} "
-        f"--config.batch_size={batch} --config.optimizer.learning_rate={rate:g} "
-        "--sweep seed=0,1,2 --config.eval.every_epochs=1 --noise_scale 5"
-    )
+def commands_of(runs: Iterable[dict]) -> list[str]:
+    """Return the command of each setting on CIFAR-10, that of its smallest seed."""
+    first: dict[tuple[str, int], str] = {}
+    for run in sorted(runs, key=lambda run: (run["experiment"], run["batch_size"], run["seed"])):
+        if run["experiment"].startswith(CIFAR) and "command" in run:
+            first.setdefault((run["experiment"], run["batch_size"]), measured.command_of(run))
+    return list(first.values())
 
 
 def lowest_text(errors: Errors) -> str:
@@ -149,7 +146,7 @@ def section(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
         errors=errors_table(errors, "network, rule", actual_rates(runs)),
         lowest=lowest_text(errors),
         machines=machines_of(runs),
-        mended="" if "cast_once" in str(runs) else "These runs do not have the fault named above.",
+        mended="" if is_rounded(json.dumps(runs)) else NOT_ROUNDED,
         rates=rates_text(runs, best, edges),
         guessed=guessed_text(runs),
         imagenette="" if has_imagenette else "Imagenette was not run with these rules.",
@@ -157,7 +154,7 @@ def section(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
         guessing=GUESSING,
         claims=claims_table(errors, edges),
         steps=steps_section(runs),
-        commands=fence(*map(command_of, sorted(settings_of(runs)))),
+        commands=fence(*commands_of(runs)),
     )
 
 
@@ -183,7 +180,7 @@ def rates_text(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
 
 def guessed_text(runs: Iterable[dict]) -> str:
     """Name the runs that did not diverge but only guess at their end; "" if there are none."""
-    guessed = settings_text(run for run in runs if (error_of(run) or 0) >= GUESSING)
+    guessed = settings_text(run for run in runs if only_guesses(error_of(run)))
     return guessed and (
         f"Runs of {guessed} learn at first, and only guess at their end. Their rate was the best "
         "of the search, whose runs are shorter, so that the rate falls sooner. They are neither in "
@@ -251,14 +248,12 @@ def verdict(terms: Sequence[Sequence[float]], costs: bool) -> tuple[str, str]:
 
 def steps_section(runs: Sequence[dict]) -> str:
     """Return the section on steps to a target and the noise scale; "" without metrics."""
-    scalings = {}
+    runs, scalings = [run for run in runs if "metrics" in run], {}
     for experiment in sorted({run["experiment"] for run in runs}):
         own = [
             run
             for run in runs
-            if run["experiment"] == experiment
-            and "metrics" in run
-            and (error_of(run) or 0) < GUESSING
+            if run["experiment"] == experiment and not only_guesses(error_of(run))
         ]
         if scaling := batch_scaling.measure(dict(runs=list(map(as_swept, own)))):
             scalings[experiment] = scaling
@@ -275,15 +270,11 @@ def steps_section(runs: Sequence[dict]) -> str:
         row["knee"] = f"{knee.batch:,.0f}" if shown else "-"
         row["miss, %"] = f"{100 * knee.miss:.0f}" if knee else "-"
         rows.append(row | {"noise scale": noise_text(scaling)})
-    noise_batches = max(row["batches"] for run in runs for row in noise_rows(run))
+    noise = filter(batch_scaling.is_noise, (row for run in runs for row in run["metrics"]))
+    noise_batches = max((row["batches"] for row in noise), default=0)
     return filled_in(
         "large_batches_steps.md", steps=table(rows), miss=100 * MISS, noise_batches=noise_batches
     )
-
-
-def noise_rows(run: dict) -> list[dict]:
-    """Return the measurements of the noise scale of a run."""
-    return [row for row in run.get("metrics", ()) if batch_scaling.is_noise(row)]
 
 
 def noise_text(scaling: batch_scaling.Scaling) -> str:

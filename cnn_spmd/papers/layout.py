@@ -38,8 +38,12 @@ def filled_in(template: str, **fields: object) -> str:
 def about_data() -> str:
     """Return what pages with runs say of the files in results/data."""
     texts = (path.read_text() for path in DATA.rglob("*.json"))
-    is_rounded = any('"cast_once"' in text and '"bfloat16"' in text for text in texts)
-    return f"{HARDWARE} {ROUNDED}" if is_rounded else HARDWARE
+    return f"{HARDWARE} {ROUNDED}" if any(map(is_rounded, texts)) else HARDWARE
+
+
+def is_rounded(text: str) -> bool:
+    """Return whether the JSON of runs has one with the fault that ROUNDED names."""
+    return '"cast_once"' in text and '"bfloat16"' in text
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

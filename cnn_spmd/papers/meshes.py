@@ -1,7 +1,7 @@
 """Make results/meshes.md: sweeps over meshes and schemes."""
 
 import collections
-import pathlib
+import itertools
 from collections.abc import Iterable, Sequence
 
 from cnn_spmd.papers.layout import commands, filled_in, joined, table
@@ -28,9 +28,9 @@ SWEEP_COLUMNS = {
 def page() -> str:
     """Return the page of sweeps over meshes and schemes."""
     paths = sorted((DATA / "sweeps").glob("*.json"))
-    sweeps = map(runfiles.read_json, paths)
-    sections = "\n".join(map(sweep_section, paths))
-    return filled_in("meshes.md", spread=100 * spread(sweeps), sweeps=sections)
+    sweeps = {path.stem: runfiles.read_json(path) for path in paths}
+    sections = "\n".join(itertools.starmap(sweep_section, sweeps.items()))
+    return filled_in("meshes.md", spread=100 * spread(sweeps.values()), sweeps=sections)
 
 
 def spread(sweeps: Iterable[dict]) -> float:
@@ -45,9 +45,8 @@ def spread(sweeps: Iterable[dict]) -> float:
     return max(max(own) / min(own) - 1 for own in steps.values())
 
 
-def sweep_section(path: pathlib.Path) -> str:
-    """Return the section on the sweep in a file."""
-    sweep = runfiles.read_json(path)
+def sweep_section(name: str, sweep: dict) -> str:
+    """Return the section on a sweep; name: of its file."""
     figures = next(run["figures"] for run in sweep["runs"] if run["figures"])
     network = f"{sweep['experiment']}: {figures['model']}, {figures['dataset']}"
     day = sweep["started"].partition("T")[0]
@@ -56,7 +55,7 @@ def sweep_section(path: pathlib.Path) -> str:
         panel = groups[0].panel
         parts += [f"{panel[0].upper()}{panel[1:]}:", sweep_table(groups), fastest_text(groups)]
     parts += unfinished_runs(sweep)
-    picture = f"{path.stem}.png"
+    picture = f"{name}.png"
     if (DATA.parent / picture).exists():
         parts.append(f"Charts of this sweep: [{picture}]({picture}).")
     hardware = sweep["hardware"]

@@ -82,7 +82,11 @@ def draw_errors(errors: large_batches.Errors, axes: Axes, data: str) -> None:
         look = dict(color=colour, marker=marker, markersize=4)
         own = {key[2]: row for key, row in errors.items() if key[:2] == (data, setting)}
         learnt = {
-            batch: [error for error in row if error is not None and error < large_batches.GUESSING]
+            batch: [
+                error
+                for error in row
+                if error is not None and not large_batches.only_guesses(error)
+            ]
             for batch, row in own.items()
         }
         means = [

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from cnn_spmd.papers.layout import filled_in, joined, table
 from cnn_spmd.papers.summaries import DATA, load_folder
 from cnn_spmd.report import compare, text
+from cnn_spmd.sharding.mesh import parse as mesh_sizes
 from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import runfiles
 
@@ -97,18 +98,16 @@ def program_key(run: dict) -> tuple:
 def schemes_table(programs: Sequence[dict], sweeps: pathlib.Path = DATA / "sweeps") -> str:
     """Return a row for each scheme, of its program for SIDE_BY_SIDE on GPUs.
 
-    The mesh is one that splits both axes, where there is one. timed: the most GPUs on which a sweep
-    has run the scheme.
+    The mesh is one that splits both axes, where there is one. timed: the most GPUs, of several, on
+    which a sweep has run the scheme.
     """
     timed: dict[str, int] = {}
     for sweep in load_folder(sweeps):
         for run in sweep["runs"]:
             figures = run["figures"] or dict(device_kind="cpu")  # {} where it failed
-            if figures["device_kind"] != "cpu":
-                scheme, devices = (
-                    figures["parallelism"],
-                    math.prod(map(int, run["mesh"].split("x"))),
-                )
+            if run["mesh"] != "1x1" and figures["device_kind"] != "cpu":
+                devices = math.prod(mesh_sizes(run["mesh"]).values())
+                scheme = figures["parallelism"]
                 timed[scheme] = max(devices, timed.get(scheme, 0))
     found: dict[str, dict[str, str]] = {}
     for run, cells in program_rows(programs):

@@ -82,11 +82,8 @@ def at_edge(rate: float, errors: Tried) -> str:
 
 def edges(runs: Iterable[dict]) -> large_batches.Edges:
     """Return each experiment and batch of a search that has a best rate at the edge."""
-    return {
-        key
-        for key, errors in by_rate(runs).items()
-        if any(at_edge(rate, errors) for rate in best_of(errors))
-    }
+    found = by_rate(runs).items()
+    return {key for key, tried in found if {min(tried), max(tried)} & {*best_of(tried)}}
 
 
 def search_fields(runs: Sequence[dict]) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cnn_spmd.report import batch_scaling, captions, compare, plots
+from cnn_spmd.report import batch_scaling, captions, compare, plots, settings
 from cnn_spmd.report.batch_scaling import LEAST, Batch, Knee, Scaling, noise_scale
 from cnn_spmd.report.text import Block, Chart, Heading, Paragraph, Table
 
@@ -33,7 +33,7 @@ def section(sweep: dict, target_error: float | None) -> list[Block]:
     """
     scaling = batch_scaling.measure(sweep, target_error)
     if scaling is None:
-        evaluated = [run for run in sweep["runs"] if batch_scaling.evaluations(run)]
+        evaluated = filter(settings.is_evaluated, sweep["runs"])
         sizes = {run["settings"].get("batch_size") for run in evaluated} - {None}
         few = f"The steps to a target need {LEAST} batch sizes; this sweep has {len(sizes)}."
         return [Paragraph(few)] if 1 < len(sizes) < LEAST else []
