@@ -22,7 +22,9 @@ def page() -> str:
         cifar_steps=steps_of(runs, "large_batch_cifar_linear", 4096),
         cost=large_batches.cost(runs, "linear", 4096),
         cost_with_batch_norm=large_batches.cost(runs, "linear_bn", 4096),
-        large_batches=large_batches.section(runs, rates.best_rates(search), rates.edges(search)),
+        large_batches=large_batches.section(
+            runs, rates.best_rates(search), rates.edges(search), rates.load_other_rates()
+        ),
     )
 
 

@@ -50,11 +50,6 @@ def error_of(run: dict) -> float | None:
     return None if summaries.diverged(run) else 100 * (1 - run["eval"]["accuracy"])
 
 
-def only_guesses(error: float | None) -> bool:
-    """Return whether the error of a run that did not diverge is that of a guess."""
-    return error is not None and error >= GUESSING
-
-
 def errors_of(runs: Sequence[dict]) -> Errors:
     """Return the errors of the runs of large batches, in the order of the table and of seeds."""
     errors = collections.defaultdict(list)
@@ -133,8 +128,11 @@ def machines_of(runs: Iterable[dict]) -> str:
     return ", ".join(sorted({compare.machine(run) for run in runs}))
 
 
-def section(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
-    """Return the section on the runs at the best rates of a search; "" without runs."""
+def section(runs: Sequence[dict], best: BestRates, edges: Edges, worse: Sequence[dict] = ()) -> str:
+    """Return the section on the runs at the best rates of a search; "" without runs.
+
+    worse: runs of some of these settings at the search's best rate, whose errors are higher.
+    """
     runs = of_large_batches(runs)
     errors = errors_of(runs)
     if not errors:
@@ -148,7 +146,7 @@ def section(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
         machines=machines_of(runs),
         mended="" if is_rounded(json.dumps(runs)) else NOT_ROUNDED,
         rates=rates_text(runs, best, edges),
-        guessed=guessed_text(runs),
+        worse=worse_text(worse),
         imagenette="" if has_imagenette else "Imagenette was not run with these rules.",
         margin=MARGIN,
         guessing=GUESSING,
@@ -178,14 +176,16 @@ def rates_text(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
     return text + (f" A better rate may lie beyond those tried for {unsure}." if unsure else "")
 
 
-def guessed_text(runs: Iterable[dict]) -> str:
-    """Name the runs that did not diverge but only guess at their end; "" if there are none."""
-    guessed = settings_text(run for run in runs if only_guesses(error_of(run)))
-    return guessed and (
-        f"Runs of {guessed} learn at first, and only guess at their end. Their rate was the best "
-        "of the search, whose runs are shorter, so that the rate falls sooner. They are neither in "
-        "the picture nor among the steps to a target."
-    )
+def worse_text(worse: Iterable[dict]) -> str:
+    """Say what runs at the search's best rate reached, where the table has a better rate."""
+    errors, rates = errors_of(worse), actual_rates(worse)
+    if not errors:
+        return ""
+    parts = [
+        f"{setting} at batch {batch:,}: {errors_text(own)} ({rates[data, setting, batch]:.2g})"
+        for (data, setting, batch), own in errors.items()
+    ]
+    return f"At the search's best rate, their test error is higher: {'; '.join(parts)}."
 
 
 def settings_text(runs: Iterable[dict]) -> str:
@@ -250,11 +250,7 @@ def steps_section(runs: Sequence[dict]) -> str:
     """Return the section on steps to a target and the noise scale; "" without metrics."""
     runs, scalings = [run for run in runs if "metrics" in run], {}
     for experiment in sorted({run["experiment"] for run in runs}):
-        own = [
-            run
-            for run in runs
-            if run["experiment"] == experiment and not only_guesses(error_of(run))
-        ]
+        own = [run for run in runs if run["experiment"] == experiment]
         if scaling := batch_scaling.measure(dict(runs=list(map(as_swept, own)))):
             scalings[experiment] = scaling
     if not scalings:

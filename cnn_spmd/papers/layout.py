@@ -99,8 +99,12 @@ def fence(*lines: str) -> str:
 
 
 def wrapped_command(command: str) -> str:
-    """Return a shell command on lines of at most 96 columns, broken before flags."""
+    """Return a shell command on lines of at most 96 columns, broken before flags.
+
+    A flag that is longer is broken before its value.
+    """
     first, *flags = " ".join(command.split()).split(" --")
+    flags = [flag if len(flag) < 92 else flag.replace(" ", " \\\n    ") for flag in flags]
     lines = [first]
     for flag in flags:
         if len(lines[-1]) + len(flag) < 87:

@@ -74,28 +74,18 @@ def draw_errors(errors: large_batches.Errors, axes: Axes, data: str) -> None:
     """Draw the errors on a data set.
 
     A line goes through each setting's means; a dot is a run. Settings without runs on this data set
-    get an empty line, for the legend. A batch at which a run diverged or only guesses has no mean.
+    get an empty line, for the legend. A batch at which a run diverged has no mean.
     """
     for setting in dict.fromkeys(setting for _, setting, _ in errors):
         network, rule = setting.split(", ")
         colour, marker = RULES[rule]
         look = dict(color=colour, marker=marker, markersize=4)
         own = {key[2]: row for key, row in errors.items() if key[:2] == (data, setting)}
-        learnt = {
-            batch: [
-                error
-                for error in row
-                if error is not None and not large_batches.only_guesses(error)
-            ]
-            for batch, row in own.items()
-        }
-        means = [
-            statistics.mean(learnt[batch]) if len(learnt[batch]) == len(row) else math.nan
-            for batch, row in own.items()
-        ]
+        means = [math.nan if None in row else statistics.mean(row) for row in own.values()]
         axes.plot(list(own), means, linestyle=NETWORKS[network], label=setting, **look)
-        for batch, row in learnt.items():
-            axes.plot([batch] * len(row), row, linestyle="", alpha=0.4, **look)
+        for batch, row in own.items():
+            finite = [error for error in row if error is not None]
+            axes.plot([batch] * len(finite), finite, linestyle="", alpha=0.4, **look)
     axes.set_ylabel("test error, %")
     axes.set_xlabel("batch")
     axes.set_xticks(sorted({batch for name, _, batch in errors if name == data}))
