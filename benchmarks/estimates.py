@@ -41,11 +41,12 @@ class Row(NamedTuple):
     classes: int = 10
 
 
-SWEEP, SPEED, ALONE, CALIBRATED = (
+SWEEP, SPEED, ALONE, CALIBRATED, RUNS = (
     "sweeps/alexnet-224-2xh200.json",
     "speed/h100-x1.json",
     "predictions/alone.json",
     "predictions/calibrated.json",
+    "predictions/runs.json",  # the steps of runs whose accuracy was measured again since
 )
 PHOTOGRAPHS = dict(image_size=224, classes=1000)
 FITTED = [
@@ -54,17 +55,15 @@ FITTED = [
     Row("alexnet_cifar", 32, "h200", ALONE),
     Row("alexnet_cifar", 512, "h200", ALONE),
     Row("resnet_cifar:20", 128, "h200", ALONE),
-    Row("deeper_cifar:vgg_8", 512, "h200", "claims/deeper_vgg_8-h200-seed2.json"),
-    Row("claims_2012_cifar:relu", 128, "h100", "claims/claims_2012_relu-h100-seed2.json"),
-    Row("claims_2012_cifar:base", 512, "h100", "claims/claims_2012_no_dropout-h100-seed1.json"),
+    Row("deeper_cifar:vgg_8", 512, "h200", RUNS),
+    Row("claims_2012_cifar:relu", 128, "h100", RUNS),
+    Row("claims_2012_cifar:base", 512, "h100", RUNS),
     Row("cuda_convnet_cifar:11pct", 128, "h100", "cuda_convnet_11pct-h100-seed1.json"),  # float32
 ]
-# The other runs of vgg_16 shared their GPU most of the time: of this one the lower decile counts.
-SHARED = "claims/deeper_vgg_16-h200-seed2.json"
 HELD_OUT = [
     Row("owt_imagenet", 128, "h200", SWEEP, **PHOTOGRAPHS),
     Row("alexnet_2012_imagenet", 128, "h200", "alexnet_2012_imagenette-h200-seed0.json", 256),
-    Row("deeper_cifar:vgg_16", 512, "h200", SHARED),
+    Row("deeper_cifar:vgg_16", 512, "h200", RUNS),
     Row(
         "cuda_convnet_cifar:11pct_no_lrn", 128, "h200", "cuda_convnet_11pct_no_lrn-h200-seed2.json"
     ),
@@ -75,14 +74,14 @@ HELD_OUT = [
     *(Row(f"resnet_cifar:{name}", 128, "h200", ALONE) for name in ("32", "44", "56", "110")),
     *(Row(f"resnet_cifar:plain_{depth}", 128, "h200", ALONE) for depth in ("20", "56")),
     *(
-        Row(f"deeper_cifar:{name}", 512, "h200", f"claims/deeper_{name}-h200-seed1.json")
+        Row(f"deeper_cifar:{name}", 512, "h200", RUNS)
         for name in ("vgg_11", "one_convolution", "fully_connected", "simple_cnn")
     ),
     *(Row("owt_imagenet", batch, "h100", SPEED, **PHOTOGRAPHS) for batch in (32, 128, 512)),
-    Row("alexnet_cifar", 512, "h100", "alexnet_cifar-h100-1x1-hybrid-seed0.json"),
-    Row("claims_2012_cifar:tanh", 128, "h100", "claims/claims_2012_tanh-h100-seed1.json"),
+    Row("alexnet_cifar", 512, "h100", RUNS),
+    Row("claims_2012_cifar:tanh", 128, "h100", RUNS),
     *(
-        Row(f"claims_2012_cifar:{name}", 512, "h100", f"claims/claims_2012_{name}-h100-seed1.json")
+        Row(f"claims_2012_cifar:{name}", 512, "h100", RUNS)
         for name in ("no_lrn", "no_conv2", "no_conv3", "no_conv4", "one_tower")
     ),
     *(
@@ -163,14 +162,14 @@ def measured(row: Row) -> float:
     if row.file == SPEED:
         (batch,) = [each for each in found["batches"] if each["batch_per_gpu"] == row.batch]
         return batch["ours"][0]["median_step_milliseconds"]
-    if row.file in (ALONE, CALIBRATED):
+    if row.file in (ALONE, CALIBRATED, RUNS):
         (step,) = [
             step
             for step in found["steps"]
             if (step["experiment"], step["batch"]) == (row.experiment, row.batch)
         ]
         return step["milliseconds"]
-    return found["step_milliseconds"]["p10" if row.file == SHARED else "median"]
+    return found["step_milliseconds"]["median"]
 
 
 def fit(kernels: dict[Row, list[roofline.Kernel]]) -> str:

@@ -16,7 +16,7 @@ def page() -> str:
     """Return the page on our own networks and recipes."""
     tables = {dataset: results_table(dataset) for dataset in ("cifar10", "digits", "imagenette")}
     make_train = runfiles.read_json(DATA / "alexnet_cifar-cpu-make_train.json")
-    return filled_in("cifar10.md", **tables, make_train=make_train)
+    return filled_in("cifar10.md", **tables, make_train=make_train, **scheme_fields())
 
 
 def results_table(dataset: str, folder: pathlib.Path = DATA) -> str:
@@ -58,7 +58,28 @@ def results_row(runs: Sequence[dict]) -> dict[str, str]:
         "n": str(len(runs)),
         "test accuracy, %": mean_and_deviation([100 * run["eval"]["accuracy"] for run in runs], 2),
         "train, s": mean_and_deviation([run["train_seconds"] for run in runs], 1),
-        # The first seed compiles; the others may find its program in the cache.
-        "compile, s": f"{max(run['compile_seconds'] for run in runs):.1f}",
         "images/s": mean_and_deviation([run["images_per_second"] for run in runs], 0),
     }
+
+
+def scheme_fields(folder: pathlib.Path = DATA) -> dict[str, object]:
+    """Return what the page's template names of the runs of one seed under each scheme."""
+    runs = load_summaries(folder / "schemes")
+    rows = [
+        {
+            "experiment": run["experiment"],
+            "mesh, scheme": f"{compare.mesh_name(run['mesh'].values())} {run['parallelism']}",
+            "test accuracy, %": f"{100 * run['eval']['accuracy']:.2f}",
+        }
+        for run in sorted(runs, key=results_key)
+    ]
+    fields = dict(schemes=table(rows))
+    others = load_summaries(folder) + load_summaries(folder / "claims")
+    for name, epochs in {(run["experiment"], run["epochs"]) for run in runs}:
+        found = [
+            100 * run["eval"]["accuracy"]
+            for run in others
+            if (run["experiment"], run["epochs"]) == (name, epochs)
+        ]
+        fields[name] = f"{min(found):.2f} to {max(found):.2f} (n = {len(found)})"
+    return fields

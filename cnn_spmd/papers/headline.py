@@ -29,12 +29,12 @@ def headline_table() -> str:
 
 
 def accuracy_fields() -> dict[str, object]:
-    """Return accuracy and training time of AlexNet's recipe on one H100."""
+    """Return accuracy and training time of AlexNet's recipe on one H200."""
     runs = [
         run
         for run in summaries.load_summaries(DATA)
         if (run["experiment"], run["epochs"]) == ("alexnet_cifar", 40)
-        and compare.machine(run) == "1 x H100"
+        and compare.machine(run) == "1 x H200"
     ]
     return dict(
         accuracy=mean_and_deviation([100 * run["eval"]["accuracy"] for run in runs], 2),

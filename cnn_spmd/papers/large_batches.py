@@ -5,13 +5,12 @@ Errors are in %; a run whose loss or weights became infinite or NaN has none: it
 """
 
 import collections
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from cnn_spmd.papers import measured, published, summaries
-from cnn_spmd.papers.layout import fence, filled_in, grid, is_rounded, table
+from cnn_spmd.papers.layout import fence, filled_in, grid, table
 from cnn_spmd.report import batch_scaling, compare, text
 from cnn_spmd.report.text import mean_and_deviation
 
@@ -23,7 +22,6 @@ DATA_NAMES = {"cifar": "CIFAR-10", "imagenette": "Imagenette"}
 RULE_NAMES = {"linear": "SGD", "lars": "LARS", "larc": "LARC"}
 MARGIN = 0.5  # points that a batch may add and still costs nothing: our choice, no paper has one
 GUESSING = 90.0  # the error of a guess among ten classes, at which a diverged run counts
-NOT_ROUNDED = "These runs do not have the fault named above."
 MISS = 0.1  # the most by which a fit may miss the steps, so that its knee is shown: our choice
 
 # Experiment and batch -> the best learning rate of a search; several tie, or all diverged.
@@ -144,7 +142,6 @@ def section(runs: Sequence[dict], best: BestRates, edges: Edges, worse: Sequence
         errors=errors_table(errors, "network, rule", actual_rates(runs)),
         lowest=lowest_text(errors),
         machines=machines_of(runs),
-        mended="" if is_rounded(json.dumps(runs)) else NOT_ROUNDED,
         rates=rates_text(runs, best, edges),
         worse=worse_text(worse),
         imagenette="" if has_imagenette else "Imagenette was not run with these rules.",

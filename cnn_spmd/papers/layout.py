@@ -5,7 +5,6 @@ a number or a section that is made from results/data, or with a text that pages 
 without data is empty.
 """
 
-import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -15,11 +14,8 @@ from cnn_spmd.report.text import markdown_table
 TEMPLATES = DATA.parent / "templates"
 COMMAND = "python -m cnn_spmd.papers --write"
 HEAD = f"Generated from [data/](data) and [templates/](templates) by `{COMMAND}`; do not edit."
-HARDWARE = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data) says
-    config, commit, versions, hardware and seed."""
-ROUNDED = """Runs in bfloat16 whose file lists the fast form `cast_once` were made with a fault
-    (since mended): between steps they kept the weights of small layers in bfloat16, not in
-    float32. They are to be made again."""  # a weight lost its low 16 bits at every step
+ABOUT_DATA = """H100 is an NVIDIA H100 80GB HBM3, H200 an NVIDIA H200. Each file in [data/](data)
+    says config, commit, versions, hardware and seed."""
 SEEDS = "n is the number of seeds; mean ± one sample standard deviation."
 
 
@@ -30,20 +26,8 @@ def filled_in(template: str, **fields: object) -> str:
     about_data and seeds.
     """
     text = (TEMPLATES / template).read_text()
-    fields |= dict(head=HEAD, about_data=about_data(), seeds=SEEDS)
+    fields |= dict(head=HEAD, about_data=ABOUT_DATA, seeds=SEEDS)
     return joined(*text.format(**fields).split("\n\n"))
-
-
-@functools.cache
-def about_data() -> str:
-    """Return what pages with runs say of the files in results/data."""
-    texts = (path.read_text() for path in DATA.rglob("*.json"))
-    return f"{HARDWARE} {ROUNDED}" if any(map(is_rounded, texts)) else HARDWARE
-
-
-def is_rounded(text: str) -> bool:
-    """Return whether the JSON of runs has one with the fault that ROUNDED names."""
-    return '"cast_once"' in text and '"bfloat16"' in text
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
