@@ -147,7 +147,7 @@ def test_readme_has_the_placement_table():
 
 
 @pytest.mark.parametrize(
-    "name", ["alexnet_cifar-h100-1x1-hybrid-seed0", "alexnet_cifar-cpu-make_train"]
+    "name", ["alexnet_cifar-h200-1x1-hybrid-seed0", "alexnet_cifar-cpu-make_train"]
 )
 def test_readme_shows_the_last_line_of_a_measured_run(name):
     (path,) = (ROOT / "results").rglob(f"{name}.json")
