@@ -11,6 +11,7 @@ Needs no GPU, and compiles nothing. Writes these files to results/data/predictio
                   predicts with its own step of one GPU.
   devices.json    1 to 512 H100s, each scheme at its best mesh. Hosts have 8 GPUs. The batch per GPU
                   is 128, or the global batch is 1,024.
+  by-collectives-of-four.json    one of these sweeps, by collectives measured between four H200s
   unmeasured.json every scheme on every mesh of 4 H200s; not all are measured
 """
 
@@ -49,7 +50,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES[-1])
     h100, h200 = cost.load("h100"), cost.load("h200")
-    for name in (*predictions.OLDER.values(), *predictions.ALL_SCHEMES.values()):
+    sweeps = *predictions.OLDER.values(), *predictions.ALL_SCHEMES.values(), predictions.MORE
+    for name in sweeps:
         runs = runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]
         card = with_steps(h200, runs)
         rows = [beside(run, card, h200) for run in runs if run["mesh"] != "1x1"]
@@ -58,12 +60,23 @@ def main() -> None:
     arrays = blank_arrays(dict(train=128 * DEVICES[-1], test=64), SIDE)
     data = Dataset(name="synthetic", class_names=tuple(map(str, range(CLASSES))), **arrays)
     write("devices", h100, list(best_of_each_scheme(data, h100)))
+    write_by_four(h200)
     rows = [
         dict(devices=4, batch_per_device=batch) | found.as_json()
         for batch in (32, 128, 512)
         for found in planned(data, h200, 4, batch * 4)
     ]
     write("unmeasured", h200, rows)
+
+
+def write_by_four(h200: Card) -> None:
+    """Predict a sweep of four GPUs by times of collectives that were measured between four."""
+    name = predictions.ALL_SCHEMES[4]
+    runs = runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]
+    spans = cost.load(str(DATA / "predictions" / "calibrated-4xh200.json")).spans
+    card = dataclasses.replace(with_steps(h200, runs), spans=spans)
+    rows = [beside(run, card, h200) for run in runs if run["mesh"] != "1x1"]
+    write(predictions.BY_FOUR, card, rows, sweep=name)
 
 
 def write(name: str, card: Card, rows: list[dict], **fields: str) -> None:

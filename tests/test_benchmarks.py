@@ -185,11 +185,14 @@ def test_stored_estimates_are_what_the_model_says():
     (within,) = re.findall(r"9 of 10 .* within (\d+) %", cost.ESTIMATES_WITHIN)
     errors = predictions.errors_of([row for row in rows if not row["fitted"]])
     assert sum(error <= int(within) / 100 for error in errors) >= 0.9 * len(errors)
-    most, of_fsdp, of_split = map(int, re.findall(r"(\d+) %", cost.ERRORS))
+    most, of_fsdp, of_2x2, of_split = map(int, re.findall(r"(\d+) %", cost.ERRORS))
     limits = dict(fsdp=of_fsdp, model=of_split, spatial=of_split)
-    for name in (*predictions.ALL_SCHEMES.values(), *predictions.OLDER.values()):
+    sweeps = *predictions.ALL_SCHEMES.values(), predictions.MORE, *predictions.OLDER.values()
+    for name in sweeps:
         for row in predictions.load_predictions(name):
             limit = limits.get(row["parallelism"], most)
+            if predictions.place_of(row) == ("2x2", "dense_2d"):
+                limit = of_2x2
             for key in ("predicted_milliseconds", "by_shipped_card_milliseconds"):
                 error = abs(row[key] / row["measured_milliseconds"] - 1)
                 assert error <= limit / 100, (name, row)

@@ -20,8 +20,13 @@ DEVICES = "devices.svg"
 # Sweeps by number of GPUs: of all schemes, and older ones of three schemes, on more meshes.
 ALL_SCHEMES = {gpus: f"alexnet-224-{gpus}xh200-schemes" for gpus in (2, 4)}
 OLDER = {gpus: f"alexnet-224-{gpus}xh200" for gpus in (2, 4)}
+MORE = "alexnet-224-4xh200-more"  # model and spatial on four GPUs, and the mesh 2x2
 # What was predicted of the sweeps of all schemes before they ran.
 AHEAD = {gpus: f"ahead-{gpus}xh200" for gpus in (2, 4)}
+AHEAD_MORE = "ahead-4xh200-more"
+# The sweep of all schemes on four GPUs, with times of collectives that were measured between four.
+BY_FOUR = "by-collectives-of-four"
+ERROR_FIELDS = ("predicted_milliseconds", "measured_milliseconds")
 IN_OLDER = ("data", "hybrid", "hybrid_alternating")  # the schemes of the older sweeps
 # Files of papers' curves -> the name of the paper's system.
 SYSTEMS = {"optcnn": "OptCNN", "flexflow": "FlexFlow", "tensorflow": "TensorFlow"}
@@ -29,9 +34,9 @@ SYSTEMS = {"optcnn": "OptCNN", "flexflow": "FlexFlow", "tensorflow": "TensorFlow
 
 def page() -> str:
     """Return the page of predicted steps beside measured ones."""
-    names = [*AHEAD.values(), *ALL_SCHEMES.values(), *OLDER.values()]
+    names = [*AHEAD.values(), AHEAD_MORE, *ALL_SCHEMES.values(), MORE, *OLDER.values()]
     sweeps = {name: distinct(load_predictions(name)) for name in names}
-    on_four = load_predictions(ALL_SCHEMES[4]) + load_predictions(OLDER[4])
+    on_four = [row for name in (ALL_SCHEMES[4], MORE, OLDER[4]) for row in load_predictions(name)]
     measured = {place_of(row) for row in on_four}
     shipped = load_predictions("unmeasured")
     times = {step_of(row) for row in shipped if place_of(row) in measured}
@@ -49,6 +54,7 @@ def page() -> str:
         ahead_model=errors_by_scheme(sweeps[AHEAD[4]]),
         shipped_card_errors=shipped_card_errors(sweeps[ALL_SCHEMES[2]]),
         fsdp=fsdp_fields(sweeps[ALL_SCHEMES[4]]),
+        by_four=by_four_table(load_predictions(ALL_SCHEMES[4]), load_predictions(BY_FOUR)),
         unmeasured=predictions_table(unmeasured),
         fitted=len(fitted),
         estimates={name: estimates_table(rows) for name, rows in of_one_gpu.items()},
@@ -154,6 +160,18 @@ def fsdp_fields(predictions: Sequence[dict]) -> dict[str, object]:
             if run["figures"]["parallelism"] == "fsdp"
         ),
     )
+
+
+def by_four_table(by_two: Sequence[dict], by_four: Sequence[dict]) -> str:
+    """Return the errors by scheme, with collectives measured between two GPUs and between four."""
+    cells = {}
+    for column, predictions in (("between two", by_two), ("between four", by_four)):
+        for row in distinct(predictions):
+            own = [each for each in predictions if place_of(each) == place_of(row)]
+            own.sort(key=lambda each: each["batch_per_device"])
+            errors = (percent(*map(each.get, ERROR_FIELDS)) for each in own)
+            cells[*place_of(row), column] = ", ".join(errors)
+    return grid(["mesh", "scheme"], "{}: errors at 32, 128, 512, %", cells)
 
 
 def shipped_card_errors(predictions: Sequence[dict]) -> str:

@@ -13,7 +13,9 @@ def page() -> str:
     one_gpu = runfiles.read_json(DATA / "speed" / "h100-x1.json")
     gflop = one_gpu["flop_per_image"] / 1e9
     speeds = speed_table(load_folder(DATA / "speed"))
-    return filled_in("pytorch.md", speeds=speeds, gflop=gflop, one_gpu=one_gpu)
+    on_four = runfiles.read_json(DATA / "speed" / "h200-x4-512.json")["batches"]
+    (fsdp,) = (row["images_per_second"] for row in on_four[0]["peer"] if row["fsdp"])
+    return filled_in("pytorch.md", speeds=speeds, gflop=gflop, one_gpu=one_gpu, fsdp=fsdp)
 
 
 def speed_table(runs: Sequence[dict]) -> str:
