@@ -11,7 +11,7 @@ Needs no GPU, and compiles nothing. Writes these files to results/data/predictio
                   predicts with its own step of one GPU.
   devices.json    1 to 512 H100s, each scheme at its best mesh. Hosts have 8 GPUs. The batch per GPU
                   is 128, or the global batch is 1,024.
-  by-collectives-of-four.json    one of these sweeps, by collectives measured between four H200s
+  by-four.json    one of these sweeps, by collectives that were measured between four H200s
   unmeasured.json every scheme on every mesh of 4 H200s; not all are measured
 """
 

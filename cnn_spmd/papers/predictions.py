@@ -25,7 +25,7 @@ MORE = "alexnet-224-4xh200-more"  # model and spatial on four GPUs, and the mesh
 AHEAD = {gpus: f"ahead-{gpus}xh200" for gpus in (2, 4)}
 AHEAD_MORE = "ahead-4xh200-more"
 # The sweep of all schemes on four GPUs, with times of collectives that were measured between four.
-BY_FOUR = "by-collectives-of-four"
+BY_FOUR = "by-four"
 ERROR_FIELDS = ("predicted_milliseconds", "measured_milliseconds")
 IN_OLDER = ("data", "hybrid", "hybrid_alternating")  # the schemes of the older sweeps
 # Files of papers' curves -> the name of the paper's system.
