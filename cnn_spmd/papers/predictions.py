@@ -165,13 +165,13 @@ def fsdp_fields(predictions: Sequence[dict]) -> dict[str, object]:
 def by_four_table(by_two: Sequence[dict], by_four: Sequence[dict]) -> str:
     """Return the errors by scheme, with collectives measured between two GPUs and between four."""
     cells = {}
-    for column, predictions in (("between two", by_two), ("between four", by_four)):
+    for gpus, predictions in ((2, by_two), (4, by_four)):
         for row in distinct(predictions):
             own = [each for each in predictions if place_of(each) == place_of(row)]
             own.sort(key=lambda each: each["batch_per_device"])
             errors = (percent(*map(each.get, ERROR_FIELDS)) for each in own)
-            cells[*place_of(row), column] = ", ".join(errors)
-    return grid(["mesh", "scheme"], "{}: errors at 32, 128, 512, %", cells)
+            cells[*place_of(row), gpus] = ", ".join(errors)
+    return grid(["mesh", "scheme"], "between {}: errors at 32, 128, 512, %", cells)
 
 
 def shipped_card_errors(predictions: Sequence[dict]) -> str:
