@@ -23,6 +23,16 @@ from cnn_spmd.layers import dense
 from cnn_spmd.training import build
 
 
+def test_the_memory_of_each_device_is_taken_in_a_thread_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        build.startup, "background", lambda name, *args: taken.append((name, *args))
+    )
+    build.prepare(small_config("alexnet", mesh=dict(data=2, model=4), dtype="float32"))
+    memory = [arguments for name, *arguments in taken if name == "memory"]
+    assert memory == [[build.reserve_memory, device] for device in jax.devices()]
+
+
 def test_the_state_is_created_sharded_and_the_same_on_every_mesh():
     one, many = setup_of("alexnet", "data", (1, 1)), setup_of("alexnet", "hybrid", (2, 4))
     state = many.init()

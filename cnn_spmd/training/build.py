@@ -60,7 +60,8 @@ def prepare(
     place = Placement(mesh.make(*sizes, devices=devices), config.parallelism, rows)
     memory = memory or device_memory(place)
     if devices is None:
-        startup.background("memory", reserve_memory, place)
+        for device in place.mesh.local_devices:
+            startup.background("memory", reserve_memory, device)
     assemble = functools.partial(_assemble, config, place, memory, levers, check)
     if data is None:
         with startup.stage("data"):
@@ -164,13 +165,12 @@ def say_without_effect(setup: Setup) -> None:
             )
 
 
-def reserve_memory(place: Placement) -> None:
-    """Let JAX take the memory of its GPUs, as it otherwise does when the first array comes.
+def reserve_memory(device: jax.Device) -> None:
+    """Let JAX take the memory of a GPU, as it otherwise does when the first array comes.
 
-    That takes a second or two, in which the host has other work.
+    That takes two seconds on an H200, in which the host has other work, also for other GPUs.
     """
-    for device in place.mesh.local_devices:
-        jax.device_put(np.uint8(0), device).block_until_ready()
+    jax.device_put(np.uint8(0), device).block_until_ready()
 
 
 def device_memory(place: Placement) -> float | None:
