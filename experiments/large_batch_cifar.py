@@ -1,8 +1,8 @@
 """Train AlexNet in batches of 128 to 8,192, by three rules for the learning rate.
 
-  python launch.py --config experiments/large_batch_cifar.py:lars
-      --sweep batch_size=128,1024,4096,8192 --sweep seed=0,1,2
-  ... --config experiments/large_batch_cifar.py:linear_bn          another rule, another network
+  python launch.py --config experiments/large_batch_cifar.py:lars_bn --config.batch_size=4096
+      --config.optimizer.learning_rate=1.6    the best that was found at 4,096
+  ... --config experiments/large_batch_cifar.py:linear             another rule, another network
   ... --config experiments/large_batch_cifar.py:lars_imagenette --config.data.dir=imagenette2
                                           photographs of ten classes instead of CIFAR-10
   ... --config.eval.every_epochs=1 --noise_scale 5

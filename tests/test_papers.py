@@ -357,7 +357,7 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     assert section[2].splitlines() == [
         "| data | network, rule | n | batch 128 | batch 8192 |",
         "|---|---|---|---|---|",
-        "| CIFAR-10 | AlexNet, SGD | 1 | 25.00 (1) | 50.00 (32) |",
+        "| CIFAR-10 | AlexNet, SGD | 1 | 25.00 (1) | 50.00 (.5) |",
     ]
     best_rates = "Learning rates are the best of [rates.md](rates.md#large-batches)"
     assert " ".join(section[3].split()) == f"Measured on 1 x H100. {best_rates}."
@@ -381,16 +381,16 @@ def test_the_large_batch_section_without_runs_with_some_and_with_all(tmp_path):
     worse[0] |= dict(status="completed", eval=dict(accuracy=0.05))
     section = large_batches.section(runs, best, edges, worse).split("\n\n")
     assert section[2].splitlines()[2:] == [
-        "| CIFAR-10 | AlexNet, LARS | 1 |  |  |  | 90.00 (32) |  |",
-        "| CIFAR-10 | AlexNet, SGD | 3/2 | 37.50 ± 12.50 (1) |  |  |  | 50.00; 1 diverged (32) |",
-        "| CIFAR-10 | AlexNet-BN, LARC | 1 |  |  | 12.50 (8) |  |  |",
-        "| CIFAR-10 | AlexNet-BN, LARS | 1 |  |  | 12.50 (8) |  |  |",
-        "| Imagenette | AlexNet, LARS | 1 |  | 25.00 (4) |  |  |  |",
+        "| CIFAR-10 | AlexNet, LARS | 1 |  |  |  | 90.00 (1) |  |",
+        "| CIFAR-10 | AlexNet, SGD | 3/2 | 37.50 ± 12.50 (1) |  |  |  | 50.00; 1 diverged (.5) |",
+        "| CIFAR-10 | AlexNet-BN, LARC | 1 |  |  | 12.50 (1) |  |  |",
+        "| CIFAR-10 | AlexNet-BN, LARS | 1 |  |  | 12.50 (1) |  |  |",
+        "| Imagenette | AlexNet, LARS | 1 |  | 25.00 (1) |  |  |  |",
     ]
     text, unsure = " ".join(section[3].split()), "CIFAR-10, AlexNet, LARS at batch 4,096"
     assert f"{best_rates}, except {unsure}; CIFAR-10, AlexNet, SGD at batch 128; " in text
-    assert f"may lie beyond those tried for {unsure}. At the search's best rate, " in text
-    assert text.endswith("error is higher: AlexNet, LARS at batch 4,096: 95.00 (64).")
+    assert f"may lie beyond those tried for {unsure}. Whole runs at the search's best" in text
+    assert "higher test error: AlexNet, LARS at batch 4,096: 95.00 (2). So test errors" in text
     assert absent not in " ".join("\n".join(section).split())
     assert figures(tmp_path, "linear, batch 8,192: added error, points") == [
         ["12.8", "diverged", "0", "", "1 x H100"],
@@ -414,6 +414,8 @@ def test_what_is_claimed_of_large_batches_on_known_errors():
             ("AlexNet, LARS", 128, [10.0, 10.0]),
             ("AlexNet, LARS", 4096, [10.09, 10.11]),
             ("AlexNet, LARS", 8192, [11.1, 11.1]),
+            ("AlexNet-BN, LARS", 128, [9.0, 9.0]),
+            ("AlexNet-BN, LARS", 8192, [10.0, 10.0]),
         )
     }
     edges = {("large_batch_cifar_linear", 4096), ("large_batch_cifar_larc", 8192)}
@@ -431,6 +433,8 @@ def test_what_is_claimed_of_large_batches_on_known_errors():
         ["no loss", "not measured", ""],
         ["no loss", "+0.10 ± 0.01", "yes"],
         ["no loss", "+1.10 ± 0.00", "no"],
+        *[["no loss", "not measured", ""]] * 2,
+        ["no loss", "+1.00 ± 0.00", "no"],  # with batch norm, compared with batch norm
     ]
 
 

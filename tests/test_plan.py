@@ -1,6 +1,9 @@
 """Plans: what is predicted, chosen and refused, with a card of round numbers."""
 
 import dataclasses
+import json
+import re
+import statistics
 
 import jax
 import pytest
@@ -8,8 +11,10 @@ from setups import narrow  # noqa: F401  (a fixture)
 
 import cnn_spmd
 from cnn_spmd import plan
+from cnn_spmd.analysis import cost
 from cnn_spmd.analysis.cost import Card, Links
 from cnn_spmd.errors import UserError
+from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import prediction
 
 STEP = dict(
@@ -204,6 +209,25 @@ def test_one_mesh_and_one_scheme(data):
 def test_several_meshes(data):
     found = plan.plan(config_of(), data, CARD, 4, "2x2,1x4")
     assert {each.mesh for each in found.predictions} == {"2x2", "1x4"}
+
+
+def test_a_plan_of_a_variable_batch_says_how_far_it_is_off(data):
+    """The percentages are those of the stored sweep."""
+    one_batch, variable = (
+        plan.plan(config_of(parallelism="hybrid", dense_microbatch=size), data, CARD, 4, "1x4")
+        for size in (0, 4)
+    )
+    assert "variable batch" not in one_batch.title
+    text = " ".join(variable.title.split())
+    assert cost.VARIABLE_BATCH in text
+    sweep = json.loads((DATA / "sweeps" / "owt-variable-4xh200.json").read_text())
+    for devices, stated in zip((2, 4), re.findall(r"(\d+) %", text), strict=True):
+        measured = [
+            run["figures"]["step_milliseconds"]["median"] / run["figures"]["predicted_milliseconds"]
+            for run in sweep["runs"]
+            if run["mesh"] == f"1x{devices}"
+        ]
+        assert 100 * (statistics.mean(measured) - 1) == pytest.approx(int(stated), abs=0.5)
 
 
 def test_what_cannot_be_planned_is_refused(data):

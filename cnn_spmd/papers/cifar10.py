@@ -69,11 +69,12 @@ def scheme_fields(folder: pathlib.Path = DATA) -> dict[str, object]:
         {
             "experiment": run["experiment"],
             "mesh, scheme": f"{compare.mesh_name(run['mesh'].values())} {run['parallelism']}",
+            "epochs": f"{run['epochs']:g}",
             "test accuracy, %": f"{100 * run['eval']['accuracy']:.2f}",
         }
         for run in sorted(runs, key=results_key)
     ]
-    fields = dict(schemes=table(rows))
+    fields, outside = dict(schemes=table(rows)), []
     others = load_summaries(folder) + load_summaries(folder / "claims")
     for name, epochs in {(run["experiment"], run["epochs"]) for run in runs}:
         found = [
@@ -81,5 +82,7 @@ def scheme_fields(folder: pathlib.Path = DATA) -> dict[str, object]:
             for run in others
             if (run["experiment"], run["epochs"]) == (name, epochs)
         ]
+        own = [100 * run["eval"]["accuracy"] for run in runs if run["experiment"] == name]
+        outside += [min(found) - min(own), max(own) - max(found)]
         fields[name] = f"{min(found):.2f} to {max(found):.2f} (n = {len(found)})"
-    return fields
+    return fields | dict(outside=max(0, *outside))

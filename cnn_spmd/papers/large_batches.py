@@ -57,7 +57,7 @@ def errors_of(runs: Sequence[dict]) -> Errors:
 
 
 def errors_table(
-    errors: Errors, setting_name: str, rates: Mapping[tuple[str, str, int], float] | None = None
+    errors: Errors, setting_name: str, rates: Mapping[tuple[str, str, int], str] | None = None
 ) -> str:
     """Return errors by data, setting and batch, a column for each batch.
 
@@ -68,7 +68,7 @@ def errors_table(
         counts[data, setting].append(str(len(errors[data, setting, batch])))
     cells = {
         (data, setting, "/".join(dict.fromkeys(counts[data, setting])), batch): errors_text(own)
-        + (f" ({rates[data, setting, batch]:.2g})" if rates else "")
+        + (f" ({rates[data, setting, batch]})" if rates else "")
         for (data, setting, batch), own in errors.items()
     }
     return grid(["data", setting_name, "n"], "batch {}", cells)
@@ -88,12 +88,15 @@ def rate_of(run: dict) -> float:
     return run["config"]["optimizer"]["learning_rate"]
 
 
-def actual_rates(runs: Iterable[dict]) -> dict[tuple[str, str, int], float]:
-    """Return the learning rate of runs at their batch, by data, setting and batch."""
+def rate_text(rate: float) -> str:
+    """Return a rate without its leading zero, so that the widest table fits a screen."""
+    return f"{rate:g}".removeprefix("0")
+
+
+def rates_of(runs: Iterable[dict]) -> dict[tuple[str, str, int], str]:
+    """Return the config's learning rate of runs as text, by data, setting and batch."""
     return {
-        (*names_of(run["experiment"]), run["batch_size"]): rate_of(run)
-        * (run["batch_size"] / 128) ** run["config"]["optimizer"]["scaling"]
-        for run in runs
+        (*names_of(run["experiment"]), run["batch_size"]): rate_text(rate_of(run)) for run in runs
     }
 
 
@@ -139,7 +142,7 @@ def section(runs: Sequence[dict], best: BestRates, edges: Edges, worse: Sequence
     return filled_in(
         "large_batches.md",
         epochs=max(run["epochs"] for run in runs),
-        errors=errors_table(errors, "network, rule", actual_rates(runs)),
+        errors=errors_table(errors, "network, rule", rates_of(runs)),
         lowest=lowest_text(errors),
         machines=machines_of(runs),
         rates=rates_text(runs, best, edges),
@@ -148,6 +151,7 @@ def section(runs: Sequence[dict], best: BestRates, edges: Edges, worse: Sequence
         margin=MARGIN,
         guessing=GUESSING,
         claims=claims_table(errors, edges),
+        at_edge="Rate at an edge: a better one may lie beyond those tried." if edges else "",
         steps=steps_section(runs),
         commands=fence(*commands_of(runs)),
     )
@@ -175,14 +179,17 @@ def rates_text(runs: Sequence[dict], best: BestRates, edges: Edges) -> str:
 
 def worse_text(worse: Iterable[dict]) -> str:
     """Say what runs at the search's best rate reached, where the table has a better rate."""
-    errors, rates = errors_of(worse), actual_rates(worse)
+    errors, rates = errors_of(worse), rates_of(worse)
     if not errors:
         return ""
     parts = [
-        f"{setting} at batch {batch:,}: {errors_text(own)} ({rates[data, setting, batch]:.2g})"
+        f"{setting} at batch {batch:,}: {errors_text(own)} ({rates[data, setting, batch]})"
         for (data, setting, batch), own in errors.items()
     ]
-    return f"At the search's best rate, their test error is higher: {'; '.join(parts)}."
+    return (
+        f"Whole runs at the search's best rate have a higher test error: {'; '.join(parts)}. So "
+        "test errors chose the rate of these cells: take them as optimistic."
+    )
 
 
 def settings_text(runs: Iterable[dict]) -> str:
@@ -207,8 +214,9 @@ def claim_row(variant: str, batch: int, words: str, errors: Errors, edges: Edges
     costs = words != published.NO_LOSS
     # What a batch costs is a sum of errors with these signs.
     signs = {(variant, batch): 1, (variant, 128): -1}
-    claim = f"{RULE_NAMES[rule]}: batch {batch:,} costs {'accuracy' if costs else 'nothing'}"
-    if bn:
+    name = RULE_NAMES[rule] + (" with batch norm" if bn else "")
+    claim = f"{name}: batch {batch:,} costs {'accuracy' if costs else 'nothing'}"
+    if bn and costs:
         signs = {(rule, batch): 1, (rule, 128): -1, (variant, batch): -1, (variant, 128): 1}
         claim = f"{RULE_NAMES[rule]}: batch {batch:,} costs less with batch norm"
     terms = []

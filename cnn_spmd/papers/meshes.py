@@ -4,6 +4,7 @@ import collections
 import itertools
 from collections.abc import Iterable, Sequence
 
+from cnn_spmd.papers import predictions
 from cnn_spmd.papers.layout import commands, filled_in, joined, table
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare, run_tables
@@ -11,6 +12,7 @@ from cnn_spmd.training import runfiles
 
 ACCURACY = "test accuracy, %"
 NEXT = 2  # meshes and schemes that are named after the fastest
+NEAR = 0.01  # slower by so much may be faster in another run: our choice
 # Column -> its name in the report's table (run_tables.comparison_row).
 SWEEP_COLUMNS = {
     "mesh": "mesh",
@@ -30,7 +32,44 @@ def page() -> str:
     paths = sorted((DATA / "sweeps").glob("*.json"))
     sweeps = {path.stem: runfiles.read_json(path) for path in paths}
     sections = "\n".join(itertools.starmap(sweep_section, sweeps.items()))
-    return filled_in("meshes.md", spread=100 * spread(sweeps.values()), sweeps=sections)
+    best = fastest_table([sweeps[name] for name in predictions.ALL_SCHEMES.values()])
+    return filled_in("meshes.md", spread=100 * spread(sweeps.values()), best=best, sweeps=sections)
+
+
+def fastest_table(sweeps: Iterable[dict]) -> str:
+    """Return the fastest mesh and scheme of sweeps by batch, and those that are nearly as fast."""
+    rows = []
+    for sweep in sweeps:
+        for groups in sweep_panels(sweep):
+            first, *others = by_step(groups, sweep["devices"])
+            near = [name for name, step, _ in others if step < (1 + NEAR) * first[1]]
+            rows.append(
+                {
+                    "GPUs": compare.hardware_of(sweep).partition(",")[0],
+                    "batch per GPU": str(batch_per_device(groups)),
+                    "fastest": first[0],
+                    "step, ms": f"{first[1]:.3f}",
+                    "speedup": f"{first[2].speedups()[0]:.2f}",
+                    f"at most {100 * NEAR:g} % slower": ", ".join(near) or "-",
+                }
+            )
+    return table(rows)
+
+
+def by_step(
+    groups: Iterable[compare.Group], devices: int
+) -> list[tuple[str, float, compare.Group]]:
+    """Return mesh and scheme, the step in ms and the group of those on `devices`, fastest first."""
+    found = [
+        (
+            f"{compare.mesh_name(group.mesh)} `{group.parallelism}`",
+            group.average("step_milliseconds", "median"),
+            group,
+        )
+        for group in groups
+        if group.devices == devices
+    ]
+    return sorted(found, key=lambda row: row[1])
 
 
 def spread(sweeps: Iterable[dict]) -> float:
@@ -50,7 +89,9 @@ def sweep_section(name: str, sweep: dict) -> str:
     figures = next(run["figures"] for run in sweep["runs"] if run["figures"])
     network = f"{sweep['experiment']}: {figures['model']}, {figures['dataset']}"
     day = sweep["started"].partition("T")[0]
-    parts = [f"## {network}, {compare.hardware_of(sweep)}, {day}"]
+    meshes = ", ".join(dict.fromkeys(run["mesh"] for run in sweep["runs"]))
+    kind, _, cores = compare.hardware_of(sweep).partition(", ")
+    parts = [f"## {network}, {kind}: {meshes}", f"{cores[0].upper()}{cores[1:]}, {day}."]
     for groups in sweep_panels(sweep):
         panel = groups[0].panel
         parts += [f"{panel[0].upper()}{panel[1:]}:", sweep_table(groups), fastest_text(groups)]
@@ -73,29 +114,26 @@ def unfinished_runs(sweep: dict) -> list[str]:
     ]
 
 
+def batch_per_device(panel: Sequence[compare.Group]) -> int:
+    """Return the images that each device has in a step of a panel."""
+    return panel[0].figures["batch_size"] // panel[0].devices
+
+
 def sweep_panels(sweep: dict) -> list[list[compare.Group]]:
     """Return a panel per batch: a group for each mesh and scheme, of runs that differ in seed."""
-
-    def batch_per_device(panel: list[compare.Group]) -> int:
-        return panel[0].figures["batch_size"] // panel[0].devices
 
     return sorted(compare.panels_of(compare.groups_of(sweep["runs"])), key=batch_per_device)
 
 
 def fastest_text(groups: Sequence[compare.Group]) -> str:
-    """Name the fastest mesh and scheme on several GPUs, and the next ones; "" for fewer than 3."""
-    steps = {
-        f"{compare.mesh_name(group.mesh)} `{group.parallelism}`": group.average(
-            "step_milliseconds", "median"
-        )
-        for group in groups
-        if group.devices > 1 and group.figures["device_kind"] != "cpu"
-    }
-    if len(steps) <= NEXT:
+    """Name the fastest mesh and scheme on the most GPUs, and the next ones; "" for fewer than 3."""
+    most = max(group.devices for group in groups)
+    steps = by_step(groups, most)
+    if len(steps) <= NEXT or groups[0].figures["device_kind"] == "cpu":
         return ""
-    first, *others = sorted(steps, key=steps.get)[: NEXT + 1]
-    later = (f"{name} (+{100 * (steps[name] / steps[first] - 1):.1f} %)" for name in others)
-    return f"The shortest step on several GPUs: {first}. Next: {', '.join(later)}."
+    (first, shortest, _), *others = steps[: NEXT + 1]
+    later = (f"{name} (+{100 * (step / shortest - 1):.1f} %)" for name, step, _ in others)
+    return f"The shortest step of these rows on {most} GPUs: {first}. Next: {', '.join(later)}."
 
 
 def sweep_table(groups: Sequence[compare.Group]) -> str:

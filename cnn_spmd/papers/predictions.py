@@ -54,7 +54,12 @@ def page() -> str:
         ahead_model=errors_by_scheme(sweeps[AHEAD[4]]),
         shipped_card_errors=shipped_card_errors(sweeps[ALL_SCHEMES[2]]),
         fsdp=fsdp_fields(sweeps[ALL_SCHEMES[4]]),
+        on_four=errors_text([row for name in (AHEAD[4], AHEAD_MORE) for row in sweeps[name]]),
         by_four=by_four_table(load_predictions(ALL_SCHEMES[4]), load_predictions(BY_FOUR)),
+        medians={
+            name: errors_text(distinct(load_predictions(name)))
+            for name in (ALL_SCHEMES[4], BY_FOUR)
+        },
         unmeasured=predictions_table(unmeasured),
         fitted=len(fitted),
         estimates={name: estimates_table(rows) for name, rows in of_one_gpu.items()},

@@ -283,6 +283,9 @@ LARGE_BATCHES = [
     ("lars", 1024, NO_LOSS, LARS_ABSTRACT),
     ("lars", 4096, NO_LOSS, LARS_ABSTRACT),
     ("lars", 8192, NO_LOSS, LARS_ABSTRACT),
+    ("lars_bn", 1024, NO_LOSS, LARS_ABSTRACT),
+    ("lars_bn", 4096, NO_LOSS, LARS_ABSTRACT),
+    ("lars_bn", 8192, NO_LOSS, LARS_ABSTRACT),
 ]
 
 

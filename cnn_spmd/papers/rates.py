@@ -102,7 +102,7 @@ def search_fields(runs: Sequence[dict]) -> dict[str, object]:
         parts += [f"### {large_batches.names_of(experiment)[1]}", search_table(batches)]
         variant = experiment.removeprefix(large_batches.CIFAR)
         sizes = ",".join(map(str, batches))
-        rates = ",".join(map(shown, rates_of(batches)))
+        rates = ",".join(map(large_batches.rate_text, rates_of(batches)))
         lines.append(
             f"python launch.py --config experiments/large_batch_cifar.py:{variant}"
             f" --config.epochs={epochs:g} --config.data.validation={held_out}"
@@ -123,11 +123,6 @@ def rates_of(batches: dict[int, Tried]) -> list[float]:
     return sorted({rate for errors in batches.values() for rate in errors})
 
 
-def shown(rate: float) -> str:
-    """Return a rate without its leading zero, so that the widest table fits a screen."""
-    return f"{rate:g}".removeprefix("0")
-
-
 def search_table(batches: dict[int, Tried]) -> str:
     """Return errors by batch and learning rate, the best of each row bold."""
     rows = []
@@ -136,7 +131,9 @@ def search_table(batches: dict[int, Tried]) -> str:
         row = {"batch / rate": f"{batch:,}"}
         for rate in rates_of(batches):
             cell = large_batches.errors_text(errors[rate]) if rate in errors else ""
-            row[shown(rate)] = f"**{cell}**" if rate in best else cell
-        found = " or ".join(f"{shown(rate)}{at_edge(rate, errors)}" for rate in best)
+            row[large_batches.rate_text(rate)] = f"**{cell}**" if rate in best else cell
+        found = " or ".join(
+            f"{large_batches.rate_text(rate)}{at_edge(rate, errors)}" for rate in best
+        )
         rows.append(row | {"best": found or "none"})
     return table(rows)
