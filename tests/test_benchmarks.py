@@ -185,9 +185,7 @@ def test_stored_estimates_are_what_the_model_says():
     (within,) = re.findall(r"9 of 10 .* within (\d+) %", cost.ESTIMATES_WITHIN)
     errors = predictions.errors_of([row for row in rows if not row["fitted"]])
     assert sum(error <= int(within) / 100 for error in errors) >= 0.9 * len(errors)
-    most, of_fsdp, of_2x2 = map(int, re.findall(r"(\d+) %", cost.ERRORS))
-    (times,) = map(float, re.findall(r"up to ([\d.]+) times", cost.ERRORS))
-    of_split = 100 * (1 - 1 / times)
+    most, of_fsdp, of_2x2, of_split = map(int, re.findall(r"(\d+) %", cost.ERRORS))
     limits = dict(fsdp=of_fsdp, model=of_split, spatial=of_split)
     sweeps = *predictions.ALL_SCHEMES.values(), predictions.MORE, *predictions.OLDER.values()
     for name in sweeps:

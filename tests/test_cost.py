@@ -58,6 +58,13 @@ def test_update_and_computing():
         predict(card=slow, weights=(50e6, 5e6, 0))
 
 
+def test_joined_maps_are_computing():
+    """1 MB at 1e12 bytes/s, read or written 13 times: 13 us."""
+    assert cost.JOIN_PASSES == 13
+    terms = cost.predict(CARD, 1.0, Weights(50e6, 5e6, 0, 20, False), [], {}, 8, joined_bytes=MB)
+    assert terms == pytest.approx((1 - 1000 * US + 13 * US, 100 * US, 0, 0), rel=1e-12)
+
+
 def test_a_collective_inside_a_host():
     """Between the points, and beyond the last of them on the same line."""
     for ring_bytes, expected in ((0, 10), (MB / 2, 15), (MB, 20), (10 * MB, 110)):

@@ -15,6 +15,7 @@ from cnn_spmd.analysis import cost
 from cnn_spmd.analysis.cost import Card, Links
 from cnn_spmd.errors import UserError
 from cnn_spmd.papers.summaries import DATA
+from cnn_spmd.sharding.table import TABLE
 from cnn_spmd.training import prediction
 
 STEP = dict(
@@ -245,6 +246,37 @@ def test_what_cannot_be_planned_is_refused(data):
         UserError, match=r"4 devices: batch_size=18: does not divide by 4 devices; 16 or 20 would$"
     ):
         plan.plan(config_of(parallelism="data", batch_size=18), data, CARD, 4, "4x1")
+
+
+# The inputs of an example: of conv2, conv3 to conv5 and fc1, whose channels are gathered; and of
+# conv1, conv2 and conv3 to conv5, whose rows are split by two, with their halo.
+CHANNELS = 16 * 16 * 8 + 8 * 8 * (16 + 24 + 16) + 4 * 4 * 16
+ROWS = (16 + 2) * 32 * 3 + (8 + 2) * 16 * 8 + (4 + 2) * 8 * (16 + 24 + 16)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mesh", "numbers"),
+    [
+        ("model", (1, 4), CHANNELS * 16 * (1 + 1 / 4)),  # what a device gets, and what it gives
+        ("model", (2, 2), CHANNELS * 8 * (1 + 1 / 2)),
+        ("model", (4, 1), 0),
+        ("spatial", (1, 2), ROWS * 16),  # pools of 2x2 pixels need no halo
+        ("spatial", (2, 2), ROWS * 8),
+        *((scheme, (2, 2), 0) for scheme in TABLE if scheme not in ("model", "spatial")),
+    ],
+)
+def test_maps_that_devices_join(data, scheme, mesh, numbers):
+    """Where convolutions are split by channels or by rows, computing takes longer."""
+    changes = {"mesh.data": mesh[0], "mesh.model": mesh[1], "parallelism": scheme}
+    if scheme == "two_tower":
+        changes |= {"model.name": "alexnet_2012", "data.synthetic.image_size": 68}
+    setup = cnn_spmd.prepare(config_of(**changes), jax.devices()[: mesh[0] * mesh[1]])
+    assert prediction.joined_bytes(setup) == 4 * numbers
+    step = prediction.OneDeviceStep(1.0, False, "")
+    terms = prediction.predict(setup, dataclasses.replace(CARD, copy_rate=1e9), 4, step).terms
+    weights = prediction.weights_of(setup, [])
+    update = weights.network * weights.update_bytes / 1e9
+    assert terms.computing == pytest.approx(1 - update + 13 * 4 * numbers / 1e9, rel=1e-9)
 
 
 def test_a_plan_and_a_report_count_with_the_memory_that_jax_takes(data, monkeypatch):

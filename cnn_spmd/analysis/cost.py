@@ -3,7 +3,8 @@
   step  =  computing + update + exposed communication
 
   computing      the step of one device at the same batch per device, without its update: measured,
-                 or estimated (roofline.py). Every scheme divides the work evenly over all devices.
+                 or estimated (roofline.py). Every scheme divides that evenly over all devices. Maps
+                 that a device joins from parts of several devices cost JOIN_PASSES besides.
   update         `update_bytes` per weight that the device keeps, at the card's copy rate.
   communication  each collective of the closed form (communication.py), by a table of measured
                  times for its operation, its bytes and its span, and the card's `gap`. XLA's
@@ -33,14 +34,21 @@ COMBINED_BYTES = 30 * 2**20
 
 WEIGHT_BYTES = 4  # weights are float32
 
+# How many times a step reads or writes, at the copy rate, a map that a device joins from parts of
+# several devices: more than one device does with its whole map. Copies around a collective, forward
+# and backward, are 4 of them. The others stand for narrower products and lower maps, which are
+# slower. The least squares of relative errors, on the profiles (compute_milliseconds) of `model`
+# and `spatial` in results/data/sweeps/alexnet-224-2xh200-schemes.json, give 13.4.
+JOIN_PASSES = 13
+
 # From results/data/predictions/estimates.json, where a GPU's step was estimated and measured.
 ESTIMATES_WITHIN = "on H100s and H200s, 9 of 10 estimates were within 12 % of the measured step"
 
 # From the files of results/data/predictions on sweeps of H200s.
 ERRORS = (
     "Errors for AlexNet at 224 pixels on 2 and 4 H200s of one host: at most 6 %, for fsdp up to "
-    "15 %, for dense_2d on 2x2 up to 20 %; model and spatial take up to 1.6 times as long as "
-    "predicted. For other networks, cards and hosts they are unknown"
+    "15 %, for dense_2d on 2x2 up to 20 %, for model and spatial up to 12 %. For other networks, "
+    "cards and hosts they are unknown"
 )
 
 # From results/data/sweeps/owt-variable-4xh200.json: AlexNet at 224 pixels, 128 images per GPU.
@@ -211,6 +219,7 @@ def predict(
     moves: Sequence[Mapping],
     mesh: Mapping[str, int],
     gpus_per_host: int,
+    joined_bytes: float = 0.0,
 ) -> Terms:
     """Predict a step of a program on a mesh.
 
@@ -245,7 +254,8 @@ def predict(
             exposed += (seconds + card.gap) * (1 - card.hidden_gathers)
     # XLA runs the sums beside the update of weights that need no sum.
     exposed += max(0.0, sums - ready) * (1 - card.hidden_share)
-    return Terms(one_device_seconds - whole, own, total, exposed)
+    joining = JOIN_PASSES * joined_bytes / card.copy_rate
+    return Terms(one_device_seconds - whole + joining, own, total, exposed)
 
 
 def collective_seconds(card: Card, move: Mapping, devices: int, hosts: int) -> float:

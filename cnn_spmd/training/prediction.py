@@ -1,6 +1,7 @@
 """Predict a step of a run's program before it is compiled, with the calibration of a card."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from cnn_spmd import config as configs
 from cnn_spmd.analysis import cost, layout, program, roofline
+from cnn_spmd.analysis.communication import count_devices
 from cnn_spmd.analysis.cost import Card, Terms
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.errors import UserError
@@ -103,7 +105,31 @@ def terms_of(
     """
     weights = weights_of(setup, moves)
     mesh = setup.place.mesh.shape
-    return cost.predict(card, one_device_seconds, weights, moves, mesh, gpus_per_host)
+    joined = joined_bytes(setup)
+    return cost.predict(card, one_device_seconds, weights, moves, mesh, gpus_per_host, joined)
+
+
+def joined_bytes(setup: Any) -> float:
+    """Return the bytes of the maps that a device joins from parts of several devices.
+
+    A map whose rows are split counts with its halo. One whose channels are gathered counts twice,
+    as XLA copies what a device gives, and what it gets. Nothing counts where each device has towers
+    of its own (two_tower): two H200s computed no slower than one.
+    """
+    place, itemsize = setup.place, setup.itemsize
+    if place.mesh_axes("group_in"):
+        return 0.0
+    layers = layout.layers_of(place, setup.activations, setup.variables, itemsize)
+    held = {
+        each[0]: layout.activation_of(place, *each, itemsize).bytes for each in setup.activations
+    }
+    halos = [name for name in held if layout.is_halo(name)]
+    joined = sum(held[name] + held[name.removesuffix("halo") + "input"] for name in halos)
+    for before, layer in itertools.pairwise(layers):
+        gathered = {*before.output.features} - layer.input.axes
+        if before.output.is_map and gathered:
+            joined += layer.input.bytes * (1 + 1 / count_devices(place.mesh, gathered))
+    return joined
 
 
 def weights_of(setup: Any, moves: Sequence[dict]) -> cost.Weights:
