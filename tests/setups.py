@@ -58,6 +58,16 @@ SHALLOW = (
     stack.Output(),
 )
 
+# Two convolutions with batch norm.
+NORMED = (
+    stack.Conv(8, 3),
+    stack.MaxPool(2, 2),
+    stack.BatchNorm(1e-4, 0.9),
+    stack.Conv(8, 3),
+    stack.BatchNorm(1e-4, 0.9),
+    stack.Output(),
+)
+
 # Rows of a config's own.
 OWN_ROWS = {
     # All weights at rest on all devices: convolutions beside their use on each device, dense layers
@@ -79,8 +89,9 @@ def narrow(monkeypatch):
     monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
     monkeypatch.setattr(alexnet_2012, "CHANNELS", (16, 32, 24, 32, 16))
     monkeypatch.setattr(resnet, "CHANNELS", (8, 16, 24))
-    for name, layers in (("stack", STACK), ("shallow", SHALLOW)):
+    for name, layers in (("stack", STACK), ("shallow", SHALLOW), ("normed", NORMED)):
         monkeypatch.setitem(NETWORKS, name, functools.partial(stack.Stack, name, layers))
+    monkeypatch.setitem(models.USES, "normed", stack.uses(NORMED))
     for name in ("resnet_8", "plain_8"):
         shortcuts = name == "resnet_8"
         network = functools.partial(resnet.ResNet, name, 8, shortcuts=shortcuts)

@@ -16,6 +16,8 @@ from cnn_spmd.models import alexnet
 from cnn_spmd.papers import predictions, published, pytorch
 from cnn_spmd.sharding.table import ALL, TABLE
 
+NARROW = (8, 16, 24, 16, 16)  # channels of an AlexNet that compiles quickly
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -63,7 +65,7 @@ def test_our_side_times_its_steps(monkeypatch, capsys):
     config = ours.get_config()
     config.model.width = 64
     monkeypatch.setattr(ours, "get_config", lambda: config)
-    monkeypatch.setattr(alexnet, "CHANNELS", (8, 16, 24, 16, 16))
+    monkeypatch.setattr(alexnet, "CHANNELS", NARROW)
     flags = "--batch 4 --steps 2 --image_size 32"
     monkeypatch.setattr(sys, "argv", ["ours.py", *flags.split()])
     ours.main()
@@ -81,6 +83,7 @@ def test_resident_and_streamed_images_in_turn(monkeypatch):
     """On one simulated device, a narrow network and some steps each."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     streaming = importlib.import_module("streaming")
+    monkeypatch.setattr(alexnet, "CHANNELS", NARROW)
     monkeypatch.setattr(
         sys,
         "argv",

@@ -17,7 +17,7 @@ from cnn_spmd.training.step import StepFunctions
 def trained_in_bfloat16(levers: tuple[str, ...], **fields: object) -> tuple:
     """Return losses and parameters of two steps in one program, on a mesh of 4."""
     setup = setup_of(
-        "alexnet", "hybrid", (2, 2), levers, dtype="bfloat16", steps_per_call=2, **fields
+        "shallow", "hybrid", (2, 2), levers, dtype="bfloat16", steps_per_call=2, **fields
     )
     state, metrics = setup.train(setup.init(), 2)
     return metrics["loss"], gather(state.params)

@@ -27,6 +27,7 @@ RUN = [
     "--config",
     str(ROOT / "experiments/alexnet_cifar.py"),
     "--config.model.name=simple_cnn",
+    "--config.model.fast=False",  # otherwise JAX traces kernels for GPUs in each process
     "--config.data.name=synthetic",
     "--config.data.synthetic.train_examples=64",
     "--config.data.synthetic.test_examples=40",
@@ -323,6 +324,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(pair, tmp
         "--workdir",
         "r",
         "--config.steps=1000000",
+        "--config.checkpoint.every_epochs=2",  # of 4 steps
         "--config.eval.every_epochs=0",
         "--config.optimizer.decay=constant",
         "--config.optimizer.warmup=0.0",

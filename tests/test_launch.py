@@ -38,6 +38,7 @@ SMALL = [
     "--config",
     "experiments/alexnet_cifar.py",
     "--config.model.name=simple_cnn",
+    "--config.model.fast=False",  # otherwise JAX traces kernels for GPUs in each process
     "--config.data.name=synthetic",
     "--config.data.synthetic.train_examples=64",
     "--config.data.synthetic.test_examples=40",

@@ -1,6 +1,7 @@
 """Imports point down, in one order of packages, and there is no circle."""
 
 import ast
+import functools
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ ORDER = (
 )
 
 
+@functools.cache
 def imports(path):
     """The modules of cnn_spmd that a file imports, inside functions too."""
     found = set()
@@ -45,6 +47,7 @@ def imports(path):
     return {name for name in found if name.startswith("cnn_spmd.")} & set(modules())
 
 
+@functools.cache
 def modules():
     """Every module of the package by its dotted name."""
     names = {}

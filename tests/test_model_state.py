@@ -24,7 +24,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     """
     meshes = (("data", (1, 1)), ("spatial", (2, 2)), ("hybrid", (1, 2)))
     with jax.enable_x64(True):
-        one, spatial, hybrid = (setup_of("resnet_8", *mesh, dense_microbatch=8) for mesh in meshes)
+        one, spatial, hybrid = (setup_of("normed", *mesh, dense_microbatch=8) for mesh in meshes)
         expected, _ = one.train(begin(one), 4)
         state, _ = spatial.train(begin(spatial), 2)
         assert restored(tmp_path, spatial, save=state) is None

@@ -34,8 +34,9 @@ def run(tmp_path_factory):
         ROOT / "experiments" / "alexnet_cifar.py",
         {
             "model.name": "simple_cnn",
+            "model.fast": False,
             "data.name": "digits",
-            "batch_size": 64,
+            "batch_size": 32,
             "steps": 40,
             "optimizer.learning_rate": 0.02,
             "parallelism": "hybrid",
