@@ -767,16 +767,18 @@ def test_the_tables_of_a_sweep(tmp_path):
 
 
 def test_the_fastest_of_a_sweep_of_gpus(tmp_path):
-    """By the median step, on several GPUs; with fewer than three, a reader sees it."""
-    speeds = (("1x1", 1000.0), ("1x2", 2000.0), ("2x2", 3200.0), ("2x1", 4000 / 3))
+    """By the median step, on the most GPUs; with fewer than three, a reader sees it."""
+    speeds = (("1x1", 1000.0), ("1x2", 2000.0), ("2x2", 3200.0), ("4x1", 2500.0), ("1x4", 4000.0))
     runs = [a_run(mesh, speed) for mesh, speed in speeds]
     sweep = json.loads((write_sweep(tmp_path / "s", runs) / "sweep.json").read_text())
     for run in sweep["runs"]:
         run["figures"].update(device_kind="NVIDIA H200")
     (panel,) = meshes.sweep_panels(sweep)
-    said = "The shortest step on several GPUs: 1x2 `data`. Next: 2x2 `data` (+25.0 %), 2x1 `data`"
-    assert meshes.fastest_text(panel) == f"{said} (+50.0 %)."
+    said = "The shortest step of these rows on 4 GPUs: 1x4 `data`. Next: 2x2 `data` (+25.0 %), "
+    assert meshes.fastest_text(panel) == f"{said}4x1 `data` (+60.0 %)."
     assert not meshes.fastest_text(panel[:-1])
+    row = "| 4 x NVIDIA H200 | 128 | 1x4 `data` | 128.000 | 4.00 | - |"
+    assert meshes.fastest_table([sweep | dict(devices=4)]).splitlines()[-1] == row
 
 
 # ---- Metrics that a user registers
