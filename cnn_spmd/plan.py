@@ -112,7 +112,7 @@ def plan(
         *[uneven] * is_limited,
         *_title(setup, card, len(devices), gpus_per_host),
         f"Computing: {alone.origin}",
-        *[cost.VARIABLE_BATCH] * bool(config.dense_microbatch),
+        *[cost.VARIABLE_BATCH] * bool(config.dense_microbatch and len(devices) > 1),
     ]
     return Plan("\n".join(map(_wrapped, title)), found, refused, is_limited)
 

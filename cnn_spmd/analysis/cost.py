@@ -34,11 +34,11 @@ COMBINED_BYTES = 30 * 2**20
 
 WEIGHT_BYTES = 4  # weights are float32
 
-# How many times a step reads or writes, at the copy rate, a map that a device joins from parts of
-# several devices: more than one device does with its whole map. Copies around a collective, forward
-# and backward, are 4 of them. The others stand for narrower products and lower maps, which are
-# slower. The least squares of relative errors, on the profiles (compute_milliseconds) of `model`
-# and `spatial` in results/data/sweeps/alexnet-224-2xh200-schemes.json, give 13.4.
+# A map that a device joins from parts of several devices costs so many reads or writes at the copy
+# rate, beyond the step of one device. Four are copies before and after collectives. The others
+# stand for narrower products and lower maps, which are slower. The least squares of relative errors
+# give 13.4, on the profiles (compute_milliseconds) of `model` and `spatial` in
+# results/data/sweeps/alexnet-224-2xh200-schemes.json.
 JOIN_PASSES = 13
 
 # From results/data/predictions/estimates.json, where a GPU's step was estimated and measured.
@@ -53,8 +53,8 @@ ERRORS = (
 
 # From results/data/sweeps/owt-variable-4xh200.json: AlexNet at 224 pixels, 128 images per GPU.
 VARIABLE_BATCH = (
-    "A variable batch (dense_microbatch) takes longer than predicted: on two H200s by 15 %, on "
-    "four by 35 %"
+    "A variable batch (dense_microbatch) of AlexNet at 224 pixels, 128 images per GPU, took longer "
+    "than predicted: on two H200s by 15 %, on four by 35 %"
 )
 
 # Operations without times of their own take those of the first one that a card has.
@@ -225,7 +225,7 @@ def predict(
 
     one_device_seconds: the step of one device that holds all weights, at the same batch per device.
     moves: rows of communication.closed_form. mesh: devices by mesh axis; they fill one host after
-    another.
+    another. joined_bytes: of the maps that a device joins from parts of several devices.
     Raises UserError where the card has no times of a span of the mesh, and where its copy rate says
     that the update alone takes longer than the step.
     """

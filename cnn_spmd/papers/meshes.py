@@ -50,7 +50,7 @@ def fastest_table(sweeps: Iterable[dict]) -> str:
                     "fastest": first[0],
                     "step, ms": f"{first[1]:.3f}",
                     "speedup": f"{first[2].speedups()[0]:.2f}",
-                    f"at most {100 * NEAR:g} % slower": ", ".join(near) or "-",
+                    f"step at most {100 * NEAR:g} % longer": ", ".join(near) or "-",
                 }
             )
     return table(rows)
@@ -87,11 +87,11 @@ def spread(sweeps: Iterable[dict]) -> float:
 def sweep_section(name: str, sweep: dict) -> str:
     """Return the section on a sweep; name: of its file."""
     figures = next(run["figures"] for run in sweep["runs"] if run["figures"])
-    network = f"{sweep['experiment']}: {figures['model']}, {figures['dataset']}"
+    network = f"{sweep['experiment']}: {figures['model']}"
     day = sweep["started"].partition("T")[0]
     meshes = ", ".join(dict.fromkeys(run["mesh"] for run in sweep["runs"]))
     kind, _, cores = compare.hardware_of(sweep).partition(", ")
-    parts = [f"## {network}, {kind}: {meshes}", f"{cores[0].upper()}{cores[1:]}, {day}."]
+    parts = [f"## {network}, {kind}, {day}: {meshes}", f"Data: {figures['dataset']}; {cores}."]
     for groups in sweep_panels(sweep):
         panel = groups[0].panel
         parts += [f"{panel[0].upper()}{panel[1:]}:", sweep_table(groups), fastest_text(groups)]

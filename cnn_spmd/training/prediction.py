@@ -112,9 +112,9 @@ def terms_of(
 def joined_bytes(setup: Any) -> float:
     """Return the bytes of the maps that a device joins from parts of several devices.
 
-    A map whose rows are split counts with its halo. One whose channels are gathered counts twice,
-    as XLA copies what a device gives, and what it gets. Nothing counts where each device has towers
-    of its own (two_tower): two H200s computed no slower than one.
+    A map whose rows are split counts with its halo. One whose channels are gathered counts whole,
+    and once more as the part that the device sends: XLA copies both. Nothing counts where each
+    device has towers of its own (two_tower): two H200s computed no slower than one.
     """
     place, itemsize = setup.place, setup.itemsize
     if place.mesh_axes("group_in"):
