@@ -112,7 +112,6 @@ def plan(
         *[uneven] * is_limited,
         *_title(setup, card, len(devices), gpus_per_host),
         f"Computing: {alone.origin}",
-        *[cost.VARIABLE_BATCH] * bool(config.dense_microbatch and len(devices) > 1),
     ]
     return Plan("\n".join(map(_wrapped, title)), found, refused, is_limited)
 
@@ -202,6 +201,8 @@ def _title(setup: Setup, card: Card, devices: int, gpus_per_host: int) -> Iterat
     spans = {"host": "in a host"} | ({"cluster": "across hosts"} if hosts > 1 else {})
     for span, where in spans.items():
         yield f"Card {card.name}, collectives {where}: {card.sources.get(span, 'no source')}"
+    if setup.config.dense_microbatch and devices > 1:
+        yield cost.VARIABLE_BATCH
 
 
 def as_text(plan: Plan) -> Iterator[str]:

@@ -34,8 +34,8 @@ COMBINED_BYTES = 30 * 2**20
 
 WEIGHT_BYTES = 4  # weights are float32
 
-# A map that a device joins from parts of several devices costs so many reads or writes at the copy
-# rate, beyond the step of one device. Four are copies before and after collectives. The others
+# A map that a device joins from parts of several devices costs this many reads or writes at the
+# copy rate, beyond the step of one device. Four are copies before and after collectives. The others
 # stand for narrower products and lower maps, which are slower. The least squares of relative errors
 # give 13.4, on the profiles (compute_milliseconds) of `model` and `spatial` in
 # results/data/sweeps/alexnet-224-2xh200-schemes.json.
