@@ -9,6 +9,7 @@ from cnn_spmd.papers.layout import commands, filled_in, grid, joined, table
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 
+AT_EDGE = "(smallest) and (largest) are edges of what was tried at this batch."
 # Learning rate -> errors in %, of one network, rule and batch; None where a run diverged.
 Tried = dict[float, list[float | None]]
 
@@ -113,6 +114,7 @@ def search_fields(runs: Sequence[dict]) -> dict[str, object]:
         epochs=epochs,
         machines=large_batches.machines_of(runs),
         n=len({run["seed"] for run in runs}),
+        at_edge=AT_EDGE if edges(runs) else "",
         searches=joined(*parts),
         commands=commands("A sweep per network and rule.", *lines),
     )

@@ -168,7 +168,7 @@ def say_without_effect(setup: Setup) -> None:
 def reserve_memory(device: jax.Device) -> None:
     """Let JAX take the memory of a GPU, as it otherwise does when the first array comes.
 
-    That takes two seconds on an H200, in which the host has other work, also for other GPUs.
+    That takes two seconds on an H200. Meanwhile the host has other work.
     """
     jax.device_put(np.uint8(0), device).block_until_ready()
 
