@@ -1,6 +1,7 @@
 """Time what a user waits for: from the command to the first step, to the result, to a sweep's end.
 
   python benchmarks/startup.py --data_dir DIR        DIR holds the folder cifar-10-batches-bin
+  python benchmarks/startup.py --data_dir DIR --processes 2     on two GPUs: also one process each
   python benchmarks/startup.py --quick --repeats 1   tries this script on a CPU, in minutes
 
 Each measurement is a command of its own, as a user types it:
@@ -8,9 +9,10 @@ Each measurement is a command of its own, as a user types it:
   cold      experiments/alexnet_cifar.py for a few steps, with an empty compilation cache
   warm      the same again, with the programs in the cache
   result    the whole experiment, to its final accuracy, with the programs in the cache
+  processes as result, by --processes N processes of one GPU each instead of one process of all
   sweep     12 runs of 100 steps (4 learning rates x 3 seeds), with the programs in the cache
 
-A first result and a first sweep, which are not counted, fill the cache.
+Before each kind but `cold`, a command that is not counted fills the cache.
 
 `first_step_seconds` is summary.json's startup_seconds: from the start of the process to the end of
 the first chunk. The others are seconds of a wall clock around the command. The script writes one
@@ -44,12 +46,14 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data_dir", default="", help="where CIFAR-10 is (config.data.dir)")
     add("--repeats", type=int, default=3, help="of each measurement (default: 3)")
-    add("--only", default="cold,warm,result,sweep", help="what to measure (default: %(default)s)")
+    kinds = "cold,warm,result,processes,sweep"
+    add("--only", default=kinds, help="what to measure (default: %(default)s)")
+    add("--processes", type=int, default=1, help="for `processes` (default: 1, without it)")
     add("--quick", action="store_true", help="small settings, to try this script")
     add(
         "--output",
         type=pathlib.Path,
-        help="default: results/data/startup/<device>.json; with --quick: no file",
+        help="default: results/data/startup/<device>[-x<count>].json; with --quick: no file",
     )
     args = parser.parse_args()
     if not args.quick and not args.data_dir:
@@ -66,8 +70,11 @@ class Bench:
         self.count = 0
         self.result: dict = {}
 
-    def measure(self, name: str, cache: str, *flags: str) -> dict:
-        """Run launch.py with these flags; return its seconds, and what its summary says."""
+    def measure(self, name: str, cache: str, *flags: str, processes: int = 1) -> dict:
+        """Run launch.py with these flags; return its seconds, and what its summary says.
+
+        processes: how many run it together, with one GPU each. One process has all GPUs.
+        """
         self.count += 1
         workdir = self.folder / f"{name}-{self.count}"
         shared = QUICK if self.args.quick else (f"--config.data.dir={self.args.data_dir}",)
@@ -75,18 +82,23 @@ class Bench:
         caches = ("XDG_CACHE_HOME", "TFDS_DATA_DIR", "CUDA_CACHE_PATH")
         environment = os.environ | dict.fromkeys(caches, str(self.folder / cache))
         since = time.perf_counter()
-        done = subprocess.run(
-            [*command, f"--workdir={workdir}"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        started = [
+            subprocess.Popen(
+                [*command, f"--workdir={workdir}"],
+                cwd=ROOT,
+                env=environment | (of_process(i, processes) if processes > 1 else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(processes)
+        ]
+        errors = [process.communicate()[1] for process in started]
         seconds = round(time.perf_counter() - since, 2)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            raise SystemExit(f"{name}: exit code {done.returncode}: {lines[-1]}")
+        for process, text in zip(started, errors, strict=True):
+            if process.returncode:
+                lines = text.strip().splitlines() or ["no message"]
+                raise SystemExit(f"{name}: exit code {process.returncode}: {lines[-1]}")
         print(f"{name}: {seconds} s", flush=True)
         summary = workdir / "summary.json"
         if not summary.exists():
@@ -96,38 +108,61 @@ class Bench:
     def record(self, name: str, row: dict) -> None:
         """Add a measurement, and write the file."""
         self.result.setdefault(name, []).append(row)
-        medians = dict(
-            cold_first_step_seconds=self.median("cold", "first_step_seconds"),
-            warm_first_step_seconds=self.median("warm", "first_step_seconds"),
-            warm_result_seconds=self.median("result", "seconds"),
-            sweep_12_runs_seconds=self.median("sweep", "seconds"),
-        )
+        medians = {
+            field: self.median(kind, of)
+            for field, kind, of in (
+                ("cold_first_step_seconds", "cold", "first_step_seconds"),
+                ("warm_first_step_seconds", "warm", "first_step_seconds"),
+                ("warm_result_seconds", "result", "seconds"),
+                ("processes_result_seconds", "processes", "seconds"),
+                ("sweep_12_runs_seconds", "sweep", "seconds"),
+            )
+            if kind in self.result
+        }
         if self.args.quick and self.args.output is None:
             return
         hardware = row["hardware"]
         slug = "-".join(hardware["device_kind"].lower().split())
+        slug += f"-x{hardware['count']}" * (hardware["count"] > 1)
         path = self.args.output or ROOT / "results" / "data" / "startup" / f"{slug}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         runfiles.write_json(
             path, medians | dict(hardware=hardware, **provenance.provenance(), repeats=self.result)
         )
 
-    def median(self, name: str, field: str) -> float | None:
-        """Return the median of a field over the repeats; None where there are none."""
-        values = [row[field] for row in self.result.get(name, ())]
-        return round(statistics.median(values), 2) if values else None
+    def median(self, name: str, field: str) -> float:
+        """Return the median of a field over the repeats."""
+        return round(statistics.median(row[field] for row in self.result[name]), 2)
+
+
+def of_process(index: int, count: int) -> dict[str, str]:
+    """Return the environment of one of `count` processes that train together, a GPU each."""
+    return dict(
+        CUDA_VISIBLE_DEVICES=str(index),
+        JAX_COORDINATOR_ADDRESS="localhost:9911",
+        JAX_NUM_PROCESSES=str(count),
+        JAX_PROCESS_ID=str(index),
+    )
+
+
+def hardware_of(found: dict) -> dict:
+    """Return on what a run or a sweep ran."""
+    return dict(
+        device_kind=found["device_kind"], count=found["devices"], host_cores=found["host_cores"]
+    )
 
 
 def figures_of(summary: dict) -> dict:
     """Return what a run's summary says of its start-up and its result."""
     return dict(
-        hardware=dict(device_kind=summary["device_kind"], host_cores=summary["host_cores"]),
+        hardware=hardware_of(summary),
         first_step_seconds=summary["startup_seconds"],
         stages=summary["startup"],
         compile_seconds=summary["compile_seconds"],
         programs_from_cache=summary["programs_from_cache"],
         step_milliseconds=summary["step_milliseconds"],
         train_seconds=summary["train_seconds"],
+        images_per_second=summary["images_per_second"],
         steps=summary["steps"],
         accuracy=summary["eval"]["accuracy"],
     )
@@ -139,7 +174,7 @@ def sweep_figures(folder: pathlib.Path) -> dict:
     runs = sweep["runs"]
     hardware = sweep["hardware"]
     return dict(
-        hardware=dict(device_kind=hardware["device_kind"], host_cores=hardware["host_cores"]),
+        hardware=hardware_of(hardware | dict(devices=sweep["devices"])),
         runs=len(runs),
         run_seconds=[run["seconds"] for run in runs],
         train_seconds=[run["figures"]["train_seconds"] for run in runs],
@@ -160,15 +195,20 @@ def main() -> None:
         if "cold" in only:
             for i in range(args.repeats):
                 bench.record("cold", bench.measure("cold", f"cache-{i}", *few))
-        elif {"warm", "result"} & {*only}:
+        elif "warm" in only:
             bench.measure("cache", "cache-0", *few)
-        for name, flags in (("warm", few), ("result", whole), ("sweep", sweep)):
-            if name not in only:
+        for name, flags, processes in (
+            ("warm", few, 1),
+            ("result", whole, 1),
+            ("processes", whole, args.processes),
+            ("sweep", sweep, 1),
+        ):
+            if name not in only or (name == "processes" and processes == 1):
                 continue
             if name != "warm":  # other programs than those of `few`
-                bench.measure(f"{name}-cache", "cache-0", *flags)
+                bench.measure(f"{name}-cache", "cache-0", *flags, processes=processes)
             for _ in range(args.repeats):
-                bench.record(name, bench.measure(name, "cache-0", *flags))
+                bench.record(name, bench.measure(name, "cache-0", *flags, processes=processes))
 
 
 if __name__ == "__main__":

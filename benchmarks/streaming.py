@@ -1,21 +1,24 @@
 """Time training on images that lie on the devices, and on images streamed from the host, in turn.
 
   python benchmarks/streaming.py
+  python benchmarks/streaming.py --mesh 4x1 --parallelism dense_2d    also images split over devices
   python benchmarks/streaming.py --batches 8 --image_size 40 --crop 32 --examples 64 --seconds 0.1
                                  tries this script on a CPU
 
 AlexNet with the recipe of experiments/alexnet_cifar.py, on synthetic images of 256x256 and 1000
-classes, cropped to 224x224; in bfloat16 on GPUs. Both sides share the images and run their chunks
-as a run does. Each side chooses the steps of a chunk by itself.
+classes, cropped to 224x224; in bfloat16 on GPUs. The sides are data.resident=yes, sharded (on
+several devices) and no. They share the images and run their chunks as a run does. Each side chooses
+the steps of a chunk by itself.
 
 A measurement spans whole chunks, for at least --seconds seconds, from the end of one chunk to the
-end of another. The two sides are measured alternately, --repeats times. The script prints one JSON
+end of another. The sides are measured in turn, --repeats times. The script prints one JSON
 object with all repeats and their medians.
 """
 
 import argparse
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -30,13 +33,14 @@ from speed import card
 
 from cnn_spmd.data import registry
 from cnn_spmd.data.dataset import Dataset
+from cnn_spmd.sharding import mesh
 from cnn_spmd.training import build
 from cnn_spmd.training.provenance import provenance
 from cnn_spmd.training.timetable import Chunk
 
 # Chunks before each measurement. Afterwards the streamed side is no further ahead than in a run.
 WARMUP = 3
-SIDES = dict(resident="yes", streamed="no")
+SIDES = dict(resident="yes", sharded="sharded", streamed="no")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,7 +49,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--batches", default="512,128", help="global batches (default: %(default)s)")
+    add("--batches", default="512,128", help="per device (default: %(default)s)")
+    add("--mesh", default="1x1", help="DATAxMODEL (default: %(default)s)")
+    add("--parallelism", default="hybrid", help="a scheme (default: %(default)s)")
     add("--image_size", type=int, default=256, help="side of the images (default: 256)")
     add("--crop", type=int, default=224, help="side of what the network sees (default: 224)")
     add("--examples", type=int, default=20_000, help="training images (default: 20000)")
@@ -55,9 +61,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_config(args: argparse.Namespace) -> ml_collections.ConfigDict:
-    """Return the config that both sides and all batches share."""
+    """Return the config that all sides and batches share."""
     config = synthetic_config(args.image_size, args.examples)
-    config.mesh.update(dict(data=1, model=1))
+    config.mesh.update(mesh.parse(args.mesh))
+    config.parallelism = args.parallelism
     config.data.update(dict(crop=args.crop, crop_pad=0))
     # The learning-rate schedule spans more steps than are measured.
     config.steps = 10**6
@@ -95,12 +102,18 @@ class Side(Trainer):
 
 
 def compare(args: argparse.Namespace, config: ml_collections.ConfigDict, data: Dataset) -> dict:
-    """Return the images per second of both sides."""
-    sides = {name: Side(config, data, resident) for name, resident in SIDES.items()}
+    """Return the images per second of each side."""
+    sides = {
+        name: Side(config, data, resident)
+        for name, resident in SIDES.items()
+        if resident != "sharded" or math.prod(config.mesh.values()) > 1
+    }
     for _ in range(args.repeats):
         for side in sides.values():
             side.measure(args.seconds)
     row = dict(
+        mesh=args.mesh,
+        parallelism=args.parallelism,
         batch_size=config.batch_size,
         image_size=args.image_size,
         crop=args.crop,
@@ -113,7 +126,6 @@ def compare(args: argparse.Namespace, config: ml_collections.ConfigDict, data: D
         row[f"{name}_repeats"] = side.rates
         row[f"{name}_steps_per_call"] = side.steps_per_call
         side.inputs.close()
-    row["ratio"] = round(row["streamed_images_per_second"] / row["resident_images_per_second"], 4)
     return row
 
 
@@ -123,8 +135,9 @@ def main() -> None:
     config = make_config(args)
     data = registry.load(config.data)
     result = dict(hardware=card(), **provenance(), streaming=[])
-    for batch_size in map(int, args.batches.split(",")):
-        config.batch_size = batch_size
+    devices = math.prod(config.mesh.values())
+    for batch in map(int, args.batches.split(",")):
+        config.batch_size = batch * devices
         result["streaming"].append(compare(args, config, data))
     print(json.dumps(result), flush=True)
 
