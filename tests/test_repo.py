@@ -55,9 +55,11 @@ def test_waiting_times_are_medians_of_three_and_say_where_they_come_from():
         measured = json.loads(path.read_text())
         assert re.fullmatch("[0-9a-f]{40}", measured["commit"]), path
         assert all(len(runs) >= 3 for runs in measured["repeats"].values()), path
-        cold, warm = (measured["repeats"][name] for name in ("cold", "warm"))
-        assert {run["programs_from_cache"] for run in cold} == {0}, path
-        assert all(run["programs_from_cache"] >= 3 for run in warm), path
+        for name, runs in measured["repeats"].items():
+            cached = [run.get("programs_from_cache") for run in runs]  # a sweep does not say
+            assert name == "sweep" or min(cached) >= 3 or (name == "cold" and max(cached) == 0), (
+                path
+            )
     assert json.loads((DATA / "alexnet_cifar-cpu-make_train.json").read_text())["host_cores"] == 2
 
 

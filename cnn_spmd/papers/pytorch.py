@@ -13,9 +13,20 @@ def page() -> str:
     one_gpu = runfiles.read_json(DATA / "speed" / "h100-x1.json")
     gflop = one_gpu["flop_per_image"] / 1e9
     speeds = speed_table(load_folder(DATA / "speed"))
-    on_four = runfiles.read_json(DATA / "speed" / "h200-x4-512.json")["batches"]
-    (fsdp,) = (row["images_per_second"] for row in on_four[0]["peer"] if row["fsdp"])
-    return filled_in("pytorch.md", speeds=speeds, gflop=gflop, one_gpu=one_gpu, fsdp=fsdp)
+    on_four = {}  # images/s of PyTorch's modes, by batch
+    for name in ("h200-x4", "h200-x4-512"):
+        for batch in runfiles.read_json(DATA / "speed" / f"{name}.json")["batches"]:
+            modes = {row["name"]: row["images_per_second"] for row in batch["peer"]}
+            on_four[batch["batch_per_gpu"]] = modes
+    return filled_in(
+        "pytorch.md",
+        speeds=speeds,
+        gflop=gflop,
+        one_gpu=one_gpu,
+        fsdp=", ".join(f"{modes['compile-fsdp-bf16']:,}" for modes in on_four.values()),
+        graph_32=on_four[32]["capture-bf16"] / on_four[32]["compile-bf16"],
+        graph_128=on_four[128]["capture-bf16"] / on_four[128]["compile-bf16"],
+    )
 
 
 def speed_table(runs: Sequence[dict]) -> str:

@@ -11,12 +11,19 @@ from cnn_spmd.training import runfiles
 def page() -> str:
     """Return the page on what a user waits for."""
     h200 = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
+    two = runfiles.read_json(DATA / "startup" / "nvidia-h200-x2.json")
+    four = runfiles.read_json(DATA / "streaming" / "nvidia-h200-x4.json")["streaming"]
     return filled_in(
         "startup.md",
         waiting=waiting_table(),
         run_overhead=run_overhead(h200),
+        one_step=median_step(h200, "result"),
+        two_step=median_step(two, "result"),
+        own_step=median_step(two, "processes"),
+        later=two["processes_result_seconds"] - two["warm_result_seconds"],
         stages=stages_table(h200),
         streaming=streaming_table(),
+        streamed_gb=max(map(streamed_bytes, four)) / 1e9,
     )
 
 
@@ -24,25 +31,44 @@ def waiting_table() -> str:
     """Return what a user waits for, one row per device and measurement; seconds."""
     rows = []
     for measured in load_folder(DATA / "startup"):
-        repeats = measured["repeats"]
-        result = f"the result, {100 * repeats['result'][0]['accuracy']:.2f}% test accuracy"
-        sweep = f"a sweep of {repeats['sweep'][0]['runs']} runs of 100 steps"
-        cached = "first step, programs in the cache"
-        for what, median, kind, field in (
-            ("first step, empty caches", "cold_first_step_seconds", "cold", "first_step_seconds"),
-            (cached, "warm_first_step_seconds", "warm", "first_step_seconds"),
-            (result, "warm_result_seconds", "result", "seconds"),
-            (sweep, "sweep_12_runs_seconds", "sweep", "seconds"),
-        ):
+        for kind, runs in measured["repeats"].items():
+            what = {
+                "cold": "first step, empty caches",
+                "warm": "first step, programs in the cache",
+                "result": "the result, {:.2f}% test accuracy",
+                "processes": "the same, one process per GPU",
+                "sweep": f"a sweep of {runs[0].get('runs')} runs of 100 steps",
+            }[kind].format(100 * runs[0].get("accuracy", 0))
+            field = "first_step_seconds" if kind in ("cold", "warm") else "seconds"
+            seconds = [run[field] for run in runs]
             rows.append(
                 {
-                    "device": measured["hardware"]["device_kind"],
+                    "device": device(measured),
                     "from the command to": what,
-                    "seconds, median": f"{measured[median]:.1f}",
-                    "repeats": ", ".join(f"{run[field]:.1f}" for run in repeats[kind]),
+                    "seconds, median": f"{statistics.median(seconds):.1f}",
+                    "repeats": ", ".join(f"{each:.1f}" for each in seconds),
                 }
             )
     return table(rows)
+
+
+def median_step(measured: dict, kind: str) -> float:
+    """Return the milliseconds of a step, the median of the repeats."""
+    return statistics.median(
+        run["step_milliseconds"]["median"] for run in measured["repeats"][kind]
+    )
+
+
+def streamed_bytes(row: dict) -> int:
+    """Return how many bytes of images the host streamed per second, to all devices."""
+    return row["streamed_images_per_second"] * row["image_size"] ** 2 * 3
+
+
+def device(measured: dict) -> str:
+    """Return the kind of device, and of several their number."""
+    hardware = measured["hardware"]
+    count = hardware.get("count", 1)
+    return f"{count} x " * (count > 1) + hardware["device_kind"]
 
 
 def stages_table(measured: dict) -> str:
@@ -84,20 +110,21 @@ def run_overhead(measured: dict) -> float:
 
 
 def streaming_table() -> str:
-    """Return images per second, resident and streamed."""
+    """Return images per second, by where the images lie."""
     rows = []
     for measured in load_folder(DATA / "streaming"):
         for row in measured["streaming"]:
-            resident, streamed = (
-                row[f"{side}_images_per_second"] for side in ("resident", "streamed")
+            resident, sharded, streamed = (
+                row.get(f"{side}_images_per_second") for side in ("resident", "sharded", "streamed")
             )
             rows.append(
                 {
-                    "device": measured["hardware"]["device_kind"],
-                    "batch": str(row["batch_size"]),
+                    "device": device(measured),
+                    "batch per device": str(row["batch_size"] // measured["hardware"]["count"]),
+                    "mesh, scheme": " ".join(filter(None, map(row.get, ("mesh", "parallelism")))),
                     "resident images/s": f"{resident:,}",
-                    "streamed images/s": f"{streamed:,}",
-                    "%": f"{100 * streamed / resident:.1f}",
+                    "sharded": f"{sharded:,} ({sharded / resident:.1%})" if sharded else "",
+                    "streamed": f"{streamed:,} ({streamed / resident:.1%})",
                 }
             )
     return table(rows)
