@@ -34,6 +34,8 @@ MOST_ROWS = 30  # of a plan's printed table
 # device sends to another. All steps of a run on ImageNet would take a second for each row.
 SAMPLED_STEPS = 100
 COLUMNS = 100  # of a plan's sentences
+# From the file of results/data/streaming on four H200s.
+STREAMED = "One host streamed 26 to 28 GB/s to four H200s"
 # Data set -> training images, test images, pixels per side, classes. Sources: Krizhevsky 2009;
 # Russakovsky et al. 2015 (their sides differ, and the config's data.image_size scales them).
 SIZES = {"cifar10": (50_000, 10_000, 32, 10), "imagenet2012": (1_281_167, 50_000, 0, 1000)}
@@ -110,7 +112,7 @@ def plan(
     is_limited = uneven in refused.values()
     title = [
         *[uneven] * is_limited,
-        *_title(setup, card, len(devices), gpus_per_host),
+        *_title(setup, card, len(devices), gpus_per_host, found[0]),
         f"Computing: {alone.origin}",
     ]
     return Plan("\n".join(map(_wrapped, title)), found, refused, is_limited)
@@ -184,8 +186,13 @@ def rows_of_dense_layers() -> dict[str, dict]:
 # ---- Text
 
 
-def _title(setup: Setup, card: Card, devices: int, gpus_per_host: int) -> Iterator[str]:
-    """Yield the title of a plan's table: for what it was made, and what its columns mean."""
+def _title(
+    setup: Setup, card: Card, devices: int, gpus_per_host: int, best: Prediction
+) -> Iterator[str]:
+    """Yield the title of a plan's table: for what it was made, and what its columns mean.
+
+    best: the fastest prediction.
+    """
     hosts = -(-devices // gpus_per_host)
     network = f"{setup.config.model.name} at {setup.image_size}x{setup.image_size}"
     images = f"{setup.config.batch_size} images of {setup.shown_data}"
@@ -197,6 +204,9 @@ def _title(setup: Setup, card: Card, devices: int, gpus_per_host: int) -> Iterat
     where = program.WHERE_IMAGES_LIVE[setup.config.data.resident]
     held = setup.image_bytes_per_device
     yield f"Images: {where}" + (f", {held / 1e9:.2f} GB per device" if held else "")
+    if setup.config.data.resident == "no":
+        rate = best.batch_size / best.terms.step * setup.data.train_images[0].nbytes / hosts
+        yield f"The fastest step needs {rate / 1e9:.2f} GB/s of images from each host. {STREAMED}"
     yield "sent, held: per device; held is without the data set's images"
     spans = {"host": "in a host"} | ({"cluster": "across hosts"} if hosts > 1 else {})
     for span, where in spans.items():

@@ -120,6 +120,19 @@ def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
         assert f"Images: {where}" in found.title.splitlines()
         sent.append(found.predictions[0].ring_bytes)
     assert sent[0] == sent[2] < sent[1]
+    (row,) = found.predictions
+    rate = f"{row.batch_size / row.terms.step * 32 * 32 * 3 / 1e9:.2f} GB/s"
+    assert f"The fastest step needs {rate} of images from each host" in found.title
+
+
+def test_what_a_host_streamed_is_that_of_the_stored_file():
+    stored = json.loads((DATA / "streaming" / "nvidia-h200-x4.json").read_text())
+    rates = [
+        row["streamed_images_per_second"] * row["image_size"] ** 2 * 3 / 1e9
+        for row in stored["streaming"]
+    ]
+    found = re.findall(r"(\d+) to (\d+) GB/s", plan.STREAMED)
+    assert found == [(f"{min(rates):.0f}", f"{max(rates):.0f}")]
 
 
 def test_a_plan_puts_the_fastest_first(data, capsys, monkeypatch):
