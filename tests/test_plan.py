@@ -120,9 +120,18 @@ def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
         assert f"Images: {where}" in found.title.splitlines()
         sent.append(found.predictions[0].ring_bytes)
     assert sent[0] == sent[2] < sent[1]
+    at_once = Links({name: [(0, 0.0), (1e6, 0.0)] for name in ("all-reduce", "all-gather")})
+    quick = dataclasses.replace(
+        CARD,
+        memory=1e8,
+        spans=dict(host=at_once, cluster=at_once),
+        steps=[STEP | dict(points=[(4, 1e-6)])],
+    )
+    found = plan.plan(config, black, quick, 2, "4x1")  # two hosts
     (row,) = found.predictions
-    rate = f"{row.batch_size / row.terms.step * 32 * 32 * 3 / 1e9:.2f} GB/s"
-    assert f"The fastest step needs {rate} of images from each host" in found.title
+    rate = row.batch_size / row.terms.step * 32 * 32 * 3 / 2 / 1e9
+    assert rate > 1
+    assert f"The fastest step needs {rate:.2f} GB/s of images from each host" in found.title
 
 
 def test_what_a_host_streamed_is_that_of_the_stored_file():
