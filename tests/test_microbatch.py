@@ -42,7 +42,9 @@ def test_micro_batches_on_meshes():
         each_on_one = run((1, 1), dense_microbatch=4)
         each = run((2, 2), "dense_2d", dense_microbatch=4)
         at_rest = run((2, 2), "fsdp", dense_microbatch=4)
-    for got, expected in ((summed, plain), (each, each_on_one), (at_rest, each_on_one)):
+        one_sum = run((1, 4), "mine", dense_microbatch=4)
+    pairs = ((summed, plain), *((got, each_on_one) for got in (each, at_rest, one_sum)))
+    for got, expected in pairs:
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
         assert_close(got[1], expected[1])
     assert abs(each[0][1] - plain[0][1]) > 1e-4
