@@ -101,13 +101,15 @@ class Side(Trainer):
         self.rates.append(round(images / (ends[-1] - ends[WARMUP])))
 
 
+def sides_on(devices: int) -> dict[str, str]:
+    """Return data.resident by the name of a side. One device has nobody to share images with."""
+    return {name: resident for name, resident in SIDES.items() if name != "sharded" or devices > 1}
+
+
 def compare(args: argparse.Namespace, config: ml_collections.ConfigDict, data: Dataset) -> dict:
     """Return the images per second of each side."""
-    sides = {
-        name: Side(config, data, resident)
-        for name, resident in SIDES.items()
-        if resident != "sharded" or math.prod(config.mesh.values()) > 1
-    }
+    devices = math.prod(config.mesh.values())
+    sides = {name: Side(config, data, kind) for name, kind in sides_on(devices).items()}
     for _ in range(args.repeats):
         for side in sides.values():
             side.measure(args.seconds)

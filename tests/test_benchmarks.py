@@ -79,25 +79,24 @@ def test_our_side_times_its_steps(monkeypatch, capsys):
     assert min(row["step_milliseconds"]) > 0
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "2x1"])
-def test_resident_and_streamed_images_in_turn(monkeypatch, mesh):
-    """On simulated devices, a narrow network and some steps each."""
+def test_resident_and_streamed_images_in_turn(monkeypatch):
+    """On one simulated device, a narrow network and some steps each."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     streaming = importlib.import_module("streaming")
     monkeypatch.setattr(alexnet, "CHANNELS", NARROW)
     monkeypatch.setattr(
         sys,
         "argv",
-        ["_", f"--mesh={mesh}", "--image_size=40", "--crop=32", "--examples=16"]
-        + ["--seconds=0.01", "--repeats=2"],
+        ["_", "--image_size=40", "--crop=32", "--examples=16", "--seconds=0.01", "--repeats=2"],
     )
     args = streaming.parse_arguments()
     config = streaming.make_config(args)
     config.update(dict(batch_size=4, model=dict(width=64)))
     row = streaming.compare(args, config, registry.load(config.data))
-    for side in ("resident", "streamed") if mesh == "1x1" else streaming.SIDES:
+    for side in streaming.sides_on(1):
         low, high = sorted(row[f"{side}_repeats"])
         assert 0 < low <= row[f"{side}_images_per_second"] <= high
+    assert {*streaming.sides_on(2)} - {*streaming.sides_on(1)} == {"sharded"}
 
 
 def test_stored_predictions_of_one_weird_trick_are_what_the_model_says(monkeypatch):
