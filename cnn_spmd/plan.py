@@ -20,7 +20,7 @@ import ml_collections
 
 from cnn_spmd.analysis import cost, program
 from cnn_spmd.analysis.cost import Card
-from cnn_spmd.config import AUTO, IMAGE_SIZE
+from cnn_spmd.config import AUTO, IMAGE_SIZE, image_bytes_per_device
 from cnn_spmd.data.dataset import Dataset, Found, blank_arrays
 from cnn_spmd.errors import UnevenBatch, UserError
 from cnn_spmd.sharding import mesh as meshes
@@ -34,8 +34,8 @@ MOST_ROWS = 30  # of a plan's printed table
 # device sends to another. All steps of a run on ImageNet would take a second for each row.
 SAMPLED_STEPS = 100
 COLUMNS = 100  # of a plan's sentences
-# From the file of results/data/streaming on four H200s.
-STREAMED = "One host streamed 26 to 28 GB/s to four H200s"
+# What a host streamed, in words and at best in bytes/s: results/data/streaming, on four H200s.
+STREAMED = "One host streamed 26 to 28 GB/s to four H200s", 28e9
 # Data set -> training images, test images, pixels per side, classes. Sources: Krizhevsky 2009;
 # Russakovsky et al. 2015 (their sides differ, and the config's data.image_size scales them).
 SIZES = {"cifar10": (50_000, 10_000, 32, 10), "imagenet2012": (1_281_167, 50_000, 0, 1000)}
@@ -108,7 +108,7 @@ def plan(
         raise UserError(f"--plan: nothing works on {len(devices)} devices: {reason}{more}")
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
-        raise _nothing_fits(found, card)
+        raise _nothing_fits(found, card, setup.image_bytes_per_device)
     is_limited = uneven in refused.values()
     title = [
         *[uneven] * is_limited,
@@ -140,13 +140,18 @@ def _uneven(config: ml_collections.ConfigDict, data: Dataset, devices: int) -> s
     return f"batch_size={batch}: does not divide by {devices} devices; {' or '.join(works)} would"
 
 
-def _nothing_fits(found: Sequence[Prediction], card: Card) -> UserError:
-    """Return the error where each mesh and scheme needs more memory than the card has."""
+def _nothing_fits(found: Sequence[Prediction], card: Card, images: int) -> UserError:
+    """Return the error where each mesh and scheme needs more memory than the card has.
+
+    images: the bytes of the data set's images on each device.
+    """
     least = min(found, key=lambda each: each.memory)
+    beside = f" beside {images / 1e9:.1f} GB of images" if images else ""
     return UserError(
         f"--plan: nothing fits in the {card.usable_memory / 1e9:.1f} GB of {card.device_kind} that "
         f"JAX takes by default: the least is {least.memory / 1e9:.1f} GB per device ({least.mesh} "
-        f"{least.parallelism}), expected more devices, or a smaller batch_size or model.width"
+        f"{least.parallelism}){beside}, expected more devices, or a smaller batch_size or "
+        "model.width"
     )
 
 
@@ -205,9 +210,15 @@ def _title(
     held = setup.image_bytes_per_device
     yield f"Images: {where}" + (f", {held / 1e9:.2f} GB per device" if held else "")
     if setup.config.data.resident == "no":
-        rate = best.batch_size / best.terms.step * setup.data.train_images[0].nbytes / hosts
-        yield f"The fastest step needs {rate / 1e9:.2f} GB/s of images from each host. {STREAMED}"
-    yield "sent, held: per device; held is without the data set's images"
+        sent = best.batch_size * setup.data.train_images[0].nbytes / hosts
+        yield (
+            f"The fastest step needs {sent / best.terms.step / 1e9:.2f} GB/s of images from each "
+            f"host. {STREAMED[0]}: at {STREAMED[1] / 1e9:.0f} GB/s, no step is shorter than "
+            f"{1e3 * sent / STREAMED[1]:.3f} ms"
+        )
+        shard = image_bytes_per_device("sharded", setup.data, devices)
+        yield f"With data.resident=sharded each device holds {shard / 1e9:.2f} GB of images"
+    yield "sent, held: per device; held is without the data set's images, which must fit, too"
     spans = {"host": "in a host"} | ({"cluster": "across hosts"} if hosts > 1 else {})
     for span, where in spans.items():
         yield f"Card {card.name}, collectives {where}: {card.sources.get(span, 'no source')}"

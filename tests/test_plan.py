@@ -114,7 +114,7 @@ def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
     for memory, where in (
         (1e9, "a copy on every device, 0.18 GB per device"),
         (3e8, "split over all devices, 0.05 GB per device"),
-        (1e8, "streamed from the host"),
+        (6e7, "streamed from the host"),
     ):
         found = plan.plan(config, black, dataclasses.replace(CARD, memory=memory), 4, "4x1")
         assert f"Images: {where}" in found.title.splitlines()
@@ -123,7 +123,7 @@ def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
     at_once = Links({name: [(0, 0.0), (1e6, 0.0)] for name in ("all-reduce", "all-gather")})
     quick = dataclasses.replace(
         CARD,
-        memory=1e8,
+        memory=6e7,
         spans=dict(host=at_once, cluster=at_once),
         steps=[STEP | dict(points=[(4, 1e-6)])],
     )
@@ -131,7 +131,14 @@ def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
     (row,) = found.predictions
     rate = row.batch_size / row.terms.step * 32 * 32 * 3 / 2 / 1e9
     assert rate > 1
-    assert f"The fastest step needs {rate:.2f} GB/s of images from each host" in found.title
+    title = " ".join(found.title.split())
+    assert f"The fastest step needs {rate:.2f} GB/s of images from each host" in title
+    least = row.batch_size * 32 * 32 * 3 / 2 / plan.STREAMED[1]
+    assert f"at 28 GB/s, no step is shorter than {1e3 * least:.3f} ms" in title
+    assert "With data.resident=sharded each device holds 0.05 GB of images" in title
+    config.data.resident = "yes"
+    with pytest.raises(UserError, match=r"nothing fits in .* beside 0\.2 GB of images"):
+        plan.plan(config, black, quick, 2, "4x1")
 
 
 def test_what_a_host_streamed_is_that_of_the_stored_file():
@@ -140,8 +147,9 @@ def test_what_a_host_streamed_is_that_of_the_stored_file():
         row["streamed_images_per_second"] * row["image_size"] ** 2 * 3 / 1e9
         for row in stored["streaming"]
     ]
-    found = re.findall(r"(\d+) to (\d+) GB/s", plan.STREAMED)
+    found = re.findall(r"(\d+) to (\d+) GB/s", plan.STREAMED[0])
     assert found == [(f"{min(rates):.0f}", f"{max(rates):.0f}")]
+    assert plan.STREAMED[1] == 1e9 * float(found[0][1])
 
 
 def test_a_plan_puts_the_fastest_first(data, capsys, monkeypatch):
@@ -302,12 +310,13 @@ def test_maps_that_devices_join(data, scheme, mesh, numbers):
 
 
 def test_a_plan_and_a_report_count_with_the_memory_that_jax_takes(data, monkeypatch):
-    """It is three quarters of a card's."""
+    """It is three quarters of a card's, for the step and the images."""
     config = config_of(parallelism="data", **{"mesh.data": 4, "mesh.model": 1})
     (row,) = plan.plan(config, data, CARD, 4, "4x1").predictions
     setup = cnn_spmd.prepare(config, jax.devices())
     for share, fits in ((0.74, True), (0.76, False)):
-        card = dataclasses.replace(CARD, memory=row.memory / share)
+        needed = row.memory + setup.image_bytes_per_device
+        card = dataclasses.replace(CARD, memory=needed / share)
         assert prediction.predict(setup, card, 4).fits is fits
         monkeypatch.setattr(prediction.cost, "of_device", lambda kind, card=card: card)
         assert setup.report()["device_memory_bytes"] == 0.75 * card.memory

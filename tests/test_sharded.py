@@ -130,7 +130,7 @@ def test_on_one_device_the_programs_are_those_of_resident_data():
 
 @pytest.mark.parametrize(
     ("gigabytes", "devices", "resident"),
-    [(54, 8, "no"), (90, 8, "sharded"), (700, 8, "yes"), (500, 1, "no"), (None, 8, "no")],
+    [(43, 8, "no"), (44, 8, "sharded"), (700, 8, "yes"), (500, 1, "no"), (None, 8, "no")],
 )
 def test_auto_takes_what_fits(config, gigabytes, devices, resident):
     """ImageNet at 256 pixels: 262 GB in all, 32.7 GB on each of eight devices."""
@@ -144,10 +144,13 @@ def test_auto_takes_what_fits(config, gigabytes, devices, resident):
     assert got.data.resident == resident
 
 
-def test_a_shard_that_does_not_fit_is_refused(monkeypatch):
-    setup = setup_of("simple_cnn", "data", (8, 1), data=dict(resident="sharded"))
-    monkeypatch.setattr(configs, "machine_memory", lambda: 8 * 27_000)  # a shard: 27,648
+@pytest.mark.parametrize(("resident", "images"), [("sharded", 27_648), ("yes", 8 * 27_648)])
+def test_images_that_do_not_fit_are_refused(resident, images, monkeypatch):
+    setup = setup_of("simple_cnn", "data", (8, 1), data=dict(resident=resident))
+    monkeypatch.setattr(configs, "machine_memory", lambda: 8 * images)
     monkeypatch.setattr(build.program, "bytes_per_device", lambda tree: 0)
-    message = "data.resident=sharded, mesh 8x1, per device: needs 0.0 GB, expected at most"
+    build.refuse_beyond_memory(setup)
+    monkeypatch.setattr(configs, "machine_memory", lambda: 8 * images - 8)
+    message = f"data.resident={resident}, mesh 8x1, per device: needs 0.0 GB, expected at most"
     with pytest.raises(UserError, match=message):
         build.refuse_beyond_memory(setup)

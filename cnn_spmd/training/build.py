@@ -187,17 +187,17 @@ def device_memory(place: Placement) -> float | None:
 
 
 def refuse_beyond_memory(setup: Setup) -> None:
-    """Raise UserError where a run's state, a shard or streamed images do not fit in memory."""
+    """Raise UserError where a run's state or its images do not fit in memory."""
     config, machine = setup.config, configs.machine_memory()
     per_device = setup.memory or machine / len(setup.place.mesh.local_devices)
     abstract = setup.functions.abstract_state
     state = sum(map(program.bytes_per_device, (abstract.params, abstract.optimizer)))
     fields = f"model.name={config.model.name}, model.width={config.model.width}"
     configs.refuse_beyond(per_device, state, f"{fields}, per device")
-    if config.data.resident == "sharded":
-        fields = f"data.resident=sharded, mesh {setup.place.mesh_name}, per device"
+    if config.data.resident != "no":
+        fields = f"data.resident={config.data.resident}, mesh {setup.place.mesh_name}, per device"
         configs.refuse_beyond(per_device, setup.image_bytes_per_device, fields)
-    if config.data.resident == "no":
+    else:
         fields = f"steps_per_call={config.steps_per_call}, batch_size={config.batch_size}"
         steps = min(streaming.BUFFERS * config.steps_per_call, config.steps)
         needed = steps * config.batch_size * setup.data.train_images[0].nbytes

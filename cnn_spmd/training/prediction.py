@@ -92,7 +92,8 @@ def predict(
     terms = terms_of(setup, card, moves, alone.seconds, gpus_per_host)
     sent, memory = sum(move["ring_bytes"] for move in moves), memory_of(setup)
     asked = place.mesh_name, config.parallelism, config.batch_size
-    return Prediction(*asked, terms, alone, sent, memory, fits=memory <= card.usable_memory)
+    fits = memory + setup.image_bytes_per_device <= card.usable_memory
+    return Prediction(*asked, terms, alone, sent, memory, fits)
 
 
 def terms_of(
