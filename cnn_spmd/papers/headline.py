@@ -73,12 +73,13 @@ def speedups() -> dict[str, str]:
     return {scheme: f"{smallest} ({largest})" for scheme, (smallest, largest) in found.items()}
 
 
-def speed_fields() -> dict[str, float]:
-    """Return images/s at batch 128 on one H100, and the ratio to PyTorch's."""
+def speed_fields() -> dict[str, object]:
+    """Return the ratios to PyTorch's images/s: on one H100 at batch 128, and on four H200s."""
     timings = runfiles.read_json(DATA / "speed" / "h100-x1.json")["batches"]
     batch = next(row for row in timings if row["batch_per_gpu"] == 128)
     ours, peer = (pytorch.fastest(batch[side], 1)["images_per_second"] for side in ("ours", "peer"))
-    return dict(rate=ours, ratio=ours / peer)
+    on_four = [batch["ratio"] for batch in pytorch.batches_on_four()]
+    return dict(ratio=ours / peer, on_four=", ".join(f"{ratio:.2f}" for ratio in on_four))
 
 
 def bytes_fields() -> dict[str, float]:

@@ -7,17 +7,18 @@ from cnn_spmd.papers.summaries import DATA, load_folder
 from cnn_spmd.report import compare
 from cnn_spmd.training import runfiles
 
+ON_FOUR = ("h200-x4", "h200-x4-512")  # files of results/data/speed
+
 
 def page() -> str:
     """Return the page of timings beside PyTorch."""
     one_gpu = runfiles.read_json(DATA / "speed" / "h100-x1.json")
     gflop = one_gpu["flop_per_image"] / 1e9
     speeds = speed_table(load_folder(DATA / "speed"))
-    on_four = {}  # images/s of PyTorch's modes, by batch
-    for name in ("h200-x4", "h200-x4-512"):
-        for batch in runfiles.read_json(DATA / "speed" / f"{name}.json")["batches"]:
-            modes = {row["name"]: row["images_per_second"] for row in batch["peer"]}
-            on_four[batch["batch_per_gpu"]] = modes
+    on_four = {  # images/s of PyTorch's modes, by batch
+        batch["batch_per_gpu"]: {row["name"]: row["images_per_second"] for row in batch["peer"]}
+        for batch in batches_on_four()
+    }
     return filled_in(
         "pytorch.md",
         speeds=speeds,
@@ -26,6 +27,14 @@ def page() -> str:
         fsdp=", ".join(f"{modes['compile-fsdp-bf16']:,}" for modes in on_four.values()),
         graph_32=on_four[32]["capture-bf16"] / on_four[32]["compile-bf16"],
         graph_128=on_four[128]["capture-bf16"] / on_four[128]["compile-bf16"],
+    )
+
+
+def batches_on_four() -> list[dict]:
+    """Return what was timed on four H200s, by rising batch."""
+    files = (runfiles.read_json(DATA / "speed" / f"{name}.json") for name in ON_FOUR)
+    return sorted(
+        (batch for file in files for batch in file["batches"]), key=lambda row: row["batch_per_gpu"]
     )
 
 

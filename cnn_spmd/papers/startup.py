@@ -17,13 +17,13 @@ def page() -> str:
         "startup.md",
         waiting=waiting_table(),
         run_overhead=run_overhead(h200),
-        one_step=median_step(h200, "result"),
         two_step=median_step(two, "result"),
         own_step=median_step(two, "processes"),
+        first_later=first_step(two, "processes") - first_step(two, "result"),
         later=two["processes_result_seconds"] - two["warm_result_seconds"],
         stages=stages_table(h200),
         streaming=streaming_table(),
-        streamed_gb=max(map(streamed_bytes, four)) / 1e9,
+        streamed_gb=" to ".join(f"{rate / 1e9:.0f}" for rate in sorted(map(streamed_bytes, four))),
     )
 
 
@@ -57,6 +57,11 @@ def median_step(measured: dict, kind: str) -> float:
     return statistics.median(
         run["step_milliseconds"]["median"] for run in measured["repeats"][kind]
     )
+
+
+def first_step(measured: dict, kind: str) -> float:
+    """Return when the first step ended, in seconds; the median of the repeats."""
+    return statistics.median(run["first_step_seconds"] for run in measured["repeats"][kind])
 
 
 def streamed_bytes(row: dict) -> int:
