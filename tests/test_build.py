@@ -188,11 +188,13 @@ def test_at_least_one_step(monkeypatch):
         setup_of("simple_cnn", "data", (1, 1), dtype="float32").train(None, 0)
 
 
-def on(platform, devices, in_flight):
+def on(platform, devices, in_flight, dense_microbatch=0):
     """Return what a Setup's options depend on."""
     found = np.array([types.SimpleNamespace(platform=platform)] * devices)
     return types.SimpleNamespace(
-        config=types.SimpleNamespace(collectives_in_flight=in_flight),
+        config=types.SimpleNamespace(
+            collectives_in_flight=in_flight, dense_microbatch=dense_microbatch
+        ),
         place=types.SimpleNamespace(mesh=types.SimpleNamespace(devices=found, size=devices)),
     )
 
@@ -212,6 +214,12 @@ def test_entries_at_rest_without_effect_are_said(capsys):
     config.mesh.update(dict(data=8, model=1))
     build.prepare(config)
     assert "at_rest.fc3_out" not in capsys.readouterr().out
+
+
+def test_gathers_of_micro_batches_stay_apart_on_several_gpus():
+    options = build.Setup.compiler_options.fget
+    assert options(on("gpu", 4, 1, 8)) == {"xla_gpu_all_gather_combine_threshold_bytes": 1}
+    assert not any(map(options, (on("gpu", 1, 1, 8), on("cpu", 4, 1, 8), on("gpu", 4, 1))))
 
 
 def test_collectives_in_flight_is_an_option_of_the_compiler_for_several_gpus(monkeypatch, capsys):

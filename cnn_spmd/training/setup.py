@@ -196,11 +196,19 @@ class Setup:
         XLA builds a schedule from its end. With one collective in flight, only what no other
         collective waits for may stand between a start and its done. So XLA leaves the gradients of
         the dense layers to the end, and nothing hides their all-reduces.
+
+        XLA joins gathers that can start together. The first micro-batch would then wait for the
+        inputs of all.
         """
-        at_once, mesh = self.config.collectives_in_flight, self.place.mesh
-        if at_once == 1 or mesh.size == 1 or mesh.devices.flat[0].platform == "cpu":
-            return {}
-        return {"xla_gpu_experimental_parallel_collective_overlap_limit": at_once}
+        config, mesh, options = self.config, self.place.mesh, {}
+        if mesh.size == 1 or mesh.devices.flat[0].platform == "cpu":
+            return options
+        if config.collectives_in_flight > 1:
+            limit = "xla_gpu_experimental_parallel_collective_overlap_limit"
+            options[limit] = config.collectives_in_flight
+        if config.dense_microbatch:
+            options["xla_gpu_all_gather_combine_threshold_bytes"] = 1
+        return options
 
     def lower_init(self) -> jax.stages.Lowered:
         """Return the program that makes the state at step 0 from a seed."""
