@@ -49,7 +49,7 @@ from cnn_spmd import config as configs
 from cnn_spmd import experiment, worker
 from cnn_spmd.data import registry
 from cnn_spmd.data.dataset import Found
-from cnn_spmd.errors import UnknownName, UserError
+from cnn_spmd.errors import UnknownName, UserError, one_line
 from cnn_spmd.report import write
 from cnn_spmd.training import cluster, cluster_env, environment, interrupt, startup, weights
 from cnn_spmd.training.provenance import without
@@ -177,7 +177,14 @@ def explained(error: UserError) -> UserError:
 
 
 def advice(error: Exception) -> str:
-    """Say what to do about a full disk or a file that fails; empty for other errors."""
+    """Say what to do about full memory, a full disk or a bad file; empty for other errors."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        config = CONFIG.value
+        return (
+            f"batch_size={config.batch_size}, data.resident={config.data.resident}: the memory of "
+            f"a device or of the host is full: expected a smaller batch_size or model.width, more "
+            f"devices, or data.resident=sharded or no ({one_line(error)})"
+        )
     if not isinstance(error, OSError):
         return ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

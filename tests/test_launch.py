@@ -757,6 +757,21 @@ def test_a_full_disk_is_one_line_and_exit_code_1(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+def test_full_memory_is_one_line_and_exit_code_1(monkeypatch, capsys):
+    config = configs.default()
+    config.batch_size = 64
+    monkeypatch.setattr(launch, "launch", lambda _: jax.numpy.zeros(10**13).block_until_ready())
+    monkeypatch.setattr(launch, "CONFIG", types.SimpleNamespace(value=config))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launch.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: batch_size=64, data.resident=auto: the memory of a device or of"
+    )
+    assert "Out of memory allocating 40000000000000 bytes" in error
+    assert error.count("\n") == 1
+
+
 def test_a_signal_whose_exception_was_lost_still_stops_the_run(monkeypatch):
     monkeypatch.setattr(interrupt, "_early_signals", [])
     with interrupt.Interrupt() as run:
