@@ -182,7 +182,7 @@ def advice(error: Exception) -> str:
         config = CONFIG.value
         return (
             f"batch_size={config.batch_size}, data.resident={config.data.resident}: the memory of "
-            f"a device or of the host is full: expected a smaller batch_size or model.width, more "
+            "a device or of the host is full: expected a smaller batch_size or model.width, more "
             f"devices, or data.resident=sharded or no ({one_line(error)})"
         )
     if not isinstance(error, OSError):

@@ -11,8 +11,8 @@
                                           ten of the classes; :imagenette,variable too
 
 Each is a sweep over 1 to 8 GPUs with 128 images per GPU under hybrid parallelism: convolutions data
-parallel, dense layers model parallel. :variable updates the dense layers after each 128 images; its
-fastest scheme so far is --config.parallelism=one_sum, a row of this file.
+parallel, dense layers model parallel. :variable updates the dense layers after each 128 images.
+Under --config.parallelism=one_sum, a row of this file, devices then wait less for each other.
 
 Published, ILSVRC-2012 validation, centre crop, 90 epochs, on up to eight K20 (batch of the
 convolutions, batch of the dense layers):

@@ -78,8 +78,10 @@ def speed_fields() -> dict[str, object]:
     timings = runfiles.read_json(DATA / "speed" / "h100-x1.json")["batches"]
     batch = next(row for row in timings if row["batch_per_gpu"] == 128)
     ours, peer = (pytorch.fastest(batch[side], 1)["images_per_second"] for side in ("ours", "peer"))
-    on_four = [batch["ratio"] for batch in pytorch.batches_on_four()]
-    return dict(ratio=ours / peer, on_four=", ".join(f"{ratio:.2f}" for ratio in on_four))
+    on_four = [
+        f"{batch['ratio']:.2f} ({batch['batch_per_gpu']})" for batch in pytorch.batches_on_four()
+    ]
+    return dict(ratio=ours / peer, on_four=", ".join(on_four))
 
 
 def bytes_fields() -> dict[str, float]:

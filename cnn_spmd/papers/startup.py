@@ -7,6 +7,15 @@ from cnn_spmd.papers.layout import filled_in, table
 from cnn_spmd.papers.summaries import DATA, load_folder
 from cnn_spmd.training import runfiles
 
+# What each kind of measurement of benchmarks/startup.py waits for, by the fields of a repeat.
+WAITED_FOR = dict(
+    cold="first step, empty caches",
+    warm="first step, programs in the cache",
+    result="the result, {accuracy:.2%} test accuracy",
+    processes="the same, one process per GPU",
+    sweep="a sweep of {runs} runs of 100 steps",
+)
+
 
 def page() -> str:
     """Return the page on what a user waits for."""
@@ -32,19 +41,12 @@ def waiting_table() -> str:
     rows = []
     for measured in load_folder(DATA / "startup"):
         for kind, runs in measured["repeats"].items():
-            what = {
-                "cold": "first step, empty caches",
-                "warm": "first step, programs in the cache",
-                "result": "the result, {:.2f}% test accuracy",
-                "processes": "the same, one process per GPU",
-                "sweep": f"a sweep of {runs[0].get('runs')} runs of 100 steps",
-            }[kind].format(100 * runs[0].get("accuracy", 0))
             field = "first_step_seconds" if kind in ("cold", "warm") else "seconds"
             seconds = [run[field] for run in runs]
             rows.append(
                 {
                     "device": device(measured),
-                    "from the command to": what,
+                    "from the command to": WAITED_FOR[kind].format(**runs[0]),
                     "seconds, median": f"{statistics.median(seconds):.1f}",
                     "repeats": ", ".join(f"{each:.1f}" for each in seconds),
                 }
