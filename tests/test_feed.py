@@ -4,8 +4,6 @@ Each process reads what its devices hold, once, and in time.
 """
 
 import threading
-import types
-from unittest import mock
 
 import jax
 import numpy as np
@@ -155,48 +153,35 @@ def test_what_goes_wrong_while_reading_is_raised():
         next(calls)
 
 
-class CudaRuntime:
-    """A CUDA runtime that locks pages, or refuses to."""
+class Client:
+    """A client of GPUs that locks pages, or refuses to."""
 
-    def __init__(self, status: int):
-        self.status, self.locked = status, set()
+    platform = "cuda"
 
-    def cudaSetDevice(self, number):
-        return 0
+    def __init__(self, refuses: bool):
+        self.refuses, self.locked = refuses, set()
 
-    def cudaHostRegister(self, address, size, flags):
-        self.locked.add(address.value)
-        return self.status
+    def dma_map(self, address, size):
+        if self.refuses:
+            raise jax.errors.JaxRuntimeError("out of memory")
+        self.locked.add(address)
 
-    def cudaHostUnregister(self, address):
-        self.locked.remove(address.value)
-
-    cudaGetErrorString = mock.Mock(return_value=b"out of memory")
+    def dma_unmap(self, address):
+        self.locked.remove(address)
 
 
-@pytest.mark.parametrize(
-    ("runtime", "locked", "warning"),
-    [
-        (CudaRuntime(0), True, []),
-        (CudaRuntime(2), False, ["cudaHostRegister: out of memory"]),
-        (None, False, ["this process has not loaded libcudart"]),
-    ],
-)
-def test_memory_is_page_locked_or_a_warning_says_why_not(runtime, locked, warning, monkeypatch):
+@pytest.mark.parametrize(("refuses", "warning"), [(False, []), (True, ["out of memory"])])
+def test_memory_is_page_locked_or_a_warning_says_why_not(refuses, warning, monkeypatch):
     """As on a GPU. What is locked is unlocked in the end."""
-    if runtime:
-        monkeypatch.setattr(streaming, "cuda_runtime", lambda: runtime)
-    lock, said, seen = streaming.lock_or_warn, [], []
-    gpu = types.SimpleNamespace(platform="gpu", local_hardware_id=0)
-    monkeypatch.setattr(streaming, "lock_or_warn", lambda memory, _: lock(memory, gpu))
+    client, said, seen = Client(refuses), [], []
+    monkeypatch.setattr(streaming, "client_of", lambda device: client)
     monkeypatch.setattr(
         streaming.logging, "log_first_n", lambda level, text, n, error: said.append(str(error))
     )
     feed = Streamed(Placement(mesh.make(1, 1), "data"), IMAGES, LABELS)
     for _ in feed.calls([np.arange(2)] * 4):
-        seen.append(len(runtime.locked) if runtime else 0)
-    assert feed.page_locked is locked
+        seen.append(len(client.locked))
+    assert feed.page_locked is not refuses
     assert said == warning * 2  # one for each buffer, and the log shows the first
-    if locked:
-        assert seen[-1] == streaming.BUFFERS
-        assert runtime.locked == set()
+    assert seen[-1] == (0 if refuses else streaming.BUFFERS)
+    assert client.locked == set()

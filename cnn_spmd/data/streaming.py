@@ -10,14 +10,11 @@ time than the steps of a chunk, and it is the step that draws the crops.
 Shapes: S steps of a chunk, B global batch, H height, W width, C channels.
 """
 
-import ctypes
 import dataclasses
-import functools
 import itertools
 import math
-import pathlib
-import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +24,6 @@ from jax.sharding import NamedSharding
 from cnn_spmd.data.feed import DeviceData, Feed, one_ahead, put, read_examples
 
 BUFFERS = 2  # one is filled while the other is copied
-PORTABLE = 1  # cudaHostRegisterPortable in CUDA's driver_types.h: locked for all GPUs
 
 
 @dataclasses.dataclass
@@ -117,7 +113,8 @@ class Buffer:
             read_examples(array, indices[..., start:stop], shard)
             self._shards[start, stop] = shard
         if self._locked is None:  # now that it is filled: locking untouched pages takes far longer
-            self._locked = lock_or_warn(self._memory, next(iter(index_of)))
+            self._client = client_of(next(iter(index_of)))
+            self._locked = lock_or_warn(self._memory, self._client)
         return self._locked
 
     def put(self, sharding: NamedSharding) -> jax.Array:
@@ -135,7 +132,7 @@ class Buffer:
         """Give the memory back, once nothing is copied from it."""
         self._wait()
         if self._locked:
-            cuda_runtime().cudaHostUnregister(ctypes.c_void_p(self._memory.ctypes.data))
+            self._client.dma_unmap(self._memory.ctypes.data)
         self._memory, self._locked, self._shards = np.empty(0, np.uint8), None, {}
 
     def _wait(self) -> None:
@@ -154,25 +151,23 @@ def aliases(sharding: NamedSharding) -> bool:
     return next(iter(sharding.device_set)).platform == "cpu"
 
 
-def lock_or_warn(memory: np.ndarray, device: jax.Device) -> bool | None:
-    """Lock the pages of `memory`, so that a GPU can read them by itself.
+def client_of(device: jax.Device) -> Any:
+    """Return what JAX manages devices of this kind with."""
+    return device.client
 
+
+def lock_or_warn(memory: np.ndarray, client: Any) -> bool | None:
+    """Lock the pages of `memory`, so that GPUs can read them by themselves.
+
+    client: of the devices, as JAX knows them (jax.Device.client).
     Return whether that was possible; a warning says why it was not. Return None for a CPU, which
     copies nothing.
     """
-    if device.platform == "cpu":
+    if client.platform == "cpu":
         return None
     try:
-        cuda = cuda_runtime()
-        # Otherwise CUDA would set itself up on the first GPU, which may be another process's.
-        status = cuda.cudaSetDevice(ctypes.c_int(device.local_hardware_id))
-        if not status:
-            address, size = ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes)
-            status = cuda.cudaHostRegister(address, size, ctypes.c_uint(PORTABLE))
-        if status:
-            cuda.cudaGetErrorString.restype = ctypes.c_char_p
-            raise OSError(f"cudaHostRegister: {cuda.cudaGetErrorString(status).decode()}")
-    except OSError as error:
+        client.dma_map(memory.ctypes.data, memory.nbytes)
+    except jax.errors.JaxRuntimeError as error:
         logging.log_first_n(
             logging.WARNING,
             "Images are streamed more slowly, from memory that is not page-locked: %s",
@@ -181,16 +176,3 @@ def lock_or_warn(memory: np.ndarray, device: jax.Device) -> bool | None:
         )
         return False
     return True
-
-
-@functools.cache
-def cuda_runtime() -> ctypes.CDLL:
-    """Return the CUDA runtime library that JAX has loaded.
-
-    Raises OSError where there is none.
-    """
-    maps = pathlib.Path("/proc/self/maps").read_text()
-    path = re.search(r"/.*/libcudart\.so.*", maps)
-    if path is None:
-        raise OSError("this process has not loaded libcudart")
-    return ctypes.CDLL(path[0])
