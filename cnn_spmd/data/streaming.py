@@ -89,6 +89,7 @@ class Buffer:
     def __init__(self):
         self._memory = np.empty(0, np.uint8)
         self._locked: bool | None = None  # None: not tried
+        self._client: Any = None  # what locks the memory
         self._shape: tuple[int, ...] = ()  # of the images, [B, H, W, C] or [S, B, H, W, C]
         self._shards: dict[tuple, np.ndarray] = {}  # by their part of the batch
         self._copy: jax.Array | None = None  # the devices' array that is copied from here
