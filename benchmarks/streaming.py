@@ -10,28 +10,35 @@ classes, cropped to 224x224; in bfloat16 on GPUs. The sides are data.resident=ye
 several devices) and no. They share the images and run their chunks as a run does. Each side chooses
 the steps of a chunk by itself.
 
+For the streamed side the script also says what the host can do, in bytes per second: gather images
+into a chunk's buffer, copy such a buffer to the devices, and both at once.
+
 A measurement spans whole chunks, for at least --seconds seconds, from the end of one chunk to the
 end of another. The sides are measured in turn, --repeats times. The script prints one JSON
 object with all repeats and their medians.
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import json
 import math
 import pathlib
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 import ml_collections
+import numpy as np
 from ours import Trainer, synthetic_config
 from speed import card
 
-from cnn_spmd.data import registry
+from cnn_spmd.data import registry, streaming
 from cnn_spmd.data.dataset import Dataset
 from cnn_spmd.sharding import mesh
 from cnn_spmd.training import build
@@ -106,6 +113,49 @@ def sides_on(devices: int) -> dict[str, str]:
     return {name: resident for name, resident in SIDES.items() if name != "sharded" or devices > 1}
 
 
+def host_rates(side: Side, calls: int = 5) -> dict[str, int]:
+    """Return bytes of images per second: gathered, copied, and each beside the other.
+
+    side: the streamed one. calls: of each, after one that does not count.
+    """
+    feed, config = side.setup.feeds[0], side.setup.config
+    shape = (side.steps_per_call, config.batch_size)
+    indices = np.random.default_rng(0).integers(len(feed.images), size=shape, dtype=np.int32)
+    sharding = feed.shapes(*shape)[0].images.sharding
+    filled, other = streaming.Buffer(), streaming.Buffer()
+
+    def gather(buffer: streaming.Buffer = filled) -> None:
+        buffer.fill(feed.images, indices, sharding)
+
+    def copy() -> None:
+        jax.block_until_ready(filled.put(sharding))
+
+    def rate(call: Callable[[], None], ends: Callable[[int], bool]) -> int:
+        call()
+        begin, done = time.perf_counter(), 0
+        while not done or not ends(done):
+            call()
+            done += 1
+        size = math.prod(shape) * math.prod(feed.images.shape[1:])
+        return round(done * size / (time.perf_counter() - begin))
+
+    def often(done: int) -> bool:
+        return done >= calls
+
+    found = dict(
+        gather_bytes_per_second=rate(gather, often), copy_bytes_per_second=rate(copy, often)
+    )
+    gathered = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        copying = thread.submit(rate, copy, lambda _: gathered.is_set())
+        found["gather_beside_copies_bytes_per_second"] = rate(lambda: gather(other), often)
+        gathered.set()
+        found["copy_beside_gathers_bytes_per_second"] = copying.result()
+    for buffer in (filled, other):
+        buffer.release()
+    return found
+
+
 def compare(args: argparse.Namespace, config: ml_collections.ConfigDict, data: Dataset) -> dict:
     """Return the images per second of each side."""
     devices = math.prod(config.mesh.values())
@@ -128,7 +178,7 @@ def compare(args: argparse.Namespace, config: ml_collections.ConfigDict, data: D
         row[f"{name}_repeats"] = side.rates
         row[f"{name}_steps_per_call"] = side.steps_per_call
         side.inputs.close()
-    return row
+    return row | host_rates(sides["streamed"])
 
 
 def main() -> None:

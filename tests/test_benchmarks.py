@@ -96,6 +96,7 @@ def test_resident_and_streamed_images_in_turn(monkeypatch):
     for side in streaming.sides_on(1):
         low, high = sorted(row[f"{side}_repeats"])
         assert 0 < low <= row[f"{side}_images_per_second"] <= high
+    assert all(row[name] > 0 for name in row if name.endswith("_bytes_per_second"))
     assert {*streaming.sides_on(2)} - {*streaming.sides_on(1)} == {"sharded"}
 
 

@@ -99,6 +99,8 @@ def sweep_section(name: str, sweep: dict) -> str:
     picture = f"{name}.png"
     if (DATA.parent / picture).exists():
         parts.append(f"Charts of this sweep: [{picture}]({picture}).")
+    if "note" in sweep:
+        parts.append(sweep["note"])
     hardware = sweep["hardware"]
     source = f"Commit {hardware['commit']}, jax {hardware['versions']['jax']}."
     parts.append(commands(source, *sweep.get("commands", [sweep_command(sweep)])))

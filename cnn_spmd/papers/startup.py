@@ -19,20 +19,33 @@ WAITED_FOR = dict(
 
 def page() -> str:
     """Return the page on what a user waits for."""
-    h200 = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
-    two = runfiles.read_json(DATA / "startup" / "nvidia-h200-x2.json")
-    four = runfiles.read_json(DATA / "streaming" / "nvidia-h200-x4.json")["streaming"]
+    cold, one, two = (
+        runfiles.read_json(DATA / "startup" / f"nvidia-h200{suffix}.json")
+        for suffix in ("-cold", "", "-x2")
+    )
+    (of_two,), of_four = (
+        runfiles.read_json(DATA / "streaming" / f"nvidia-h200-x{count}.json")["streaming"]
+        for count in (2, 4)
+    )
     return filled_in(
         "startup.md",
         waiting=waiting_table(),
-        run_overhead=run_overhead(h200),
+        run_overhead=run_overhead(one),
+        two_overhead=run_overhead(two),
+        one_step=median_step(one, "result"),
         two_step=median_step(two, "result"),
         own_step=median_step(two, "processes"),
         first_later=first_step(two, "processes") - first_step(two, "result"),
         later=two["processes_result_seconds"] - two["warm_result_seconds"],
-        stages=stages_table(h200),
+        stages=stages_table(cold["repeats"]["cold"], one["repeats"]["warm"]),
         streaming=streaming_table(),
-        streamed_gb=" to ".join(f"{rate / 1e9:.0f}" for rate in sorted(map(streamed_bytes, four))),
+        two_gb=streamed_bytes(of_two) / 1e9,
+        four_gb=" to ".join(f"{rate / 1e9:.0f}" for rate in sorted(map(streamed_bytes, of_four))),
+        rates={
+            name.removesuffix("_bytes_per_second"): value / 1e9
+            for name, value in of_two.items()
+            if name.endswith("_bytes_per_second")
+        },
     )
 
 
@@ -78,9 +91,9 @@ def device(measured: dict) -> str:
     return f"{count} x " * (count > 1) + hardware["device_kind"]
 
 
-def stages_table(measured: dict) -> str:
+def stages_table(cold_runs: Sequence[dict], warm_runs: Sequence[dict]) -> str:
     """Return when the stages before the first step begin and end; medians, in seconds."""
-    cold, warm = (stage_spans(measured["repeats"][name]) for name in ("cold", "warm"))
+    cold, warm = stage_spans(cold_runs), stage_spans(warm_runs)
     return table(
         [
             {
