@@ -8,6 +8,7 @@ depend on the widths.
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ import pytest
 from flax import nnx
 
 from cnn_spmd import config as configs
-from cnn_spmd import models
+from cnn_spmd import experiment, models
 from cnn_spmd.data import feed, order, registry
 from cnn_spmd.data.feed import DeviceData
 from cnn_spmd.models import alexnet, alexnet_2012, resnet, stack
-from cnn_spmd.sharding import mesh
+from cnn_spmd.sharding import mesh, own_rows
 from cnn_spmd.sharding.placement import Placement, name_of
 from cnn_spmd.sharding.table import KERNELS, TABLE
 from cnn_spmd.training import build, program_report
@@ -81,6 +82,9 @@ OWN_ROWS = {
         fc2_in="model",
     ),
 }
+if "SCHEMES" in os.environ:  # an experiment file: its rows are tested, too
+    rows = experiment.load_file(os.environ["SCHEMES"]).placement.to_dict()
+    OWN_ROWS |= {scheme: own_rows.read(scheme, row) for scheme, row in rows.items()}
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import statistics
 
 import jax
 import pytest
@@ -251,14 +250,17 @@ def test_a_plan_of_a_variable_batch_says_how_far_it_is_off(data):
     assert "variable batch" not in one_batch.title
     text = " ".join(variable.title.split())
     assert cost.VARIABLE_BATCH in text
-    sweep = json.loads((DATA / "sweeps" / "owt-variable-4xh200.json").read_text())
-    for devices, stated in zip((2, 4), re.findall(r"(\d+) %", text), strict=True):
-        measured = [
+    files = {"1x2": "owt-variable-2xh200", "1x4": "owt-variable-4xh200-one_sum"}
+    stated = re.findall(r"(\d+) to (\d+) %", text)
+    for (mesh, file), (least, most) in zip(files.items(), stated, strict=True):
+        sweep = json.loads((DATA / "sweeps" / f"{file}.json").read_text())
+        longer = [
             run["figures"]["step_milliseconds"]["median"] / run["figures"]["predicted_milliseconds"]
             for run in sweep["runs"]
-            if run["mesh"] == f"1x{devices}"
+            if run["mesh"] == mesh
         ]
-        assert 100 * (statistics.mean(measured) - 1) == pytest.approx(int(stated), abs=0.5)
+        assert 100 * (min(longer) - 1) == pytest.approx(int(least), abs=0.6)
+        assert 100 * (max(longer) - 1) == pytest.approx(int(most), abs=0.6)
 
 
 def test_what_cannot_be_planned_is_refused(data):

@@ -9,6 +9,8 @@ plus 2 kB for scalars, labels and sums of the softmax.
 
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def meshes_of(model: str, parallelism: str) -> list[tuple[int, int]]:
     """Return the meshes on which to test a scheme."""
     row = ROWS[parallelism]
     if parallelism in OWN_ROWS:
-        return [(4, 2)] if model == "alexnet" else []
+        return (MESHES + SMALLER if ALL_MESHES else [(4, 2)]) if model == "alexnet" else []
     if parallelism == "two_tower" and model not in ("alexnet_2012", "alexnet_bn"):
         return []
     if not ALL_MESHES:
@@ -152,6 +154,14 @@ def test_scheme(model, parallelism, shape):
     else:
         check_communication(many["report"], extra_bytes(model, parallelism, shape, many["report"]))
     check_placement(many["report"], many["held"], ROWS[parallelism], shape)
+
+
+def test_rows_of_an_experiment_are_tested_too():
+    """SCHEMES=FILE, as docs/extending.md says: here those of a shipped experiment."""
+    command = [sys.executable, "-m", "pytest", "-n0", "--collect-only", "-k", "one_sum", __file__]
+    own = dict(os.environ, SCHEMES="experiments/owt_imagenet.py", ALL_MESHES="1")
+    found = subprocess.run(command, env=own, stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout.count("test_scheme[alexnet-one_sum-") == len(MESHES + SMALLER)
 
 
 def extra_bytes(model: str, parallelism: str, shape: tuple[int, int], report: dict) -> int:

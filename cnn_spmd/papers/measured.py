@@ -89,9 +89,13 @@ def measured_rows(figure: PublishedFigure, runs: Sequence[dict]) -> list[Measure
         row = (figure.name, published, "not measured", "0", "", "", command, figure.source)
         return [MeasuredRow(*row)]
     rows = []
+    experiments = {pairs[0][0]["config"].get("experiment") for pairs in groups.values()}
     for (machine, *_), pairs in sorted(groups.items()):
+        name = figure.name
+        if len(experiments) > 1:
+            name += f" ({pairs[0][0]['config']['experiment']})"
         own_command = "; ".join(command_of(run) for run in pairs[0] if "command" in run) or command
-        row = (figure.name, published, *measured_cells(figure, pairs), machine, own_command)
+        row = (name, published, *measured_cells(figure, pairs), machine, own_command)
         rows.append(MeasuredRow(*row, figure.source))
     return rows
 

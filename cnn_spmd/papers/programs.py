@@ -76,7 +76,7 @@ def program_rows(programs: Sequence[dict]) -> Iterator[tuple[dict, dict[str, str
             {
                 "mesh": compare.mesh_name(run["mesh"].values()),
                 "scheme": run["parallelism"],
-                "MB per device": f"{parameters / 1e6:.1f}",
+                "parameter MB": f"{parameters / 1e6:.1f}",
                 "peak MB": text.optional(run["memory"]["peak_bytes"], 0, 1e-6) or "-",
                 "collectives per step": ", ".join(
                     f"{count} {operation}" for operation, count in sorted(counts.items())
@@ -115,7 +115,7 @@ def schemes_table(programs: Sequence[dict], sweeps: pathlib.Path = DATA / "sweep
         scheme, splits_both = run["parallelism"], min(run["mesh"].values()) > 1
         on_gpus = run["compiler"]["platform"] != "cpu"
         if shown and on_gpus and (splits_both or scheme not in found):
-            columns = ("mesh", "MB per device", "peak MB", "ring MB per step", "hidden, %")
+            columns = ("mesh", "parameter MB", "peak MB", "ring MB per step", "hidden, %")
             found[scheme] = {
                 "scheme": scheme,
                 "network": run["model"],

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cnn_spmd.papers import meshes, predictions
 from cnn_spmd.papers.layout import filled_in, table
 from cnn_spmd.papers.summaries import DATA, load_folder
 from cnn_spmd.report import compare
@@ -15,6 +16,9 @@ def page() -> str:
     one_gpu = runfiles.read_json(DATA / "speed" / "h100-x1.json")
     gflop = one_gpu["flop_per_image"] / 1e9
     speeds = speed_table(load_folder(DATA / "speed"))
+    of_32_and_128, of_512 = (
+        runfiles.read_json(DATA / "speed" / f"{name}.json") for name in ON_FOUR
+    )
     on_four = {  # images/s of PyTorch's modes, by batch
         batch["batch_per_gpu"]: {row["name"]: row["images_per_second"] for row in batch["peer"]}
         for batch in batches_on_four()
@@ -24,7 +28,14 @@ def page() -> str:
         speeds=speeds,
         gflop=gflop,
         one_gpu=one_gpu,
-        fsdp=", ".join(f"{modes['compile-fsdp-bf16']:,}" for modes in on_four.values()),
+        fsdp="{:,}, {:,} and {:,}".format(
+            *(modes["compile-fsdp-bf16"] for modes in on_four.values())
+        ),
+        data_ratios="{:.2f}, {:.2f} and {:.2f}".format(*data_ratios()),
+        day_32=of_32_and_128["started"].partition("T")[0],
+        commit_32=of_32_and_128["commit"],
+        day_512=of_512["started"].partition("T")[0],
+        commit_512=of_512["commit"],
         graph_32=on_four[32]["capture-bf16"] / on_four[32]["compile-bf16"],
         graph_128=on_four[128]["capture-bf16"] / on_four[128]["compile-bf16"],
     )
@@ -36,6 +47,21 @@ def batches_on_four() -> list[dict]:
     return sorted(
         (batch for file in files for batch in file["batches"]), key=lambda row: row["batch_per_gpu"]
     )
+
+
+def data_ratios() -> list[float]:
+    """Return how many times as fast as DDP our scheme `data` is on four H200s, by rising batch."""
+    sweep = runfiles.read_json(DATA / "sweeps" / f"{predictions.ALL_SCHEMES[4]}.json")
+    ours = {
+        meshes.batch_per_device(groups): group.average("images_per_second")
+        for groups in meshes.sweep_panels(sweep)
+        for group in groups
+        if (group.parallelism, group.devices) == ("data", 4)
+    }
+    return [
+        ours[batch["batch_per_gpu"]] / fastest(batch["peer"], 4)["images_per_second"]
+        for batch in batches_on_four()
+    ]
 
 
 def speed_table(runs: Sequence[dict]) -> str:
