@@ -108,7 +108,7 @@ def plan(
         raise UserError(f"--plan: nothing works on {len(devices)} devices: {reason}{more}")
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
-        raise _nothing_fits(found, card, setup.image_bytes_per_device)
+        raise _nothing_fits(found, card, setup)
     is_limited = uneven in refused.values()
     title = [
         *[uneven] * is_limited,
@@ -140,18 +140,25 @@ def _uneven(config: ml_collections.ConfigDict, data: Dataset, devices: int) -> s
     return f"batch_size={batch}: does not divide by {devices} devices; {' or '.join(works)} would"
 
 
-def _nothing_fits(found: Sequence[Prediction], card: Card, images: int) -> UserError:
+def _nothing_fits(found: Sequence[Prediction], card: Card, setup: Setup) -> UserError:
     """Return the error where each mesh and scheme needs more memory than the card has.
 
-    images: the bytes of the data set's images on each device.
+    setup: any of those that were predicted: the data set's images take as much under each.
     """
     least = min(found, key=lambda each: each.memory)
-    beside = f" beside {images / 1e9:.1f} GB of images" if images else ""
+    memory, where = f"{least.memory / 1e9:.1f} GB", f"({least.mesh} {least.parallelism})"
+    resident, images = setup.config.data.resident, setup.image_bytes_per_device
+    held = f"{images / 1e9:.1f} GB of images"
+    if least.memory <= card.usable_memory:  # so without the images it would fit
+        needed = f"data.resident={resident} puts {held} on each device, beside {memory} or more"
+        needed += f" for a step {where}"
+        expected = f"data.resident={'auto or no' if resident == 'yes' else 'no'}"
+    else:
+        needed = f"the least is {memory} per device {where}" + (f" beside {held}" if images else "")
+        expected = "more devices, or a smaller batch_size or model.width"
     return UserError(
         f"--plan: nothing fits in the {card.usable_memory / 1e9:.1f} GB of {card.device_kind} that "
-        f"JAX takes by default: the least is {least.memory / 1e9:.1f} GB per device ({least.mesh} "
-        f"{least.parallelism}){beside}, expected more devices, or a smaller batch_size or "
-        "model.width"
+        f"JAX takes by default: {needed}, expected {expected}"
     )
 
 
