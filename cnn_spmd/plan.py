@@ -24,6 +24,7 @@ from cnn_spmd.config import AUTO, IMAGE_SIZE, image_bytes_per_device
 from cnn_spmd.data.dataset import Dataset, Found, blank_arrays
 from cnn_spmd.errors import UnevenBatch, UserError
 from cnn_spmd.sharding import mesh as meshes
+from cnn_spmd.sharding.placement import multiples_near
 from cnn_spmd.sharding.table import ALL, TABLE
 from cnn_spmd.training import build
 from cnn_spmd.training.prediction import Prediction, one_device_step, predict
@@ -133,11 +134,10 @@ def stand_in(data: ml_collections.ConfigDict) -> Dataset | None:
 def _uneven(config: ml_collections.ConfigDict, data: Dataset, devices: int) -> str:
     """Say that the global batch does not divide by the devices, and which do; "" where it does."""
     batch = (config.data.fallback_batch_size if data.fallback else 0) or config.batch_size
-    less = batch - batch % devices
-    if less == batch:
+    if batch % devices == 0:
         return ""
-    works = [f"{size:,}" for size in (less, less + devices) if size]
-    return f"batch_size={batch}: does not divide by {devices} devices; {' or '.join(works)} would"
+    works = multiples_near(batch, devices)
+    return f"batch_size={batch}: does not divide by {devices} devices; {works} would"
 
 
 def _nothing_fits(found: Sequence[Prediction], card: Card, setup: Setup) -> UserError:

@@ -28,10 +28,32 @@ def own_placement(shape: tuple[int, ...], **row) -> Placement:
 # ---- Sizes that do not divide.
 
 
-@pytest.mark.parametrize(("axis", "cause"), [("conv_batch", "batch"), ("fc1_out", "parallelism")])
-def test_what_to_change_where_a_size_does_not_divide(axis, cause):
-    with pytest.raises(UserError, match=f"change the mesh or the {cause}$"):
-        Placement(mesh.make(4, 2), "hybrid").spec((axis,), (9,))
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (
+            (("conv_batch",), (100,), "batch_size"),
+            "batch_size=100 does not divide by the 8 devices of mesh axes data and model (mesh 4x2,"
+            " parallelism=hybrid): expected a batch that is a multiple of 8, such as 96 or 104, or "
+            "another mesh",
+        ),
+        (
+            (("dense_batch", "fc1_in"), (3, 8), "fc1 input"),
+            "fc1 input (3, 8): dense_batch=3 does not divide by the 4 devices of mesh axis data "
+            "(mesh 4x2, parallelism=hybrid): expected a batch that is a multiple of 4, such as 4, "
+            "or another mesh",
+        ),
+        (
+            (("fc1_out",), (9,), "fc1.bias"),
+            "fc1.bias (9,): fc1_out=9 does not divide by the 2 devices of mesh axis model (mesh "
+            "4x2, parallelism=hybrid): change the mesh or the parallelism",
+        ),
+    ],
+)
+def test_what_to_change_where_a_size_does_not_divide(array, message):
+    with pytest.raises(UserError) as refused:
+        Placement(mesh.make(4, 2), "hybrid").spec(*array)
+    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(

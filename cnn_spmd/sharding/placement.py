@@ -139,11 +139,15 @@ class Placement:
             return tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes
         if axis in MAY_REPLICATE:
             return None
-        is_batch = axis.endswith("batch")
-        raise (UnevenBatch if is_batch else UserError)(
-            f"{name} {shape}: {axis}={size} does not divide by the {shards} devices of mesh axis "
-            f"{'+'.join(_as_tuple(mesh_axes))} {self.where}: change the mesh or "
-            f"the {'batch' if is_batch else 'parallelism'}"
+        names = _as_tuple(mesh_axes)
+        of_axes = f"mesh {'axes' if len(names) > 1 else 'axis'} {' and '.join(names)}"
+        uneven = f"={size} does not divide by the {shards} devices of {of_axes} {self.where}"
+        array = f"{name} {shape}: {axis}"
+        if not axis.endswith("batch"):
+            raise UserError(f"{array}{uneven}: change the mesh or the parallelism")
+        raise UnevenBatch(
+            f"{array if len(shape) > 1 else name}{uneven}: expected a batch that is a multiple of "
+            f"{shards}, such as {multiples_near(size, shards)}, or another mesh"
         )
 
     def sharding(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> NamedSharding:
@@ -379,6 +383,12 @@ def _as_tuple(mesh_axes: Any) -> tuple[str, ...]:
     if mesh_axes is None:
         return ()
     return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+
+
+def multiples_near(size: int, divisor: int) -> str:
+    """Return the multiples of `divisor` next to a size that is none, such as "96 or 104"."""
+    less = size - size % divisor
+    return " or ".join(f"{multiple}" for multiple in (less, less + divisor) if multiple)
 
 
 def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
