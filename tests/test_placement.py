@@ -1,5 +1,6 @@
 """Rows of the placement table on meshes: where arrays lie, and what is refused."""
 
+import ast
 import math
 
 import jax
@@ -111,11 +112,28 @@ def test_own_rows_that_are_refused(own, message):
         Placement(mesh.make(4, 2), "mine" if "data" not in own else "data", own)
 
 
-def test_two_dimensions_on_one_mesh_axis():
-    place = own_placement((4, 2), fc1_in="model", fc1_out="model")
-    message = r"fc1\.kernel \(8, 8\): two of its axes .* are split over the same mesh axis"
-    with pytest.raises(UserError, match=message):
-        place.spec(("fc1_in", "fc1_out"), (8, 8), "fc1.kernel")
+@pytest.mark.parametrize(
+    ("row", "shared", "instead"),
+    [
+        (dict(fc1_in="model", dense_batch="model"), "mesh axis model", "None"),
+        (dict(fc1_in="model", base="data"), "mesh axis model", "'data'"),
+        (dict(fc1_in="ALL", base="data"), "mesh axes data and model", "None"),
+    ],
+)
+def test_two_dimensions_on_one_mesh_axis(row, shared, instead):
+    """What the message suggests works."""
+    array = (("dense_batch", "fc1_in"), (8, 8), "fc1 input")
+    with pytest.raises(UserError) as refused:
+        own_placement((4, 2), **row).spec(*array)
+    assert str(refused.value) == (
+        f"fc1 input (8, 8): dense_batch and fc1_in are both split over {shared} (mesh 4x2, "
+        f"parallelism=mine): expected only one of them to be, such as dense_batch={instead}"
+    )
+    own_placement((4, 2), **row | dict(dense_batch=ast.literal_eval(instead))).spec(*array)
+
+
+def test_a_logical_axis_that_there_is_not():
+    place = own_placement((4, 2))
     with pytest.raises(UserError, match="no such logical axis 'fc4_in'"):
         place.spec(("fc4_in",), (8,), "fc4.kernel")
 
@@ -208,7 +226,7 @@ def test_towers_that_do_not_divide():
 
 def test_towers_of_a_row_that_splits_two_dimensions_over_one_mesh_axis():
     place = own_placement((2, 2), conv_batch=("data", "model"), group_out="model")
-    message = r"conv2 .*: two of its axes .* are split over the same mesh axis"
+    message = r"conv2 .*: conv_batch and group_out are both split over mesh axis model"
     with pytest.raises(UserError, match=message):
         placed_towers(place, None, batch=4)
 
