@@ -24,6 +24,7 @@ from cnn_spmd.config import AUTO, IMAGE_SIZE, image_bytes_per_device
 from cnn_spmd.data.dataset import Dataset, Found, blank_arrays
 from cnn_spmd.errors import UnevenBatch, UserError
 from cnn_spmd.sharding import mesh as meshes
+from cnn_spmd.sharding.placement import multiples_near
 from cnn_spmd.sharding.table import ALL, TABLE
 from cnn_spmd.training import build
 from cnn_spmd.training.prediction import Prediction, one_device_step, predict
@@ -108,7 +109,7 @@ def plan(
         raise UserError(f"--plan: nothing works on {len(devices)} devices: {reason}{more}")
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
-        raise _nothing_fits(found, card, setup.image_bytes_per_device)
+        raise _nothing_fits(found, card, setup)
     is_limited = uneven in refused.values()
     title = [
         *[uneven] * is_limited,
@@ -133,25 +134,31 @@ def stand_in(data: ml_collections.ConfigDict) -> Dataset | None:
 def _uneven(config: ml_collections.ConfigDict, data: Dataset, devices: int) -> str:
     """Say that the global batch does not divide by the devices, and which do; "" where it does."""
     batch = (config.data.fallback_batch_size if data.fallback else 0) or config.batch_size
-    less = batch - batch % devices
-    if less == batch:
+    if batch % devices == 0:
         return ""
-    works = [f"{size:,}" for size in (less, less + devices) if size]
-    return f"batch_size={batch}: does not divide by {devices} devices; {' or '.join(works)} would"
+    works = multiples_near(batch, devices)
+    return f"batch_size={batch}: does not divide by {devices} devices; {works} would"
 
 
-def _nothing_fits(found: Sequence[Prediction], card: Card, images: int) -> UserError:
+def _nothing_fits(found: Sequence[Prediction], card: Card, setup: Setup) -> UserError:
     """Return the error where each mesh and scheme needs more memory than the card has.
 
-    images: the bytes of the data set's images on each device.
+    setup: any of those that were predicted: the data set's images take as much under each.
     """
     least = min(found, key=lambda each: each.memory)
-    beside = f" beside {images / 1e9:.1f} GB of images" if images else ""
+    memory, where = f"{least.memory / 1e9:.1f} GB", f"({least.mesh} {least.parallelism})"
+    resident, images = setup.config.data.resident, setup.image_bytes_per_device
+    held = f"{images / 1e9:.1f} GB of images"
+    if least.memory <= card.usable_memory:  # so without the images it would fit
+        needed = f"data.resident={resident} puts {held} on each device, beside {memory} or more"
+        needed += f" for a step {where}"
+        expected = f"data.resident={'auto or no' if resident == 'yes' else 'no'}"
+    else:
+        needed = f"the least is {memory} per device {where}" + (f" beside {held}" if images else "")
+        expected = "more devices, or a smaller batch_size or model.width"
     return UserError(
         f"--plan: nothing fits in the {card.usable_memory / 1e9:.1f} GB of {card.device_kind} that "
-        f"JAX takes by default: the least is {least.memory / 1e9:.1f} GB per device ({least.mesh} "
-        f"{least.parallelism}){beside}, expected more devices, or a smaller batch_size or "
-        "model.width"
+        f"JAX takes by default: {needed}, expected {expected}"
     )
 
 

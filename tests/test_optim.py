@@ -535,6 +535,6 @@ def test_an_optimizer_of_ones_own_trains_on_a_mesh(known_lion):
 
 def test_unknown_optimizers_are_refused(config, known_lion):
     config.optimizer.name = "adam"
-    expected = r"optimizer\.name=adam: unknown, expected one of sgd, .*, muon, lion; if"
+    expected = r"optimizer\.name=adam: unknown; .*adamw.* Expected one of sgd, .*, muon, lion; if"
     with pytest.raises(UserError, match=expected):
         optimizer_of(config, 10)

@@ -1,5 +1,6 @@
 """Rows of the placement table on meshes: where arrays lie, and what is refused."""
 
+import ast
 import math
 
 import jax
@@ -28,10 +29,32 @@ def own_placement(shape: tuple[int, ...], **row) -> Placement:
 # ---- Sizes that do not divide.
 
 
-@pytest.mark.parametrize(("axis", "cause"), [("conv_batch", "batch"), ("fc1_out", "parallelism")])
-def test_what_to_change_where_a_size_does_not_divide(axis, cause):
-    with pytest.raises(UserError, match=f"change the mesh or the {cause}$"):
-        Placement(mesh.make(4, 2), "hybrid").spec((axis,), (9,))
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (
+            (("conv_batch",), (100,), "batch_size"),
+            "batch_size=100 does not divide by the 8 devices of mesh axes data and model (mesh 4x2,"
+            " parallelism=hybrid): expected a batch that is a multiple of 8, such as 96 or 104, or "
+            "another mesh",
+        ),
+        (
+            (("dense_batch", "fc1_in"), (3, 8), "fc1 input"),
+            "fc1 input (3, 8): dense_batch=3 does not divide by the 4 devices of mesh axis data "
+            "(mesh 4x2, parallelism=hybrid): expected a batch that is a multiple of 4, such as 4, "
+            "or another mesh",
+        ),
+        (
+            (("fc1_out",), (9,), "fc1.bias"),
+            "fc1.bias (9,): fc1_out=9 does not divide by the 2 devices of mesh axis model (mesh "
+            "4x2, parallelism=hybrid): change the mesh or the parallelism",
+        ),
+    ],
+)
+def test_what_to_change_where_a_size_does_not_divide(array, message):
+    with pytest.raises(UserError) as refused:
+        Placement(mesh.make(4, 2), "hybrid").spec(*array)
+    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(
@@ -89,11 +112,28 @@ def test_own_rows_that_are_refused(own, message):
         Placement(mesh.make(4, 2), "mine" if "data" not in own else "data", own)
 
 
-def test_two_dimensions_on_one_mesh_axis():
-    place = own_placement((4, 2), fc1_in="model", fc1_out="model")
-    message = r"fc1\.kernel \(8, 8\): two of its axes .* are split over the same mesh axis"
-    with pytest.raises(UserError, match=message):
-        place.spec(("fc1_in", "fc1_out"), (8, 8), "fc1.kernel")
+@pytest.mark.parametrize(
+    ("row", "shared", "instead"),
+    [
+        (dict(fc1_in="model", dense_batch="model"), "mesh axis model", "None"),
+        (dict(fc1_in="model", base="data"), "mesh axis model", "'data'"),
+        (dict(fc1_in="ALL", base="data"), "mesh axes data and model", "None"),
+    ],
+)
+def test_two_dimensions_on_one_mesh_axis(row, shared, instead):
+    """What the message suggests works."""
+    array = (("dense_batch", "fc1_in"), (8, 8), "fc1 input")
+    with pytest.raises(UserError) as refused:
+        own_placement((4, 2), **row).spec(*array)
+    assert str(refused.value) == (
+        f"fc1 input (8, 8): dense_batch and fc1_in are both split over {shared} (mesh 4x2, "
+        f"parallelism=mine): expected only one of them to be, such as dense_batch={instead}"
+    )
+    own_placement((4, 2), **row | dict(dense_batch=ast.literal_eval(instead))).spec(*array)
+
+
+def test_a_logical_axis_that_there_is_not():
+    place = own_placement((4, 2))
     with pytest.raises(UserError, match="no such logical axis 'fc4_in'"):
         place.spec(("fc4_in",), (8,), "fc4.kernel")
 
@@ -186,7 +226,7 @@ def test_towers_that_do_not_divide():
 
 def test_towers_of_a_row_that_splits_two_dimensions_over_one_mesh_axis():
     place = own_placement((2, 2), conv_batch=("data", "model"), group_out="model")
-    message = r"conv2 .*: two of its axes .* are split over the same mesh axis"
+    message = r"conv2 .*: conv_batch and group_out are both split over mesh axis model"
     with pytest.raises(UserError, match=message):
         placed_towers(place, None, batch=4)
 

@@ -135,9 +135,15 @@ def test_a_plan_for_other_machines_needs_the_sizes_alone(data):
     least = row.batch_size * 32 * 32 * 3 / 2 / plan.STREAMED[1]
     assert f"at 28 GB/s, no step is shorter than {1e3 * least:.3f} ms" in title
     assert "With data.resident=sharded each device holds 0.05 GB of images" in title
-    config.data.resident = "yes"
-    with pytest.raises(UserError, match=r"nothing fits in .* beside 0\.2 GB of images"):
-        plan.plan(config, black, quick, 2, "4x1")
+    for resident, held, others in (("yes", "0.2", "auto or no"), ("sharded", "0.0", "no")):
+        config.data.resident = resident
+        message = (
+            rf"nothing fits in .*: data\.resident={resident} puts {held} GB of images on each "
+            rf"device, beside 0\.0 GB or more for a step \(4x1 data\), expected data\.resident="
+            rf"{others}$"
+        )
+        with pytest.raises(UserError, match=message):
+            plan.plan(config, black, quick, 2, "4x1")
 
 
 def test_what_a_host_streamed_is_that_of_the_stored_file():
@@ -267,9 +273,10 @@ def test_what_cannot_be_planned_is_refused(data):
     with pytest.raises(UserError, match="has no calibration"):
         plan.plan(config_of(), data, None, 4)
     small = dataclasses.replace(CARD, memory=1e3)
-    with pytest.raises(
-        UserError, match=r"nothing fits in the 0\.0 GB of card that JAX .*: the least"
-    ):
+    message = (
+        r"nothing fits in the 0\.0 GB of card that JAX .*: the least .*, expected more devices,"
+    )
+    with pytest.raises(UserError, match=message):
         plan.plan(config_of(parallelism="data"), data, small, 4, "4x1")
     message = "has no measured step of model=alexnet, width=32, .* and neither kernel_seconds nor"
     with pytest.raises(UserError, match=message):

@@ -115,15 +115,32 @@ def test_a_data_set_without_images_is_refused(tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["flowers", "flower/s", "..", ""])
+@pytest.mark.parametrize("name", ["petals", "petal/s", "..", ""])
 def test_a_name_that_is_nowhere_says_what_there_is(tmp_path, name):
     prepare(tmp_path, Imagenette)
     message = (
-        rf"^data.name={name}: not a data set; choose from cifar10, .*folder, .*, or a data set "
-        rf"that TFDS has prepared in {tmp_path}/tfds \(prepare it, .*: tfds build NAME "
+        rf"^data.name={name}: unknown, expected one of cifar10, .*folder, .*, tfds:NAME of TFDS's "
+        rf"catalog, or what TFDS has prepared in {tmp_path}/tfds; if an experiment adds it, "
     )
     with pytest.raises(UserError, match=message):
         load("", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("CIFAR10", '"cifar10"'),
+        ("imagenet", '"imagenet2012" or "imagenette"'),
+        ("cifar100", '"tfds:cifar100"'),
+        ("MNIST:3.0.1", '"tfds:mnist:3.0.1"'),
+        ("dtd", '"tfds:dtd"'),
+    ],
+)
+def test_a_name_that_is_almost_right_says_what_is_meant(name, meant):
+    with pytest.raises(UserError) as refused:
+        load("", name)
+    said = f"data.name={name}: unknown; did you mean {meant}? Expected one of cifar10, "
+    assert str(refused.value).startswith(said)
 
 
 def test_files_that_were_written_again_are_another_data_set(tmp_path):
@@ -269,6 +286,7 @@ def test_several_labels_are_refused_before_a_download(monkeypatch):
     "name, message",
     [
         ("oxford_flower102", "TFDS knows no such data set.*; did you mean tfds:oxford_flowers102"),
+        ("MNISTS", "TFDS knows no such data set.*; did you mean tfds:mnist"),
         ("../x", "expected tfds: and a name of https://www.tensorflow.org/datasets/catalog, such"),
         ("mnist:9.9.9", "Dataset mnist cannot be loaded at version 9.9.9, only: "),
         ("mnist", r"cannot be downloaded and prepared \(cannot reach http.*: prepare it, where"),

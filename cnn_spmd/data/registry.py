@@ -88,12 +88,10 @@ def loader_of(data: ml_collections.ConfigDict) -> Loader:
     root = photographs.root_of(data.dir)
     if tfds.prepared_folder(data.name, root):
         return photographs.load
-    wrong = (
-        f"not a data set; choose from {', '.join(DATASETS)}, {tfds.PREFIX}NAME for what TFDS can "
-        f"download, or a data set that TFDS has prepared in {root} "
-        f"({tfds.how_to_build('NAME', root)})"
-    )
-    raise UnknownName("data.name", data.name, DATASETS, wrong)
+    name = data.name.lower()
+    meant = tfds.PREFIX + name if name not in DATASETS and tfds.is_in_catalog(name) else ""
+    more = f", {tfds.PREFIX}NAME of TFDS's catalog, or what TFDS has prepared in {root}"
+    raise UnknownName("data.name", data.name, DATASETS, more, meant)
 
 
 def may_use_tfds(data: ml_collections.ConfigDict) -> bool:

@@ -148,6 +148,14 @@ def prepare(name: str, root: Path, remedy: str) -> Path:
     return Path(builder.data_dir)
 
 
+def is_in_catalog(name: str) -> bool:
+    """Return whether TFDS can prepare a data set; name: as NAMES."""
+    import tensorflow_datasets
+
+    known = tensorflow_datasets.list_builders(with_community_datasets=False)
+    return re.split("[/:]", name)[0] in known
+
+
 def find_builder(name: str, root: Path) -> Any:
     """Return what TFDS prepares a data set with. Raises UserError for an unknown name."""
     import tensorflow_datasets
@@ -160,7 +168,7 @@ def find_builder(name: str, root: Path) -> Any:
         return tensorflow_datasets.builder(bare, data_dir=root, file_format="array_record")
     except tensorflow_datasets.core.DatasetNotFoundError as error:
         known = tensorflow_datasets.list_builders(with_community_datasets=False)
-        near = [f"{PREFIX}{each}" for each in difflib.get_close_matches(bare, known, 3)]
+        near = [f"{PREFIX}{each}" for each in difflib.get_close_matches(bare.lower(), known, 3)]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(
             f"data.name={name}: TFDS knows no such data set, {expected}{hint}"

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,12 +115,14 @@ class Placement:
                 f"{name} {shape}: has {len(shape)} dimensions, but {len(axes)} logical axes {axes}"
             )
         spec = [self._split(name, shape, *pair, even) for pair in zip(axes, shape, strict=True)]
-        used = [mesh_axis for mesh_axes in spec for mesh_axis in _as_tuple(mesh_axes)]
-        if len(used) != len(set(used)):
-            raise UserError(
-                f"{name} {shape}: two of its axes {axes} are split over the same mesh axis "
-                f"{self.where}"
-            )
+        split = zip(axes, map(_as_tuple, spec), strict=True)
+        for (axis, one), (second, other) in itertools.combinations(split, 2):
+            if both := [mesh_axis for mesh_axis in one if mesh_axis in other]:
+                left = next((mesh_axis for mesh_axis in one if mesh_axis not in other), None)
+                raise UserError(
+                    f"{name} {shape}: {axis} and {second} are both split over {_named(both)} "
+                    f"{self.where}: expected only one of them to be, such as {axis}={left!r}"
+                )
         return P(*spec)
 
     def _split(
@@ -139,11 +142,14 @@ class Placement:
             return tuple(mesh_axes) if isinstance(mesh_axes, list) else mesh_axes
         if axis in MAY_REPLICATE:
             return None
-        is_batch = axis.endswith("batch")
-        raise (UnevenBatch if is_batch else UserError)(
-            f"{name} {shape}: {axis}={size} does not divide by the {shards} devices of mesh axis "
-            f"{'+'.join(_as_tuple(mesh_axes))} {self.where}: change the mesh or "
-            f"the {'batch' if is_batch else 'parallelism'}"
+        of_axes = f"{_named(_as_tuple(mesh_axes))} {self.where}"
+        uneven = f"={size} does not divide by the {shards} devices of {of_axes}"
+        array = f"{name} {shape}: {axis}"
+        if not axis.endswith("batch"):
+            raise UserError(f"{array}{uneven}: change the mesh or the parallelism")
+        raise UnevenBatch(
+            f"{array if len(shape) > 1 else name}{uneven}: expected a batch that is a multiple of "
+            f"{shards}, such as {multiples_near(size, shards)}, or another mesh"
         )
 
     def sharding(self, axes: Axes, shape: tuple[int, ...], name: str = "array") -> NamedSharding:
@@ -379,6 +385,17 @@ def _as_tuple(mesh_axes: Any) -> tuple[str, ...]:
     if mesh_axes is None:
         return ()
     return (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+
+
+def _named(mesh_axes: Sequence[str]) -> str:
+    """Return "mesh axis data", or "mesh axes data and model", for errors."""
+    return f"mesh {'axes' if len(mesh_axes) > 1 else 'axis'} {' and '.join(mesh_axes)}"
+
+
+def multiples_near(size: int, divisor: int) -> str:
+    """Return the multiples of `divisor` next to a size that is none, such as "96 or 104"."""
+    less = size - size % divisor
+    return " or ".join(f"{multiple}" for multiple in (less, less + divisor) if multiple)
 
 
 def mesh_axes_of(spec: P) -> list[tuple[str, ...]]:
