@@ -9,6 +9,8 @@ Needs no GPU, and compiles nothing. Writes these files to results/data/predictio
                   measured. The step of one GPU at each batch is the sweep's own (mesh 1x1, the
                   median over its schemes); all else comes from the card. Also what the card
                   predicts with its own step of one GPU.
+  variable.json   the runs of a variable batch on several GPUs, predicted by the card alone, and
+                  measured
   devices.json    1 to 512 H100s, each scheme at its best mesh. Hosts have 8 GPUs. The batch per GPU
                   is 128, or the global batch is 1,024.
   by-four.json    one of these sweeps, by collectives that were measured between four H200s
@@ -16,6 +18,7 @@ Needs no GPU, and compiles nothing. Writes these files to results/data/predictio
 """
 
 import dataclasses
+import math
 import pathlib
 import statistics
 import sys
@@ -36,6 +39,7 @@ from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.training import runfiles
 from cnn_spmd.training.prediction import Prediction, predict
 from cnn_spmd.training.provenance import provenance
+from cnn_spmd.training.setup import Setup
 from experiments.alexnet_cifar import get_config
 
 GPUS_PER_HOST = 8
@@ -57,6 +61,7 @@ def main() -> None:
         rows = [beside(run, card, h200) for run in runs if run["mesh"] != "1x1"]
         write(name, card, rows, sweep=name)
         print(f"{name}: median error {predictions.errors_text(rows)}")
+    write("variable", h200, list(of_the_variable_batch(h200)))
     arrays = blank_arrays(dict(train=128 * DEVICES[-1], test=64), SIDE)
     data = Dataset(name="synthetic", class_names=tuple(map(str, range(CLASSES))), **arrays)
     write("devices", h100, list(best_of_each_scheme(data, h100)))
@@ -107,30 +112,44 @@ def beside(run: dict, card: Card, shipped: Card) -> dict:
 
     `card` has the sweep's steps of one GPU, `shipped` those of the card that ships.
     """
-    figures = run["figures"]
-    config = cnn_spmd.load_config(
-        "experiments/alexnet_cifar.py",
-        {
-            "data.name": "synthetic",
-            "data.fallback": "",
-            "data.synthetic.image_size": 224,
-            "data.synthetic.classes": 1000,
-            "dtype": figures["dtype"],
-            "parallelism": figures["parallelism"],
-            "batch_size": figures["batch_size"],
-            **{f"mesh.{axis}": size for axis, size in figures["mesh"].items()},
-        },
-    )
-    devices = figures["mesh"]["data"] * figures["mesh"]["model"]
-    setup = cnn_spmd.prepare(config, devices=jax.devices()[:devices])
-    return dict(
-        devices=devices,
-        batch_per_device=run["settings"]["batch_per_device"],
-        measured_milliseconds=figures["step_milliseconds"]["median"],
+    images = {"data.synthetic.image_size": 224, "data.synthetic.classes": 1000}
+    setup = setup_of(run, "experiments/alexnet_cifar.py", **images)
+    return measured(run) | dict(
         by_shipped_card_milliseconds=round(
             1e3 * predict(setup, shipped, GPUS_PER_HOST).terms.step, 4
         ),
         **predict(setup, card, GPUS_PER_HOST).as_json(),
+    )
+
+
+def of_the_variable_batch(card: Card) -> Iterator[dict]:
+    """Yield the prediction of each run on several GPUs, and what was measured."""
+    for name in predictions.VARIABLE.values():
+        for run in runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]:
+            if run["mesh"] != "1x1":
+                setup = setup_of(run, "experiments/owt_imagenet.py:variable")
+                yield measured(run) | predict(setup, card, GPUS_PER_HOST).as_json()
+
+
+def setup_of(run: dict, experiment: str, **fields: int) -> Setup:
+    """Return what a run of a sweep trained, on random images."""
+    figures = run["figures"]
+    own = {name: figures[name] for name in ("dtype", "parallelism", "batch_size")}
+    mesh = {f"mesh.{axis}": size for axis, size in figures["mesh"].items()}
+    synthetic = {"data.name": "synthetic", "data.fallback": ""}
+    config = cnn_spmd.load_config(experiment, synthetic | own | mesh | fields)
+    devices = math.prod(figures["mesh"].values())
+    return cnn_spmd.prepare(config, devices=jax.devices()[:devices])
+
+
+def measured(run: dict) -> dict:
+    """Return what was measured of a run of a sweep."""
+    figures = run["figures"]
+    devices = math.prod(figures["mesh"].values())
+    return dict(
+        devices=devices,
+        batch_per_device=figures["batch_size"] // devices,
+        measured_milliseconds=figures["step_milliseconds"]["median"],
     )
 
 

@@ -229,8 +229,6 @@ def _title(
     spans = {"host": "in a host"} | ({"cluster": "across hosts"} if hosts > 1 else {})
     for span, where in spans.items():
         yield f"Card {card.name}, collectives {where}: {card.sources.get(span, 'no source')}"
-    if setup.config.dense_microbatch and devices > 1:
-        yield cost.VARIABLE_BATCH
 
 
 def as_text(plan: Plan) -> Iterator[str]:

@@ -27,7 +27,7 @@ CARD = Card(
 
 def move(what, ring_bytes, axes=("model",), operation="all-reduce", phase="backward"):
     """A row of the closed form; here a device's payload is as large as what it sends."""
-    row = dict(what=what, operation=operation, axes=list(axes), phase=phase)
+    row = dict(what=what, operation=operation, axes=list(axes), phase=phase, count=1)
     return row | dict(bytes=ring_bytes, ring_bytes=ring_bytes)
 
 
@@ -152,6 +152,18 @@ def test_the_gap_delays_the_step_once_per_collective():
     assert terms.communication == microseconds(40)
     assert terms.exposed == microseconds(56)
     assert predict(move("fc1.kernel", MB), card=card).exposed == microseconds(21)
+
+
+def test_a_row_of_several_collectives_takes_the_time_of_each():
+    """Of four with 250 kB each: 12.5 us and a gap of 8 us. Weights are joined within each."""
+    card = dataclasses.replace(CARD, gap=8 * US)
+    terms = predict(move("fc1 input", MB) | dict(count=4), card=card)
+    assert terms.communication == microseconds(4 * 12.5)
+    assert terms.exposed == microseconds(4 * 20.5)
+    half = cost.COMBINED_BYTES / 2
+    moves = [move(name, 4 * half) | dict(count=4) for name in ("fc1.kernel", "fc2.kernel")]
+    joined = 4 * (10 + 2 * half / MB * 10)
+    assert predict(*moves).communication == microseconds(joined)
 
 
 def test_a_card_of_one_device_has_no_times_between_devices():

@@ -10,7 +10,6 @@ from setups import narrow  # noqa: F401  (a fixture)
 
 import cnn_spmd
 from cnn_spmd import plan
-from cnn_spmd.analysis import cost
 from cnn_spmd.analysis.cost import Card, Links
 from cnn_spmd.errors import UserError
 from cnn_spmd.papers.summaries import DATA
@@ -245,28 +244,6 @@ def test_one_mesh_and_one_scheme(data):
 def test_several_meshes(data):
     found = plan.plan(config_of(), data, CARD, 4, "2x2,1x4")
     assert {each.mesh for each in found.predictions} == {"2x2", "1x4"}
-
-
-def test_a_plan_of_a_variable_batch_says_how_far_it_is_off(data):
-    """The percentages are those of the stored sweep."""
-    one_batch, variable = (
-        plan.plan(config_of(parallelism="hybrid", dense_microbatch=size), data, CARD, 4, "1x4")
-        for size in (0, 4)
-    )
-    assert "variable batch" not in one_batch.title
-    text = " ".join(variable.title.split())
-    assert cost.VARIABLE_BATCH in text
-    files = {"1x2": "owt-variable-2xh200", "1x4": "owt-variable-4xh200-one_sum"}
-    stated = re.findall(r"(\d+) to (\d+) %", text)
-    for (mesh, file), (least, most) in zip(files.items(), stated, strict=True):
-        sweep = json.loads((DATA / "sweeps" / f"{file}.json").read_text())
-        longer = [
-            run["figures"]["step_milliseconds"]["median"] / run["figures"]["predicted_milliseconds"]
-            for run in sweep["runs"]
-            if run["mesh"] == mesh
-        ]
-        assert 100 * (min(longer) - 1) == pytest.approx(int(least), abs=0.6)
-        assert 100 * (max(longer) - 1) == pytest.approx(int(most), abs=0.6)
 
 
 def test_what_cannot_be_planned_is_refused(data):

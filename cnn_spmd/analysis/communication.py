@@ -40,7 +40,7 @@ logits that the metrics gather. coverage.py says for which networks and placemen
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from flax import nnx
@@ -52,13 +52,17 @@ from cnn_spmd.sharding.placement import Placement
 
 
 class Move(NamedTuple):
-    """One collective of theory; `bytes` is one device's payload, as in hlo.Collective."""
+    """A collective of theory, or `count` equal ones.
+
+    bytes: one device's payload, as in hlo.Collective; of all `count` together.
+    """
 
     what: str
     operation: str
     axes: set[str]
     phase: str
     bytes: float
+    count: int = 1
 
 
 def move_between_layers(mesh: Mesh, before: Activation, after: Activation) -> Iterator[Move]:
@@ -142,6 +146,11 @@ def sum_statistics(layer: Layer) -> Iterator[Move]:
         yield Move(layer.input.name, "all-reduce", layer.input.shared, phase, held)
 
 
+def in_parts(moves: Iterable[Move], count: int) -> Iterator[Move]:
+    """Return the moves as `count` collectives each."""
+    return (move._replace(count=count) for move in moves)
+
+
 def exchange_halos(halos: Sequence[Activation], first: str) -> Iterator[Move]:
     """Send rows of maps to the neighbours that read them, and their gradients back.
 
@@ -195,7 +204,8 @@ def closed_form(
     micro_batches: of the dense layers. Weights that are split at rest are gathered for each one.
 
     A row has what, operation, axes, phase, bytes (one device's payload) and ring_bytes, as in
-    hlo.py. Raises NotCovered where a layer cannot be identified; coverage.py has the other limits.
+    hlo.py; and count, the collectives that have these bytes together. Raises NotCovered where a
+    layer cannot be identified; coverage.py has the other limits.
     """
     if place.mesh.size == 1:
         return []
@@ -203,11 +213,13 @@ def closed_form(
     before = None
     layers = layers_of(place, activations, variables, itemsize)
     for layer in layers:
+        own = []
         if before is not None:
-            moves += move_between_layers(place.mesh, before, layer.input)
-            moves += sum_input_gradient(before, layer)
-        moves += sum_output(place.mesh, layer)
-        moves += sum_statistics(layer)
+            own += move_between_layers(place.mesh, before, layer.input)
+            own += sum_input_gradient(before, layer)
+        own += sum_output(place.mesh, layer)
+        own += sum_statistics(layer)
+        moves += in_parts(own, micro_batches if layer.is_dense else 1)
         before = layer.output
     moves += give_whole_images(place, layers[0], activations[0][2])
     halos = [activation_of(place, *each, itemsize) for each in activations if is_halo(each[0])]
@@ -215,8 +227,9 @@ def closed_form(
     for number, layer in enumerate(layers):
         # The first layer's weights are not needed backward: nobody wants the images' gradient.
         again = place.row.get("gather_again", False) and number > 0
-        moves += gather_weights(place.mesh, layer, micro_batches if layer.is_dense else 1, again)
-        moves += sum_weight_gradients(layer, dense_updates if layer.is_dense else 1)
+        uses, updates = (micro_batches, dense_updates) if layer.is_dense else (1, 1)
+        moves += in_parts(gather_weights(place.mesh, layer, uses, again), uses)
+        moves += in_parts(sum_weight_gradients(layer, updates), updates)
     return [_row(place.mesh, move) for move in moves if count_devices(place.mesh, move.axes) > 1]
 
 

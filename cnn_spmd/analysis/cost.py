@@ -47,14 +47,8 @@ ESTIMATES_WITHIN = "on H100s and H200s, 9 of 10 estimates were within 12 % of th
 # From the files of results/data/predictions on sweeps of H200s.
 ERRORS = (
     "Errors for AlexNet at 224 pixels on 2 and 4 H200s of one host: at most 6 %, for fsdp up to "
-    "15 %, for dense_2d on 2x2 up to 20 %, for model and spatial up to 12 %. For other networks, "
-    "cards and hosts they are unknown"
-)
-
-# From owt-variable-2xh200.json and owt-variable-4xh200-one_sum.json in results/data/sweeps.
-VARIABLE_BATCH = (
-    "A variable batch (dense_microbatch) of AlexNet at 224 pixels, 128 images per GPU, took longer "
-    "than predicted: on two H200s by 12 to 15 %, on four by 18 to 29 %"
+    "15 %, for dense_2d on 2x2 up to 20 %, for model and spatial up to 12 %, for a variable batch "
+    "up to 9 %. For other networks, cards and hosts they are unknown"
 )
 
 # Operations without times of their own take those of the first one that a card has.
@@ -244,14 +238,15 @@ def predict(
     for move in combined(moves):
         devices = group(mesh, move["axes"])
         hosts = len(set(devices // gpus_per_host))
-        seconds = collective_seconds(card, move, len(devices), hosts)
+        seconds = move["count"] * collective_seconds(card, move, len(devices), hosts)
+        delay = seconds + move["count"] * card.gap
         total += seconds
         if weights.in_turn or not is_of_weight(move):
-            exposed += seconds + card.gap
+            exposed += delay
         elif is_sum_of_gradients(move):
-            sums += seconds + card.gap
+            sums += delay
         else:
-            exposed += (seconds + card.gap) * (1 - card.hidden_gathers)
+            exposed += delay * (1 - card.hidden_gathers)
     # XLA runs the sums beside the update of weights that need no sum.
     exposed += max(0.0, sums - ready) * (1 - card.hidden_share)
     joining = JOIN_PASSES * joined_bytes / card.copy_rate
@@ -259,7 +254,7 @@ def predict(
 
 
 def collective_seconds(card: Card, move: Mapping, devices: int, hosts: int) -> float:
-    """Return the time of a collective of the closed form over `devices` on `hosts`.
+    """Return the time of one collective of a row of the closed form over `devices` on `hosts`.
 
     Across hosts, the devices of one host send at once, each through a link of its own. Inside a
     host the bytes of a ring pass from device to device. The time is that of the slower span.
@@ -276,7 +271,7 @@ def collective_seconds(card: Card, move: Mapping, devices: int, hosts: int) -> f
                 f"card {card.name}: has no times of collectives of spans.{span}, expected a card "
                 "measured on several devices, or one of " + ", ".join(names())
             )
-    operation, size = move["operation"], move["ring_bytes"]
+    operation, size = move["operation"], move["ring_bytes"] / move["count"]
     return max(card.spans[span].seconds(operation, size, lanes) for span, lanes in spans.items())
 
 
@@ -297,9 +292,9 @@ def combined(moves: Sequence[Mapping]) -> Iterator[dict]:
         if not is_of_weight(move):
             yield move
             continue
-        key = move["operation"], tuple(move["axes"]), move["phase"]
+        key = move["operation"], tuple(move["axes"]), move["phase"], move["count"]
         joined = waiting.get(key)
-        if joined and joined["bytes"] + move["bytes"] <= COMBINED_BYTES:
+        if joined and joined["bytes"] + move["bytes"] <= move["count"] * COMBINED_BYTES:
             joined["bytes"] += move["bytes"]
             joined["ring_bytes"] += move["ring_bytes"]
             continue

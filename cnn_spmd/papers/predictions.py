@@ -19,6 +19,8 @@ DEVICES = "devices.svg"
 ALL_SCHEMES = {gpus: f"alexnet-224-{gpus}xh200-schemes" for gpus in (2, 4)}
 OLDER = {gpus: f"alexnet-224-{gpus}xh200" for gpus in (2, 4)}
 MORE = "alexnet-224-4xh200-more"  # model and spatial on four GPUs, and the mesh 2x2
+# Sweeps of the variable batch, by number of GPUs.
+VARIABLE = {2: "owt-variable-2xh200", 4: "owt-variable-4xh200-one_sum"}
 # What was predicted of the sweeps of all schemes before they ran.
 AHEAD = {gpus: f"ahead-{gpus}xh200" for gpus in (2, 4)}
 AHEAD_MORE = "ahead-4xh200-more"
@@ -60,6 +62,8 @@ def page() -> str:
             for name in (ALL_SCHEMES[4], BY_FOUR)
         },
         unmeasured=predictions_table(unmeasured),
+        variable=variable_table(load_predictions("variable")),
+        older_variable=older_variable_errors(),
         fitted=len(fitted),
         estimates={name: estimates_table(rows) for name, rows in of_one_gpu.items()},
         estimate_errors={name: estimate_errors(rows) for name, rows in of_one_gpu.items()},
@@ -134,6 +138,37 @@ def prediction_errors(predictions: Sequence[dict]) -> str:
         f"Median error {errors_text(predictions)}, n = {len(predictions)}. Predicted as the "
         f"fastest of these rows: {'; '.join(named)}."
     )
+
+
+def variable_table(predictions: Sequence[dict]) -> str:
+    """Return measured and predicted milliseconds by mesh and scheme."""
+    return table(
+        [
+            {
+                "mesh": row["mesh"],
+                "scheme": row["parallelism"],
+                "measured, ms": f"{row['measured_milliseconds']:.3f}",
+                "predicted, ms": f"{row['predicted_milliseconds']:.3f}",
+                "error, %": percent(*(row[name] for name in ERROR_FIELDS)),
+            }
+            for row in predictions
+        ]
+    )
+
+
+def older_variable_errors() -> str:
+    """Return the errors of what the sweeps' own code predicted: by the older model."""
+    figures = [
+        run["figures"]
+        for name in VARIABLE.values()
+        for run in runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]
+        if run["mesh"] != "1x1"
+    ]
+    faster = [
+        100 * (1 - run["predicted_milliseconds"] / run["step_milliseconds"]["median"])
+        for run in figures
+    ]
+    return f"{min(faster):.0f} to {max(faster):.0f} %"
 
 
 def new_errors(predictions: Sequence[dict]) -> str:
