@@ -1,7 +1,7 @@
 """Time our training step as a run does it.
 
   python benchmarks/ours.py --batch 512 --mesh 1x1
-  python benchmarks/ours.py --batch 512 --levers pool_index,carry_bf16    with these fast forms only
+  python benchmarks/ours.py --batch 512 --fast_forms pool_index,carry_bf16    with these alone
 
 AlexNet with the recipe of experiments/alexnet_cifar.py, on synthetic images of 224x224 and 1000
 classes that lie on the device. Each step trains on other examples, with random crops, mirroring,
@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import jax
 import ml_collections
 
-from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.layers.common import FAST_FORMS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.training import build
 from cnn_spmd.training.timetable import split_into_chunks
@@ -52,16 +52,16 @@ def parse_arguments() -> argparse.Namespace:
         "--image_size", type=int, default=224, help="32, with --steps 8, tries this script on a CPU"
     )
     parser.add_argument(
-        "--levers",
+        "--fast_forms",
         help="use only these fast forms, joined by commas; '' is none "
-        f"(default: all: {','.join(LEVERS)})",
+        f"(default: all: {','.join(FAST_FORMS)})",
     )
     args = parser.parse_args()
-    if args.levers is not None:
-        args.levers = [name for name in args.levers.split(",") if name]
-        for name in args.levers:
-            if name not in LEVERS:
-                parser.error(f"--levers: {name}: expected some of {', '.join(LEVERS)}")
+    if args.fast_forms is not None:
+        args.fast_forms = [name for name in args.fast_forms.split(",") if name]
+        for name in args.fast_forms:
+            if name not in FAST_FORMS:
+                parser.error(f"--fast_forms: {name}: expected some of {', '.join(FAST_FORMS)}")
     return args
 
 
@@ -91,8 +91,8 @@ def prepare(args: argparse.Namespace) -> build.Setup:
             steps=WARMUP + (REPEATS + 1) * args.steps,
         )
     )
-    levers = {} if args.levers is None else dict(levers=args.levers)
-    return build.prepare(config, **levers)
+    fast_forms = {} if args.fast_forms is None else dict(fast_forms=args.fast_forms)
+    return build.prepare(config, **fast_forms)
 
 
 class Trainer:
@@ -156,8 +156,8 @@ def main() -> None:
         loss=round(trainer.loss, 4),
         compile_seconds=round(trainer.compile_seconds, 2),
     )
-    if args.levers is not None:
-        result["levers"] = args.levers
+    if args.fast_forms is not None:
+        result["fast_forms"] = args.fast_forms
     print(json.dumps(result), flush=True)
 
 

@@ -93,10 +93,12 @@ def plan(
         try:
             # An estimated step needs the fast forms of a run. What moves does not depend on them,
             # and JAX traces the plain ones faster.
-            levers = () if alone else None
+            fast_forms = () if alone else None
             # What has no effect is the same everywhere, and is said once.
             with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
-                setup = build.prepare(asked, devices, data.preview, levers=levers, memory=memory)
+                setup = build.prepare(
+                    asked, devices, data.preview, fast_forms=fast_forms, memory=memory
+                )
             setup.config.steps = min(setup.config.steps, SAMPLED_STEPS)
             alone = alone or one_device_step(card, setup)
             found.append(predict(setup, card, gpus_per_host, alone))

@@ -139,7 +139,7 @@ def small_config(name: str, **changes) -> ml_collections.ConfigDict:
 
 
 def setup_of(
-    name: str, parallelism: str, shape: tuple[int, int], levers=None, **changes
+    name: str, parallelism: str, shape: tuple[int, int], fast_forms=None, **changes
 ) -> build.Setup:
     """Return the Setup of a small config for a network on a mesh; it knows OWN_ROWS."""
     axes = dict(zip(mesh.MESH_AXES, shape, strict=True))
@@ -147,7 +147,7 @@ def setup_of(
     data = registry.load(config.data)
     place = Placement(mesh.make(*shape), parallelism, OWN_ROWS)
     config = configs.resolve(config, data, "cpu")
-    return build.Setup(config, data, place, build.make_functions(config, data, place, levers))
+    return build.Setup(config, data, place, build.make_functions(config, data, place, fast_forms))
 
 
 def on_one(name: str, **changes) -> tuple[build.Setup, DeviceData]:

@@ -38,7 +38,7 @@ def expected(x, gradient) -> dict:
     )
 
 
-def program(place, per_device: bool, levers=(), affine: bool = True):
+def program(place, per_device: bool, fast_forms=(), affine: bool = True):
     """Return a function of x and the gradient by y that trains a norm for one step."""
     settings = dict(momentum=MOMENTUM, epsilon=EPSILON, affine=affine, per_device=per_device)
     layer = BatchNorm(3, **settings)
@@ -48,7 +48,7 @@ def program(place, per_device: bool, levers=(), affine: bool = True):
 
     def forward(params, x):
         norm = nnx.merge(graph, params, state, copy=True)
-        y = norm("norm1", x, place, True, levers)
+        y = norm("norm1", x, place, True, fast_forms)
         return y, nnx.state(norm, nnx.BatchStat)
 
     def train(x, gradient):
@@ -59,13 +59,13 @@ def program(place, per_device: bool, levers=(), affine: bool = True):
     return train
 
 
-@pytest.mark.parametrize("levers", [(), ("own_gradients",)])
+@pytest.mark.parametrize("fast_forms", [(), ("own_gradients",)])
 @pytest.mark.parametrize(("per_device", "groups"), [(False, 1), (True, 8)])
-def test_one_step_on_eight_devices_against_numpy(per_device, groups, levers):
+def test_one_step_on_eight_devices_against_numpy(per_device, groups, fast_forms):
     """Each group of examples has statistics of its own; running averages are their means."""
     place = Placement(mesh.make(4, 2), "data")
     with jax.enable_x64(True):
-        got = jax.jit(program(place, per_device, levers))(jnp.array(X), jnp.array(GRADIENT))
+        got = jax.jit(program(place, per_device, fast_forms))(jnp.array(X), jnp.array(GRADIENT))
     each = [
         expected(*pair) for pair in zip(*(np.split(a, groups) for a in (X, GRADIENT)), strict=True)
     ]

@@ -51,11 +51,11 @@ def test_bad_input_is_one_line(arguments, message, monkeypatch):
     assert done.stderr.count("\n") == 1
 
 
-def test_an_unknown_lever_is_refused():
-    command = [sys.executable, "benchmarks/ours.py", "--batch=4", "--levers=pool_index,faster"]
+def test_an_unknown_fast_form_is_refused():
+    command = [sys.executable, "benchmarks/ours.py", "--batch=4", "--fast_forms=pool_index,faster"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--levers: faster: expected some of space_to_depth, " in done.stderr
+    assert "--fast_forms: faster: expected some of space_to_depth, " in done.stderr
 
 
 def test_our_side_times_its_steps(monkeypatch, capsys):

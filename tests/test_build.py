@@ -134,7 +134,7 @@ def test_the_report_says_what_is_streamed():
 class Head(nnx.Module):
     """A network whose classify has a layer `last`, and what else a test gives it."""
 
-    def __init__(self, *, image_size, classes, width, dropout, dtype, rngs, levers):
+    def __init__(self, *, image_size, classes, width, dropout, dtype, rngs, fast_forms):
         self.fc1 = dense.dense("fc1", 3, 8, dtype=dtype, rngs=rngs)
         self.last = self.make(classes, dtype, rngs)
 

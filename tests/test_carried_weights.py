@@ -14,10 +14,10 @@ from cnn_spmd.training import step
 from cnn_spmd.training.step import StepFunctions
 
 
-def trained_in_bfloat16(levers: tuple[str, ...], **fields: object) -> tuple:
+def trained_in_bfloat16(fast_forms: tuple[str, ...], **fields: object) -> tuple:
     """Return losses and parameters of two steps in one program, on a mesh of 4."""
     setup = setup_of(
-        "shallow", "hybrid", (2, 2), levers, dtype="bfloat16", steps_per_call=2, **fields
+        "shallow", "hybrid", (2, 2), fast_forms, dtype="bfloat16", steps_per_call=2, **fields
     )
     state, metrics = setup.train(setup.init(), 2)
     return metrics["loss"], gather(state.params)

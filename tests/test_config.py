@@ -226,16 +226,16 @@ def test_a_saved_config_is_completed_and_cut_to_the_schema():
         configs.complete(dict(optimizer=3))
 
 
-def test_plain_forms_are_those_without_levers(config):
+def test_plain_forms_are_those_without_fast_ones(config):
 
-    def text(**levers):
-        return build.prepare(config, **levers).lower_train(1).as_text()
+    def text(**fast_forms):
+        return build.prepare(config, **fast_forms).lower_train(1).as_text()
 
     config.model.fast = True
     fast = text()
     config.model.fast = False
     plain = text()
-    assert plain == text(levers=())
+    assert plain == text(fast_forms=())
     assert plain != fast
 
 

@@ -46,27 +46,27 @@ def test_grouped_convolution_against_xla():
 
 
 @pytest.mark.parametrize("pool", [None, dict(window=2, strides=2)])
-@pytest.mark.parametrize("levers", [(), common.LEVERS])
+@pytest.mark.parametrize("fast_forms", [(), common.FAST_FORMS])
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_with_and_without_bias_against_flax(groups, use_bias, levers, pool):
+def test_with_and_without_bias_against_flax(groups, use_bias, fast_forms, pool):
     layer = build(4, 6, 3, groups=groups, use_bias=use_bias, bias_init=common.ONES)
     x = jax.random.normal(jax.random.key(0), (2, 9, 9, 4))
-    got = apply("conv1", layer, x, UNPLACED, levers)
+    got = apply("conv1", layer, x, UNPLACED, fast_forms)
     np.testing.assert_allclose(got, layer(x), rtol=1e-5, atol=1e-5)
     expected = nnx.relu(layer(x))
     if pool:
         expected = nnx.max_pool(expected, (2, 2), (2, 2))
-    got = conv_relu("conv1", layer, x, UNPLACED, levers, pool)
+    got = conv_relu("conv1", layer, x, UNPLACED, fast_forms, pool)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @functools.cache
-def value_and_gradient(name, size, levers):
+def value_and_gradient(name, size, fast_forms):
     """Return the logits' square sum and its gradient by each parameter, in float64."""
     settings = dict(image_size=size, classes=5, width=16, dropout=0.0, dtype=jnp.float64)
     with jax.enable_x64(True):
-        model = models.make(name, **settings, levers=levers, rngs=nnx.Rngs(0))
+        model = models.make(name, **settings, fast_forms=fast_forms, rngs=nnx.Rngs(0))
         graph, params = nnx.split(model)
         x = jax.random.normal(jax.random.key(0), (2, size, size, 3), jnp.float64)
 
@@ -78,12 +78,12 @@ def value_and_gradient(name, size, levers):
         return [np.asarray(leaf) for leaf in leaves]
 
 
-def assert_same(name, size, levers):
-    """Assert that `levers` change no number.
+def assert_same(name, size, fast_forms):
+    """Assert that `fast_forms` change no number.
 
     The network computes in float64, but parameters and their gradients are float32.
     """
-    plain, fast = value_and_gradient(name, size, ()), value_and_gradient(name, size, levers)
+    plain, fast = value_and_gradient(name, size, ()), value_and_gradient(name, size, fast_forms)
     for one, other in zip(fast, plain, strict=True):
         assert np.abs(one - other).max() < 1e-7 * np.abs(other).max()
 
@@ -97,35 +97,35 @@ def narrow(monkeypatch):
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
-    ("name", "size", "lever"),
+    ("name", "size", "form"),
     [
-        *(("alexnet", 224, lever) for lever in FORMS),
-        *(("alexnet", 32, lever) for lever in FORMS[1:]),
+        *(("alexnet", 224, form) for form in FORMS),
+        *(("alexnet", 32, form) for form in FORMS[1:]),
         ("alexnet_2012", 70, "space_to_depth"),
         ("alexnet_2012", 70, "own_gradients"),
         ("cuda_convnet_18pct", 32, "own_gradients"),
     ],
 )
-def test_levers_change_nothing(name, size, lever):
-    assert_same(name, size, ("space_to_depth", lever))
+def test_fast_forms_change_nothing(name, size, form):
+    assert_same(name, size, ("space_to_depth", form))
 
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("size", [32, 224])
-def test_all_levers_together_change_nothing(size):
-    assert_same("alexnet", size, common.LEVERS)
+def test_all_fast_forms_together_change_nothing(size):
+    assert_same("alexnet", size, common.FAST_FORMS)
 
 
-def test_a_lever_is_used():
+def test_a_fast_form_is_used():
     """Each changes the program where it can.
 
     Otherwise the tests above would compare like with like.
     """
     settings = dict(image_size=224, classes=5, width=16, dropout=0.0, dtype=jnp.float32)
 
-    def program(levers):
+    def program(fast_forms):
         model = nnx.eval_shape(
-            lambda: models.make("alexnet", **settings, levers=levers, rngs=nnx.Rngs(0))
+            lambda: models.make("alexnet", **settings, fast_forms=fast_forms, rngs=nnx.Rngs(0))
         )
         graph, params = nnx.split(model)
         gradient = jax.grad(lambda params, x: nnx.merge(graph, params).features(x).sum())
@@ -133,8 +133,8 @@ def test_a_lever_is_used():
 
     assert len({program(FORMS[:used]) for used in range(len(FORMS) + 1)}) == len(FORMS) + 1
     assert alexnet_cifar.get_config().model.fast  # a run takes them all
-    with pytest.raises(UserError, match="levers=magic: unknown"):
-        models.make("alexnet", levers=("magic",))
+    with pytest.raises(UserError, match="fast_forms=magic: unknown"):
+        models.make("alexnet", fast_forms=("magic",))
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_groups_of_columns_leave_nothing_in_the_map(size, window, strides, pool)
     layer = build(3, 4, window, strides=strides, bias_init=common.ONES)
     x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
 
-    def value(layer, levers):
-        return (conv_relu("conv1", layer, x, UNPLACED, levers, pool) ** 2).sum()
+    def value(layer, fast_forms):
+        return (conv_relu("conv1", layer, x, UNPLACED, fast_forms, pool) ** 2).sum()
 
     plain, fast = (
-        nnx.jit(nnx.value_and_grad(functools.partial(value, levers=levers)))(layer)
-        for levers in ((), common.LEVERS)
+        nnx.jit(nnx.value_and_grad(functools.partial(value, fast_forms=fast_forms)))(layer)
+        for fast_forms in ((), common.FAST_FORMS)
     )
     for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
         assert np.abs(one - other).max() < 1e-5 * np.abs(other).max()
@@ -173,8 +173,8 @@ def test_where_columns_are_grouped(size, window, channels, grouped):
     """For images, and for the gradient by up to 64 maps of odd width."""
     layer = build(channels, 4, window)
 
-    def program(levers):
-        gradient = jax.grad(lambda x: conv_relu("conv1", layer, x, UNPLACED, levers).sum())
+    def program(fast_forms):
+        gradient = jax.grad(lambda x: conv_relu("conv1", layer, x, UNPLACED, fast_forms).sum())
         return str(jax.make_jaxpr(gradient)(jnp.zeros((1, size, size, channels))))
 
     assert (program(("space_to_depth", "column_groups")) != program(())) == grouped
@@ -184,8 +184,8 @@ def test_pool_first_adds_the_bias_after_the_pool(monkeypatch):
     seen, layer = [], build(3, 4, 3)
     monkeypatch.setattr(activation, "bias_relu", lambda x, bias_C: seen.append(x.shape[1:3]) or x)
     x, pool = jnp.zeros((1, 8, 8, 3)), dict(window=2, strides=2)
-    for levers in (("own_gradients", "pool_first"), ("own_gradients",)):
-        conv_relu("conv1", layer, x, UNPLACED, levers, pool)
+    for fast_forms in (("own_gradients", "pool_first"), ("own_gradients",)):
+        conv_relu("conv1", layer, x, UNPLACED, fast_forms, pool)
     assert seen == [(4, 4), (8, 8)]
 
 

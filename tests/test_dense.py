@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cnn_spmd.errors import UserError
 from cnn_spmd.layers import conv, dense, local
+from cnn_spmd.sharding.placement import UNPLACED
 
 
 def test_dropout():
@@ -44,3 +46,11 @@ def test_local_against_a_plain_loop(window, zeros):
         weights = kernel[i, j, ..., d].reshape(window, window, 3)
         expected[n, i, j, d] = (inputs * weights).sum() + bias[i, j, d]
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_output_layer_is_fc3():
+    """Its name decides where it lives."""
+    layer = dense.dense("fc2", 2, 3, dtype="float32", rngs=nnx.Rngs(0))
+    message = r'dense\("fc2", ...\): is the output layer, expected dense\("fc3", ...\)'
+    with pytest.raises(UserError, match=message):
+        dense.logits(layer, jnp.zeros((1, 2)), UNPLACED)

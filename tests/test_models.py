@@ -335,9 +335,11 @@ def test_activations_dropout_and_first_weights_of_a_stack():
 class Residual(nnx.Module):
     """A network of one's own: a residual with batch norm, a layer norm, no biases."""
 
-    def __init__(self, *, image_size, classes, width, dropout, dtype, rngs, levers=common.LEVERS):
+    def __init__(
+        self, *, image_size, classes, width, dropout, dtype, rngs, fast_forms=common.FAST_FORMS
+    ):
         del dropout
-        self.levers = levers
+        self.fast_forms = fast_forms
         build = dict(use_bias=False, dtype=dtype, rngs=rngs)
         self.conv1 = conv.conv(3, 8, 3, **build)
         self.bn1 = nnx.BatchNorm(8, dtype=dtype, rngs=rngs)
@@ -347,22 +349,24 @@ class Residual(nnx.Module):
         self.fc3 = dense.dense("fc3", width, classes, **build)
 
     def features(self, images_NHWC, place=UNPLACED, train=False):
-        x = conv.conv_relu("conv1", self.conv1, images_NHWC, place, self.levers)
+        x = conv.conv_relu("conv1", self.conv1, images_NHWC, place, self.fast_forms)
         branch = nnx.relu(self.bn1(x, use_running_average=not train))
-        x = x + conv.apply("conv2", self.conv2, branch, place, self.levers)
+        x = x + conv.apply("conv2", self.conv2, branch, place, self.fast_forms)
         return self.ln(dense.flatten(x, place))
 
     def classify(self, x_BF, place=UNPLACED, dropout_key=None):
-        x_BF = dense.hidden("fc1", self.fc1, x_BF, place, 0.0, dropout_key, last=True)
+        x_BF = dense.hidden(self.fc1, x_BF, place, 0.0, dropout_key, last=True)
         return dense.logits(self.fc3, x_BF, place)
 
 
-@pytest.mark.parametrize("levers", [(), common.LEVERS])
+@pytest.mark.parametrize("fast_forms", [(), common.FAST_FORMS])
 @pytest.mark.parametrize("parallelism", ["data", "model", "hybrid"])
-def test_a_network_of_ones_own_is_the_same_on_a_mesh(parallelism, levers, monkeypatch):
+def test_a_network_of_ones_own_is_the_same_on_a_mesh(parallelism, fast_forms, monkeypatch):
     """Residuals, norms, layers without bias, parameters without axes."""
     monkeypatch.setitem(models.NETWORKS, "residual", Residual)
-    graph, params, rest = nnx.split(make("residual", 8, 4, width=16, levers=levers), nnx.Param, ...)
+    graph, params, rest = nnx.split(
+        make("residual", 8, 4, width=16, fast_forms=fast_forms), nnx.Param, ...
+    )
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
 
     def train(place):

@@ -42,14 +42,14 @@ def test_response_norm_against_numpy(size, alpha, beta, k, within_map):
         for at in neighbours(i, j, c):
             gradient[n][at] -= slope * x[n][at]
 
-    def norm(x, levers):
+    def norm(x, fast_forms):
         settings = dict(size=size, alpha=alpha, beta=beta, k=k, within_map=within_map)
-        return response_norm(x, **settings, levers=levers)
+        return response_norm(x, **settings, fast_forms=fast_forms)
 
     x = x.astype(np.float32)
-    for levers in ((), ("own_gradients",)):
-        np.testing.assert_allclose(norm(x, levers), expected, rtol=1e-5, atol=1e-6)
-        got = jax.grad(lambda x, levers=levers: (norm(x, levers) * weight).sum())(x)
+    for fast_forms in ((), ("own_gradients",)):
+        np.testing.assert_allclose(norm(x, fast_forms), expected, rtol=1e-5, atol=1e-6)
+        got = jax.grad(lambda x, fast_forms=fast_forms: (norm(x, fast_forms) * weight).sum())(x)
         np.testing.assert_allclose(got, gradient, rtol=1e-4, atol=1e-5)
 
 

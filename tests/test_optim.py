@@ -480,8 +480,8 @@ def test_the_closed_form_does_not_cover_muon_on_split_weights():
 
 
 def lion(settings, rate):
-    """Lion, with a number of its own."""
-    return (optax.lion(rate, b2=settings.options["b2"], weight_decay=settings.weight_decay),)
+    """Lion, with a number of its own; one transformation, not a tuple."""
+    return optax.lion(rate, b2=settings.options["b2"], weight_decay=settings.weight_decay)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def window_ranges(size, window, strides, ceil):
     return [(start, min(start + window, size)) for start in starts]
 
 
-@pytest.mark.parametrize("levers", [(), ("pool_index",)])
+@pytest.mark.parametrize("fast_forms", [(), ("pool_index",)])
 @pytest.mark.parametrize("ceil", [False, True])
 @pytest.mark.parametrize(
     ("size", "window", "strides"),
@@ -36,7 +36,7 @@ def window_ranges(size, window, strides, ceil):
         (9, 2, 3),
     ],
 )
-def test_max_pool_against_numpy(size, window, strides, ceil, levers):
+def test_max_pool_against_numpy(size, window, strides, ceil, fast_forms):
     x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     ranges = window_ranges(size, window, strides, ceil)
     expected = np.empty((2, len(ranges), len(ranges), 3), np.float32)
@@ -51,7 +51,9 @@ def test_max_pool_against_numpy(size, window, strides, ceil, levers):
 
     @jax.jit
     def pooled_and_gradient(x):
-        pooled, pull_back = jax.vjp(lambda x: max_pool(x, window, strides, ceil, levers=levers), x)
+        pooled, pull_back = jax.vjp(
+            lambda x: max_pool(x, window, strides, ceil, fast_forms=fast_forms), x
+        )
         return pooled, *pull_back(weight)
 
     for got, by_hand in zip(pooled_and_gradient(x), (expected, gradient), strict=True):

@@ -126,7 +126,7 @@ def test_table_on_known_runs(tmp_path):
     write(
         "f.json",
         epochs=100.0,
-        config=dict(seed=1, optimizer=dict(learning_rate=0.1), model=dict(levers=["fast"])),
+        config=dict(seed=1, optimizer=dict(learning_rate=0.1), model=dict(fast_forms=["fast"])),
     )
     write("g.json", epochs=100.0, config=dict(seed=0, optimizer=dict(learning_rate=0.2)))
     write("h.json", mesh=dict(data=2, model=1))

@@ -129,7 +129,10 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
         ("data.name=cifar10,digit", r'--sweep=data.name=digit: .* mean "digits"\? .* by --config$'),
         ("optimizer.name=sgd,adam", '--sweep=optimizer.name=adam: unknown.* mean "adamw"'),
         ("optimizer.lr=1,2", '--sweep=optimizer.lr: no such .* mean "optimizer.learning_rate"'),
-        ("model.levers=(),1", "--sweep=model.levers: no such field, set model.fast to True"),
+        (
+            "model.fast_forms=(),1",
+            "--sweep=model.fast_forms: no such field, set model.fast to True",
+        ),
         ("dense_updates=each,sum", "--sweep=dense_updates: has no effect with dense_microbatch=0"),
         ("seed=0,x", "--sweep=seed=x: expected an integer$"),
         ("model.dropout=0.5,1.5", "--sweep=model.dropout=1.5: expected from 0.0 to below 1.0$"),
@@ -481,14 +484,14 @@ def test_a_terminal_shows_step_and_eta(monkeypatch, tmp_path):
         seen = terminal.tell()
         screen.tick()
         frame = terminal.getvalue()[seen:]
-        rows[24].update(status="failed", reason="levers=[]", seconds=31.0)
+        rows[24].update(status="failed", reason="fast_forms=[]", seconds=31.0)
         screen.end()
     # 90 s of this run, and 5 runs as long as the one that is completed.
     assert "24 of 29: run 25, step 10 of 40, ETA of the sweep 9:50" in frame
     assert "running" in frame
     assert len(frame.splitlines()) <= 12
     out = terminal.getvalue()
-    assert out.endswith("\nRun 25 failed: levers=[]\n")
+    assert out.endswith("\nRun 25 failed: fast_forms=[]\n")
     assert "[red]" not in out  # all runs share it
 
 

@@ -39,6 +39,20 @@ from cnn_spmd.training import (
 from cnn_spmd.training.dry_run import dry_run
 
 
+def test_a_prediction_that_fails_ends_no_run(config, tmp_path, monkeypatch, capsys):
+    """Such as for a network that works with one size of batch only."""
+
+    def fail(setup, estimate=True):
+        if estimate:
+            raise TypeError("cannot reshape")
+
+    monkeypatch.setattr(loop.prediction, "of_devices", fail)
+    config.card = "h200"
+    summary = loop.train(config, tmp_path)
+    assert summary["status"] == "completed"
+    assert "no step time is predicted: TypeError: cannot reshape" in capsys.readouterr().out
+
+
 def test_files_of_a_run(config, tmp_path):
     startup.take_stages()  # of other tests
     config.card = "h200"  # which has rates, and no step of this network

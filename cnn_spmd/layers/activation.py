@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def activate(x: jax.Array, bias_C: jax.Array | None, activation: Callable, levers) -> jax.Array:
+def activate(x: jax.Array, bias_C: jax.Array | None, activation: Callable, fast_forms) -> jax.Array:
     """Return activation(x + bias_C), the bias along the last axis, or None."""
     if bias_C is None:
         return activation(x)
-    if activation is nnx.relu and "own_gradients" in levers:
+    if activation is nnx.relu and "own_gradients" in fast_forms:
         return bias_relu(x, bias_C)
     return activation(x + bias_C)
 

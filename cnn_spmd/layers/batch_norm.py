@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.layers.common import FAST_FORMS
 from cnn_spmd.sharding.placement import UNPLACED
 
 
@@ -52,7 +52,12 @@ class BatchNorm(nnx.Module):
         self.variance = nnx.BatchStat(ones, axes=(axis,), sums=phases)
 
     def __call__(
-        self, name: str, x_NHWC: jax.Array, place=UNPLACED, train: bool = False, levers=LEVERS
+        self,
+        name: str,
+        x_NHWC: jax.Array,
+        place=UNPLACED,
+        train: bool = False,
+        fast_forms=FAST_FORMS,
     ) -> jax.Array:
         """Return the normalised maps, of x's dtype, computed in float32 or wider.
 
@@ -73,7 +78,7 @@ class BatchNorm(nnx.Module):
             return _normalise(x_NHWC, mean_C, variance_C, scale_C, bias_C, self.epsilon)
         groups = place.shards("conv_batch") if self.per_device else 1
         x_GNHWC = x_NHWC.reshape(groups, -1, *x_NHWC.shape[1:])
-        norm = _own_gradient_norm if "own_gradients" in levers else _plain_norm
+        norm = _own_gradient_norm if "own_gradients" in fast_forms else _plain_norm
         y_GNHWC, mean_GC, variance_GC = norm(x_GNHWC, scale_C, bias_C, self.epsilon)
         elements = _elements(x_GNHWC)
         self._average(self.mean, mean_GC)

@@ -12,13 +12,13 @@ from flax import nnx
 HE = nnx.initializers.he_normal()
 
 # AlexNet 2012, section 5. Also for output layers: training then starts with equal probabilities.
-SMALL = nnx.initializers.normal(0.01)
+NORMAL_0_01 = nnx.initializers.normal(0.01)
 
 ONES = nnx.initializers.ones
 
-# The fast forms by name. An argument `levers` is a tuple of some of these names: the forms that a
-# layer may use. A run uses all of them, or none; tests and benchmarks/ also try them one by one.
-LEVERS = (
+# The fast forms by name. An argument `fast_forms` is a tuple of some of these names: the forms that
+# a layer may use. A run uses all of them, or none; tests and benchmarks/ also try them one by one.
+FAST_FORMS = (
     # Convolve blocks of pixels as channels: layers/fast_conv.py.
     "space_to_depth",
     # Add the bias and apply the ReLU after the max pool, not before it: layers/conv.py.

@@ -12,7 +12,7 @@ from flax import nnx
 
 from cnn_spmd.layers import fast_conv
 from cnn_spmd.layers.activation import activate
-from cnn_spmd.layers.common import HE, LEVERS
+from cnn_spmd.layers.common import FAST_FORMS, HE
 from cnn_spmd.layers.pool import max_pool
 from cnn_spmd.sharding.halo import Windows
 
@@ -55,9 +55,9 @@ def conv(
     )
 
 
-def apply(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, levers=LEVERS) -> jax.Array:
+def apply(name: str, layer: nnx.Conv, x_NHWC: jax.Array, place, fast_forms=FAST_FORMS) -> jax.Array:
     """Apply the convolution `layer` and its bias, without an activation."""
-    return conv_relu(name, layer, x_NHWC, place, levers, activation=lambda x: x)
+    return conv_relu(name, layer, x_NHWC, place, fast_forms, activation=lambda x: x)
 
 
 def conv_relu(
@@ -65,45 +65,47 @@ def conv_relu(
     layer: nnx.Conv,
     x_NHWC: jax.Array,
     place,
-    levers=LEVERS,
+    fast_forms=FAST_FORMS,
     pool: dict | None = None,
     activation: Callable = nnx.relu,
 ) -> jax.Array:
     """Apply a convolution, its bias, its activation and, with `pool`, a max pool.
 
     layer: from `conv`. name: the layer's, such as "conv1", for the placement report. place: a
-    Placement or UNPLACED. levers: the fast forms that may be used (layers/common.py). pool:
+    Placement or UNPLACED. fast_forms: the fast forms that may be used (layers/common.py). pool:
     settings of pool.max_pool.
 
-    The lever "pool_first" moves the bias and the ReLU behind the pool. Both grow with their
+    The fast form "pool_first" moves the bias and the ReLU behind the pool. Both grow with their
     argument and are the same everywhere in a map, so the result is the same to the last bit. They
     then work on a quarter of the numbers, and so does the sum that is the bias's gradient.
     """
     channels = "conv_out" if layer.feature_group_count == 1 else "group_out"
     if layer.feature_group_count > 1 or place.splits("image_height"):
-        x_NHWC = _convolve_on_shards(name, layer, x_NHWC, place, levers)
+        x_NHWC = _convolve_on_shards(name, layer, x_NHWC, place, fast_forms)
     else:
-        x_NHWC = _convolve(name, layer, x_NHWC, place, levers, pool)
+        x_NHWC = _convolve(name, layer, x_NHWC, place, fast_forms, pool)
     axes = place.map_axes(x_NHWC.shape[1], channels)
     x_NHWC = place(x_NHWC, *axes, name=f"{name} output")
     bias_C = None if layer.bias is None else layer.bias[...].astype(x_NHWC.dtype)
 
-    pooling = dict(pool or {}, place=place, channels=channels, levers=levers, name=f"{name} pool")
+    pooling = dict(
+        pool or {}, place=place, channels=channels, fast_forms=fast_forms, name=f"{name} pool"
+    )
     swaps = activation is nnx.relu and bias_C is not None
-    if pool and swaps and "pool_first" in levers:
+    if pool and swaps and "pool_first" in fast_forms:
         return max_pool(x_NHWC, **pooling, bias_C=bias_C)
-    x_NHWC = place(activate(x_NHWC, bias_C, activation, levers), *axes)
+    x_NHWC = place(activate(x_NHWC, bias_C, activation, fast_forms), *axes)
     return max_pool(x_NHWC, **pooling) if pool else x_NHWC
 
 
-def _convolve(name, layer, x_NHWC, place, levers, pool) -> jax.Array:
+def _convolve(name, layer, x_NHWC, place, fast_forms, pool) -> jax.Array:
     """Convolve without the bias; extra columns may remain that `pool` ignores."""
     x_NHWC = place(x_NHWC, "conv_batch", "image_height", None, "conv_in", name=f"{name} input")
     window, stride, padding = layer.kernel_size[1], layer.strides[1], layer.padding
     width = (x_NHWC.shape[2] + sum(padding[1]) - window) // stride + 1
 
     def product(x_NHWC, kernel_HWIO):
-        return fast_conv.convolve_fast(x_NHWC, kernel_HWIO, padding, stride, levers, place)
+        return fast_conv.convolve_fast(x_NHWC, kernel_HWIO, padding, stride, fast_forms, place)
 
     x_NHWC = place.product(product, x_NHWC.astype(layer.dtype), layer.kernel, layer.dtype)
     # A placement report (place.record) shows each map with its true shape.
@@ -112,11 +114,11 @@ def _convolve(name, layer, x_NHWC, place, levers, pool) -> jax.Array:
     return x_NHWC[:, :, :width]
 
 
-def _convolve_on_shards(name, layer, x_NHWC, place, levers) -> jax.Array:
+def _convolve_on_shards(name, layer, x_NHWC, place, fast_forms) -> jax.Array:
     """Convolve without the bias: each device its own towers or rows.
 
     XLA partitions one grouped convolution by gathering the whole batch, so each tower is its own.
-    Where the height is split, each device gets the rows that its windows read. The lever
+    Where the height is split, each device gets the rows that its windows read. The fast form
     "column_groups" does not apply here.
     """
     groups, padding = layer.feature_group_count, layer.padding
@@ -129,7 +131,7 @@ def _convolve_on_shards(name, layer, x_NHWC, place, levers) -> jax.Array:
         reach = Windows(rows, window, stride, padding[0][0], count)
         x_NHWC = place.overlapping(x_NHWC, inputs, reach, name)
         padding = [(0, 0), padding[1]]  # the halo holds the rows beyond the edge
-    forms = tuple(lever for lever in levers if lever == "space_to_depth")
+    forms = tuple(form for form in fast_forms if form == "space_to_depth")
 
     def product(x_NHWC, kernel_HWIO):
         return place.towers(

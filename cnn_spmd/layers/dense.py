@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cnn_spmd.errors import UserError
 from cnn_spmd.layers.common import HE
+from cnn_spmd.sharding.placement import axes_of
 
 
 def dense(
@@ -53,7 +55,6 @@ def flatten(x_NHWC: jax.Array, place) -> jax.Array:
 
 
 def hidden(
-    name: str,
     layer: nnx.Linear,
     x_BF: jax.Array,
     place,
@@ -61,10 +62,11 @@ def hidden(
     key: jax.Array | None,
     last: bool = False,
 ) -> jax.Array:
-    """Apply the hidden dense `layer`, called `name`, its ReLU and its dropout.
+    """Apply the hidden dense `layer`, its ReLU and its dropout.
 
     rate, key: as for dropout. last: the output layer follows.
     """
+    name = _name_of(layer)
     batch = place.hidden_output_batch(name) if last else "dense_batch"
     x_BF = place(x_BF, "dense_batch", f"{name}_in", name=f"{name} input")
     x_BF = place(nnx.relu(_linear(layer, x_BF, place)), batch, f"{name}_out", name=f"{name} output")
@@ -73,9 +75,17 @@ def hidden(
 
 
 def logits(layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:
-    """Apply the output `layer`, called fc3; returns [B, classes]."""
+    """Apply the output `layer`; returns [B, classes]. Raises UserError if it is not called fc3."""
+    if (name := _name_of(layer)) != "fc3":
+        raise UserError(f'dense("{name}", ...): is the output layer, expected dense("fc3", ...)')
     x_BF = place(x_BF, "output_batch", "fc3_in", name="fc3 input")
     return place(_linear(layer, x_BF, place), "output_batch", "fc3_out", name="fc3 output")
+
+
+def _name_of(layer: nnx.Linear) -> str:
+    """Return the name that `dense` gave a layer."""
+    rows, _ = axes_of(layer.kernel)
+    return rows.removesuffix("_in")
 
 
 def _linear(layer: nnx.Linear, x_BF: jax.Array, place) -> jax.Array:

@@ -30,24 +30,24 @@ NARROW = 64
 
 
 def convolve_fast(
-    x_NHWC: jax.Array, kernel_HWIO: jax.Array, padding: list, stride: int, levers, place
+    x_NHWC: jax.Array, kernel_HWIO: jax.Array, padding: list, stride: int, fast_forms, place
 ) -> jax.Array:
-    """Convolve in the fastest form that the shapes, `levers` and the placement allow.
+    """Convolve in the fastest form that the shapes, `fast_forms` and the placement allow.
 
-    Without levers it is common.convolve. padding: [(low, high), (low, high)].
+    Without fast_forms it is common.convolve. padding: [(low, high), (low, high)].
 
     Returns [N, H', W' + extra, O]. The `extra` columns at the right, often 0, have no meaning.
     """
     channels, strides = kernel_HWIO.shape[2], (stride, stride)
     # Several columns as channels would mix with channels that the placement splits over devices.
-    columns = "column_groups" in levers and not place.splits("conv_out")
+    columns = "column_groups" in fast_forms and not place.splits("conv_out")
     if channels > IMAGE_CHANNELS:
         if columns and stride == 1 and channels <= FEW and not place.splits("conv_batch"):
             return space_to_depth(x_NHWC, kernel_HWIO, padding, stride, COLUMNS_OF_MAPS)
         if columns and stride == 1 and channels <= NARROW and x_NHWC.shape[2] % 2:
             return paired_gradient(x_NHWC, kernel_HWIO, tuple(padding[0]))
         return convolve(x_NHWC, kernel_HWIO, padding, strides)
-    if "space_to_depth" not in levers:
+    if "space_to_depth" not in fast_forms:
         return convolve(x_NHWC, kernel_HWIO, padding, strides)
     if stride > 1:
         group = COLUMNS_STRIDED if columns else 1

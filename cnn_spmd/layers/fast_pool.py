@@ -1,4 +1,4 @@
-"""Pool by maximum and remember where each maximum was (the lever "pool_index").
+"""Pool by maximum and remember where each maximum was (the fast form "pool_index").
 
 The gradient of a max pool needs one number per window: which pixel was the maximum. XLA's own form
 keeps a mask for each pixel of the window, or the whole input. Here it is one byte per window. It

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.layers.common import FAST_FORMS
 from cnn_spmd.sharding.halo import Windows
 
 
@@ -21,7 +21,7 @@ def response_norm(
     beta: float,
     k: float,
     within_map: bool = False,
-    levers=LEVERS,
+    fast_forms=FAST_FORMS,
 ) -> jax.Array:
     """Return x / (k + alpha * sum of x**2 over a window) ** beta, of x's dtype.
 
@@ -34,7 +34,7 @@ def response_norm(
     AlexNet's published 1e-4 is such a scale, so alpha is 2e-5 there. cuda-convnet has k = 1.
     """
     window = (1, size, size, 1) if within_map else (1, 1, 1, size)
-    norm = _own_gradient_norm if "own_gradients" in levers else _plain_norm
+    norm = _own_gradient_norm if "own_gradients" in fast_forms else _plain_norm
     return norm(x_NHWC, window, alpha, beta, k)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from cnn_spmd.layers import fast_pool, kernels, windows
 from cnn_spmd.layers.activation import activate
-from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.layers.common import FAST_FORMS
 from cnn_spmd.sharding.halo import Windows
 from cnn_spmd.sharding.placement import UNPLACED
 
@@ -25,7 +25,7 @@ def max_pool(
     *,
     place=UNPLACED,
     channels: str = "conv_out",
-    levers=LEVERS,
+    fast_forms=FAST_FORMS,
     bias_C: jax.Array | None = None,
     name: str = "pool",
 ) -> jax.Array:
@@ -37,13 +37,13 @@ def max_pool(
     out. channels: the logical axis of C. The result is placed as the input is; without this, XLA
     may gather the larger input for the next layer. name: the layer's, for the placement report.
 
-    Where maxima in a window are equal, the first gets the gradient with the lever "pool_index".
+    Where maxima in a window are equal, the first gets the gradient with the fast form "pool_index".
     Without it, and for windows above kernels.WIDEST, the windows' layout decides (_plain_max_pool).
     """
     count = windows.count(x_NHWC.shape[1], window, strides, ceil)
     reach = Windows(x_NHWC.shape[1], window, strides, 0, count)
     x_NHWC, axes = _with_halo(x_NHWC, reach, place, channels, name, fill=-np.inf)
-    if "pool_index" in levers and window <= kernels.WIDEST:
+    if "pool_index" in fast_forms and window <= kernels.WIDEST:
         on_shards = functools.partial(place.local, axes)
         sizes = x_NHWC.shape[1] // place.shards(axes[1]), x_NHWC.shape[2]  # on each device
         pool = fast_pool.Pool(window, strides, ceil, sizes, on_shards)
@@ -55,7 +55,7 @@ def max_pool(
     x_NHWC = place(x_NHWC[:, :count], *axes, name=_output_name(name, place))
     if bias_C is None:
         return x_NHWC
-    return place(activate(x_NHWC, bias_C, nnx.relu, levers), *axes)
+    return place(activate(x_NHWC, bias_C, nnx.relu, fast_forms), *axes)
 
 
 def _with_halo(x_NHWC, reach, place, channels, name, fill):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from cnn_spmd.errors import UnknownName, UserError
-from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.layers.common import FAST_FORMS
 from cnn_spmd.models import alexnet_2012_small, alexnet_bn, cuda_convnet, resnet, stack, vgg
 from cnn_spmd.models.alexnet import SIZES, AlexNet
 from cnn_spmd.models.alexnet_2012 import AlexNet2012
@@ -25,7 +25,7 @@ from cnn_spmd.models.simple_cnn import SimpleCNN
 # Networks that are lists of layers.
 STACKS = cuda_convnet.NETS | alexnet_2012_small.NETS | vgg.NETS
 
-# Name -> factory(*, image_size, classes, width, dropout, dtype, rngs, levers) -> nnx.Module. An
+# Name -> factory(*, image_size, classes, width, dropout, dtype, rngs, fast_forms) -> nnx.Module. An
 # experiment may add networks of its own. Where USES names model.batch_norm, the factory takes it
 # too, as batch_norm.
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
@@ -57,13 +57,14 @@ def make(name: str, batch_norm: str = "global", **settings) -> nnx.Module:
 
     batch_norm: model.batch_norm, for the networks that have one.
 
-    Raises UserError for an unknown name or lever, and for an image size that the network refuses.
+    Raises UserError for an unknown name or fast form, and for an image size that the network
+    refuses.
     """
     if name not in NETWORKS:
         raise UnknownName("model.name", name, NETWORKS)
-    for lever in settings.get("levers", ()):
-        if lever not in LEVERS:
-            raise UserError(f"levers={lever}: unknown, expected some of {', '.join(LEVERS)}")
+    for form in settings.get("fast_forms", ()):
+        if form not in FAST_FORMS:
+            raise UserError(f"fast_forms={form}: unknown, expected some of {', '.join(FAST_FORMS)}")
     if "model.batch_norm" in USES.get(name, ()):
         settings["batch_norm"] = batch_norm
     return NETWORKS[name](**settings)

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.layers.common import LEVERS, SMALL
+from cnn_spmd.layers.common import FAST_FORMS, NORMAL_0_01
 from cnn_spmd.layers.conv import conv, conv_relu
 from cnn_spmd.layers.dense import dense, dropout_keys, flatten, hidden, logits
 from cnn_spmd.sharding.placement import UNPLACED
@@ -33,8 +33,8 @@ class Sizes:
 
 
 SIZES = {
-    # The sides of the maps: 224 -> 55 -> 27 -> 13 -> 6. Where `padding` is not given, a map
-    # keeps its side.
+    # The sides of the maps: 224 -> 55 -> 27 -> 13 -> 6. A convolution without `padding` keeps the
+    # side of its map.
     224: Sizes(
         conv1=dict(window=11, strides=4, padding=(2, 2)),
         conv2=dict(window=5),
@@ -67,13 +67,13 @@ class AlexNet(nnx.Module):
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
-        levers: tuple[str, ...] = LEVERS,
+        fast_forms: tuple[str, ...] = FAST_FORMS,
     ):
         """Build the layers with float32 parameters; they compute in `dtype`.
 
         image_size: pixels per side, a key of SIZES. width: features of fc1 and of fc2. dropout:
-        the probability that training zeroes one of them. levers: which fast forms of the layers to
-        use (layers/common.py); () uses the plain forms.
+        the probability that training zeroes one of them. fast_forms: which fast forms of the
+        layers to use (layers/common.py); () uses the plain forms.
 
         Raises UserError for an image size that is not in SIZES.
         """
@@ -85,7 +85,7 @@ class AlexNet(nnx.Module):
             )
         self.sizes = SIZES[image_size]
         self.dropout = dropout
-        self.levers = levers
+        self.fast_forms = fast_forms
         common = dict(dtype=dtype, rngs=rngs)
         # A kernel's logical axes: (None, None, "conv_in", "conv_out") for each convolution, and
         # ("fc1_in", "fc1_out") for dense("fc1").
@@ -96,7 +96,7 @@ class AlexNet(nnx.Module):
         self.conv5 = conv(CHANNELS[3], CHANNELS[4], window=3, **common)
         self.fc1 = dense("fc1", CHANNELS[4] * self.sizes.side**2, width, **common)
         self.fc2 = dense("fc2", width, width, **common)
-        self.fc3 = dense("fc3", width, classes, kernel_init=SMALL, **common)
+        self.fc3 = dense("fc3", width, classes, kernel_init=NORMAL_0_01, **common)
 
     def features(self, images_BHWC: jax.Array, place=UNPLACED, train: bool = False) -> jax.Array:
         """Return the output of the convolutions, flattened to [B, F].
@@ -104,13 +104,13 @@ class AlexNet(nnx.Module):
         images_BHWC: of zero mean and unit scale. place: the Placement, which constrains where each
         activation lives. train: for networks with batch norm; no effect here.
         """
-        pool, levers = self.sizes.pool, self.levers
+        pool, fast_forms = self.sizes.pool, self.fast_forms
         # Each layer places its input and output (layers/conv.py); the names are for reports.
-        x_BHWC = conv_relu("conv1", self.conv1, images_BHWC, place, levers, pool)
-        x_BHWC = conv_relu("conv2", self.conv2, x_BHWC, place, levers, pool)
-        x_BHWC = conv_relu("conv3", self.conv3, x_BHWC, place, levers)
-        x_BHWC = conv_relu("conv4", self.conv4, x_BHWC, place, levers)
-        x_BHWC = conv_relu("conv5", self.conv5, x_BHWC, place, levers, pool)
+        x_BHWC = conv_relu("conv1", self.conv1, images_BHWC, place, fast_forms, pool)
+        x_BHWC = conv_relu("conv2", self.conv2, x_BHWC, place, fast_forms, pool)
+        x_BHWC = conv_relu("conv3", self.conv3, x_BHWC, place, fast_forms)
+        x_BHWC = conv_relu("conv4", self.conv4, x_BHWC, place, fast_forms)
+        x_BHWC = conv_relu("conv5", self.conv5, x_BHWC, place, fast_forms, pool)
         return flatten(x_BHWC, place)
 
     def classify(
@@ -118,10 +118,11 @@ class AlexNet(nnx.Module):
     ) -> jax.Array:
         """Return the logits [B, classes]; without a key there is no dropout.
 
-        Here the batch moves from conv_batch (of x_BF) to dense_batch (in `hidden`) to output_batch
-        (by last=True). Under `hybrid`, XLA gathers x_BF along `model` for fc1.
+        Here the batch moves from conv_batch (of x_BF) to dense_batch (in `hidden`) to output_batch:
+        in `logits`, or already in fc2 (last=True) where fc2's columns are not split. Under
+        `hybrid`, XLA gathers x_BF along `model` for fc1.
         """
         keys = dropout_keys(dropout_key, 2)
-        x_BF = hidden("fc1", self.fc1, x_BF, place, self.dropout, keys[0])
-        x_BF = hidden("fc2", self.fc2, x_BF, place, self.dropout, keys[1], last=True)
+        x_BF = hidden(self.fc1, x_BF, place, self.dropout, keys[0])
+        x_BF = hidden(self.fc2, x_BF, place, self.dropout, keys[1], last=True)
         return logits(self.fc3, x_BF, place)

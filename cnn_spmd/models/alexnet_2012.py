@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.layers.common import LEVERS, ONES, SMALL
+from cnn_spmd.layers.common import FAST_FORMS, NORMAL_0_01, ONES
 from cnn_spmd.layers.conv import conv, conv_relu
 from cnn_spmd.layers.dense import dense, flatten
 from cnn_spmd.layers.norm import response_norm_of_towers
@@ -49,7 +49,7 @@ class AlexNet2012(nnx.Module):
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
-        levers: tuple[str, ...] = LEVERS,
+        fast_forms: tuple[str, ...] = FAST_FORMS,
     ):
         """Build the layers, with the arguments of AlexNet.
 
@@ -61,8 +61,8 @@ class AlexNet2012(nnx.Module):
                 "at least 64 (published: 224): set --config.data.image_size for photographs"
             )
         self.dropout = dropout
-        self.levers = levers
-        common = dict(dtype=dtype, rngs=rngs, kernel_init=SMALL)
+        self.fast_forms = fast_forms
+        common = dict(dtype=dtype, rngs=rngs, kernel_init=NORMAL_0_01)
         one = dict(common, bias_init=ONES)
         # A window of 11 with stride 4 makes 55 of 224 pixels if the last window may reach over the
         # edge, as in cuda-convnet.
@@ -84,20 +84,22 @@ class AlexNet2012(nnx.Module):
 
         The images have zero mean and unit scale. train has no effect here.
         """
-        levers = self.levers
-        x_NHWC = conv_relu("conv1", self.conv1, images_NHWC, place, levers)
+        fast_forms = self.fast_forms
+        x_NHWC = conv_relu("conv1", self.conv1, images_NHWC, place, fast_forms)
         x_NHWC = self._norm_and_pool("norm1", x_NHWC, place)
-        x_NHWC = conv_relu("conv2", self.conv2, x_NHWC, place, levers)
+        x_NHWC = conv_relu("conv2", self.conv2, x_NHWC, place, fast_forms)
         x_NHWC = self._norm_and_pool("norm2", x_NHWC, place)
-        x_NHWC = conv_relu("conv3", self.conv3, x_NHWC, place, levers)
-        x_NHWC = conv_relu("conv4", self.conv4, x_NHWC, place, levers)
-        x_NHWC = conv_relu("conv5", self.conv5, x_NHWC, place, levers, POOL)
+        x_NHWC = conv_relu("conv3", self.conv3, x_NHWC, place, fast_forms)
+        x_NHWC = conv_relu("conv4", self.conv4, x_NHWC, place, fast_forms)
+        x_NHWC = conv_relu("conv5", self.conv5, x_NHWC, place, fast_forms, POOL)
         return flatten(x_NHWC, place)
 
     def _norm_and_pool(self, name: str, x_NHWC: jax.Array, place) -> jax.Array:
-        settings = dict(RESPONSE_NORM, levers=self.levers)
+        settings = dict(RESPONSE_NORM, fast_forms=self.fast_forms)
         x_NHWC = response_norm_of_towers(x_NHWC, self.towers, place, name, **settings)
-        settings = dict(place=place, channels="group_in", levers=self.levers, name=f"{name} pool")
+        settings = dict(
+            place=place, channels="group_in", fast_forms=self.fast_forms, name=f"{name} pool"
+        )
         return max_pool(x_NHWC, **POOL, **settings)
 
     # Dense layers and dropout are those of the one-tower network.

@@ -14,7 +14,7 @@ from flax import nnx
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers import conv
 from cnn_spmd.layers.batch_norm import BatchNorm
-from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.layers.common import FAST_FORMS
 from cnn_spmd.layers.dense import dense, logits
 from cnn_spmd.sharding.placement import UNPLACED
 
@@ -50,7 +50,7 @@ class ResNet(nnx.Module):
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
-        levers: tuple[str, ...] = LEVERS,
+        fast_forms: tuple[str, ...] = FAST_FORMS,
         batch_norm: str = "global",
     ):
         """Build the layers: conv1 and norm1, conv2 and norm2, ..., fc3.
@@ -66,7 +66,7 @@ class ResNet(nnx.Module):
                 f"model.name={name}: images of {image_size}x{image_size}, expected a side that is "
                 "a multiple of 4"
             )
-        self.depth, self.shortcuts, self.levers = depth, shortcuts, levers
+        self.depth, self.shortcuts, self.fast_forms = depth, shortcuts, fast_forms
         common, channels_in = dict(dtype=dtype, rngs=rngs), 3
         for number, (channels, strides) in enumerate(convolutions(depth), 1):
             layer = conv.conv(channels_in, channels, 3, strides=strides, use_bias=False, **common)
@@ -94,8 +94,8 @@ class ResNet(nnx.Module):
     def _normalised(self, number: int, x_NHWC: jax.Array, place, train: bool) -> jax.Array:
         """Apply a convolution and its batch norm."""
         name, norm = f"conv{number}", getattr(self, f"norm{number}")
-        x_NHWC = conv.apply(name, getattr(self, name), x_NHWC, place, self.levers)
-        return norm(f"norm{number}", x_NHWC, place, train, self.levers)
+        x_NHWC = conv.apply(name, getattr(self, name), x_NHWC, place, self.fast_forms)
+        return norm(f"norm{number}", x_NHWC, place, train, self.fast_forms)
 
     def classify(
         self, x_BF: jax.Array, place=UNPLACED, dropout_key: jax.Array | None = None

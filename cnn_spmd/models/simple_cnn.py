@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from cnn_spmd.errors import UserError
-from cnn_spmd.layers.common import LEVERS, SMALL
+from cnn_spmd.layers.common import FAST_FORMS, NORMAL_0_01
 from cnn_spmd.layers.conv import conv, conv_relu
 from cnn_spmd.layers.dense import dense, flatten, logits
 from cnn_spmd.sharding.placement import UNPLACED
@@ -27,7 +27,7 @@ class SimpleCNN(nnx.Module):
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
-        levers: tuple[str, ...] = LEVERS,
+        fast_forms: tuple[str, ...] = FAST_FORMS,
     ):
         """Build the layers, with the arguments of AlexNet.
 
@@ -38,10 +38,10 @@ class SimpleCNN(nnx.Module):
             raise UserError(
                 f"model.name=simple_cnn: images of {image_size}x{image_size}, expected an even side"
             )
-        self.levers = levers
+        self.fast_forms = fast_forms
         features = CHANNELS * (image_size // 2) ** 2
         self.conv1 = conv(3, CHANNELS, 3, dtype=dtype, rngs=rngs)
-        self.fc3 = dense("fc3", features, classes, dtype=dtype, rngs=rngs, kernel_init=SMALL)
+        self.fc3 = dense("fc3", features, classes, dtype=dtype, rngs=rngs, kernel_init=NORMAL_0_01)
 
     def features(self, images_NHWC: jax.Array, place=UNPLACED, train: bool = False) -> jax.Array:
         """Return what the convolution makes of the images: [N, H, W, 3] -> [B, F].
@@ -49,7 +49,7 @@ class SimpleCNN(nnx.Module):
         The images have zero mean and unit scale. train has no effect here.
         """
         pool = dict(window=2, strides=2)
-        x_NHWC = conv_relu("conv1", self.conv1, images_NHWC, place, self.levers, pool)
+        x_NHWC = conv_relu("conv1", self.conv1, images_NHWC, place, self.fast_forms, pool)
         return flatten(x_NHWC, place)
 
     def classify(

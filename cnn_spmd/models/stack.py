@@ -14,7 +14,7 @@ from flax import nnx
 
 from cnn_spmd.errors import UserError
 from cnn_spmd.layers import batch_norm, conv, dense, local, norm, pool, windows
-from cnn_spmd.layers.common import HE, LEVERS
+from cnn_spmd.layers.common import FAST_FORMS, HE
 from cnn_spmd.sharding.placement import UNPLACED
 
 
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     layer: Any  # the nnx.Module with its parameters; None for layers that have none
     axis: str  # the logical axis of the input's channels
     place: Any  # a Placement, or UNPLACED
-    levers: tuple[str, ...]  # the fast forms it may use: layers/common.py
+    fast_forms: tuple[str, ...]  # the fast forms it may use: layers/common.py
     train: bool
 
 
@@ -61,7 +61,9 @@ class MaxPool:
 
     def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
         """Return the pooled maps."""
-        settings = dict(place=call.place, channels=call.axis, levers=call.levers, name=call.name)
+        settings = dict(
+            place=call.place, channels=call.axis, fast_forms=call.fast_forms, name=call.name
+        )
         return pool.max_pool(x_NHWC, **dataclasses.asdict(self), **settings)
 
 
@@ -134,7 +136,7 @@ class Conv:
         """Return the maps after convolution, bias, activation and pool."""
         pooling = dataclasses.asdict(self.pool) if self.pool else None
         return conv.conv_relu(
-            call.name, call.layer, x_NHWC, call.place, call.levers, pooling, self.activation
+            call.name, call.layer, x_NHWC, call.place, call.fast_forms, pooling, self.activation
         )
 
 
@@ -187,7 +189,7 @@ class ResponseNorm:
     def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
         """Return the normalised maps."""
         settings = dict(
-            size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, levers=call.levers
+            size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, fast_forms=call.fast_forms
         )
         if not self.within_map:
             return norm.response_norm_of_towers(
@@ -220,7 +222,7 @@ class BatchNorm:
 
     def apply(self, call: Call, x_NHWC: jax.Array) -> jax.Array:
         """Return the normalised maps."""
-        return call.layer(call.name, x_NHWC, call.place, call.train, call.levers)
+        return call.layer(call.name, x_NHWC, call.place, call.train, call.fast_forms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +304,7 @@ class Stack(nnx.Module):
         dropout: float,
         dtype,
         rngs: nnx.Rngs,
-        levers: tuple[str, ...] = LEVERS,
+        fast_forms: tuple[str, ...] = FAST_FORMS,
         batch_norm: str = "global",
     ):
         """Build the layers of `net`; the other arguments as for AlexNet.
@@ -312,7 +314,7 @@ class Stack(nnx.Module):
         """
         *hidden, output = [layer for layer in net if isinstance(layer, Hidden | Output)]
         convolutional = paired(layer for layer in net if not isinstance(layer, Hidden | Output))
-        self.levers = levers
+        self.fast_forms = fast_forms
         self.towers = max((x.groups for x in convolutional if isinstance(x, Conv)), default=1)
         common = dict(dtype=dtype, rngs=rngs)
 
@@ -346,7 +348,7 @@ class Stack(nnx.Module):
         """
         x_NHWC = images_NHWC
         for label, layer, axis in self.convolutional:
-            call = Call(label, getattr(self, label, None), axis, place, self.levers, train)
+            call = Call(label, getattr(self, label, None), axis, place, self.fast_forms, train)
             x_NHWC = layer.apply(call, x_NHWC)
         return dense.flatten(x_NHWC, place)
 
@@ -357,5 +359,5 @@ class Stack(nnx.Module):
         keys = dense.dropout_keys(dropout_key, len(self.hidden))
         for (label, rate), key in zip(self.hidden, keys, strict=True):
             layer, last = getattr(self, label), label == self.hidden[-1][0]
-            x_BF = dense.hidden(label, layer, x_BF, place, rate, key, last)
+            x_BF = dense.hidden(layer, x_BF, place, rate, key, last)
         return dense.logits(self.fc3, x_BF, place)

@@ -11,12 +11,14 @@ a row of TABLE: it maps logical axes to the mesh axes that split them.
 A logical axis that a row does not name is not split. sharding/placement.py turns a row into JAX
 shardings. To move an array, change its entry here, or give the config a row of your own
 (`config.placement`; own_rows.py reads it). Three things follow without an entry: a momentum lives
-with its weight; model state and metrics are on every device; the data set is too, unless it is
-streamed or sharded (`data.resident`).
+with its weight, and the averages of a batch norm with its channels (conv_out); metrics and other
+model state are on every device; the data set is too, unless it is streamed or sharded
+(`data.resident`).
 
 A row says where arrays are used. Its key `at_rest`, a row of the same form, splits weights further
 between steps. Each layer then asks for its whole kernel (sharding/at_rest.py). XLA gathers all of
-them as a step starts or, with the key `gather_again`, one layer's after another.
+them as a step starts or, in a row with the key `gather_again`, one layer's after another (True: in
+the backward pass again; False: only in the forward pass).
 
 tests/test_schemes.py checks, for every scheme, that it computes what one device computes and moves
 what theory says.
@@ -30,7 +32,8 @@ ALL = MESH_AXES  # ("data", "model"): split over all devices
 
 # For `at_rest` below: every kernel, split over all devices. Where a size does not divide, fewer
 # devices split it: that changes no number, and the placement report says so. Vectors (biases,
-# scales) stay as in use. A convolution in groups (AlexNet's towers) has tower_in for its rows.
+# scales) stay as in use. A convolution in groups (AlexNet's towers) has tower_in for its rows: the
+# input channels of one group.
 KERNELS = dict(conv_out=ALL, tower_in=ALL, fc1_in=ALL, fc2_in=ALL, fc3_in=ALL)
 
 # A kernel's rows are its inputs, its columns its outputs; those of a convolution are channels.
@@ -45,10 +48,10 @@ KERNELS = dict(conv_out=ALL, tower_in=ALL, fc1_in=ALL, fc2_in=ALL, fc3_in=ALL)
 #              same part of the weight
 #
 # Activations have one batch axis for each part of the network: the convolutions, the hidden dense
-# layers fc1 and fc2, and the output layer fc3. image_height are the rows of images and maps. The
-# `group` axes are the channels of a convolution in groups (AlexNet's towers). If both are split,
-# each device works on its own groups, and nothing moves. With group_out alone, the input is
-# gathered.
+# layers fc1 and fc2, and the output layer fc3. image_height are the rows of images and maps. A
+# convolution in groups (AlexNet's towers) has group_in, the channels of its input, and group_out,
+# those of its output. If both axes are split, each device works on its own groups, and nothing
+# moves. With group_out alone, the input is gathered.
 TABLE: dict[str, dict[str, Any]] = {
     # Data parallelism. Each device holds all weights and its shard of the batch. The gradients are
     # summed over all devices.

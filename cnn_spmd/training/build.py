@@ -17,7 +17,7 @@ from cnn_spmd.data import registry, statistics, streaming
 from cnn_spmd.data.augment import Preprocessing
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.errors import UserError
-from cnn_spmd.layers.common import LEVERS
+from cnn_spmd.layers.common import FAST_FORMS
 from cnn_spmd.sharding import mesh
 from cnn_spmd.sharding.placement import Placement, axes_of, is_weight, mesh_axes_of
 from cnn_spmd.training import cluster, microbatch, optim, startup
@@ -42,7 +42,7 @@ def prepare(
     devices: list | None = None,
     data: Dataset | Unread | None = None,
     check: Callable[[Setup], object] = lambda _: None,
-    levers: Sequence[str] | None = None,
+    fast_forms: Sequence[str] | None = None,
     memory: float | None = None,
 ) -> Setup:
     """Return the Setup of a config: mesh, data, network and step functions.
@@ -50,7 +50,7 @@ def prepare(
     devices: None stands for all that JAX finds. data: the config's data set, where registry.find
     has found it already. check: called with the finished Setup. It is also called once before
     photographs are decoded, with zeros of the same shape, so that a bad config fails in seconds.
-    levers: the fast forms to use, instead of all or none as model.fast says (layers/common.py); for
+    fast_forms: those to use, instead of all or none as model.fast says (layers/common.py); for
     benchmarks. memory: bytes that each device can hold, where the devices stand for others.
     Raises UserError for all that is wrong in a config, except for its workdir.
     """
@@ -62,7 +62,7 @@ def prepare(
     if devices is None:
         for device in place.mesh.local_devices:
             startup.background("memory", reserve_memory, device)
-    assemble = functools.partial(_assemble, config, place, memory, levers, check)
+    assemble = functools.partial(_assemble, config, place, memory, fast_forms, check)
     if data is None:
         with startup.stage("data"):
             data = registry.find(config.data)
@@ -79,7 +79,7 @@ def _assemble(
     config: ml_collections.ConfigDict,
     place: Placement,
     memory: float | None,
-    levers: Sequence[str] | None,
+    fast_forms: Sequence[str] | None,
     check: Callable[[Setup], object],
     data: Dataset,
 ) -> Setup:
@@ -96,7 +96,7 @@ def _assemble(
     if data.fallback:
         say(f"For {data.name}: {configs.values_on_fallback(config)}.")
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
-    setup = Setup(config, data, place, make_functions(config, data, place, levers), memory)
+    setup = Setup(config, data, place, make_functions(config, data, place, fast_forms), memory)
     _ = setup.activations, setup.functions.abstract_state, setup.schedule  # for their errors
     check(setup)
     return setup
@@ -208,14 +208,14 @@ def make_functions(
     config: ml_collections.ConfigDict,
     data: Dataset,
     place: Placement,
-    levers: Sequence[str] | None = None,
+    fast_forms: Sequence[str] | None = None,
 ) -> StepFunctions:
     """Return the step functions of a resolved config.
 
     Raises UserError for what does not go together.
     """
-    if levers is None:
-        levers = LEVERS if config.model.fast else ()
+    if fast_forms is None:
+        fast_forms = FAST_FORMS if config.model.fast else ()
     make_model = functools.partial(
         models.make,
         config.model.name,
@@ -225,17 +225,16 @@ def make_functions(
         dropout=config.model.dropout,
         batch_norm=config.model.batch_norm,
         dtype=jnp.dtype(config.dtype),
-        levers=tuple(levers),
+        fast_forms=tuple(fast_forms),
     )
     functions = StepFunctions(
         make_model=lambda rngs: make_model(rngs=rngs),
         preprocessing=make_preprocessing(config, data),
         make_optimizer=functools.partial(optim.make_optimizer, config.optimizer),
         place=place,
-        seed=config.seed,
         label_smoothing=config.label_smoothing,
         microbatch=make_microbatch(config, place),
-        carry_bf16=config.dtype == "bfloat16" and "carry_bf16" in levers,
+        carry_bf16=config.dtype == "bfloat16" and "carry_bf16" in fast_forms,
     )
     refuse_mismatch(config, place, functions.abstract_model)
     return functions

@@ -1,8 +1,9 @@
 """Train: a run, from its config to its summary.
 
 A run goes from stop to stop. A stop is a step after which the run evaluates, saves, or is complete.
-Between two stops the devices work through chunks. A chunk is the steps of one compiled call: the
-host launches one call for many steps, and logs a chunk while the devices work on the next one.
+Between two stops the devices work through chunks. A chunk is the steps of one compiled call
+(`steps_per_call`): the host launches one call for many steps, and logs a chunk while the devices
+work on the next one.
 
 - A run evaluates every `eval.every_epochs` epochs, and after its last step. With `noise_scale` it
   then measures the gradient's noise, too.
@@ -15,6 +16,8 @@ host launches one call for many steps, and logs a chunk while the devices work o
 - A run that is started again restores the TrainState of its newest checkpoint: step, seed,
   parameters, model state and optimizer state. The mesh, the scheme and a few other fields may
   differ (config.py, MAY_DIFFER); another change of the config is refused.
+- After a kill that nothing announced, the steps since the newest checkpoint are done again. Without
+  a checkpoint the run begins at step 0.
 """
 
 import concurrent.futures
@@ -79,9 +82,10 @@ def train(
             # Orbax reads each array straight into its shards on this mesh.
             checkpoints, state = resume.restore(setup, workdir, old_summary)
             start = 0 if state is None else int(state.step)
-            origin = initial.Start({}, old_summary.get("init_from"))
             if state is None:
                 origin = setup.start_weights()
+            else:
+                origin = initial.Start({}, old_summary.get("init_from"))
             resume.write_config(setup, workdir, old_summary, checkpoints.run_name, start)
 
             timetable = make_timetable(setup.config, len(setup.data.train_images), start)
@@ -112,7 +116,7 @@ class Run:
         checkpoints: Checkpoints,
         state: TrainState,
         interrupt: Interrupt,
-        origins: dict,  # for the summary: when this command began, and from which weights the run
+        origins: dict,  # of the summary: started, init_from (the first weights) and parts
     ):
         self.setup, self.workdir, self.timetable = setup, workdir, timetable
         self.programs, self.checkpoints, self.interrupt = programs, checkpoints, interrupt
@@ -122,7 +126,7 @@ class Run:
         self.origins = origins
         self.log = Log(setup, workdir, timetable)
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.prediction: concurrent.futures.Future | None = None
+        self.step_time: concurrent.futures.Future | None = None  # as predicted
         self.noise_scale = NoiseScale(setup) if setup.config.noise_scale else None
         self.chunks = setup.inputs(timetable.chunks)
 
@@ -146,7 +150,8 @@ class Run:
 
     def run_to_the_end(self) -> str:
         """Run from stop to stop; return "completed", or "interrupted" after a signal."""
-        # The earlier command did not: a signal ended it here, or this was its last step.
+        # A signal may have ended the earlier command before it evaluated this step. Or this was the
+        # last step of a shorter run, and is one of a longer run's evaluations.
         if self.step in self.timetable.evaluations and not self.log.is_evaluated:
             self.evaluation = self.evaluate("eval")
             self.checkpoints.record_accuracy(self.step, self.evaluation["accuracy"])
@@ -185,7 +190,7 @@ class Run:
             chunk, inputs = next(self.chunks)
             train_chunk = self.programs.train[chunk.steps]  # one program for each length of a chunk
             self.state, metrics = train_chunk(self.state, *inputs)
-            self.predict()
+            self.predict_step_time()
             ended_at = self.log.clock.watch(metrics)
             self.step = chunk.end
             if running:
@@ -194,13 +199,13 @@ class Run:
             self.interrupted = self.interrupt.requested()
         self.record(*running)
 
-    def predict(self) -> None:
-        """Begin to predict a step's time in a thread, unless that is done.
+    def predict_step_time(self) -> None:
+        """Begin to predict how long a step takes, in a thread, unless that is done.
 
         JAX may have to trace a step for that, while the devices train.
         """
-        if self.prediction is None and self.programs.report["prediction"] is None:
-            self.prediction = self.thread.submit(prediction.of_devices, self.setup)
+        if self.step_time is None and self.programs.report["prediction"] is None:
+            self.step_time = self.thread.submit(prediction.of_devices, self.setup)
 
     def record(self, chunk: Chunk, metrics: dict, ended_at: concurrent.futures.Future) -> None:
         """Wait until a chunk ends, and log it.
@@ -224,6 +229,7 @@ class Run:
     def evaluate(self, split: str) -> dict:
         """Evaluate the state on the test data, log and return the metrics by name.
 
+        Measure the noise scale, too, if the config asks for it.
         split: what the log calls it, "eval" or "final". Raises NonFinite for a test loss that is
         not finite.
         """
@@ -256,8 +262,11 @@ class Run:
     def summary(self, status: str) -> dict:
         """Write program.json and summary.json, unless the workdir is gone; return the latter."""
         report = self.programs.report
-        if self.prediction:
-            report["prediction"] = self.prediction.result()
+        if self.step_time:
+            try:
+                report["prediction"] = self.step_time.result()
+            except Exception as error:  # of tracing the network for one device: the run is fine
+                say(f"warning: no step time is predicted: {type(error).__name__}: {error}")
         summary = dict(
             **about_run(self.setup, report, self.step),
             **self.log.speed(),

@@ -252,8 +252,11 @@ def make_optimizer(settings: Any, rate: optax.Schedule) -> optax.GradientTransfo
         return update * (by_layer * (settings.bias_rate if is_bias(path) else 1.0))
 
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    own = OPTIMIZERS[settings.name](settings, rate)
+    if isinstance(own, optax.GradientTransformation):  # one, not a tuple of some
+        own = (own,)
     return optax.chain(
         *clip,
-        *OPTIMIZERS[settings.name](settings, rate),
+        *own,
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)),
     )

@@ -40,7 +40,7 @@ from cnn_spmd.sharding.placement import Placement, axes_of, is_dense
 from cnn_spmd.training import microbatch
 from cnn_spmd.training.metrics import METRICS, check_metric
 
-# From this size on, weights are cast once per step.
+# Weights with at least this many elements are carried in bfloat16, too (carry_bf16).
 LARGE = 2**16
 
 
@@ -51,7 +51,7 @@ class TrainState(NamedTuple):
     seed: jax.Array  # uint32 []: an input of the program, so that a new seed needs no compilation
     params: nnx.State  # float32
     model_state: nnx.State  # other variables of the network, such as batch statistics
-    optimizer: Any  # the state of the optax optimizer: a momentum per parameter
+    optimizer: Any  # the state of the optax optimizer, such as a momentum per parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,6 @@ class StepFunctions:
     preprocessing: Preprocessing
     make_optimizer: Callable[[optax.Schedule], optax.GradientTransformation]  # of a learning rate
     place: Placement
-    seed: int
     label_smoothing: float
     microbatch: microbatch.Settings | None  # None: the dense layers see the whole batch at once
     carry_bf16: bool  # bfloat16 weights are carried from step to step beside the float32 ones
@@ -110,8 +109,7 @@ class StepFunctions:
         mesh: JAX's random bits depend on an element's place in the whole array, not on the device.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        crop_key, dropout_key = jax.random.split(key)
-        colour_key = jax.random.fold_in(key, 2)
+        crop_key, dropout_key, colour_key = jax.random.split(key, 3)
         data, indices_B = sharded.exchanged(self.place, data, indices_B)
         images_BHWC = self.preprocessing.train_images(data.images, indices_B, crop_key, colour_key)
         axes = self.place.map_axes(images_BHWC.shape[1], None)
@@ -181,7 +179,7 @@ class StepFunctions:
         indices_B: sharded.Indices,
         weights: nnx.State | None = None,
     ) -> tuple[nnx.State, dict, nnx.State]:
-        """Return the gradient of the loss, loss and accuracy [], and the new model state.
+        """Return the gradient of the loss, the metrics of `loss`, and the new model state.
 
         weights: what the layers compute with, from the method `weights`; None: state.params.
         """
@@ -190,15 +188,15 @@ class StepFunctions:
         def loss_of(params):
             x_BF, new_model_state = self.features(params, state.model_state, images_BHWC)
             # classify does not change the model state, and does not need the new one.
-            loss, values = self.loss(params, state.model_state, x_BF, labels_B, dropout_key)
-            return loss, (values, new_model_state)
+            loss, metrics = self.loss(params, state.model_state, x_BF, labels_B, dropout_key)
+            return loss, (metrics, new_model_state)
 
         at = state.params if weights is None else weights
         # The loss is a mean over the global batch. So XLA inserts a sum of each gradient over the
         # devices that saw other examples and hold the same part of the weight; no line asks for it.
         # Where layers compute in bfloat16, it sums in bfloat16.
-        grads, (values, new_model_state) = jax.grad(loss_of, has_aux=True)(at)
-        return grads, values, new_model_state
+        grads, (metrics, new_model_state) = jax.grad(loss_of, has_aux=True)(at)
+        return grads, metrics, new_model_state
 
     def update(
         self,
@@ -225,15 +223,15 @@ class StepFunctions:
         rate: jax.Array,
         weights: nnx.State | None = None,
     ) -> tuple[TrainState, dict]:
-        """Do one step on the examples `indices_B`; return the new state, loss and accuracy [].
+        """Do one step on the examples `indices_B`; return the new state and the metrics of `loss`.
 
-        rate: the learning rate of this step, [].
+        rate: the learning rate of this step, []. weights: as in `gradients`.
         """
-        grads, values, model_state = self.gradients(state, data, indices_B, weights)
+        grads, metrics, model_state = self.gradients(state, data, indices_B, weights)
         optimizer = self.make_optimizer(lambda _: rate)
         params, optimizer_state = self.update(optimizer, grads, state.optimizer, state.params)
         state = TrainState(state.step + 1, state.seed, params, model_state, optimizer_state)
-        return state, values
+        return state, metrics
 
     def train_chunk(
         self, state: TrainState, data: DeviceData, indices_SB: sharded.Indices, rates_S: jax.Array
@@ -244,26 +242,26 @@ class StepFunctions:
         indices_SB is None, `data` holds the examples of the chunk, [S, B, ...]. rates_S: learning
         rates.
         """
+        streamed = indices_SB is None
 
         def body(carry, inputs):
             state, large = carry
             weights = self.weights(large, state.params)
-            data_or_indices, rate = inputs
-            batch = (data_or_indices, None) if indices_SB is None else (data, data_or_indices)
+            examples, rate = inputs
+            batch = (examples, None) if streamed else (data, examples)
             if self.microbatch:
-                state, values = microbatch.train_step(self, state, *batch, rate, weights)
+                state, metrics = microbatch.train_step(self, state, *batch, rate, weights)
             else:
-                state, values = self.train_step(state, *batch, rate, weights)
-            return (state, self.cast(state.params)), values
+                state, metrics = self.train_step(state, *batch, rate, weights)
+            return (state, self.cast(state.params)), metrics
 
-        inputs = (data if indices_SB is None else indices_SB), rates_S
-        steps = len(rates_S)
+        inputs = (data if streamed else indices_SB), rates_S
         carry = state, self.cast(state.params)
-        if steps == 1:  # without a scan, as XLA's CPU backend runs the body of a scan slowly
-            (state, _), values = body(carry, jax.tree.map(lambda x: x[0], inputs))
-            return state, jax.tree.map(lambda x: x[None], values)
-        (state, _), values = jax.lax.scan(body, carry, inputs)
-        return state, values
+        if len(rates_S) == 1:  # without a scan, as XLA's CPU backend runs its body slowly
+            (state, _), metrics = body(carry, jax.tree.map(lambda x: x[0], inputs))
+            return state, jax.tree.map(lambda x: x[None], metrics)
+        (state, _), metrics = jax.lax.scan(body, carry, inputs)
+        return state, metrics
 
     def cast(self, params: nnx.State) -> nnx.State | None:
         """Return params with the large arrays in bfloat16, and None in place of the small ones.
@@ -334,7 +332,8 @@ class StepFunctions:
 
         Raises UserError where an array does not divide as the table asks.
         """
-        state = jax.eval_shape(self._first_state, np.uint32(self.seed), self.abstract_model)
+        seed = np.uint32(0)  # any: only shapes count
+        state = jax.eval_shape(self._first_state, seed, self.abstract_model)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             state,
