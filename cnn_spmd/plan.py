@@ -77,7 +77,6 @@ def plan(
             "python -m cnn_spmd.calibrate, and give its file as --card, or give one of "
             f"{', '.join(cost.names())}"
         )
-    memory = card.usable_memory
     names = meshes.shapes_over(len(devices)) if mesh == AUTO else mesh.split(",")
     schemes = [config.parallelism]
     if config.parallelism == AUTO:
@@ -93,12 +92,10 @@ def plan(
         try:
             # An estimated step needs the fast forms of a run. What moves does not depend on them,
             # and JAX traces the plain ones faster.
-            fast_forms = () if alone else None
+            more = dict(fast_forms=() if alone else None, memory=card.usable_memory)
             # What has no effect is the same everywhere, and is said once.
             with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
-                setup = build.prepare(
-                    asked, devices, data.preview, fast_forms=fast_forms, memory=memory
-                )
+                setup = build.prepare(asked, devices, data.preview, **more)
             setup.config.steps = min(setup.config.steps, SAMPLED_STEPS)
             alone = alone or one_device_step(card, setup)
             found.append(predict(setup, card, gpus_per_host, alone))
@@ -106,9 +103,7 @@ def plan(
             is_of_batch = uneven and isinstance(error, UnevenBatch)
             refused[f"{name} {scheme}"] = uneven if is_of_batch else str(error)
     if not found:
-        reason, *others = dict.fromkeys(refused.values())
-        more = f" (other reasons: {len(others)})" if others else ""
-        raise UserError(f"--plan: nothing works on {len(devices)} devices: {reason}{more}")
+        raise _nothing_works(refused, len(devices))
     found.sort(key=lambda each: (not each.fits, each.terms.step))
     if not found[0].fits:
         raise _nothing_fits(found, card, setup)
@@ -140,6 +135,13 @@ def _uneven(config: ml_collections.ConfigDict, data: Dataset, devices: int) -> s
         return ""
     works = multiples_near(batch, devices)
     return f"batch_size={batch}: does not divide by {devices} devices; {works} would"
+
+
+def _nothing_works(refused: Mapping[str, str], devices: int) -> UserError:
+    """Return the error where each mesh and scheme is refused; refused: name -> the reason."""
+    reason, *others = dict.fromkeys(refused.values())
+    more = f" (other reasons: {len(others)})" if others else ""
+    return UserError(f"--plan: nothing works on {devices} devices: {reason}{more}")
 
 
 def _nothing_fits(found: Sequence[Prediction], card: Card, setup: Setup) -> UserError:

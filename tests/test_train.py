@@ -107,14 +107,19 @@ def test_files_of_a_run(config, tmp_path):
     )
     assert (summary["status"], summary["steps"], summary["epochs"]) == ("completed", 8, 2.0)
     assert summary["eval"]["examples"] == 40
+    prediction = json.loads((tmp_path / "run/program.json").read_text())["prediction"]
+    assert (prediction["card"], prediction["estimated"]) == ("h200", True)
+    assert prediction["predicted_milliseconds"] == summary["predicted_milliseconds"] > 0
+
+
+def test_lines_of_a_run(config, tmp_path):
+    """Each step, each evaluation and the final one have one line, with the data set's name."""
+    loop.train(config, tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 9))
     assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [4]
     assert [row["step"] for row in rows(tmp_path / "run", "final")] == [8]
     for line in runfiles.read_metrics_rows(tmp_path / "run/metrics.jsonl"):
         assert (line["dataset"], line["fallback"]) == ("synthetic", None)
-    prediction = json.loads((tmp_path / "run/program.json").read_text())["prediction"]
-    assert (prediction["card"], prediction["estimated"]) == ("h200", True)
-    assert prediction["predicted_milliseconds"] == summary["predicted_milliseconds"] > 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
