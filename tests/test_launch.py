@@ -294,8 +294,8 @@ def test_an_experiment_that_fails_says_where(tmp_path, content, message):
         ("config.optimizer.stages = None", "optimizer.stages=None: expected a tuple"),
         ("config.optimizer.stages = (0.5, 'x')", "optimizer.stages[1]='x': expected a number"),
         (
-            "config.model.fast_forms = ('pool_first',)",
-            "model.fast_forms=('pool_first',): no such field, set model.fast to True",
+            "config.model.levers = ('pool_first',)",
+            "model.levers=('pool_first',): no such field, set model.fast to True",
         ),
         ("config.data.dir = None", "data.dir=None: expected a string"),
         (
@@ -351,8 +351,8 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
         ),
         ("--config.optimizer.stages=x", "optimizer.stages[0]='x': expected a number"),
         (
-            '--config.model.fast_forms="()"',
-            '--config.model.fast_forms="()": no such field, set model.fast to',
+            '--config.model.levers="()"',
+            '--config.model.levers="()": no such field, set model.fast to',
         ),
         (
             "--config.optimizer.layer_rates={1:2}",

@@ -130,8 +130,8 @@ def test_lists_that_are_refused(meshes, batches, fields, message):
         ("optimizer.name=sgd,adam", '--sweep=optimizer.name=adam: unknown.* mean "adamw"'),
         ("optimizer.lr=1,2", '--sweep=optimizer.lr: no such .* mean "optimizer.learning_rate"'),
         (
-            "model.fast_forms=(),1",
-            "--sweep=model.fast_forms: no such field, set model.fast to True",
+            "model.levers=(),1",
+            "--sweep=model.levers: no such field, set model.fast to True",
         ),
         ("dense_updates=each,sum", "--sweep=dense_updates: has no effect with dense_microbatch=0"),
         ("seed=0,x", "--sweep=seed=x: expected an integer$"),
