@@ -41,10 +41,11 @@ def test_each_example_is_read_once(parallelism, parts):
     axes = (None, "conv_batch", None, None, None)
     found = [gather(images, indices, place.sharding(axes, (2, 8, 4, 4, 3)))]
     found += [data.images for data, _ in Streamed(place, streamed, LABELS).calls([indices])]
-    for array, source in zip(found, (images, streamed), strict=True):
+    # What is streamed is read by several threads only if it has more examples.
+    for array, source, reads in zip(found, (images, streamed), (parts, 1), strict=True):
         np.testing.assert_array_equal(array, IMAGES[indices])
         assert sorted(np.concatenate(source.read)) == sorted(indices.ravel())
-        assert len(source.read) == parts
+        assert len(source.read) == reads
 
 
 def test_many_readers_of_a_file(tmp_path):
