@@ -336,6 +336,27 @@ def test_only_the_updates_of_dense_layers_are_several():
     assert {name for name in once if thrice[name] == once[name]} == once.keys() - grown
 
 
+def test_each_micro_batch_has_collectives_of_its_own():
+    """Those of its dense layers. Together they move what one batch does."""
+    place, _, _, activations, variables = described(
+        functools.partial(Chain, use_bias=False), "model", (4, 2)
+    )
+    whole, parts = (
+        communication.closed_form(place, activations, variables, 4, *updates)
+        for updates in ((), (1, 0, 4))
+    )
+    assert {row["count"] for row in whole} == {1}
+    several = {(row["what"], row["operation"]) for row in parts if row["count"] == 4}
+    assert several == {("fc3 input", "all-gather"), ("fc3 input", "reduce-scatter")}
+    assert [row | dict(count=1) for row in parts] == whole
+    each = communication.closed_form(place, activations, variables, 4, 4, 0, 4)
+    assert {row["what"] for row in each if row["count"] == 4} == {
+        "fc3 input",
+        "fc3.kernel",
+        "fc3.bias",
+    }
+
+
 def test_parameters_without_axes_are_replicated():
     param = nnx.Param(jnp.zeros((2, 3)))
     assert axes_of(param) == (None, None)
