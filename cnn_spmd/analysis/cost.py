@@ -48,7 +48,7 @@ ESTIMATES_WITHIN = "on H100s and H200s, 9 of 10 estimates were within 12 % of th
 ERRORS = (
     "Errors for AlexNet at 224 pixels on 2 and 4 H200s of one host: at most 6 %, for fsdp up to "
     "15 %, for dense_2d on 2x2 up to 20 %, for model and spatial up to 12 %, for a variable batch "
-    "up to 9 %. For other networks, cards and hosts they are unknown"
+    "under the hybrids and one_sum up to 9 %. For other networks, cards and hosts they are unknown"
 )
 
 # Operations without times of their own take those of the first one that a card has.

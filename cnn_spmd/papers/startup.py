@@ -35,6 +35,7 @@ def page() -> str:
         one_step=median_step(one, "result"),
         two_step=median_step(two, "result"),
         own_step=median_step(two, "processes"),
+        slower=100 * (1 - images_per_second(two, "processes") / images_per_second(two, "result")),
         first_later=first_step(two, "processes") - first_step(two, "result"),
         later=two["processes_result_seconds"] - two["warm_result_seconds"],
         stages=stages_table(cold["repeats"]["cold"], one["repeats"]["warm"]),
@@ -72,6 +73,11 @@ def median_step(measured: dict, kind: str) -> float:
     return statistics.median(
         run["step_milliseconds"]["median"] for run in measured["repeats"][kind]
     )
+
+
+def images_per_second(measured: dict, kind: str) -> float:
+    """Return the images/s of training, the median of the repeats."""
+    return statistics.median(run["images_per_second"] for run in measured["repeats"][kind])
 
 
 def first_step(measured: dict, kind: str) -> float:
