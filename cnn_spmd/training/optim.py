@@ -1,6 +1,6 @@
 """Make optimizers and schedules. To add one is to add an entry to a dict.
 
-OPTIMIZERS: name -> function(settings, rate) that returns an optax transformation, or a tuple of some.
+OPTIMIZERS: name -> function(settings, rate) that returns an optax transformation, or a tuple.
 SCHEDULES: name -> function(rate, settings, steps) that returns an optax schedule.
 `settings` is the config's `optimizer`; `settings.options` holds numbers that only an optimizer of
 one's own knows.
