@@ -287,7 +287,7 @@ def _repetitions(repeated: Mapping[str, Sequence[str]]) -> str:
     own, texts, count = rows_of_dense_layers(), [], 0
     for row, schemes in repeated.items():
         named = [scheme for scheme in schemes if scheme not in own]
-        texts += [f"{row} is also {', '.join(named)}"] * bool(named)
+        texts += [f"{row}, the same program as {', '.join(named)}"] * bool(named)
         count += len(schemes) - len(named)
     texts += [f"{count} equal rows of --plan_rows"] * bool(count)
     return f"Shown once: {'; '.join(texts)}"
