@@ -185,7 +185,10 @@ def test_a_plan_puts_the_fastest_first(data, capsys, monkeypatch):
     assert f"Fastest: {best.mesh} {best.parallelism}" in text
     assert f"\n  --mesh={best.mesh} --config.parallelism={best.parallelism}\nLeft out: " in text
     assert text.count("\n  4x1 ") <= 1
-    assert "\nShown once: 4x1 data, the same program as model, hybrid, hybrid_alternating, spatial\n" in text
+    assert (
+        "\nShown once: 4x1 data, the same program as model, hybrid, hybrid_alternating, spatial\n"
+        in text
+    )
     assert "Left out: 4x1 two_tower and 2 more: splits towers" in text
 
 
