@@ -27,7 +27,7 @@ from cnn_spmd.sharding import mesh as meshes
 from cnn_spmd.sharding.placement import multiples_near
 from cnn_spmd.sharding.table import ALL, TABLE
 from cnn_spmd.training import build
-from cnn_spmd.training.prediction import Prediction, one_device_step, predict
+from cnn_spmd.training.prediction import Prediction, one_device_step, predict, repeats_work
 from cnn_spmd.training.setup import Setup
 
 MOST_ROWS = 30  # of a plan's printed table
@@ -96,6 +96,8 @@ def plan(
             # What has no effect is the same everywhere, and is said once.
             with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
                 setup = build.prepare(asked, devices, data.preview, **more)
+            if scheme in rows_of_dense_layers() and repeats_work(setup):
+                raise UserError("several devices compute the same part of a dense layer")
             setup.config.steps = min(setup.config.steps, SAMPLED_STEPS)
             alone = alone or one_device_step(card, setup)
             found.append(predict(setup, card, gpus_per_host, alone))
@@ -181,7 +183,8 @@ def rows_of_dense_layers() -> dict[str, dict]:
     """Return rows with every choice of SPLITS per dense layer, for config.placement.
 
     The convolutions are data parallel. The batch of the dense layers is split over the mesh axes
-    that split no dense layer. PaSE (Elango, IPDPS 2021) searches such rows; those of the dense
+    that split no dense layer. On some meshes devices then repeat each other's work; `plan` leaves
+    these out. PaSE (Elango, IPDPS 2021) searches such rows; those of the dense
     layers of dense_2d and hybrid are among them. A row's name has a letter per layer.
     """
     rows = {}
@@ -329,8 +332,8 @@ def why(plan: Plan) -> str:
 
     Where the batch leaves few meshes and schemes, say among how many it is the fastest.
     """
-    predictions = plan.predictions
-    best, count = predictions[0], len(predictions)
+    predictions = [each for each in plan.predictions if each.fits]
+    best, count = predictions[0], len(plan.predictions)
     first = "Fastest"
     if plan.is_limited:
         first = f"Fastest of the {count} choices" if count > 1 else "The only choice"
@@ -343,10 +346,8 @@ def why(plan: Plan) -> str:
             "the update": data.terms.update - best.terms.update,
         }
         parts = [f"{1e3 * time:.3f} ms of {name}" for name, time in saved.items() if time > 0]
-        text += (
-            f", {data.terms.step / best.terms.step:.2f} times as fast as {data.mesh} data: it "
-            f"saves {' and '.join(parts)}"
-        )
+        text += f", {data.terms.step / best.terms.step:.2f} times as fast as {data.mesh} data"
+        text += f": it saves {' and '.join(parts)}" if parts else ""
     following = [
         found
         for found in predictions

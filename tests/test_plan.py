@@ -240,6 +240,32 @@ def test_rows_of_the_planners_own(data):
         assert f"""--config.placement="{{'{twin}'""" in text
 
 
+def test_rows_of_the_planner_in_which_devices_repeat_work_are_left_out(data):
+    """On 8x1, `c` splits nothing: all devices compute fc2 and fc3 of all examples."""
+    rows = plan.rows_of_dense_layers()
+    config = config_of(parallelism="dense_dcc", placement=dict(dense_dcc=rows["dense_dcc"]))
+    message = "nothing works on 4 devices: several devices compute the same part of a dense layer"
+    with pytest.raises(UserError, match=message):
+        plan.plan(config, data, CARD, 4, "4x1")
+    for scheme in TABLE:
+        if scheme != "two_tower":
+            config = config_of(parallelism=scheme, **{"mesh.data": 4, "mesh.model": 1})
+            setup = cnn_spmd.prepare(config, devices=jax.devices()[:4], data=data)
+            assert not prediction.repeats_work(setup)
+
+
+def test_what_does_not_fit_is_no_yardstick():
+    """Here `data` would be faster, and takes more memory than there is."""
+    terms = dataclasses.make_dataclass("Terms", ["step", "exposed", "update"])
+    row = dataclasses.make_dataclass("Row", ["mesh", "parallelism", "terms", "fits", "alone"])
+    alone = dataclasses.make_dataclass("Alone", ["is_estimated"])(False)
+    rows = [
+        row("4x1", "fsdp", terms(2.0, 1.0, 0.0), True, alone),
+        row("4x1", "data", terms(1.0, 0.5, 0.5), False, alone),
+    ]
+    assert plan.why(plan.Plan("title", rows, {})).startswith("Fastest: 4x1 fsdp, 2000.000 ms. ")
+
+
 def test_one_mesh_and_one_scheme(data):
     found = plan.plan(config_of(parallelism="hybrid"), data, CARD, 4, "2x2")
     assert [(each.mesh, each.parallelism) for each in found.predictions] == [("2x2", "hybrid")]

@@ -387,6 +387,15 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
             dict(dense_microbatch=4, mesh=dict(data=8)),
             "dense_microbatch=4 does not divide by the 8 devices of .*, such as 8, or another mesh",
         ),
+        (  # the devices of the output layer; those of the other layers are two
+            dict(
+                dense_microbatch=4,
+                mesh=dict(data=2, model=4),
+                parallelism="own",
+                placement=dict(own=dict(conv_batch="data", output_batch="ALL")),
+            ),
+            "dense_microbatch=4 does not divide by the 8 devices of .*, such as 8, or another mesh",
+        ),
         (dict(model=dict(dropout=1.0)), r"model\.dropout=1\.0: expected from 0\.0 to below 1\.0"),
         (
             dict(optimizer=dict(learning_rate=float("nan"))),

@@ -201,7 +201,8 @@ def closed_form(
       batch. (Where their gradients are summed before one update, XLA reduces some or all of them
       one by one: more than theory.)
     image_bytes: one device's payload where the devices exchange the images of a step; otherwise 0.
-    micro_batches: of the dense layers. Weights that are split at rest are gathered for each one.
+    micro_batches: of the dense layers. Weights that are split at rest are gathered for each
+      one, and their gradients are summed and split.
 
     A row has what, operation, axes, phase, bytes (one device's payload) and ring_bytes, as in
     hlo.py; and count, the collectives that have these bytes together. Raises NotCovered where a

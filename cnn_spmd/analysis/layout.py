@@ -52,8 +52,9 @@ class Weight(NamedTuple):
 class Layer:
     """One layer of a network, with the layout of its activations and weights.
 
-    rows, columns: mesh axes on which the kernel's input and output dimension are split. A layer
-    without a kernel (a norm) has neither, and its layout does not change. statistics: phase ->
+    rows, columns: mesh axes on which the kernel's input and output dimension are split. A norm has
+    neither, and its layout does not change. A mean over maps has no kernel either: its rows are the
+    mesh axes over which it sums, its columns those of its channels. statistics: phase ->
     bytes that the devices of a batch norm sum there.
     """
 

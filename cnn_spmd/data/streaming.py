@@ -160,8 +160,8 @@ def lock_or_warn(memory: np.ndarray, client: Any) -> bool | None:
     """Lock the pages of `memory`, so that GPUs can read them by themselves.
 
     client: of the devices, as JAX knows them (jax.Device.client).
-    Return whether that was possible; a warning says why it was not. Return None for a CPU, which
-    copies nothing.
+    Return whether that was possible; a warning says why it was not. Return None for a CPU, to which
+    nothing crosses a link.
     """
     if client.platform == "cpu":
         return None

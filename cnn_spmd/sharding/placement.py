@@ -94,7 +94,7 @@ class Placement:
     def features_batch(self) -> str:
         """Return the logical batch axis of what leaves the convolutions.
 
-        Where the height is split, devices trade rows for examples there.
+        Where the height is split, devices have traded rows for examples by then.
         """
         return "dense_batch" if self.splits("image_height") else "conv_batch"
 

@@ -300,5 +300,6 @@ def make_microbatch(
         return None
     if config.batch_size % size:
         raise UserError(f"dense_microbatch={size}: does not divide batch_size={config.batch_size}")
-    place.spec((place.features_batch,), (size,), "dense_microbatch")
+    for axis in (place.features_batch, "dense_batch", "output_batch"):
+        place.spec((axis,), (size,), "dense_microbatch")
     return microbatch.Settings(size, config.dense_updates)

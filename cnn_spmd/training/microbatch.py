@@ -3,8 +3,9 @@
 Krizhevsky 2014 ("One weird trick"), section 4: the convolutions work on the whole batch, the dense
 layers on `dense_microbatch` examples at a time. With dense_updates="each" the dense weights are
 updated after each micro-batch, at 1/n of the learning rate for n micro-batches, which is no longer
-exact SGD. With "sum" they are updated once per step, with the mean of the micro-batches' gradients.
-That is plain SGD, except that each micro-batch has a dropout mask of its own.
+exact SGD. Each of these updates clips its own gradient (clip_norm), and so does that of the
+convolutions. With "sum" they are updated once per step, with the mean of the micro-batches'
+gradients. That is plain SGD, except that each micro-batch has a dropout mask of its own.
 
 Each device gives every micro-batch its share of examples, so that a micro-batch is gathered from
 all devices: this is the paper's scheme (c), whose communication is spread evenly. In scheme (b) a

@@ -133,6 +133,20 @@ def joined_bytes(setup: Any) -> float:
     return joined
 
 
+def repeats_work(setup: Any) -> bool:
+    """Return whether several devices compute the same part of a layer, for the same examples.
+
+    No prediction counts such work: computing is taken as evenly divided over the devices.
+    """
+    layers = layout.layers_of(setup.place, setup.activations, setup.variables, setup.itemsize)
+    mesh = setup.place.mesh
+    return any(
+        count_devices(mesh, layer.input.shared | {*layer.rows, *layer.columns}) < mesh.size
+        for layer in layers
+        if layer.weights
+    )
+
+
 def weights_of(setup: Any, moves: Sequence[dict]) -> cost.Weights:
     """Return what a step does with weights. moves: rows of communication.closed_form."""
     config, state = setup.config, setup.functions.abstract_state
