@@ -7,6 +7,7 @@ plans for any number of GPUs.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import math
@@ -90,20 +91,20 @@ def plan(
         if alone:  # statistics of the images take time, and change nothing from here on
             asked.data.update(normalise="channel", colour_noise=0.0)
         try:
-            # An estimated step needs the fast forms of a run. What moves does not depend on them,
-            # and JAX traces the plain ones faster.
+            # Only an estimated step needs the fast forms. JAX traces the plain ones faster.
             more = dict(fast_forms=() if alone else None, memory=card.usable_memory)
             # What has no effect is the same everywhere, and is said once.
             with contextlib.redirect_stdout(io.StringIO() if alone else sys.stdout):
                 setup = build.prepare(asked, devices, data.preview, **more)
-            if scheme in rows_of_dense_layers() and repeats_work(setup):
-                raise UserError("several devices compute the same part of a dense layer")
             setup.config.steps = min(setup.config.steps, SAMPLED_STEPS)
             alone = alone or one_device_step(card, setup)
-            found.append(predict(setup, card, gpus_per_host, alone))
+            row = predict(setup, card, gpus_per_host, alone)
+            if scheme in rows_of_dense_layers() and repeats_work(setup):
+                raise UserError("several devices compute the same part of a dense layer")
+            found.append(row)
         except UserError as error:
-            is_of_batch = uneven and isinstance(error, UnevenBatch)
-            refused[f"{name} {scheme}"] = uneven if is_of_batch else str(error)
+            of_batch = uneven if isinstance(error, UnevenBatch) else ""
+            refused[f"{name} {scheme}"] = of_batch or str(error)
     if not found:
         raise _nothing_works(refused, len(devices))
     found.sort(key=lambda each: (not each.fits, each.terms.step))
@@ -179,6 +180,7 @@ SPLITS = {
 DENSE_LAYERS = ("fc1", "fc2", "fc3")
 
 
+@functools.cache
 def rows_of_dense_layers() -> dict[str, dict]:
     """Return rows with every choice of SPLITS per dense layer, for config.placement.
 

@@ -254,6 +254,16 @@ def test_rows_of_the_planner_in_which_devices_repeat_work_are_left_out(data):
             assert not prediction.repeats_work(setup)
 
 
+def test_the_planners_rows_of_a_network_that_theory_does_not_cover_are_left_out(data, monkeypatch):
+    """With the reason, before anybody asks for its layers."""
+    monkeypatch.setattr(prediction.program_report, "theory_of", lambda setup: (None, "a loop"))
+    monkeypatch.setattr(prediction.layout, "layers_of", None)
+    row = plan.rows_of_dense_layers()["dense_ccr"]
+    config = config_of(parallelism="dense_ccr", placement=dict(dense_ccr=row))
+    with pytest.raises(UserError, match="parallelism=dense_ccr: has no prediction: a loop"):
+        plan.plan(config, data, CARD, 4, "2x2")
+
+
 def test_what_does_not_fit_is_no_yardstick():
     """Here `data` would be faster, and takes more memory than there is."""
     terms = dataclasses.make_dataclass("Terms", ["step", "exposed", "update"])

@@ -63,7 +63,6 @@ def page() -> str:
         },
         unmeasured=predictions_table(unmeasured),
         variable=variable_table(load_predictions("variable")),
-        older_variable=older_variable_errors(),
         fitted=len(fitted),
         estimates={name: estimates_table(rows) for name, rows in of_one_gpu.items()},
         estimate_errors={name: estimate_errors(rows) for name, rows in of_one_gpu.items()},
@@ -154,21 +153,6 @@ def variable_table(predictions: Sequence[dict]) -> str:
             for row in predictions
         ]
     )
-
-
-def older_variable_errors() -> str:
-    """Return the errors of what the sweeps' own code predicted: by the older model."""
-    figures = [
-        run["figures"]
-        for name in VARIABLE.values()
-        for run in runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]
-        if run["mesh"] != "1x1"
-    ]
-    faster = [
-        100 * (1 - run["predicted_milliseconds"] / run["step_milliseconds"]["median"])
-        for run in figures
-    ]
-    return f"{min(faster):.0f} to {max(faster):.0f} %"
 
 
 def new_errors(predictions: Sequence[dict]) -> str:

@@ -11,9 +11,8 @@ a row of TABLE: it maps logical axes to the mesh axes that split them.
 A logical axis that a row does not name is not split. sharding/placement.py turns a row into JAX
 shardings. To move an array, change its entry here, or give the config a row of your own
 (`config.placement`; own_rows.py reads it). Three things follow without an entry: a momentum lives
-with its weight, and the averages of a batch norm with its channels; metrics and other
-model state are on every device; the data set is too, unless it is streamed or sharded
-(`data.resident`).
+with its weight, and the averages of a batch norm with its channels; metrics and other model state
+are on every device; the data set is too, unless it is streamed or sharded (`data.resident`).
 
 A row says where arrays are used. Its key `at_rest`, a row of the same form, splits weights further
 between steps. Each layer then asks for its whole kernel (sharding/at_rest.py). XLA gathers all of

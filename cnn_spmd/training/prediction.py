@@ -136,7 +136,8 @@ def joined_bytes(setup: Any) -> float:
 def repeats_work(setup: Any) -> bool:
     """Return whether several devices compute the same part of a layer, for the same examples.
 
-    No prediction counts such work: computing is taken as evenly divided over the devices.
+    No prediction counts such work: computing is taken as evenly divided over the devices. setup:
+    one that `predict` covers.
     """
     layers = layout.layers_of(setup.place, setup.activations, setup.variables, setup.itemsize)
     mesh = setup.place.mesh
