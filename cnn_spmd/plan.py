@@ -37,7 +37,7 @@ MOST_ROWS = 30  # of a plan's printed table
 SAMPLED_STEPS = 100
 COLUMNS = 100  # of a plan's sentences
 # What hosts streamed, in words and at best in bytes/s: results/data/streaming.
-STREAMED = "Hosts streamed 31 GB/s to two H200s and 26 to 28 GB/s to four", 31e9
+STREAMED = "Hosts streamed 23 to 30 GB/s to two H200s and 26 to 28 GB/s to four", 30e9
 # Data set -> training images, test images, pixels per side, classes. Sources: Krizhevsky 2009;
 # Russakovsky et al. 2015 (their sides differ, and the config's data.image_size scales them).
 SIZES = {"cifar10": (50_000, 10_000, 32, 10), "imagenet2012": (1_281_167, 50_000, 0, 1000)}

@@ -3,7 +3,7 @@
 import re
 import statistics
 
-from cnn_spmd.papers import layout, measured, meshes, predictions, programs, pytorch, summaries
+from cnn_spmd.papers import layout, measured, meshes, predictions, programs, pytorch, startup, summaries
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import mean_and_deviation
@@ -23,9 +23,8 @@ def with_headline(readme: str) -> str:
 def headline_table() -> str:
     """Return the table as Markdown, six rows."""
     template = (layout.TEMPLATES / "headline.md").read_text()
-    startup = runfiles.read_json(DATA / "startup" / "nvidia-h200.json")
-    fields = accuracy_fields() | papers_fields() | speed_fields() | bytes_fields()
-    return template.format(startup=startup, speedups=speedups(), **fields)
+    fields = accuracy_fields() | startup_fields() | papers_fields() | speed_fields() | bytes_fields()
+    return template.format(speedups=speedups(), **fields)
 
 
 def accuracy_fields() -> dict[str, object]:
@@ -41,6 +40,15 @@ def accuracy_fields() -> dict[str, object]:
         seeds=len(runs),
         seconds=statistics.mean(run["train_seconds"] for run in runs),
     )
+
+
+def startup_fields() -> dict[str, str]:
+    """Return the seconds to the first step and to the result, on the hosts that measured both."""
+    hosts = [startup.load(host) for host in startup.BOTH]
+    return {
+        name: " to ".join(f"{host[f'warm_{name}_seconds']:.1f}" for host in hosts)
+        for name in ("first_step", "result")
+    }
 
 
 def papers_fields() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Make results/startup.md: what a user waits for."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cnn_spmd.papers.layout import filled_in, table
 from cnn_spmd.papers.summaries import DATA, load_folder
@@ -15,50 +15,65 @@ WAITED_FOR = dict(
     processes="the same, one process per GPU",
     sweep="a sweep of {runs} runs of 100 steps",
 )
+BOTH = ("b", "c")  # the hosts that measured one GPU and two; "a" measured empty caches
 
 
 def page() -> str:
     """Return the page on what a user waits for."""
-    cold, one, two = (
-        runfiles.read_json(DATA / "startup" / f"nvidia-h200{suffix}.json")
-        for suffix in ("-cold", "", "-x2")
-    )
-    (of_two,), of_four = (
+    of_two, of_four = (
         runfiles.read_json(DATA / "streaming" / f"nvidia-h200-x{count}.json")["streaming"]
         for count in (2, 4)
     )
     return filled_in(
         "startup.md",
         waiting=waiting_table(),
-        run_overhead=run_overhead(one),
-        two_overhead=run_overhead(two),
-        one_step=median_step(one, "result"),
-        two_step=median_step(two, "result"),
-        own_step=median_step(two, "processes"),
-        slower=100 * (1 - images_per_second(two, "processes") / images_per_second(two, "result")),
-        first_later=first_step(two, "processes") - first_step(two, "result"),
-        later=two["processes_result_seconds"] - two["warm_result_seconds"],
-        stages=stages_table(cold["repeats"]["cold"], one["repeats"]["warm"]),
+        hosts={host: host_fields(host) for host in BOTH},
+        stages=stages_table(load("a")["repeats"]["cold"], load("b")["repeats"]["warm"]),
         streaming=streaming_table(),
-        two_gb=streamed_bytes(of_two) / 1e9,
-        four_gb=" to ".join(f"{rate / 1e9:.0f}" for rate in sorted(map(streamed_bytes, of_four))),
+        two_gb=streamed_range(of_two),
+        four_gb=streamed_range(of_four),
         rates={
-            name.removesuffix("_bytes_per_second"): value / 1e9
-            for name, value in of_two.items()
+            name.removesuffix("_bytes_per_second"): in_gigabytes(row[name] for row in of_two)
+            for name in of_two[0]
             if name.endswith("_bytes_per_second")
         },
     )
 
 
+def load(host: str, devices: str = "") -> dict:
+    """Return what was measured on a host; devices: "" for one GPU, "-x2" for two."""
+    return runfiles.read_json(DATA / "startup" / f"nvidia-h200-{host}{devices}.json")
+
+
+def host_fields(host: str) -> dict[str, float]:
+    """Return what the page says of a host that measured one GPU and two."""
+    one, two = load(host), load(host, "-x2")
+    own, joint = images_per_second(two, "processes"), images_per_second(two, "result")
+    imports = stage_spans(one["repeats"]["warm"] + two["repeats"]["warm"])["imports"]
+    return dict(
+        imports=imports[1],
+        run_overhead=run_overhead(one),
+        two_overhead=run_overhead(two),
+        one_step=median_step(one, "result"),
+        two_step=median_step(two, "result"),
+        own_step=median_step(two, "processes"),
+        slower=100 * (1 - own / joint),
+        first_later=first_step(two, "processes") - first_step(two, "result"),
+        later=two["processes_result_seconds"] - two["warm_result_seconds"],
+    )
+
+
 def waiting_table() -> str:
-    """Return what a user waits for, one row per device and measurement; seconds."""
+    """Return what a user waits for, one row per host, device and measurement; seconds."""
     rows = []
-    for measured in load_folder(DATA / "startup"):
+    for path in sorted((DATA / "startup").glob("*.json")):
+        measured, host = runfiles.read_json(path), path.stem.split("-")[2]
         for kind, runs in measured["repeats"].items():
             field = "first_step_seconds" if kind in ("cold", "warm") else "seconds"
             seconds = [run[field] for run in runs]
             rows.append(
                 {
+                    "host": host.upper(),
                     "device": device(measured),
                     "from the command to": WAITED_FOR[kind].format(**runs[0]),
                     "seconds, median": f"{statistics.median(seconds):.1f}",
@@ -85,9 +100,18 @@ def first_step(measured: dict, kind: str) -> float:
     return statistics.median(run["first_step_seconds"] for run in measured["repeats"][kind])
 
 
-def streamed_bytes(row: dict) -> int:
-    """Return how many bytes of images the host streamed per second, to all devices."""
-    return row["streamed_images_per_second"] * row["image_size"] ** 2 * 3
+def streamed_range(rows: Sequence[dict]) -> str:
+    """Return how many GB of images the host streamed per second, to all devices."""
+    return in_gigabytes(
+        row["streamed_images_per_second"] * row["image_size"] ** 2 * 3 for row in rows
+    )
+
+
+def in_gigabytes(values: Iterable[float]) -> str:
+    """Return the least and the most of some bytes, in GB."""
+    values = list(values)
+    ends = (f"{end / 1e9:.0f}" for end in (min(values), max(values)))
+    return " to ".join(dict.fromkeys(ends))
 
 
 def device(measured: dict) -> str:
