@@ -123,12 +123,15 @@ def beside(run: dict, card: Card, shipped: Card) -> dict:
 
 
 def of_the_variable_batch(card: Card) -> Iterator[dict]:
-    """Yield the prediction of each run on several GPUs, and what was measured."""
+    """Yield the prediction of each program on several GPUs, and what was measured."""
     for name in predictions.VARIABLE.values():
+        seeds = defaultdict(list)
         for run in runfiles.read_json(DATA / "sweeps" / f"{name}.json")["runs"]:
-            if run["mesh"] != "1x1":
-                setup = setup_of(run, "experiments/owt_imagenet.py:variable")
-                yield measured(run) | predict(setup, card, GPUS_PER_HOST).as_json()
+            seeds[run["mesh"], run["figures"]["parallelism"]].append(run)
+        for (mesh, _), runs in seeds.items():
+            if mesh != "1x1":
+                setup = setup_of(runs[0], "experiments/owt_imagenet.py:variable")
+                yield measured(*runs) | predict(setup, card, GPUS_PER_HOST).as_json()
 
 
 def setup_of(run: dict, experiment: str, **fields: int) -> Setup:
@@ -142,14 +145,16 @@ def setup_of(run: dict, experiment: str, **fields: int) -> Setup:
     return cnn_spmd.prepare(config, devices=jax.devices()[:devices])
 
 
-def measured(run: dict) -> dict:
-    """Return what was measured of a run of a sweep."""
-    figures = run["figures"]
+def measured(*runs: dict) -> dict:
+    """Return what was measured of runs of a sweep that differ in their seed."""
+    figures = runs[0]["figures"]
     devices = math.prod(figures["mesh"].values())
     return dict(
         devices=devices,
         batch_per_device=figures["batch_size"] // devices,
-        measured_milliseconds=figures["step_milliseconds"]["median"],
+        measured_milliseconds=statistics.median(
+            run["figures"]["step_milliseconds"]["median"] for run in runs
+        ),
     )
 
 
