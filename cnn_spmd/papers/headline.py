@@ -3,7 +3,16 @@
 import re
 import statistics
 
-from cnn_spmd.papers import layout, measured, meshes, predictions, programs, pytorch, startup, summaries
+from cnn_spmd.papers import (
+    layout,
+    measured,
+    meshes,
+    predictions,
+    programs,
+    pytorch,
+    startup,
+    summaries,
+)
 from cnn_spmd.papers.summaries import DATA
 from cnn_spmd.report import compare
 from cnn_spmd.report.text import mean_and_deviation
@@ -23,7 +32,9 @@ def with_headline(readme: str) -> str:
 def headline_table() -> str:
     """Return the table as Markdown, six rows."""
     template = (layout.TEMPLATES / "headline.md").read_text()
-    fields = accuracy_fields() | startup_fields() | papers_fields() | speed_fields() | bytes_fields()
+    fields = (
+        accuracy_fields() | startup_fields() | papers_fields() | speed_fields() | bytes_fields()
+    )
     return template.format(speedups=speedups(), **fields)
 
 
