@@ -45,7 +45,7 @@ def microseconds(seconds):
 def test_update_and_computing():
     """Momentum is a number of 4 bytes per weight, AdamW keeps two; at 1e12 bytes/s."""
     for itemsize, state_bytes, expected in ((2, 4, 20), (4, 4, 20), (2, 8, 28), (4, 0, 12)):
-        assert cost.update_bytes(itemsize, state_bytes, copied=itemsize == 2) == expected
+        assert cost.update_bytes(itemsize, state_bytes) == expected
     terms = predict(weights=(50e6, 5e6, 0))
     assert terms == pytest.approx((1 - 1000 * US, 100 * US, 0, 0))
     assert terms.step == pytest.approx(1 - 900 * US)

@@ -275,13 +275,14 @@ def collective_seconds(card: Card, move: Mapping, devices: int, hosts: int) -> f
     return max(card.spans[span].seconds(operation, size, lanes) for span, lanes in spans.items())
 
 
-def update_bytes(itemsize: int, state_bytes: float, copied: bool) -> float:
+def update_bytes(itemsize: int, state_bytes: float) -> float:
     """Return what the update of a weight reads and writes, in bytes.
 
     It reads and writes the weight and its optimizer state (`state_bytes`), and reads the gradient.
-    copied: it also writes a copy of the weight for the next step. itemsize: bytes of the compute
-    dtype, which gradient and copy have.
+    In bfloat16 it also writes a copy of the weight for the next step. itemsize: bytes of the
+    compute dtype, which gradient and copy have.
     """
+    copied = itemsize < WEIGHT_BYTES
     return 2 * (WEIGHT_BYTES + state_bytes) + (1 + copied) * itemsize
 
 

@@ -165,7 +165,7 @@ def weights_of(setup: Any, moves: Sequence[dict]) -> cost.Weights:
         count = updates * program.bytes_per_device(weight) / cost.WEIGHT_BYTES
         updated += count
         ready += 0.0 if name in summed else count
-    update_bytes = cost.update_bytes(setup.itemsize, state_bytes, setup.functions.carry_bf16)
+    update_bytes = cost.update_bytes(setup.itemsize, state_bytes)
     in_turn = "gather_again" in setup.place.row
     return cost.Weights(of_network, updated, ready, update_bytes, in_turn)
 
