@@ -1,4 +1,4 @@
-"""A data set in shards: the host's plans, and numbers equal to those of resident data."""
+"""A data set in shards: what the devices send, and numbers equal to those of resident data."""
 
 import functools
 import types
@@ -91,19 +91,19 @@ def test_rows_of_ones_own(conv_batch):
         ):
             assert (array.shape, array.dtype) == (form.shape, form.dtype)
             assert array.sharding == form.sharding
-        found, no_plan = exchange(*call)
-        assert no_plan is None
+        found, no_exchange = exchange(*call)
+        assert no_exchange is None
         for shard in found.images.addressable_shards:
             np.testing.assert_array_equal(shard.data.ravel(), indices[shard.index[0]])
         np.testing.assert_array_equal(found.labels, indices)
 
 
-def test_the_plan_of_a_chunk_by_hand():
+def test_the_exchange_of_a_chunk_by_hand():
     """Two devices, images of two steps; device 1 holds the odd ones."""
     indices = np.array([[0, 2, 1, 4], [5, 3, 1, 0]])
     positions = np.array([[0, 1], [2, 3]])
     assert sharded.most_sent(indices, positions) == 2
-    sent_rows, slots = sharded.plan_exchange(indices, positions, 2)
+    sent_rows, slots = sharded.sent_and_slots(indices, positions, 2)
     # [step][sender][receiver]: images 0 and 2 are rows 0 and 1 of device 0.
     assert sent_rows.tolist() == [
         [[[0, 1], [2, 0]], [[0, 0], [0, 0]]],
@@ -112,7 +112,7 @@ def test_the_plan_of_a_chunk_by_hand():
     # What device 1 sent comes after the two images of device 0.
     assert slots.tolist() == [[[0, 1], [2, 0]], [[2, 3], [2, 0]]]
     with pytest.raises(UserError, match=r"takes 2 images from one device, .* for 1: set steps"):
-        sharded.plan_exchange(indices, positions, 1)
+        sharded.sent_and_slots(indices, positions, 1)
 
 
 def test_a_batch_in_order_takes_equally_many_from_each_device():

@@ -3,7 +3,7 @@
 Image i lies on device i % D, in row i // D. Neighbours in the data set thus lie on different
 devices, and a batch that is in order takes equally many images from each of them.
 
-The host knows all indices, and plans for each step which rows every device sends to every other.
+The host knows all indices, and says for each step which rows every device sends to every other.
 The devices gather these rows, do one all-to-all, and gather their batch from what they received.
 The all-to-all has a fixed shape: each device sends `capacity` images to each device. That is the
 largest number that any step of the run needs; where a step needs fewer, the rest is padding.
@@ -37,7 +37,7 @@ from cnn_spmd.sharding.placement import Placement
 PIECE_BYTES = 1e9
 
 
-class Plan(NamedTuple):
+class Exchange(NamedTuple):
     """How the devices get the images of a step; for a chunk, each array has S in front."""
 
     indices: jax.Array  # int32 [B]: the examples, for their labels
@@ -46,19 +46,19 @@ class Plan(NamedTuple):
 
 
 # What names the examples of a step: of resident, sharded and streamed data, in this order.
-Indices = jax.Array | Plan | None
+Indices = jax.Array | Exchange | None
 
 
 def exchanged(
-    place: Placement, data: DeviceData, plan: Indices
+    place: Placement, data: DeviceData, exchange: Indices
 ) -> tuple[DeviceData, jax.Array | None]:
-    """Return the examples of a step and None, as for streamed data, where there is a Plan.
+    """Return the examples of a step and None, as for streamed data, where there is an Exchange.
 
     Otherwise return `data` and the indices as they are. Call it inside a jitted function. Images
     are uint8 [B, H, W, C] along conv_batch, labels int32 [B].
     """
-    if not isinstance(plan, Plan):
-        return data, plan
+    if not isinstance(exchange, Exchange):
+        return data, exchange
     every_axis = place.mesh.axis_names
     image_shape = data.images.shape[2:]
 
@@ -71,15 +71,17 @@ def exchanged(
         on_device,
         mesh=place.mesh,
         in_specs=(P(None, every_axis), P(every_axis), P(every_axis)),
-        out_specs=place.spec(("conv_batch", None, None, None), (*plan.indices.shape, *image_shape)),
+        out_specs=place.spec(
+            ("conv_batch", None, None, None), (*exchange.indices.shape, *image_shape)
+        ),
         check_vma=False,  # devices that share a part of the batch receive the same images
-    )(data.images, plan.sent_rows, plan.slots)
-    return DeviceData(images_BHWC, labels_of(data, plan.indices)), None
+    )(data.images, exchange.sent_rows, exchange.slots)
+    return DeviceData(images_BHWC, labels_of(data, exchange.indices)), None
 
 
 @dataclasses.dataclass
 class Sharded(Feed):
-    """A split of the data set in shards over all devices; a program takes a Plan."""
+    """A split of the data set in shards over all devices; a program takes an Exchange."""
 
     # Returns the indices of all steps that the run will do, as arrays [S, B].
     run_indices: Callable[[], Iterable[np.ndarray]]
@@ -113,7 +115,7 @@ class Sharded(Feed):
             images = write(images, piece, start, 0)
         self.data = DeviceData(images, put(self.labels, self.place.replicated))
 
-    def shapes(self, *shape: int) -> tuple[DeviceData, Plan]:
+    def shapes(self, *shape: int) -> tuple[DeviceData, Exchange]:
         """Return shapes, dtypes and shardings of what `calls` yields.
 
         shape: of the indices that one call of a program takes, [B] or [S, B].
@@ -130,19 +132,21 @@ class Sharded(Feed):
         *chunk, batch = shape
         per_device = self.sharding("conv_batch", (batch,)).shard_shape((batch,))
         split = self._split(len(chunk))
-        plan = Plan(
+        exchange = Exchange(
             abstract(shape, jnp.int32, self.place.replicated),
             abstract((*chunk, devices, devices, self.capacity), jnp.int32, split),
             abstract((*chunk, devices, *per_device), jnp.int32, split),
         )
-        return data, plan
+        return data, exchange
 
-    def call(self, indices: np.ndarray) -> tuple[DeviceData, Plan]:
-        """Return the data and the plan that a program takes, for one call of it."""
-        sent_rows, slots = plan_exchange(indices, self._positions(indices), self.capacity)
+    def call(self, indices: np.ndarray) -> tuple[DeviceData, Exchange]:
+        """Return the data and the Exchange that a program takes, for one call of it."""
+        sent_rows, slots = sent_and_slots(indices, self._positions(indices), self.capacity)
         split = self._split(indices.ndim - 1)
-        plan = Plan(put(indices, self.place.replicated), put(sent_rows, split), put(slots, split))
-        return self.data, plan
+        exchange = Exchange(
+            put(indices, self.place.replicated), put(sent_rows, split), put(slots, split)
+        )
+        return self.data, exchange
 
     def _images_shape(self) -> tuple[int, ...]:
         devices = self.place.mesh.size
@@ -172,10 +176,10 @@ def most_sent(indices: np.ndarray, positions: np.ndarray) -> int:
     return int(np.bincount(pair.ravel()).max())
 
 
-def plan_exchange(
+def sent_and_slots(
     indices: np.ndarray, positions: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return `sent_rows` and `slots` of a Plan, for indices [B] or [S, B].
+    """Return `sent_rows` and `slots` of an Exchange, for indices [B] or [S, B].
 
     positions: which of a batch each device needs, int [D, b]. Raises UserError where a device
     would send more than `capacity` images to another.

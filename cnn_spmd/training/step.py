@@ -8,7 +8,8 @@ A step sees the examples `indices_B`, which data/order.py makes from seed, step 
 processes do not change them. There are three ways to give them. Where the data set is resident,
 `data` is all of it, on every device, and the step takes data[indices_B]. Where it is streamed,
 `data` holds just the examples, and the indices are None (data/feed.py). Where it is sharded, each
-device holds a part of it, and a Plan of who sends what takes the indices' place (data/sharded.py).
+device holds a part of it, and an Exchange says which images each one sends to each other
+(data/sharded.py); it takes the indices' place.
 
 With `dense_microbatch`, microbatch.train_step takes the place of train_step: the dense layers then
 see one part of the batch after another.
