@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import weights
+from cnn_spmd.training import provenance, runfiles, weights
 
 flags.disclaim_key_flags()  # --help shows --config as a flag of launch.py
 
@@ -86,6 +86,8 @@ def load_file(text: str) -> ml_collections.ConfigDict:
         raise UserError(f"--config={path}: no such experiment, expected one of {known}")
     if source := trained_source(path):
         return configs.from_saved(weights.read_saved(source))
+    file = pathlib.Path(path)
+    provenance.experiment_files[file.name] = runfiles.sha256(file)
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config and variant and not inspect.signature(get_config).parameters:

@@ -269,6 +269,9 @@ def _rows(
             row["reason"] = str(error)
         except jax.errors.JaxRuntimeError as error:
             row["reason"] = " ".join(str(error).split())[:LONGEST_REASON]
+        except Exception as error:  # of a network or an optimizer of the user's own
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            row["reason"] = f"{text[:LONGEST_REASON]} (this combination alone shows where)"
         yield row
 
 

@@ -17,10 +17,12 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 
+from absl import logging
+
 from cnn_spmd import config as configs
 from cnn_spmd import experiment, sweep, sweep_screen, worker
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import runfiles, workdir
+from cnn_spmd.training import provenance, runfiles, workdir
 
 # A run's status by launch.py's exit code; any other code means failed.
 OUTCOMES = {0: "completed", 2: "refused", 75: "interrupted"}
@@ -65,6 +67,7 @@ def run(
         if old:
             _refuse_another_sweep(folder, old, same)
         earlier = _take_earlier(rows, old["runs"] if old else [], folder)
+        _warn_of_other_code([*earlier, *rows], folder)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         header = dict(
             experiment=name,
@@ -142,6 +145,18 @@ def _take_earlier(rows: list[dict], old: list[dict], folder: pathlib.Path) -> li
             with workdir.locked(folder / row["name"]):
                 pass
     return [row for row in old if row["status"] != "refused" and row not in taken]
+
+
+def _warn_of_other_code(rows: Sequence[dict], folder: pathlib.Path) -> None:
+    """Warn where runs of a sweep were completed by other code than what runs now."""
+    runs: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: row["number"]):
+        if row["status"] == "completed":
+            summary = runfiles.read_json(folder / row["name"] / "summary.json", required=False)
+            runs.setdefault(provenance.other_code(summary), []).append(str(row["number"]))
+    for other, numbers in runs.items():
+        if other:
+            logging.warning("Other code made the runs %s: %s.", ", ".join(numbers), other)
 
 
 def _combination(row: dict) -> str:

@@ -24,6 +24,18 @@ def test_every_sum_becomes_a_mean_under_its_name():
     assert evaluate.means_of(sums, 8) == means
 
 
+def test_a_metric_that_is_not_finite_is_left_out(monkeypatch):
+    """A file of metrics could not hold it; the run goes on. A loss is for the callers."""
+    said = []
+    monkeypatch.setattr(
+        evaluate.logging, "warning", lambda text, *values: said.append(text % values)
+    )
+    sums = [dict(loss=float("nan"), accuracy=3, brier=float("nan"), examples=4)]
+    means = evaluate.means_of(sums, 4)
+    assert means.keys() == {"loss", "accuracy", "examples"}
+    assert said == ["METRICS['brier'] is nan over these images: left out."]
+
+
 def test_a_metric_of_ones_own_is_in_every_file_of_a_run(config, tmp_path, monkeypatch):
     """Every sum reaches metrics.jsonl, TensorBoard and the summary."""
     means_of = evaluate.means_of

@@ -25,8 +25,9 @@ from cnn_spmd import experiment, sweep, sweep_run, sweep_screen, worker
 from cnn_spmd.data import registry
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
+from cnn_spmd.models import NETWORKS
 from cnn_spmd.report import compare
-from cnn_spmd.training import runfiles
+from cnn_spmd.training import provenance, runfiles
 from cnn_spmd.training import workdir as workdirs
 
 SHARED = SMALL[:2]
@@ -193,6 +194,20 @@ def test_what_cannot_work_is_refused_with_its_reason(monkeypatch, tmp_path):
     runfiles.write_json(tmp_path / "rows.json", dict(rows=rows))
     assert rows[7]["command"].startswith("python launch.py --config experiments/alexnet_cifar.py")
     assert rows[7]["command"].endswith("--config.data.fallback= --mesh=4x2 --config.batch_size=64")
+
+
+def test_a_network_that_raises_is_refused_and_the_others_run(monkeypatch):
+    """It is the user's own, and may raise anything."""
+
+    def broken(**_):
+        raise TypeError("my network\nis broken")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(NETWORKS, "broken", broken)
+    combos = [{"model.name": name} for name in ("broken", "simple_cnn")]
+    rows = list(sweep.plan(combos, SMALL, jax.devices()))
+    assert [row["status"] for row in rows] == ["refused", "pending"]
+    assert rows[0]["reason"].startswith("TypeError: my network is broken (")
 
 
 def test_runs_that_differ_in_their_seed_are_checked_once(monkeypatch):
@@ -546,6 +561,22 @@ def test_a_sweep_says_every_commit_that_it_ran_at(fake, tmp_path):
     hardware = fake(0, 1)["hardware"]
     assert hardware == dict(device_kind="card", host_cores=2, versions=dict(jax="2"), commit="c, d")
     assert fake(0, 1, 2)["hardware"] == hardware
+
+
+def test_a_sweep_names_the_runs_of_other_code(fake, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(sweep_run.logging, "warning", lambda text, *rest: said.append(text % rest))
+    fake(0)
+    (tmp_path / "s/repaired").touch()
+    for run in fake(0, 1)["runs"]:
+        (tmp_path / "s" / run["name"] / "summary.json").write_text(
+            json.dumps(dict(experiment_files={"own.py": "a"}))
+        )
+    said.clear()
+    for digest in ("a", "b"):
+        monkeypatch.setitem(provenance.experiment_files, "own.py", digest)
+        fake(0, 1)
+    assert said == ["Other code made the runs 1, 2: own.py was edited."]
 
 
 def test_what_was_refused_is_forgotten_by_another_list(fake, monkeypatch):

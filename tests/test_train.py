@@ -33,6 +33,8 @@ from cnn_spmd.training import (
     loop,
     one_checkpoint,
     optim,
+    provenance,
+    resume,
     runfiles,
     startup,
 )
@@ -265,6 +267,24 @@ def test_a_finished_run_is_left_alone_and_can_grow(config, tmp_path, capsys):
     config.epochs = 1
     with pytest.raises(UserError, match=r"steps=4: .* is at step 12 already"):
         loop.train(config, tmp_path)
+
+
+def test_a_run_that_goes_on_by_other_code_says_so(config, tmp_path, monkeypatch):
+    """The commit and the experiment's file are those of summary.json, or are named."""
+    said = []
+    monkeypatch.setattr(resume.logging, "warning", lambda text, *rest: said.append(text % rest))
+    monkeypatch.setitem(provenance.experiment_files, "own.py", "a")
+    monkeypatch.setenv("COMMIT", "a" * 40)
+    loop.train(config, tmp_path)
+    config.epochs = 3
+    loop.train(config, tmp_path)
+    assert not said
+    monkeypatch.setitem(provenance.experiment_files, "own.py", "b")
+    monkeypatch.setenv("COMMIT", "b" * 40 + "-dirty")
+    config.epochs = 4
+    loop.train(config, tmp_path)
+    edited = f"own.py was edited, commit {'a' * 10} -> {'b' * 10}-dirty"
+    assert said == [f"Other code trained the steps before: {edited}."]
 
 
 def test_a_signal_where_a_run_evaluates_costs_no_evaluation(config, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from absl import logging
 
 from cnn_spmd import config as configs
 from cnn_spmd.data import augment, order
@@ -54,6 +55,8 @@ class Evaluator:
 def means_of(sums: list[dict], examples: int) -> dict[str, Any]:
     """Return the means over a split, by name, and `examples`.
 
+    A metric of the user's own that is not finite is left out, with a warning.
+
     sums: the results of eval_step, one per batch: sums over its examples, and its `examples`.
     Raises AssertionError unless all `examples` of the split were counted.
     """
@@ -62,6 +65,10 @@ def means_of(sums: list[dict], examples: int) -> dict[str, Any]:
     if counted != examples:
         raise AssertionError(f"evaluated {counted} examples of {examples}")
     means = {name: total / examples for name, total in totals.items()}
+    for name in set(means) - {"loss"}:  # the callers refuse such a loss
+        if not math.isfinite(means[name]):
+            logging.warning("METRICS[%r] is %s over these images: left out.", name, means[name])
+            del means[name]
     return means | dict(examples=examples)
 
 
@@ -103,7 +110,7 @@ def evaluate_restored(name: str, restored: restore.Restored) -> dict:
     metrics = Evaluator(setup, program)(restored.state)
     config, place = setup.config, setup.place
     values = {name: value for name, value in metrics.items() if name != "examples"}
-    if not all(map(math.isfinite, values.values())):
+    if not math.isfinite(metrics["loss"]):
         raise UserError(f"{name}: loss is {metrics['loss']}, expected weights that are finite")
     others = [f"{name} {value:.4f}" for name, value in values.items() if name != "accuracy"]
     earlier = "" if restored.accuracy is None else f" (recorded: {restored.accuracy:.2%})"

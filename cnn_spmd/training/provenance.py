@@ -12,16 +12,33 @@ import sys
 PACKAGES = dict(jax="jax", jaxlib="jaxlib", flax="flax", optax="optax", orbax="orbax-checkpoint")
 ENVIRONMENT = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")  # these may change the last digits of a run
 
+# The SHA-256 of each experiment's file that this process ran, by name: it may hold own code.
+experiment_files: dict[str, str] = {}
+
 
 def provenance() -> dict:
-    """Return versions, CPU cores, commit, and which of ENVIRONMENT are set to what."""
+    """Return versions, CPU cores, commit, experiment_files, and what of ENVIRONMENT is set."""
     versions = {name: importlib.metadata.version(package) for name, package in PACKAGES.items()}
     return dict(
         versions=versions | dict(python=platform.python_version()),
         host_cores=os.cpu_count(),
         commit=commit(),
+        experiment_files=dict(experiment_files),
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     )
+
+
+def other_code(before: dict) -> str:
+    """Say how the code differs from that of `before`, a provenance or summary; "": not at all."""
+    files, old, new = before.get("experiment_files") or {}, before.get("commit"), commit()
+    changed = [
+        f"{name} was edited"
+        for name, digest in experiment_files.items()
+        if files.get(name, digest) != digest
+    ]
+    if old and new and old != new:
+        changed.append(f"commit {old[:10]}{old[40:]} -> {new[:10]}{new[40:]}")
+    return ", ".join(changed)
 
 
 def command() -> str | None:

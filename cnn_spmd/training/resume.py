@@ -4,10 +4,11 @@ import pathlib
 import secrets
 
 import jax
+from absl import logging
 
 from cnn_spmd import config as configs
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import runfiles
+from cnn_spmd.training import provenance, runfiles
 from cnn_spmd.training.checkpoint import Checkpoints
 from cnn_spmd.training.setup import Setup
 from cnn_spmd.training.step import TrainState
@@ -89,6 +90,8 @@ def write_config(
         changed = "" if old_steps in (None, steps) else f", steps {old_steps} -> {steps}"
         placed = _placement_text(setup, old_summary)
         say(f"Resumed {workdir} at step {start} on {placed}{changed}.")
+        if jax.process_index() == 0 and (other := provenance.other_code(old_summary)):
+            logging.warning("Other code trained the steps before: %s.", other)
     elif metrics.exists():
         say(
             f"{workdir} has no checkpoint to go on from: starting again at step 0; the old metrics "
