@@ -81,7 +81,17 @@ def answer(overview: Overview) -> str:
         parts = [f"{best[0].upper()}{best[1:]}: {shown}"]
     if not overview.is_of_lone_runs:
         parts.append(settings.at_edges(ranked[0], overview))
-    parts.append(beside_others(named, overview.metric))
+    others = named
+    if overview.metric != SPEED:
+        same = settings.training_of(ranked[0], overview)
+        others = [
+            (name, each)
+            for name, each in named
+            if each is ranked[0] or settings.training_of(each, overview) != same
+        ]
+    parts.append(beside_others(others, overview.metric))
+    if len(others) < len(named):
+        parts.append("rows that differ in nothing but mesh or scheme train alike, up to rounding")
     if overview.metric == SPEED and any(is_simulated(run) for each in ranked for run in each.runs):
         parts.append("the speed of simulated devices is not that of real ones")
     unfinished = []

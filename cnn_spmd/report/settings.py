@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cnn_spmd import config as configs
 from cnn_spmd.report import batch_scaling, captions, compare
 from cnn_spmd.report.compare import SPEED
 
@@ -123,6 +124,19 @@ def varied(runs: Sequence[dict]) -> list[Setting]:
         each if labels.count(each.label) == 1 else each._replace(label=each.name)
         for each in found.values()
     ]
+
+
+def training_of(combination: Combination, overview: Overview) -> list[str]:
+    """Return what decides on what a combination learns: its settings but mesh and scheme."""
+    run = combination.runs[0]
+    names = [name for each in overview.settings for name in (each.name, *each.along)]
+    decide = [
+        name
+        for name in names
+        if name != "batch_per_device" and not configs.is_part_of(name, configs.COMPUTING)
+    ]
+    batch = (run["figures"] or {}).get("batch_size")
+    return [str(batch), *(str(value_of(run, name)) for name in decide if name != "seed")]
 
 
 def value_of(run: dict, name: str) -> Any:
