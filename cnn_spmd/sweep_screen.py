@@ -82,9 +82,18 @@ def table_of(
 
 
 def figure_columns(rows: Sequence[dict]) -> dict[str, list[str]]:
-    """Return the cells of each column of figures, the most important column first."""
+    """Return the cells of each column of figures, the most important column first.
+
+    A metric of the user's own follows the accuracy, so that a narrow terminal has room for it.
+    """
+    metrics = {}
+    for name in runfiles.registered_metrics(row["figures"] for row in rows):
+        values = [(row["figures"].get("eval") or {}).get(name) for row in rows]
+        form = "{:.2%}" if name in runfiles.SHARES else "{:.4g}"
+        metrics[name] = [_cell(value, form) for value in values]
     columns = {
         "accuracy": [_cell(row["figures"].get("accuracy"), "{:.2%}") for row in rows],
+        **{name: cells for name, cells in metrics.items() if name not in runfiles.SHARES},
         "images/s": [_cell(row["figures"].get("images_per_second"), "{:,.0f}") for row in rows],
         "seconds": [_cell(row["seconds"], "{:.0f}") for row in rows],
     }
@@ -95,11 +104,7 @@ def figure_columns(rows: Sequence[dict]) -> dict[str, list[str]]:
     # None where a resumed run had no step left.
     times = [(row["figures"].get("step_milliseconds") or {}).get("median") for row in rows]
     columns["step ms"] = [_cell(milliseconds, "{:.2f}") for milliseconds in times]
-    for name in runfiles.registered_metrics(row["figures"] for row in rows):
-        values = [(row["figures"].get("eval") or {}).get(name) for row in rows]
-        form = "{:.2%}" if name in runfiles.SHARES else "{:.4g}"
-        columns[name] = [_cell(value, form) for value in values]
-    return columns
+    return columns | metrics
 
 
 def _cell(value: float | None, form: str, factor: float = 1) -> str:

@@ -821,6 +821,8 @@ def test_a_registered_metric_is_in_the_terminals_table_of_a_sweep():
     runs = [a_run(eval=evaluated), a_run("2x1", status="failed")]
     assert sweep_screen.figure_columns(runs)["mean_rank"] == ["2.53", ""]
     assert sweep_screen.figure_columns(runs)["top5"] == ["87.50%", ""]
+    # A narrow terminal has room for the first columns only.
+    assert list(sweep_screen.figure_columns(runs))[:2] == ["accuracy", "mean_rank"]
 
 
 def test_a_metric_that_is_no_number_is_damage(tmp_path, capsys):
