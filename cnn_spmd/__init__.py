@@ -1,7 +1,8 @@
 """Train AlexNet and its relatives on a mesh of devices.
 
 `load_config` makes a config from an experiment. `prepare` turns it into a Setup: mesh, data,
-network, step functions. `train` does a run in a folder. `load_runs` reads runs for analysis.
+network, step functions. `train` does a run in a folder. `load_trained` returns its newest state.
+`load_runs` reads runs for analysis.
 """
 
 import importlib
@@ -14,6 +15,7 @@ _API = {
     "load_config": "cnn_spmd.experiment",
     "prepare": "cnn_spmd.training.build",
     "train": "cnn_spmd.training.loop",
+    "load_trained": "cnn_spmd.training.restore",
     "load_runs": "cnn_spmd.report.flat_runs",
 }
 __all__ = ["__version__", *_API]

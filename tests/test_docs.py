@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 import types
 
 import jax
@@ -227,6 +228,26 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["report"]["collectives"]
     assert names["summary"]["status"] == "completed"
     assert [run["experiment"] for run in names["runs"]] == ["alexnet_cifar"]
+    trained = names["trained"]
+    assert trained.step == names["summary"]["steps"]
+    assert trained.accuracy == names["summary"]["eval"]["accuracy"]
+
+
+def test_python_of_running_predicts_what_the_run_evaluated(tmp_path, monkeypatch, capsys):
+    """On the first eight test images; the page's lines are those of a list, and indented."""
+    monkeypatch.chdir(tmp_path)
+    small = {"data.name": "digits", "model.name": "simple_cnn", "batch_size": 64, "epochs": 1}
+    cnn_spmd.train(cnn_spmd.load_config(ROOT / "experiments/alexnet_cifar.py", small), "runs/a")
+    (code,) = re.findall(
+        r"^  ```python\n(.*?)^  ```$", (ROOT / "docs/running.md").read_text(), re.DOTALL | re.M
+    )
+    capsys.readouterr()
+    names = {}
+    exec(textwrap.dedent(code.replace("[:8]", "")), names)
+    shown = names["scores"](names["trained"].state, names["images"]).argmax(axis=-1)
+    accuracy = np.mean(shown == names["trained"].setup.data.test_labels)
+    assert accuracy == pytest.approx(names["trained"].accuracy, abs=1e-6)
+    assert "'9')" in capsys.readouterr().out
 
 
 EXAMPLES = {

@@ -75,6 +75,19 @@ def restore(
     return restored._replace(accuracy=None)  # the run measured it on the validation images
 
 
+def load_trained(source: pathlib.Path | str, data_dir: str | None = None) -> Restored:
+    """Return what was trained, with its setup, on the first device.
+
+    source: the folder of a run, whose newest checkpoint is taken, or a weights file. data_dir: as
+    of on_one_device. `setup.functions.scores(state, images)` gives the log probability of each
+    class, [B, C], for uint8 images [B, H, W, 3] as the run's data set has them; jit it.
+    Raises UserError as on_one_device, and where a run is training in the folder.
+    """
+    source = pathlib.Path(source)
+    with locked(source):
+        return on_one_device(source, data_dir)
+
+
 def on_one_device(source: pathlib.Path, data_dir: str | None = None) -> Restored:
     """Return what was trained, on the first device, whatever the run's mesh was.
 
