@@ -245,3 +245,24 @@ def test_an_experiment_without_variants(tmp_path):
     with pytest.raises(UserError, match=f"^--config={path}:big: {path} has no variants"):
         experiment.load_config(f"{path}:big")
     assert experiment.load_config(path).experiment == "experiment"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "training.metrics.METRICS['accuracy']",
+        "training.metrics.METRICS['learning_rate']",
+        "training.optim.OPTIMIZERS['sgd']",
+        "training.optim.SCHEDULES['linear']",
+        "models.NETWORKS['alexnet']",
+        "data.registry.DATASETS['digits']",
+    ],
+)
+def test_an_experiment_cannot_replace_what_is_built_in(entry, tmp_path):
+    """The run would be recorded as one of the built-in network, and so on."""
+    module, name = entry.rsplit(".", 1)
+    path = tmp_path / "mine.py"
+    path.write_text(f"from cnn_spmd.{module} import {name[: name.index('[')]}\n{name} = print\n")
+    message = f"{name}: is a built-in name, expected another one"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        experiment.load_file(str(path))

@@ -502,7 +502,7 @@ alexnet.CHANNELS = {}
 few = digits.load_digits(None)
 images, labels = few.train_images[:128], few.train_labels[:128]
 few = dataclasses.replace(few, train_images=images, train_labels=labels)
-registry.DATASETS["digits"] = lambda _: few
+registry.DATASETS.data["digits"] = lambda _: few
 """
 
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 # Each package or module may import itself and those before it.
 ORDER = (
     "errors",
+    "entries",
     "plain_table",
     "config",
     "sharding",

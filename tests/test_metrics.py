@@ -1,9 +1,12 @@
 """Evaluation metrics: those that there are, and one of a user's own."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import nnx
 from setups import NO_STATE, TEST_EXAMPLES, on_one
 
@@ -78,7 +81,6 @@ def test_a_metric_of_ones_own_is_summed(monkeypatch, sums_of):
             lambda scores, labels: scores.mean(),
             r"METRICS\['mean'\]: returns the shape \(\)",
         ),
-        ("step", lambda scores, labels: labels, r"METRICS\['step'\]: is a field of metrics\.jsonl"),
     ],
 )
 def test_metrics_that_are_refused(monkeypatch, name, metric, message):
@@ -86,3 +88,11 @@ def test_metrics_that_are_refused(monkeypatch, name, metric, message):
     setup, data = on_one("simple_cnn")
     with pytest.raises(UserError, match=message):
         jax.eval_shape(setup.functions.eval_step, setup.init(), data, None, np.ones(64, bool))
+
+
+def test_names_that_no_metric_can_have_are_the_fields_of_metrics_jsonl():
+    page = (ROOT / "docs/running.md").read_text()
+    table = page.partition("### metrics.jsonl")[2].partition("###")[0]
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?)\|", table, re.M)))
+    assert len(named) > 10
+    assert named == [name for name in named if name in metrics.METRICS.built_in]

@@ -266,7 +266,7 @@ def test_runs_are_numbered_and_named_by_what_differs(tmp_path):
 def test_what_the_fallback_sets_can_be_swept(monkeypatch, field):
     monkeypatch.chdir(ROOT)
     digits = dataclasses.replace(load_digits(None), fallback="cifar10")
-    monkeypatch.setitem(registry.DATASETS, "cifar10", lambda data: digits)
+    monkeypatch.setitem(registry.DATASETS.data, "cifar10", lambda data: digits)
     arguments = [*SHARED, "--config.data.fallback=digits", "--config.model.name=simple_cnn"]
     (row,) = sweep.plan([{field: "3"}], arguments, jax.devices()[:1])
     assert row["status"] == "pending", row["reason"]

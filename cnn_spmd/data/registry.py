@@ -7,7 +7,7 @@ an entry for it too: then fields that it does not use are refused when they are 
 import dataclasses
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 import ml_collections
 from absl import logging
@@ -16,6 +16,7 @@ from cnn_spmd.data import cifar10, cifar10_archive, digest, npz, photographs, tf
 from cnn_spmd.data.dataset import Dataset, Found, Unread
 from cnn_spmd.data.digits import load_digits
 from cnn_spmd.data.synthetic import load_synthetic
+from cnn_spmd.entries import Entries
 from cnn_spmd.errors import UnknownName, UserError
 
 BANNER = 80  # columns of a warning: as many as a usual terminal has
@@ -152,15 +153,18 @@ def warn_of_digits(reason: str) -> None:
     print(f"\n{rule}\n{text}\n{rule}\n", file=sys.stderr, flush=True)
 
 
-DATASETS: dict[str, Loader] = {
-    "cifar10": load_cifar10,
-    "digits": load_digits,
-    "synthetic": load_synthetic,
-    "folder": photographs.load,
-    "imagenet2012": photographs.load,
-    "imagenette": photographs.load,
-    "npz": npz.load,
-}
+DATASETS: MutableMapping[str, Loader] = Entries(
+    "DATASETS",
+    {
+        "cifar10": load_cifar10,
+        "digits": load_digits,
+        "synthetic": load_synthetic,
+        "folder": photographs.load,
+        "imagenet2012": photographs.load,
+        "imagenette": photographs.load,
+        "npz": npz.load,
+    },
+)
 
 # The config's fields that only some data sets use, by data set; one that is not here uses all.
 # What stands before a colon in data.name is looked up.

@@ -11,10 +11,11 @@ grouped convolutions (1 if absent).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 from flax import nnx
 
+from cnn_spmd.entries import Entries
 from cnn_spmd.errors import UnknownName, UserError
 from cnn_spmd.layers.common import FAST_FORMS
 from cnn_spmd.models import alexnet_2012_small, alexnet_bn, cuda_convnet, resnet, stack, vgg
@@ -28,14 +29,17 @@ STACKS = cuda_convnet.NETS | alexnet_2012_small.NETS | vgg.NETS
 # Name -> factory(*, image_size, classes, width, dropout, dtype, rngs, fast_forms) -> nnx.Module. An
 # experiment may add networks of its own. Where USES names model.batch_norm, the factory takes it
 # too, as batch_norm.
-NETWORKS: dict[str, Callable[..., nnx.Module]] = {
-    "alexnet": AlexNet,
-    "alexnet_2012": AlexNet2012,
-    "simple_cnn": SimpleCNN,
-    "alexnet_bn": alexnet_bn.alexnet_bn,
-    **resnet.NETS,
-    **{name: functools.partial(stack.Stack, name, net) for name, net in STACKS.items()},
-}
+NETWORKS: MutableMapping[str, Callable[..., nnx.Module]] = Entries(
+    "NETWORKS",
+    {
+        "alexnet": AlexNet,
+        "alexnet_2012": AlexNet2012,
+        "simple_cnn": SimpleCNN,
+        "alexnet_bn": alexnet_bn.alexnet_bn,
+        **resnet.NETS,
+        **{name: functools.partial(stack.Stack, name, net) for name, net in STACKS.items()},
+    },
+)
 
 # Name -> the fields of the config that a network uses, of those that not all networks use. A
 # network that is not here may use all of them.

@@ -7,11 +7,12 @@ under its name, in metrics.jsonl, TensorBoard, summary.json and the report.
 Shapes: B batch, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 import jax
 import jax.numpy as jnp
 
+from cnn_spmd.entries import Entries
 from cnn_spmd.errors import UserError
 
 
@@ -40,12 +41,6 @@ def loss(scores_BC: jax.Array, labels_B: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(scores_BC, labels_B[:, None], axis=-1)[:, 0]
 
 
-METRICS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "accuracy": accuracy,
-    "top5": top5,
-    "loss": loss,
-}
-
 # Other fields of a line of metrics.jsonl, whose names a metric cannot have.
 RESERVED = (
     "step",
@@ -56,13 +51,23 @@ RESERVED = (
     "fallback",
     "skipped_images",
     "test_images_from_train",
+    "learning_rate",
+    "steps",
+    "images_per_second",
+    "train_seconds",
+    "noise_scale",
+    "trace",
+    "gradient_norm2",
+    "batches",
+)
+
+METRICS: MutableMapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = Entries(
+    "METRICS", dict(accuracy=accuracy, top5=top5, loss=loss), RESERVED
 )
 
 
 def check_metric(name: str, values: jax.Array, examples: int) -> None:
-    """Raise UserError for a metric's reserved name, and for another shape than [examples]."""
-    if name in RESERVED:
-        raise UserError(f"METRICS[{name!r}]: is a field of metrics.jsonl, expected another name")
+    """Raise UserError for a metric that returns another shape than [examples]."""
     if jnp.shape(values) != (examples,):
         raise UserError(
             f"METRICS[{name!r}]: returns the shape {jnp.shape(values)}, expected one value per "

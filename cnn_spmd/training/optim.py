@@ -11,7 +11,7 @@ collectives, so that every mesh computes the same update.
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from cnn_spmd.entries import Entries
 from cnn_spmd.errors import UnknownName, UserError
 
 # Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.2: the root
@@ -161,23 +162,29 @@ def stages(rate: float, settings: Any, steps: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(rate, factors)
 
 
-OPTIMIZERS: dict[str, Callable[..., tuple[optax.GradientTransformation, ...]]] = {
-    "sgd": sgd,
-    "lars": lars,
-    "larc": functools.partial(lars, combine=jnp.minimum),  # clips the rate: min(rate, local)
-    "adamw": adamw,
-    "muon": muon,
-}
+OPTIMIZERS: MutableMapping[str, Callable[..., tuple[optax.GradientTransformation, ...]]] = Entries(
+    "OPTIMIZERS",
+    {
+        "sgd": sgd,
+        "lars": lars,
+        "larc": functools.partial(lars, combine=jnp.minimum),  # clips the rate: min(rate, local)
+        "adamw": adamw,
+        "muon": muon,
+    },
+)
 
-SCHEDULES: dict[str, Callable[[float, Any, int], optax.Schedule]] = {
-    "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, steps),
-    "polynomial": lambda rate, settings, steps: optax.polynomial_schedule(
-        rate, 0.0, settings.power, steps
-    ),
-    "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(rate, steps),
-    "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
-    "staged": stages,
-}
+SCHEDULES: MutableMapping[str, Callable[[float, Any, int], optax.Schedule]] = Entries(
+    "SCHEDULES",
+    {
+        "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, steps),
+        "polynomial": lambda rate, settings, steps: optax.polynomial_schedule(
+            rate, 0.0, settings.power, steps
+        ),
+        "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(rate, steps),
+        "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
+        "staged": stages,
+    },
+)
 
 # The config's fields that only some of them use, by optimizer and by schedule.
 USES = {
