@@ -7,8 +7,10 @@ import ml_collections
 import numpy as np
 import pytest
 
+import cnn_spmd
 from cnn_spmd.data import dataset, digest, registry
 from cnn_spmd.data.dataset import Dataset
+from cnn_spmd.data.digits import load_digits
 from cnn_spmd.errors import UserError
 from cnn_spmd.training import build, loop
 
@@ -166,9 +168,33 @@ def test_arrays_of_another_form_are_refused_in_one_line(monkeypatch, what):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "call", [cnn_spmd.prepare, lambda config, data: loop.train(config, "run", data)]
+)
+@pytest.mark.parametrize("what", ["floats", "label 3", "a dict"])
+def test_data_given_in_python_are_checked_as_those_of_a_loader(
+    what, call, config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    change, message = REFUSED.get(what, ({}, "found dict in its place, expected a Dataset"))
+    data = arrays() if what == "a dict" else dataclasses.replace(load_greys(None), **change)
+    config.data.name = "greys"
+    with pytest.raises(UserError, match=rf"^data.name=greys: {message}"):
+        call(config, data=data)
+
+
+def test_a_run_does_not_resume_on_other_data_given_in_python(config, tmp_path):
+    data = load_digits(None)
+    loop.train(config, tmp_path, dataclasses.replace(data, digest=""))
+    other = dataclasses.replace(data, train_labels=data.train_labels[::-1], digest="")
+    config.epochs = 3
+    with pytest.raises(UserError, match="data_digest"):
+        loop.train(config, tmp_path, other)
+
+
 def test_a_loader_that_returns_something_else_is_refused(monkeypatch):
     monkeypatch.setitem(registry.DATASETS, "greys", lambda data: arrays())
-    message = "^data.name=greys: its loader returns dict, expected a Dataset"
+    message = "^data.name=greys: found dict in its place, expected a Dataset"
     with pytest.raises(UserError, match=message):
         registry.load(config_data(name="greys"))
 

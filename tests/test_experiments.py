@@ -210,7 +210,12 @@ def test_imagenet(experiment, variant, parameters, photographs):
     config.batch_size, config.mesh.data, config.mesh.model = 32, 1, 2
     config.dense_microbatch //= 4
     classes = 10 if "imagenette" in variant else 1000
-    data = dataclasses.replace(photographs, class_names=photographs.class_names[:classes])
+    data = dataclasses.replace(
+        photographs,
+        class_names=photographs.class_names[:classes],
+        train_labels=photographs.train_labels % classes,
+        test_labels=photographs.test_labels % classes,
+    )
     got = build.prepare(config, data=data)
     assert sum(x.size for x in jax.tree.leaves(got.functions.abstract_state.params)) == parameters
     seen = got.functions.preprocessing

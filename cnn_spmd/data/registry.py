@@ -41,7 +41,7 @@ def find(data: ml_collections.ConfigDict) -> Found:
     what the loader refuses, for arrays of another form than Dataset has, and for data that do not
     fit in memory.
     """
-    return _checked(data, lambda: loader_of(data)(data))
+    return checked(data, lambda: loader_of(data)(data))
 
 
 def read(
@@ -49,19 +49,20 @@ def read(
     found: Found,
     check: Callable[[Dataset], object] = lambda _: None,
 ) -> Dataset:
-    """Return the data set that `find` has found.
+    """Return the data set that `find` has found, or that was made in Python.
 
     check: called with zeros of the same shapes before photographs are decoded, so that a bad config
     fails in seconds. Raises UserError as `find`.
     """
-    if isinstance(found, Dataset):
+    if not isinstance(found, Unread):
+        _refuse_malformed(data, found)
         return found
     check(found.preview)
-    return _checked(data, found.read)
+    return checked(data, found.read)
 
 
-def _checked(data: ml_collections.ConfigDict, load: Callable[[], Found]) -> Found:
-    """Return what `load` returns; a Dataset is checked, and gets a digest."""
+def checked(data: ml_collections.ConfigDict, load: Callable[[], Found]) -> Found:
+    """Return what `load` returns; a Dataset is checked, and gets a digest. Raises as `find`."""
     try:
         found = load()
     except MemoryError as error:
@@ -70,14 +71,19 @@ def _checked(data: ml_collections.ConfigDict, load: Callable[[], Found]) -> Foun
         ) from None
     if isinstance(found, Unread):
         return found
-    if not isinstance(found, Dataset):
-        raise UserError(
-            f"data.name={data.name}: its loader returns {type(found).__name__}, expected a Dataset"
-        )
-    found.check()
+    _refuse_malformed(data, found)
     if not found.digest:
         found = dataclasses.replace(found, digest=digest.of_arrays(found.arrays))
     return found
+
+
+def _refuse_malformed(data: ml_collections.ConfigDict, found: object) -> None:
+    """Raise UserError unless `found` is a Dataset whose arrays are as they should be."""
+    if not isinstance(found, Dataset):
+        raise UserError(
+            f"data.name={data.name}: found {type(found).__name__} in its place, expected a Dataset"
+        )
+    found.check()
 
 
 def loader_of(data: ml_collections.ConfigDict) -> Loader:

@@ -47,11 +47,12 @@ def prepare(
 ) -> Setup:
     """Return the Setup of a config: mesh, data, network and step functions.
 
-    devices: None stands for all that JAX finds. data: the config's data set, where registry.find
-    has found it already. check: called with the finished Setup. It is also called once before
-    photographs are decoded, with zeros of the same shape, so that a bad config fails in seconds.
-    fast_forms: those to use, instead of all or none as model.fast says (layers/common.py); for
-    benchmarks. memory: bytes that each device can hold, where the devices stand for others.
+    devices: None stands for all that JAX finds. data: a data set to take in place of the config's,
+    or the config's, where registry.find has found it already. check: called with the finished
+    Setup. It is also called once before photographs are decoded, with zeros of the same shape, so
+    that a bad config fails in seconds. fast_forms: those to use, instead of all or none as
+    model.fast says (layers/common.py); for benchmarks. memory: bytes that each device can hold,
+    where the devices stand for others.
     Raises UserError for all that is wrong in a config, except for its workdir.
     """
     configs.validate(config)

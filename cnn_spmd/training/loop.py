@@ -30,6 +30,7 @@ import ml_collections
 import numpy as np
 
 from cnn_spmd.analysis import program
+from cnn_spmd.data import registry
 from cnn_spmd.data.dataset import Dataset, Unread
 from cnn_spmd.training import build, cluster, initial, prediction, resume
 from cnn_spmd.training.checkpoint import Checkpoints, SaveError
@@ -56,7 +57,8 @@ def train(
 ) -> dict:
     """Train the run of `config` in `workdir`, or resume it; return its summary.
 
-    The summary is what summary.json holds. data: the config's data set, where it is found already.
+    The summary is what summary.json holds. data: a data set to take in place of the config's, or
+    the config's, where it is found already.
     Raises UserError for bad input, before anything is compiled; KeyboardInterrupt for a signal
     before the first step; NonFinite if training diverges; SaveError if a save fails.
     """
@@ -69,6 +71,8 @@ def train(
             if not has_checkpoint(workdir):
                 setup.start_weights()
 
+    if data is not None:
+        data = registry.checked(config.data, lambda: data)
     setup = build.prepare(config, data=data, check=refuse_early)
     build.say_choices(config, setup)
     with Interrupt() as interrupt:  # from here on, a signal is noted and does not kill
