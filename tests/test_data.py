@@ -365,6 +365,14 @@ BAD_ARRAYS = {
         dict(x_train=IMAGES),
         "holds x_train, expected x_train, y_train, x_test, y_test, or train_images",
     ),
+    "no labels to test on": (
+        dict(x_train=IMAGES, y_train=range(6), x_test=IMAGES),
+        "holds x_test without y_test, expected both or neither$",
+    ),
+    "no images to test on": (
+        dict(images=IMAGES, labels=range(6), val_labels=range(6)),
+        "holds val_labels without val_images, expected both or neither$",
+    ),
     "floats": (
         dict(x=IMAGES / np.float32(255), y=range(6)),
         "x: found float32, expected uint8 from 0 to 255: of floats from 0 to 1, save",

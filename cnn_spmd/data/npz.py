@@ -5,7 +5,7 @@ Shapes: N images, H rows and W columns, C channels.
 
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Set
 from pathlib import Path
 
 import ml_collections
@@ -92,17 +92,22 @@ def read(path: Path, where: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return splits
 
 
-def find_names(present: Collection[str], where: str) -> dict[str, tuple[str, str]]:
-    """Return the names of images and labels, by split. Raises UserError without those of "train".
+def find_names(present: Set[str], where: str) -> dict[str, tuple[str, str]]:
+    """Return the names of images and labels, by split.
 
-    A warning names a split that is not used.
+    A warning names a split that is not used. Raises UserError without those of "train", and for
+    images to test on without labels, or the reverse.
     """
     found = {}
     for split in ("train", *TESTS):
-        for pair in NAMES:
-            images, labels = (name.format(split) for name in pair)
-            if {images, labels} <= present:
-                found[split] = images, labels
+        pairs = [tuple(name.format(split) for name in pair) for pair in NAMES]
+        whole = [pair for pair in pairs if present.issuperset(pair)]
+        halves = [pair for pair in pairs if present.intersection(pair)]
+        if whole:
+            found[split] = whole[-1]
+        elif halves and split in TESTS:
+            given, missing = sorted(halves[0], key=present.__contains__, reverse=True)
+            raise UserError(f"{where}: holds {given} without {missing}, expected both or neither")
     if "train" not in found:
         for pair in WHOLE:
             if present.issuperset(pair):
