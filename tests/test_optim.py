@@ -19,7 +19,7 @@ from setups import (
 from cnn_spmd import config as configs
 from cnn_spmd.analysis import hlo
 from cnn_spmd.errors import UserError
-from cnn_spmd.training import optim
+from cnn_spmd.training import build, optim
 
 # Plain SGD at a constant rate of 1.
 PLAIN = dict(
@@ -531,6 +531,52 @@ def test_an_optimizer_of_ones_own_trains_on_a_mesh(known_lion):
     moments = optax.tree_utils.tree_get(many.optimizer, "mu")
     assert moments["fc3"]["kernel"][...].sharding == kernel.sharding
     np.testing.assert_allclose(kernel, one.params["fc3"]["kernel"][...], rtol=1e-4, atol=1e-6)
+
+
+def of_updates(change):
+    """Return an optimizer whose updates are changed gradients."""
+    return lambda *_: optax.stateless(lambda grads, _: jax.tree.map(change, grads))
+
+
+@pytest.mark.parametrize(
+    ("mine", "problem"),
+    [
+        (lambda *_: None, "returns NoneType, expected an optax transformation, or a tuple of some"),
+        (lambda *_: (), "returns tuple, expected"),
+        (lambda *_: lambda grads: grads, "returns function, expected"),
+        (lambda *_: [optax.sgd(0.1), optax.sgd], "returns function, expected"),
+        (
+            of_updates(jnp.mean),
+            r"its update of conv1.bias is float32 \(\), expected float32 \(32,\)",
+        ),
+        (of_updates(lambda grad: grad.astype(jnp.float16)), "its update of conv1.bias is float16"),
+        (of_updates(lambda grad: jnp.sign(grad).astype(int)), r"its update of .* is int32 \(32,\)"),
+        (
+            lambda *_: optax.stateless(lambda *_: 0.0),
+            "its update is no tree as the parameters are: ",
+        ),
+    ],
+)
+def test_what_is_no_optimizer_is_refused(config, mine, problem, monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "mine", mine)
+    config.optimizer.name = "mine"
+    with pytest.raises(UserError, match=f"^optimizer.name=mine: {problem}"):
+        build.prepare(config)
+
+
+def test_any_transformations_of_optax_make_an_optimizer(config, monkeypatch):
+    def by_rank(params):
+        return jax.tree.map(lambda param: "many" if param.ndim > 1 else "one", params)
+
+    def parts(settings, rate):
+        each = dict(many=optax.contrib.muon(rate), one=optax.adamw(rate))
+        return optax.partition(each, by_rank)
+
+    monkeypatch.setitem(optim.OPTIMIZERS, "muons", optim.muon)
+    monkeypatch.setitem(optim.OPTIMIZERS, "parts", parts)
+    for name in ("muons", "parts"):
+        config.optimizer.name = name
+        build.prepare(config)
 
 
 def test_unknown_optimizers_are_refused(config, known_lion):

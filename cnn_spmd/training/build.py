@@ -99,6 +99,7 @@ def _assemble(
     place.spec(("conv_batch",), (config.batch_size,), "batch_size")
     setup = Setup(config, data, place, make_functions(config, data, place, fast_forms), memory)
     _ = setup.activations, setup.functions.abstract_state, setup.schedule  # for their errors
+    optim.refuse_other_updates(config.optimizer, setup.functions.abstract_state.params)
     check(setup)
     return setup
 

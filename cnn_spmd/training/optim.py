@@ -11,7 +11,7 @@ collectives, so that every mesh computes the same update.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import optax.contrib
 
 from cnn_spmd.entries import Entries
 from cnn_spmd.errors import UnknownName, UserError
+from cnn_spmd.sharding.placement import named_variables
 
 # Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.2: the root
 # mean square of an update by AdamW. Updates of that size let one rate serve both.
@@ -249,21 +250,54 @@ def make_optimizer(settings: Any, rate: optax.Schedule) -> optax.GradientTransfo
     A gradient longer than `clip_norm`, over all parameters of the update, is scaled down to it.
     `layer_rates` multiplies the updates of some layers, and `bias_rate` those of all biases.
     rate: the learning rate by the number of updates that were done.
-    Raises UserError for an unknown optimizer.
+    Raises UserError for an unknown optimizer, and for what is no optimizer.
     """
-    if settings.name not in OPTIMIZERS:
-        raise UnknownName("optimizer.name", settings.name, OPTIMIZERS)
 
     def scale(path, update):
         by_layer = settings.layer_rates.get(path[0].key, 1.0)
         return update * (by_layer * (settings.bias_rate if is_bias(path) else 1.0))
 
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
-    own = OPTIMIZERS[settings.name](settings, rate)
-    if isinstance(own, optax.GradientTransformation):  # one, not a tuple of some
-        own = (own,)
     return optax.chain(
         *clip,
-        *own,
+        *transformations(settings, rate),
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates)),
     )
+
+
+def transformations(settings: Any, rate: optax.Schedule) -> Sequence[optax.GradientTransformation]:
+    """Return what the entry `settings.name` of OPTIMIZERS makes. Raises as `make_optimizer`."""
+    if settings.name not in OPTIMIZERS:
+        raise UnknownName("optimizer.name", settings.name, OPTIMIZERS)
+    made = OPTIMIZERS[settings.name](settings, rate)
+    if isinstance(made, optax.GradientTransformation):  # one, not a tuple of some
+        return (made,)
+    for each in made if made and isinstance(made, tuple | list) else (made,):
+        if not isinstance(each, optax.GradientTransformation):
+            raise UserError(
+                f"optimizer.name={settings.name}: returns {type(each).__name__}, expected an optax "
+                "transformation, or a tuple of some"
+            )
+    return made
+
+
+def refuse_other_updates(settings: Any, params: Any) -> None:
+    """Raise UserError where an optimizer of a user's own makes no update for each parameter.
+
+    optax would broadcast an update of another shape, and cast one of another dtype, in silence.
+    params: the network's, with shapes and dtypes in place of arrays.
+    """
+    if settings.name in OPTIMIZERS.built_in:
+        return
+    made = optax.chain(*transformations(settings, lambda _: jnp.zeros(())))
+    updates = jax.eval_shape(lambda grads: made.update(grads, made.init(grads), grads)[0], params)
+    problem = f"optimizer.name={settings.name}: its update"
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        raise UserError(f"{problem} is no tree as the parameters are: expected an array for each")
+    arrays = map(jax.tree.leaves, (updates, params))
+    for (name, _), got, param in zip(named_variables(params), *arrays, strict=True):
+        if (got.shape, got.dtype) != (param.shape, param.dtype):
+            raise UserError(
+                f"{problem} of {name} is {got.dtype} {got.shape}, expected {param.dtype} "
+                f"{param.shape} as the parameter is"
+            )
