@@ -7,7 +7,7 @@ an entry for it too: then fields that it does not use are refused when they are 
 import dataclasses
 import sys
 import textwrap
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 
 import ml_collections
 from absl import logging
@@ -159,7 +159,7 @@ def warn_of_digits(reason: str) -> None:
     print(f"\n{rule}\n{text}\n{rule}\n", file=sys.stderr, flush=True)
 
 
-DATASETS: MutableMapping[str, Loader] = Entries(
+DATASETS: Entries[str, Loader] = Entries(
     "DATASETS",
     {
         "cifar10": load_cifar10,

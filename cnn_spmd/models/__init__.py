@@ -11,7 +11,7 @@ grouped convolutions (1 if absent).
 """
 
 import functools
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 
 from flax import nnx
 
@@ -29,7 +29,7 @@ STACKS = cuda_convnet.NETS | alexnet_2012_small.NETS | vgg.NETS
 # Name -> factory(*, image_size, classes, width, dropout, dtype, rngs, fast_forms) -> nnx.Module. An
 # experiment may add networks of its own. Where USES names model.batch_norm, the factory takes it
 # too, as batch_norm.
-NETWORKS: MutableMapping[str, Callable[..., nnx.Module]] = Entries(
+NETWORKS: Entries[str, Callable[..., nnx.Module]] = Entries(
     "NETWORKS",
     {
         "alexnet": AlexNet,

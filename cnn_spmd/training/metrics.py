@@ -7,7 +7,7 @@ under its name, in metrics.jsonl, TensorBoard, summary.json and the report.
 Shapes: B batch, C classes.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ RESERVED = (
     "batches",
 )
 
-METRICS: MutableMapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = Entries(
+METRICS: Entries[str, Callable[[jax.Array, jax.Array], jax.Array]] = Entries(
     "METRICS", dict(accuracy=accuracy, top5=top5, loss=loss), RESERVED
 )
 

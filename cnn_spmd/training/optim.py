@@ -11,7 +11,7 @@ collectives, so that every mesh computes the same update.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -163,7 +163,7 @@ def stages(rate: float, settings: Any, steps: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(rate, factors)
 
 
-OPTIMIZERS: MutableMapping[str, Callable[..., tuple[optax.GradientTransformation, ...]]] = Entries(
+OPTIMIZERS: Entries[str, Callable[..., tuple[optax.GradientTransformation, ...]]] = Entries(
     "OPTIMIZERS",
     {
         "sgd": sgd,
@@ -174,7 +174,7 @@ OPTIMIZERS: MutableMapping[str, Callable[..., tuple[optax.GradientTransformation
     },
 )
 
-SCHEDULES: MutableMapping[str, Callable[[float, Any, int], optax.Schedule]] = Entries(
+SCHEDULES: Entries[str, Callable[[float, Any, int], optax.Schedule]] = Entries(
     "SCHEDULES",
     {
         "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, steps),
