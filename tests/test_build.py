@@ -216,6 +216,22 @@ def test_entries_at_rest_without_effect_are_said(capsys):
     assert "at_rest.fc3_out" not in capsys.readouterr().out
 
 
+def test_entries_of_ones_own_row_without_effect_are_said(capsys):
+    """This network has one dense layer, fc3, and no towers."""
+    mine = dict.fromkeys(("conv_out", "fc2_out", "tower_in"), "model")
+    row = dict(base="model", fc1_out=None, **mine)
+    config = small_config("simple_cnn", dtype="float32", parallelism="mine")
+    config.update(dict(mesh=dict(data=2, model=4), placement=dict(mine=row)))
+    build.prepare(config)
+    assert [line for line in capsys.readouterr().out.splitlines() if "no effect" in line] == [
+        f"placement.mine.{entry}=model has no effect: on mesh 2x4 it splits no array of simple_cnn."
+        for entry in ("fc2_out", "tower_in")
+    ]
+    config.mesh.update(dict(data=8, model=1))
+    build.prepare(config)
+    assert "no effect" not in capsys.readouterr().out
+
+
 def test_gathers_of_micro_batches_stay_apart_on_several_gpus():
     options = build.Setup.compiler_options.fget
     assert options(on("gpu", 4, 1, 8)) == {"xla_gpu_all_gather_combine_threshold_bytes": 1}

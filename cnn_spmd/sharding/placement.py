@@ -26,7 +26,8 @@ class Placement:
 
     Inside a jitted function, `place(x, "dense_batch", "fc1_out")` puts an activation where the row
     puts its logical axes. `own_rows` are further schemes, from a config (own_rows.py). `record`, if
-    given, is called with (name, axes, array) for each named activation while JAX traces it.
+    given, is called with (name, axes, array) for each named activation while JAX traces it. `used`
+    collects the logical axes that have split an array so far.
 
     Raises UserError for an unknown scheme, and for an own row that names an unknown axis.
     """
@@ -35,6 +36,7 @@ class Placement:
     parallelism: str
     own_rows: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     record: Callable[[str, Axes, jax.Array], None] | None = None
+    used: set[str] = dataclasses.field(default_factory=set, compare=False)
 
     def __post_init__(self):
         _ = self.row  # for its errors
@@ -123,6 +125,9 @@ class Placement:
                     f"{name} {shape}: {axis} and {second} are both split over {_named(both)} "
                     f"{self.where}: expected only one of them to be, such as {axis}={left!r}"
                 )
+        self.used.update(
+            axis for axis, split in zip(axes, spec, strict=True) if self.devices_on(split) > 1
+        )
         return P(*spec)
 
     def _split(

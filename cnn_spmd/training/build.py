@@ -159,6 +159,14 @@ def say_without_effect(setup: Setup) -> None:
             if used != rest:
                 split.add(axis)
     own_row = config.placement.to_dict().get(config.parallelism, {})
+    for axis, mesh_axes in own_row.items():
+        # Other logical axes are of the batch or of images, which each step has.
+        is_of_weights = axis.endswith(("_in", "_out"))
+        if is_of_weights and axis not in place.used and place.splits(axis):
+            say(
+                f"placement.{config.parallelism}.{axis}={mesh_axes} has no effect: on mesh "
+                f"{place.mesh_name} it splits no array of {config.model.name}."
+            )
     for axis, mesh_axes in own_row.get("at_rest", {}).items():
         if axis not in split and place.devices_on(place.row["at_rest"][axis]) > 1:
             say(
