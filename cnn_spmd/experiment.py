@@ -244,6 +244,8 @@ def _text_of(error: Exception, argv: Sequence[str]) -> str:
         field = configs.SCHEMA.get(name)
         if field:
             text = f"{argument}: expected {configs.TYPES[type(field.default)][1]}"
+            if isinstance(field.default, dict):
+                text += " as Python writes it, with True, False or None"
             if "," in value and isinstance(field.default, int | float):
                 text += f"; --sweep {name}={value} runs one value after another"
     elif isinstance(error, KeyError | AttributeError):

@@ -358,6 +358,11 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
             "--config.optimizer.layer_rates={1:2}",
             "optimizer.layer_rates: has the name 1, expected a string",
         ),
+        (
+            "--config.placement={'mine': {'at_rest': {}, 'gather_again': true}}",
+            "--config.placement={'mine': {'at_rest': {}, 'gather_again': true}}: expected a dict "
+            "as Python writes it, with True, False or None",
+        ),
         ("--config.mesh={'data':1}", "mesh.model: missing"),
         ("--flagfile=", "--flagfile=: is empty, expected a file of flags"),
         ("--flagfile=/nope/flags", "--flagfile=/nope/flags: No such file or directory"),
