@@ -234,6 +234,9 @@ def _text_of(error: Exception, argv: Sequence[str]) -> str:
     elif isinstance(error, flags.UnrecognizedFlagError):
         fields = configs.fields_called(error.flagname)
         text += f"; did you mean --config.{fields[0]}?" if fields else ""
+    elif " in argv before a value for --config " in text:
+        early = text.removeprefix("Found ").partition(" in argv ")[0]
+        text = f"{early}: stands before --config, expected it after --config"
     elif isinstance(error, UnicodeDecodeError):
         text = "--flagfile: is not UTF-8, expected a text file of flags"
     elif isinstance(cause, OSError):

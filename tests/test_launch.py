@@ -338,6 +338,12 @@ def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple(tmp_path):
     configs.validate(experiment.parse_arguments(["--config", str(path)])[0])
 
 
+def test_a_field_before_the_experiment_is_refused():
+    message = "^--config.seed=1: stands before --config, expected it after --config$"
+    with pytest.raises(UserError, match=message):
+        experiment.parse_arguments(["--config.seed=1", "--config", str(ROOT / SMALL[1])])
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
