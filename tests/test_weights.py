@@ -239,10 +239,10 @@ def test_a_network_of_an_experiment_names_the_experiment(run, exported, tmp_path
     arrays, about = weights.read(exported)
     file = tmp_path / "a.safetensors"
     weights.write(file, arrays, about | dict(adds="mine.py"))
-    for source, adds in ((folder, "my_network.py:wide"), (file, "mine.py")):
+    for source, adds in ((folder, "=my_network.py:wide"), (file, ", the path of your mine.py")):
         with pytest.raises(UserError) as refused:
             restore.on_one_device(source)
-        remedy = f"if an experiment adds it, give that experiment by --config={adds}"
+        remedy = f"if an experiment adds it, give that experiment by --config{adds}"
         said = f"{source}: model.name=simple_cnn: unknown; {remedy}"
         assert str(refused.value) == said
         values, argument = flags.FlagValues(), source if source == file else source / "config.json"

@@ -149,9 +149,13 @@ def newest(source: pathlib.Path, setup: build.Setup, saved: dict) -> Restored:
 
 
 def naming_experiment(error: UnknownName, source: pathlib.Path) -> UserError:
-    """Return the error for an unknown name in a saved config: it says which experiment adds it."""
+    """Return the error for an unknown name in a saved config: it says which experiment adds it.
+
+    A weights file may have come from elsewhere: it holds the experiment's name without its folder.
+    """
     adds = experiment_of(source)
-    return UserError(f"{source}: {error.problem}{IF_ADDED}{adds and f'={adds}'}")
+    value = f", the path of your {adds}" if weights.is_file(source) else f"={adds}"
+    return UserError(f"{source}: {error.problem}{IF_ADDED}{adds and value}")
 
 
 def experiment_of(source: pathlib.Path) -> str:
