@@ -4,10 +4,12 @@ A resumed run equals an uninterrupted one, every test image counts once, and bad
 before anything is compiled.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import re
 import shutil
+import signal
 import time
 
 import jax
@@ -285,6 +287,13 @@ def test_a_run_that_goes_on_by_other_code_says_so(config, tmp_path, monkeypatch)
     loop.train(config, tmp_path)
     edited = f"own.py was edited, commit {'a' * 10} -> {'b' * 10}-dirty"
     assert said == [f"Other code trained the steps before: {edited}."]
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(config, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(loop.train, config, tmp_path).result()["status"] == "completed"
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_signal_where_a_run_evaluates_costs_no_evaluation(config, tmp_path, monkeypatch):

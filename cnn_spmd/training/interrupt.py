@@ -71,10 +71,14 @@ class Interrupt:
 
     Python runs signal handlers in the main thread only, which may be deep inside a compilation.
     C code therefore writes each signal to a pipe, and a thread of its own reads the pipe.
+    A run in another thread leaves signals to the program, as Python lets it set no handlers.
     """
 
     def __enter__(self) -> "Interrupt":
         self._came = bool(_early_signals)
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if not self._is_main:
+            return self
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._old_fd = signal.set_wakeup_fd(self._write)
@@ -83,6 +87,8 @@ class Interrupt:
         return self
 
     def __exit__(self, *_) -> None:
+        if not self._is_main:
+            return
         for number, handler in self._old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_fd)

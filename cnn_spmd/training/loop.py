@@ -59,6 +59,7 @@ def train(
 
     The summary is what summary.json holds. data: a data set to take in place of the config's, or
     the config's, where it is found already.
+    In another thread than the main one, a run does not handle signals.
     Raises UserError for bad input, before anything is compiled; KeyboardInterrupt for a signal
     before the first step; NonFinite if training diverges; SaveError if a save fails.
     """
