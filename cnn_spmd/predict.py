@@ -43,8 +43,8 @@ LONGEST_CLASSES = 80  # characters of the names of the classes
 
 
 def predict(
-    source: pathlib.Path,
-    images: Sequence[pathlib.Path],
+    source: pathlib.Path | str,
+    images: Sequence[pathlib.Path | str],
     data_dir: str | None = None,
     invert: bool = False,
 ) -> list[dict]:
@@ -57,6 +57,7 @@ def predict(
     Raises UserError for an image that cannot be read or is a network, and as
     restore.on_one_device.
     """
+    source, images = pathlib.Path(source), [pathlib.Path(image) for image in images]
     for image in images:
         if weights.is_file(image) or (image / "config.json").exists():
             raise UserError(

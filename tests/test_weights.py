@@ -222,7 +222,7 @@ def test_empty_transparent_and_coloured_images_are_named(exported, tmp_path, cap
         assert first == "white is put behind its transparent pixels"
         assert rest.endswith("add --invert") != bool(invert)
     Image.fromarray(np.concatenate([255 + 0 * digit, alpha], -1)).save(clear)  # white strokes
-    (found,) = predict.predict(exported, [clear])
+    (found,) = predict.predict(str(exported), [str(clear)])
     assert found["warning"].endswith("; nothing is on it: all its pixels are alike")
     Image.new("RGB", (50, 40), "red").save(small)
     (found,) = predict.predict(exported, [small])
