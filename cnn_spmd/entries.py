@@ -24,3 +24,8 @@ class Entries(collections.UserDict):
         if value is not self.built_in.get(key, value):
             raise UserError(f"{self.name}[{key!r}]: is a built-in name, expected another one")
         super().__setitem__(key, value)
+
+    def __ior__(self, other: Mapping[str, Any]) -> "Entries":
+        """Add the entries of `other`, one by one."""
+        self.update(other)
+        return self

@@ -262,7 +262,9 @@ def test_an_experiment_cannot_replace_what_is_built_in(entry, tmp_path):
     """The run would be recorded as one of the built-in network, and so on."""
     module, name = entry.rsplit(".", 1)
     path = tmp_path / "mine.py"
-    path.write_text(f"from cnn_spmd.{module} import {name[: name.index('[')]}\n{name} = print\n")
+    entries, key = name.removesuffix("]").split("[")
     message = f"{name}: is a built-in name, expected another one"
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        experiment.load_file(str(path))
+    for code in (f"{name} = print", f"{entries} |= {{{key}: print}}"):
+        path.write_text(f"from cnn_spmd.{module} import {entries}\n{code}\n")
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            experiment.load_file(str(path))
