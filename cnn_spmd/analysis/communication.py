@@ -36,7 +36,9 @@ When each device keeps only its shard of a sum, XLA can use a reduce-scatter, at
 all-reduce. Gholami et al. ignore this; here it counts. One such sum is that of a gradient whose
 weight is split at rest (Xu et al. 2020, arXiv 2004.13336; ZeRO, Rajbhandari et al. 2020, arXiv
 1910.02054). Left out are scalars, labels, the sums of the softmax and, where classes are split, the
-logits that the metrics gather. coverage.py says for which networks and placements the rules hold.
+logits that the metrics gather. Left out too is by how much a fast form's gradient is larger than
+the kernel: that of a convolution of images with strides (fast_conv.space_to_depth). coverage.py
+says for which networks and placements the rules hold.
 """
 
 import math
