@@ -408,7 +408,8 @@ def test_parameters_that_overflow_are_not_saved(config, tmp_path, monkeypatch):
         (dict(steps=10**12), r"steps=1000000000000: expected from 0 to 10000000"),
         (
             dict(parallelism="two_tower"),
-            r"parallelism=two_tower: splits towers, but model\.name=simple_cnn has one",
+            r"parallelism=two_tower: splits towers, but model\.name=simple_cnn has one: .* "
+            r"\(a network of your own has towers = 2 in its class\)",
         ),
         (dict(dense_updates="twice"), "dense_updates=twice: unknown, expected one of each, sum"),
         (dict(dense_microbatch=3), "dense_microbatch=3: does not divide batch_size=16"),

@@ -255,7 +255,9 @@ def refuse_mismatch(config: ml_collections.ConfigDict, place: Placement, model: 
     if place.mesh_axes("group_in") and getattr(model, "towers", 1) == 1:
         raise UserError(
             f"parallelism={place.parallelism}: splits towers, but "
-            f"model.name={config.model.name} has one: expected alexnet_2012 or another parallelism"
+            f"model.name={config.model.name} has one: expected a network of several, such as "
+            "alexnet_2012 (a network of your own has towers = 2 in its class), or another "
+            "parallelism"
         )
     for path, _ in nnx.to_flat_state(nnx.state(model, nnx.RngState)):
         raise UserError(
