@@ -412,7 +412,10 @@ def check_types(config: ml_collections.ConfigDict) -> None:
         try:
             get(values, field)
         except KeyError:
-            raise UserError(f"{field}: missing, expected a value as in docs/config.md") from None
+            raise UserError(
+                f"{field}: missing, expected a value as in docs/config.md: start from "
+                "cnn_spmd.config.default()"
+            ) from None
 
 
 def _check_section(section: str, values: dict) -> None:
@@ -807,7 +810,8 @@ An experiment file starts from these defaults (`config = cnn_spmd.config.default
 differs. Any field is set with `--config.FIELD=VALUE`, and swept with `--sweep FIELD=VALUE,VALUE`. A
 dict is given with all its entries, as Python writes it (`True`, not `true`):
 `--config.optimizer.layer_rates='{"fc1": 0.25}'`. A field set by hand that the chosen network, data
-set or optimizer does not use is refused, unless its value is 0, False or empty.
+set or optimizer does not use is refused, unless its value is 0, False or empty. One of your own may
+use every field, so that nothing is refused.
 """
 
 
