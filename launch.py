@@ -187,7 +187,7 @@ def advice(error: Exception) -> str:
         )
     if not isinstance(error, OSError):
         return ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
             f"--workdir={WORKDIR.value or 'runs'}: {error.strerror}: make room, and give the same "
             "command with that folder again"

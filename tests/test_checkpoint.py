@@ -320,13 +320,35 @@ def test_a_failed_save_is_one_line_and_leaves_the_other_steps(tmp_path, state, m
     for after in (lambda c: (c.save(3, state), c.save(4, state)), lambda c: c.close()):
         checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
         with pytest.raises(
-            checkpoint.SaveError, match=r"checkpoint of step 2 cannot be saved .*disk full"
+            checkpoint.SaveError, match=r"checkpoint of step [23] cannot be saved .*disk full"
         ) as error:
             checkpoints.save(2, state)
             after(checkpoints)
         assert "\n" not in str(error.value)
         assert str(error.value).endswith(f"the last good checkpoint is {tmp_path / '1'}")
         assert names(tmp_path) == ["1"]
+
+
+def test_a_save_that_fails_is_told_and_the_next_one_is_tried(
+    tmp_path, state, monkeypatch, warnings
+):
+    """A disk may be full for a moment only. Two failures in a row end the run."""
+    sha256, fails = runfiles.sha256, {2: True, 3: False, 4: True, 5: True, 6: True}
+    checkpoints = checkpoint.Checkpoints(tmp_path, 9, "mine")
+
+    def digest(path):
+        if fails[int(path.relative_to(tmp_path).parts[0].removeprefix(checkpoint.SAVING))]:
+            raise OSError("disk full")
+        return sha256(path)
+
+    monkeypatch.setattr(runfiles, "sha256", digest)
+    for step in (2, 3, 4, 5):
+        checkpoints.save(step, state._replace(step=jnp.int32(step)))
+    assert [text.partition(" cannot")[0].rpartition(" ")[2] for text in warnings] == ["2", "4"]
+    assert warnings[0].endswith("no checkpoint was saved yet. Step 3 is saved next.")
+    with pytest.raises(checkpoint.SaveError, match="step 5 cannot be saved"):
+        checkpoints.save(6, state)
+    assert names(tmp_path) == ["3"]
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_not_begun(tmp_path, state, monkeypatch):
@@ -356,10 +378,45 @@ def test_the_first_save_is_read_back(tmp_path, state, monkeypatch):
     checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
     checkpoints.save(2, state)
     with pytest.raises(
-        checkpoint.SaveError, match=r"step 2 cannot be saved .* no checkpoint was saved yet"
+        checkpoint.SaveError, match=r"step 2 cannot be read back .* no checkpoint was saved yet"
     ):
         checkpoints.wait()
     assert names(tmp_path) == ["broken-2"]
+
+
+def test_a_good_checkpoint_that_is_not_read_back_is_kept(tmp_path, state, monkeypatch):
+    """Its checksums are right: the reading failed, or a process of the cluster is lost."""
+
+    def lost(*_):
+        raise RuntimeError("Timeout waiting at barrier")
+
+    monkeypatch.setattr(ocp, "load", lost)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, "mine")
+    checkpoints.save(0, state)
+    with pytest.raises(checkpoint.SaveError, match=r"step 0 cannot be read back .*barrier"):
+        checkpoints.wait()
+    assert names(tmp_path) == ["0"]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"^Timeout waiting at barrier$"):  # for cluster.crash
+        checkpoint.Checkpoint(tmp_path / "0").load(state)
+    monkeypatch.undo()
+    assert restored(tmp_path, state) == 0
+
+
+def test_a_file_that_cannot_be_read_costs_one_checkpoint(tmp_path, state, monkeypatch, warnings):
+    """Such as one on a bad sector of the disk."""
+    saved(tmp_path, state, [1, 2])
+    sha256 = runfiles.sha256
+
+    def digest(path):
+        if tmp_path / "2" in path.parents:
+            raise OSError(5, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr(runfiles, "sha256", digest)
+    assert restored(tmp_path, state) == 1
+    assert names(tmp_path) == ["1", "broken-2"]
+    assert "cannot be read: " in warnings[0]
 
 
 class Done:

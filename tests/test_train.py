@@ -32,6 +32,7 @@ from cnn_spmd.training import (
     clock,
     evaluate,
     interrupt,
+    log,
     loop,
     one_checkpoint,
     optim,
@@ -587,6 +588,42 @@ def test_a_run_whose_saved_checkpoints_are_gone_stops(config, tmp_path):
         UserError, match=r"summary\.json says that step 8 was saved, but checkpoints/ holds none"
     ):
         loop.train(config, tmp_path)
+
+
+def test_a_run_that_a_kill_ended_does_not_start_over_without_its_checkpoints(config, tmp_path):
+    """It had gone on from a checkpoint, so there was one."""
+    stop_after(4, config, tmp_path)
+    loop.train(config, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(summary | dict(status="running")))
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"says that step 4 was saved, but checkpoints/ holds none"):
+        loop.train(config, tmp_path)
+
+
+def test_metrics_that_are_lost_are_named(config, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(log.logging, "warning", lambda text, *rest: said.append(text % rest))
+    stop_after(4, config, tmp_path)
+    loop.train(config, tmp_path)
+    assert not said
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    config.epochs = 3
+    loop.train(config, tmp_path)
+    assert said == [f"{path} has lost what was logged of the steps 4 to 8."]
+
+
+def test_a_file_of_metrics_that_cannot_be_written_leaves_a_summary(config, tmp_path, monkeypatch):
+    def refused(self, *_, **__):
+        raise OSError(27, "File too large")
+
+    close = log.MetricsFile.close
+    monkeypatch.setattr(log.MetricsFile, "write", refused)
+    monkeypatch.setattr(log.MetricsFile, "close", lambda self: (close(self), refused(self)))
+    with pytest.raises(OSError, match="File too large"):
+        loop.train(config, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
 
 
 @pytest.mark.parametrize("moved", [True, False])

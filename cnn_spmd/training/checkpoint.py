@@ -92,6 +92,7 @@ class Checkpoints:
         self.read_only = read_only
         self._is_main = jax.process_index() == 0
         self._was_read_back = False  # whether a checkpoint of this command was
+        self._has_failed = False  # whether the last save did
         self._pending: _Pending | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -191,9 +192,18 @@ class Checkpoints:
         """Start to save a state in the background, after the save before it has ended.
 
         accuracy: what the evaluation at this step gave, from 0 to 1; it decides which is the best.
-        Raises SaveError if this save cannot begin, or if the one before it failed.
+        If the save before it failed, a warning says so, and this one is tried: what was wrong may
+        be over. Raises SaveError if this save cannot begin, or if the two before it failed.
         """
-        self.wait()
+        try:
+            self.wait()
+        except SaveError as error:
+            if self._has_failed or jax.process_count() > 1:  # the others may have saved theirs
+                raise
+            self._has_failed = True
+            logging.warning("%s. Step %d is saved next.", error, step)
+        else:
+            self._has_failed = False
         named = arrays_by_name(state)
         try:
             self._check_disk(sum(array.nbytes for array in named.values()))
@@ -278,7 +288,8 @@ class Checkpoints:
     def _read_back(self, pending: _Pending) -> None:
         """Read a new checkpoint to the host, on each process: Orbax waits for all of them.
 
-        Sets it aside and raises SaveError if it cannot be read.
+        Raises SaveError if it cannot be read, and sets it aside unless its manifest verifies it:
+        then the reading failed, and not the save.
         """
         cluster.exchange(None)  # wait until process 0 has renamed the folder
         checkpoint = self._checkpoint(pending.step)
@@ -286,16 +297,23 @@ class Checkpoints:
             orbax().load(checkpoint.path, pending.on_host)
         except Exception as error:
             if self._is_main:
-                checkpoint.set_aside("cannot be read back")
-            raise self._failed(pending.step, error) from error
+                try:
+                    checkpoint.verify(self.run_name)
+                except Rejected:
+                    checkpoint.set_aside("cannot be read back")
+            raise self._failed(pending.step, error, "read back") from error
         self._was_read_back = True
 
-    def _failed(self, step: int, error: Exception) -> SaveError:
-        """Remove what a failed save left behind; return the error to raise."""
+    def _failed(self, step: int, error: Exception, what: str = "saved") -> SaveError:
+        """Remove what a failed save left behind; return the error to raise.
+
+        Raises `error` itself where another process of the cluster may be lost.
+        """
+        cluster.raise_if_peer_trouble(error)
         if self._is_main:
             self._remove_leftovers()
         return SaveError(
-            f"{self.directory}: the checkpoint of step {step} cannot be saved "
+            f"{self.directory}: the checkpoint of step {step} cannot be {what} "
             f"({one_line(error)}); {self.last_good()}"
         )
 

@@ -141,6 +141,14 @@ def fail(line: str, code: int) -> None:
     peers.end()
 
 
+def raise_if_peer_trouble(error: Exception) -> None:
+    """Raise an error that may only say that another process of the cluster is gone; see crash."""
+    import jax
+
+    if jax.process_count() > 1 and peers.is_peer_trouble(str(error)):
+        raise error
+
+
 def crash(error: Exception) -> None:
     """End all processes of a cluster after an exception; return if this one is alone.
 

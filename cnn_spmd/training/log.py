@@ -10,6 +10,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
+from absl import logging
 
 from cnn_spmd import config as configs
 from cnn_spmd.training import cluster, runfiles
@@ -72,6 +73,11 @@ class MetricsFile:
         self.train_seconds = max((s for s in seconds if isinstance(s, int | float)), default=0.0)
         if not self._enabled:
             return
+        last = max((row["step"] for row in rows if row["split"] == "train"), default=0)
+        if last < step:
+            logging.warning(
+                "%s has lost what was logged of the steps %d to %d.", path, last + 1, step
+            )
         with runfiles.atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)

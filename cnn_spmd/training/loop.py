@@ -149,8 +149,10 @@ class Run:
             status = "non-finite"
             raise NonFinite(f"{error}. Stopped; {self.checkpoints.last_good()}") from None
         finally:
-            self.log.close()
-            summary = self.summary(status)
+            try:
+                self.log.close()
+            finally:
+                summary = self.summary(status)
         return summary
 
     def run_to_the_end(self) -> str:

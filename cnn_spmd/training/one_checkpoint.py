@@ -10,7 +10,7 @@ import jax
 from absl import logging
 
 from cnn_spmd.errors import one_line
-from cnn_spmd.training import runfiles
+from cnn_spmd.training import cluster, runfiles
 
 MANIFEST = "SHA256.json"
 BROKEN = "broken-"  # begins the name of a checkpoint that was set aside
@@ -104,7 +104,11 @@ class Checkpoint:
                 continue
             if not (self.path / name).is_file():
                 raise Rejected(f"is damaged: {name} is missing")
-            if runfiles.sha256(self.path / name) != digest:
+            try:
+                is_changed = runfiles.sha256(self.path / name) != digest
+            except OSError as error:  # such as a bad sector of the disk
+                raise Rejected(f"cannot be read: {name}: {error.strerror}") from error
+            if is_changed:
                 raise Rejected(f"is damaged: {name} is changed")
         return True
 
@@ -112,7 +116,8 @@ class Checkpoint:
         """Return the saved state, placed as `target` says.
 
         target: a pytree of arrays or of shapes with shardings; its field `step` is the step.
-        Raises Rejected if the files do not hold exactly the arrays of `target`.
+        Raises Rejected if the files do not hold exactly the arrays of `target`, and what Orbax
+        raised where another process of the cluster was lost.
         """
         named = arrays_by_name(target)
         try:
@@ -121,6 +126,7 @@ class Checkpoint:
         except Rejected:
             raise
         except Exception as error:  # of many kinds, for files that are cut, missing or misshapen
+            cluster.raise_if_peer_trouble(error)
             raise Rejected(f"does not load ({one_line(error)})") from error
         if (step := int(loaded[".step"])) != int(self.path.name):
             raise Rejected(f"holds step {step}")

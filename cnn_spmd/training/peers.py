@@ -27,7 +27,9 @@ HEARTBEAT_SECONDS = 20  # a process without a sign of life for this long is lost
 # By then it is known whether a process is lost, or why it failed.
 VERDICT_SECONDS = HEARTBEAT_SECONDS + 20
 FAILED = "cnn_spmd/failed"  # the folder of the key-value store that holds a failure
-PEER_TROUBLE = re.compile("gloo|nccl|coordination|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.I)
+PEER_TROUBLE = re.compile(
+    "gloo|nccl|coordination|barrier|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED", re.I
+)
 
 _ending = threading.Lock()  # the thread that ends this process takes it, and keeps it
 _leaving = threading.Event()

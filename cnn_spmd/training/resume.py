@@ -51,10 +51,13 @@ def restore(
     directory = workdir.resolve() / "checkpoints"
     checkpoints = Checkpoints(directory, setup.config.checkpoint.keep, run_name)
     state = checkpoints.restore(setup.functions.abstract_state)
-    was_saved = old_summary.get("status") in ("completed", "interrupted")
-    if state is None and was_saved:
+    ended = old_summary.get("status") in ("completed", "interrupted")
+    parts = old_summary.get("parts")
+    begun_at = parts[-1]["step"] if isinstance(parts, list) and parts else 0
+    saved = old_summary.get("steps") if ended else begun_at
+    if state is None and saved:
         raise UserError(
-            f"{workdir}: summary.json says that step {old_summary.get('steps')} was saved, but "
+            f"{workdir}: summary.json says that step {saved} was saved, but "
             "checkpoints/ holds none: put them back, or give a new --workdir to begin at step 0"
         )
     if state is not None and int(state.step) > setup.config.steps:
