@@ -228,7 +228,12 @@ class _Sweep:
             self._write()
         row["status"] = OUTCOMES.get(code, "failed")
         if code == 0:
-            row["figures"] = runfiles.figures_of(folder)
+            try:
+                row["figures"] = runfiles.figures_of(folder)
+            except UserError as error:  # of a run that was complete, and whose files were damaged
+                row.update(status="failed", reason=f"{error}: delete {folder} to train it again")
+                self._write()
+                return
             if row["figures"]["profile"]:
                 self.runner.close()  # the profiler may slow down what its process runs later
             summary = runfiles.read_json(folder / "summary.json")

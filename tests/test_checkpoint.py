@@ -403,6 +403,19 @@ def test_a_good_checkpoint_that_is_not_read_back_is_kept(tmp_path, state, monkey
     assert restored(tmp_path, state) == 0
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_stays(tmp_path, state, monkeypatch, warnings):
+    rename = pathlib.Path.rename
+
+    def refused(self, target):
+        if checkpoint.REMOVING in target.name:
+            raise PermissionError(1, "Operation not permitted")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", refused)
+    assert saved(tmp_path, state, [1, 2], keep=1) == ["1", "2"]
+    assert warnings == [f"Checkpoint {tmp_path / '1'} is not deleted: Operation not permitted."]
+
+
 def test_a_file_that_cannot_be_read_costs_one_checkpoint(tmp_path, state, monkeypatch, warnings):
     """Such as one on a bad sector of the disk."""
     saved(tmp_path, state, [1, 2])

@@ -287,6 +287,17 @@ def test_bad_input_of_one_process_ends_the_others(pair, tmp_path):
     assert late == [f"error: {line}", f"error: process 0 of the cluster ended: {line}"]
 
 
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        address = f"localhost:{other.getsockname()[1]}"
+        other.listen()
+        message = f"JAX_COORDINATOR_ADDRESS={address}: port .* cannot be used .*: give another"
+        with pytest.raises(UserError, match=message):
+            cluster.refuse_taken_port(address)
+    cluster.refuse_taken_port(address)
+
+
 def test_an_absent_process_is_one_line(start):
     address = dict(
         JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="2", JAX_INITIALIZATION_TIMEOUT="1"

@@ -579,6 +579,22 @@ def test_a_sweep_names_the_runs_of_other_code(fake, tmp_path, monkeypatch):
     assert said == ["Other code made the runs 1, 2: own.py was edited."]
 
 
+def test_a_run_whose_files_are_damaged_does_not_stop_the_sweep(fake, tmp_path, monkeypatch):
+    figures_of = runfiles.figures_of
+
+    def damaged(folder):
+        if folder.name.startswith("01"):
+            raise UserError("program.json: damaged JSON")
+        return figures_of(folder)
+
+    monkeypatch.setattr(runfiles, "figures_of", damaged)
+    first, *_ = fake(0, 2)["runs"]
+    assert first["status"] == "failed"
+    folder = tmp_path / "s" / first["name"]
+    assert first["reason"] == f"program.json: damaged JSON: delete {folder} to train it again"
+    assert [run["status"] for run in fake(0, 2)["runs"]] == ["failed", "failed"]
+
+
 def test_what_was_refused_is_forgotten_by_another_list(fake, monkeypatch):
     def refused(*arguments, planned=sweep.plan):
         return [

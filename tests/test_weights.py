@@ -184,6 +184,16 @@ def test_evaluation_leaves_a_damaged_checkpoint_where_it_is(config, tmp_path):
     assert after == before
 
 
+def test_a_header_with_another_letter_is_damage(exported, tmp_path):
+    path = tmp_path / "a.safetensors"
+    content = exported.read_bytes()
+    assert b'config\\":' in content
+    path.write_bytes(content.replace(b'config\\":', b'config\\";', 1))
+    for read in (weights.read, weights.read_about):
+        with pytest.raises(UserError, match="is damaged: it does not hold what was written"):
+            read(path)
+
+
 def test_inverted_images_are_named(exported, tmp_path, capsys):
     image = digits.load_digits(None).test_images[0]
     paths = [tmp_path / name for name in ("light.png", "dark.png")]

@@ -281,8 +281,11 @@ class Checkpoints:
         if ranked:
             kept.add(max(ranked, key=lambda step: (accuracies[step], step)))
         for step in set(steps) - kept:
-            removed = self.directory / f"{REMOVING}{step}"
-            self._checkpoint(step).path.rename(removed)
+            old, removed = self._checkpoint(step).path, self.directory / f"{REMOVING}{step}"
+            try:
+                old.rename(removed)
+            except OSError as error:
+                logging.warning("Checkpoint %s is not deleted: %s.", old, error.strerror)
             shutil.rmtree(removed, ignore_errors=True)
 
     def _read_back(self, pending: _Pending) -> None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import socket
 import sys
 import time
 import traceback
@@ -37,6 +38,9 @@ def join(seconds: int = 120) -> None:
     if not name:
         return
     membership = cluster_env.membership(os.environ)
+    address = membership["coordinator_address"]
+    if membership["process_id"] == 0 and address and cluster_env.BIND_ADDRESS not in os.environ:
+        refuse_taken_port(address)
     seconds = int(os.environ.get("JAX_INITIALIZATION_TIMEOUT", seconds))
     import jax
 
@@ -53,6 +57,23 @@ def join(seconds: int = 120) -> None:
             f"cannot join the cluster of {name}={os.environ[name]}: {one_line(error)} ({hint})"
         ) from None
     peers.watch()
+
+
+def refuse_taken_port(address: str) -> None:
+    """Raise UserError where another program listens at the port of host:port on this machine.
+
+    jax would end process 0 without a word.
+    """
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an earlier run may have ended
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"{cluster_env.COORDINATOR}={address}: port {port} cannot be used "
+                f"({error.strerror}): give another"
+            ) from None
 
 
 def leave() -> None:

@@ -47,12 +47,10 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
     layouts. Raises UserError for a file that is missing, damaged or no safetensors.
     """
     with _opened(path) as file:
-        about, metadata = _about(file), file.metadata() or {}
+        about, metadata = _about(file, path), file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if DIGEST in metadata and metadata[DIGEST] != _digest(metadata.get(ABOUT, ""), arrays):
-        raise UserError(
-            f"{path}: is damaged: it does not hold what was written, expected an intact copy"
-        )
+        raise _damaged(path)
     names = {f"{layer}.{kind}" for layer in TORCHVISION.values() for kind in ("weight", "bias")}
     return from_torchvision(arrays) if arrays.keys() == names else arrays, about
 
@@ -101,7 +99,7 @@ def file_beside(path: pathlib.Path) -> str:
 def read_about(path: pathlib.Path) -> dict:
     """Return `about` alone, without reading arrays. Raises UserError as `read`."""
     with _opened(path) as file:
-        return _about(file)
+        return _about(file, path)
 
 
 def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], about: dict) -> None:
@@ -186,6 +184,15 @@ def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _about(file: Any) -> dict:
-    """Return `about` of an opened file."""
-    return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+def _about(file: Any, path: pathlib.Path) -> dict:
+    """Return `about` of an opened file. Raises UserError where it is damaged."""
+    try:
+        return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+    except ValueError:
+        raise _damaged(path) from None
+
+
+def _damaged(path: pathlib.Path) -> UserError:
+    return UserError(
+        f"{path}: is damaged: it does not hold what was written, expected an intact copy"
+    )
