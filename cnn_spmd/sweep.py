@@ -271,7 +271,7 @@ def _rows(
             row["reason"] = " ".join(str(error).split())[:LONGEST_REASON]
         except Exception as error:  # of a network or an optimizer of the user's own
             text = " ".join(f"{type(error).__name__}: {error}".split())
-            row["reason"] = f"{text[:LONGEST_REASON]} (this combination alone shows where)"
+            row["reason"] = f"{text[:LONGEST_REASON]} (run this combination alone to see where)"
         yield row
 
 

@@ -329,9 +329,7 @@ def test_a_failed_save_is_one_line_and_leaves_the_other_steps(tmp_path, state, m
         assert names(tmp_path) == ["1"]
 
 
-def test_a_save_that_fails_is_told_and_the_next_one_is_tried(
-    tmp_path, state, monkeypatch, warnings
-):
+def test_after_a_save_that_fails_the_next_one_is_tried(tmp_path, state, monkeypatch, warnings):
     """A disk may be full for a moment only. Two failures in a row end the run."""
     sha256, fails = runfiles.sha256, {2: True, 3: False, 4: True, 5: True, 6: True}
     checkpoints = checkpoint.Checkpoints(tmp_path, 9, "mine")

@@ -192,8 +192,8 @@ class Checkpoints:
         """Start to save a state in the background, after the save before it has ended.
 
         accuracy: what the evaluation at this step gave, from 0 to 1; it decides which is the best.
-        If the save before it failed, a warning says so, and this one is tried: what was wrong may
-        be over. Raises SaveError if this save cannot begin, or if the two before it failed.
+        If the save before it failed, a warning says so, and this one is tried: the disk may have
+        room again. Raises SaveError if this save cannot begin, or if the two before it failed.
         """
         try:
             self.wait()
