@@ -276,9 +276,14 @@ def test_one_evaluation_on_validation_images_is_named_so(tmp_path, capsys):
     assert "no run has two evaluations with their seconds" in printed.err
 
 
-@pytest.mark.parametrize(("batch", "following"), [(128, "0.3"), (64, "0.1")])
-def test_the_next_best_is_another_training_and_no_other_mesh(tmp_path, capsys, batch, following):
-    """The mesh changes what is learned only through the batch. On two devices it is 128."""
+@pytest.mark.parametrize(
+    ("batch", "norm", "following"),
+    [(128, "global", "0.3"), (64, "global", "0.1"), (128, "per_device", "0.1")],
+)
+def test_the_next_best_is_another_training_and_no_other_mesh(
+    tmp_path, capsys, batch, norm, following
+):
+    """The mesh changes what is learned through the batch, 128 on two devices, or the norm only."""
     runs = []
     for mesh, size, rate, accuracy in (
         ("1x1", batch, 0.1, 0.8),
@@ -288,10 +293,11 @@ def test_the_next_best_is_another_training_and_no_other_mesh(tmp_path, capsys, b
         run = a_learning_run({"optimizer.learning_rate": rate}, accuracy, mesh=mesh)
         run["figures"]["batch_size"] = size
         runs.append(run | dict(name=f"{mesh}-{rate}"))
-    markdown = written(capsys, write_sweep(tmp_path / "s", runs))[0]
+    config = {"model.batch_norm": norm}
+    markdown = written(capsys, write_sweep(tmp_path / "s", runs, config=config))[0]
     (said,) = re.findall("^Best test accuracy: .*", markdown, re.MULTILINE)
     assert re.search(rf" above the next, [^;]*learning_rate={following}", said)
-    assert ("differ in nothing but mesh or scheme" in said) == (batch == 128)
+    assert ("differ in nothing but mesh or scheme" in said) == (following == "0.3")
 
 
 def test_accuracies_of_test_and_validation_images_are_apart(tmp_path, capsys):

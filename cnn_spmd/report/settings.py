@@ -127,13 +127,18 @@ def varied(runs: Sequence[dict]) -> list[Setting]:
 
 
 def training_of(combination: Combination, overview: Overview) -> list[str]:
-    """Return what decides on what a combination learns: its settings but mesh and scheme."""
+    """Return what decides on what a combination learns: its settings except mesh and scheme.
+
+    Where each device has its own batch norm, mesh and scheme decide, too.
+    """
     run = combination.runs[0]
+    is_per_device = value_of(run, "model.batch_norm") == "per_device"
+    of_speed = ("data.dir", "data.resident") if is_per_device else configs.COMPUTING
     names = [name for each in overview.settings for name in (each.name, *each.along)]
     decide = [
         name
         for name in names
-        if name != "batch_per_device" and not configs.is_part_of(name, configs.COMPUTING)
+        if name != "batch_per_device" and not configs.is_part_of(name, of_speed)
     ]
     batch = (run["figures"] or {}).get("batch_size")
     return [str(batch), *(str(value_of(run, name)) for name in decide if name != "seed")]
